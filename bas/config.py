@@ -1,0 +1,472 @@
+"""Every setting of bas: the models' configurations, training, sampling, and the presets as rows of data.
+
+Model configurations read and write the checkpoint's own config.json. The training and sampling settings are the
+single source of the command line: each field is a flag, its gloss the flag's help.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+MAX_CHANNELS = 8192  # far above any model of this family; a larger number is a broken file
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: what is wrong and what to do."""
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _positive(name: str, value: Any, most: int = MAX_CHANNELS) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise InputError(f"{name} is {value!r}: expected a whole number from 1 to {most}")
+    return value
+
+
+def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
+    """Take the fields that `kind` knows; any other must hold one of its `inert` values, so nothing is ignored."""
+    known = {f.name for f in fields(kind)}
+    refused = [
+        f"{key}={value!r}"
+        for key, value in config.items()
+        if key not in known and not key.startswith("_") and value not in inert.get(key, (None, False))
+    ]
+    if refused:
+        raise InputError(
+            f"{kind.__name__.removesuffix('Config')} config asks for what bas does not do: {', '.join(refused)}"
+        )
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key in known
+    }
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The UNet's config.json, by its own field names. The defaults are Stable Diffusion 1.x."""
+
+    sample_size: int = 64  # latent rows and columns the model was trained for
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    attention_head_dim: int | tuple[int, ...] = (
+        8  # in spite of the name: the NUMBER of heads, per level or for all
+    )
+    num_attention_heads: int | tuple[int, ...] | None = (
+        None  # the same under its right name, when a file has it
+    )
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    upcast_attention: bool = False  # accepted; softmax statistics are float32 here in any case
+
+    # Values under which fields that bas does not model change nothing.
+    INERT = {
+        "act_fn": ("silu",),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1, 1.0),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_type": ("positional",),
+        "transformer_layers_per_block": (1,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "dropout": (0.0,),
+        "resnet_out_scale_factor": (1.0,),
+        "resnet_skip_time_act": (False,),
+        "attention_type": ("default",),
+        "projection_class_embeddings_input_dim": (None,),
+        "center_input_sample": (False,),
+    }
+
+    @classmethod
+    def from_json(cls, config: dict) -> "UNetConfig":
+        """Check a config.json and keep what describes this model; anything bas cannot honour is an InputError."""
+        return cls(**_read_fields(cls, config, cls.INERT))
+
+    def __post_init__(self):
+        for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim"):
+            _positive(f"unet {name}", getattr(self, name))
+        if self.in_channels != self.out_channels:
+            raise InputError(
+                f"the UNet has {self.in_channels} input channels: that is an inpainting or depth model; "
+                "use the base model it was made from"
+            )
+        if not 1 <= self.levels <= 8:
+            raise InputError(f"unet block_out_channels has {self.levels} levels: expected 1 to 8")
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            _positive("unet block_out_channels", channels)
+            _positive("unet attention_head_dim (the number of heads)", heads)
+            if channels % _positive("unet norm_num_groups", self.norm_num_groups) or channels % heads:
+                raise InputError(
+                    f"unet width {channels} is not divisible by {self.norm_num_groups} groups and {heads} heads"
+                )
+        kinds = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+        for name in ("down_block_types", "up_block_types"):
+            types = getattr(self, name)
+            if len(types) != self.levels or not kinds.issuperset(types):
+                raise InputError(f"unet {name} is {types}: expected {self.levels} of {sorted(kinds)}")
+
+    @property
+    def levels(self) -> int:
+        """How many grids the UNet works on."""
+        return len(self.block_out_channels)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads on each level."""
+        heads = self.num_attention_heads or self.attention_head_dim
+        heads = heads if isinstance(heads, tuple) else (heads,) * self.levels
+        if len(heads) != self.levels:
+            raise InputError(f"unet attention_head_dim has {len(heads)} entries for {self.levels} levels")
+        return heads
+
+    def down_has_attention(self, level: int) -> bool:
+        """Whether the down block on this level (0 is the finest) carries transformers."""
+        return self.down_block_types[level] == "CrossAttnDownBlock2D"
+
+    def up_has_attention(self, level: int) -> bool:
+        """Whether the up block on this level (0 is the finest) carries transformers."""
+        return self.up_block_types[self.levels - 1 - level] == "CrossAttnUpBlock2D"
+
+    def to_json(self) -> dict:
+        """The config.json that diffusers reads."""
+        config = {k: v for k, v in asdict(self).items() if k != "num_attention_heads"}
+        return {"_class_name": "UNet2DConditionModel", **config, "attention_head_dim": self.heads}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The autoencoder's config.json, by its own field names. The defaults are Stable Diffusion 1.x and 2.x."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 512  # picture rows and columns the model was trained for
+    scaling_factor: float = 0.18215  # latents are multiplied by this for the diffusion model
+
+    INERT = {
+        "act_fn": ("silu",),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "mid_block_add_attention": (True,),
+        "force_upcast": (True,),  # advice to run SDXL's VAE in float32
+    }
+
+    @classmethod
+    def from_json(cls, config: dict) -> "VAEConfig":
+        """Check a config.json and keep what describes this model; anything bas cannot honour is an InputError."""
+        levels = len(config.get("block_out_channels") or ())
+        inert = {
+            "down_block_types": (["DownEncoderBlock2D"] * levels,),
+            "up_block_types": (["UpDecoderBlock2D"] * levels,),
+        }
+        return cls(**_read_fields(cls, config, cls.INERT | inert))
+
+    def __post_init__(self):
+        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "sample_size"):
+            _positive(f"vae {name}", getattr(self, name))
+        if not 1 <= len(self.block_out_channels) <= 8:
+            raise InputError(
+                f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8"
+            )
+        for channels in self.block_out_channels:
+            if _positive("vae block_out_channels", channels) % _positive(
+                "vae norm_num_groups", self.norm_num_groups
+            ):
+                raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
+        if not 0 < self.scaling_factor < 1000:
+            raise InputError(f"vae scaling_factor is {self.scaling_factor}: expected a positive number")
+
+    @property
+    def factor(self) -> int:
+        """Picture pixels per latent cell on each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def to_json(self) -> dict:
+        """The config.json that diffusers reads."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            **asdict(self),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "act_fn": "silu",
+        }
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------
+
+
+def knob(default: Any, gloss: str, **extra) -> Any:
+    """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names) and `choices`."""
+    return field(default=default, metadata={"help": gloss, **extra})
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One row of the training plan."""
+
+    name: str
+    steps: int
+    lr: float
+    trains: tuple[Literal["handles", "unet", "text_encoder"], ...]
+    prior: bool  # whether class images take part in each step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `bas train`. Flags that users know from the official train.py keep their names and defaults."""
+
+    # What to learn from, and where to put it
+    instance_data_dir: str = knob(
+        "", "the scene: a folder with img.* and mask0.png, mask1.png, ...", positional="SCENE"
+    )
+    pretrained_model_name_or_path: str | None = knob(
+        None,
+        "base model: a folder, a single .safetensors file or a known name (default: the shipped miniature)",
+        flag=["--weights"],
+    )
+    output_dir: str = knob("outputs", "the run folder to write")
+    num_of_assets: int | None = knob(
+        None, "number of concepts, checked against the masks (default: as many as masks)"
+    )
+    initializer_tokens: tuple[str, ...] = knob((), "one word per concept to start its handle from")
+    placeholder_token: str = knob("<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...")
+    handles: tuple[str, ...] = knob(
+        (), "the handles by name, e.g. <toy> <bowl> (default: made from --placeholder_token)"
+    )
+    resolution: int | None = knob(
+        None, "pixels of the picture's shorter side (default: what the model was trained for)"
+    )
+    center_crop: bool = knob(
+        False, "crop to a square; otherwise keep the picture's shape, in steps the model can take"
+    )
+
+    # The method (paper, section 3); each part can be turned off
+    preset: str = knob(
+        "official", "settings of the official code, or those the paper states", choices=("official", "paper")
+    )
+    phase1_train_steps: int = knob(400, "steps that train the handles alone; 0 leaves phase 1 out")
+    phase2_train_steps: int = knob(400, "steps that train the UNet and the text encoder as well")
+    initial_learning_rate: float = knob(5e-4, "learning rate of phase 1")
+    learning_rate: float = knob(2e-6, "learning rate of phase 2")
+    train_text_encoder: bool = knob(
+        True,
+        "keep the text tower's layers fixed in phase 2 (handles still train)",
+        flag=["--no_train_text_encoder"],
+    )
+    apply_masked_loss: bool = knob(
+        True, "take the reconstruction loss over the whole picture", flag=["--do_not_apply_masked_loss"]
+    )
+    normalize_masked_loss: bool = knob(
+        False, "divide the masked loss by the masked area, so small objects weigh as much"
+    )
+    lambda_attention: float = knob(1e-2, "weight of the cross-attention loss; 0 turns it off")
+    attention_grid: int | None = knob(
+        None, "rows of the attention maps that the loss reads (default: a quarter of the latent rows)"
+    )
+    subset_sampling: str = knob(
+        "union", "concepts shown per step: a random subset, or always one", choices=("union", "single")
+    )
+    flip_probability: float = knob(0.5, "probability of mirroring image and masks")
+    with_prior_preservation: bool = knob(True, "train without class images", flag=["--no_prior_preservation"])
+    prior_loss_weight: float = knob(1.0, "weight of the prior preservation loss")
+    exact_phase1: bool = knob(
+        False, "phase 1 as the official code runs it: with the prior, clipping over the whole embedding"
+    )
+
+    # Class images for prior preservation
+    class_prompt: tuple[str, ...] = knob(("a photo at the beach",), "prompt, or several, of the class images")
+    num_class_images: int = knob(100, "how many class images to use")
+    class_data_dir: str | None = knob(
+        None, "folder of class images; missing ones are generated (default: a shared cache)"
+    )
+    sample_batch_size: int = knob(4, "class images generated at once")
+
+    # Optimisation
+    train_batch_size: int = knob(1, "examples per step, each with one class image beside it")
+    gradient_accumulation_steps: int = knob(1, "batches per optimizer step")
+    optimizer: str = knob("adamw", "optimizer", choices=("adamw", "adam"))
+    adam_beta1: float = knob(0.9, "decay of the first moment")
+    adam_beta2: float = knob(0.999, "decay of the second moment")
+    adam_weight_decay: float = knob(1e-2, "weight decay")
+    adam_epsilon: float = knob(1e-8, "epsilon of the optimizer")
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 turns it off")
+    scale_lr: bool = knob(False, "multiply both learning rates by batch size x accumulation steps")
+    lr_scheduler: str = knob(
+        "constant",
+        "course of the learning rate within each phase",
+        choices=(
+            "constant",
+            "constant_with_warmup",
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "polynomial",
+        ),
+    )
+    lr_warmup_steps: int = knob(0, "steps of linear warm-up in each phase")
+    lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts")
+    lr_power: float = knob(1.0, "power of the polynomial schedule")
+
+    # Machine
+    device: str | None = knob(None, "cpu, cuda or cuda:N (default: cuda when there is one)")
+    mixed_precision: str = knob(
+        "auto",
+        "arithmetic; auto is bf16 where the GPU has it, else fp16, and no on a CPU",
+        choices=("auto", "no", "fp16", "bf16"),
+    )
+    allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    compile: bool = knob(False, "compile the UNet with torch.compile")
+    seed: int = knob(0, "seed of every random draw")
+
+    # Watching, saving, resuming
+    log_steps: int = knob(10, "steps between two readings of the losses from the device")
+    img_log_steps: int = knob(200, "steps between previews; 0 for none")
+    preview_inference_steps: int = knob(25, "denoising steps of a preview picture")
+    checkpointing_steps: int = knob(200, "steps between resumable checkpoints; 0 for none")
+    checkpoints_total_limit: int = knob(1, "checkpoints kept, newest first")
+    resume_from_checkpoint: str | None = knob(
+        None, "a checkpoint folder, or 'latest' for the newest in --output_dir"
+    )
+    save_precision: str = knob("fp32", "precision of the saved model", choices=("fp32", "fp16", "bf16"))
+
+    def __post_init__(self):
+        for name in (
+            "phase1_train_steps",
+            "phase2_train_steps",
+            "lr_warmup_steps",
+            "img_log_steps",
+            "checkpointing_steps",
+        ):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected 0 or more")
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_class_images",
+            "sample_batch_size",
+            "log_steps",
+            "preview_inference_steps",
+            "checkpoints_total_limit",
+            "lr_num_cycles",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+        for name in (
+            "initial_learning_rate",
+            "learning_rate",
+            "lambda_attention",
+            "prior_loss_weight",
+            "max_grad_norm",
+        ):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"--{name} is {getattr(self, name)}: expected a finite number, 0 or more")
+        if not 0 <= self.flip_probability <= 1:
+            raise InputError(f"--flip_probability is {self.flip_probability}: expected 0 to 1")
+        for f in fields(self):
+            choices = f.metadata.get("choices")
+            if choices and getattr(self, f.name) not in choices:
+                raise InputError(
+                    f"--{f.name} is {getattr(self, f.name)!r}: expected one of {', '.join(choices)}"
+                )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The training plan (paper, section 3.1): first the handles, then everything."""
+        scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
+        tuned = ("handles", "unet", "text_encoder") if self.train_text_encoder else ("handles", "unet")
+        prior = self.with_prior_preservation
+        # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
+        plan = (
+            Phase(
+                "phase1",
+                self.phase1_train_steps,
+                self.initial_learning_rate * scale,
+                ("handles",),
+                prior and self.exact_phase1,
+            ),
+            Phase("phase2", self.phase2_train_steps, self.learning_rate * scale, tuned, prior),
+        )
+        return tuple(phase for phase in plan if phase.steps)
+
+    @classmethod
+    def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
+        """Settings from four layers, the later winning: defaults, the model's own row, the preset, explicit flags."""
+        preset = explicit.get("preset", cls.preset)
+        if preset not in PRESETS:
+            raise InputError(f"--preset is {preset!r}: expected one of {', '.join(PRESETS)}")
+        merged = {**(model_row or {}), **PRESETS[preset], **explicit}
+        unknown = merged.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+
+
+# `official` is the default of every field above; `paper` holds what the paper's text states instead.
+PRESETS: dict[str, dict] = {
+    "official": {},
+    "paper": {
+        "optimizer": "adam",
+        "adam_beta2": 0.99,
+        "adam_weight_decay": 1e-8,
+        "with_prior_preservation": False,
+    },
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Sampling
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Settings of one sampling call. Names are those of diffusers' pipelines."""
+
+    negative_prompt: str = knob("", "what the pictures should not show")
+    num_inference_steps: int = knob(50, "denoising steps")
+    guidance_scale: float = knob(
+        7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off"
+    )
+    sampler: str = knob("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
+    eta: float = knob(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm")
+    num_images: int = knob(1, "pictures per prompt")
+    seed: int = knob(0, "seed of the first picture; each further picture takes the next one")
+    height: int | None = knob(None, "picture rows in pixels (default: what the model was trained for)")
+    width: int | None = knob(None, "picture columns in pixels (default: what the model was trained for)")
+    batch_size: int = knob(4, "pictures denoised at once")
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise InputError(
+                f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more"
+            )
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"--eta is {self.eta}: expected 0 to 1")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"--sampler is {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+
+
+SAMPLERS = ("ddim", "ddpm", "dpmpp_2m")

@@ -1,0 +1,56 @@
+"""The losses of Break-A-Scene (Avrahami et al. 2023, section 3): masked reconstruction, prior, cross-attention."""
+
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from bas.models.unet import AttentionMap
+
+ATTENTION_FLOOR = 1e-6  # smallest divisor when a map is scaled by its maximum: a dead map gives 0, not nan
+
+
+def resize_mask(mask: Tensor, h: int, w: int) -> Tensor:
+    """Nearest neighbour, as the official code: takes the first pixel of each cell. (..., H, W) -> (..., h, w)"""
+    flat = mask.reshape(1, -1, *mask.shape[-2:])
+    return F.interpolate(flat, size=(h, w), mode="nearest").reshape(*mask.shape[:-2], h, w)
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
+    """Reconstruction inside the mask (eq. 1). prediction, target: (b, c, h, w); mask: (b, 1, h, w) in 0..1 -> scalar
+
+    The mean runs over ALL cells, so a small mask gives a small loss; `normalize` divides by the masked share instead.
+    A soft mask enters squared, because it multiplies both sides of the difference.
+    """
+    loss = F.mse_loss(prediction.float() * mask, target.float() * mask)
+    return loss / (mask**2).mean().clamp(min=1e-6) if normalize else loss
+
+
+def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "up")) -> Tensor:
+    """Mean over heads and layers of the maps from these parts of the UNet (eq. 2's CA). -> (b, h, w, k)
+
+    All maps must share one grid. Each head of each layer counts once, as in the official code.
+    """
+    chosen = [m.probs for m in maps if m.place in places]
+    if not chosen:
+        raise ValueError(f"no attention map from {' or '.join(places)} was returned on this grid")
+    heads = sum(probs.shape[1] for probs in chosen)
+    return sum(reduce(probs, "b heads h w k -> b h w k", "sum") for probs in chosen) / heads
+
+
+def handle_maps(average: Tensor, positions: Tensor) -> Tensor:
+    """The columns of the handles' tokens. average: (b, h, w, k), positions: (b, n) token indices -> (b, n, h, w)"""
+    index = positions[:, None, None, :].expand(-1, *average.shape[1:3], -1)
+    return rearrange(average.gather(-1, index), "b h w n -> b n h w")
+
+
+def attention_loss(average: Tensor, positions: Tensor, masks: Tensor, present: Tensor) -> Tensor:
+    """Draws each handle's attention onto its mask (eq. 2). -> scalar
+
+    average: (b, h, w, k) from `average_maps`; positions: (b, n) where each handle's token stands; masks: (b, n, h, w)
+    in 0..1; present: (b, n) 1 for a handle in the prompt, 0 for padding. Each map is divided by its maximum (through
+    which the gradient flows); squared errors are averaged over cells, summed over handles, averaged over the batch.
+    """
+    maps = handle_maps(average, positions)
+    maps = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=ATTENTION_FLOOR)
+    errors = (maps - masks).square().mean(dim=(-2, -1))
+    return (errors * present).sum(dim=1).mean()

@@ -1,0 +1,138 @@
+"""Attention of the UNet. Cross-attention hands out its probabilities: the attention loss (paper, eq. 2) reads them.
+
+Self-attention always runs fused. Cross-attention runs fused too, unless the caller asks for the probabilities:
+then they are computed openly and returned beside the output, part of the graph like any other tensor.
+"""
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(b, n, heads x d) -> (b, heads, n, d)"""
+    return rearrange(x, "b n (heads d) -> b heads n d", heads=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(b, heads, n, d) -> (b, n, heads x d)"""
+    return rearrange(x, "b heads n d -> b n (heads d)")
+
+
+class SelfAttention(nn.Module):
+    """Every cell of the picture looks at every other; the n x n matrix never exists in memory."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, n, dim)"""
+        q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+
+
+class CrossAttention(nn.Module):
+    """Every cell of the picture looks at the tokens of the prompt."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: (b, n, dim), context: (b, k, context_dim) -> out (b, n, dim), probs (b, heads, n, k) float32 or None"""
+        q = split_heads(self.to_q(x), self.heads)
+        k = split_heads(self.to_k(context), self.heads)
+        v = split_heads(self.to_v(context), self.heads)
+        if not with_probs:
+            return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v))), None
+        # The query is scaled before the product: after it, SD 2.1's logits overflow half precision.
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        probs = logits.float().softmax(dim=-1)
+        return self.to_out(merge_heads(probs.to(v.dtype) @ v)), probs
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose one half gates the other (Shazeer 2020)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, n, hidden)"""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The transformer's pointwise network, four times as wide inside. Index 1 of `net` is the checkpoint's dropout."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, n, dim) -> (b, n, dim)"""
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each behind its own norm and skip connection."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = SelfAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: (b, n, dim), context: (b, k, context_dim) -> (b, n, dim), probs (b, heads, n, k) or None"""
+        x = x + self.attn1(self.norm1(x))
+        out, probs = self.attn2(self.norm2(x), context, with_probs)
+        x = x + out
+        return x + self.ff(self.norm3(x)), probs
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the cells of a feature grid. SD 1 projects in and out by 1x1 convolutions, SD 2 linearly."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, groups: int, linear_projection: bool):
+        super().__init__()
+        self.linear_projection = linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x: (b, c, h, w), context: (b, k, context_dim) -> (b, c, h, w), probs (b, heads, h, w, k) or None"""
+        skip, (h, w) = x, x.shape[-2:]
+        x = self.norm(x)
+        if self.linear_projection:
+            x = self.proj_in(rearrange(x, "b c h w -> b (h w) c"))
+        else:
+            x = rearrange(self.proj_in(x), "b c h w -> b (h w) c")
+        x, probs = self.transformer_blocks[0](x, context, with_probs)
+        if self.linear_projection:
+            x = rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h)
+        else:
+            x = self.proj_out(rearrange(x, "b (h w) c -> b c h w", h=h))
+        if probs is not None:
+            probs = rearrange(probs, "b heads (h w) k -> b heads h w k", h=h)
+        return x + skip, probs

@@ -1,0 +1,87 @@
+"""Building blocks shared by the UNet and the VAE: time embedding, residual block, down- and upsampling.
+
+Attribute names are those of the checkpoint files, so `state_dict()` needs no renaming.
+Shape legend of the whole package: b batch, c channels, h w rows and columns, n queries, k keys, d features.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(
+    timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> Tensor:
+    """Sinusoidal features of the timestep (Ho et al. 2020, after Vaswani et al. 2017, section 3.5).
+
+    timesteps: (b,) in 0..T-1.  Returns (b, dim) float32; `flip_sin_to_cos` puts the cosines first, as SD does.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, device=timesteps.device, dtype=torch.float32) / (half - freq_shift)
+    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    pair = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return F.pad(torch.cat(pair, dim=-1), (0, dim % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers that turn sinusoidal features into the embedding every residual block receives."""
+
+    def __init__(self, features: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(features, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(b, features) -> (b, dim)"""
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions around a skip connection; the time embedding shifts the features between.
+
+    `time_dim=None` leaves the time path out (the VAE's blocks).
+    """
+
+    def __init__(self, c_in: int, c_out: int, time_dim: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, c_out) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x: (b, c_in, h, w), time: (b, time_dim) or None -> (b, c_out, h, w)"""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Halve the grid with a strided convolution. The UNet pads all around, the VAE only right and below."""
+
+    def __init__(self, channels: int, pad_all_around: bool):
+        super().__init__()
+        self.pad_all_around = pad_all_around
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_around else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, c, h/2, w/2)"""
+        return self.conv(x if self.pad_all_around else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the grid by repeating each cell, then smooth with a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, c, 2h, 2w)"""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,200 @@
+"""The denoising UNet of Stable Diffusion 1 and 2 (Rombach et al. 2022, section 3.3), after the checkpoint's config.
+
+Cross-attention probabilities are ordinary outputs: `unet(z_t, t, context, return_maps=(16, 16)).maps`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bas.config import UNetConfig
+from bas.models.attention import SpatialTransformer
+from bas.models.layers import Downsample, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding
+
+
+class AttentionMap(NamedTuple):
+    """One cross-attention layer's probabilities and where in the UNet it sits."""
+
+    place: str  # "down", "mid" or "up"
+    probs: Tensor  # (b, heads, h, w, k) float32; each cell's k values sum to 1
+
+
+class UNetOutput(NamedTuple):
+    """What the UNet returns."""
+
+    sample: Tensor  # (b, c, h, w): the predicted noise, or velocity for v-prediction models
+    maps: list[AttentionMap]  # the maps asked for, in execution order
+
+
+# Which maps to return: False none, True all, (h, w) those of layers whose query grid has h rows and w columns.
+ReturnMaps = bool | tuple[int, int]
+
+
+class Stage(nn.Module):
+    """What the down, middle and up blocks share: residual blocks, each followed by a transformer or by nothing."""
+
+    place: str
+    gradient_checkpointing = False
+
+    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int):
+        super().__init__()
+        channels, heads = config.block_out_channels[level], config.heads[level]
+        time_dim = 4 * config.block_out_channels[0]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in, c_out, time_dim, config.norm_num_groups, config.norm_eps)
+            for c_in, c_out in widths
+        )
+        self.attentions = nn.ModuleList(
+            SpatialTransformer(
+                channels,
+                config.cross_attention_dim,
+                heads,
+                config.norm_num_groups,
+                config.use_linear_projection,
+            )
+            for _ in range(transformers)
+        )
+
+    def run(self, module: nn.Module, *args):
+        """Call a module; with gradient checkpointing recompute it in the backward pass, its maps included."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)
+
+    def attend(
+        self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]
+    ) -> Tensor:
+        """Run transformer i if this stage has one, and keep its map if it was asked for."""
+        if i >= len(self.attentions):
+            return x
+        with_probs = (
+            return_maps if isinstance(return_maps, bool) else tuple(x.shape[-2:]) == tuple(return_maps)
+        )
+        x, probs = self.run(self.attentions[i], x, context, with_probs)
+        if probs is not None:
+            maps.append(AttentionMap(self.place, probs))
+        return x
+
+
+class DownBlock(Stage):
+    """Residual blocks (with transformers, except on SD's lowest level), then half the grid."""
+
+    place = "down"
+
+    def __init__(self, config: UNetConfig, level: int):
+        c_in = config.block_out_channels[max(level - 1, 0)]
+        c_out = config.block_out_channels[level]
+        widths = [(c_in, c_out)] + [(c_out, c_out)] * (config.layers_per_block - 1)
+        super().__init__(config, level, widths, len(widths) if config.down_has_attention(level) else 0)
+        last = level == config.levels - 1
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, pad_all_around=True)])
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps
+    ) -> tuple[Tensor, list[Tensor], list[AttentionMap]]:
+        """(b, c_in, h, w) -> (b, c_out, h/2, w/2), the skips for the way up, the maps"""
+        skips, maps = [], []
+        for i, resnet in enumerate(self.resnets):
+            x = self.run(resnet, x, time)
+            x = self.attend(i, x, context, return_maps, maps)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips, maps
+
+
+class MidBlock(Stage):
+    """Residual block, transformer, residual block on the smallest grid."""
+
+    place = "mid"
+
+    def __init__(self, config: UNetConfig):
+        channels = config.block_out_channels[-1]
+        super().__init__(config, config.levels - 1, [(channels, channels)] * 2, transformers=1)
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps
+    ) -> tuple[Tensor, list[AttentionMap]]:
+        """(b, c, h, w) -> (b, c, h, w), the maps"""
+        maps: list[AttentionMap] = []
+        x = self.run(self.resnets[0], x, time)
+        x = self.attend(0, x, context, return_maps, maps)
+        return self.run(self.resnets[1], x, time), maps
+
+
+class UpBlock(Stage):
+    """Residual blocks that each take one skip from the way down (with transformers), then twice the grid."""
+
+    place = "up"
+
+    def __init__(self, config: UNetConfig, level: int):
+        channels, layers = config.block_out_channels, config.layers_per_block
+        below = channels[min(level + 1, config.levels - 1)]  # width of the level that feeds this one
+        skips = [channels[level]] * layers + [channels[max(level - 1, 0)]]
+        inputs = [below] + [channels[level]] * layers
+        widths = [(x + skip, channels[level]) for x, skip in zip(inputs, skips, strict=True)]
+        super().__init__(config, level, widths, len(widths) if config.up_has_attention(level) else 0)
+        self.upsamplers = nn.ModuleList([Upsample(channels[level])] if level > 0 else [])
+
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, return_maps: ReturnMaps
+    ) -> tuple[Tensor, list[AttentionMap]]:
+        """(b, c_in, h, w) and the skips of this level, last one first used -> (b, c_out, 2h, 2w), the maps"""
+        maps: list[AttentionMap] = []
+        for i, resnet in enumerate(self.resnets):
+            x = self.run(resnet, torch.cat([x, skips[-1 - i]], dim=1), time)
+            x = self.attend(i, x, context, return_maps, maps)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x, maps
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or velocity) in noisy latents, given the timestep and the prompt's token states."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        width = config.block_out_channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.time_embedding = TimeEmbedding(width, 4 * width)
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(config.levels))
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(range(config.levels)))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, context: Tensor, return_maps: ReturnMaps = False
+    ) -> UNetOutput:
+        """latents: (b, c, h, w), h and w multiples of 2^(levels-1); timesteps: (b,); context: (b, k, d).
+
+        Returns the prediction (b, c, h, w) and the attention maps that `return_maps` asks for.
+        """
+        features = timestep_embedding(
+            timesteps, self.conv_in.out_channels, self.config.flip_sin_to_cos, self.config.freq_shift
+        )
+        time = self.time_embedding(features.to(latents.dtype))
+        x = self.conv_in(latents)
+        skips, maps = [x], []
+        for block in self.down_blocks:
+            x, block_skips, block_maps = block(x, time, context, return_maps)
+            skips += block_skips
+            maps += block_maps
+        x, block_maps = self.mid_block(x, time, context, return_maps)
+        maps += block_maps
+        for block in self.up_blocks:
+            taken = len(block.resnets)
+            x, block_maps = block(x, skips[-taken:], time, context, return_maps)
+            skips = skips[:-taken]
+            maps += block_maps
+        return UNetOutput(self.conv_out(F.silu(self.conv_norm_out(x))), maps)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Trade time for memory in training: keep only each sub-block's input and recompute the rest."""
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            block.gradient_checkpointing = on

@@ -1,0 +1,211 @@
+"""The noise schedule and the sampling steps, as plain functions of tensors.
+
+Notation of the papers: a_t is the cumulative product of the alphas, z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps.
+In the sampling steps t and prev_t are whole numbers; prev_t < 0 stands for the end, beyond timestep 0.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bas.config import InputError
+
+BETA_SCHEDULES = ("scaled_linear", "linear")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How much noise each timestep holds, and how the model's scheduler config walks through the timesteps."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    steps_offset: int = 0
+    timestep_spacing: str | None = (
+        None  # None: each sampler's custom, "leading" for DDIM and DDPM, else "linspace"
+    )
+    set_alpha_to_one: bool = (
+        False  # whether DDIM ends at a = 1 or at a of timestep 0, as Stable Diffusion does
+    )
+
+    def __post_init__(self):
+        if not 1 <= self.num_train_timesteps <= 100_000:
+            raise InputError(
+                f"scheduler num_train_timesteps is {self.num_train_timesteps}: expected 1 to 100000"
+            )
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise InputError(
+                f"scheduler betas run from {self.beta_start} to {self.beta_end}: expected 0 < start <= end < 1"
+            )
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise InputError(
+                f"scheduler beta_schedule is {self.beta_schedule!r}: expected one of {BETA_SCHEDULES}"
+            )
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(
+                f"scheduler prediction_type is {self.prediction_type!r}: expected epsilon or v_prediction"
+            )
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise InputError(
+                f"scheduler timestep_spacing is {self.timestep_spacing!r}: expected one of {SPACINGS}"
+            )
+        root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
+        betas = torch.linspace(
+            self.beta_start**root,
+            self.beta_end**root,
+            self.num_train_timesteps,
+            dtype=torch.float32,
+            device="cpu",
+        ) ** (1 / root)
+        object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - betas, dim=0))
+
+    alphas_cumprod: Tensor = None  # (T,) float32, filled in from the betas
+
+    @classmethod
+    def from_json(cls, config: dict) -> "NoiseSchedule":
+        """Read a scheduler_config.json; settings that would change the arithmetic in unknown ways are refused."""
+        refused = {
+            "trained_betas": None,
+            "rescale_betas_zero_snr": False,
+            "clip_sample": False,
+            "thresholding": False,
+        }
+        for key, inert in refused.items():
+            if config.get(key, inert) not in (inert, None):
+                raise InputError(f"scheduler {key} is {config[key]!r}: bas does not do that")
+        names = set(cls.__dataclass_fields__) - {"alphas_cumprod"}
+        return cls(**{key: value for key, value in config.items() if key in names and value is not None})
+
+    def to_json(self) -> dict:
+        """The scheduler_config.json that diffusers reads."""
+        spacing = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
+        return {
+            "_class_name": "DDIMScheduler",
+            "num_train_timesteps": self.num_train_timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": self.beta_schedule,
+            "prediction_type": self.prediction_type,
+            "steps_offset": self.steps_offset,
+            **spacing,
+            "set_alpha_to_one": self.set_alpha_to_one,
+            "clip_sample": False,
+        }
+
+    def alpha(self, t: int, final: float = 1.0) -> float:
+        """a_t as a number; `final` beyond the last step (t < 0)."""
+        return self.alphas_cumprod[t].item() if t >= 0 else final
+
+
+def _per_sample(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """values[t] with one axis per axis of `like`, on its device."""
+    values = values.to(device=like.device, dtype=like.dtype)
+    return values[t].view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t from clean latents and noise (Ho et al. 2020, eq. 4). z0, eps: (b, c, h, w); t: (b,) -> (b, c, h, w)"""
+    a = _per_sample(schedule.alphas_cumprod, t, z0)
+    return a**0.5 * z0 + (1 - a) ** 0.5 * eps
+
+
+def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """What the model is asked for: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). Shapes as add_noise."""
+    if schedule.prediction_type == "epsilon":
+        return eps
+    a = _per_sample(schedule.alphas_cumprod, t, z0)
+    return a**0.5 * eps - (1 - a) ** 0.5 * z0
+
+
+def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
+    """The model's output at timestep t read as (z0, eps), whatever it predicts. z, output: (b, c, h, w)"""
+    a = schedule.alpha(t)
+    if schedule.prediction_type == "epsilon":
+        return (z - (1 - a) ** 0.5 * output) / a**0.5, output
+    return a**0.5 * z - (1 - a) ** 0.5 * output, a**0.5 * output + (1 - a) ** 0.5 * z
+
+
+def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> list[int]:
+    """The timesteps of a sampling run, noisiest first, spaced as the model's scheduler config says.
+
+    DPM-Solver++ counts one interval more than DDIM and leaves the last point out, as its authors' code does.
+    """
+    total, multistep = schedule.num_train_timesteps, sampler == "dpmpp_2m"
+    spacing = schedule.timestep_spacing or ("linspace" if multistep else "leading")
+    points = steps + 1 if multistep else steps
+    if not 1 <= steps or points > total:
+        raise InputError(
+            f"{steps} denoising steps: this model was trained with {total} timesteps, so ask for fewer"
+        )
+    if spacing == "leading":
+        timesteps = torch.arange(points).flip(0) * (total // points) + schedule.steps_offset
+    elif spacing == "linspace":
+        timesteps = torch.linspace(0, total - 1, points, dtype=torch.float64).round().flip(0)
+    else:
+        return [round(total - i * total / steps) - 1 for i in range(steps)]
+    return [min(int(t), total - 1) for t in timesteps[:steps]]
+
+
+def ddpm_step(
+    schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int, prev_t: int, noise: Tensor
+) -> Tensor:
+    """One ancestral step (Ho et al. 2020, eq. 6 and 7, the smaller variance). Tensors (b, c, h, w); noise ~ N(0, I)."""
+    a_t, a_prev = schedule.alpha(t), schedule.alpha(prev_t)
+    alpha = a_t / a_prev
+    z0, _ = clean_and_noise(schedule, z, output, t)
+    mean = a_prev**0.5 * (1 - alpha) / (1 - a_t) * z0 + alpha**0.5 * (1 - a_prev) / (1 - a_t) * z
+    if prev_t < 0:
+        return mean
+    variance = max((1 - a_prev) / (1 - a_t) * (1 - alpha), 1e-20)
+    return mean + variance**0.5 * noise
+
+
+def ddim_step(
+    schedule: NoiseSchedule,
+    z: Tensor,
+    output: Tensor,
+    t: int,
+    prev_t: int,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """One DDIM step (Song et al. 2021, eq. 12 and 16). Tensors (b, c, h, w); `noise` is used when eta > 0."""
+    a_t = schedule.alpha(t)
+    a_prev = schedule.alpha(prev_t, final=1.0 if schedule.set_alpha_to_one else schedule.alpha(0))
+    z0, eps = clean_and_noise(schedule, z, output, t)
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
+    z_prev = a_prev**0.5 * z0 + (1 - a_prev - sigma**2) ** 0.5 * eps
+    return z_prev + sigma * noise if eta > 0 else z_prev
+
+
+def dpmpp_2m_step(
+    schedule: NoiseSchedule,
+    z: Tensor,
+    z0: Tensor,
+    t: int,
+    prev_t: int,
+    last: tuple[Tensor, int] | None = None,
+) -> Tensor:
+    """One DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2).
+
+    z, z0: (b, c, h, w), the current latents and the clean latents the model sees in them; `last` is (z0, t) of the
+    step before, None at the first. The step that ends at prev_t < 0 is of first order and returns z0.
+    """
+    if prev_t < 0:
+        return z0
+    a_t, a_prev = (schedule.alphas_cumprod[i].double() for i in (t, prev_t))
+    log_snr = [0.5 * torch.log(a / (1 - a)) for a in (a_t, a_prev)]
+    h = log_snr[1] - log_snr[0]
+    estimate = z0
+    if last is not None:
+        z0_last, t_last = last
+        a_last = schedule.alphas_cumprod[t_last].double()
+        r = (log_snr[0] - 0.5 * torch.log(a_last / (1 - a_last))) / h
+        estimate = z0 + (z0 - z0_last) / (2 * r.item())
+    ratio = ((1 - a_prev) / (1 - a_t)).sqrt().item()
+    return ratio * z - (a_prev.sqrt() * torch.expm1(-h)).item() * estimate
