@@ -1,0 +1,48 @@
+"""What every test runs under: no network, a home folder of its own, and a modest number of threads."""
+
+import os
+import shutil
+import socket
+import tempfile
+
+import pytest
+import torch
+
+HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
+
+
+def pytest_configure(config):
+    """Point home and cache folders at a fresh one before any test module, and what it imports, reads them."""
+    home = tempfile.mkdtemp(prefix="bas-tests-")
+    os.environ.update(dict.fromkeys(HOME_VARIABLES, home))
+    os.environ["BAS_CACHE"] = os.path.join(home, "bas-cache")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(4, os.cpu_count() or 1))
+
+
+class NetworkBlocked(RuntimeError):
+    """A test tried to reach the network."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Any connection or name look-up fails at once, with a name that no code under test catches as its own."""
+
+    def guard(original):
+        def connect(self, address, *args):
+            if self.family == getattr(socket, "AF_UNIX", None):
+                return original(self, address, *args)
+            raise NetworkBlocked(f"a test tried to connect to {address}")
+
+        return connect
+
+    def look_up(host, *args, **kwargs):
+        raise NetworkBlocked(f"a test tried to look up {host}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+        for name in ("getaddrinfo", "gethostbyname"):
+            patch.setattr(socket, name, look_up)
+        yield
