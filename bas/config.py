@@ -37,11 +37,7 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
         raise InputError(
             f"{kind.__name__.removesuffix('Config')} config asks for what bas does not do: {', '.join(refused)}"
         )
-    return {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in config.items()
-        if key in known
-    }
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,8 @@ class UNetConfig:
     layers_per_block: int = 2
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    attention_head_dim: int | tuple[int, ...] = (
-        8  # in spite of the name: the NUMBER of heads, per level or for all
-    )
-    num_attention_heads: int | tuple[int, ...] | None = (
-        None  # the same under its right name, when a file has it
-    )
+    attention_head_dim: int | tuple[int, ...] = 8  # in spite of the name: the NUMBER of heads, per level or for all
+    num_attention_heads: int | tuple[int, ...] | None = None  # the same under its right name, when a file has it
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
     norm_num_groups: int = 32
@@ -179,13 +171,9 @@ class VAEConfig:
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "sample_size"):
             _positive(f"vae {name}", getattr(self, name))
         if not 1 <= len(self.block_out_channels) <= 8:
-            raise InputError(
-                f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8"
-            )
+            raise InputError(f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8")
         for channels in self.block_out_channels:
-            if _positive("vae block_out_channels", channels) % _positive(
-                "vae norm_num_groups", self.norm_num_groups
-            ):
+            if _positive("vae block_out_channels", channels) % _positive("vae norm_num_groups", self.norm_num_groups):
                 raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
         if not 0 < self.scaling_factor < 1000:
             raise InputError(f"vae scaling_factor is {self.scaling_factor}: expected a positive number")
@@ -224,7 +212,7 @@ class Phase:
     name: str
     steps: int
     lr: float
-    trains: tuple[Literal["handles", "unet", "text_encoder"], ...]
+    trains: tuple[Literal["handles", "embedding", "unet", "text_encoder"], ...]
     prior: bool  # whether class images take part in each step
 
 
@@ -242,9 +230,7 @@ class TrainConfig:
         flag=["--weights"],
     )
     output_dir: str = knob("outputs", "the run folder to write")
-    num_of_assets: int | None = knob(
-        None, "number of concepts, checked against the masks (default: as many as masks)"
-    )
+    num_of_assets: int | None = knob(None, "number of concepts, checked against the masks (default: as many as masks)")
     initializer_tokens: tuple[str, ...] = knob((), "one word per concept to start its handle from")
     placeholder_token: str = knob("<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...")
     handles: tuple[str, ...] = knob(
@@ -253,9 +239,7 @@ class TrainConfig:
     resolution: int | None = knob(
         None, "pixels of the picture's shorter side (default: what the model was trained for)"
     )
-    center_crop: bool = knob(
-        False, "crop to a square; otherwise keep the picture's shape, in steps the model can take"
-    )
+    center_crop: bool = knob(False, "crop to a square; otherwise keep the picture's shape, in steps the model can take")
 
     # The method (paper, section 3); each part can be turned off
     preset: str = knob(
@@ -332,9 +316,7 @@ class TrainConfig:
         choices=("auto", "no", "fp16", "bf16"),
     )
     allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
-    gradient_checkpointing: bool = knob(
-        False, "recompute activations in the backward pass: less memory, slower"
-    )
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = knob(False, "compile the UNet with torch.compile")
     seed: int = knob(0, "seed of every random draw")
 
@@ -344,9 +326,7 @@ class TrainConfig:
     preview_inference_steps: int = knob(25, "denoising steps of a preview picture")
     checkpointing_steps: int = knob(200, "steps between resumable checkpoints; 0 for none")
     checkpoints_total_limit: int = knob(1, "checkpoints kept, newest first")
-    resume_from_checkpoint: str | None = knob(
-        None, "a checkpoint folder, or 'latest' for the newest in --output_dir"
-    )
+    resume_from_checkpoint: str | None = knob(None, "a checkpoint folder, or 'latest' for the newest in --output_dir")
     save_precision: str = knob("fp32", "precision of the saved model", choices=("fp32", "fp16", "bf16"))
 
     def __post_init__(self):
@@ -385,15 +365,13 @@ class TrainConfig:
         for f in fields(self):
             choices = f.metadata.get("choices")
             if choices and getattr(self, f.name) not in choices:
-                raise InputError(
-                    f"--{f.name} is {getattr(self, f.name)!r}: expected one of {', '.join(choices)}"
-                )
+                raise InputError(f"--{f.name} is {getattr(self, f.name)!r}: expected one of {', '.join(choices)}")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The training plan (paper, section 3.1): first the handles, then everything."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
-        tuned = ("handles", "unet", "text_encoder") if self.train_text_encoder else ("handles", "unet")
+        tuned = ("handles", "embedding", "unet") + ("text_encoder",) * self.train_text_encoder
         prior = self.with_prior_preservation
         # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
         plan = (
@@ -444,9 +422,7 @@ class SampleConfig:
 
     negative_prompt: str = knob("", "what the pictures should not show")
     num_inference_steps: int = knob(50, "denoising steps")
-    guidance_scale: float = knob(
-        7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off"
-    )
+    guidance_scale: float = knob(7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off")
     sampler: str = knob("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
     eta: float = knob(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm")
     num_images: int = knob(1, "pictures per prompt")
@@ -460,9 +436,7 @@ class SampleConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.guidance_scale < float("inf"):
-            raise InputError(
-                f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more"
-            )
+            raise InputError(f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more")
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta is {self.eta}: expected 0 to 1")
         if self.sampler not in SAMPLERS:

@@ -26,34 +26,22 @@ class NoiseSchedule:
     beta_schedule: str = "scaled_linear"
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     steps_offset: int = 0
-    timestep_spacing: str | None = (
-        None  # None: each sampler's custom, "leading" for DDIM and DDPM, else "linspace"
-    )
-    set_alpha_to_one: bool = (
-        False  # whether DDIM ends at a = 1 or at a of timestep 0, as Stable Diffusion does
-    )
+    timestep_spacing: str | None = None  # None: each sampler's custom, "leading" for DDIM and DDPM, else "linspace"
+    set_alpha_to_one: bool = False  # whether DDIM ends at a = 1 or at a of timestep 0, as Stable Diffusion does
 
     def __post_init__(self):
         if not 1 <= self.num_train_timesteps <= 100_000:
-            raise InputError(
-                f"scheduler num_train_timesteps is {self.num_train_timesteps}: expected 1 to 100000"
-            )
+            raise InputError(f"scheduler num_train_timesteps is {self.num_train_timesteps}: expected 1 to 100000")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
                 f"scheduler betas run from {self.beta_start} to {self.beta_end}: expected 0 < start <= end < 1"
             )
         if self.beta_schedule not in BETA_SCHEDULES:
-            raise InputError(
-                f"scheduler beta_schedule is {self.beta_schedule!r}: expected one of {BETA_SCHEDULES}"
-            )
+            raise InputError(f"scheduler beta_schedule is {self.beta_schedule!r}: expected one of {BETA_SCHEDULES}")
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"scheduler prediction_type is {self.prediction_type!r}: expected epsilon or v_prediction"
-            )
+            raise InputError(f"scheduler prediction_type is {self.prediction_type!r}: expected epsilon or v_prediction")
         if self.timestep_spacing not in (None, *SPACINGS):
-            raise InputError(
-                f"scheduler timestep_spacing is {self.timestep_spacing!r}: expected one of {SPACINGS}"
-            )
+            raise InputError(f"scheduler timestep_spacing is {self.timestep_spacing!r}: expected one of {SPACINGS}")
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         betas = torch.linspace(
             self.beta_start**root,
@@ -139,9 +127,7 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     spacing = schedule.timestep_spacing or ("linspace" if multistep else "leading")
     points = steps + 1 if multistep else steps
     if not 1 <= steps or points > total:
-        raise InputError(
-            f"{steps} denoising steps: this model was trained with {total} timesteps, so ask for fewer"
-        )
+        raise InputError(f"{steps} denoising steps: this model was trained with {total} timesteps, so ask for fewer")
     if spacing == "leading":
         timesteps = torch.arange(points).flip(0) * (total // points) + schedule.steps_offset
     elif spacing == "linspace":
@@ -151,9 +137,7 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     return [min(int(t), total - 1) for t in timesteps[:steps]]
 
 
-def ddpm_step(
-    schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int, prev_t: int, noise: Tensor
-) -> Tensor:
+def ddpm_step(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int, prev_t: int, noise: Tensor) -> Tensor:
     """One ancestral step (Ho et al. 2020, eq. 6 and 7, the smaller variance). Tensors (b, c, h, w); noise ~ N(0, I)."""
     a_t, a_prev = schedule.alpha(t), schedule.alpha(prev_t)
     alpha = a_t / a_prev

@@ -112,17 +112,13 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = (
-            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
         """x: (b, c, h, w), context: (b, k, context_dim) -> (b, c, h, w), probs (b, heads, h, w, k) or None"""
-        skip, (h, w) = x, x.shape[-2:]
+        skip, h = x, x.shape[-2]
         x = self.norm(x)
         if self.linear_projection:
             x = self.proj_in(rearrange(x, "b c h w -> b (h w) c"))

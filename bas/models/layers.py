@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def timestep_embedding(
-    timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
-) -> Tensor:
+def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
     """Sinusoidal features of the timestep (Ho et al. 2020, after Vaswani et al. 2017, section 3.5).
 
     timesteps: (b,) in 0..T-1.  Returns (b, dim) float32; `flip_sin_to_cos` puts the cosines first, as SD does.

@@ -44,8 +44,7 @@ class Stage(nn.Module):
         channels, heads = config.block_out_channels[level], config.heads[level]
         time_dim = 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
-            ResnetBlock(c_in, c_out, time_dim, config.norm_num_groups, config.norm_eps)
-            for c_in, c_out in widths
+            ResnetBlock(c_in, c_out, time_dim, config.norm_num_groups, config.norm_eps) for c_in, c_out in widths
         )
         self.attentions = nn.ModuleList(
             SpatialTransformer(
@@ -64,15 +63,11 @@ class Stage(nn.Module):
             return checkpoint(module, *args, use_reentrant=False)
         return module(*args)
 
-    def attend(
-        self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]
-    ) -> Tensor:
+    def attend(self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]) -> Tensor:
         """Run transformer i if this stage has one, and keep its map if it was asked for."""
         if i >= len(self.attentions):
             return x
-        with_probs = (
-            return_maps if isinstance(return_maps, bool) else tuple(x.shape[-2:]) == tuple(return_maps)
-        )
+        with_probs = return_maps if isinstance(return_maps, bool) else tuple(x.shape[-2:]) == tuple(return_maps)
         x, probs = self.run(self.attentions[i], x, context, with_probs)
         if probs is not None:
             maps.append(AttentionMap(self.place, probs))

@@ -38,9 +38,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)"""
         cells = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        out = self.to_out(
-            F.scaled_dot_product_attention(self.to_q(cells), self.to_k(cells), self.to_v(cells))
-        )
+        out = self.to_out(F.scaled_dot_product_attention(self.to_q(cells), self.to_k(cells), self.to_v(cells)))
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[-2])
 
 
@@ -49,9 +47,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, None, groups, NORM_EPS) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, None, groups, NORM_EPS) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,130 @@
+"""From a prompt to pictures: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from bas.checkpoint import Models
+from bas.config import InputError, SampleConfig
+from bas.models.text import encode_prompts
+from bas.schedulers import clean_and_noise, ddim_step, ddpm_step, dpmpp_2m_step, sampling_timesteps
+
+
+def sample(
+    models: Models, prompts: str | list[str], config: SampleConfig | None = None, **overrides
+) -> list[Image.Image]:
+    """Generate `num_images` pictures for each prompt, prompt by prompt.
+
+    Settings come from `config`, single ones can be given by name: `sample(models, "a photo of <asset0>", seed=3)`.
+    Picture i of each prompt depends on seed + i alone, not on the batch it is made in.
+    Raises InputError for unknown handles and for sizes the model cannot take.
+    """
+    config = replace(config or SampleConfig(), **overrides)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
+    pictures = []
+    for start in range(0, len(jobs), config.batch_size):
+        batch = jobs[start : start + config.batch_size]
+        latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config)
+        pictures += to_pictures(decode(models, latents))
+    return pictures
+
+
+@torch.inference_mode()
+def generate(prompts: list[str], seeds: list[int], models: Models, config: SampleConfig) -> Tensor:
+    """One clean latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them"""
+    context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
+    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = standard_normal(latent_shape(models, config), generators).to(models.device)
+    return denoise(models, z, context, negative, config, generators)
+
+
+def denoise(
+    models: Models,
+    z: Tensor,
+    context: Tensor,
+    negative: Tensor,
+    config: SampleConfig,
+    generators: list[torch.Generator],
+    on_step: Callable[[int, int, Tensor], Tensor] | None = None,
+    start: int = 0,
+) -> Tensor:
+    """Walk z from noise to a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d).
+
+    `start` skips that many of the noisiest steps; `on_step(i, prev_t, z)` sees the latents after step i, now at
+    timestep prev_t (-1 at the end), and returns the latents to go on with.
+    """
+    schedule = models.schedule
+    timesteps = sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
+    last = None
+    for i, t in list(enumerate(timesteps))[start:]:
+        prev_t = previous_timestep(timesteps, i, config.sampler, schedule.num_train_timesteps)
+        output = guided_output(models, z, t, context, negative, config.guidance_scale)
+        if config.sampler == "dpmpp_2m":
+            z0, _ = clean_and_noise(schedule, z, output, t)
+            z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
+        else:
+            ancestral = config.sampler == "ddpm"
+            noise = standard_normal(z.shape[1:], generators).to(z.device) if ancestral or config.eta > 0 else None
+            if ancestral:
+                z = ddpm_step(schedule, z, output, t, prev_t, noise)
+            else:
+                z = ddim_step(schedule, z, output, t, prev_t, config.eta, noise)
+        if on_step is not None:
+            z = on_step(i, prev_t, z)
+    return z
+
+
+def previous_timestep(timesteps: list[int], i: int, sampler: str, total: int) -> int:
+    """The timestep that step i ends at; below 0 it is the end. DDIM and DDPM step by T // steps, as they were defined."""
+    if sampler == "dpmpp_2m":
+        return timesteps[i + 1] if i + 1 < len(timesteps) else -1
+    return timesteps[i] - total // len(timesteps)
+
+
+def guided_output(models: Models, z: Tensor, t: int, context: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """The UNet's prediction, pushed away from the negative prompt by the guidance scale. -> (b, c, h, w) float32"""
+    dtype = models.unet.conv_in.weight.dtype
+    timesteps = torch.full((len(z),), t, device=z.device)
+    if scale == 1:
+        return models.unet(z.to(dtype), timesteps, context.to(dtype)).sample.float()
+    both = torch.cat([negative, context]).to(dtype)
+    output = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both).sample.float()
+    unconditional, conditional = output.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def latent_shape(models: Models, config: SampleConfig) -> tuple[int, int, int]:
+    """(c, h, w) of the latents for the picture size asked for. Raises InputError for a size the model cannot take."""
+    sides = []
+    for name in ("height", "width"):
+        side = getattr(config, name) or models.resolution
+        if side < models.size_multiple or side % models.size_multiple:
+            raise InputError(f"--{name} {side}: this model takes multiples of {models.size_multiple} pixels")
+        sides.append(side // models.vae.config.factor)
+    return models.unet.config.in_channels, *sides
+
+
+def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Noise drawn on the CPU, one generator per picture, so that a seed means the same on every device. (b, *shape)"""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+@torch.inference_mode()
+def decode(models: Models, latents: Tensor) -> Tensor:
+    """Latents (b, c, h, w) as the UNet sees them -> pictures (b, 3, H, W) float32 in [0, 1]"""
+    vae = models.vae
+    z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
+    return (vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(b, 3, H, W) in [0, 1] -> 8-bit RGB pictures"""
+    array = (rearrange(images, "b c h w -> b h w c") * 255).round().to(torch.uint8).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
