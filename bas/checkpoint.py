@@ -1,0 +1,284 @@
+"""Models on disk: found out by content, read strictly, saved whole.
+
+Two layouts are read and written: a diffusers folder (here) and the original single file (single_file.py).
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from bas.config import InputError, UNetConfig, VAEConfig
+from bas.files import (
+    PICKLE_ADVICE,
+    read_json,
+    read_tensors,
+    replacing,
+    require_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from bas.models.text import build_text_encoder, known_handles, load_tokenizer, merged_state_dict
+from bas.models.unet import UNet
+from bas.models.vae import VAE
+from bas.parts import COMPONENTS, TEXT_PREFIX, Parts, fill
+from bas.refuse import refuse_channels, refuse_other_kinds, refuse_pipeline
+from bas.schedulers import NoiseSchedule
+from bas.single_file import read_single_file, write_single_file
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+VARIANTS = ("", "fp16", "bf16")  # in the order of preference; other variants hold other weights (non_ema)
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass
+class Models:
+    """A whole text-to-image model, ready to use."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
+    source: Path | None = None  # where it was read from
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Models":
+        """Move or convert all three networks, in place."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def size_multiple(self) -> int:
+        """Both sides of a picture must be a multiple of this many pixels."""
+        return self.vae.config.factor * 2 ** (self.unet.config.levels - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the square pictures that the model was trained for."""
+        return self.unet.config.sample_size * self.vae.config.factor
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction_type: str | None = None,
+) -> Models:
+    """Open a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
+
+    `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. On the CPU, weights that need no
+    conversion stay memory-mapped. InputError when anything is missing, unexpected or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = _read_folder(path, prediction_type)
+    elif path.is_file():
+        parts = read_single_file(path, prediction_type)
+    else:
+        require_file(path)
+    parts.check(str(path))
+    with torch.device("meta"):
+        networks = UNet(parts.unet), VAE(parts.vae), build_text_encoder(parts.text_encoder)
+    parts.tensors["text_encoder"] = _with_prefix_of(networks[2], parts.tensors["text_encoder"])
+    for component, network in zip(COMPONENTS, networks, strict=True):
+        fill(network, parts.tensors[component], f"{path} ({component})", device, dtype)
+    return Models(*networks, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path)
+
+
+def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the text tower as the installed transformers names them; its position counter is no weight."""
+    prefix = TEXT_PREFIX if next(iter(text_encoder.state_dict())).startswith(TEXT_PREFIX) else ""
+    bare = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
+    return {prefix + name: tensor for name, tensor in bare.items() if name != "embeddings.position_ids"}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Reading a folder
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
+    index = folder / "model_index.json"
+    if index.exists():
+        refuse_pipeline(read_json(index), folder)
+    elif not all((folder / component).is_dir() for component in COMPONENTS):
+        _refuse_folder(folder)
+    configs = {component: read_json(folder / component / "config.json") for component in COMPONENTS}
+    refuse_channels(configs["unet"].get("in_channels"), folder)
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    if prediction_type:
+        schedule["prediction_type"] = prediction_type
+    parts = Parts(
+        UNetConfig.from_json(configs["unet"]),
+        VAEConfig.from_json(configs["vae"]),
+        configs["text_encoder"],
+        {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS},
+        load_tokenizer(folder / "tokenizer"),
+        NoiseSchedule.from_json(schedule),
+    )
+    parts.tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in parts.tensors["vae"].items()}
+    return parts
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Say what a folder is that is not a model's."""
+    files = sorted(path.name for path in folder.iterdir())
+    refuse_other_kinds(files, folder)
+    single = [name for name in files if name.endswith(".safetensors")]
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("_class_name", "a single network")
+        raise InputError(f"{folder} holds {kind}, one part of a model: give the folder of the whole model")
+    if single:
+        raise InputError(f"{folder} is not a diffusers folder: give a file in it, as {folder / single[0]}")
+    raise InputError(f"{folder} is not a model: it has neither model_index.json nor unet, vae and text_encoder")
+
+
+def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of one network, from one file or from the shards of an index."""
+    tensors = {}
+    for path in component_files(folder, stem):
+        found, _ = read_tensors(path)
+        if twice := tensors.keys() & found.keys():
+            raise InputError(f"{path} repeats {min(twice)!r} of another shard: download the model again")
+        tensors |= found
+    return tensors
+
+
+def component_files(folder: Path, stem: str) -> list[Path]:
+    """The weight files of one network: full precision if it is there. InputError when there are only pickles."""
+    for variant in VARIANTS:
+        path = folder / f"{stem}{'.' * bool(variant)}{variant}.safetensors"
+        if path.exists() or path.is_symlink():
+            return [path]
+        index = folder / f"{stem}.safetensors.index{'.' * bool(variant)}{variant}.json"
+        if index.exists():
+            return _shards(index)
+    if any(folder.glob("*.bin")):
+        raise InputError(f"{folder} holds only pickled weights (.bin): {PICKLE_ADVICE}")
+    raise InputError(f"{folder} holds no {stem}.safetensors: the model is incomplete, download it again")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index.json names, each of them beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map: copy or download it again")
+    names = set(weight_map.values()) if all(isinstance(v, str) for v in weight_map.values()) else {None}
+    for name in names:
+        if name is None or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name):
+            raise InputError(f"{index} names a shard {name!r}: expected a .safetensors file beside it")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _new_vae_name(name: str) -> str:
+    """Files from before diffusers 0.18 name the VAE's attention layers differently."""
+    head, _, rest = name.partition(".attentions.0.")
+    layer, _, kind = rest.rpartition(".")
+    return f"{head}.attentions.0.{OLD_VAE_ATTENTION[layer]}.{kind}" if layer in OLD_VAE_ATTENTION else name
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------
+
+
+def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the whole model as a folder that diffusers opens. Every file is whole or absent; model_index.json is last.
+
+    Handles become ordinary rows of the token embedding and added tokens of the tokenizer.
+    """
+    folder = Path(folder)
+    for name in (*COMPONENTS, "tokenizer", "scheduler"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    text = _plain_text_state(models)
+    states = {
+        "unet": models.unet.state_dict(),
+        "vae": models.vae.state_dict(),
+        "text_encoder": {TEXT_PREFIX + name: tensor for name, tensor in text.items()},
+    }
+    rows = len(text["embeddings.token_embedding.weight"])
+    write_json(folder / "unet" / "config.json", models.unet.config.to_json())
+    write_json(folder / "vae" / "config.json", models.vae.config.to_json())
+    write_json(folder / "text_encoder" / "config.json", text_config_json(models.text_encoder, rows))
+    write_json(folder / "scheduler" / "scheduler_config.json", models.schedule.to_json())
+    _write_tokenizer(models.tokenizer, folder / "tokenizer")
+    for component, state in states.items():
+        converted = {name: tensor.to(dtype) for name, tensor in state.items()}
+        write_tensors(folder / component / f"{STEMS[component]}.safetensors", converted)
+    write_json(folder / "model_index.json", MODEL_INDEX)
+
+
+def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model as one file in the original layout. InputError when that layout cannot express it."""
+    text = _plain_text_state(models)
+    rows = len(text["embeddings.token_embedding.weight"])
+    tensors = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
+    write_single_file(
+        Path(path),
+        Parts(
+            models.unet.config,
+            models.vae.config,
+            text_config_json(models.text_encoder, rows),
+            {component: {k: v.to(dtype) for k, v in state.items()} for component, state in tensors.items()},
+            models.tokenizer,
+            models.schedule,
+        ),
+    )
+
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.12.1",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+TEXT_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
+)
+
+
+def _plain_text_state(models: Models) -> dict[str, Tensor]:
+    """The text tower's weights without prefix, handles merged into the embedding."""
+    state = merged_state_dict(models.text_encoder)
+    return {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in state.items()}
+
+
+def text_config_json(text_encoder: CLIPTextModel, rows: int) -> dict:
+    """The text tower's config.json for an embedding of this many rows."""
+    fields = {name: getattr(text_encoder.config, name) for name in TEXT_FIELDS}
+    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields, "vocab_size": rows}
+
+
+def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """The files that every version of transformers reads: vocabulary, merges, special tokens, added tokens."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    special = {f"{name}_token": str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    added = {token: i for token, i in tokenizer.get_added_vocab().items() if token not in model["vocab"]}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length, **special}
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    decoder = {
+        str(i): {flag: getattr(tokenizer.added_tokens_decoder[i], flag) for flag in flags}
+        for i in sorted(added.values())
+    }
+    with replacing(folder / "vocab.json") as temporary:
+        temporary.write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "added_tokens.json", added)
+    write_json(folder / "tokenizer_config.json", config | ({"added_tokens_decoder": decoder} if decoder else {}))
+    (folder / "tokenizer.json").unlink(missing_ok=True)

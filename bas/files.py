@@ -1,0 +1,123 @@
+"""Files: read so that a bad one is named, written so that a half-written one never shows. Nothing is unpickled."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bas.config import InputError
+
+MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
+
+PICKLE_ADVICE = (
+    "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
+)
+FOREIGN = (  # how the file begins, what it is, what to do
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights", "run `git lfs pull` beside it"),
+    (b"<!doctype", "a web page", "the download went wrong: download the file itself"),
+    (b"<html", "a web page", "the download went wrong: download the file itself"),
+    (b"pk\x03\x04", "a zip archive, most likely a pickled PyTorch checkpoint", PICKLE_ADVICE),
+    (b"gguf", "a GGUF file", "use the model's .safetensors version"),
+    (b"\x80", "a pickled checkpoint", PICKLE_ADVICE),
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. InputError when it is missing, too large, or anything but one JSON object."""
+    try:
+        require_file(path)
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than any configuration: it belongs to something else")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not valid JSON ({error}): copy or download it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object: it is not a model's")
+    return content
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, memory-mapped rather than copied, and the file's metadata."""
+    try:
+        refuse_foreign_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except InputError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a sound .safetensors file ({reason}): copy or download it again") from None
+
+
+def require_file(path: Path) -> None:
+    """InputError unless `path` is an ordinary file, or a link to one: opening a pipe would wait for ever."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to a file that is missing: download the model again")
+    if not path.exists():
+        raise InputError(f"{path} is missing: the model is incomplete, download it again")
+    if not path.is_file():
+        raise InputError(f"{path} is not an ordinary file")
+
+
+def refuse_foreign_file(path: Path) -> None:
+    """InputError naming what the file is, when its first bytes show that it cannot be a .safetensors file."""
+    require_file(path)
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 8:
+        raise InputError(f"{path} holds {len(head)} bytes, no model: copy or download it again")
+    if head[8:9] == b"{":  # the length of the header, then the header
+        return
+    for beginning, what, advice in FOREIGN:
+        if head.lstrip().lower().startswith(beginning):
+            raise InputError(f"{path} is {what}: {advice}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`. When the block ends well, it is flushed to disk and takes the path's place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make the operating system write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write one JSON object, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, whole or not at all. `metadata` joins the format note that readers expect."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(whole, temporary, {"format": "pt", **(metadata or {})})

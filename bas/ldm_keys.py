@@ -1,0 +1,147 @@
+"""Names of the original single-file layout (CompVis, Stability AI) and ours (diffusers): one table, both directions.
+
+A table maps our module path to the original one; what stands behind it in a key (`weight`, `bias`) stays. Tables
+are made from the model's configuration, so any number of levels and layers works. Three things differ in shape too:
+the VAE's attention is written as 1x1 convolutions, and SD 2's text tower (open_clip) fuses query, key and value and
+names its position table without `.weight`.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from bas.config import InputError, UNetConfig, VAEConfig
+
+Table = dict[str, str]  # our module path -> the original one
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP = "cond_stage_model.transformer."  # SD 1: OpenAI's text tower as transformers names it
+OPEN_CLIP = "cond_stage_model.model."  # SD 2: open_clip's ViT-H
+OPEN_CLIP_LAYERS = 23  # SD 2 reads the output of the last layer but one of 24
+
+# What a single file may hold besides the weights: running averages, the noise schedule, heads that SD never uses.
+UNUSED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.")
+UNUSED = {
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+    *("lvlb_weights", "logvar", "scale_factor"),
+    *(f"{CLIP}text_model.embeddings.position_ids", f"{CLIP}embeddings.position_ids"),
+    *(f"{CLIP}logit_scale", f"{CLIP}text_projection.weight"),
+    *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "attn_mask")),
+}
+
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_RESNET = {"conv_shortcut": "nin_shortcut"}  # its other layers carry our names
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The tables
+# --------------------------------------------------------------------------------------------------------------
+
+
+def unet_table(config: UNetConfig) -> Table:
+    """The original numbers all stages of the way down, and of the way up, in one row: `input_blocks.N.M`."""
+    table = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        **_within("mid_block.resnets.0", "middle_block.0", UNET_RESNET),
+        "mid_block.attentions.0": "middle_block.1",
+        **_within("mid_block.resnets.1", "middle_block.2", UNET_RESNET),
+    }
+    stage = 1
+    for level in range(config.levels):
+        ours = f"down_blocks.{level}"
+        for i in range(config.layers_per_block):
+            table |= _within(f"{ours}.resnets.{i}", f"input_blocks.{stage}.0", UNET_RESNET)
+            table[f"{ours}.attentions.{i}"] = f"input_blocks.{stage}.1"
+            stage += 1
+        table[f"{ours}.downsamplers.0.conv"] = f"input_blocks.{stage}.0.op"
+        stage += 1
+    stage = 0
+    for position, level in enumerate(reversed(range(config.levels))):
+        ours = f"up_blocks.{position}"
+        for i in range(config.layers_per_block + 1):
+            table |= _within(f"{ours}.resnets.{i}", f"output_blocks.{stage}.0", UNET_RESNET)
+            table[f"{ours}.attentions.{i}"] = f"output_blocks.{stage}.1"
+            stage += 1
+        # The upsampler follows the level's last layers in their own list: behind the transformer, where there is one.
+        place = 2 if config.up_has_attention(level) else 1
+        table[f"{ours}.upsamplers.0.conv"] = f"output_blocks.{stage - 1}.{place}.conv"
+    return table
+
+
+def vae_table(config: VAEConfig) -> Table:
+    """The original counts the decoder's levels from the finest, as the encoder's; we count in execution order."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    levels = len(config.block_out_channels)
+    for coder in ("encoder", "decoder"):
+        table |= {
+            f"{coder}.conv_in": f"{coder}.conv_in",
+            f"{coder}.conv_norm_out": f"{coder}.norm_out",
+            f"{coder}.conv_out": f"{coder}.conv_out",
+            **_within(f"{coder}.mid_block.attentions.0", f"{coder}.mid.attn_1", VAE_ATTENTION),
+        }
+        for i in range(2):
+            table |= _resnet(f"{coder}.mid_block.resnets.{i}", f"{coder}.mid.block_{i + 1}")
+    for level in range(levels):
+        ours, theirs = f"encoder.down_blocks.{level}", f"encoder.down.{level}"
+        for i in range(config.layers_per_block):
+            table |= _resnet(f"{ours}.resnets.{i}", f"{theirs}.block.{i}")
+        table[f"{ours}.downsamplers.0.conv"] = f"{theirs}.downsample.conv"
+        ours, theirs = f"decoder.up_blocks.{level}", f"decoder.up.{levels - 1 - level}"
+        for i in range(config.layers_per_block + 1):
+            table |= _resnet(f"{ours}.resnets.{i}", f"{theirs}.block.{i}")
+        table[f"{ours}.upsamplers.0.conv"] = f"{theirs}.upsample.conv"
+    return table
+
+
+def open_clip_table(layers: int) -> Table:
+    """The text tower of SD 2, apart from its fused attention inputs and its position table."""
+    table = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+    for i in range(layers):
+        table |= _within(f"encoder.layers.{i}", f"transformer.resblocks.{i}", OPEN_CLIP_LAYER)
+    return table
+
+
+def _within(ours: str, theirs: str, table: Table) -> Table:
+    return {f"{ours}.{name}": f"{theirs}.{original}" for name, original in table.items()}
+
+
+def _resnet(ours: str, theirs: str) -> Table:
+    return {ours: theirs, **_within(ours, theirs, VAE_RESNET)}
+
+
+def rename(key: str, table: Table) -> str | None:
+    """The key under the table's other names, by its longest known beginning; None when it has none."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        renamed = table.get(".".join(parts[:length]))
+        if renamed is not None:
+            return ".".join([renamed, *parts[length:]])
+    return None
+
+
+def inverse(table: Table) -> Table:
+    """The table read from right to left."""
+    return {theirs: ours for ours, theirs in table.items()}

@@ -1,0 +1,99 @@
+"""A model in parts, as either layout on disk gives it, and the strict way from there to modules."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from bas.config import InputError, UNetConfig, VAEConfig
+from bas.schedulers import NoiseSchedule
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
+SHOWN = 20  # problems listed in an error before the rest is only counted
+
+
+@dataclass
+class Parts:
+    """What a folder or a single file holds, under our names, before any module exists."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: dict  # the config.json of the text tower
+    tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+
+    def check(self, source: str) -> None:
+        """InputError when the parts don't belong together."""
+        width, tokens = self.text_encoder.get("hidden_size"), self.text_encoder.get("vocab_size")
+        if self.unet.cross_attention_dim != width:
+            raise InputError(
+                f"{source}: the UNet reads text of width {self.unet.cross_attention_dim}, the text encoder gives "
+                f"{width}: they belong to different models"
+            )
+        if self.unet.in_channels != self.vae.latent_channels:
+            raise InputError(
+                f"{source}: the UNet has {self.unet.in_channels} latent channels, the VAE "
+                f"{self.vae.latent_channels}: they belong to different models"
+            )
+        if len(self.tokenizer) != tokens:
+            raise InputError(
+                f"{source}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder {tokens} rows: "
+                "they belong to different models"
+            )
+
+
+def fill(
+    module: nn.Module, tensors: dict[str, Tensor], source: str, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
+
+    One InputError lists every missing, unexpected or wrong-shaped key; another every weight that is no finite number.
+    """
+    wanted = module.state_dict()
+    given = {name: _reshaped(tensor, wanted.get(name)) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is unexpected" for name in given if name not in wanted]
+    problems += [
+        f"{name} is {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    _refuse(problems, source, "does not hold the weights that its configuration describes")
+    _refuse([fault for name in wanted if (fault := _fault(name, given[name]))], source, "holds broken weights")
+    module.load_state_dict(
+        {name: tensor.to(device=device, dtype=dtype) for name, tensor in given.items()}, strict=True, assign=True
+    )
+    _fill_position_ids(module, device)
+    module.eval()
+
+
+def _reshaped(tensor: Tensor, wanted: Tensor | None) -> Tensor:
+    """1x1 convolutions of the original layout as linear layers, where the module has those: (c, c, 1, 1) -> (c, c)"""
+    if wanted is not None and wanted.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]
+    return tensor
+
+
+def _fault(name: str, tensor: Tensor) -> str | None:
+    """What makes a tensor unusable as a weight, if anything does."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not fp16, bf16 or fp32"
+    low_and_high = torch.stack(tensor.aminmax())  # one pass without a temporary; not-a-number propagates
+    return None if low_and_high.isfinite().all() else f"{name} holds values that are not finite numbers"
+
+
+def _refuse(problems: list[str], source: str, what: str) -> None:
+    if problems:
+        rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InputError(f"{source} {what} ({len(problems)}): {'; '.join(problems[:SHOWN])}{rest}")
+
+
+def _fill_position_ids(module: nn.Module, device: torch.device | str) -> None:
+    """The text tower's table 0, 1, 2 ... is not part of the file: on the meta device it was never computed."""
+    for owner in module.modules():
+        buffer = owner._buffers.get("position_ids")
+        if buffer is not None:
+            owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)

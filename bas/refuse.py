@@ -1,0 +1,90 @@
+"""Models of other kinds, recognised by names and shapes and refused by name, with what to do instead."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from bas.config import InputError
+
+WHOLE_MODEL = "give a whole Stable Diffusion 1.x or 2.x model"
+
+KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
+    (r"(^|[._])lora[._]|\.hada_w|\.lokr_w", "a LoRA", "it holds changes to a model: merge it into one first"),
+    (r"^conditioner\.embedders\.|^text_encoder_2\.", "a Stable Diffusion XL model", WHOLE_MODEL),
+    (r"joint_blocks\.", "a Stable Diffusion 3 model", WHOLE_MODEL),
+    (r"double_blocks\.|single_transformer_blocks\.", "a Flux model", WHOLE_MODEL),
+    (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
+    (r"^(string_to_param|emb_params|clip_[gl]$)|^<[^<>]*>$", "a textual inversion embedding", WHOLE_MODEL),
+    (r"motion_modules\.", "an AnimateDiff motion module", WHOLE_MODEL),
+)
+ALONE = (  # for files that hold no UNet in the original layout
+    (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid)", "a VAE alone"),
+    (r"^(down_blocks|mid_block|up_blocks|input_blocks|output_blocks)\.", "a UNet alone"),
+    (r"(^|\.)(text_model|embeddings|resblocks|token_embedding)\.", "a text encoder alone"),
+)
+PIPELINES = (  # beginnings of a model_index.json's class name
+    ("StableDiffusionXL", "a Stable Diffusion XL model"),
+    ("StableDiffusion3", "a Stable Diffusion 3 model"),
+    ("Flux", "a Flux model"),
+    ("StableDiffusionInpaint", "an inpainting model"),
+    ("StableDiffusionDepth2Img", "a depth model"),
+    ("StableDiffusionUpscale", "an upscaler"),
+    ("StableDiffusionInstructPix2Pix", "an InstructPix2Pix model"),
+)
+CLASSES = {  # what each folder of a model must be
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+CHANNELS = {  # input channels of the UNet that betray what else it reads
+    5: "a depth model",
+    7: "an upscaler",
+    8: "an InstructPix2Pix model",
+    9: "an inpainting model",
+}
+BASE_ADVICE = "use the base model it was made from"
+
+
+def refuse_other_kinds(names: Iterable[str], path: Path) -> None:
+    """InputError when the keys of a file, or the files of a folder, show another kind of model."""
+    names = list(names)
+    for pattern, what, advice in KINDS:
+        if any(re.search(pattern, name) for name in names):
+            raise InputError(f"{path} is {what}: {advice}")
+
+
+def refuse_incomplete(tensors: dict[str, Tensor], path: Path) -> None:
+    """InputError unless a single file holds UNet, VAE and text encoder in the original layout."""
+    if not tensors:
+        raise InputError(f"{path} holds no tensors: {WHOLE_MODEL}")
+    refuse_other_kinds(tensors, path)
+    if not any(name.startswith("model.diffusion_model.") for name in tensors):
+        for pattern, what in ALONE:
+            if any(re.search(pattern, name) for name in tensors):
+                raise InputError(f"{path} is {what}: {WHOLE_MODEL}")
+        raise InputError(f"{path} is no Stable Diffusion model (its first key is {min(tensors)!r}): {WHOLE_MODEL}")
+    for prefix, what in (("first_stage_model.", "VAE"), ("cond_stage_model.", "text encoder")):
+        if not any(name.startswith(prefix) for name in tensors):
+            raise InputError(f"{path} holds no {what}: use the full file, not one pruned of it")
+
+
+def refuse_channels(channels: object, path: Path) -> None:
+    """InputError naming the kind of model whose UNet has this many input channels."""
+    if channels in CHANNELS:
+        raise InputError(f"{path} is {CHANNELS[channels]} ({channels} input channels): {BASE_ADVICE}")
+
+
+def refuse_pipeline(index: dict, path: Path) -> None:
+    """InputError when a model_index.json describes anything but Stable Diffusion 1.x or 2.x."""
+    name = index.get("_class_name")
+    for beginning, what in PIPELINES:
+        if isinstance(name, str) and name.startswith(beginning):
+            raise InputError(f"{path} is {what} ({name}): {WHOLE_MODEL}")
+    for part, classes in CLASSES.items():
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if found not in classes:
+            raise InputError(f"{path} has {found!r} as its {part}, bas needs {classes[0]}: {WHOLE_MODEL}")
