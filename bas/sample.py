@@ -12,7 +12,14 @@ from torch import Tensor
 from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
 from bas.models.text import encode_prompts
-from bas.schedulers import clean_and_noise, ddim_step, ddpm_step, dpmpp_2m_step, sampling_timesteps
+from bas.schedulers import (
+    clean_and_noise,
+    ddim_step,
+    ddpm_step,
+    dpmpp_2m_step,
+    previous_timestep,
+    sampling_timesteps,
+)
 
 
 def sample(
@@ -64,7 +71,7 @@ def denoise(
     timesteps = sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
-        prev_t = previous_timestep(timesteps, i, config.sampler, schedule.num_train_timesteps)
+        prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
         output = guided_output(models, z, t, context, negative, config.guidance_scale)
         if config.sampler == "dpmpp_2m":
             z0, _ = clean_and_noise(schedule, z, output, t)
@@ -79,13 +86,6 @@ def denoise(
         if on_step is not None:
             z = on_step(i, prev_t, z)
     return z
-
-
-def previous_timestep(timesteps: list[int], i: int, sampler: str, total: int) -> int:
-    """The timestep that step i ends at; below 0 it is the end. DDIM and DDPM step by T // steps, as they were defined."""
-    if sampler == "dpmpp_2m":
-        return timesteps[i + 1] if i + 1 < len(timesteps) else -1
-    return timesteps[i] - total // len(timesteps)
 
 
 def guided_output(models: Models, z: Tensor, t: int, context: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -129,12 +129,23 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     if not 1 <= steps or points > total:
         raise InputError(f"{steps} denoising steps: this model was trained with {total} timesteps, so ask for fewer")
     if spacing == "leading":
-        timesteps = torch.arange(points).flip(0) * (total // points) + schedule.steps_offset
+        timesteps = [i * (total // points) + schedule.steps_offset for i in reversed(range(points))]
     elif spacing == "linspace":
-        timesteps = torch.linspace(0, total - 1, points, dtype=torch.float64).round().flip(0)
+        gap = (total - 1) / max(points - 1, 1)
+        timesteps = [round(i * gap) for i in reversed(range(points))]
     else:
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
-    return [min(int(t), total - 1) for t in timesteps[:steps]]
+        timesteps = [round(total - i * total / steps) - 1 for i in range(steps)]
+    return [min(t, total - 1) for t in timesteps[:steps]]
+
+
+def previous_timestep(schedule: NoiseSchedule, timesteps: list[int], i: int, sampler: str = "ddim") -> int:
+    """The timestep at which step i of a sampling run ends; below 0 it is the end.
+
+    DDIM steps by T // steps, as it was defined. With "linspace" spacing that is not quite the next timestep.
+    """
+    if sampler == "ddim":
+        return timesteps[i] - schedule.num_train_timesteps // len(timesteps)
+    return timesteps[i + 1] if i + 1 < len(timesteps) else -1
 
 
 def ddpm_step(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int, prev_t: int, noise: Tensor) -> Tensor:
