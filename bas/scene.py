@@ -28,16 +28,26 @@ MASK_NAME = re.compile(r"mask(\d+)\.png")
 
 @dataclass(frozen=True)
 class Scene:
-    """What training sees: H and W are multiples of what the model needs."""
+    """One photograph and its concepts, as read and checked, at the photograph's own size."""
 
-    image: Tensor  # (3, H, W) float32 in [-1, 1]
-    masks: Tensor  # (N, H, W) float32 in [0, 1], soft edges kept
+    picture: Image.Image  # RGB, upright
+    masks: list[np.ndarray]  # N arrays (H, W) float32 in [0, 1], soft edges kept
     handles: tuple[str, ...]  # N names such as <asset0>
     words: tuple[str | None, ...]  # N initial words, None for a handle that starts from nothing
 
     def __len__(self) -> int:
         """The number of concepts N."""
         return len(self.handles)
+
+    def tensors(self, resolution: int, multiple: int, square: bool = False) -> tuple[Tensor, Tensor]:
+        """Resize and crop picture and masks together. -> image (3, H, W) in [-1, 1], masks (N, H, W) in [0, 1]
+
+        resolution: pixels of the shorter side; multiple: what both sides are a multiple of; square: cut a square.
+        """
+        size, box = frame(self.picture.size, resolution, multiple, square)
+        image = pixels(fit(self.picture, size, Image.Resampling.BICUBIC).crop(box))
+        layers = [fit(Image.fromarray(mask), size, Image.Resampling.BILINEAR).crop(box) for mask in self.masks]
+        return image, torch.stack([torch.from_numpy(np.array(layer)) for layer in layers])
 
 
 # --- Files to arrays ----------------------------------------------------------------------------------------------
@@ -156,29 +166,34 @@ def name_concepts(config: TrainConfig, folder: Path, count: int) -> tuple[tuple[
     return tuple(handles), tuple(words)
 
 
-def load_scene(config: TrainConfig, resolution: int, multiple: int) -> Scene:
-    """Read, check, resize and crop the scene in `config.instance_data_dir`.
+def load_scene(config: TrainConfig) -> Scene:
+    """Read and check the scene folder `config.instance_data_dir`, before any weights are read.
 
-    resolution: pixels of the shorter side; multiple: both sides become multiples of this many pixels.
     Raises InputError for anything that cannot be used; warns of what is odd but possible.
     """
     folder = Path(config.instance_data_dir)
     image_path, mask_paths = find_files(folder)
     handles, words = name_concepts(config, folder, len(mask_paths))
     picture = read_image(image_path)
-    masks = [_fit_mask(read_mask(path), path, picture, image_path) for path in mask_paths]
+    masks = [_match_size(read_mask(path), path, picture, image_path) for path in mask_paths]
     for i, (path, mask) in enumerate(zip(mask_paths, masks, strict=True)):
         _check_coverage(path, mask)
-        twin = next((other for other, m in zip(mask_paths[:i], masks, strict=False) if np.array_equal(m, mask)), None)
-        if twin is not None:
-            raise InputError(f"{path} is the same mask as {twin.name}: two concepts need two masks")
+        for other, earlier in zip(mask_paths[:i], masks[:i], strict=True):
+            if np.array_equal(mask, earlier):
+                raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
     if len(masks) > MAX_CONCEPTS:
         log.warning("%d concepts: the method works best with up to %d (paper, section 5)", len(masks), MAX_CONCEPTS)
-    (w, h), box = frame(picture.size, resolution, multiple, config.center_crop)
-    picture = picture.resize((w, h), Image.Resampling.BICUBIC) if picture.size != (w, h) else picture
-    pixels = torch.from_numpy(np.asarray(picture.crop(box)).copy()).permute(2, 0, 1).float() / 127.5 - 1
-    layers = [Image.fromarray(mask).resize((w, h), Image.Resampling.BILINEAR).crop(box) for mask in masks]
-    return Scene(pixels, torch.stack([torch.from_numpy(np.array(layer)) for layer in layers]), handles, words)
+    return Scene(picture, masks, handles, words)
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """An RGB picture as the VAE sees it: (3, H, W) float32 in [-1, 1]"""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def fit(picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    """The picture at (W, H), untouched where it has that size already."""
+    return picture if picture.size == size else picture.resize(size, resampling)
 
 
 def frame(
@@ -194,7 +209,7 @@ def frame(
     return resized, (left, top, left + kept[0], top + kept[1])
 
 
-def _fit_mask(mask: np.ndarray, path: Path, picture: Image.Image, image_path: Path) -> np.ndarray:
+def _match_size(mask: np.ndarray, path: Path, picture: Image.Image, image_path: Path) -> np.ndarray:
     """The mask at the picture's size. Another size of the same shape is resized, another shape is an error."""
     (h, w), (image_w, image_h) = mask.shape, picture.size
     if (w, h) == (image_w, image_h):

@@ -1,0 +1,166 @@
+"""What one training step sees: everything that can be computed once, and the random draws of each step.
+
+The photograph never changes, so its VAE posterior is cached for both flips and only sampled per step. All draws come
+from one CPU generator: a seed means the same on every device, and its state is all that a resumed run needs.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from bas.checkpoint import Models
+from bas.config import InputError, Phase, TrainConfig
+from bas.losses import resize_mask
+from bas.models.text import tokenize
+from bas.models.vae import Posterior
+from bas.scene import Scene, draw_subset, subset_prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tensors: B instance rows first, then P class rows. N is the number of concepts of the scene."""
+
+    z0: Tensor  # (B+P, c, h, w) clean latents, scaled
+    eps: Tensor  # (B+P, c, h, w) the noise to add
+    t: Tensor  # (B+P,) timesteps
+    input_ids: Tensor  # (B+P, 77) prompts
+    union: Tensor  # (B, 1, h, w) union of the chosen masks on the latent grid
+    masks: Tensor  # (B, N, gh, gw) the chosen handles' masks on the attention grid
+    positions: Tensor  # (B, N) where the chosen handles stand in the prompt
+    present: Tensor  # (B, N) 1 for a chosen handle, 0 for padding up to N
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; from pinned memory the copy does not wait."""
+        pin = device.type == "cuda"
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: (v.pin_memory() if pin else v).to(device, non_blocking=True) for k, v in moved.items()})
+
+
+@dataclass(frozen=True)
+class View:
+    """The photograph as it is, or mirrored, with what the losses need of its masks. All on the CPU."""
+
+    posterior: Posterior  # (c, h, w) each
+    latent_masks: Tensor  # (N, h, w)
+    attention_masks: Tensor  # (N, gh, gw)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that the steps of a run draw from."""
+
+    views: tuple[View, View]  # as it is, mirrored
+    handle_ids: tuple[int, ...]  # N token ids
+    handles: tuple[str, ...]  # N names
+    class_posterior: Posterior | None  # (M, c, h, w) each: the class images
+    class_ids: Tensor | None  # (M, 77): their prompts
+    scaling_factor: float  # of the VAE
+
+
+def attention_grid(models: Models, latent: tuple[int, int], rows: int | None) -> tuple[int, int]:
+    """The (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or `rows` rows.
+
+    Raises InputError when the UNet has no cross-attention outside its middle on that grid.
+    """
+    h, w = latent
+    grid = (rows, round(rows * w / h)) if rows else (h // 4, w // 4)
+    config = models.unet.config
+    levels = [
+        level for level in range(config.levels) if config.down_has_attention(level) or config.up_has_attention(level)
+    ]
+    grids = [(h >> level, w >> level) for level in levels]
+    if grid not in grids:
+        known = ", ".join(str(rows) for rows, _ in grids)
+        raise InputError(
+            f"this model has no cross-attention on {grid[0]} rows for the attention loss: --attention_grid {known}"
+        )
+    return grid
+
+
+@torch.inference_mode()
+def encode_images(models: Models, images: Tensor) -> Posterior:
+    """VAE posterior of pictures (b, 3, H, W) in [-1, 1], one at a time to keep memory flat. -> on the CPU, float32"""
+    vae = models.vae
+    dtype, device = vae.post_quant_conv.weight.dtype, models.device
+    parts = [vae.encode(image[None].to(device, dtype)) for image in images]
+    return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
+
+
+def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainConfig) -> tuple[View, View]:
+    """Both flips of the scene, encoded. The encoder isn't flip-equivariant, nor is nearest resizing: flip the pixels."""
+    views = []
+    for flip in (False, True):
+        pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)
+        posterior = encode_images(models, pixels[None])
+        h, w = posterior.mean.shape[-2:]
+        grid = attention_grid(models, (h, w), config.attention_grid)
+        views.append(View(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid)))
+    return tuple(views)
+
+
+def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: TrainConfig, class_images) -> Material:
+    """Encode and tokenize once what all steps share.
+
+    image: (3, H, W) in [-1, 1]; masks: (N, H, W); class_images: posterior (M, c, h, w) of the class images or None.
+    """
+    class_ids = None
+    if class_images is not None:
+        prompts = tokenize(models.tokenizer, list(config.class_prompt))
+        class_ids = prompts[torch.arange(len(class_images.mean)) % len(prompts)]
+    return Material(
+        views=prepare_views(models, image, masks, config),
+        handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
+        handles=scene.handles,
+        class_posterior=class_images,
+        class_ids=class_ids,
+        scaling_factor=models.vae.config.scaling_factor,
+    )
+
+
+def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
+    """Where these handles stand in one prompt. ids: (77,). Raises InputError for one that is missing or doubled."""
+    places = []
+    for handle_id in handle_ids:
+        found = (ids == handle_id).nonzero().flatten().tolist()
+        if len(found) != 1:
+            raise InputError(f"a training prompt holds a handle {len(found)} times: each must stand there once")
+        places += found
+    return places
+
+
+def draw_batch(
+    material: Material, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
+) -> Batch:
+    """Draw one batch (paper, section 3.2): for each row a subset, a flip, a posterior sample, a timestep and noise."""
+    count = len(material.handles)
+    means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
+    for _ in range(config.train_batch_size):
+        chosen = draw_subset(count, config.subset_sampling, generator)
+        view = material.views[int(torch.rand((), generator=generator) < config.flip_probability)]
+        means.append(view.posterior.mean)
+        deviations.append((0.5 * view.posterior.logvar).exp())
+        row = tokenize(models.tokenizer, [subset_prompt([material.handles[i] for i in chosen])])[0]
+        ids.append(row)
+        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True))
+        padded = chosen + [i for i in range(count) if i not in chosen]
+        masks.append(view.attention_masks[padded])
+        places = handle_positions(row, [material.handle_ids[i] for i in chosen])
+        positions.append(torch.tensor(places + [0] * (count - len(chosen))))
+        present.append(torch.tensor([1.0] * len(chosen) + [0.0] * (count - len(chosen))))
+    if phase.prior:
+        index = torch.randint(len(material.class_ids), (config.train_batch_size,), generator=generator)
+        means += material.class_posterior.mean[index]
+        deviations += (0.5 * material.class_posterior.logvar[index]).exp()
+        ids += material.class_ids[index]
+    mean, deviation = torch.stack(means), torch.stack(deviations)
+    return Batch(
+        z0=(mean + deviation * torch.randn(mean.shape, generator=generator)) * material.scaling_factor,
+        eps=torch.randn(mean.shape, generator=generator),
+        t=torch.randint(models.schedule.num_train_timesteps, (len(mean),), generator=generator),
+        input_ids=torch.stack(ids),
+        union=torch.stack(unions),
+        masks=torch.stack(masks),
+        positions=torch.stack(positions),
+        present=torch.stack(present),
+    )

@@ -1,0 +1,98 @@
+"""Class images for the prior preservation loss (METHOD: `L_prior`, after Ruiz et al. 2023): made once, then cached.
+
+They depend on the weights, the prompts, the size and the sampling settings, not on the scene. The folder is named
+after a hash of exactly these, so that any run with the same base and settings finds them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from bas.batches import encode_images
+from bas.checkpoint import Models, cache_dir
+from bas.config import InputError, SampleConfig, TrainConfig
+from bas.models.vae import Posterior
+from bas.sample import decode, generate, to_pictures
+from bas.scene import pixels, read_image
+
+log = logging.getLogger(__name__)
+
+KEY_FILE = "key.json"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def cache_key(config: TrainConfig, base_hash: str, settings: SampleConfig) -> dict:
+    """Everything that a generated class image depends on, image i taking prompt i (cyclic) and seed + i."""
+    chosen = asdict(settings)
+    del chosen["batch_size"], chosen["num_images"]
+    return {"base": base_hash, "prompts": list(config.class_prompt), "precision": config.mixed_precision, **chosen}
+
+
+def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
+    """Where the class images live, and whether they are ours to key. Raises InputError if another run made them."""
+    if config.class_data_dir is None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return cache_dir() / "class_images" / digest, True
+    folder = Path(config.class_data_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--class_data_dir {folder} is not a folder")
+    noted = folder / KEY_FILE
+    if not noted.exists():
+        return folder, not _pictures(folder)
+    made_with = json.loads(noted.read_text(encoding="utf-8"))
+    differs = [name for name in key if made_with.get(name) != key[name]]
+    if differs:
+        raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
+    return folder, True
+
+
+def class_images(
+    models: Models,
+    config: TrainConfig,
+    base_hash: str,
+    size: tuple[int, int],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Posterior:
+    """The VAE posteriors of `num_class_images` class images of (rows, columns) pixels, generating what is missing.
+
+    -> (M, c, h, w) each, on the CPU. `progress(done, total)` is called after each generated batch.
+    """
+    settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
+    key = cache_key(config, base_hash, settings)
+    folder, keyed = find_folder(config, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    if keyed and not (folder / KEY_FILE).exists():
+        (folder / KEY_FILE).write_text(json.dumps(key, indent=2), encoding="utf-8")
+    found = len(_pictures(folder))
+    if found < config.num_class_images:
+        log.info("generating %d class images into %s", config.num_class_images - found, folder)
+        _generate_missing(models, config, settings, folder, found, progress)
+    chosen = _pictures(folder)[: config.num_class_images]
+    images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
+    return encode_images(models, torch.stack([pixels(image) for image in images]))
+
+
+def _generate_missing(
+    models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int, progress: Callable
+) -> None:
+    total, prompts = config.num_class_images, config.class_prompt
+    for start in range(found, total, config.sample_batch_size):
+        batch = range(start, min(start + config.sample_batch_size, total))
+        texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
+        pictures = to_pictures(decode(models, generate(texts, seeds, models, settings)))
+        for i, picture in zip(batch, pictures, strict=True):
+            unfinished = folder / f".{i:05d}.tmp"
+            picture.save(unfinished, format="PNG")
+            os.replace(unfinished, folder / f"{i:05d}.png")
+        progress(batch[-1] + 1 - found, total - found)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []

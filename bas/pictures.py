@@ -1,0 +1,93 @@
+"""Pictures for people: grids with labels, masks and attention maps laid over the photograph."""
+
+import json
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+# One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).
+CONCEPT_COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+PAPER, INK = (255, 255, 255), (30, 30, 30)
+MARGIN = 8
+
+
+def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, title: str = "") -> Image.Image:
+    """Rows of pictures, each scaled to fit a square cell, its label below; rows may differ in length."""
+    font = ImageFont.load_default(size=max(11, cell // 14))
+    line = sum(font.getmetrics())
+    wrapped = [[wrap(text, font, cell) for text in row] for row in labels]
+    heights = [cell + line * max(len(lines) for lines in row) + 2 * MARGIN for row in wrapped]
+    top = line + 2 * MARGIN if title else MARGIN
+    width = MARGIN + max(len(row) for row in rows) * (cell + MARGIN)
+    sheet = Image.new("RGB", (width, top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, font)
+    for pictures, texts, height in zip(rows, wrapped, heights, strict=True):
+        for column, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+            left = MARGIN + column * (cell + MARGIN)
+            sheet.paste(enlarge(picture, cell), (left, top))
+            draw.multiline_text((left, top + cell + 2), "\n".join(lines), INK, font, spacing=0)
+        top += height
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a label into lines that fit the width in pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]
+
+
+def enlarge(picture: Image.Image, cell: int) -> Image.Image:
+    """Scale to fit a square cell, keeping the shape, on paper colour."""
+    scale = cell / max(picture.size)
+    resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    fitted = picture.convert("RGB").resize([max(1, round(side * scale)) for side in picture.size], resampling)
+    framed = Image.new("RGB", (cell, cell), PAPER)
+    framed.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
+    return framed
+
+
+def tint_masks(picture: Image.Image, masks: list[np.ndarray]) -> Image.Image:
+    """The photograph with each mask (H, W) in 0..1 tinted in its concept's colour."""
+    canvas = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    for mask, colour in zip(masks, _colours(len(masks)), strict=True):
+        alpha = 0.5 * mask[..., None]
+        canvas = canvas * (1 - alpha) + np.array(colour, dtype=np.float32) * alpha
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def _colours(count: int) -> list[tuple[int, int, int]]:
+    return [CONCEPT_COLOURS[i % len(CONCEPT_COLOURS)] for i in range(count)]
+
+
+def heat(values: np.ndarray, picture: Image.Image) -> Image.Image:
+    """An attention map (h, w), scaled to its maximum, as brightness over a darkened photograph."""
+    peak = values.max()
+    scaled = values / peak if peak > 0 else np.zeros_like(values)
+    light = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+    alpha = np.asarray(light, dtype=np.float32)[..., None] / 255
+    base = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.35
+    glow = np.array((255, 208, 74), dtype=np.float32)
+    return Image.fromarray((base * (1 - alpha) + glow * alpha).round().astype(np.uint8))
+
+
+def save_picture(picture: Image.Image, path, settings: dict) -> None:
+    """Write a picture with the settings that made it: as PNG text `bas`, or as the comment of a JPEG."""
+    note = json.dumps(settings)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("bas", note)
+    extra = {"pnginfo": info} if str(path).lower().endswith(".png") else {"comment": note.encode(), "quality": 95}
+    picture.save(path, **extra)

@@ -1,0 +1,73 @@
+"""Preview of a run in training: what each handle draws, and where it looks."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bas.batches import attention_grid, encode_images, handle_positions
+from bas.checkpoint import Models
+from bas.config import SampleConfig, TrainConfig
+from bas.losses import average_maps, handle_maps
+from bas.models.text import encode_ids, tokenize
+from bas.pictures import grid, heat, tint_masks
+from bas.sample import sample, standard_normal, to_pictures
+from bas.scene import subset_prompt
+from bas.schedulers import add_noise
+
+CELL = 192  # pixels of one picture on the sheet
+LOOK_AT = 0.5  # the share of the noise schedule at which attention is looked at
+
+
+def write_preview(
+    folder: Path,
+    models: Models,
+    handles: tuple[str, ...],
+    image: Tensor,
+    masks: Tensor,
+    config: TrainConfig,
+    step: int,
+) -> None:
+    """Write RUN/previews/step-NNNNNN.png: the scene, each handle alone, all together, attention beside masks.
+
+    image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1].
+    """
+    (photo,) = to_pictures(image[None] / 2 + 0.5)
+    prompts = [subset_prompt([handle]) for handle in handles]
+    if len(handles) > 1:
+        prompts.append(subset_prompt(handles))
+    settings = SampleConfig(
+        num_inference_steps=config.preview_inference_steps,
+        height=image.shape[1],
+        width=image.shape[2],
+        seed=config.seed,
+    )
+    with torch.compiler.set_stance("force_eager"):  # other batch sizes than training's would compile anew
+        drawn = sample(models, prompts, settings)
+        maps = scene_attention(models, handles, image, config)
+    looks: list[Image.Image] = [heat(values.numpy(), photo) for values in maps]
+    wanted = [tint_masks(photo, [mask.numpy()]) for mask in masks]
+    pairs = [picture for pair in zip(wanted, looks, strict=True) for picture in pair]
+    names = [name for handle in handles for name in (f"mask of {handle}", f"attention of {handle}")]
+    scene = [tint_masks(photo, [mask.numpy() for mask in masks]), *drawn]
+    sheet = grid([scene, pairs], [["scene and masks", *prompts], names], CELL, title=f"step {step}")
+    path = folder / "previews" / f"step-{step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
+    sheet.save(path)
+
+
+@torch.no_grad()
+def scene_attention(models: Models, handles: tuple[str, ...], image: Tensor, config: TrainConfig) -> Tensor:
+    """Each handle's averaged attention map on the scene itself, half noised. image: (3, H, W) -> (N, gh, gw) on CPU"""
+    schedule, device = models.schedule, models.device
+    z0 = encode_images(models, image[None]).mean * models.vae.config.scaling_factor
+    eps = standard_normal(z0.shape[1:], [torch.Generator().manual_seed(config.seed)])
+    t = torch.tensor([int(LOOK_AT * schedule.num_train_timesteps)])
+    ids = tokenize(models.tokenizer, [subset_prompt(handles)])
+    positions = handle_positions(ids[0], models.tokenizer.convert_tokens_to_ids(list(handles)))
+    context = encode_ids(models.text_encoder, ids.to(device))
+    z_t = add_noise(schedule, z0, eps, t).to(device)
+    grid_size = attention_grid(models, tuple(z0.shape[-2:]), config.attention_grid)
+    maps = models.unet(z_t, t.to(device), context, return_maps=grid_size).maps
+    return handle_maps(average_maps(maps), torch.tensor([positions], device=device))[0].cpu()

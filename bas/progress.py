@@ -1,0 +1,40 @@
+"""One line that tells how far a run is: redrawn on a terminal, now and then a new line in a log file."""
+
+import sys
+import time
+from typing import TextIO
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """Counts the steps of one stage and prints speed and time left, measured since the stage began."""
+
+    def __init__(self, stage: str, total: int, done: int = 0, stream: TextIO | None = None):
+        self.stage, self.total, self.first = stage, total, done
+        self.stream = sys.stderr if stream is None else stream
+        self.live = self.stream.isatty()
+        self.began = self.printed = time.monotonic()
+
+    def show(self, done: int, values: dict[str, float] | None = None) -> None:
+        """Print the state after `done` of `total` steps, with named values beside it."""
+        now, finished = time.monotonic(), done >= self.total
+        if not self.live and not finished and now - self.printed < 10:
+            return
+        self.printed = now
+        speed = (done - self.first) / max(now - self.began, 1e-9)
+        left = clock((self.total - done) / speed) if speed else "?"
+        parts = [
+            f"{self.stage} {done}/{self.total}",
+            *(f"{name} {value:.4f}" for name, value in (values or {}).items()),
+        ]
+        line = "  ".join([*parts, f"{speed:.2f} steps/s", f"{left} left"])
+        self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
+        if self.live and finished:
+            self.stream.write("\n")
+        self.stream.flush()

@@ -1,0 +1,172 @@
+"""The folder of one training run: metrics, resumable checkpoints, and the finished model with its concepts.
+
+    RUN/unet vae text_encoder tokenizer scheduler model_index.json    the tuned model, as diffusers reads it
+    RUN/concepts.safetensors    the handles' rows, names, masks, settings and the base's hash
+    RUN/settings.json    RUN/metrics.jsonl    RUN/previews/    RUN/checkpoints/ (while training)
+
+Every file is whole or absent: it is written beside its place, synced and renamed. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bas.config import InputError
+from bas.files import read_json, read_tensors, sync, write_json, write_tensors
+
+log = logging.getLogger(__name__)
+
+CONCEPTS = "concepts.safetensors"
+METRICS = "metrics.jsonl"
+SETTINGS = "settings.json"
+CHECKPOINTS = "checkpoints"
+STATE, NOTE = "state.safetensors", "state.json"
+MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut off and does not count
+
+
+def prepare_folder(folder: Path, resuming: bool) -> None:
+    """Make the run folder. Raises InputError if it cannot be written or already holds a finished run."""
+    if (folder / CONCEPTS).exists():
+        raise InputError(f"{folder} already holds a finished run: choose another --output_dir or remove it")
+    if not resuming and (folder / METRICS).exists():
+        raise InputError(f"{folder} holds an unfinished run: add --resume_from_checkpoint latest, or remove the folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+
+
+# --- Metrics ------------------------------------------------------------------------------------------------------
+
+
+class MetricsLog:
+    """One JSON line per optimizer step. Values stay on the device until they are read together, so no step waits."""
+
+    def __init__(self, path: Path, length: int = 0):
+        self.path, self.pending = path, []
+        with path.open("ab") as file:
+            file.truncate(length)
+
+    def add(self, phase: str, step: int, lr: float, values: dict[str, Tensor]) -> None:
+        """Note one step; values are 0-dim tensors."""
+        self.pending.append(({"phase": phase, "step": step, "lr": lr}, values))
+
+    def flush(self) -> list[dict]:
+        """Read all pending values at once, append their lines to the file, and return them, oldest first."""
+        values = [value.detach().float() for _, values in self.pending for value in values.values()]
+        numbers = iter(torch.stack(values).tolist() if values else [])
+        rows = [head | {name: next(numbers) for name in values} for head, values in self.pending]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self.pending = []
+        return rows
+
+    @property
+    def length(self) -> int:
+        """Bytes on disk, for a resumed run to cut back to."""
+        return self.path.stat().st_size
+
+
+# --- Resumable checkpoints ----------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state as flat tensors, `optimizer.<index>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, row in state.items() for name, v in row.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`, into an optimizer over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], note: dict, keep: int) -> Path:
+    """Write RUN/checkpoints/step-NNNNNN, its manifest last; when it is whole, remove all but the newest `keep`."""
+    parent = run / CHECKPOINTS
+    folder, temporary = parent / f"step-{step:06d}", parent / f".step-{step:06d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_tensors(temporary / STATE, tensors)
+    write_json(temporary / NOTE, note)
+    write_json(temporary / MANIFEST, {name: _describe(temporary / name) for name in (STATE, NOTE)})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    sync(parent)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _describe(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in (run / CHECKPOINTS).glob(f"step-*/{MANIFEST}"))
+
+
+def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names; None where `latest` finds none, which it says.
+
+    Raises InputError when an explicit one is missing.
+    """
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        whole = list_checkpoints(run)
+        if not whole:
+            log.warning("there is no checkpoint in %s yet: starting anew", run)
+        return whole[-1] if whole else None
+    folder = Path(wanted)
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"--resume_from_checkpoint {folder}: there is no whole checkpoint there")
+    return folder
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and note of a checkpoint, checked against its manifest. Raises InputError for a damaged one."""
+    for name, expected in read_json(folder / MANIFEST).items():
+        if not (folder / name).is_file() or _describe(folder / name) != expected:
+            raise InputError(f"checkpoint {folder} is damaged: {name} is not what was written")
+    return read_tensors(folder / STATE)[0], read_json(folder / NOTE)
+
+
+# --- The concepts file --------------------------------------------------------------------------------------------
+
+
+def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str], note: dict) -> None:
+    """The small file that says what a run learnt. rows: (N, d) float32; masks: (N, H, W) in 0..1, kept as 8 bits."""
+    tensors = {"handles": rows.float(), "masks": (masks * 255).round().to(torch.uint8)}
+    metadata = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(note)}
+    write_tensors(run / CONCEPTS, tensors, metadata)
+
+
+def read_concepts(run: Path) -> tuple[dict[str, Tensor], list[str], dict]:
+    """Tensors, handles and note of a run's concepts file. Raises InputError for a file that is something else."""
+    tensors, metadata = read_tensors(run / CONCEPTS)
+    if metadata.get("bas") != "concepts-1":
+        raise InputError(f"{run / CONCEPTS} was not written by bas")
+    return tensors, json.loads(metadata["handles"]), json.loads(metadata["note"])

@@ -1,0 +1,334 @@
+"""The two-phase training of Break-A-Scene (paper, section 3), read top to bottom.
+
+Phase 1 trains the new handles alone; phase 2 trains the UNet and the text encoder as well. Both run through the same
+loop and the same `training_step`: a phase is a row of data (`TrainConfig.phases`).
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bas import __version__
+from bas.batches import Batch, Material, draw_batch, prepare
+from bas.checkpoint import Models, load, save_model, weights_hash
+from bas.class_images import class_images
+from bas.config import InputError, Phase, TrainConfig
+from bas.files import write_json
+from bas.hub import find
+from bas.losses import attention_loss, average_maps, masked_mse
+from bas.machine import DTYPES, autocast, pick_device, pick_precision
+from bas.models.text import add_handles, encode_ids
+from bas.preview import write_preview
+from bas.progress import Progress
+from bas.run_folder import (
+    CHECKPOINTS,
+    METRICS,
+    SETTINGS,
+    MetricsLog,
+    find_checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    prepare_folder,
+    restore_optimizer,
+    save_checkpoint,
+    save_concepts,
+)
+from bas.scene import Scene, load_scene
+from bas.schedulers import add_noise, training_target
+
+log = logging.getLogger(__name__)
+
+# A resumed run may change where things lie and how it is watched; every other setting must stay as it was.
+FREE_ON_RESUME = {
+    "instance_data_dir",
+    "pretrained_model_name_or_path",
+    "output_dir",
+    "class_data_dir",
+    "sample_batch_size",
+    "log_steps",
+    "img_log_steps",
+    "preview_inference_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "save_precision",
+}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss is no longer a finite number."""
+
+
+# --- One step -----------------------------------------------------------------------------------------------------
+
+
+def training_step(models: Models, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch (paper, section 3.2), and its unweighted parts as 0-dim tensors.
+
+    L = L_rec (eq. 1) + prior_loss_weight x L_prior + lambda_attention x L_attn (eq. 2)
+    """
+    instances = len(batch.union)
+    context = encode_ids(models.text_encoder, batch.input_ids)
+    z_t = add_noise(models.schedule, batch.z0, batch.eps, batch.t)
+    target = training_target(models.schedule, batch.z0, batch.eps, batch.t)
+    grid = tuple(batch.masks.shape[-2:]) if config.lambda_attention else False
+    prediction, maps = models.unet(z_t, batch.t, context, return_maps=grid)
+
+    mask = batch.union if config.apply_masked_loss else torch.ones_like(batch.union)
+    loss = masked_mse(prediction[:instances], target[:instances], mask, config.normalize_masked_loss)
+    parts = {"reconstruction": loss}
+    if len(prediction) > instances:
+        parts["prior"] = F.mse_loss(prediction[instances:].float(), target[instances:].float())
+        loss = loss + config.prior_loss_weight * parts["prior"]
+    if config.lambda_attention:
+        average = average_maps([m._replace(probs=m.probs[:instances]) for m in maps])
+        parts["attention"] = attention_loss(average, batch.positions, batch.masks, batch.present)
+        loss = loss + config.lambda_attention * parts["attention"]
+    return loss, parts
+
+
+def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter]:
+    """Freeze everything but what this phase trains, and return that by name, in a fixed order."""
+    embedding, text = models.text_encoder.get_input_embeddings(), models.text_encoder.named_parameters()
+    groups = {
+        "handles": {"handles": embedding.handles},
+        "embedding": {"embedding": embedding.weight},
+        "unet": {f"unet.{name}": p for name, p in models.unet.named_parameters()},
+        "text_encoder": {f"text_encoder.{name}": p for name, p in text if "token_embedding" not in name},
+    }
+    for module in (models.unet, models.vae, models.text_encoder):
+        module.requires_grad_(False)
+    trained = {name: p for group in phase.trains for name, p in groups[group].items()}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return trained
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or Adam with the settings of the config, as one fused kernel on a GPU. The loop sets the rate."""
+    parameters = list(parameters)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    return kind(parameters, 0.0, betas, config.adam_epsilon, decay, fused=parameters[0].is_cuda)
+
+
+def optimizer_step(
+    models: Models,
+    batches: Iterable[Batch],
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    clipped: list[nn.Parameter],
+    precision: str,
+) -> dict[str, Tensor]:
+    """Accumulate the gradient of the batches, clip it, step. -> the losses' means and the norm before clipping"""
+    share, sums = 1 / config.gradient_accumulation_steps, {}
+    for batch in batches:
+        with autocast(models.device, precision):
+            loss, parts = training_step(models, batch, config)
+        scaler.scale(loss * share).backward()
+        for name, value in {"loss": loss, **parts}.items():
+            sums[name] = sums.get(name, 0) + value.detach() * share
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(clipped, config.max_grad_norm or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    for parameter in clipped:
+        parameter.grad = None
+    return {**sums, "grad_norm": norm}
+
+
+def lr_factor(config: TrainConfig, step: int, total: int) -> float:
+    """What the learning rate is multiplied by at this step (from 0) of a phase of `total` steps."""
+    warmup, kind = config.lr_warmup_steps, config.lr_scheduler
+    if kind != "constant" and step < warmup:
+        return step / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if kind == "linear":
+        return 1 - done
+    if kind == "polynomial":
+        return (1 - done) ** config.lr_power
+    if kind.startswith("cosine"):
+        cycles = config.lr_num_cycles if kind == "cosine_with_restarts" else 1
+        return 0.5 * (1 + math.cos(math.pi * (cycles * done % 1.0)))
+    return 1.0
+
+
+# --- The run ------------------------------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig) -> Path:
+    """Learn the concepts of one scene and write the run folder; returns its path.
+
+    Raises InputError for anything wrong with the input, before weights are read, and TrainingError when a loss stops
+    being finite.
+    """
+    run = start(config)
+    begin = 0
+    for phase in config.phases:
+        train_phase(run, phase, begin)
+        begin += phase.steps
+    finish(run)
+    return run.folder
+
+
+@dataclass
+class Run:
+    """What a run holds from its start to its end."""
+
+    config: TrainConfig
+    folder: Path
+    scene: Scene
+    models: Models
+    precision: str  # "no", "fp16" or "bf16"
+    image: Tensor  # (3, H, W) in [-1, 1]
+    masks: Tensor  # (N, H, W) in [0, 1]
+    material: Material
+    facts: dict  # settings, handles, hash of the base, version: what a resumed run must share
+    generator: torch.Generator  # the source of every random draw of the steps
+    metrics: MetricsLog
+    done: int = 0  # steps that a checkpoint brings along
+    saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
+    scaler_state: dict = field(default_factory=dict)  # and its loss scale
+
+
+def start(config: TrainConfig) -> Run:
+    """Check the input, load the models, and compute what all steps share."""
+    # Everything that can be wrong with the input is found before weights are read.
+    scene, folder = load_scene(config), Path(config.output_dir)
+    if not config.phases:
+        raise InputError("both phases have 0 steps: there is nothing to train")
+    base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
+    precision = pick_precision(config.mixed_precision, device)
+    if config.exact_phase1 and precision == "fp16":
+        raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
+    checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+    base_hash = weights_hash(base)
+    facts = {"config": asdict(config), "handles": list(scene.handles), "base": base_hash, "version": __version__}
+    saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+    if checkpoint:
+        check_resumable(checkpoint, facts, note["facts"])
+    write_json(folder / SETTINGS, facts)
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    models = load(base, device=device)
+    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    class_posterior = None
+    if any(phase.prior for phase in config.phases):
+        bar = Progress("class images", config.num_class_images)
+        with autocast(device, precision):
+            class_posterior = class_images(models, config, base_hash, tuple(image.shape[-2:]), bar.show)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    models.handles = scene.handles
+    material = prepare(models, scene, image, masks, config, class_posterior)
+    if config.compile:
+        models.unet.compile(fullgraph=True)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    if checkpoint:
+        generator.set_state(saved["generator"])
+    metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
+    run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
+    run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
+    return run
+
+
+def train_phase(run: Run, phase: Phase, begin: int) -> None:
+    """Train one phase, which begins after `begin` steps of the run, from wherever the run stands."""
+    config, models, end = run.config, run.models, begin + phase.steps
+    trained = trainable_parameters(models, phase)
+    optimizer = build_optimizer(trained.values(), config)
+    scaler = torch.amp.GradScaler(models.device.type, enabled=run.precision == "fp16")
+    if run.done > begin:
+        restore_parameters(trained, run.saved)
+    if begin < run.done < end:
+        restore_optimizer(optimizer, run.saved)
+        scaler.load_state_dict(run.scaler_state)
+    clipped = list(trained.values())
+    if phase.trains == ("handles",) and config.exact_phase1:
+        clipped.append(models.text_encoder.get_input_embeddings().weight.requires_grad_(True))
+
+    bar = Progress(phase.name, phase.steps, max(0, run.done - begin))
+    for step in range(max(begin, run.done) + 1, end + 1):  # counted from 1, over both phases
+        lr = phase.lr * lr_factor(config, step - begin - 1, phase.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = (
+            draw_batch(run.material, models, phase, config, run.generator).to(models.device)
+            for _ in range(config.gradient_accumulation_steps)
+        )
+        values = optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
+        run.metrics.add(phase.name, step, lr, values)
+
+        if step % config.log_steps == 0 or step == end or models.device.type == "cpu":
+            bar.show(step - begin, read_metrics(run))
+        if config.checkpointing_steps and step % config.checkpointing_steps == 0:
+            save_state(run, step, trained, optimizer, scaler)
+        if config.img_log_steps and step % config.img_log_steps == 0:
+            with autocast(models.device, run.precision):
+                write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
+
+
+def read_metrics(run: Run) -> dict[str, float]:
+    """Write the pending metrics and return the newest losses. Raises TrainingError if one is not finite."""
+    rows = run.metrics.flush()
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value) and name != "grad_norm":
+                raise TrainingError(
+                    f"{row['phase']} step {row['step']}: {name} is {value}; "
+                    f"lower the learning rate or use --mixed_precision no. The last checkpoint is kept in {run.folder}"
+                )
+    newest = rows[-1] if rows else {}
+    return {name: value for name, value in newest.items() if name not in ("phase", "step", "lr", "grad_norm")}
+
+
+def save_state(
+    run: Run,
+    step: int,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Save all that a resumed run needs to go on as if nothing had happened."""
+    read_metrics(run)
+    tensors = {f"trained.{name}": parameter for name, parameter in trained.items()}
+    tensors |= optimizer_tensors(optimizer) | {"generator": run.generator.get_state()}
+    note = {"step": step, "metrics": run.metrics.length, "scaler": scaler.state_dict(), "facts": run.facts}
+    save_checkpoint(run.folder, step, tensors, note, run.config.checkpoints_total_limit)
+
+
+def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    """Copy a checkpoint's values into the parameters a phase trains."""
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[f"trained.{name}"])
+
+
+def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
+    """Raises InputError unless the checkpoint was made with these settings, handles and base weights."""
+    ours, theirs = ({k: v for k, v in f["config"].items() if k not in FREE_ON_RESUME} for f in (facts, noted))
+    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
+    differs = [f"--{name}" for name in ours if ours[name] != theirs.get(name)]
+    differs += [what for what in ("handles", "base") if facts[what] != noted[what]]
+    if differs:
+        raise InputError(
+            f"{checkpoint} was made with another {', '.join(differs)}: resume with the same, or start anew"
+        )
+
+
+def finish(run: Run) -> None:
+    """Write the tuned model, then the concepts file that marks the run as finished; drop the checkpoints."""
+    save_model(run.models, run.folder, DTYPES[run.config.save_precision])
+    rows = run.models.text_encoder.get_input_embeddings().handles
+    save_concepts(run.folder, rows, run.masks, run.scene.handles, run.facts)
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)

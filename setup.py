@@ -1,0 +1,35 @@
+"""Packaging of bas. The shipped weights travel inside the package, as bas/weights."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1] for line in (ROOT / "bas" / "__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="bas",
+    version=VERSION,
+    description="Break-A-Scene in plain PyTorch: several concepts out of one photograph",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["bas", "bas.*"]), "bas.weights"],
+    package_dir={"bas.weights": "weights"},
+    package_data={"bas": ["py.typed", "assets/**/*"], "bas.weights": ["**/*"]},
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=5.3",
+        "tokenizers>=0.20",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.30",
+        "einops>=0.8",
+        "numpy>=1.26",
+        "pillow>=12.2",
+    ],
+    extras_require={"test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11"]},
+    entry_points={"console_scripts": ["bas = bas.cli:main"]},
+)
