@@ -55,6 +55,11 @@ class Models:
         return self
 
     @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
     def size_multiple(self) -> int:
         """Both sides of a picture must be a multiple of this many pixels."""
         return self.vae.config.factor * 2 ** (self.unet.config.levels - 1)

@@ -6,12 +6,12 @@ the VAE's attention is written as 1x1 convolutions, and SD 2's text tower (open_
 names its position table without `.weight`.
 """
 
-from collections.abc import Iterable
+import re
 
 import torch
 from torch import Tensor
 
-from bas.config import InputError, UNetConfig, VAEConfig
+from bas.config import UNetConfig, VAEConfig
 
 Table = dict[str, str]  # our module path -> the original one
 
@@ -145,3 +145,71 @@ def rename(key: str, table: Table) -> str | None:
 def inverse(table: Table) -> Table:
     """The table read from right to left."""
     return {theirs: ours for ours, theirs in table.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Whole files
+# --------------------------------------------------------------------------------------------------------------
+
+
+def from_original(tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig) -> dict[str, dict[str, Tensor]]:
+    """A single file's tensors by component, under our names. A key unknown here keeps its own name."""
+    sections = (
+        ("unet", UNET, inverse(unet_table(unet))),
+        ("vae", VAE, inverse(vae_table(vae))),
+        ("text_encoder", OPEN_CLIP, inverse(open_clip_table(OPEN_CLIP_LAYERS))),
+    )
+    ours: dict[str, dict[str, Tensor]] = {component: {} for component, _, _ in sections}
+    for key, tensor in tensors.items():
+        component, prefix, table = next((s for s in sections if key.startswith(s[1])), ("unet", "", {}))
+        if key in UNUSED or key.startswith(UNUSED_PREFIXES):
+            continue
+        if key.startswith(CLIP):
+            ours["text_encoder"][key.removeprefix(CLIP).removeprefix("text_model.")] = tensor
+        elif prefix == OPEN_CLIP and (special := _from_open_clip(key.removeprefix(prefix), tensor)) is not None:
+            ours[component] |= special
+        else:
+            ours[component][rename(key.removeprefix(prefix), table) or key] = tensor
+    return ours
+
+
+def to_original(
+    ours: dict[str, dict[str, Tensor]], unet: UNetConfig, vae: VAEConfig, open_clip: bool
+) -> dict[str, Tensor]:
+    """The tensors of a single file, from those of the components; the text tower as in SD 2 if `open_clip`."""
+    unet_names, vae_names = unet_table(unet), vae_table(vae)
+    tensors = {UNET + rename(key, unet_names): tensor for key, tensor in ours["unet"].items()}
+    for key, tensor in ours["vae"].items():
+        is_projection = ".attentions." in key and tensor.ndim == 2
+        tensors[VAE + rename(key, vae_names)] = tensor[:, :, None, None] if is_projection else tensor
+    if open_clip:
+        text = _to_open_clip(ours["text_encoder"])
+        return tensors | {OPEN_CLIP + key: tensor for key, tensor in text.items()}
+    return tensors | {f"{CLIP}text_model.{key}": tensor for key, tensor in ours["text_encoder"].items()}
+
+
+def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """What the table of SD 2's text tower cannot say: the position table, the unused layer, fused (3d, ...) inputs."""
+    if key == "positional_embedding":
+        return {"embeddings.position_embedding.weight": tensor}
+    layer = re.match(r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_(weight|bias)$)?", key)
+    if layer and int(layer[1]) >= OPEN_CLIP_LAYERS:
+        return {}
+    if layer and layer[2] and len(tensor) % 3 == 0:
+        attention = f"encoder.layers.{layer[1]}.self_attn"
+        return {f"{attention}.{x}_proj.{layer[3]}": part for x, part in zip("qkv", tensor.chunk(3), strict=True)}
+    return None
+
+
+def _to_open_clip(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SD 2's text tower under open_clip's names, without that file's unused last layer."""
+    table, theirs = open_clip_table(OPEN_CLIP_LAYERS), {}
+    for key, tensor in ours.items():
+        if key == "embeddings.position_embedding.weight":
+            theirs["positional_embedding"] = tensor
+        elif query := re.fullmatch(r"(encoder\.layers\.(\d+)\.self_attn\.)q_proj\.(weight|bias)", key):
+            fused = torch.cat([ours[f"{query[1]}{x}_proj.{query[3]}"] for x in "qkv"])
+            theirs[f"transformer.resblocks.{query[2]}.attn.in_proj_{query[3]}"] = fused
+        elif not re.search(r"\.[kv]_proj\.", key):
+            theirs[rename(key, table)] = tensor
+    return theirs
