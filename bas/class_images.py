@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from bas.batches import encode_images
 from bas.checkpoint import Models, cache_dir
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.models.vae import Posterior
+from bas.progress import Progress
 from bas.sample import decode, generate, to_pictures
 from bas.scene import pixels, read_image
 
@@ -58,11 +58,10 @@ def class_images(
     config: TrainConfig,
     base_hash: str,
     size: tuple[int, int],
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Posterior:
     """The VAE posteriors of `num_class_images` class images of (rows, columns) pixels, generating what is missing.
 
-    -> (M, c, h, w) each, on the CPU. `progress(done, total)` is called after each generated batch.
+    -> (M, c, h, w) each, on the CPU.
     """
     settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
     key = cache_key(config, base_hash, settings)
@@ -73,15 +72,14 @@ def class_images(
     found = len(_pictures(folder))
     if found < config.num_class_images:
         log.info("generating %d class images into %s", config.num_class_images - found, folder)
-        _generate_missing(models, config, settings, folder, found, progress)
+        _generate_missing(models, config, settings, folder, found)
     chosen = _pictures(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
     return encode_images(models, torch.stack([pixels(image) for image in images]))
 
 
-def _generate_missing(
-    models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int, progress: Callable
-) -> None:
+def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:
+    bar = Progress("class images", config.num_class_images, found, unit="images")
     total, prompts = config.num_class_images, config.class_prompt
     for start in range(found, total, config.sample_batch_size):
         batch = range(start, min(start + config.sample_batch_size, total))
@@ -91,7 +89,7 @@ def _generate_missing(
             unfinished = folder / f".{i:05d}.tmp"
             picture.save(unfinished, format="PNG")
             os.replace(unfinished, folder / f"{i:05d}.png")
-        progress(batch[-1] + 1 - found, total - found)
+        bar.show(batch[-1] + 1)
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -60,27 +60,28 @@ def enlarge(picture: Image.Image, cell: int) -> Image.Image:
     return framed
 
 
-def tint_masks(picture: Image.Image, masks: list[np.ndarray]) -> Image.Image:
-    """The photograph with each mask (H, W) in 0..1 tinted in its concept's colour."""
+def concept_colour(index: int) -> tuple[int, int, int]:
+    """The colour of one concept in every picture of a run."""
+    return CONCEPT_COLOURS[index % len(CONCEPT_COLOURS)]
+
+
+def tint_masks(picture: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
+    """The photograph with masks (H, W) in 0..1, by concept index, tinted in their concepts' colours."""
     canvas = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    for mask, colour in zip(masks, _colours(len(masks)), strict=True):
+    for index, mask in masks.items():
         alpha = 0.5 * mask[..., None]
-        canvas = canvas * (1 - alpha) + np.array(colour, dtype=np.float32) * alpha
+        canvas = canvas * (1 - alpha) + np.array(concept_colour(index), dtype=np.float32) * alpha
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def _colours(count: int) -> list[tuple[int, int, int]]:
-    return [CONCEPT_COLOURS[i % len(CONCEPT_COLOURS)] for i in range(count)]
-
-
-def heat(values: np.ndarray, picture: Image.Image) -> Image.Image:
-    """An attention map (h, w), scaled to its maximum, as brightness over a darkened photograph."""
+def heat(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
+    """A concept's attention map (h, w), scaled to its maximum, as its colour over the darkened photograph."""
     peak = values.max()
     scaled = values / peak if peak > 0 else np.zeros_like(values)
     light = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
     alpha = np.asarray(light, dtype=np.float32)[..., None] / 255
     base = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.35
-    glow = np.array((255, 208, 74), dtype=np.float32)
+    glow = np.array(concept_colour(index), dtype=np.float32)
     return Image.fromarray((base * (1 - alpha) + glow * alpha).round().astype(np.uint8))
 
 

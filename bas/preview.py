@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bas.batches import attention_grid, encode_images, handle_positions
@@ -46,11 +45,12 @@ def write_preview(
     with torch.compiler.set_stance("force_eager"):  # other batch sizes than training's would compile anew
         drawn = sample(models, prompts, settings)
         maps = scene_attention(models, handles, image, config)
-    looks: list[Image.Image] = [heat(values.numpy(), photo) for values in maps]
-    wanted = [tint_masks(photo, [mask.numpy()]) for mask in masks]
+    layers = dict(enumerate(masks.numpy()))
+    wanted = [tint_masks(photo, {i: layer}) for i, layer in layers.items()]
+    looks = [heat(values, photo, i) for i, values in enumerate(maps.numpy())]
     pairs = [picture for pair in zip(wanted, looks, strict=True) for picture in pair]
     names = [name for handle in handles for name in (f"mask of {handle}", f"attention of {handle}")]
-    scene = [tint_masks(photo, [mask.numpy() for mask in masks]), *drawn]
+    scene = [tint_masks(photo, layers), *drawn]
     sheet = grid([scene, pairs], [["scene and masks", *prompts], names], CELL, title=f"step {step}")
     path = folder / "previews" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)

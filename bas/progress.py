@@ -15,8 +15,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Counts the steps of one stage and prints speed and time left, measured since the stage began."""
 
-    def __init__(self, stage: str, total: int, done: int = 0, stream: TextIO | None = None):
-        self.stage, self.total, self.first = stage, total, done
+    def __init__(self, stage: str, total: int, done: int = 0, unit: str = "steps", stream: TextIO | None = None):
+        self.stage, self.total, self.first, self.unit = stage, total, done, unit
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.began = self.printed = time.monotonic()
@@ -33,7 +33,7 @@ class Progress:
             f"{self.stage} {done}/{self.total}",
             *(f"{name} {value:.4f}" for name, value in (values or {}).items()),
         ]
-        line = "  ".join([*parts, f"{speed:.2f} steps/s", f"{left} left"])
+        line = "  ".join([*parts, f"{speed:.2f} {self.unit}/s", f"{left} left"])
         self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
         if self.live and finished:
             self.stream.write("\n")

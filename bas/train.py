@@ -224,9 +224,8 @@ def start(config: TrainConfig) -> Run:
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     class_posterior = None
     if any(phase.prior for phase in config.phases):
-        bar = Progress("class images", config.num_class_images)
         with autocast(device, precision):
-            class_posterior = class_images(models, config, base_hash, tuple(image.shape[-2:]), bar.show)
+            class_posterior = class_images(models, config, base_hash, tuple(image.shape[-2:]))
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
     material = prepare(models, scene, image, masks, config, class_posterior)
