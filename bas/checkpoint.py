@@ -3,9 +3,11 @@
 Two layouts are read and written: a diffusers folder (here) and the original single file (single_file.py).
 """
 
+import hashlib
 import json
+import logging
+import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,51 +25,19 @@ from bas.files import (
     write_tensors,
     write_text,
 )
-from bas.models.text import build_text_encoder, known_handles, load_tokenizer, merged_state_dict
+from bas.models.text import build_text_encoder, known_handles, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.parts import COMPONENTS, TEXT_PREFIX, Parts, fill
+from bas.parts import COMPONENTS, TEXT_PREFIX, Models, Parts, fill
 from bas.refuse import refuse_channels, refuse_other_kinds, refuse_pipeline
 from bas.schedulers import NoiseSchedule
-from bas.single_file import read_single_file, write_single_file
+from bas.single_file import read_single_file
+
+log = logging.getLogger(__name__)
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 VARIANTS = ("", "fp16", "bf16")  # in the order of preference; other variants hold other weights (non_ema)
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-@dataclass
-class Models:
-    """A whole text-to-image model, ready to use."""
-
-    unet: UNet
-    vae: VAE
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    schedule: NoiseSchedule
-    handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
-    source: Path | None = None  # where it was read from
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Models":
-        """Move or convert all three networks, in place."""
-        for network in (self.unet, self.vae, self.text_encoder):
-            network.to(device=device, dtype=dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def size_multiple(self) -> int:
-        """Both sides of a picture must be a multiple of this many pixels."""
-        return self.vae.config.factor * 2 ** (self.unet.config.levels - 1)
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of the square pictures that the model was trained for."""
-        return self.unet.config.sample_size * self.vae.config.factor
 
 
 def load(
@@ -202,40 +172,16 @@ def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.fl
     folder = Path(folder)
     for name in (*COMPONENTS, "tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    text = _plain_text_state(models)
-    states = {
-        "unet": models.unet.state_dict(),
-        "vae": models.vae.state_dict(),
-        "text_encoder": {TEXT_PREFIX + name: tensor for name, tensor in text.items()},
-    }
-    rows = len(text["embeddings.token_embedding.weight"])
-    write_json(folder / "unet" / "config.json", models.unet.config.to_json())
-    write_json(folder / "vae" / "config.json", models.vae.config.to_json())
-    write_json(folder / "text_encoder" / "config.json", text_config_json(models.text_encoder, rows))
-    write_json(folder / "scheduler" / "scheduler_config.json", models.schedule.to_json())
+    parts = Parts.of(models, dtype)
+    write_json(folder / "unet" / "config.json", parts.unet.to_json())
+    write_json(folder / "vae" / "config.json", parts.vae.to_json())
+    write_json(folder / "text_encoder" / "config.json", parts.text_encoder)
+    write_json(folder / "scheduler" / "scheduler_config.json", parts.schedule.to_json())
     _write_tokenizer(models.tokenizer, folder / "tokenizer")
-    for component, state in states.items():
-        converted = {name: tensor.to(dtype) for name, tensor in state.items()}
-        write_tensors(folder / component / f"{STEMS[component]}.safetensors", converted)
+    parts.tensors["text_encoder"] = {TEXT_PREFIX + k: v for k, v in parts.tensors["text_encoder"].items()}
+    for component, tensors in parts.tensors.items():
+        write_tensors(folder / component / f"{STEMS[component]}.safetensors", tensors)
     write_json(folder / "model_index.json", MODEL_INDEX)
-
-
-def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model as one file in the original layout. InputError when that layout cannot express it."""
-    text = _plain_text_state(models)
-    rows = len(text["embeddings.token_embedding.weight"])
-    tensors = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
-    write_single_file(
-        Path(path),
-        Parts(
-            models.unet.config,
-            models.vae.config,
-            text_config_json(models.text_encoder, rows),
-            {component: {k: v.to(dtype) for k, v in state.items()} for component, state in tensors.items()},
-            models.tokenizer,
-            models.schedule,
-        ),
-    )
 
 
 MODEL_INDEX = {
@@ -250,22 +196,6 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-TEXT_FIELDS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-    *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
-)
-
-
-def _plain_text_state(models: Models) -> dict[str, Tensor]:
-    """The text tower's weights without prefix, handles merged into the embedding."""
-    state = merged_state_dict(models.text_encoder)
-    return {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in state.items()}
-
-
-def text_config_json(text_encoder: CLIPTextModel, rows: int) -> dict:
-    """The text tower's config.json for an embedding of this many rows."""
-    fields = {name: getattr(text_encoder.config, name) for name in TEXT_FIELDS}
-    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields, "vocab_size": rows}
 
 
 def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -287,3 +217,47 @@ def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     write_json(folder / "added_tokens.json", added)
     write_json(folder / "tokenizer_config.json", config | ({"added_tokens_decoder": decoder} if decoder else {}))
     (folder / "tokenizer.json").unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Telling weights apart
+# --------------------------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Where bas keeps what it can make again: $BAS_CACHE, or ~/.cache/bas."""
+    return Path(os.environ.get("BAS_CACHE") or Path.home() / ".cache" / "bas")
+
+
+def weights_hash(path: str | Path) -> str:
+    """The sha256, in hex, that stands for the weights at `path`: a single file's own; else over a folder's files'.
+
+    Hashes are remembered by file, size and time of change, so a model of gigabytes is read once.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        require_file(path)
+        return _file_hash(path)
+    files = [file for component in COMPONENTS for file in component_files(path / component, STEMS[component])]
+    lines = sorted(f"{file.relative_to(path).as_posix()} {_file_hash(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file's content, looked up where it is known."""
+    memory, key, stat = cache_dir() / "hashes.json", str(path.resolve()), path.stat()
+    state = [stat.st_size, stat.st_mtime_ns]
+    try:
+        known = read_json(memory)
+    except InputError:
+        known = {}
+    if isinstance(entry := known.get(key), dict) and entry.get("state") == state:
+        return entry["sha256"]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known | {key: {"state": state, "sha256": digest}})
+    except OSError as error:
+        log.warning("cannot remember the hash of %s in %s: %s", path, memory, error.strerror)
+    return digest

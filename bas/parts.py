@@ -1,17 +1,59 @@
-"""A model in parts, as either layout on disk gives it, and the strict way from there to modules."""
+"""A model as networks and as parts on disk, whatever the layout, and the strict way from one to the other."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from bas.config import InputError, UNetConfig, VAEConfig
+from bas.models.text import merged_state_dict
+from bas.models.unet import UNet
+from bas.models.vae import VAE
 from bas.schedulers import NoiseSchedule
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
+TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embedding
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
+)
 SHOWN = 20  # problems listed in an error before the rest is only counted
+
+
+@dataclass
+class Models:
+    """A whole text-to-image model, ready to use."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
+    source: Path | None = None  # where it was read from
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Models":
+        """Move or convert all three networks, in place."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def size_multiple(self) -> int:
+        """Both sides of a picture must be a multiple of this many pixels."""
+        return self.vae.config.factor * 2 ** (self.unet.config.levels - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the square pictures that the model was trained for."""
+        return self.unet.config.sample_size * self.vae.config.factor
 
 
 @dataclass
@@ -24,6 +66,22 @@ class Parts:
     tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
+
+    @classmethod
+    def of(cls, models: Models, dtype: torch.dtype) -> "Parts":
+        """A model taken apart to be saved: handles are rows of the embedding, the text tower's keys have no prefix."""
+        text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
+        states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
+        config = {name: getattr(models.text_encoder.config, name) for name in TEXT_FIELDS}
+        config |= {"vocab_size": len(text["embeddings.token_embedding.weight"])}
+        return cls(
+            models.unet.config,
+            models.vae.config,
+            {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config},
+            {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()},
+            models.tokenizer,
+            models.schedule,
+        )
 
     def check(self, source: str) -> None:
         """InputError when the parts don't belong together."""

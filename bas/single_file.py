@@ -10,13 +10,15 @@ from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from bas.config import InputError, UNetConfig, VAEConfig
 from bas.files import read_tensors, write_tensors
 from bas.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
 from bas.models.text import load_tokenizer
-from bas.parts import Parts
+from bas.parts import Models, Parts
 from bas.refuse import refuse_channels, refuse_incomplete
 from bas.schedulers import NoiseSchedule
 
@@ -72,7 +74,7 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     )
 
 
-def clip_tokenizer(pad_with_exclamation_mark: bool):
+def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
     """CLIP's tokenizer from the package: SD 1 pads with the end of text, SD 2 with `!` (id 0)."""
     tokenizer = load_tokenizer(CLIP_VOCABULARY)
     if pad_with_exclamation_mark:
@@ -80,8 +82,9 @@ def clip_tokenizer(pad_with_exclamation_mark: bool):
     return tokenizer
 
 
-def write_single_file(path: Path, parts: Parts) -> None:
+def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the original layout. InputError when it cannot tell what this model is: its readers see only shapes."""
+    path, parts = Path(path), Parts.of(models, dtype)
     if len(parts.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
         raise InputError("a single file carries no tokenizer, so no handles: save a folder instead")
     sd2 = parts.text_encoder["hidden_act"] == "gelu"

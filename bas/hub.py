@@ -1,0 +1,106 @@
+"""Models by name: what is here already is found without the network; only `download` goes there.
+
+The known names are the rows of weights/manifest.json. Downloads lie in the Hugging Face cache, shared with other tools.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from bas.checkpoint import STEMS, component_files
+from bas.config import InputError
+from bas.files import read_json
+
+log = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parent
+# Installed, the shipped weights are part of the package; in a checkout they stand beside it.
+WEIGHTS = PACKAGE / "weights" if (PACKAGE / "weights").is_dir() else PACKAGE.parent / "weights"
+SHIPPED = "mini"  # the model that takes part when none is named
+MODEL_ROW = "bas.json"  # in a model folder: the training settings that suit this model
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+CONFIGS = ("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "scheduler", "tokenizer")), "tokenizer/*.txt")
+
+
+def manifest() -> dict[str, dict]:
+    """The known models, by name."""
+    return read_json(WEIGHTS / "manifest.json")["models"]
+
+
+def find(name: str | Path | None) -> Path:
+    """Where a model lies on this machine. `name`: a path, a known name, a hub id, or None for the shipped miniature.
+
+    The network is never asked. InputError when the model is not here, saying how to get it.
+    """
+    name = str(name or SHIPPED)
+    path = Path(name).expanduser()
+    if path.exists() or path.is_symlink():
+        return path
+    known = manifest()
+    if "folder" in known.get(name, {}):
+        folder = WEIGHTS / known[name]["folder"]
+        if not folder.is_dir():
+            raise InputError(f"the model {name!r} is not part of this installation: name another with --weights")
+        return folder
+    if name not in known and not HUB_ID.fullmatch(name):
+        raise InputError(f"{name} does not exist, and is no known model: those are {', '.join(known)}")
+    for hub_id in _hub_ids(name):
+        index = try_to_load_from_cache(hub_id, "model_index.json")
+        if isinstance(index, str):
+            return Path(index).parent
+    raise InputError(f"{name} is neither a path nor downloaded yet: run `bas download {name}`")
+
+
+def download(name: str, half: bool = False) -> Path:
+    """Fetch a known model, or any by its hub id, and return its folder. `half` takes the 16-bit files.
+
+    Only .safetensors, .json and .txt files that bas reads are fetched. Mirrors are tried in turn.
+    """
+    known = manifest()
+    if "folder" in known.get(name, {}):
+        return find(name)
+    if name not in known and not HUB_ID.fullmatch(name):
+        raise InputError(f"{name} is neither a known model ({', '.join(known)}) nor a hub id such as owner/model")
+    failures = []
+    for hub_id in _hub_ids(name):
+        try:
+            folder = Path(snapshot_download(hub_id, allow_patterns=_patterns(half)))
+            for part, stem in STEMS.items():
+                component_files(folder / part, stem)
+        except (HfHubHTTPError, HFValidationError, OSError, InputError) as error:
+            failures.append(f"{hub_id}: {_first_line(error)}")
+            log.warning("%s", failures[-1])
+        else:
+            return folder
+    raise InputError(f"{name} could not be downloaded ({'; '.join(failures)})")
+
+
+def read_model_row(folder: Path) -> dict | None:
+    """The training settings that a model brings along, or None: its own row between the defaults and the preset."""
+    row = folder / MODEL_ROW
+    return read_json(row).get("train") if row.is_file() else None
+
+
+def _hub_ids(name: str) -> list[str]:
+    """The hub ids behind a known name, or the id itself."""
+    row = manifest().get(name)
+    return row["ids"] if row else [name]
+
+
+def _patterns(half: bool) -> list[str]:
+    """What to fetch: configurations and vocabulary, and each network once, whole or in shards."""
+    variant = ".fp16" if half else ""
+    weights = [
+        f"{part}/{stem}{ending}"
+        for part, stem in STEMS.items()
+        for ending in (f"{variant}.safetensors", f"{variant}-?????-of-?????.safetensors")
+    ]
+    return [*CONFIGS, *weights]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
