@@ -1,7 +1,7 @@
 """Break-A-Scene in plain PyTorch: several concepts out of one photograph (Avrahami et al., SIGGRAPH Asia 2023).
 
-    models = bas.load("runs/creature")
-    pictures = bas.sample(models, "a photo of <asset0> at the beach", seed=1)
+models = bas.load("runs/creature")
+pictures = bas.sample(models, "a photo of <asset0> at the beach", seed=1)
 """
 
 import importlib

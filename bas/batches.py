@@ -73,7 +73,7 @@ def attention_grid(models: Models, latent: tuple[int, int], rows: int | None) ->
     if grid not in grids:
         known = ", ".join(str(rows) for rows, _ in grids)
         raise InputError(
-            f"this model has no cross-attention on {grid[0]} rows for the attention loss: --attention_grid {known}"
+            f"no cross-attention on {grid[0]} rows for the attention loss to read: use --attention_grid {known}"
         )
     return grid
 
@@ -88,7 +88,7 @@ def encode_images(models: Models, images: Tensor) -> Posterior:
 
 
 def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainConfig) -> tuple[View, View]:
-    """Both flips of the scene, encoded. The encoder isn't flip-equivariant, nor is nearest resizing: flip the pixels."""
+    """Both flips of the scene, encoded. Neither encoder nor nearest resizing commutes with flipping."""
     views = []
     for flip in (False, True):
         pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)

@@ -95,7 +95,7 @@ def train_command(args: argparse.Namespace) -> None:
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
     config = TrainConfig.resolve(explicit, row)
     run = train(config)
-    print(f"{run} is ready. Try: bas sample {run} --prompt \"a photo of {first_handle(run)} at the beach\"")
+    print(f'{run} is ready. Try: bas sample {run} --prompt "a photo of {first_handle(run)} at the beach"')
 
 
 def first_handle(run: Path) -> str:
@@ -128,8 +128,14 @@ def sample_command(args: argparse.Namespace) -> None:
     notes = [asdict(config) | {"prompt": prompt, "seed": seed, "model": path.name} for prompt, seed in names]
     if args.grid:
         rows = [pictures[i : i + config.num_images] for i in range(0, len(pictures), config.num_images)]
-        labels = [[f"{n['prompt']} · seed {n['seed']}" for n in notes[i : i + len(rows[0])]] for i in range(0, len(notes), len(rows[0]))]
-        pictures, notes = [grid(rows, labels, cell=max(192, min(512, pictures[0].width)))], [asdict(config) | {"prompts": args.prompt}]
+        labels = [
+            [f"{n['prompt']} · seed {n['seed']}" for n in notes[i : i + len(rows[0])]]
+            for i in range(0, len(notes), len(rows[0]))
+        ]
+        pictures, notes = (
+            [grid(rows, labels, cell=max(192, min(512, pictures[0].width)))],
+            [asdict(config) | {"prompts": args.prompt}],
+        )
     for i, (picture, note) in enumerate(zip(pictures, notes, strict=True)):
         file = target if len(pictures) == 1 else target.with_stem(f"{target.stem}-{i}")
         save_picture(picture, file, note)
@@ -174,10 +180,17 @@ def build_parser() -> Parser:
     sub.add_argument("run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name")
     sub.add_argument("--model_path", metavar="RUN", help="the same, as the official script names it")
     sub.add_argument("--prompt", nargs="+", required=True, help="one prompt or several, each in quotes")
-    sub.add_argument("--output_path", default="result.png", help="picture to write; several get a number each (default: %(default)s)")
+    sub.add_argument(
+        "--output_path", default="result.png", help="picture to write; several get a number each (default: %(default)s)"
+    )
     sub.add_argument("--grid", action="store_true", help="all pictures on one labelled sheet, a row per prompt")
     sub.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
-    sub.add_argument("--precision", default="auto", choices=("auto", "fp32", "fp16", "bf16"), help="arithmetic (default: %(default)s)")
+    sub.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        help="arithmetic (default: %(default)s)",
+    )
     add_fields(sub, SampleConfig)
 
     sub = command("download", download_command)

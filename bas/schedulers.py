@@ -103,7 +103,7 @@ def add_noise(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Te
 
 
 def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the model is asked for: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). Shapes as add_noise."""
+    """What the model is asked for: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). (b, c, h, w)"""
     if schedule.prediction_type == "epsilon":
         return eps
     a = _per_sample(schedule.alphas_cumprod, t, z0)

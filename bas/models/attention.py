@@ -106,7 +106,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the cells of a feature grid. SD 1 projects in and out by 1x1 convolutions, SD 2 linearly."""
+    """A transformer block over the cells of a grid. SD 1 projects in and out by 1x1 convolutions, SD 2 linearly."""
 
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int, linear_projection: bool):
         super().__init__()

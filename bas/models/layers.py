@@ -17,8 +17,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True
     timesteps: (b,) in 0..T-1.  Returns (b, dim) float32; `flip_sin_to_cos` puts the cosines first, as SD does.
     """
     half = dim // 2
-    exponent = torch.arange(half, device=timesteps.device, dtype=torch.float32) / (half - freq_shift)
-    angles = timesteps.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    # Product before quotient, as in the original code: the other order moves the angles of late timesteps by 6e-5.
+    exponent = -math.log(10000) * torch.arange(half, device=timesteps.device, dtype=torch.float32)
+    angles = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))
     pair = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(pair, dim=-1), (0, dim % 2))
 
