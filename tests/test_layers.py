@@ -1,0 +1,52 @@
+"""The building blocks of the UNet and the VAE against diffusers: outputs within 1e-5, gradients within 1e-4."""
+
+import pytest
+import torch
+from compare import STORED, assert_equals_live, assert_equals_stored, cases
+from make_reference import SINUSOID_TIMESTEPS, SINUSOIDS, sinusoids
+
+from bas.models.layers import Downsample, timestep_embedding
+
+layers = cases("time-embedding", "resnet", "downsample", "upsample", "feed-forward")
+
+
+@layers
+def test_layer_equals_stored_reference(name):
+    assert_equals_stored(name)
+
+
+@layers
+def test_layer_equals_diffusers(name):
+    assert_equals_live(name)
+
+
+@pytest.mark.parametrize(("dim", "cosines_first", "shift"), SINUSOIDS)
+def test_time_features_equal_stored_reference(dim, cosines_first, shift):
+    ours = timestep_embedding(SINUSOID_TIMESTEPS, dim, cosines_first, shift)
+    torch.testing.assert_close(ours, STORED[f"sinusoid.{dim}.{cosines_first}.{shift}"], atol=1e-5, rtol=0)
+
+
+def test_time_features_reference_is_what_diffusers_computes():
+    pytest.importorskip("diffusers", reason="diffusers is not installed: nothing to recompute the reference with")
+    for key, value in sinusoids().items():
+        torch.testing.assert_close(STORED[key], value, atol=1e-6, rtol=0)
+
+
+def test_time_features_by_hand():
+    """t = 0 gives cosines of 1 and sines of 0; the first frequency is 1 radian a step, whatever the width."""
+    zero, one = timestep_embedding(torch.tensor([0, 1]), 4)
+    assert zero.tolist() == [1, 1, 0, 0]
+    assert one[0].item() == pytest.approx(0.5403023, abs=1e-6)
+    assert one[2].item() == pytest.approx(0.8414710, abs=1e-6)
+    assert one[3].item() == pytest.approx(0.01, abs=1e-6)  # second of two frequencies: 10000^(-1/2)
+
+
+def test_downsampling_pads_where_each_network_needs_it():
+    """With a kernel that picks its upper left cell, padding all around shifts the picture by one; the VAE's doesn't."""
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    for pad_all_around, expected in ((True, [[0, 0], [0, 5]]), (False, [[0, 2], [8, 10]])):
+        layer = Downsample(1, pad_all_around)
+        torch.nn.init.zeros_(layer.conv.weight)
+        torch.nn.init.zeros_(layer.conv.bias)
+        layer.conv.weight.data[0, 0, 0, 0] = 1
+        assert layer(x)[0, 0].tolist() == expected
