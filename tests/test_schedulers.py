@@ -1,0 +1,208 @@
+"""The noise schedule and the samplers against diffusers, whole trajectories, and a few numbers by hand."""
+
+import pytest
+import torch
+from make_reference import (
+    LATENTS,
+    REFERENCE,
+    RUNS,
+    TRAINING_TIMESTEPS,
+    Run,
+    diffusers_timesteps,
+    diffusers_training_pairs,
+    diffusers_trajectory,
+    made_up_model,
+    uniform,
+)
+from safetensors.torch import load_file
+
+from bas.config import InputError
+from bas.schedulers import (
+    NoiseSchedule,
+    add_noise,
+    clean_and_noise,
+    ddim_step,
+    ddpm_step,
+    dpmpp_2m_step,
+    previous_timestep,
+    sampling_timesteps,
+    training_target,
+)
+
+STORED = load_file(REFERENCE / "schedulers.safetensors")
+GROUPS = sorted({(run.sampler, run.prediction, run.spacing) for run in RUNS})
+each_group = pytest.mark.parametrize(("sampler", "prediction", "spacing"), GROUPS)
+
+
+def runs(sampler: str, prediction: str, spacing: str) -> list[Run]:
+    """Runs of 1, 7 and 30 steps, offset 0 and 1, for DDIM eta 0, 0.5 and 1 and both final alphas."""
+    found = [run for run in RUNS if (run.sampler, run.prediction, run.spacing) == (sampler, prediction, spacing)]
+    assert len(found) == (18 if sampler == "ddim" else 6)
+    return found
+
+
+def trajectory(run: Run, dtype: torch.dtype) -> torch.Tensor:
+    """The latents after each step of bas's sampler. -> (steps, *LATENTS)"""
+    schedule = NoiseSchedule.from_json(run.schedule() | {"set_alpha_to_one": run.alpha_to_one})
+    timesteps = sampling_timesteps(schedule, run.steps, run.sampler)
+    z, last, out = uniform("z", *LATENTS).to(dtype), None, []
+    for i, t in enumerate(timesteps):
+        prev_t = previous_timestep(schedule, timesteps, i, run.sampler)
+        output, noise = made_up_model(z, t), uniform(f"noise{i}", *LATENTS).to(dtype)
+        if run.sampler == "ddim":
+            z = ddim_step(schedule, z, output, t, prev_t, run.eta, noise)
+        elif run.sampler == "ddpm":
+            z = ddpm_step(schedule, z, output, t, prev_t, noise)
+        else:
+            z0, _ = clean_and_noise(schedule, z, output, t)
+            z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
+        out.append(z)
+    return torch.stack(out)
+
+
+def assert_follows(run: Run, theirs: torch.Tensor) -> None:
+    """Within 1e-6 of the largest value in float32; in float64, where no rounding hides an error, within 1e-9.
+
+    diffusers keeps DPM-Solver's sigmas in float32 in any case, hence the exception.
+    """
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-6 if run.sampler == "dpmpp_2m" else 1e-9)):
+        error = (trajectory(run, dtype) - theirs).abs().max() / theirs.abs().max()
+        assert error <= tolerance, f"{run.name} in {dtype}: off by {error:.1e}"
+
+
+@each_group
+def test_trajectories_equal_stored_reference(sampler, prediction, spacing):
+    for run in runs(sampler, prediction, spacing):
+        schedule = NoiseSchedule.from_json(run.schedule())
+        assert sampling_timesteps(schedule, run.steps, sampler) == STORED[f"{run.name}/timesteps"].tolist()
+        assert_follows(run, STORED[f"{run.name}/latents"])
+
+
+@each_group
+def test_trajectories_equal_diffusers(sampler, prediction, spacing):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: the stored references stand in for it")
+    for run in runs(sampler, prediction, spacing):
+        assert_follows(run, diffusers_trajectory(run))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_equal_diffusers_for_any_number_of_steps(sampler, spacing):
+    """1 to 100 steps. Left out: trailing where T / steps lands on halves, which diffusers rounds by float noise,
+    and 61 steps, for which it makes 62 (the last at -1)."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: the stored references stand in for it")
+    left_out = (48, 61, 96) if spacing == "trailing" else ()
+    for steps in set(range(1, 101)) - set(left_out):
+        run = Run(sampler, "epsilon", spacing, 1, steps)
+        ours = sampling_timesteps(NoiseSchedule.from_json(run.schedule()), steps, sampler)
+        assert ours == diffusers_timesteps(run).tolist(), f"{steps} steps"
+    for steps in left_out:
+        ours = sampling_timesteps(NoiseSchedule(timestep_spacing="trailing"), steps, sampler)
+        assert len(ours) == steps
+        assert ours[0] == 999
+        assert ours[-1] > 0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_noising_and_target_equal_reference(prediction):
+    """diffusers' add_noise and get_velocity, in float64 and float32."""
+    schedule = NoiseSchedule(prediction_type=prediction)
+    z0, eps = (uniform(name, 4, 2, 3, 3) for name in ("z0", "eps"))
+    expected = {key: STORED[f"{prediction}/{key}"] for key in ("noisy", "target")}
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        args = schedule, z0.to(dtype), eps.to(dtype), TRAINING_TIMESTEPS
+        for ours, key in ((add_noise(*args), "noisy"), (training_target(*args), "target")):
+            torch.testing.assert_close(ours.double(), expected[key], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_noising_reference_is_what_diffusers_computes(prediction):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: nothing to recompute the reference with")
+    for key, value in diffusers_training_pairs(prediction).items():
+        torch.testing.assert_close(STORED[key], value, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_target_read_back_gives_latents_and_noise(prediction):
+    """clean_and_noise undoes add_noise and training_target, at every timestep."""
+    schedule = NoiseSchedule(prediction_type=prediction)
+    z0, eps = (uniform(name, 1, 2, 3, 3).double() for name in ("z0", "eps"))
+    for t in (0, 500, 999):
+        args = schedule, z0, eps, torch.tensor([t])
+        clean, noise = clean_and_noise(schedule, add_noise(*args), training_target(*args), t)
+        torch.testing.assert_close(clean, z0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(noise, eps, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_perfect_model_leads_back_to_the_picture(sampler, prediction):
+    """A model that always answers with the true target brings pure noise to z0, whatever the number of steps."""
+    schedule = NoiseSchedule(prediction_type=prediction, set_alpha_to_one=True)
+    z0, eps = (uniform(name, 1, 2, 3, 3).double() for name in ("z0", "eps"))
+    timesteps = sampling_timesteps(schedule, 10, sampler)
+    z, last = add_noise(schedule, z0, eps, torch.tensor([timesteps[0]])), None
+    for i, t in enumerate(timesteps):
+        output = training_target(schedule, z0, eps, torch.tensor([t]))
+        prev_t = previous_timestep(schedule, timesteps, i, sampler)
+        if sampler == "ddim":
+            z = ddim_step(schedule, z, output, t, prev_t)
+        else:
+            clean, _ = clean_and_noise(schedule, z, output, t)
+            z, last = dpmpp_2m_step(schedule, z, clean, t, prev_t, last), (clean, t)
+    torch.testing.assert_close(z, z0, atol=1e-5, rtol=0)
+
+
+def test_stable_diffusions_timesteps():
+    """50 steps: 981 ... 1 with SD's own offset of 1, 980 ... 0 with the official inference script's 0."""
+    assert sampling_timesteps(NoiseSchedule(steps_offset=1), 50) == list(range(981, 0, -20))
+    assert sampling_timesteps(NoiseSchedule(steps_offset=0), 50) == list(range(980, -1, -20))
+
+
+def test_the_official_last_step_is_an_identity():
+    """Timestep 0 with the final alpha of timestep 0: nothing is left to remove."""
+    schedule = NoiseSchedule()
+    z, output = uniform("z", *LATENTS), uniform("output", *LATENTS)
+    torch.testing.assert_close(ddim_step(schedule, z, output, 0, -20), z, atol=1e-6, rtol=0)
+
+
+def test_alphas_by_hand():
+    """scaled_linear runs linearly between the roots of the betas: the first alpha is 1 - 0.00085."""
+    schedule = NoiseSchedule()
+    assert schedule.alpha(0) == pytest.approx(1 - 0.00085, abs=1e-7)
+    root = 0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) / 999
+    assert schedule.alpha(1) == pytest.approx((1 - 0.00085) * (1 - root**2), abs=1e-7)
+    assert schedule.alpha(999) == pytest.approx(0.0046601, abs=1e-6)
+    assert schedule.alpha(-20) == 1.0
+    assert schedule.alpha(-20, final=0.5) == 0.5
+
+
+def test_config_survives_a_round_trip():
+    schedule = NoiseSchedule(prediction_type="v_prediction", steps_offset=1, timestep_spacing="trailing")
+    again = NoiseSchedule.from_json(schedule.to_json())
+    assert again.to_json() == schedule.to_json()
+    torch.testing.assert_close(again.alphas_cumprod, schedule.alphas_cumprod, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip_sample": True}, "clip_sample"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"prediction_type": "sample"}, "prediction_type"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "betas"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
+    ],
+)
+def test_a_schedule_bas_cannot_honour_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        NoiseSchedule.from_json(NoiseSchedule().to_json() | change)
+
+
+@pytest.mark.parametrize(("steps", "sampler"), [(0, "ddim"), (1001, "ddim"), (1000, "dpmpp_2m")])
+def test_more_steps_than_the_model_knows_are_refused(steps, sampler):
+    with pytest.raises(InputError, match="denoising steps"):
+        sampling_timesteps(NoiseSchedule(), steps, sampler)
