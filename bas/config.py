@@ -14,6 +14,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what is wrong and what to do."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, though its input was sound: a loss is not finite, say. The message is one line."""
+
+
 # --------------------------------------------------------------------------------------------------------------
 # Models
 # --------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Pictures for people: grids with labels, masks and attention maps laid over the photograph."""
 
 import json
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+
+from bas.config import InputError
 
 # One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).
 CONCEPT_COLOURS = (
@@ -85,10 +88,22 @@ def heat(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
     return Image.fromarray((base * (1 - alpha) + glow * alpha).round().astype(np.uint8))
 
 
-def save_picture(picture: Image.Image, path, settings: dict) -> None:
-    """Write a picture with the settings that made it: as PNG text `bas`, or as the comment of a JPEG."""
+def picture_path(name: str) -> Path:
+    """A path for a picture to write. Raises InputError unless it ends in .png, .jpg or .webp."""
+    path = Path(name)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--output_path {name}: name a .png, .jpg or .webp file")
+    return path
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
+    """Write a picture with the settings that made it: the PNG text `bas`, or the EXIF user comment of other formats."""
     note = json.dumps(settings)
-    info = PngImagePlugin.PngInfo()
-    info.add_text("bas", note)
-    extra = {"pnginfo": info} if str(path).lower().endswith(".png") else {"comment": note.encode(), "quality": 95}
-    picture.save(path, **extra)
+    if path.suffix.lower() == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("bas", note)
+        picture.save(path, pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.UserComment] = note
+        picture.save(path, exif=exif, quality=95)

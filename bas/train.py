@@ -19,7 +19,7 @@ from bas import __version__
 from bas.batches import Batch, Material, draw_batch, prepare
 from bas.checkpoint import Models, load, save_model, weights_hash
 from bas.class_images import class_images
-from bas.config import InputError, Phase, TrainConfig
+from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.files import write_json
 from bas.hub import find
 from bas.losses import attention_loss, average_maps, masked_mse
@@ -60,10 +60,6 @@ FREE_ON_RESUME = {
     "resume_from_checkpoint",
     "save_precision",
 }
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: a loss is no longer a finite number."""
 
 
 # --- One step -----------------------------------------------------------------------------------------------------
@@ -167,7 +163,7 @@ def lr_factor(config: TrainConfig, step: int, total: int) -> float:
 def train(config: TrainConfig) -> Path:
     """Learn the concepts of one scene and write the run folder; returns its path.
 
-    Raises InputError for anything wrong with the input, before weights are read, and TrainingError when a loss stops
+    Raises InputError for anything wrong with the input, before weights are read, and RunError when a loss stops
     being finite.
     """
     run = start(config)
@@ -278,12 +274,12 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
 
 
 def read_metrics(run: Run) -> dict[str, float]:
-    """Write the pending metrics and return the newest losses. Raises TrainingError if one is not finite."""
+    """Write the pending metrics and return the newest losses. Raises RunError if one is not finite."""
     rows = run.metrics.flush()
     for row in rows:
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value) and name != "grad_norm":
-                raise TrainingError(
+                raise RunError(
                     f"{row['phase']} step {row['step']}: {name} is {value}; "
                     f"lower the learning rate or use --mixed_precision no. The last checkpoint is kept in {run.folder}"
                 )

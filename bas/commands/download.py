@@ -1,0 +1,18 @@
+"""Fetch a known Stable Diffusion checkpoint, or any other by its hub id."""
+
+import argparse
+
+from bas.flags import Parser
+from bas.hub import download
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "name", metavar="NAME", help="a name from weights/manifest.json, such as sd21-base, or a hub id"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Download, and print where it lies."""
+    print(download(args.name))

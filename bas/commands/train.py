@@ -1,0 +1,28 @@
+"""Learn the concepts of one scene: two phases, then a tuned model in the run folder."""
+
+import argparse
+
+from bas.config import InputError, TrainConfig
+from bas.flags import Parser, add_fields, given
+from bas.hub import find, read_model_row
+from bas.run_folder import read_concepts
+from bas.train import train
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("scene", metavar="SCENE", nargs="?", help="folder with img.* and mask0.png, mask1.png, ...")
+    add_fields(parser, TrainConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and say how to sample from the result."""
+    explicit = given(args, TrainConfig)
+    if args.scene and explicit.setdefault("instance_data_dir", args.scene) != args.scene:
+        raise InputError(f"two scenes: {args.scene} and --instance_data_dir {explicit['instance_data_dir']}")
+    if not explicit.get("instance_data_dir"):
+        raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
+    row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
+    folder = train(TrainConfig.resolve(explicit, row))
+    handles = read_concepts(folder)[1]
+    print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')

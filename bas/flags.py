@@ -1,0 +1,74 @@
+"""Command-line flags made from dataclass fields, and a parser whose errors are one line."""
+
+import argparse
+import difflib
+import types
+import typing
+from dataclasses import fields
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest flag for an unknown one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but a flag that this command doesn't have is an error here, where its flags are known."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            near = difflib.get_close_matches(rest[0], self._option_string_actions, n=1)
+            self.error(f"unknown argument {rest[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return namespace, rest
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the flags)\n")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help with one column of flags, wide enough for long names."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+
+def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
+    """One flag per dataclass field. Flags that are not given stay out of the result, so presets can fill them."""
+    for f in fields(settings):
+        names = [f"--{f.name}", *f.metadata.get("flag", ())]
+        gloss = f.metadata["help"].replace("%", "%%")
+        common = {"dest": f.name, "default": argparse.SUPPRESS}
+        if f.type is bool and f.default:
+            parser.add_argument(*f.metadata["flag"], action="store_false", help=gloss, **common)
+        elif f.type is bool:
+            parser.add_argument(*names, action="store_true", help=gloss, **common)
+        else:
+            kind, many = value_type(f.type)
+            shown = " ".join(f.default) if many else f.default
+            if shown not in (None, "") and "default:" not in gloss:
+                gloss += f" (default: {shown})"
+            extra = {"nargs": "+"} if many else {"choices": f.metadata.get("choices")}
+            metavar = None if f.metadata.get("choices") else kind.__name__.upper()
+            parser.add_argument(*names, type=kind, metavar=metavar, help=gloss, **extra, **common)
+
+
+def value_type(annotation) -> tuple[type, bool]:
+    """The type of one value and whether the flag takes several: `int | None` is (int, False)."""
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    if isinstance(annotation, types.UnionType):
+        return next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType), False
+    return annotation, False
+
+
+def given(args: argparse.Namespace, settings: type) -> dict:
+    """The settings' fields that were given as flags."""
+    names = {f.name for f in fields(settings)}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in names}
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The two flags of every command that runs a model."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    precisions = ("auto", "fp32", "fp16", "bf16")
+    parser.add_argument("--precision", default="auto", choices=precisions, help="arithmetic (default: %(default)s)")
