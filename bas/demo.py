@@ -1,0 +1,58 @@
+"""The whole method on the shipped miniature: a scene of three unseen things, both phases, one picture of it all."""
+
+import logging
+from pathlib import Path
+
+from bas.checkpoint import load
+from bas.config import SampleConfig, TrainConfig
+from bas.hub import find, read_model_row
+from bas.machine import pick_device
+from bas.pictures import grid, heat, tint_masks
+from bas.preview import scene_attention
+from bas.run_folder import CONCEPTS
+from bas.sample import sample, to_pictures
+from bas.scene import load_scene, subset_prompt
+from bas.train import train
+
+log = logging.getLogger(__name__)
+
+SCENE = "scenes/demo"  # inside the shipped model's folder
+PICTURE = "demo.png"
+CONTEXTS = ("at the beach", "in the snow", "in the jungle")  # one per handle; the last row puts all of them elsewhere
+TOGETHER = "on top of a wooden floor"
+CELL = 160
+
+
+def demo(output_dir: Path, device: str | None = None) -> Path:
+    """Train on the shipped scene, unless the folder holds that run already, and draw the picture; returns its path."""
+    base = find(None)
+    explicit = {"instance_data_dir": str(base / SCENE), "output_dir": str(output_dir), "device": device}
+    config = TrainConfig.resolve(explicit, read_model_row(base))
+    if (output_dir / CONCEPTS).exists():
+        log.info("%s holds a finished run: only the picture is drawn", output_dir)
+    else:
+        train(config)
+    models = load(output_dir, device=pick_device(device))
+    scene = load_scene(config)
+    image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
+    (photo,) = to_pictures(image[None] / 2 + 0.5)
+
+    handles = scene.handles
+    layers = dict(enumerate(masks.numpy()))
+    attention = scene_attention(models, handles, image, config)
+    looks = [heat(values, photo, i) for i, values in enumerate(attention.numpy())]
+    alone = [subset_prompt([handle]) for handle in handles]
+    prompts = [
+        *alone,
+        subset_prompt(handles),
+        *(f"{prompt} {context}" for prompt, context in zip(alone, CONTEXTS, strict=False)),
+        f"{subset_prompt(handles)} {TOGETHER}",
+    ]
+    drawn = dict(zip(prompts, sample(models, prompts, SampleConfig(seed=config.seed)), strict=True))
+    first = [tint_masks(photo, layers), *looks]
+    half = len(handles) + 1
+    rows = [first, list(drawn.values())[:half], list(drawn.values())[half:]]
+    labels = [["the photograph and its masks", *(f"attention of {h}" for h in handles)], prompts[:half], prompts[half:]]
+    sheet = grid(rows, labels, CELL, title="one picture in, one handle per concept out")
+    sheet.save(output_dir / PICTURE)
+    return output_dir / PICTURE
