@@ -81,6 +81,7 @@ class UNetConfig:
         "resnet_skip_time_act": (False,),
         "attention_type": ("default",),
         "projection_class_embeddings_input_dim": (None,),
+        "addition_embed_type_num_heads": (64,),
         "center_input_sample": (False,),
     }
 
