@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from bas.checkpoint import load, save_single_file
+from bas.checkpoint import load
 from bas.flags import Parser
 from bas.hub import find
+from bas.single_file import save_single_file
 
 
 def configure(parser: Parser) -> None:
