@@ -51,20 +51,28 @@ def load(
     `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. On the CPU, weights that need no
     conversion stay memory-mapped. InputError when anything is missing, unexpected or of another kind.
     """
-    path = Path(path)
+    models, tensors = outline(Path(path), prediction_type)
+    for component in COMPONENTS:
+        fill(getattr(models, component), tensors[component], f"{path} ({component})", device, dtype)
+    return models
+
+
+def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
+    """A model whose networks are on the meta device, with shapes but no weights, and the tensors to fill them with.
+
+    The tensors are memory-mapped: what is not used is not read.
+    """
     if path.is_dir():
         parts = _read_folder(path, prediction_type)
     elif path.is_file():
         parts = read_single_file(path, prediction_type)
     else:
         require_file(path)
-    parts.check(str(path))
     with torch.device("meta"):
         networks = UNet(parts.unet), VAE(parts.vae), build_text_encoder(parts.text_encoder)
-    parts.tensors["text_encoder"] = _with_prefix_of(networks[2], parts.tensors["text_encoder"])
-    for component, network in zip(COMPONENTS, networks, strict=True):
-        fill(network, parts.tensors[component], f"{path} ({component})", device, dtype)
-    return Models(*networks, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path)
+    parts.check(str(path))
+    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(networks[2], parts.tensors["text_encoder"])}
+    return Models(*networks, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path), tensors
 
 
 def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,11 +153,10 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map: copy or download it again")
-    names = set(weight_map.values()) if all(isinstance(v, str) for v in weight_map.values()) else {None}
-    for name in names:
-        if name is None or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name):
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name):
             raise InputError(f"{index} names a shard {name!r}: expected a .safetensors file beside it")
-    return [index.parent / name for name in sorted(names)]
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def _new_vae_name(name: str) -> str:
@@ -253,8 +260,11 @@ def _file_hash(path: Path) -> str:
         known = {}
     if isinstance(entry := known.get(key), dict) and entry.get("state") == state:
         return entry["sha256"]
+    hasher = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            hasher.update(chunk)
+    digest = hasher.hexdigest()
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known | {key: {"state": state, "sha256": digest}})
