@@ -4,6 +4,7 @@ import argparse
 import difflib
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import fields
 
 
@@ -32,9 +33,11 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
-def add_fields(parser: argparse.ArgumentParser, settings: type) -> None:
-    """One flag per dataclass field. Flags that are not given stay out of the result, so presets can fill them."""
+def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection[str] | None = None) -> None:
+    """One flag per dataclass field, or per one in `only`. Flags not given stay out, so that presets can fill them."""
     for f in fields(settings):
+        if only is not None and f.name not in only:
+            continue
         names = [f"--{f.name}", *f.metadata.get("flag", ())]
         gloss = f.metadata["help"].replace("%", "%%")
         common = {"dest": f.name, "default": argparse.SUPPRESS}

@@ -83,14 +83,30 @@ class HandleEmbedding(nn.Module):
         return torch.where((ids >= base)[..., None], handles, words)
 
 
+def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:
+    """Raises InputError for a malformed name, or one that the vocabulary already holds."""
+    vocabulary = tokenizer.get_vocab()
+    for handle in handles:
+        if not HANDLE.fullmatch(handle):
+            raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
+        if handle in vocabulary:
+            raise InputError(f"handle {handle} is already a token of this model: choose another name")
+
+
+def word_pieces(tokenizer: CLIPTokenizer, word: str) -> list[int]:
+    """The token ids that an initial word consists of; usually one. Raises InputError for a word without any."""
+    pieces = tokenizer(word, add_special_tokens=False).input_ids
+    if not pieces:
+        raise InputError(f"the initial word {word!r} holds no token: give an ordinary word")
+    return pieces
+
+
 def initial_row(weight: Tensor, tokenizer: CLIPTokenizer, word: str | None, generator: torch.Generator) -> Tensor:
     """Where a handle starts: (d,) the mean of its word's pieces, or a draw from the real rows' distribution."""
     if not word:
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(dim=0) + weight.std(dim=0) * noise
-    pieces = tokenizer(word, add_special_tokens=False).input_ids
-    if not pieces:
-        raise InputError(f"the initial word {word!r} holds no token: give an ordinary word")
+    pieces = word_pieces(tokenizer, word)
     if len(pieces) > 1:
         log.info("'%s' is %d pieces for the tokenizer: its handle starts from their mean", word, len(pieces))
     return weight[pieces].mean(dim=0)
@@ -107,16 +123,11 @@ def add_handles(
 
     Raises InputError for a malformed name, or one that the vocabulary already holds.
     """
-    vocabulary = tokenizer.get_vocab()
-    for handle in handles:
-        if not HANDLE.fullmatch(handle):
-            raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
-        if handle in vocabulary:
-            raise InputError(f"handle {handle} is already a token of this model: choose another name")
+    check_handles(tokenizer, handles)
     weight = text_encoder.get_input_embeddings().weight.detach()
-    if len(vocabulary) != len(weight):
+    if len(tokenizer) != len(weight):
         raise InputError(
-            f"the tokenizer has {len(vocabulary)} tokens, the text encoder {len(weight)} rows: they don't match"
+            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(weight)} rows: they don't match"
         )
     generator = torch.Generator().manual_seed(seed)
     rows = [initial_row(weight, tokenizer, word, generator) for word in words]

@@ -1,0 +1,142 @@
+"""What a scene's masks are to the losses: their size on the grids where they act, and where they meet.
+
+Reconstruction (paper, eq. 1) sees the masks on the latent grid, attention (eq. 2) on a quarter of it. Nearest
+neighbour takes one pixel per cell, so a thin or small concept can vanish there; this module says so beforehand.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from bas.batches import attention_grid
+from bas.config import TrainConfig
+from bas.losses import resize_mask
+from bas.models.text import check_handles, word_pieces
+from bas.parts import Models
+from bas.pictures import grid, tint_masks
+from bas.sample import to_pictures
+from bas.scene import Scene
+
+CELL = 256  # pixels of one picture on the sheet
+SHOWN_OVERLAP = 0.005  # shares below it round to nothing in the table
+LARGE_OVERLAP = 0.1  # two handles that share more of a mask are drawn to the same place
+TITLES = ("", "handle", "word", "pieces", "coverage", "loss grid", "attention grid", "overlaps")
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """One concept as the model will see it."""
+
+    handle: str
+    word: str | None
+    pieces: tuple[str, ...]  # of the word, as the tokenizer cuts it
+    coverage: float  # share of the picture
+    latent: np.ndarray  # (h, w) the mask on the loss grid
+    attention: np.ndarray  # (gh, gw) the mask on the attention grid
+    vanishes: tuple[str, ...]  # grids on which nothing is left of it, in the picture or its mirror image
+    overlaps: dict[int, float]  # other concept -> share of this mask that lies in the other
+
+
+@dataclass(frozen=True)
+class SceneView:
+    """A whole scene as the model will see it."""
+
+    photo: Image.Image  # resized and cropped as for training
+    masks: np.ndarray  # (N, H, W) the same
+    concepts: tuple[MaskView, ...]
+
+
+def view_scene(scene: Scene, models: Models, config: TrainConfig) -> SceneView:
+    """Bring a scene to a model as training does. The networks' shapes are enough: no weight is read.
+
+    Raises InputError for what training would refuse: a size, a grid, a handle or a word.
+    """
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    check_handles(models.tokenizer, scene.handles)
+    pieces = [word_pieces(models.tokenizer, word) if word else [] for word in scene.words]
+    h, w = (side // models.vae.config.factor for side in image.shape[-2:])
+    grids = {"loss grid": (h, w), "attention grid": attention_grid(models, (h, w), config.attention_grid)}
+    latent, attention = (resize_mask(masks, *size).numpy() for size in grids.values())
+    concepts = tuple(
+        MaskView(
+            handle=handle,
+            word=scene.words[i],
+            pieces=tuple(p.removesuffix("</w>") for p in models.tokenizer.convert_ids_to_tokens(pieces[i])),
+            coverage=float(masks[i].mean()),
+            latent=latent[i],
+            attention=attention[i],
+            vanishes=tuple(name for name, size in grids.items() if _vanishes(masks[i], size)),
+            overlaps=_overlaps(masks.numpy(), i),
+        )
+        for i, handle in enumerate(scene.handles)
+    )
+    (photo,) = to_pictures(image[None] / 2 + 0.5)
+    return SceneView(photo, masks.numpy(), concepts)
+
+
+def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
+    """Whether nothing is left of a mask (H, W) on a grid, as it is or mirrored, as half of the steps see it."""
+    return any(resize_mask(view, *size).max() == 0 for view in (mask, mask.flip(-1)))
+
+
+def _overlaps(masks: np.ndarray, i: int) -> dict[int, float]:
+    """The share of mask i that lies in each other mask. masks: (N, H, W)"""
+    shares = np.minimum(masks, masks[i]).sum(axis=(1, 2)) / max(masks[i].sum(), 1e-6)
+    return {j: float(share) for j, share in enumerate(shares) if j != i and share >= SHOWN_OVERLAP}
+
+
+def warnings(view: SceneView) -> list[str]:
+    """What is possible but likely to disappoint, one line each."""
+    lines = []
+    for i, concept in enumerate(view.concepts):
+        name = f"mask {i} ({concept.handle})"
+        for where in concept.vanishes:
+            h, w = (concept.latent if where == "loss grid" else concept.attention).shape
+            lines.append(f"{name} vanishes on the {where} of {h}x{w} cells: make it larger, or raise --resolution")
+        for j, share in concept.overlaps.items():
+            if share >= LARGE_OVERLAP:
+                other = f"mask {j} ({view.concepts[j].handle})"
+                lines.append(f"{share:.0%} of {name} lies in {other}: their handles will share what is there")
+        if len(concept.pieces) > 1:
+            lines.append(f"'{concept.word}' is {len(concept.pieces)} pieces: {concept.handle} starts from their mean")
+        if concept.word is None:
+            lines.append(f"{concept.handle} has no initial word: it starts from a random row; name one in scene.json")
+    return lines
+
+
+def table(view: SceneView) -> str:
+    """One aligned row per concept. Cells are counted by the mask's value, so soft edges count in part."""
+    rows = [TITLES]
+    for i, c in enumerate(view.concepts):
+        cells = [f"{grid.sum():.4g} of {grid.size}" for grid in (c.latent, c.attention)]
+        overlaps = ", ".join(f"{share:.0%} in {j}" for j, share in c.overlaps.items()) or "-"
+        pieces = "|".join(c.pieces) or "-"
+        rows.append((str(i), c.handle, c.word or "-", pieces, f"{c.coverage:.1%}", *cells, overlaps))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def sheet(view: SceneView) -> Image.Image:
+    """A picture of it all: each mask over the photograph as it was given, on the loss grid, on the attention grid."""
+    kinds = [
+        ("", dict(enumerate(view.masks))),
+        ("loss grid", {i: c.latent for i, c in enumerate(view.concepts)}),
+        ("attention grid", {i: c.attention for i, c in enumerate(view.concepts)}),
+    ]
+    rows, labels = [], []
+    for name, masks in kinds:
+        h, w = masks[0].shape
+        size = f"{name}, {h}x{w} cells" if name else f"{w}x{h} pixels"
+        rows.append([_overlay(view.photo, masks), *(_overlay(view.photo, {i: mask}) for i, mask in masks.items())])
+        labels.append([f"all, {size}", *(f"{view.concepts[i].handle}: {mask.mean():.1%}" for i, mask in masks.items())])
+    return grid(rows, labels, CELL)
+
+
+def _overlay(photo: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
+    """Masks of any grid over the photograph, each cell a sharp square, large enough to see it."""
+    scale = -(-CELL // min(photo.size))
+    size = (photo.width * scale, photo.height * scale)
+    cells = {i: np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for i, mask in masks.items()}
+    return tint_masks(photo.resize(size, Image.Resampling.BICUBIC), cells)
