@@ -19,6 +19,7 @@ COMMANDS = {
     "masks": "check a scene's masks and show what the losses will see of them",
     "train": "learn the concepts of one scene",
     "sample": "generate pictures from prompts",
+    "info": "tell what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",
 }

@@ -83,6 +83,15 @@ def refuse_foreign_file(path: Path) -> None:
             raise InputError(f"{path} is {what}: {advice}")
 
 
+def human_size(size: float) -> str:
+    """Bytes as people read them: 4.1 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`. When the block ends well, it is flushed to disk and takes the path's place."""

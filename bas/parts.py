@@ -19,6 +19,8 @@ TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embed
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
 )
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BROKEN = "holds broken weights"
 SHOWN = 20  # problems listed in an error before the rest is only counted
 
 
@@ -108,7 +110,22 @@ def fill(
 ) -> None:
     """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
 
-    One InputError lists every missing, unexpected or wrong-shaped key; another every weight that is no finite number.
+    InputErrors as `match` raises them; another lists every weight that is no finite number.
+    """
+    given = match(module, tensors, source)
+    broken = (name for name, tensor in given.items() if not _is_finite(tensor))
+    _refuse([f"{name} holds values that are not finite numbers" for name in broken], source, BROKEN)
+    module.load_state_dict(
+        {name: tensor.to(device=device, dtype=dtype) for name, tensor in given.items()}, strict=True, assign=True
+    )
+    _fill_position_ids(module, device)
+    module.eval()
+
+
+def match(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors in the shapes of a module, which may be on the meta device. No weight is read.
+
+    One InputError lists every missing, unexpected or wrong-shaped key; another every tensor that is no weight.
     """
     wanted = module.state_dict()
     given = {name: _reshaped(tensor, wanted.get(name)) for name, tensor in tensors.items()}
@@ -120,12 +137,10 @@ def fill(
         if name in given and given[name].shape != wanted[name].shape
     ]
     _refuse(problems, source, "does not hold the weights that its configuration describes")
-    _refuse([fault for name in wanted if (fault := _fault(name, given[name]))], source, "holds broken weights")
-    module.load_state_dict(
-        {name: tensor.to(device=device, dtype=dtype) for name, tensor in given.items()}, strict=True, assign=True
-    )
-    _fill_position_ids(module, device)
-    module.eval()
+    foreign = {name: given[name].dtype for name in wanted if given[name].dtype not in WEIGHT_TYPES}
+    kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in foreign.items()}
+    _refuse([f"{name} is {kind}, not fp16, bf16 or fp32" for name, kind in kinds.items()], source, BROKEN)
+    return {name: given[name] for name in wanted}
 
 
 def _reshaped(tensor: Tensor, wanted: Tensor | None) -> Tensor:
@@ -135,12 +150,10 @@ def _reshaped(tensor: Tensor, wanted: Tensor | None) -> Tensor:
     return tensor
 
 
-def _fault(name: str, tensor: Tensor) -> str | None:
-    """What makes a tensor unusable as a weight, if anything does."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not fp16, bf16 or fp32"
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers."""
     low_and_high = torch.stack(tensor.aminmax())  # one pass without a temporary; not-a-number propagates
-    return None if low_and_high.isfinite().all() else f"{name} holds values that are not finite numbers"
+    return bool(low_and_high.isfinite().all())
 
 
 def _refuse(problems: list[str], source: str, what: str) -> None:

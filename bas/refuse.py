@@ -50,10 +50,17 @@ BASE_ADVICE = "use the base model it was made from"
 
 def refuse_other_kinds(names: Iterable[str], path: Path) -> None:
     """InputError when the keys of a file, or the files of a folder, show another kind of model."""
+    if kind := other_kind(names):
+        raise InputError(f"{path} is {kind[0]}: {kind[1]}")
+
+
+def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """What these keys of a file, or files of a folder, belong to if not to a model, and what to do with it."""
     names = list(names)
     for pattern, what, advice in KINDS:
         if any(re.search(pattern, name) for name in names):
-            raise InputError(f"{path} is {what}: {advice}")
+            return what, advice
+    return None
 
 
 def refuse_incomplete(tensors: dict[str, Tensor], path: Path) -> None:
