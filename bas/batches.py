@@ -4,6 +4,7 @@ The photograph never changes, so its VAE posterior is cached for both flips and 
 from one CPU generator: a seed means the same on every device, and its state is all that a resumed run needs.
 """
 
+import logging
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +16,8 @@ from bas.losses import resize_mask
 from bas.models.text import tokenize
 from bas.models.vae import Posterior
 from bas.scene import Scene, draw_subset, subset_prompt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,15 @@ def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainCon
     return tuple(views)
 
 
+def check_grids(views: tuple[View, View], handles: tuple[str, ...], attention: bool) -> None:
+    """Raises InputError for a mask that no cell of the latents sees; warns of one that no attention cell sees."""
+    for i, handle in enumerate(handles):
+        if any(view.latent_masks[i].max() == 0 for view in views):
+            raise InputError(f"the mask of {handle} vanishes on the latents' grid: paint it larger, or crop less")
+        if attention and any(view.attention_masks[i].max() == 0 for view in views):
+            log.warning("the mask of %s is too small for the attention loss: paint it larger", handle)
+
+
 def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: TrainConfig, class_images) -> Material:
     """Encode and tokenize once what all steps share.
 
@@ -108,8 +120,10 @@ def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: 
     if class_images is not None:
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
         class_ids = prompts[torch.arange(len(class_images.mean)) % len(prompts)]
+    views = prepare_views(models, image, masks, config)
+    check_grids(views, scene.handles, bool(config.lambda_attention))
     return Material(
-        views=prepare_views(models, image, masks, config),
+        views=views,
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
         handles=scene.handles,
         class_posterior=class_images,

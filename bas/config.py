@@ -356,17 +356,26 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+        for name in ("num_of_assets", "resolution", "attention_grid"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
         for name in (
             "initial_learning_rate",
             "learning_rate",
             "lambda_attention",
             "prior_loss_weight",
             "max_grad_norm",
+            "adam_weight_decay",
+            "adam_epsilon",
+            "lr_power",
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} is {getattr(self, name)}: expected a finite number, 0 or more")
         if not 0 <= self.flip_probability <= 1:
             raise InputError(f"--flip_probability is {self.flip_probability}: expected 0 to 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected 0 or more, below 1")
         for f in fields(self):
             choices = f.metadata.get("choices")
             if choices and getattr(self, f.name) not in choices:
@@ -440,6 +449,9 @@ class SampleConfig:
         for name in ("num_inference_steps", "num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+        for name in ("height", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more")
         if not 0 <= self.eta <= 1:
@@ -449,3 +461,25 @@ class SampleConfig:
 
 
 SAMPLERS = ("ddim", "ddpm", "dpmpp_2m")
+
+
+@dataclass(frozen=True)
+class EditConfig(SampleConfig):
+    """Settings of `bas edit`. Names are those of the Blended Latent Diffusion script, where it has them."""
+
+    num_images: int = knob(1, "results, each from its own seed")
+    height: int | None = knob(None, "rows of pixels to edit at (default: as the model was trained for)")
+    width: int | None = knob(None, "columns of pixels to edit at (default: as the model was trained for)")
+    blending_start_percentage: float = knob(
+        0.25, "share of the denoising steps to skip, 0 to 1: the more, the closer to what was there"
+    )
+    composite: bool = knob(
+        True, "leave the pixels outside the mask as the model decodes them", flag=["--no_composite"]
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.blending_start_percentage < 1:
+            raise InputError(
+                f"--blending_start_percentage is {self.blending_start_percentage}: expected 0 or more, less than 1"
+            )

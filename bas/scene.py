@@ -17,13 +17,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bas.config import InputError, TrainConfig
+from bas.models.text import HANDLE
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
 MAX_CONCEPTS = 4  # the paper's own limit (section 5): beyond it quality drops
-MASK_NAME = re.compile(r"mask(\d+)\.png")
+MASK_NAME = re.compile(r"mask(0|[1-9][0-9]*)\.png")
+DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def open_picture(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(picture)
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it is empty" if path.stat().st_size == 0 else str(error).splitlines()[0]
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        reason = "it is empty" if path.stat().st_size == 0 else (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is not a readable {', '.join(FORMATS)} picture: {reason}") from error
 
 
@@ -143,6 +145,8 @@ def read_notes(folder: Path, count: int) -> tuple[list[str | None], list[str | N
     try:
         concepts = json.loads(path.read_text(encoding="utf-8"))["concepts"]
         notes = [(c.get("handle"), c.get("word")) for c in concepts]
+        if not all(name is None or isinstance(name, str) for note in notes for name in note):
+            raise TypeError("a handle or a word is no text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: {error}') from error
     if len(notes) != count:
@@ -161,6 +165,9 @@ def name_concepts(config: TrainConfig, folder: Path, count: int) -> tuple[tuple[
     for flag, values in (("--handles", handles), ("--initializer_tokens", words)):
         if len(values) != count:
             raise InputError(f"{flag} gives {len(values)} names, but {folder} has {count} masks")
+    for handle in handles:
+        if not HANDLE.fullmatch(handle):
+            raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
     if len(set(handles)) != count:
         raise InputError(f"the handles {' '.join(handles)} are not all different")
     return tuple(handles), tuple(words)
@@ -175,7 +182,7 @@ def load_scene(config: TrainConfig) -> Scene:
     image_path, mask_paths = find_files(folder)
     handles, words = name_concepts(config, folder, len(mask_paths))
     picture = read_image(image_path)
-    masks = [_match_size(read_mask(path), path, picture, image_path) for path in mask_paths]
+    masks = [match_size(read_mask(path), path, picture, image_path) for path in mask_paths]
     for i, (path, mask) in enumerate(zip(mask_paths, masks, strict=True)):
         _check_coverage(path, mask)
         for other, earlier in zip(mask_paths[:i], masks[:i], strict=True):
@@ -209,7 +216,7 @@ def frame(
     return resized, (left, top, left + kept[0], top + kept[1])
 
 
-def _match_size(mask: np.ndarray, path: Path, picture: Image.Image, image_path: Path) -> np.ndarray:
+def match_size(mask: np.ndarray, path: Path, picture: Image.Image, image_path: Path) -> np.ndarray:
     """The mask at the picture's size. Another size of the same shape is resized, another shape is an error."""
     (h, w), (image_w, image_h) = mask.shape, picture.size
     if (w, h) == (image_w, image_h):
@@ -228,6 +235,8 @@ def _check_coverage(path: Path, mask: np.ndarray) -> None:
     """A mask must show something and leave something out; nearly everything is worth a warning."""
     if mask.max() == 0:
         raise InputError(f"{path} is black all over: paint the concept white")
+    if mask.max() < DARKEST_MASK:
+        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a map of labels?")
     if mask.min() == 1:
         raise InputError(f"{path} is white all over: leave out what is not the concept")
     if mask.mean() > 0.95:

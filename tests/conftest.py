@@ -46,3 +46,11 @@ def no_network():
         for name in ("getaddrinfo", "gethostbyname"):
             patch.setattr(socket, name, look_up)
         yield
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory):
+    """The tiny model, a scene and class images, shared by all tests: read only."""
+    from tiny import Bench
+
+    return Bench(tmp_path_factory.mktemp("bench"))
