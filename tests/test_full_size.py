@@ -22,7 +22,7 @@ from bas.single_file import clip_tokenizer
 
 pytestmark = pytest.mark.slow
 
-SCENE = Path(__file__).parent / "reference" / "scenes" / "creature"
+SCENE = Path(__file__).parent / "reference" / "official" / "scene"
 SD21_BASE = UNetConfig(
     attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=64
 )
