@@ -1,30 +1,28 @@
 """A scene: one photograph, one mask per concept, and the handle and initial word of each.
 
-Reading follows stated rules: the picture is turned upright by its EXIF note and brought to RGB; masks are read from
-their colour, or from their alpha where only that varies, and stay soft. Picture and masks are resized and cropped
-together. Whatever cannot be used is an InputError that names the file.
+Files are read by stated rules, pictures in images.py and the many forms of masks in mask_sources.py. Here they become
+one scene: sizes must agree, every mask must show something, and picture and masks are resized and cropped together.
+Whatever cannot be used is an InputError that names the file.
 """
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from bas.config import InputError, TrainConfig
+from bas.images import read_image
+from bas.mask_sources import FoundMask, find_source, read_source
 from bas.models.text import HANDLE
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
 MAX_CONCEPTS = 4  # the paper's own limit (section 5): beyond it quality drops
-MASK_NAME = re.compile(r"mask(0|[1-9][0-9]*)\.png")
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
 
 
@@ -52,96 +50,30 @@ class Scene:
         return image, torch.stack([torch.from_numpy(np.array(layer)) for layer in layers])
 
 
-# --- Files to arrays ----------------------------------------------------------------------------------------------
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A decoded, upright picture of an allowed format. Raises InputError naming the file and the reason."""
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise InputError(
-                    f"{path} is {picture.width}x{picture.height}: more than 100 megapixels, make it smaller"
-                )
-            if getattr(picture, "n_frames", 1) > 1:
-                raise InputError(f"{path} holds {picture.n_frames} frames: save the one you mean as a still picture")
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except InputError:
-        raise
-    except Exception as error:  # a broken file makes Pillow raise nearly anything
-        reason = "it is empty" if path.stat().st_size == 0 else (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a readable {', '.join(FORMATS)} picture: {reason}") from error
-
-
-def _grey(picture: Image.Image) -> np.ndarray:
-    """One channel as float32 in [0, 1], whatever its depth. (H, W)"""
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, dtype=np.float32)
-        return values / (65535.0 if picture.mode.startswith("I") else 1.0)
-    return np.asarray(picture.convert("L"), dtype=np.float32) / 255.0
-
-
-def read_image(path: Path) -> Image.Image:
-    """The photograph as RGB: 16-bit and float greys scaled down, transparent pixels laid over white."""
-    picture = open_picture(path)
-    if picture.mode.startswith(("I", "F")):
-        return Image.fromarray((_grey(picture).clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] < 255:
-            log.warning("%s has transparent pixels: they become white", path)
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """One mask, (H, W) float32 in [0, 1]. In an RGBA file the channel that varies is the mask."""
-    picture = open_picture(path)
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        alpha_varies = len(set(picture.getchannel("A").getextrema())) > 1
-        colour_varies = any(low != high for low, high in picture.convert("RGB").getextrema())
-        if alpha_varies and colour_varies:
-            raise InputError(f"{path}: colour and alpha both vary, so which is the mask? Save it as a grey picture")
-        picture = picture.getchannel("A") if alpha_varies else picture.convert("RGB")
-    mask = _grey(picture)
-    if not np.isfinite(mask).all() or mask.min() < 0 or mask.max() > 1:
-        raise InputError(f"{path} holds values outside black to white: save it as an 8-bit grey picture")
-    if 0 < mask.max() <= 1 / 255:
-        log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
-        mask = mask * 255.0
-    return mask
-
-
 # --- The scene folder ---------------------------------------------------------------------------------------------
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
-    """The picture img.* and the masks mask0.png, mask1.png, ... of a scene folder, checked for gaps."""
+    """The picture img.* of a scene folder and the files of its one source of masks, checked for gaps."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ...")
     images = sorted(p for p in folder.iterdir() if p.stem == "img" and p.is_file())
     if len(images) != 1:
         found = ", ".join(p.name for p in images) or "none"
         raise InputError(f"{folder} needs exactly one picture named img.jpg, img.png, ...; found {found}")
-    masks = {int(m[1]): p for p in folder.iterdir() if (m := MASK_NAME.fullmatch(p.name))}
-    if not masks:
-        raise InputError(f"{folder} has no mask0.png: give one mask per concept, white where the concept is")
-    missing = [f"mask{i}.png" for i in range(max(masks) + 1) if i not in masks]
-    if missing:
-        raise InputError(f"{folder} has masks up to mask{max(masks)}.png but lacks {', '.join(missing[:5])}")
-    return images[0], [masks[i] for i in range(len(masks))]
+    return images[0], find_source(folder)
 
 
-def read_notes(folder: Path, count: int) -> tuple[list[str | None], list[str | None]]:
-    """Handles and initial words from an optional scene.json: {"concepts": [{"handle": "<toy>", "word": "toy"}, ...]}"""
-    path = folder / "scene.json"
+def read_notes(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], list[str | None]]:
+    """Handles and initial words from an optional scene.json: {"concepts": [{"handle": "<toy>", "word": "toy"}, ...]}
+
+    Without one, they are as the source of the masks names them, if it does.
+    """
+    path, count = folder / "scene.json", len(found)
     if not path.exists():
-        return [None] * count, [None] * count
+        return [mask.handle for mask in found], [mask.word for mask in found]
+    if any(mask.handle or mask.word for mask in found):
+        log.warning("%s names the concepts: the names beside the masks are not used", path)
     try:
         concepts = json.loads(path.read_text(encoding="utf-8"))["concepts"]
         notes = [(c.get("handle"), c.get("word")) for c in concepts]
@@ -154,11 +86,14 @@ def read_notes(folder: Path, count: int) -> tuple[list[str | None], list[str | N
     return [handle for handle, _ in notes], [word for _, word in notes]
 
 
-def name_concepts(config: TrainConfig, folder: Path, count: int) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+def name_concepts(
+    config: TrainConfig, folder: Path, found: list[FoundMask]
+) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
     """Handles and words of N concepts: flags win over scene.json, which wins over <asset0>, <asset1>, ..."""
+    count = len(found)
     if config.num_of_assets not in (None, count):
         raise InputError(f"--num_of_assets is {config.num_of_assets}, but {folder} has {count} masks")
-    noted_handles, noted_words = read_notes(folder, count)
+    noted_handles, noted_words = read_notes(folder, found)
     pattern = config.placeholder_token.strip("<>")
     handles = config.handles or tuple(noted or f"<{pattern}{i}>" for i, noted in enumerate(noted_handles))
     words = config.initializer_tokens or tuple(noted_words)
@@ -179,13 +114,15 @@ def load_scene(config: TrainConfig) -> Scene:
     Raises InputError for anything that cannot be used; warns of what is odd but possible.
     """
     folder = Path(config.instance_data_dir)
-    image_path, mask_paths = find_files(folder)
-    handles, words = name_concepts(config, folder, len(mask_paths))
+    image_path, mask_files = find_files(folder)
     picture = read_image(image_path)
-    masks = [match_size(read_mask(path), path, picture, image_path) for path in mask_paths]
-    for i, (path, mask) in enumerate(zip(mask_paths, masks, strict=True)):
+    found = read_source(mask_files, picture.size)
+    handles, words = name_concepts(config, folder, found)
+    masks = [match_size(mask.values, folder / mask.name, picture, image_path) for mask in found]
+    for i, mask in enumerate(masks):
+        path = folder / found[i].name
         _check_coverage(path, mask)
-        for other, earlier in zip(mask_paths[:i], masks[:i], strict=True):
+        for other, earlier in zip(found[:i], masks[:i], strict=True):
             if np.array_equal(mask, earlier):
                 raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
     if len(masks) > MAX_CONCEPTS:

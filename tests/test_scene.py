@@ -12,7 +12,8 @@ from PIL import Image
 from tiny import refused, write_scene
 
 from bas.config import InputError, TrainConfig
-from bas.scene import draw_subset, frame, load_scene, read_image, read_mask, subset_prompt
+from bas.images import read_image, read_mask
+from bas.scene import draw_subset, frame, load_scene, subset_prompt
 
 # Eight columns of six rows: soft values, no two rows or columns alike, black and white both present.
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
