@@ -133,9 +133,9 @@ def test_prompt_and_positions(models, step):
     assert [handle_positions(ids[0], handle_ids)] == STEPS[step]["handle_positions"]
 
 
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [0, 1])
 def test_vae_moments_of_class_images(models, step):
-    """The class image of a step through the encoder."""
+    """The class image of a step through the encoder: not mirrored, even where the scene is."""
     example = STEPS[step]["examples"][0]
     class_image = pixels(read_image(OFFICIAL / "class_images" / example["class_file"]))
     mean, logvar = encode_images(models, class_image[None])
