@@ -52,12 +52,24 @@ each_step = pytest.mark.parametrize("step", range(6))
 first_steps = pytest.mark.parametrize("step", [0, 3])  # of phase 1 and phase 2
 
 
-@pytest.fixture
-def models() -> Models:
+def load_official() -> Models:
     """The checkpoint with its handles, as before the first step."""
     models = load(OFFICIAL / "model")
     add_handles(models.text_encoder, models.tokenizer, SCENE.handles, SCENE.words, seed=0)
     return models
+
+
+@pytest.fixture(scope="module")
+def shared_models() -> Models:
+    """Loaded once for all tests that train nothing but handles."""
+    return load_official()
+
+
+@pytest.fixture
+def models(shared_models) -> Models:
+    """The checkpoint as before the first step, for tests that leave all but its handles alone."""
+    set_handles(shared_models, 0)
+    return shared_models
 
 
 def recorded(step: int, name: str) -> Tensor:
@@ -112,7 +124,8 @@ def assert_near(ours: Tensor, theirs: Tensor, relative: float, what: str = "") -
 # --- What goes into a step ----------------------------------------------------------------------------------------
 
 
-def test_handles_start_from_the_embedding_of_their_word(models):
+def test_handles_start_from_the_embedding_of_their_word():
+    models = load_official()
     assert torch.equal(models.text_encoder.get_input_embeddings().handles, TRAIN["init.handles"])
 
 
@@ -203,9 +216,9 @@ def test_token_states(models, step):
     torch.testing.assert_close(states, recorded(step, "encoder_hidden_states"), atol=1e-5, rtol=0)
 
 
-@first_steps
-def test_prediction_and_aggregated_maps(models, step):
-    """The UNet on the recorded latents and token states."""
+def test_prediction_and_aggregated_maps(models):
+    """The UNet on step 0's recorded latents and token states."""
+    step = 0
     with torch.no_grad():
         prediction, maps = models.unet(
             add_noise(models.schedule, recorded(step, "latents"), recorded(step, "noise"), recorded(step, "timesteps")),
@@ -269,8 +282,9 @@ def assert_step_equals(step: int, trained: dict, seen: dict, values: dict[str, T
 
 
 @first_steps
-def test_first_step_of_each_phase(models, step, monkeypatch):
+def test_first_step_of_each_phase(step, monkeypatch):
     """One optimizer step as training does it, with phase 1 in its exact mode."""
+    models = load_official()
     set_handles(models, step)
     phase = CONFIG.phases[step // 3]
     trained = trainable_parameters(models, phase)
@@ -285,8 +299,9 @@ def test_first_step_of_each_phase(models, step, monkeypatch):
     assert_step_equals(step, trained, seen, values)
 
 
-def test_phase1_without_its_prior_has_the_same_gradient(models):
+def test_phase1_without_its_prior_has_the_same_gradient():
     """What bas does by default: the class prompt holds no handle, so leaving it out changes the handles by nothing."""
+    models = load_official()
     trainable_parameters(models, CONFIG.phases[0])
     drawn = batch(0)
     alone = replace(drawn, z0=drawn.z0[:1], eps=drawn.eps[:1], t=drawn.t[:1], input_ids=drawn.input_ids[:1])
