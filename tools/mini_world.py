@@ -7,6 +7,7 @@ unseen shapes with two-colour markings, the things to extract.
 
     python tools/mini_world.py --output_dir /tmp/world            # a contact sheet of 64 captioned scenes
     python tools/mini_world.py --output_dir DIR --concepts 3      # one scene folder to extract from
+    python tools/mini_world.py --output_dir weights/mini/scenes --demo
 """
 
 import argparse
@@ -151,7 +152,7 @@ def bottle(x, y):
 def gear(x, y):
     radius, angle = polar(x, y)
     teeth = (radius - 0.8 - 0.15 * np.clip(4 * np.cos(8 * angle), -1, 1)) * 0.7
-    return np.maximum(teeth, 0.32 - radius)
+    return np.maximum(teeth, 0.24 - radius)
 
 
 def clover(x, y):
@@ -196,7 +197,7 @@ CONCEPT_SHAPES = {
     "clover": clover,
 }
 NEAREST_WORD = {  # the word of the training captions that comes closest to a concept shape
-    "moon": "ring", "arrow": "fish", "bolt": "star", "gear": "flower", "crown": "cube", "clover": "flower"
+    "moon": "ball", "arrow": "fish", "bolt": "star", "gear": "flower", "crown": "cube", "clover": "tree"
 }  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def pattern_weight(pattern, x, y, d, pixel):
             return square_wave(1.6 * np.hypot(x, y) + 0.25, 1.6 * pixel)
         case "rays":
             radius, angle = polar(x, y)
-            return square_wave(4 * angle / np.pi, np.maximum(2 * pixel / np.maximum(radius, 0.05), 0.1))
+            return square_wave(1.5 * angle / np.pi, np.maximum(2 * pixel / np.maximum(radius, 0.05), 0.1))
         case "border":
             return np.clip(0.5 + (d + 0.3) / pixel, 0, 1)
     raise ValueError(f"unknown pattern {pattern!r}")
@@ -494,19 +495,43 @@ def draw(layout: Layout, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), masks
 
 
+def realise(layout: Layout, caption: str, size: int = 64) -> Scene:
+    """A decided scene, drawn, with its caption."""
+    image, masks = draw(layout, size)
+    return Scene(image, masks, caption, layout.things, layout.background, layout)
+
+
 def render_scene(rng, size: int = 64, count=None, background=None) -> Scene:
     """One captioned training scene, decided and drawn; the same generator state gives the same scene."""
     layout = compose(rng, count, background)
-    caption = describe(layout, rng)
-    image, masks = draw(layout, size)
-    return Scene(image, masks, caption, layout.things, layout.background, layout)
+    return realise(layout, describe(layout, rng), size)
 
 
 def render_concepts(rng, size: int = 64, count: int = 3, background=None) -> Scene:
     """One scene of concept objects; its caption names what training has no words for."""
     layout = compose_concepts(rng, count, background)
-    image, masks = draw(layout, size)
-    return Scene(image, masks, describe(layout), layout.things, layout.background, layout)
+    return realise(layout, describe(layout), size)
+
+
+DEMO_SCENES = {  # the scene folders of weights/mini
+    "playroom": Layout(
+        (
+            Thing("moon", "purple", "halves", "yellow", x=0.27, y=0.28, size=0.46, angle=-0.1),
+            Thing("bolt", "cyan", "halves", "red", x=0.75, y=0.3, size=0.46, angle=0.1),
+            Thing("crown", "yellow", "target", "blue", x=0.5, y=0.75, size=0.46),
+        ),
+        "wooden floor",
+        seed=4,
+    ),
+    "shore": Layout(
+        (
+            Thing("gear", "orange", "rays", "purple", x=0.29, y=0.34, size=0.52, angle=-0.08),
+            Thing("arrow", "pink", "halves", "green", x=0.68, y=0.72, size=0.5, angle=0.1),
+        ),
+        "beach",
+        seed=7,
+    ),
+}
 
 
 def save_scene(scene: Scene, folder: Path) -> None:
@@ -537,8 +562,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--concepts", type=int, default=0, help="write one scene folder of so many concept objects")
+    parser.add_argument("--demo", action="store_true", help="write the scene folders that ship with the miniature")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
+    if args.demo:
+        for name, layout in DEMO_SCENES.items():
+            save_scene(realise(layout, describe(layout), args.size), args.output_dir / name)
+        return
     if args.concepts:
         save_scene(render_concepts(rng, args.size, args.concepts), args.output_dir)
         return
