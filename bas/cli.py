@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "learn the concepts of one scene",
     "sample": "generate pictures from prompts",
     "info": "tell what a file or a folder is, or what this machine has",
+    "edit": "edit places of a photograph with learnt concepts",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",
 }

@@ -107,3 +107,12 @@ def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
         exif = Image.Exif()
         exif[ExifTags.Base.UserComment] = note
         picture.save(path, exif=exif, quality=95)
+
+
+def save_pictures(pictures: list[Image.Image], notes: list[dict], target: Path) -> list[Path]:
+    """One picture under the name given, several with a number each; returns the paths."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    paths = [target] if len(pictures) == 1 else [target.with_stem(f"{target.stem}-{i}") for i in range(len(pictures))]
+    for picture, note, path in zip(pictures, notes, paths, strict=True):
+        save_picture(picture, path, note)
+    return paths

@@ -1,0 +1,33 @@
+"""The model that a sampling command works with: the flags that name it, and opening it."""
+
+import argparse
+from pathlib import Path
+
+from bas.checkpoint import load
+from bas.config import InputError
+from bas.flags import Parser, add_machine
+from bas.hub import find
+from bas.machine import DTYPES, pick_device, pick_precision
+from bas.parts import Models
+
+
+def add_model(parser: Parser) -> None:
+    """Declare RUN, --model_path, and the two flags of the machine."""
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
+    )
+    parser.add_argument("--model_path", metavar="RUN", help="the same, as the official script names it")
+    add_machine(parser)
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """Where the model lies. Raises InputError if two are named, or the one that is named is not here."""
+    if args.run and args.model_path and args.run != args.model_path:
+        raise InputError(f"two models: {args.run} and --model_path {args.model_path}")
+    return find(args.model_path or args.run)
+
+
+def open_model(args: argparse.Namespace) -> Models:
+    """Load the model onto the device and in the precision that the flags ask for."""
+    path, device = find_model(args), pick_device(args.device)
+    return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device)])
