@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,9 +71,15 @@ def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dic
     else:
         require_file(path)
     with torch.device("meta"):
-        networks = UNet(parts.unet), VAE(parts.vae), build_text_encoder(parts.text_encoder)
+        with _blaming(path / "text_encoder" / "config.json"):
+            text_encoder = build_text_encoder(parts.text_encoder)
+        networks = UNet(parts.unet), VAE(parts.vae), text_encoder
     parts.check(str(path))
-    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(networks[2], parts.tensors["text_encoder"])}
+    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(text_encoder, parts.tensors["text_encoder"])}
+    # A tokenizer that states no length would pad prompts to any.
+    parts.tokenizer.model_max_length = min(
+        parts.tokenizer.model_max_length, parts.text_encoder["max_position_embeddings"]
+    )
     return Models(*networks, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path), tensors
 
 
@@ -98,16 +106,27 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     if prediction_type:
         schedule["prediction_type"] = prediction_type
-    parts = Parts(
-        UNetConfig.from_json(configs["unet"]),
-        VAEConfig.from_json(configs["vae"]),
-        configs["text_encoder"],
-        {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS},
-        load_tokenizer(folder / "tokenizer"),
-        NoiseSchedule.from_json(schedule),
-    )
-    parts.tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in parts.tensors["vae"].items()}
-    return parts
+    with _blaming(folder / "unet" / "config.json"):
+        unet = UNetConfig.from_json(configs["unet"])
+    with _blaming(folder / "vae" / "config.json"):
+        vae = VAEConfig.from_json(configs["vae"])
+    with _blaming(folder / "scheduler" / "scheduler_config.json"):
+        noise_schedule = NoiseSchedule.from_json(schedule)
+    with _blaming(folder / "tokenizer"):
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    tensors = {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS}
+    tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
+    return Parts(unet, vae, configs["text_encoder"], tensors, tokenizer, noise_schedule)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Whatever a malformed description makes its reader raise becomes an InputError that names the file."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises nothing more specific
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(reason if str(path) in reason else f"{path} cannot be used: {reason}") from error
 
 
 def _refuse_folder(folder: Path) -> None:

@@ -109,6 +109,47 @@ def test_configurations_are_checked_before_anything_is_allocated(file, changes, 
     assert reason in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"block_out_channels": None}),
+        ("unet/config.json", {"down_block_types": [["CrossAttnDownBlock2D"]] * 3}),
+        ("vae/config.json", {"block_out_channels": 5}),
+        ("vae/config.json", {"scaling_factor": "x"}),
+        ("text_encoder/config.json", {"layer_norm_eps": "x"}),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1.5}),
+    ],
+)
+def test_values_of_the_wrong_type_are_blamed_on_their_file(file, changes, folder):
+    change_json(folder / file, **changes)
+    assert refusal(folder).startswith(f"{folder / file} cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("vocab.json", "{"), ("vocab.json", "[1]"), ("merges.txt", "#version\nzz qq\n"), ("tokenizer_config.json", "{")],
+)
+def test_damaged_tokenizers_are_refused(file, content, folder):
+    (folder / "tokenizer" / file).write_text(content)
+    assert refusal(folder).startswith(f"{folder / 'tokenizer'} cannot be used: ")
+
+
+def test_a_tokenizer_reads_only_its_own_folder(folder, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
+    elsewhere = str(tmp_path / "other.json")
+    before = load(folder).tokenizer("a photo").input_ids
+    change_json(
+        folder / "tokenizer/tokenizer_config.json",
+        vocab_file=elsewhere,
+        tokenizer_file=elsewhere,
+        model_max_length=10**30,
+    )
+    tokenizer = load(folder).tokenizer
+    assert tokenizer("a photo").input_ids == before
+    assert tokenizer.model_max_length == 77
+
+
 def test_vocabulary_and_rows_must_agree(folder):
     rows = json.loads((folder / "text_encoder/config.json").read_text())["vocab_size"]
     (folder / "tokenizer/added_tokens.json").write_text(json.dumps({"<asset0>": rows}))
