@@ -20,6 +20,8 @@ COMMANDS = {
     "train": "learn the concepts of one scene",
     "sample": "generate pictures from prompts",
     "info": "tell what a file or a folder is, or what this machine has",
+    "vary": "draw all concepts of a run again and again",
+    "explore": "draw every combination of a run's concepts in many contexts",
     "edit": "edit places of a photograph with learnt concepts",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",

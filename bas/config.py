@@ -464,6 +464,13 @@ SAMPLERS = ("ddim", "ddpm", "dpmpp_2m")
 
 
 @dataclass(frozen=True)
+class VaryConfig(SampleConfig):
+    """Settings of `bas vary`."""
+
+    num_images: int = knob(9, "pictures, each from its own seed")
+
+
+@dataclass(frozen=True)
 class EditConfig(SampleConfig):
     """Settings of `bas edit`. Names are those of the Blended Latent Diffusion script, where it has them."""
 

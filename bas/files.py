@@ -92,6 +92,19 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def new_folder(name: str) -> Path:
+    """A new or empty folder for many files. InputError when it holds something, or cannot be written."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from None
+    if used:
+        raise InputError(f"--output_dir {folder} is not empty: name a new folder")
+    return folder
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`. When the block ends well, it is flushed to disk and takes the path's place."""

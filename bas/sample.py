@@ -1,6 +1,6 @@
 """From a prompt to pictures: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -32,14 +32,17 @@ def sample(
     Raises InputError for unknown handles and for sizes the model cannot take.
     """
     config = replace(config or SampleConfig(), **overrides)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return list(sample_each(models, [prompts] if isinstance(prompts, str) else list(prompts), config))
+
+
+def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:
+    """The pictures of `sample`, one by one, as soon as their batch is done."""
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     pictures = []
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
         latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config)
-        pictures += to_pictures(decode(models, latents))
-    return pictures
+        yield from to_pictures(decode(models, latents))
 
 
 @torch.inference_mode()

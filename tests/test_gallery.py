@@ -1,0 +1,98 @@
+"""Galleries: which prompts are drawn, in which order, and where each picture lands."""
+
+import json
+
+import pytest
+from PIL import Image
+from tiny import refused, taught, write_model
+
+from bas.checkpoint import load, save_model
+from bas.cli import main
+from bas.config import SampleConfig
+from bas.files import new_folder
+from bas.gallery import CELL, CONTEXTS, explore, subsets, vary
+from bas.pictures import MARGIN
+from bas.sample import sample
+
+FAST = SampleConfig(num_inference_steps=2, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return taught(write_model(tmp_path_factory.mktemp("gallery") / "model"))
+
+
+def note(path):
+    """The settings that a picture was saved with."""
+    with Image.open(path) as picture:
+        return json.loads(picture.text["bas"])
+
+
+def columns(path):
+    """How many cells a grid is wide."""
+    with Image.open(path) as picture:
+        return (picture.width - MARGIN) / (CELL + MARGIN)
+
+
+def test_the_papers_ten_contexts():
+    assert len(set(CONTEXTS)) == 10
+    assert CONTEXTS[0] == "at the beach"
+    assert CONTEXTS[-1] == "floating on top of water"
+
+
+def test_every_subset_comes_once_single_ones_first():
+    a, b, c = "<a>", "<b>", "<c>"
+    assert subsets((a, b, c)) == [(a,), (b,), (c,), (a, b), (a, c), (b, c), (a, b, c)]
+
+
+def test_explore_draws_every_subset_in_every_context(models, tmp_path):
+    path = explore(models, tmp_path / "new", ("at the beach", "at a"), FAST)
+    files = sorted((tmp_path / "new").glob("0*.png"))
+    ones = [
+        f"a photo of {h} {c}"
+        for h in ("<asset0>", "<asset1>", "<asset0> and <asset1>")
+        for c in ("at the beach", "at a")
+    ]
+    assert [note(file)["prompt"] for file in files] == ones
+    assert path == tmp_path / "new" / "grid.png"
+    assert columns(path) == 2
+    (alone,) = sample(models, ones[3], FAST)
+    with Image.open(files[3]) as picture:
+        assert abs(sum(picture.resize((1, 1)).getpixel((0, 0))) - sum(alone.resize((1, 1)).getpixel((0, 0)))) <= 3
+
+
+def test_vary_draws_all_handles_with_new_seeds(models, tmp_path):
+    path = vary(models, tmp_path, SampleConfig(num_inference_steps=2, num_images=5, seed=3, batch_size=5))
+    notes = [note(file) for file in sorted(tmp_path.glob("0*.png"))]
+    assert [n["seed"] for n in notes] == [3, 4, 5, 6, 7]
+    assert {n["prompt"] for n in notes} == {"a photo of <asset0> and <asset1>"}
+    assert columns(path) == 3
+
+
+def test_a_base_model_has_nothing_to_show(models, tmp_path):
+    base = load(models.source)
+    for run in (lambda: vary(base, tmp_path, FAST), lambda: explore(base, tmp_path, CONTEXTS, FAST)):
+        with refused(str(models.source), "has no handles"):
+            run()
+
+
+def test_a_folder_in_use_is_refused_before_weights_are_read(tmp_path, capsys):
+    (tmp_path / "old.txt").touch()
+    with refused("--output_dir", "is not empty"):
+        new_folder(str(tmp_path))
+    with refused("--output_dir", "old.txt"):
+        new_folder(str(tmp_path / "old.txt" / "below"))
+    assert main(["vary", str(tmp_path), "--output_dir", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_commands_print_where_the_grid_is(models, tmp_path, capsys):
+    save_model(models, tmp_path / "run")
+    fast = ["--num_inference_steps", "2", "--device", "cpu"]
+    assert main(["vary", str(tmp_path / "run"), "--output_dir", str(tmp_path / "v"), "--num_images", "2", *fast]) == 0
+    assert main(
+        ["explore", str(tmp_path / "run"), "--output_dir", str(tmp_path / "e"), "--contexts", "at the beach", *fast]
+    ) == 0  # fmt: skip
+    assert capsys.readouterr().out.split() == [str(tmp_path / name / "grid.png") for name in "ve"]
+    assert len(list((tmp_path / "v").iterdir())) == 3
+    assert len(list((tmp_path / "e").iterdir())) == 4
