@@ -18,7 +18,7 @@ from bas.batches import encode_images
 from bas.checkpoint import Models
 from bas.config import EditConfig, InputError
 from bas.images import read_mask
-from bas.models.text import encode_prompts
+from bas.prompts import encode_prompts
 from bas.sample import decode, denoise, latent_shape, standard_normal, to_pictures
 from bas.scene import fit, match_size, pixels
 from bas.schedulers import add_noise, sampling_timesteps

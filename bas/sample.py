@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
-from bas.models.text import encode_prompts
+from bas.prompts import encode_prompts
 from bas.schedulers import (
     clean_and_noise,
     ddim_step,
@@ -38,7 +38,6 @@ def sample(
 def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:
     """The pictures of `sample`, one by one, as soon as their batch is done."""
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
-    pictures = []
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
         latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config)

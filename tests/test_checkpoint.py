@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from bas import files
 from bas.checkpoint import component_files, load, save_model, weights_hash
-from bas.models.text import add_handles, encode_prompts
+from bas.models.text import add_handles
 from bas.parts import COMPONENTS, Models
+from bas.prompts import encode_prompts
 
 PROMPTS = ["a photo of a toy at the beach", "a bowl!"]
 

@@ -18,8 +18,9 @@ from bas.batches import Batch, encode_images, handle_positions
 from bas.checkpoint import load
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
-from bas.models.text import add_handles, encode_ids, encode_prompts, tokenize
+from bas.models.text import add_handles, encode_ids, tokenize
 from bas.parts import Models
+from bas.prompts import encode_prompts
 from bas.sample import decode, denoise
 from bas.scene import load_scene, pixels, read_image, subset_prompt
 from bas.schedulers import add_noise, ddim_step, sampling_timesteps

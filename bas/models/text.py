@@ -180,8 +180,3 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     """Token states after the tower's final norm, without an attention mask. ids: (b, k) -> (b, k, d)"""
     return text_encoder(input_ids=ids).last_hidden_state
-
-
-def encode_prompts(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token states of prompts. -> (b, 77, d) on the tower's device"""
-    return encode_ids(text_encoder, tokenize(tokenizer, prompts).to(text_encoder.device))
