@@ -5,6 +5,8 @@ pictures = bas.sample(models, "a photo of <asset0> at the beach", seed=1)
 """
 
 import importlib
+import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -17,3 +19,14 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'bas' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Python binds an imported submodule to its name in the package; here `train` and `sample` stay the functions."""
+
+    def __setattr__(self, name: str, value):
+        if name not in _HOMES:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -55,7 +55,7 @@ class MetricsLog:
     def __init__(self, path: Path, length: int = 0):
         self.path, self.pending = path, []
         with path.open("ab") as file:
-            file.truncate(length)
+            file.truncate(min(length, path.stat().st_size))
 
     def add(self, phase: str, step: int, lr: float, values: dict[str, Tensor]) -> None:
         """Note one step; values are 0-dim tensors."""

@@ -61,6 +61,8 @@ FREE_ON_RESUME = {
     "save_precision",
 }
 
+POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
+
 
 # --- One step -----------------------------------------------------------------------------------------------------
 
@@ -141,20 +143,20 @@ def optimizer_step(
     return {**sums, "grad_norm": norm}
 
 
-def lr_factor(config: TrainConfig, step: int, total: int) -> float:
-    """What the learning rate is multiplied by at this step (from 0) of a phase of `total` steps."""
+def learning_rate(config: TrainConfig, phase: Phase, step: int) -> float:
+    """The learning rate at this step of a phase, counted from 0. The courses are those of diffusers' get_scheduler."""
     warmup, kind = config.lr_warmup_steps, config.lr_scheduler
     if kind != "constant" and step < warmup:
-        return step / warmup
-    done = (step - warmup) / max(1, total - warmup)
+        return phase.lr * step / warmup
+    done = (step - warmup) / max(1, phase.steps - warmup)
     if kind == "linear":
-        return 1 - done
+        return phase.lr * (1 - done)
     if kind == "polynomial":
-        return (1 - done) ** config.lr_power
+        return (phase.lr - POLYNOMIAL_END) * (1 - done) ** config.lr_power + POLYNOMIAL_END
     if kind.startswith("cosine"):
         cycles = config.lr_num_cycles if kind == "cosine_with_restarts" else 1
-        return 0.5 * (1 + math.cos(math.pi * (cycles * done % 1.0)))
-    return 1.0
+        return phase.lr * 0.5 * (1 + math.cos(math.pi * (cycles * done % 1.0)))
+    return phase.lr
 
 
 # --- The run ------------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
 
     bar = Progress(phase.name, phase.steps, max(0, run.done - begin))
     for step in range(max(begin, run.done) + 1, end + 1):  # counted from 1, over both phases
-        lr = phase.lr * lr_factor(config, step - begin - 1, phase.steps)
+        lr = learning_rate(config, phase, step - begin - 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = (
@@ -274,11 +276,12 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
 
 
 def read_metrics(run: Run) -> dict[str, float]:
-    """Write the pending metrics and return the newest losses. Raises RunError if one is not finite."""
+    """Write the pending metrics and return the newest losses. Raises RunError if a number is not finite."""
     rows = run.metrics.flush()
     for row in rows:
         for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value) and name != "grad_norm":
+            skipped = name == "grad_norm" and run.precision == "fp16"  # the scaler leaves out steps that overflow
+            if isinstance(value, float) and not math.isfinite(value) and not skipped:
                 raise RunError(
                     f"{row['phase']} step {row['step']}: {name} is {value}; "
                     f"lower the learning rate or use --mixed_precision no. The last checkpoint is kept in {run.folder}"

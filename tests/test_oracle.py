@@ -6,6 +6,7 @@ Tolerances are those at which two float32 implementations agree: single operatio
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import bas.train
 from bas.batches import Batch, encode_images, handle_positions
 from bas.checkpoint import load
 from bas.config import InputError, SampleConfig, TrainConfig
@@ -26,6 +26,7 @@ from bas.scene import load_scene, pixels, read_image, subset_prompt
 from bas.schedulers import add_noise, ddim_step, sampling_timesteps
 from bas.train import build_optimizer, optimizer_step, trainable_parameters, training_step
 
+training = import_module("bas.train")  # the module: bas.train is its function
 OFFICIAL = Path(__file__).parent / "reference" / "official"
 TRAIN = load_file(OFFICIAL / "train.safetensors")
 SAMPLING = load_file(OFFICIAL / "sampling.safetensors")
@@ -332,11 +333,11 @@ def whole_run(tmp_path_factory):
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bas.train, "draw_batch", draw)
-        patch.setattr(bas.train, "optimizer_step", step)
-        run = bas.train.start(replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run") / "run")))
+        patch.setattr(training, "draw_batch", draw)
+        patch.setattr(training, "optimizer_step", step)
+        run = training.start(replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run") / "run")))
         for begin, phase in zip((0, 3), CONFIG.phases, strict=True):
-            bas.train.train_phase(run, phase, begin)
+            training.train_phase(run, phase, begin)
     return run, steps
 
 
