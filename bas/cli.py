@@ -17,6 +17,7 @@ ABOUT = "Extract several concepts from one photograph, and re-imagine them (Brea
 COMMANDS = {
     "demo": "the whole method on the shipped miniature, into one picture",
     "masks": "check a scene's masks and show what the losses will see of them",
+    "paint": "paint masks in the browser",
     "train": "learn the concepts of one scene",
     "sample": "generate pictures from prompts",
     "info": "tell what a file or a folder is, or what this machine has",

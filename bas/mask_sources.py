@@ -34,8 +34,8 @@ class FoundMask:
     word: str | None = None
 
 
-def find_source(folder: Path) -> list[Path]:
-    """The files of a scene folder's one mask source. Raises InputError for none, for two, or for a gap in numbers."""
+def list_sources(folder: Path) -> list[list[Path]]:
+    """The files of every mask source in a folder, in the order of their numbers. Raises InputError for a gap."""
     numbered: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := NUMBERED.fullmatch(path.name):
@@ -46,7 +46,12 @@ def find_source(folder: Path) -> list[Path]:
             last = f"{kind}{max(files)}.png"
             raise InputError(f"{folder} has {kind}s up to {last} but lacks {', '.join(missing[:5])}")
     sources = [[files[i] for i in range(len(files))] for _, files in sorted(numbered.items(), reverse=True)]
-    sources += [[folder / name] for name in READERS if (folder / name).is_file()]
+    return sources + [[folder / name] for name in READERS if (folder / name).is_file()]
+
+
+def find_source(folder: Path) -> list[Path]:
+    """The files of a scene folder's one mask source. Raises InputError for none, for two, or for a gap in numbers."""
+    sources = list_sources(folder)
     if not sources:
         raise InputError(f"{folder} has no mask0.png: give one mask per concept, white where the concept is")
     if len(sources) > 1:

@@ -1,0 +1,129 @@
+"""Headless Chromium for tests, through its DevTools protocol over two pipes: no driver, no extra package."""
+
+import base64
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+    *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--hide-scrollbars"),
+)
+PATIENCE = 60  # seconds for one answer, on a busy machine
+
+
+class Browser:
+    """One page of a headless Chromium. The test is skipped where there is none."""
+
+    def __init__(self, home: Path):
+        program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+        if program is None:
+            pytest.skip(f"no browser on this machine: none of {', '.join(PROGRAMS)} was found")
+        to_read, self.sink = os.pipe()
+        self.source, to_write = os.pipe()
+        # Chromium reads from descriptor 3 and writes to 4; high copies first, so that neither overwrites the other.
+        launch = f'exec 8<&{to_read} 9>&{to_write}; exec 3<&8 4>&9 8<&- 9>&-; exec "$0" "$@"'
+        self.process = subprocess.Popen(
+            ["bash", "-c", launch, program, *FLAGS, f"--user-data-dir={home}", "about:blank"],
+            pass_fds=(to_read, to_write),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self.count, self.buffer, self.session = itertools.count(1), b"", None
+        self.problems: list[str] = []  # errors in the console, and requests to anywhere else than the page's server
+        (page,) = (t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.session = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method: str, **parameters) -> dict:
+        """One command; returns its result."""
+        number = next(self.count)
+        command = {"id": number, "method": method, "params": parameters}
+        if self.session:
+            command["sessionId"] = self.session
+        os.write(self.sink, json.dumps(command).encode() + b"\0")
+        while True:
+            message = self._receive()
+            if message.get("id") == number:
+                assert "error" not in message, (method, message["error"])
+                return message["result"]
+            self._note(message)
+
+    def _receive(self) -> dict:
+        while b"\0" not in self.buffer:
+            data = os.read(self.source, 65536)
+            assert data, "the browser ended"
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def _note(self, message: dict) -> None:
+        what, details = message.get("method"), message.get("params", {})
+        if what == "Runtime.exceptionThrown":
+            self.problems.append(details["exceptionDetails"].get("exception", {}).get("description", "an exception"))
+        elif what == "Log.entryAdded" and details["entry"]["level"] == "error":
+            self.problems.append(details["entry"]["text"])
+        elif what == "Network.requestWillBeSent":
+            url = details["request"]["url"]
+            if not url.startswith(("data:", "about:", "blob:", "file:", "http://127.0.0.1:")):
+                self.problems.append(f"asked for {url}")
+
+    def run(self, script: str):
+        """The value of an expression in the page; a promise is waited for."""
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, script: str) -> None:
+        """Until an expression becomes true."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(script):
+            assert time.monotonic() < end, f"waited in vain for {script}"
+            time.sleep(0.05)
+
+    def show(self, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
+        """The size of the window, the colour scheme, and whether there are fingers instead of a mouse."""
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.send("Emulation.setTouchEmulationEnabled", enabled=phone)
+
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Press the mouse at the first point, move it through the others, release it at the last."""
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def touch(self, *points: tuple[float, float]) -> None:
+        """Put a finger down at the first point, move it through the others, lift it."""
+        for kind, (x, y) in zip(["touchStart", *["touchMove"] * (len(points) - 1)], points, strict=True):
+            self.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
+        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def press(self, key: str, control: bool = False) -> None:
+        """One key, with its text unless Control is held."""
+        text = {} if control else {"text": key}
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **text)
+            text = {}
+
+    def picture(self, path: Path, **options) -> None:
+        """A screenshot."""
+        data = self.send("Page.captureScreenshot", format="png", **options)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        """End the browser."""
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        os.close(self.sink)
+        os.close(self.source)
