@@ -23,6 +23,7 @@ COMMANDS = {
     "info": "tell what a file or a folder is, or what this machine has",
     "vary": "draw all concepts of a run again and again",
     "explore": "draw every combination of a run's concepts in many contexts",
+    "attend": "draw a picture and show where each handle looked",
     "edit": "edit places of a photograph with learnt concepts",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",

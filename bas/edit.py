@@ -18,6 +18,7 @@ from bas.batches import encode_images
 from bas.checkpoint import Models
 from bas.config import EditConfig, InputError
 from bas.images import read_mask
+from bas.models.unet import AttentionMap
 from bas.prompts import encode_prompts
 from bas.sample import decode, denoise, latent_shape, standard_normal, to_pictures
 from bas.scene import fit, match_size, pixels
@@ -94,7 +95,7 @@ def edit_region(
     source = (encode_images(models, torch.stack(images)).mean * models.vae.config.scaling_factor).to(models.device)
     inside = latent_mask(region.mask, source.shape[-2:]).to(models.device)
 
-    def blend(_: int, prev_t: int, z: Tensor) -> Tensor:
+    def blend(_i: int, prev_t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
         return torch.where(inside, z, noised(models, source, prev_t, generators))
 
     context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(pictures))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
+from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
 from bas.prompts import encode_prompts
 from bas.schedulers import (
     clean_and_noise,
@@ -44,14 +45,26 @@ def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Ite
         yield from to_pictures(decode(models, latents))
 
 
+# Sees (i, prev_t, z, maps): the latents after step i, now at timestep prev_t (below 0 at the end), and the attention
+# maps of the prompt in this step, those that were asked for. Returns the latents to go on with.
+OnStep = Callable[[int, int, Tensor, list[AttentionMap]], Tensor]
+
+
 @torch.inference_mode()
-def generate(prompts: list[str], seeds: list[int], models: Models, config: SampleConfig) -> Tensor:
+def generate(
+    prompts: list[str],
+    seeds: list[int],
+    models: Models,
+    config: SampleConfig,
+    on_step: OnStep | None = None,
+    return_maps: ReturnMaps = False,
+) -> Tensor:
     """One clean latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them"""
     context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = standard_normal(latent_shape(models, config), generators).to(models.device)
-    return denoise(models, z, context, negative, config, generators)
+    return denoise(models, z, context, negative, config, generators, on_step, return_maps=return_maps)
 
 
 def denoise(
@@ -61,20 +74,21 @@ def denoise(
     negative: Tensor,
     config: SampleConfig,
     generators: list[torch.Generator],
-    on_step: Callable[[int, int, Tensor], Tensor] | None = None,
+    on_step: OnStep | None = None,
     start: int = 0,
+    return_maps: ReturnMaps = False,
 ) -> Tensor:
     """Walk z from noise to a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d).
 
-    `start` skips that many of the noisiest steps; `on_step(i, prev_t, z)` sees the latents after step i, now at
-    timestep prev_t (-1 at the end), and returns the latents to go on with.
+    `start` skips that many of the noisiest steps; `on_step` sees and may change the latents after each of the others,
+    beside the attention maps that `return_maps` asks for.
     """
     schedule = models.schedule
     timesteps = sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
-        output = guided_output(models, z, t, context, negative, config.guidance_scale)
+        output, maps = guided_output(models, z, t, context, negative, config.guidance_scale, return_maps)
         if config.sampler == "dpmpp_2m":
             z0, _ = clean_and_noise(schedule, z, output, t)
             z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
@@ -86,20 +100,33 @@ def denoise(
             else:
                 z = ddim_step(schedule, z, output, t, prev_t, config.eta, noise)
         if on_step is not None:
-            z = on_step(i, prev_t, z)
+            z = on_step(i, prev_t, z, maps)
     return z
 
 
-def guided_output(models: Models, z: Tensor, t: int, context: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """The UNet's prediction, pushed away from the negative prompt by the guidance scale. -> (b, c, h, w) float32"""
+def guided_output(
+    models: Models,
+    z: Tensor,
+    t: int,
+    context: Tensor,
+    negative: Tensor,
+    scale: float,
+    return_maps: ReturnMaps = False,
+) -> UNetOutput:
+    """The UNet's prediction, pushed away from the negative prompt by the guidance scale, and the prompt's own maps.
+
+    -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) each, those that `return_maps` asks for
+    """
     dtype = models.unet.conv_in.weight.dtype
     timesteps = torch.full((len(z),), t, device=z.device)
     if scale == 1:
-        return models.unet(z.to(dtype), timesteps, context.to(dtype)).sample.float()
+        output, maps = models.unet(z.to(dtype), timesteps, context.to(dtype), return_maps)
+        return UNetOutput(output.float(), maps)
     both = torch.cat([negative, context]).to(dtype)
-    output = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both).sample.float()
-    unconditional, conditional = output.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    output, maps = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both, return_maps)
+    unconditional, conditional = output.float().chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
 
 
 def latent_shape(models: Models, config: SampleConfig) -> tuple[int, int, int]:

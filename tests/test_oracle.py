@@ -420,7 +420,7 @@ def sample_as_recorded(models: Models, name: str, steps: int = 50) -> list[Tenso
     torch.testing.assert_close(context, SAMPLING[f"{name}.text_embeddings"], atol=2e-5, rtol=0)
     seen = []
 
-    def watch(i, prev_t, z):
+    def watch(i, prev_t, z, maps):
         seen.append(z)
         if len(seen) == steps:
             raise Enough

@@ -1,0 +1,101 @@
+"""Where each handle looks while a picture is drawn: cross-attention maps, averaged over steps, heads and layers.
+
+The maps are those that the attention loss reads in training (paper, eq. 2): the same layers, on the same grid.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from bas.batches import attention_grid
+from bas.checkpoint import Models
+from bas.config import InputError, SampleConfig
+from bas.files import write_json
+from bas.losses import average_maps, handle_maps
+from bas.models.text import known_handles, tokenize
+from bas.models.unet import AttentionMap
+from bas.pictures import grid, heat
+from bas.prompts import read_strengths
+from bas.sample import decode, generate, latent_shape, to_pictures
+
+CELL = 192  # pixels of one picture on the sheet
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One picture, and where the words of its prompt looked while it was drawn."""
+
+    picture: Image.Image
+    names: tuple[str, ...]  # n handles or words
+    maps: np.ndarray  # (n, gh, gw) float32: the mean share of a cell's attention that goes to each
+
+
+@torch.inference_mode()
+def attend(
+    models: Models, prompt: str, config: SampleConfig, rows: int | None = None, words: bool = False
+) -> Attention:
+    """Draw one picture and keep the attention of each handle of the prompt, with `words` that of every word.
+
+    rows: of the maps; None is a quarter of the latent's rows. Raises InputError for a prompt without a handle, unknown
+    handles, and a grid that the model has no cross-attention on.
+    """
+    (ids,) = tokenize(models.tokenizer, [read_strengths(prompt)[0]])
+    places = find_places(models.tokenizer, ids.tolist(), words)
+    if not places:
+        raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
+    size = attention_grid(models, latent_shape(models, config)[1:], rows)
+    averages: list[Tensor] = []
+
+    def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
+        averages.append(average_maps(maps))
+        return z
+
+    latents = generate([prompt], [config.seed], models, config, collect, size)
+    (picture,) = to_pictures(decode(models, latents))
+    average = torch.stack(averages).mean(dim=0)
+    columns = [
+        handle_maps(average, torch.tensor([positions], device=average.device))[0].mean(dim=0)
+        for positions in places.values()
+    ]
+    return Attention(picture, tuple(places), torch.stack(columns).cpu().numpy())
+
+
+def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[str, list[int]]:
+    """Where each handle of a prompt stands, with `words` each word too. ids: (77,) -> token positions by name
+
+    A word of several pieces has several positions; so has a name that comes twice.
+    """
+    handles, found, word = known_handles(tokenizer), {}, []
+    tokens = tokenizer.convert_ids_to_tokens(ids[: ids.index(tokenizer.eos_token_id)])
+    for i, token in enumerate(tokens[1:], start=1):
+        word.append(i)
+        if token in handles or token.endswith("</w>"):
+            name = "".join(tokens[j] for j in word).removesuffix("</w>")
+            if words or token in handles:
+                found[name] = found.get(name, []) + word
+            word = []
+    return found
+
+
+def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path) -> Path:
+    """Write picture.png, for each name mapN.npy and the overlay mapN.png, maps.json which names them, and sheet.png.
+
+    A handle has the colour that it has in all pictures of its run. Returns the path of the sheet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    attention.picture.save(folder / "picture.png")
+    others = [name for name in attention.names if name not in handles]
+    colours = [(*handles, *others).index(name) for name in attention.names]
+    overlays = [heat(m, attention.picture, c) for m, c in zip(attention.maps, colours, strict=True)]
+    for i, (values, overlay) in enumerate(zip(attention.maps, overlays, strict=True)):
+        np.save(folder / f"map{i}.npy", values, allow_pickle=False)
+        overlay.save(folder / f"map{i}.png")
+    write_json(folder / "maps.json", {f"map{i}": name for i, name in enumerate(attention.names)})
+    labels = ["picture", *attention.names]
+    grid([[attention.picture, *overlays]], [labels], CELL).save(folder / "sheet.png")
+    return folder / "sheet.png"

@@ -1,0 +1,47 @@
+"""Draw a picture and show where each handle looked: overlays, and the maps as .npy."""
+
+import argparse
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from bas.attend import attend, write_attention
+from bas.commands.model import add_model, find_model, open_model
+from bas.config import SampleConfig
+from bas.files import new_folder, write_json
+from bas.flags import Parser, add_fields, given
+from bas.hub import read_model_row
+from bas.run_folder import CONCEPTS, read_concepts
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    add_model(parser)
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to draw")
+    parser.add_argument("--words", action="store_true", help="maps of every word, not of the handles alone")
+    parser.add_argument(
+        "--attention_grid",
+        type=int,
+        metavar="INT",
+        help="rows of the maps (default: as in training, else a quarter of the latent rows)",
+    )
+    parser.add_argument("--output_dir", default="attention", help="new folder to write (default: %(default)s)")
+    add_fields(parser, SampleConfig, {f.name for f in fields(SampleConfig)} - {"num_images", "batch_size"})
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, write the maps, and print where the sheet is."""
+    config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
+    rows = args.attention_grid or trained_grid(path)
+    folder = new_folder(args.output_dir)
+    models = open_model(args)
+    attention = attend(models, args.prompt, config, rows, args.words)
+    sheet = write_attention(attention, models.handles, folder)
+    write_json(folder / "settings.json", asdict(config) | {"prompt": args.prompt, "model": path.name})
+    print(sheet)
+
+
+def trained_grid(path: Path) -> int | None:
+    """The rows of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
+    if (path / CONCEPTS).is_file():
+        return read_concepts(path)[2]["config"]["attention_grid"]
+    return (read_model_row(path) or {}).get("attention_grid")
