@@ -17,10 +17,12 @@ from PIL import Image, ImageOps
 from bas.batches import encode_images
 from bas.checkpoint import Models, cache_dir
 from bas.config import InputError, SampleConfig, TrainConfig
+from bas.files import read_json, write_json
 from bas.models.vae import Posterior
 from bas.progress import Progress
 from bas.sample import decode, generate, to_pictures
 from bas.scene import pixels, read_image
+from bas.schedulers import NoiseSchedule
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +30,18 @@ KEY_FILE = "key.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def cache_key(config: TrainConfig, base_hash: str, settings: SampleConfig) -> dict:
+def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:
     """Everything that a generated class image depends on, image i taking prompt i (cyclic) and seed + i."""
     chosen = asdict(settings)
     del chosen["batch_size"], chosen["num_images"]
-    return {"base": base_hash, "prompts": list(config.class_prompt), "precision": config.mixed_precision, **chosen}
+    prompts = list(config.class_prompt)
+    return {
+        "base": base_hash,
+        "schedule": schedule.to_json(),
+        "prompts": prompts,
+        "precision": config.mixed_precision,
+        **chosen,
+    }
 
 
 def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
@@ -46,7 +55,7 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
     noted = folder / KEY_FILE
     if not noted.exists():
         return folder, not _pictures(folder)
-    made_with = json.loads(noted.read_text(encoding="utf-8"))
+    made_with = read_json(noted)
     differs = [name for name in key if made_with.get(name) != key[name]]
     if differs:
         raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
@@ -64,11 +73,11 @@ def class_images(
     -> (M, c, h, w) each, on the CPU.
     """
     settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
-    key = cache_key(config, base_hash, settings)
+    key = cache_key(config, base_hash, models.schedule, settings)
     folder, keyed = find_folder(config, key)
     folder.mkdir(parents=True, exist_ok=True)
     if keyed and not (folder / KEY_FILE).exists():
-        (folder / KEY_FILE).write_text(json.dumps(key, indent=2), encoding="utf-8")
+        write_json(folder / KEY_FILE, key)
     found = len(_pictures(folder))
     if found < config.num_class_images:
         log.info("generating %d class images into %s", config.num_class_images - found, folder)
@@ -79,17 +88,18 @@ def class_images(
 
 
 def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:
-    bar = Progress("class images", config.num_class_images, found, unit="images")
     total, prompts = config.num_class_images, config.class_prompt
-    for start in range(found, total, config.sample_batch_size):
-        batch = range(start, min(start + config.sample_batch_size, total))
+    bar = Progress("class images", total, found, unit="images")
+    missing = [i for i in range(total) if not (folder / f"{i:05d}.png").exists()][: total - found]
+    for start in range(0, len(missing), config.sample_batch_size):
+        batch = missing[start : start + config.sample_batch_size]
         texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
         pictures = to_pictures(decode(models, generate(texts, seeds, models, settings)))
         for i, picture in zip(batch, pictures, strict=True):
             unfinished = folder / f".{i:05d}.tmp"
             picture.save(unfinished, format="PNG")
             os.replace(unfinished, folder / f"{i:05d}.png")
-        bar.show(batch[-1] + 1)
+        bar.show(found + start + len(batch))
 
 
 def _pictures(folder: Path) -> list[Path]:

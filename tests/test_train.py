@@ -1,6 +1,5 @@
 """Training: what each phase moves, what each flag changes, and that a run's folder holds what was learnt."""
 
-import hashlib
 import json
 from dataclasses import replace
 from importlib import import_module
@@ -8,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import refused, write_model, write_scene
+from tiny import WEIGHTS, file_hashes, refused, write_model, write_scene
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
@@ -25,7 +24,6 @@ training = import_module("bas.train")  # the module: bas.train is its function
 
 EVERYTHING = Phase("all", 1, 0.0, ("handles", "embedding", "unet", "text_encoder"), True)
 HANDLES = Phase("handles", 1, 0.0, ("handles",), False)
-FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 
 
 def draw(prepared, config: TrainConfig, seed: int = 0, phase: int = -1) -> Batch:
@@ -43,7 +41,7 @@ def gradients(models, batch: Batch, config: TrainConfig, phase: Phase = EVERYTHI
 
 def saved_tensors(folder) -> dict[str, torch.Tensor]:
     """All weights of a model folder, by component and name."""
-    files = {name.split("/")[0]: load_file(folder / f"{name}.safetensors") for name in FILES}
+    files = {name.split("/")[0]: load_file(folder / name) for name in WEIGHTS}
     return {f"{component}.{name}": tensor for component, file in files.items() for name, tensor in file.items()}
 
 
@@ -468,12 +466,6 @@ def test_metrics_have_one_line_per_step(bench, tmp_path):
     for row in rows:
         total = row["reconstruction"] + row.get("prior", 0) + 0.01 * row["attention"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
-
-
-def file_hashes(run) -> dict[str, str]:
-    """sha256 of everything that training decides."""
-    files = [*(f"{name}.safetensors" for name in FILES), "metrics.jsonl"]
-    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
 
 
 def test_a_seed_decides_and_watching_changes_nothing(bench, tmp_path):

@@ -3,6 +3,7 @@
 Pictures of 32x32 pixels are 16x16 latents, and the attention loss reads maps of 4x4. The same bits on every machine.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,6 +148,18 @@ class Bench:
             posterior = class_images(models, config, "base", tuple(image.shape[-2:]))
         add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
         return models, prepare(models, scene, image, masks, config, posterior)
+
+
+WEIGHTS = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+
+
+def file_hashes(run: Path) -> dict[str, str]:
+    """sha256 of everything in a run that training decides: the weights, handles among them, and the metrics."""
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in (*WEIGHTS, "metrics.jsonl")}
 
 
 @contextmanager

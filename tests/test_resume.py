@@ -1,0 +1,226 @@
+"""A run that was cut off and resumed ends with the same bits as one that was not, or is refused with the reason."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tiny import WEIGHTS, file_hashes, refused
+
+import bas
+from bas import run_folder
+
+training = import_module("bas.train")  # the module: bas.train is its function
+
+
+class CutOff(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """`cut_off(config, step)` trains until the run dies in the middle of this step, counted from 1 in this session."""
+
+    def run(config, step: int) -> None:
+        original, steps = training.optimizer_step, iter(range(1, 1000))
+
+        def dying(models, batches, *args):
+            if next(steps) == step:
+                next(iter(batches))  # the step's draws have begun
+                raise CutOff
+            return original(models, batches, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "optimizer_step", dying)
+            with pytest.raises(CutOff):
+                bas.train(config)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(bench, tmp_path_factory):
+    """The hashes of the standard run of 3 + 3 steps."""
+    return file_hashes(bas.train(bench.config(tmp_path_factory.mktemp("whole") / "run")))
+
+
+def resume(bench, run, **changes):
+    """Go on from the newest checkpoint."""
+    return bas.train(bench.config(run, resume_from_checkpoint="latest", **changes))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The same bits
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_resumed_run_equals_an_uninterrupted_one(bench, tmp_path, cut_off, uninterrupted, step):
+    """Cut off in phase 1, in the first step of phase 2, and within it."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), step)
+    assert [p.name for p in run_folder.list_checkpoints(tmp_path / "run")] == [f"step-{step - 1:06d}"]
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("step", [2, 3, 4, 5, 6])
+def test_resumed_run_equals_an_uninterrupted_one_wherever_it_stopped(
+    bench, tmp_path, cut_off, uninterrupted, step, every
+):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=every), step)
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+
+
+def test_steps_since_the_checkpoint_are_done_again(bench, tmp_path, cut_off, uninterrupted):
+    """Cut off in step 6 with a checkpoint of step 4: the metrics of step 5 are cut back, then written once more."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=2), 6)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+
+
+def test_three_cuts_in_one_run(bench, tmp_path, cut_off, uninterrupted):
+    run = tmp_path / "run"
+    cut_off(bench.config(run, checkpointing_steps=1), 3)  # steps 1 and 2 done
+    cut_off(bench.config(run, checkpointing_steps=1, resume_from_checkpoint="latest"), 2)  # step 3 done
+    cut_off(bench.config(run, checkpointing_steps=1, resume_from_checkpoint="latest"), 3)  # steps 4 and 5 done
+    assert file_hashes(resume(bench, run)) == uninterrupted
+
+
+def test_resume_within_gradient_accumulation(bench, tmp_path, cut_off):
+    flags = {"gradient_accumulation_steps": 2, "train_batch_size": 2, "phase1_train_steps": 2, "phase2_train_steps": 2}
+    whole = file_hashes(bas.train(bench.config(tmp_path / "whole", **flags)))
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1, **flags), 4)
+    assert file_hashes(resume(bench, tmp_path / "run", **flags)) == whole
+
+
+def test_what_only_watches_may_change(bench, tmp_path, cut_off, uninterrupted):
+    """Previews, logging, checkpoints, and where the model and the scene lie."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    moved = {
+        "pretrained_model_name_or_path": str(shutil.copytree(bench.model, tmp_path / "model")),
+        "instance_data_dir": str(shutil.copytree(bench.scene, tmp_path / "scene")),
+    }
+    watching = {"img_log_steps": 6, "preview_inference_steps": 1, "log_steps": 3, "checkpoints_total_limit": 3}
+    assert file_hashes(resume(bench, tmp_path / "run", **moved, **watching)) == uninterrupted
+
+
+def test_latest_without_a_checkpoint_starts_anew(bench, tmp_path, uninterrupted, cut_off, caplog):
+    """Also when the first session left metrics behind, and a checkpoint that was never finished."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 2)
+    (tmp_path / "run" / "checkpoints" / "step-000001" / "manifest.json").unlink()
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert "there is no checkpoint" in caplog.text
+
+
+def test_explicit_checkpoint_into_another_folder(bench, tmp_path, cut_off, uninterrupted):
+    """The weights come out the same; the new folder's metrics hold the steps done there and nothing else."""
+    cut_off(bench.config(tmp_path / "first", checkpointing_steps=1), 5)
+    (checkpoint,) = run_folder.list_checkpoints(tmp_path / "first")
+    run = bas.train(bench.config(tmp_path / "second", resume_from_checkpoint=str(checkpoint)))
+    hashes = file_hashes(run)
+    assert {name: hashes[name] for name in WEIGHTS} == {name: uninterrupted[name] for name in WEIGHTS}
+    whole = (run / "metrics.jsonl").read_text()
+    assert [line.split('"step": ')[1][0] for line in whole.splitlines()] == ["5", "6"]
+
+
+@pytest.mark.slow
+def test_kill_9(bench, tmp_path):
+    """A process of its own, killed without warning once the second phase has left a checkpoint."""
+    run = tmp_path / "run"
+    flags = {"phase1_train_steps": 10, "phase2_train_steps": 40, "checkpointing_steps": 5}
+    config = bench.config(run, **flags)
+    command = [sys.executable, "-c", f"import bas; bas.train(bas.TrainConfig(**{vars(config)!r}))"]
+    root = Path(bas.__file__).parents[1]
+    child = subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not any(p.name > "step-000014" for p in run_folder.list_checkpoints(run)):
+        assert child.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (run / "concepts.safetensors").exists()
+    whole = bas.train(bench.config(tmp_path / "whole", **flags | {"checkpointing_steps": 0}))
+    assert file_hashes(resume(bench, run, **flags)) == file_hashes(whole)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# A save is whole or absent
+# --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["write_tensors", "write_json", "sync"])
+def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypatch, cut_off, uninterrupted, writer):
+    """The second save dies: in its tensors, in its note, or just after its place was taken."""
+    original, saves = getattr(run_folder, writer), []
+
+    def dying(path, *args):
+        if path.parent.name.startswith(".step-000002") or (writer == "sync" and (path / "step-000002").exists()):
+            saves.append(path)
+            raise CutOff
+        return original(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, writer, dying)
+        with pytest.raises(CutOff):
+            bas.train(bench.config(tmp_path / "run", checkpointing_steps=1))
+    assert saves
+    whole = [path.name for path in run_folder.list_checkpoints(tmp_path / "run")]
+    assert whole == (["step-000001", "step-000002"] if writer == "sync" else ["step-000001"])
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_damaged_checkpoint_is_refused(bench, tmp_path, cut_off, name):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+    path = tmp_path / "run" / "checkpoints" / "step-000002" / name
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with refused("step-000002 is damaged", name):
+        resume(bench, tmp_path / "run")
+    path.unlink()
+    with refused("step-000002 is damaged", name):
+        resume(bench, tmp_path / "run")
+
+
+def test_limit_keeps_the_newest_checkpoints(bench, tmp_path, cut_off):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2), 5)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000004"]
+
+
+def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
+    with refused("step-000009", "no whole checkpoint"):
+        bas.train(bench.config(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "step-000009")))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What must be the same
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, cut_off, monkeypatch):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+    monkeypatch.setattr(training, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    other = shutil.copytree(bench.model, tmp_path / "other")
+    weights = load_file(other / WEIGHTS[0])
+    weights["conv_in.bias"][0] += 1
+    save_file(weights, other / WEIGHTS[0])
+    cases = [
+        ({"learning_rate": 1e-5}, ["--learning_rate"]),
+        ({"phase1_train_steps": 4, "seed": 3}, ["--phase1_train_steps", "--seed"]),
+        ({"lambda_attention": 0.0}, ["--lambda_attention"]),
+        ({"handles": ("<a>", "<b>", "<c>")}, ["handles"]),
+        ({"pretrained_model_name_or_path": str(other)}, ["another base"]),
+    ]
+    for changes, words in cases:
+        with refused("step-000002 was made with another", *words):
+            resume(bench, tmp_path / "run", **changes)

@@ -1,0 +1,130 @@
+"""Sampling: one seed one picture, guidance as defined, sizes, samplers, prompts."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import refused, taught
+
+from bas.config import SampleConfig
+from bas.prompts import encode_prompts
+from bas.sample import decode, generate, guided_output, sample
+
+PROMPT = "a photo of <asset1> at the beach"
+FAST = {"num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def models(bench):
+    """The tiny model with the handles <asset0> and <asset1>."""
+    return taught(bench.model)
+
+
+def latents(models, prompts=(PROMPT,), seeds=(0,), **changes):
+    """Clean latents of prompts and seeds, made in one batch."""
+    return generate(list(prompts), list(seeds), models, SampleConfig(**FAST | changes))
+
+
+def numbers(pictures) -> np.ndarray:
+    """Pictures as one array of whole numbers."""
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eta": 0.7}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m"}])
+def test_a_picture_depends_on_its_seed_alone(models, changes):
+    """Three seeds together and each alone, also where every step draws noise."""
+    together = latents(models, [PROMPT] * 3, (4, 5, 6), **changes)
+    for i, seed in enumerate((4, 5, 6)):
+        assert (together[i] - latents(models, seeds=(seed,), **changes)[0]).abs().max() < 1e-5
+    assert (together[0] - together[1]).abs().max() > 0.1
+    assert together.isfinite().all()
+
+
+def test_samplers_differ_and_repeat(models):
+    choices = [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m"}, {"num_inference_steps": 5}]
+    results = [latents(models, **choice) for choice in choices]
+    for i, one in enumerate(results):
+        assert torch.equal(one, latents(models, **choices[i]))
+        assert all((one - other).abs().max() > 1e-3 for other in results[:i])
+
+
+def test_pictures_come_prompt_by_prompt_and_seed_by_seed(models):
+    """Two prompts, three seeds, batches of four: the same as one call each."""
+    prompts = [PROMPT, "a bowl"]
+    pictures = sample(models, prompts, num_images=3, seed=7, batch_size=4, **FAST)
+    singles = [sample(models, prompt, seed=seed, **FAST)[0] for prompt in prompts for seed in (7, 8, 9)]
+    assert np.abs(numbers(pictures) - numbers(singles)).max() <= 1
+    assert len({picture.tobytes() for picture in pictures}) == 6
+
+
+def test_settings_come_from_a_config_and_by_name(models):
+    config = SampleConfig(**FAST, seed=3)
+    assert numbers(sample(models, PROMPT, config)).tolist() == numbers(sample(models, PROMPT, seed=3, **FAST)).tolist()
+    assert numbers(sample(models, PROMPT, config, seed=4)).tolist() != numbers(sample(models, PROMPT, config)).tolist()
+
+
+def test_guidance_pushes_away_from_the_negative_prompt(models):
+    """negative + scale x (prompt - negative); at 1 it is the prompt's prediction alone, in one pass."""
+    z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500
+    with torch.inference_mode():
+        context, negative = (
+            encode_prompts(models.text_encoder, models.tokenizer, [text]) for text in (PROMPT, "a bowl")
+        )
+        for_prompt, for_negative = (models.unet(z, torch.tensor([t]), c).sample for c in (context, negative))
+        for scale in (0.0, 1.0, 3.0):
+            found = guided_output(models, z, t, context, negative, scale)
+            found = getattr(found, "sample", found)
+            assert (found - (for_negative + scale * (for_prompt - for_negative))).abs().max() < 1e-5
+
+
+def test_guidance_of_one_ignores_the_negative_prompt(models):
+    plain = latents(models, guidance_scale=1.0)
+    assert torch.equal(plain, latents(models, guidance_scale=1.0, negative_prompt="a bowl"))
+    assert (plain - latents(models, guidance_scale=7.5)).abs().max() > 1e-3
+    assert (latents(models) - latents(models, negative_prompt="a bowl")).abs().max() > 1e-3
+    assert (latents(models, negative_prompt=PROMPT) - plain).abs().max() < 1e-5
+
+
+def test_sizes(models):
+    (picture,) = sample(models, PROMPT, height=24, width=40, **FAST)
+    assert picture.size == (40, 24)
+    assert sample(models, PROMPT, **FAST)[0].size == (32, 32)
+    for flags, words in (({"height": 30}, ["--height 30", "multiples of 8"]), ({"width": 4}, ["--width 4"])):
+        with refused(*words):
+            sample(models, PROMPT, **flags)
+
+
+def test_decoded_latents_become_eight_bit_pictures(models):
+    z = latents(models, seeds=(2,))
+    with torch.inference_mode():
+        expected = (models.vae.decode(z / 0.18215) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(decode(models, z), expected)
+    (picture,) = sample(models, PROMPT, seed=2, **FAST)
+    assert (numbers([picture])[0] == (expected[0].permute(1, 2, 0) * 255).round().numpy()).all()
+
+
+def test_unknown_handles_are_named_with_the_known_ones(models, bench):
+    with refused("<asset7>", "known handles: <asset0>, <asset1>"):
+        sample(models, "a photo of <asset7> and <asset1>", **FAST)
+    with refused("<asset9>"):
+        sample(models, PROMPT, negative_prompt="<asset9>", **FAST)
+
+
+def test_long_prompts_are_cut_with_a_warning_but_never_a_handle(models, caplog):
+    words = "a photo of the bowl at the beach and " * 10
+    sample(models, words, **FAST)
+    assert "too long" in caplog.text
+    with refused("beyond the 77 tokens"):
+        sample(models, words + "<asset0>", **FAST)
+
+
+def test_more_steps_than_timesteps_are_refused(models):
+    with refused("1001 denoising steps"):
+        sample(models, PROMPT, num_inference_steps=1001)
+
+
+def test_half_precision_comes_close(bench, models):
+    exact = latents(models)
+    rough = taught(bench.model).to(dtype=torch.bfloat16)
+    found = latents(rough)
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.98
