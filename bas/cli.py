@@ -20,11 +20,12 @@ COMMANDS = {
     "paint": "paint masks in the browser",
     "train": "learn the concepts of one scene",
     "sample": "generate pictures from prompts",
-    "info": "tell what a file or a folder is, or what this machine has",
     "vary": "draw all concepts of a run again and again",
     "explore": "draw every combination of a run's concepts in many contexts",
     "attend": "draw a picture and show where each handle looked",
     "edit": "edit places of a photograph with learnt concepts",
+    "report": "write the page of a run anew",
+    "info": "tell what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",
 }

@@ -1,20 +1,29 @@
-"""Preview of a run in training: what each handle draws, and where it looks."""
+"""Preview of a run in training: what each handle draws, and where it looks; on one sheet and as separate pictures.
+
+RUN/scene/                          what is trained on, as a scene folder of its own
+RUN/previews/step-NNNNNN.png        the sheet
+RUN/previews/pictures/step-NNNNNN/  sample-K.png: what handle K draws alone (sample-all.png: all of them together);
+                                    attention-K.png: where it looks
+"""
 
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bas.batches import attention_grid, encode_images, handle_positions
 from bas.checkpoint import Models
 from bas.config import SampleConfig, TrainConfig
+from bas.files import write_json
 from bas.losses import average_maps, handle_maps
 from bas.models.text import encode_ids, tokenize
 from bas.pictures import grid, heat, tint_masks
 from bas.sample import sample, standard_normal, to_pictures
-from bas.scene import subset_prompt
+from bas.scene import Scene, subset_prompt
 from bas.schedulers import add_noise
 
+PICTURES, SCENE = Path("previews/pictures"), Path("scene")  # folders of a run
 CELL = 192  # pixels of one picture on the sheet
 LOOK_AT = 0.5  # the share of the noise schedule at which attention is looked at
 
@@ -28,7 +37,7 @@ def write_preview(
     config: TrainConfig,
     step: int,
 ) -> None:
-    """Write RUN/previews/step-NNNNNN.png: the scene, each handle alone, all together, attention beside masks.
+    """Write a sheet of the scene, each handle alone, all together, attention beside masks; and its pictures.
 
     image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1].
     """
@@ -52,9 +61,24 @@ def write_preview(
     names = [name for handle in handles for name in (f"mask of {handle}", f"attention of {handle}")]
     scene = [tint_masks(photo, layers), *drawn]
     sheet = grid([scene, pairs], [["scene and masks", *prompts], names], CELL, title=f"step {step}")
-    path = folder / "previews" / f"step-{step:06d}.png"
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    separate = folder / PICTURES / f"step-{step:06d}"
+    separate.mkdir(parents=True, exist_ok=True)
+    for place, picture in zip([*layers, "all"], drawn, strict=False):
+        picture.save(separate / f"sample-{place}.png")
+    for place, picture in enumerate(looks):
+        picture.save(separate / f"attention-{place}.png")
+    sheet.save(folder / "previews" / f"step-{step:06d}.png")
+
+
+def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> None:
+    """Write RUN/scene, resized and cropped as the training sees it. image: (3, H, W) in [-1, 1]; masks: (N, H, W)"""
+    folder = folder / SCENE
+    folder.mkdir(exist_ok=True)
+    to_pictures(image[None] / 2 + 0.5)[0].save(folder / "img.png")
+    for i, mask in enumerate(masks):
+        Image.fromarray((mask * 255).round().to(torch.uint8).numpy()).save(folder / f"mask{i}.png")
+    concepts = [{"handle": handle, "word": word} for handle, word in zip(scene.handles, scene.words, strict=True)]
+    write_json(folder / "scene.json", {"concepts": concepts})
 
 
 @torch.no_grad()

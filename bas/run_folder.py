@@ -2,7 +2,8 @@
 
     RUN/unet vae text_encoder tokenizer scheduler model_index.json    the tuned model, as diffusers reads it
     RUN/concepts.safetensors    the handles' rows, names, masks, settings and the base's hash
-    RUN/settings.json    RUN/metrics.jsonl    RUN/previews/    RUN/checkpoints/ (while training)
+    RUN/settings.json    RUN/metrics.jsonl    RUN/times.json    RUN/report.html
+    RUN/scene/    RUN/previews/    RUN/checkpoints/ (while training)
 
 Every file is whole or absent: it is written beside its place, synced and renamed. Nothing is pickled.
 """
@@ -77,6 +78,12 @@ class MetricsLog:
     def length(self) -> int:
         """Bytes on disk, for a resumed run to cut back to."""
         return self.path.stat().st_size
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last line that is still being written is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 # --- Resumable checkpoints ----------------------------------------------------------------------------------------

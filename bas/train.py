@@ -25,7 +25,7 @@ from bas.hub import find
 from bas.losses import attention_loss, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, pick_device, pick_precision
 from bas.models.text import add_handles, encode_ids
-from bas.preview import write_preview
+from bas.preview import write_preview, write_scene
 from bas.progress import Progress
 from bas.run_folder import (
     CHECKPOINTS,
@@ -42,6 +42,7 @@ from bas.run_folder import (
 )
 from bas.scene import Scene, load_scene
 from bas.schedulers import add_noise, training_target
+from bas.times import Times
 
 log = logging.getLogger(__name__)
 
@@ -168,12 +169,16 @@ def train(config: TrainConfig) -> Path:
     Raises InputError for anything wrong with the input, before weights are read, and RunError when a loss stops
     being finite.
     """
+    times = Times()
     run = start(config)
+    times.note("preparation", run.folder, run.models.device)
     begin = 0
     for phase in config.phases:
         train_phase(run, phase, begin)
+        times.note(phase.name, run.folder, run.models.device)
         begin += phase.steps
     finish(run)
+    times.note("saving", run.folder, run.models.device)
     return run.folder
 
 
@@ -226,6 +231,7 @@ def start(config: TrainConfig) -> Run:
             class_posterior = class_images(models, config, base_hash, tuple(image.shape[-2:]))
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
+    write_scene(folder, scene, image, masks)
     material = prepare(models, scene, image, masks, config, class_posterior)
     if config.compile:
         models.unet.compile(fullgraph=True)

@@ -5,6 +5,7 @@ import argparse
 from bas.config import InputError, TrainConfig
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
+from bas.report import write_report
 from bas.run_folder import read_concepts
 from bas.train import train
 
@@ -25,4 +26,5 @@ def run(args: argparse.Namespace) -> None:
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
     folder = train(TrainConfig.resolve(explicit, row))
     handles = read_concepts(folder)[1]
+    print(f"{write_report(folder)} shows how it went")
     print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')

@@ -1,0 +1,17 @@
+"""Write the page of a run, RUN/report.html, anew: from whatever the run folder holds by now."""
+
+import argparse
+from pathlib import Path
+
+from bas.flags import Parser
+from bas.report import write_report
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("run", metavar="RUN", help="run folder, finished or still training")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write it, and print where it is."""
+    print(write_report(Path(args.run)))
