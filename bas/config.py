@@ -241,6 +241,9 @@ class TrainConfig:
     handles: tuple[str, ...] = knob(
         (), "the handles by name, e.g. <toy> <bowl> (default: made from --placeholder_token)"
     )
+    background_handle: str | None = knob(
+        None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>"
+    )
     resolution: int | None = knob(
         None, "pixels of the picture's shorter side (default: what the model was trained for)"
     )
@@ -480,9 +483,7 @@ class EditConfig(SampleConfig):
     blending_start_percentage: float = knob(
         0.25, "share of the denoising steps to skip, 0 to 1: the more, the closer to what was there"
     )
-    composite: bool = knob(
-        True, "leave the pixels outside the mask as the model decodes them", flag=["--no_composite"]
-    )
+    composite: bool = knob(True, "leave the pixels outside the mask as the model decodes them", flag=["--no_composite"])
 
     def __post_init__(self):
         super().__post_init__()

@@ -125,9 +125,27 @@ def load_scene(config: TrainConfig) -> Scene:
         for other, earlier in zip(found[:i], masks[:i], strict=True):
             if np.array_equal(mask, earlier):
                 raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
-    if len(masks) > MAX_CONCEPTS:
-        log.warning("%d concepts: the method works best with up to %d (paper, section 5)", len(masks), MAX_CONCEPTS)
-    return Scene(picture, masks, handles, words)
+    scene = Scene(picture, masks, handles, words)
+    if config.background_handle:
+        scene = with_background(scene, config.background_handle)
+    if len(scene) > MAX_CONCEPTS:
+        log.warning("%d concepts: the method works best with up to %d (paper, section 5)", len(scene), MAX_CONCEPTS)
+    return scene
+
+
+def with_background(scene: Scene, name: str) -> Scene:
+    """The scene with one more concept, all that no mask covers (paper, section 4.3), from the word "background".
+
+    `name` is its handle, with or without < >. Raises InputError for a name in use, and when nothing is left over.
+    """
+    handle, rest = f"<{name.removeprefix('<').removesuffix('>')}>", 1 - np.maximum.reduce(scene.masks)
+    if not HANDLE.fullmatch(handle):
+        raise InputError(f"--background_handle {name}: expected 1 to 32 letters, digits, _ or -")
+    if handle in scene.handles:
+        raise InputError(f"--background_handle {handle}: the scene has a concept of that name")
+    if rest.max() < DARKEST_MASK:
+        raise InputError(f"--background_handle {handle}: the masks cover the whole picture, no background is left")
+    return Scene(scene.picture, [*scene.masks, rest], (*scene.handles, handle), (*scene.words, "background"))
 
 
 def pixels(picture: Image.Image) -> Tensor:
