@@ -38,7 +38,7 @@ from bas.single_file import read_single_file
 log = logging.getLogger(__name__)
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-VARIANTS = ("", "fp16", "bf16")  # in the order of preference; other variants hold other weights (non_ema)
+VARIANTS = ("", ".fp16", ".bf16")  # in the order of preference; other variants hold other weights (non_ema)
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -156,10 +156,10 @@ def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
 def component_files(folder: Path, stem: str) -> list[Path]:
     """The weight files of one network: full precision if it is there. InputError when there are only pickles."""
     for variant in VARIANTS:
-        path = folder / f"{stem}{'.' * bool(variant)}{variant}.safetensors"
+        path = folder / f"{stem}{variant}.safetensors"
         if path.exists() or path.is_symlink():
             return [path]
-        index = folder / f"{stem}.safetensors.index{'.' * bool(variant)}{variant}.json"
+        index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.exists():
             return _shards(index)
     if any(folder.glob("*.bin")):

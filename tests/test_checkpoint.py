@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from bas import files
 from bas.checkpoint import component_files, load, save_model, weights_hash
-from bas.models.text import add_handles
+from bas.config import UNetConfig, VAEConfig
+from bas.models.text import add_handles, build_text_encoder
 from bas.parts import COMPONENTS, Models
 from bas.prompts import encode_prompts
+from bas.schedulers import NoiseSchedule
 
 PROMPTS = ["a photo of a toy at the beach", "a bowl!"]
 
@@ -195,6 +197,47 @@ def test_text_keys_without_prefix_open_too(saved, folder):
 def test_prediction_type_can_be_overridden(saved):
     assert load(saved).schedule.prediction_type == "epsilon"
     assert load(saved, prediction_type="v_prediction").schedule.prediction_type == "v_prediction"
+
+
+def test_the_published_configurations_are_understood():
+    """The config.json files of Stable Diffusion 1.5 and 2.1 as they stand on the hub."""
+    common = {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.10.0.dev0",
+        "act_fn": "silu",
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    }
+    sd15 = {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}
+    sd21 = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "sample_size": 96}
+    sd21 |= {"dual_cross_attention": False, "only_cross_attention": False, "num_class_embeds": None}
+    sd21 |= {"use_linear_projection": True, "upcast_attention": True}
+    assert UNetConfig.from_json(common | sd15) == UNetConfig()
+    config = UNetConfig.from_json(common | sd21)
+    assert (config.heads, config.sample_size, config.use_linear_projection) == ((5, 10, 20, 20), 96, True)
+    vae = {"act_fn": "silu", "latent_channels": 4, "sample_size": 768, "block_out_channels": [128, 256, 512, 512]}
+    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    assert VAEConfig.from_json(vae) == VAEConfig(sample_size=768)
+    schedule = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule |= {"beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True}
+    schedule |= {"steps_offset": 1, "trained_betas": None, "clip_sample": False, "prediction_type": "v_prediction"}
+    assert NoiseSchedule.from_json(schedule).prediction_type == "v_prediction"
+    text = {"attention_dropout": 0.0, "bos_token_id": 0, "dropout": 0.0, "eos_token_id": 2, "hidden_act": "quick_gelu"}
+    text |= {"hidden_size": 768, "intermediate_size": 3072, "max_position_embeddings": 77, "pad_token_id": 1}
+    text |= {"num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768, "vocab_size": 49408}
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_text_encoder(text).parameters()) == 123_060_480
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------
