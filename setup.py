@@ -29,6 +29,7 @@ setup(
         "einops>=0.8",
         "numpy>=1.26",
         "pillow>=12.2",
+        'tomli>=2; python_version < "3.11"',
     ],
     extras_require={"test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11"]},
     entry_points={"console_scripts": ["bas = bas.cli:main"]},

@@ -2,7 +2,7 @@
 
     RUN/unet vae text_encoder tokenizer scheduler model_index.json    the tuned model, as diffusers reads it
     RUN/concepts.safetensors    the handles' rows, names, masks, settings and the base's hash
-    RUN/settings.json    RUN/metrics.jsonl    RUN/times.json    RUN/report.html
+    RUN/settings.json    RUN/config.toml    RUN/metrics.jsonl    RUN/times.json    RUN/report.html
     RUN/scene/    RUN/previews/    RUN/checkpoints/ (while training)
 
 Every file is whole or absent: it is written beside its place, synced and renamed. Nothing is pickled.

@@ -20,7 +20,8 @@ from bas.batches import Batch, Material, draw_batch, prepare
 from bas.checkpoint import Models, load, save_model, weights_hash
 from bas.class_images import class_images
 from bas.config import InputError, Phase, RunError, TrainConfig
-from bas.files import write_json
+from bas.config_file import CONFIG, to_toml
+from bas.files import write_json, write_text
 from bas.hub import find
 from bas.losses import attention_loss, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, pick_device, pick_precision
@@ -220,6 +221,7 @@ def start(config: TrainConfig) -> Run:
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
     write_json(folder / SETTINGS, facts)
+    write_text(folder / CONFIG, to_toml(asdict(config)))
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     models = load(base, device=device)

@@ -4,26 +4,36 @@ import argparse
 from dataclasses import asdict
 
 from bas.commands.model import add_model, find_model, open_model
-from bas.config import SampleConfig
+from bas.config import InputError, SampleConfig
+from bas.config_file import add_config, read_config, setting_kinds
 from bas.flags import Parser, add_fields, given
 from bas.pictures import grid, picture_path, save_pictures
 from bas.sample import sample
+
+REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
 
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)
-    parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several, each in quotes")
+    parser.add_argument("--prompt", nargs="+", help="one prompt or several, each in quotes")
     parser.add_argument(
         "--output_path", default="result.png", help="picture to write; several get a number each (default: %(default)s)"
     )
     parser.add_argument("--grid", action="store_true", help="all pictures on one labelled sheet, a row per prompt")
+    add_config(parser)
     add_fields(parser, SampleConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Sample and write the pictures, each with the settings that made it."""
-    config = SampleConfig(**given(args, SampleConfig))
+    settings = read_config(args.config, setting_kinds(SampleConfig) | REQUEST)
+    prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
+    args.prompt = args.prompt or list(prompt or ())
+    args.model_path = args.model_path or (None if args.run else model)
+    if not args.prompt:
+        raise InputError('say what to draw: --prompt "a photo of <asset0> at the beach"')
+    config = SampleConfig(**{**settings, **given(args, SampleConfig)})
     target, name = picture_path(args.output_path), find_model(args).name
     pictures = sample(open_model(args), args.prompt, config)
 

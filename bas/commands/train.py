@@ -3,6 +3,7 @@
 import argparse
 
 from bas.config import InputError, TrainConfig
+from bas.config_file import add_config, read_config, setting_kinds
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
 from bas.report import write_report
@@ -13,14 +14,16 @@ from bas.train import train
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("scene", metavar="SCENE", nargs="?", help="folder with img.* and mask0.png, mask1.png, ...")
+    add_config(parser)
     add_fields(parser, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train, and say how to sample from the result."""
-    explicit = given(args, TrainConfig)
-    if args.scene and explicit.setdefault("instance_data_dir", args.scene) != args.scene:
-        raise InputError(f"two scenes: {args.scene} and --instance_data_dir {explicit['instance_data_dir']}")
+    flags = given(args, TrainConfig)
+    if args.scene and flags.setdefault("instance_data_dir", args.scene) != args.scene:
+        raise InputError(f"two scenes: {args.scene} and --instance_data_dir {flags['instance_data_dir']}")
+    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **flags}
     if not explicit.get("instance_data_dir"):
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
