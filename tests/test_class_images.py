@@ -158,14 +158,3 @@ def test_a_file_is_no_folder_and_a_broken_picture_is_named(models, bench, tmp_pa
     (folder / "0.png").write_bytes(b"nothing")
     with refused("0.png", "not a readable"):
         class_images(models, bench.config(class_data_dir=str(folder)), "base", (32, 32))
-
-
-def test_a_picture_does_not_depend_on_its_batch(models, bench, tmp_path):
-    """Really denoised, one at a time and together: within one grey level."""
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder, size in zip(folders, (1, 2), strict=True):
-        class_images(models, bench.config(class_data_dir=str(folder), sample_batch_size=size), "base", (16, 16))
-    for name in ("00000.png", "00001.png"):
-        one, two = (np.asarray(Image.open(folder / name)).astype(int) for folder in folders)
-        assert np.abs(one - two).max() <= 1
-        assert one.std() > 0

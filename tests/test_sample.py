@@ -32,9 +32,10 @@ def numbers(pictures) -> np.ndarray:
 @pytest.mark.parametrize("changes", [{}, {"eta": 0.7}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m"}])
 def test_a_picture_depends_on_its_seed_alone(models, changes):
     """Three seeds together and each alone, also where every step draws noise."""
-    together = latents(models, [PROMPT] * 3, (4, 5, 6), **changes)
+    together = latents(models, [PROMPT] * 3, (4, 5, 6), guidance_scale=2.0, **changes)
     for i, seed in enumerate((4, 5, 6)):
-        assert (together[i] - latents(models, seeds=(seed,), **changes)[0]).abs().max() < 1e-5
+        alone = latents(models, seeds=(seed,), guidance_scale=2.0, **changes)[0]
+        assert (together[i] - alone).abs().max() < 1e-5 * alone.abs().max()
     assert (together[0] - together[1]).abs().max() > 0.1
     assert together.isfinite().all()
 
@@ -66,9 +67,7 @@ def test_guidance_pushes_away_from_the_negative_prompt(models):
     """negative + scale x (prompt - negative); at 1 it is the prompt's prediction alone, in one pass."""
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500
     with torch.inference_mode():
-        context, negative = (
-            encode_prompts(models.text_encoder, models.tokenizer, [text]) for text in (PROMPT, "a bowl")
-        )
+        context, negative = (encode_prompts(models.text_encoder, models.tokenizer, [p]) for p in (PROMPT, "a bowl"))
         for_prompt, for_negative = (models.unet(z, torch.tensor([t]), c).sample for c in (context, negative))
         for scale in (0.0, 1.0, 3.0):
             found = guided_output(models, z, t, context, negative, scale)
@@ -81,7 +80,7 @@ def test_guidance_of_one_ignores_the_negative_prompt(models):
     assert torch.equal(plain, latents(models, guidance_scale=1.0, negative_prompt="a bowl"))
     assert (plain - latents(models, guidance_scale=7.5)).abs().max() > 1e-3
     assert (latents(models) - latents(models, negative_prompt="a bowl")).abs().max() > 1e-3
-    assert (latents(models, negative_prompt=PROMPT) - plain).abs().max() < 1e-5
+    assert (latents(models, negative_prompt=PROMPT) - plain).abs().max() < 1e-5 * plain.abs().max()
 
 
 def test_sizes(models):

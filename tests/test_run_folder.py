@@ -1,0 +1,129 @@
+"""The run folder's own files: metrics, checkpoints, concepts; each whole or absent."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import refused
+
+from bas.config import TrainConfig
+from bas.files import write_tensors
+from bas.run_folder import (
+    MetricsLog,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    optimizer_tensors,
+    prepare_folder,
+    read_concepts,
+    restore_optimizer,
+    save_checkpoint,
+    save_concepts,
+)
+from bas.train import build_optimizer
+
+
+def test_metrics_are_read_together_and_continued_at_their_length(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        values = {"loss": torch.tensor(step / 2, dtype=torch.bfloat16), "grad_norm": torch.tensor(3)}
+        log.add("phase1", step, 0.5, values)
+    assert log.length == 0
+    rows = log.flush()
+    assert rows[1] == {"phase": "phase1", "step": 2, "lr": 0.5, "loss": 1.0, "grad_norm": 3.0}
+    assert log.flush() == []
+    length = log.length
+    log.add("phase2", 3, 0.1, {"loss": torch.tensor(float("nan"))})
+    log.flush()
+    assert len(log.path.read_text().splitlines()) == 3
+    MetricsLog(log.path, length)
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == rows
+    MetricsLog(log.path, 10 * length)  # longer than the file: nothing is made up
+    assert log.length == length
+    MetricsLog(log.path)
+    assert log.length == 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_optimizer_comes_back_to_the_bit(kind):
+    """Two steps, saved, restored into a new optimizer: the third step is the same."""
+
+    def fresh():
+        parameters = [torch.nn.Parameter(torch.arange(n, dtype=torch.float32)) for n in (3, 5)]
+        return parameters, build_optimizer(parameters, TrainConfig(optimizer=kind))
+
+    def step(parameters, optimizer, seed):
+        optimizer.param_groups[0]["lr"] = 0.1
+        for i, parameter in enumerate(parameters):
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + i))
+        optimizer.step()
+
+    ours, optimizer = fresh()
+    for seed in (1, 2):
+        step(ours, optimizer, seed)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer).items()}
+    assert set(saved) == {f"optimizer.{i}.{name}" for i in (0, 1) for name in ("step", "exp_avg", "exp_avg_sq")}
+    theirs, other = fresh()
+    restore_optimizer(other, saved | {"trained.x": torch.zeros(1)})
+    for source, target in zip(ours, theirs, strict=True):
+        target.data.copy_(source.data)
+    step(ours, optimizer, 3)
+    step(theirs, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_checkpoint_round_trip_and_pruning(tmp_path):
+    tensors = {"trained.a": torch.randn(3), "generator": torch.Generator().get_state()}
+    for step in (5, 20, 10):
+        save_checkpoint(tmp_path, step, tensors, {"step": step, "note": "ü"}, keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000010", "step-000020"]
+    assert find_checkpoint(tmp_path, "latest").name == "step-000020"
+    assert find_checkpoint(tmp_path, None) is None
+    read, note = load_checkpoint(tmp_path / "checkpoints" / "step-000010")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in read)
+    assert note == {"step": 10, "note": "ü"}
+
+
+def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    for value in (1.0, 2.0):
+        save_checkpoint(tmp_path, 5, {"a": torch.tensor([value])}, {"value": value}, keep=1)
+    tensors, note = load_checkpoint(tmp_path / "checkpoints" / "step-000005")
+    assert (tensors["a"].item(), note["value"]) == (2.0, 2.0)
+
+
+def test_concepts_round_trip(tmp_path):
+    rows, masks = torch.randn(2, 16), torch.rand(2, 4, 6)
+    save_concepts(tmp_path, rows, masks, ("<a>", "<b>"), {"base": "x"})
+    tensors, handles, note = read_concepts(tmp_path)
+    assert torch.equal(tensors["handles"], rows)
+    assert (tensors["masks"] / 255 - masks).abs().max() <= 0.5 / 255 + 1e-6
+    assert (handles, note) == (["<a>", "<b>"], {"base": "x"})
+
+
+def test_other_safetensors_are_no_concepts(tmp_path):
+    write_tensors(tmp_path / "concepts.safetensors", {"a": torch.zeros(1)})
+    with refused("concepts.safetensors was not written by bas"):
+        read_concepts(tmp_path)
+
+
+def test_read_only_output_is_refused(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", denied)
+    with refused(f"cannot write to --output_dir {tmp_path / 'run'}: Permission denied"):
+        prepare_folder(tmp_path / "run", resuming=False)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with refused("cannot write to --output_dir"):
+        prepare_folder(tmp_path / "run", resuming=False)
+
+
+def test_new_folder_is_made_and_left_empty(tmp_path):
+    prepare_folder(tmp_path / "deep" / "run", resuming=False)
+    assert list((tmp_path / "deep" / "run").iterdir()) == []
