@@ -23,9 +23,9 @@ def test_masks_are_resized_to_the_first_pixel_of_each_cell():
 
 def test_masked_mse_by_hand():
     """Differences 1, 2, 3, 4 under the mask 1, 0, 0.5, 0: the mean over all four cells of (d m)^2 is 3.25 / 4."""
-    prediction = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    target = torch.tensor([[[[5.0, -6.0], [7.0, 8.0]]]])
+    prediction = target + torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
     mask = torch.tensor([[[[1.0, 0.0], [0.5, 0.0]]]])
-    target = torch.zeros_like(prediction)
     assert masked_mse(prediction, target, mask).item() == pytest.approx(0.8125)
     # With normalisation it is divided by the mean of the squared mask, (1 + 0.25) / 4.
     assert masked_mse(prediction, target, mask, normalize=True).item() == pytest.approx(0.8125 / 0.3125)

@@ -5,6 +5,7 @@ Tolerances are those at which two float32 implementations agree: single operatio
 """
 
 import json
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -348,9 +349,17 @@ def test_six_steps(whole_run, step):
     assert_step_equals(step, *whole_run[1][step])
 
 
+# 32 channels in 32 groups: the norm that follows takes any constant off each channel, so these have no gradient but
+# rounding noise, of which Adam makes steps of size lr. That is all that can be said of them.
+WITHOUT_GRADIENT = re.compile(
+    r"unet\.(down_blocks\.0|up_blocks\.3)\.resnets\.\d\.(conv1\.bias|time_emb_proj\..*)"
+    r"|unet\.up_blocks\.3\.(resnets\.2\.(conv2|conv_shortcut)|attentions\.2\.(proj_out|.*ff\.net\.2))\.bias"
+)
+
+
 @pytest.mark.slow
 def test_all_parameters_after_six_steps(whole_run):
-    """How far each of the 720 parameters went, its first values and its sum, against the recording."""
+    """The first values and the sum of each of the 720 parameters: 701 agree to the last bits."""
     models = whole_run[0].models
     embedding = models.text_encoder.get_input_embeddings()
     ours = {f"unet.{name}": p for name, p in models.unet.named_parameters()}
@@ -358,14 +367,16 @@ def test_all_parameters_after_six_steps(whole_run):
     ours["text.text_model.embeddings.token_embedding.weight"] = torch.cat([embedding.weight, embedding.handles])
     names = TRACE["train"]["final_param_names"]
     assert ours.keys() - {"text.text_model.embeddings.token_embedding.handles"} == set(names)
+    assert sum(WITHOUT_GRADIENT.fullmatch(name) is not None for name in names) == 19
     for i, name in enumerate(names):
         value = ours[name].detach().flatten()
-        first = TRAIN["final.first16"][i][: min(16, len(value))]
-        torch.testing.assert_close(value[:16], first, atol=5e-7, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
-        assert value.double().sum().item() == pytest.approx(TRAIN["final.sum"][i].item(), abs=1e-6 * len(value) ** 0.5)
-    torch.testing.assert_close(
-        ours["text.text_model.embeddings.token_embedding.weight"], TRAIN["final.token_embedding"], atol=5e-7, rtol=0
-    )
+        first, total = TRAIN["final.first16"][i][: len(value)], TRAIN["final.sum"][i].item()
+        moved = 2 * 3 * 2e-6  # three steps of size lr in opposite directions
+        allowed = moved if WITHOUT_GRADIENT.fullmatch(name) else 5e-7
+        assert (value[:16] - first).abs().max() <= allowed, name
+        assert value.double().sum().item() == pytest.approx(total, abs=allowed * len(value) ** 0.5), name
+    whole = ours["text.text_model.embeddings.token_embedding.weight"]
+    torch.testing.assert_close(whole, TRAIN["final.token_embedding"], atol=1e-7, rtol=0)
 
 
 # --- Text and sampling --------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from bas.models.text import (
     add_handles,
     build_text_encoder,
     encode_ids,
-    encode_prompts,
     initial_row,
     known_handles,
     load_tokenizer,
     merged_state_dict,
     tokenize,
 )
+from bas.prompts import encode_prompts
 
 towers = cases("text")
 TOKENIZER = REFERENCE / "official" / "model" / "tokenizer"
@@ -99,6 +99,12 @@ def test_adding_handles_leaves_the_vocabulary_alone(tower, tokenizer):
     assert known_handles(tokenizer) == HANDLES
     assert torch.equal(tokenize(tokenizer, ["a photo of the bowl"]), plain)
     assert tokenize(tokenizer, ["<bowl-2>and<toy>"])[0, :5].tolist() == [540, 543, 518, 542, 541]
+
+
+def test_handles_keep_their_case(tower, tokenizer):
+    """Prompts are lower-cased, handles are found before that: <Toy> and <toy> are two concepts."""
+    add_handles(tower, tokenizer, ("<Toy>", "<toy>"), (None, None), seed=0)
+    assert tokenize(tokenizer, ["A <toy> AND <Toy>"])[0, :6].tolist() == [540, 320, 543, 518, 542, 541]
 
 
 @pytest.mark.parametrize(
