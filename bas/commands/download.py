@@ -15,4 +15,4 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Download, and print where it lies."""
-    print(download(args.name))
+    print(download(args.name, args.half))
