@@ -31,6 +31,6 @@ setup(
         "pillow>=12.2",
         'tomli>=2; python_version < "3.11"',
     ],
-    extras_require={"test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11"]},
+    extras_require={"test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11", "scipy>=1.11", "pycocotools>=2.0.8"]},
     entry_points={"console_scripts": ["bas = bas.cli:main"]},
 )

@@ -491,3 +491,34 @@ class EditConfig(SampleConfig):
             raise InputError(
                 f"--blending_start_percentage is {self.blending_start_percentage}: expected 0 or more, less than 1"
             )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Masks
+# --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProposalConfig:
+    """Settings of `bas masks --auto`."""
+
+    segmenter: str | None = knob(None, "the model: a folder or a hub id (default: a known one for each method)")
+    points: tuple[str, ...] = knob((), "sam: x,y in pixels, one concept each; several points of one as x,y+x,y")
+    boxes: tuple[str, ...] = knob((), "sam: x0,y0,x1,y1 in pixels, one concept each")
+    words: tuple[str, ...] = knob((), "clipseg: what to find, one concept each; the word is its handle's initial word")
+    threshold: float = knob(0.5, "probability from which on a pixel is inside")
+    smooth: float = knob(0.0, "radius in pixels over which outlines are rounded and specks removed")
+    grow: int = knob(0, "pixels by which masks grow, or shrink if negative")
+    max_concepts: int = knob(4, "how many of the largest things to keep, where the method finds things itself")
+    min_coverage: float = knob(0.01, "smallest share of the picture such a thing may cover")
+
+    def __post_init__(self):
+        for name in ("threshold", "min_coverage"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}: expected more than 0 and less than 1")
+        if not 0 <= self.smooth <= 1000:
+            raise InputError(f"--smooth is {self.smooth}: expected 0 to 1000")
+        if abs(self.grow) > 1000:
+            raise InputError(f"--grow is {self.grow}: expected -1000 to 1000")
+        if self.max_concepts < 1:
+            raise InputError(f"--max_concepts is {self.max_concepts}: expected 1 or more")

@@ -9,7 +9,6 @@ import binascii
 import io
 import json
 import secrets
-import shutil
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -17,16 +16,13 @@ from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from bas.config import InputError
-from bas.files import read_json, replacing, write_json
-from bas.images import read_image
-from bas.mask_sources import MAX_LABELS, NUMBERED, find_source, list_sources, read_source
+from bas.drafts import Draft, read_concepts, write_draft
+from bas.mask_sources import MAX_LABELS
 from bas.models.text import HANDLE
 from bas.pictures import CONCEPT_COLOURS
-from bas.scene import match_size, read_notes
 
 PAGE = Path(__file__).parent / "assets" / "paint.html"
 MAX_BODY = 2**26  # bytes of a request; masks compress well, so this is plenty
@@ -36,71 +32,10 @@ POLICY = (
 )
 
 
-# --- The scene folder ---------------------------------------------------------------------------------------------
+# --- Saving ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Canvas:
-    """What is painted on, and where the result goes."""
-
-    picture_path: Path
-    picture: Image.Image  # RGB, upright
-    source: Path | None  # a scene folder whose masks are the start, as long as `folder` has none
-    folder: Path  # the scene folder to write
-
-
-def open_canvas(source: Path, output_dir: Path | None) -> Canvas:
-    """A picture, or a scene folder with or without masks, to paint on.
-
-    The scene is written to `output_dir`. Without one it goes into the scene folder itself, or for a picture into a
-    folder beside it that bears its name. Raises InputError for a folder that holds another picture, or masks that
-    painted ones cannot replace.
-    """
-    if source.stem == "img" and source.is_file():
-        source = source.parent
-    folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
-    picture_path = _picture_in(source) if source.is_dir() else source
-    if picture_path is None:
-        raise InputError(f"{source} needs exactly one picture named img.jpg, img.png, ...")
-    picture = read_image(picture_path)
-    if folder.is_file():
-        raise InputError(f"{folder} is a file: name another --output_dir")
-    present = _picture_in(folder)
-    if present and not present.samefile(picture_path) and present.read_bytes() != picture_path.read_bytes():
-        raise InputError(f"{folder} holds another picture, {present.name}: name another --output_dir")
-    others = [files[0].name for files in _sources(folder) if files[0].name != "mask0.png"]
-    if others:
-        raise InputError(f"{folder} has its masks in {others[0]}, beside which no mask0.png can be: name --output_dir")
-    canvas = Canvas(picture_path, picture, source if source.is_dir() else None, folder)
-    read_concepts(canvas)
-    return canvas
-
-
-def read_concepts(canvas: Canvas) -> list[dict]:
-    """Handle, word and mask, uint8 (H, W) or None, of each concept as it is on disk; one without a mask to begin."""
-    origin = next((place for place in (canvas.folder, canvas.source) if place and _sources(place)), None)
-    if origin is None:
-        return [{"handle": "<asset0>", "word": None, "mask": None}]
-    found = read_source(find_source(origin), canvas.picture.size)
-    handles, words = read_notes(origin, found)
-    masks = [match_size(mask.values, origin / mask.name, canvas.picture, canvas.picture_path) for mask in found]
-    return [
-        {"handle": handle or f"<asset{i}>", "word": word, "mask": (mask * 255).round().astype(np.uint8)}
-        for i, (handle, word, mask) in enumerate(zip(handles, words, masks, strict=True))
-    ]
-
-
-def _picture_in(folder: Path) -> Path | None:
-    """The picture img.* of a folder, or None where there is none or more than one."""
-    found = [path for path in folder.glob("img.*") if path.is_file()]
-    return found[0] if len(found) == 1 else None
-
-
-def _sources(folder: Path) -> list[list[Path]]:
-    return list_sources(folder) if folder.is_dir() else []
-
-
-def save_scene(canvas: Canvas, concepts: Any) -> str:
+def save_scene(draft: Draft, concepts: Any) -> str:
     """Write mask0.png, mask1.png, ..., scene.json and the picture; returns a line for people.
 
     concepts: a list of {"handle", "word", "mask": a PNG in base64}, as the page sends it. Everything is checked before
@@ -111,22 +46,9 @@ def save_scene(canvas: Canvas, concepts: Any) -> str:
     names = [_check_names(concept) for concept in concepts]
     if len({name["handle"] for name in names}) < len(names):
         raise InputError("two concepts have the same handle")
-    masks = [_read_png(c.get("mask"), n["handle"], canvas.picture.size) for c, n in zip(concepts, names, strict=True)]
-    folder = canvas.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    notes = folder / "scene.json"
-    kept = read_json(notes) if notes.exists() else {}
-    if _picture_in(folder) is None:
-        with replacing(folder / f"img{canvas.picture_path.suffix.lower()}") as temporary:
-            shutil.copyfile(canvas.picture_path, temporary)
-    for i, mask in enumerate(masks):
-        with replacing(folder / f"mask{i}.png") as temporary:
-            mask.save(temporary, format="PNG")
-    for path in folder.iterdir():
-        if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
-            path.unlink()
-    write_json(notes, kept | {"concepts": names})
-    return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {folder}"
+    masks = [_read_png(c.get("mask"), n["handle"], draft.picture.size) for c, n in zip(concepts, names, strict=True)]
+    write_draft(draft, masks, names)
+    return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}"
 
 
 def _check_names(concept: Any) -> dict:
@@ -164,7 +86,7 @@ def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:
 class Studio:
     """What every request shares."""
 
-    canvas: Canvas
+    draft: Draft
     token: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     lock: threading.Lock = field(default_factory=threading.Lock)  # one save at a time
 
@@ -175,8 +97,8 @@ class Server(ThreadingMixIn, TCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
-    def __init__(self, canvas: Canvas, port: int):
-        self.studio = Studio(canvas)
+    def __init__(self, draft: Draft, port: int):
+        self.studio = Studio(draft)
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
@@ -196,15 +118,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         """The page, the photograph as JPEG, or the scene as JSON."""
         place = self._place()
-        canvas = self.server.studio.canvas
+        draft = self.server.studio.draft
         if place == "":
             nonce = secrets.token_urlsafe(16)
             page = PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce)
             self._answer(200, page.encode(), "text/html; charset=utf-8", POLICY.replace("{nonce}", nonce))
         elif place == "image":
-            self._answer(200, _encode(canvas.picture, "JPEG"), "image/jpeg")
+            self._answer(200, _encode(draft.picture, "JPEG"), "image/jpeg")
         elif place == "scene":
-            self._answer(200, json.dumps(describe(canvas)).encode())
+            self._answer(200, json.dumps(describe(draft)).encode())
         elif place is not None:
             self._refuse(404, "there is no such page")
 
@@ -232,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             content = json.loads(body)
             with self.server.studio.lock:
-                message = save_scene(self.server.studio.canvas, content["concepts"])
+                message = save_scene(self.server.studio.draft, content["concepts"])
         except InputError as error:
             self._refuse(400, str(error))
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -280,14 +202,14 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: the page tells what happens."""
 
 
-def describe(canvas: Canvas) -> dict:
+def describe(draft: Draft) -> dict:
     """What the page needs to begin: sizes, colours, and the concepts with their masks as data URLs."""
     concepts = [
         {**concept, "mask": _data_url(Image.fromarray(concept["mask"])) if concept["mask"] is not None else None}
-        for concept in read_concepts(canvas)
+        for concept in read_concepts(draft)
     ]
-    width, height = canvas.picture.size
-    name = str(canvas.folder)
+    width, height = draft.picture.size
+    name = str(draft.folder)
     return {"name": name, "width": width, "height": height, "colours": CONCEPT_COLOURS, "concepts": concepts}
 
 

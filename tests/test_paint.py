@@ -15,7 +15,8 @@ from tiny import refused
 
 from bas.cli import main
 from bas.config import TrainConfig
-from bas.paint import MAX_BODY, Handler, Server, Studio, open_canvas
+from bas.drafts import open_draft
+from bas.paint import MAX_BODY, Handler, Server, Studio
 from bas.scene import load_scene
 
 W, H = 48, 32
@@ -32,7 +33,7 @@ def photo(tmp_path):
 @pytest.fixture
 def studio(photo):
     """What the server of `bas paint photo.png` holds."""
-    return Studio(open_canvas(photo, None))
+    return Studio(open_draft(photo, None))
 
 
 def ask(studio, method="GET", place="", host=f"127.0.0.1:{PORT}", path=None, body=b"", **headers):
@@ -85,7 +86,7 @@ def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(studio, photo)
     assert (scene.handles, scene.words) == (("<toy>", "<bowl>"), ("toy", None))
     assert np.array_equal(scene.masks[0], soft().astype(np.float32) / 255)
 
-    for again in (studio, Studio(open_canvas(photo, None)), Studio(open_canvas(folder, None))):
+    for again in (studio, Studio(open_draft(photo, None)), Studio(open_draft(folder, None))):
         content = json.loads(ask(again, place="scene")[2])
         assert (content["name"], content["width"], content["height"]) == (str(folder), W, H)
         assert [{k: row[k] for k in ("handle", "word")} for row in content["concepts"]] == [first, second]
@@ -143,17 +144,17 @@ def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_
     other.mkdir()
     Image.new("RGB", (W, H)).save(other / "img.png")
     with refused(f"{other} holds another picture, img.png: name another --output_dir"):
-        open_canvas(photo, other)
+        open_draft(photo, other)
     np.save(other / "masks.npy", (soft() > 9)[None])
     with refused(f"{other} has its masks in masks.npy, beside which no mask0.png can be: name --output_dir"):
-        open_canvas(other, None)
+        open_draft(other, None)
     with refused(f"{photo} is a file: name another --output_dir"):
-        open_canvas(other, photo)
+        open_draft(other, photo)
     with refused(f"{tmp_path} needs exactly one picture named img.jpg"):
-        open_canvas(tmp_path, None)
+        open_draft(tmp_path, None)
     with refused("missing.png is not a file"):
-        open_canvas(tmp_path / "missing.png", None)
-    studio = Studio(open_canvas(other / "img.png", tmp_path / "new"))  # but they can be the start of a new scene
+        open_draft(tmp_path / "missing.png", None)
+    studio = Studio(open_draft(other / "img.png", tmp_path / "new"))  # but they can be the start of a new scene
     (row,) = json.loads(ask(studio, place="scene")[2])["concepts"]
     assert save(studio, row | {"mask": row["mask"].partition(",")[2]})[0] == 200
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "mask0.png")) > 0, soft() > 9)
@@ -177,7 +178,7 @@ def test_the_picture_is_sent_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (W, H)).save(tmp_path / "turned.jpg", exif=exif)
-    studio = Studio(open_canvas(tmp_path / "turned.jpg", None))
+    studio = Studio(open_draft(tmp_path / "turned.jpg", None))
     status, headers, picture = ask(studio, place="image")
     assert (status, headers["Content-Type"]) == (200, "image/jpeg")
     assert Image.open(io.BytesIO(picture)).size == (H, W)
@@ -231,16 +232,16 @@ def test_other_methods_are_unknown(studio):
 
 
 def test_the_server_is_bound_to_loopback_and_a_taken_port_is_one_line(photo):
-    canvas = open_canvas(photo, None)
-    with Server(canvas, 0) as server:
+    draft = open_draft(photo, None)
+    with Server(draft, 0) as server:
         host, port = server.server_address
         assert host == "127.0.0.1"
         assert server.url == f"http://127.0.0.1:{port}/{server.studio.token}/"
         assert len(server.studio.token) >= 20
         with refused(f"--port {port} cannot be used"):
-            Server(canvas, port)
+            Server(draft, port)
     with refused("--port 99999 cannot be used"):
-        Server(canvas, 99999)
+        Server(draft, 99999)
 
 
 def test_the_command_prints_the_address_and_ends_with_ctrl_c(photo, monkeypatch, capsys):
@@ -270,7 +271,7 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(photo, browser):
     """The page of `bas paint photo.png` in a browser window, and the server behind it."""
-    with Server(open_canvas(photo, None), 0) as server:
+    with Server(open_draft(photo, None), 0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         browser.problems.clear()
@@ -320,7 +321,7 @@ def assert_painted(mask, start, end, size):
 
 def test_painting_erasing_undoing_and_saving(page, photo):
     browser, server = page
-    folder = server.studio.canvas.folder
+    folder = server.studio.draft.folder
     size = browser.run("brushSize()")
     assert size == 4
     start, end = (10, 8), (38, 22)
@@ -385,7 +386,7 @@ def test_fingers_paint_and_two_of_them_only_zoom(page):
         points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(fingers)]
         browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
     assert browser.run("zoom") > 1.5
-    (mask,) = saved(browser, server.studio.canvas.folder)
+    (mask,) = saved(browser, server.studio.draft.folder)
     assert_painted(mask, start, end, browser.run("brushSize()"))
 
 
@@ -396,4 +397,4 @@ def test_what_the_server_refuses_is_said_on_the_page(page):
     said = browser.run("document.querySelector('#status').textContent")
     assert said == "nothing is painted for <asset0>: paint it, or remove it"
     assert browser.problems.pop().endswith("400 (Bad Request)")
-    assert not server.studio.canvas.folder.exists()
+    assert not server.studio.draft.folder.exists()

@@ -1,12 +1,21 @@
-"""Check a scene's masks and show what the losses will see of them, without reading any weights."""
+"""Check a scene's masks and show what the losses will see of them; or let a model propose masks with --auto."""
 
 import argparse
 import logging
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from bas.checkpoint import outline
-from bas.config import TrainConfig
+from bas.config import InputError, ProposalConfig, TrainConfig
+from bas.drafts import open_draft, write_draft
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
+from bas.machine import pick_device
+from bas.mask_proposals import METHODS, propose
+from bas.mask_sources import list_sources
 from bas.masks import sheet, table, view_scene, warnings
 from bas.pictures import picture_path
 from bas.scene import load_scene
@@ -16,18 +25,50 @@ log = logging.getLogger(__name__)
 # The settings of training that decide what the model sees of a scene.
 SETTINGS = (
     *("pretrained_model_name_or_path", "handles", "placeholder_token", "initializer_tokens", "num_of_assets"),
-    *("background_handle", "resolution", "center_crop", "attention_grid"),
+    *("resolution", "center_crop", "attention_grid"),
 )
 
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
-    parser.add_argument("scene", metavar="SCENE", help="folder with a picture img.* and its masks")
+    parser.add_argument(
+        "scene", metavar="SCENE", help="folder with a picture img.* and its masks; or a picture, for --auto"
+    )
     parser.add_argument("--output_path", help="picture to write of the masks as the losses see them")
     add_fields(parser, TrainConfig, only=SETTINGS)
+    parser.add_argument("--auto", choices=METHODS, help="write a new scene with masks that this kind of model proposes")
+    parser.add_argument("--output_dir", help="scene to write with --auto (default: named after the picture, beside it)")
+    parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda when there is one)")
+    add_fields(parser, ProposalConfig)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Check the masks, or propose them."""
+    auto_alone = [f.name for f in fields(ProposalConfig)] + ["output_dir", "device"]
+    if args.auto:
+        write_proposals(args)
+    elif stray := [name for name in auto_alone if getattr(args, name, None) is not None]:
+        raise InputError(f"--{stray[0]} goes with --auto")
+    else:
+        check(args)
+
+
+def write_proposals(args: argparse.Namespace) -> None:
+    """Write a scene with the masks that a model proposes, never over masks that are there."""
+    config = ProposalConfig(**given(args, ProposalConfig))
+    draft = open_draft(Path(args.scene), Path(args.output_dir) if args.output_dir else None)
+    if draft.folder.is_dir() and list_sources(draft.folder):
+        raise InputError(f"{draft.folder} has masks already: name another --output_dir")
+    found = propose(args.auto, draft.picture, config, pick_device(args.device))
+    masks = [Image.fromarray(proposal.mask.astype(np.uint8) * 255) for proposal in found]
+    concepts = [{"handle": f"<asset{i}>", "word": proposal.word} for i, proposal in enumerate(found)]
+    write_draft(draft, masks, concepts)
+    for i, proposal in enumerate(found):
+        print(f"mask{i}.png  <asset{i}>  {proposal.mask.mean():.1%}  {proposal.word or ''}".rstrip())
+    print(f"\n{draft.folder} is ready. Look: bas masks {draft.folder}, or change them: bas paint {draft.folder}")
+
+
+def check(args: argparse.Namespace) -> None:
     """Print the table; warnings go to the log."""
     target = picture_path(args.output_path) if args.output_path else None
     explicit = given(args, TrainConfig) | {"instance_data_dir": args.scene}

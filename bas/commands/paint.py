@@ -4,8 +4,9 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from bas.drafts import open_draft
 from bas.flags import Parser
-from bas.paint import Server, open_canvas
+from bas.paint import Server
 
 
 def configure(parser: Parser) -> None:
@@ -17,9 +18,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl+C."""
-    canvas = open_canvas(Path(args.source), Path(args.output_dir) if args.output_dir else None)
-    with Server(canvas, args.port) as server, contextlib.suppress(KeyboardInterrupt):
-        print(
-            f"Open {server.url} in a browser on this machine; saving writes {canvas.folder}. Ctrl+C ends.", flush=True
-        )
+    draft = open_draft(Path(args.source), Path(args.output_dir) if args.output_dir else None)
+    with Server(draft, args.port) as server, contextlib.suppress(KeyboardInterrupt):
+        print(f"Open {server.url} in a browser on this machine; saving writes {draft.folder}. Ctrl+C ends.", flush=True)
         server.serve_forever()
