@@ -79,6 +79,21 @@ def test_phase1_moves_the_handles_and_nothing_else(bench, tmp_path):
     assert (handles != initial_handles(bench, config)).all()
 
 
+def test_phase1_computes_no_other_gradient(bench):
+    """What is frozen costs no memory: after a backward pass the handles alone hold a gradient."""
+    config = bench.config()
+    prepared = bench.prepared(config)
+    models, batch = prepared[0], draw(prepared, config, phase=0)
+    training.trainable_parameters(models, EVERYTHING)
+    training.trainable_parameters(models, HANDLES)
+    training.training_step(models, batch, config)[0].backward()
+    handles = models.text_encoder.get_input_embeddings().handles
+    for network in (models.unet, models.vae, models.text_encoder):
+        for parameter in network.parameters():
+            assert parameter.requires_grad == (parameter is handles)
+            assert (parameter.grad is None) == (parameter is not handles)
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
