@@ -33,7 +33,8 @@ def assert_equals_stored(name: str) -> None:
 
 def assert_equals_live(name: str) -> None:
     """The network against diffusers or transformers here and now, every parameter's name and gradient included."""
-    pytest.importorskip("diffusers", reason="diffusers is not installed: the stored references stand in for it")
+    if not name.startswith("text"):
+        pytest.importorskip("diffusers", reason="diffusers is not installed: the stored references stand in for it")
     assert_agree(make_reference.ours(name), make_reference.theirs(name))
 
 

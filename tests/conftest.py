@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ class NetworkBlocked(RuntimeError):
     """A test tried to reach the network."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_network():
-    """Any connection or name look-up fails at once, with a name that no code under test catches as its own."""
+@contextmanager
+def blocked_network():
+    """Any connection or name look-up fails at once, with an error that no code under test takes for its own."""
 
     def guard(original):
         def connect(self, address, *args):
@@ -45,6 +46,20 @@ def no_network():
             patch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
         for name in ("getaddrinfo", "gethostbyname"):
             patch.setattr(socket, name, look_up)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network_in_fixtures():
+    """Holds while fixtures of whole modules are made."""
+    with blocked_network():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """The same once more for each test: other plugins that guard sockets restore them after every test."""
+    with blocked_network():
         yield
 
 
