@@ -16,7 +16,7 @@ ABOUT = "Extract several concepts from one photograph, and re-imagine them (Brea
 # Each is a module of bas.commands; its help stands here so that `bas --help` imports none of them.
 COMMANDS = {
     "demo": "the whole method on the shipped miniature, into one picture",
-    "masks": "check a scene's masks and show what the losses will see of them",
+    "masks": "check a scene's masks, or let a model propose them",
     "paint": "paint masks in the browser",
     "train": "learn the concepts of one scene",
     "sample": "generate pictures from prompts",

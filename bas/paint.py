@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         elif place == "image":
             self._answer(200, _encode(draft.picture, "JPEG"), "image/jpeg")
         elif place == "scene":
-            self._answer(200, json.dumps(describe(draft)).encode())
+            self._describe(draft)
         elif place is not None:
             self._refuse(404, "there is no such page")
 
@@ -149,6 +149,14 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(413, "the masks are too large")
         else:
             self._save(self.rfile.read(int(length)))
+
+    def _describe(self, draft: Draft) -> None:
+        try:
+            content = describe(draft)
+        except InputError as error:  # the folder was sound at the start, but has changed since
+            self._refuse(400, str(error))
+        else:
+            self._answer(200, json.dumps(content).encode())
 
     def _save(self, body: bytes) -> None:
         try:

@@ -139,6 +139,14 @@ def test_scenes_that_are_none(studio):
         assert (status, json.loads(answer)) == (400, {"message": "expected a scene as JSON"})
 
 
+def test_a_folder_that_is_spoilt_meanwhile_is_told(studio, photo):
+    save(studio, {"handle": "<a>", "word": None, "mask": png(soft())})
+    (photo.parent / "photo" / "mask0.png").write_text("no picture")
+    status, _, answer = ask(studio, place="scene")
+    assert status == 400
+    assert "mask0.png is not a readable" in json.loads(answer)["message"]
+
+
 def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_path):
     other = tmp_path / "scene"
     other.mkdir()

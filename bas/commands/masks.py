@@ -44,11 +44,12 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the masks, or propose them."""
-    auto_alone = [f.name for f in fields(ProposalConfig)] + ["output_dir", "device"]
+    of_auto = [f.name for f in fields(ProposalConfig)] + ["output_dir", "device"]
+    for name in (*SETTINGS, "output_path") if args.auto else of_auto:
+        if getattr(args, name, None) is not None:
+            raise InputError(f"--{name} does not go with --auto" if args.auto else f"--{name} goes with --auto")
     if args.auto:
         write_proposals(args)
-    elif stray := [name for name in auto_alone if getattr(args, name, None) is not None]:
-        raise InputError(f"--{stray[0]} goes with --auto")
     else:
         check(args)
 
