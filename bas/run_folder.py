@@ -33,11 +33,8 @@ MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut o
 
 
 def prepare_folder(folder: Path, resuming: bool) -> None:
-    """Make the run folder. Raises InputError if it cannot be written or already holds a finished run."""
-    if (folder / CONCEPTS).exists():
-        raise InputError(f"{folder} already holds a finished run: choose another --output_dir or remove it")
-    if not resuming and (folder / METRICS).exists():
-        raise InputError(f"{folder} holds an unfinished run: add --resume_from_checkpoint latest, or remove the folder")
+    """Make the run folder. Raises InputError if it cannot be written or already holds a run."""
+    refuse_used_folder(folder, resuming)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
@@ -45,6 +42,14 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+
+
+def refuse_used_folder(folder: Path, resuming: bool) -> None:
+    """InputError when the folder holds a finished run, or an unfinished one that is not to be resumed."""
+    if (folder / CONCEPTS).exists():
+        raise InputError(f"{folder} already holds a finished run: choose another --output_dir or remove it")
+    if not resuming and (folder / METRICS).exists():
+        raise InputError(f"{folder} holds an unfinished run: add --resume_from_checkpoint latest, or remove the folder")
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------------

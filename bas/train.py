@@ -203,16 +203,22 @@ class Run:
     scaler_state: dict = field(default_factory=dict)  # and its loss scale
 
 
-def start(config: TrainConfig) -> Run:
-    """Check the input, load the models, and compute what all steps share."""
-    # Everything that can be wrong with the input is found before weights are read.
-    scene, folder = load_scene(config), Path(config.output_dir)
+def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
+    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
+    scene = load_scene(config)
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
     precision = pick_precision(config.mixed_precision, device)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    return scene, base, device, precision
+
+
+def start(config: TrainConfig) -> Run:
+    """Check the input, load the models, and compute what all steps share."""
+    scene, base, device, precision = check_input(config)
+    folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
     base_hash = weights_hash(base)

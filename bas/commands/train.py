@@ -4,8 +4,10 @@ import argparse
 
 from bas.config import InputError, TrainConfig
 from bas.config_file import add_config, read_config, setting_kinds
+from bas.dry_run import dry_run
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
+from bas.info import as_text
 from bas.report import write_report
 from bas.run_folder import read_concepts
 from bas.train import train
@@ -15,6 +17,9 @@ def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("scene", metavar="SCENE", nargs="?", help="folder with img.* and mask0.png, mask1.png, ...")
     add_config(parser)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
+    )
     add_fields(parser, TrainConfig)
 
 
@@ -27,7 +32,11 @@ def run(args: argparse.Namespace) -> None:
     if not explicit.get("instance_data_dir"):
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
-    folder = train(TrainConfig.resolve(explicit, row))
+    config = TrainConfig.resolve(explicit, row)
+    if args.dry_run:
+        print(as_text(dry_run(config)))
+        return
+    folder = train(config)
     handles = read_concepts(folder)[1]
     print(f"{write_report(folder)} shows how it went")
     print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')

@@ -1,0 +1,198 @@
+"""What a training would do and take, without reading weights or writing anything: `bas train --dry_run`.
+
+One step of each phase runs on the meta device, where tensors have shapes but no values. That counts exactly what is
+trained, what a step keeps for its backward pass, and its floating-point operations (2 per multiply-add).
+"""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from bas.batches import Material, View, attention_grid, draw_batch
+from bas.checkpoint import outline
+from bas.config import InputError, Phase, SampleConfig, TrainConfig
+from bas.files import human_size
+from bas.losses import resize_mask
+from bas.machine import DTYPES
+from bas.models.text import add_handles, tokenize
+from bas.models.vae import Posterior
+from bas.parts import COMPONENTS, Models, match
+from bas.progress import clock
+from bas.run_folder import refuse_used_folder
+from bas.scene import Scene
+from bas.train import check_input, trainable_parameters, training_step
+
+ADAM_BYTES = 8  # two moments in float32 for every number that is trained
+METRICS_LINE = 220  # bytes, roughly
+CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
+MEMORY_RULE = (
+    "weights, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half size in "
+    "16 bits); the allocator, work space of kernels and recomputed blocks come on top"
+)
+TIME_RULE = "counted operations at {speed:.2f} TFLOP/s, a matrix product here just now: a lower bound, expect more"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one phase takes."""
+
+    trained: int  # numbers that are trained
+    kept: int  # bytes that a step keeps for its backward pass, in float32
+    operations: int  # of one optimizer step
+
+
+def dry_run(config: TrainConfig) -> dict:
+    """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start."""
+    scene, base, device, precision = check_input(config)
+    refuse_used_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
+    models, tensors = outline(base)
+    for component in COMPONENTS:
+        match(getattr(models, component), tensors[component], f"{base} ({component})")
+    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    material = blank_material(models, scene, masks, config)
+
+    costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
+    weights = 4 * sum(p.numel() for component in COMPONENTS for p in getattr(models, component).parameters())
+    speed = matrix_speed(device, DTYPES[precision])
+    memory = {phase: phase_memory(weights, cost, precision) for phase, cost in costs.items()}
+    files = files_to_come(weights, costs, config)
+    seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in costs.items()}
+    if any(phase.prior for phase in config.phases):
+        seconds = {"class images": class_image_operations(models, material, config) / speed, **seconds}
+    return {
+        "scene": f"{config.instance_data_dir}, trained at {image.shape[2]}x{image.shape[1]} pixels",
+        "handles": ", ".join(f"{h} from {w!r}" if w else h for h, w in zip(scene.handles, scene.words, strict=True)),
+        "base": f"{base}, {models.schedule.prediction_type}",
+        "device": f"{device}, mixed precision {precision}",
+        "steps": {
+            p.name: f"{p.steps}, training {c.trained:,} numbers ({', '.join(p.trains)})" for p, c in costs.items()
+        },
+        "memory": {phase.name: sum_of(parts) for phase, parts in memory.items()},
+        "estimated by": MEMORY_RULE,
+        "warning": memory_warning(max(sum(parts.values()) for parts in memory.values()), device),
+        "time": {name: clock(value) for name, value in seconds.items()},
+        "counted by": TIME_RULE.format(speed=speed / 1e12),
+        "files": {name: human_size(size) for name, size in files.items()},
+        "disk": _disk(Path(config.output_dir), sum(files.values())),
+        "checked": CHECKED,
+    }
+
+
+def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> Material:
+    """Material of the right shapes without the VAE's work: empty latents, the real masks and prompts."""
+    factor, channels = models.vae.config.factor, models.vae.config.latent_channels
+    h, w = (side // factor for side in masks.shape[-2:])
+    empty = Posterior(torch.zeros(channels, h, w), torch.zeros(channels, h, w))
+    view = View(
+        empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models, (h, w), config.attention_grid))
+    )
+    return Material(
+        views=(view, view),
+        handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
+        handles=scene.handles,
+        class_posterior=Posterior(empty.mean[None], empty.logvar[None]),
+        class_ids=tokenize(models.tokenizer, list(config.class_prompt[:1])),
+        scaling_factor=models.vae.config.scaling_factor,
+    )
+
+
+def phase_cost(models: Models, material: Material, phase: Phase, config: TrainConfig) -> Cost:
+    """One step on the meta device, counted."""
+    trained = trainable_parameters(models, phase)
+    weights = {p.untyped_storage()._cdata for component in COMPONENTS for p in getattr(models, component).parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Attention is spelt out on the meta device; the fused kernels of a real one keep no query x key matrix.
+        if tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] > side:
+            return tensor
+        kept[tensor.untyped_storage()._cdata] = tensor  # holding it, so that no other takes its address
+        return tensor
+
+    batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(config.seed))
+    side = max(batch.z0.shape[-2:])
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = training_step(models, batch.to(torch.device("meta")), config)
+        loss.backward()
+    bytes_kept = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    operations = counter.get_total_flops() * config.gradient_accumulation_steps
+    return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
+
+
+def phase_memory(weights: int, cost: Cost, precision: str) -> dict[str, int]:
+    """Bytes by what they are for."""
+    share = 1 if precision == "no" else 2
+    return {
+        "weights": weights,
+        "gradients": 4 * cost.trained,
+        "optimizer": ADAM_BYTES * cost.trained,
+        "kept for backward": cost.kept // share,
+    }
+
+
+def sum_of(parts: dict[str, int]) -> str:
+    """Sizes and their sum: 3.2 GB = 1.1 GB weights + ..."""
+    summands = " + ".join(f"{human_size(size)} {name}" for name, size in parts.items())
+    return f"{human_size(sum(parts.values()))} = {summands}"
+
+
+def memory_warning(needed: int, device: torch.device) -> str | None:
+    """One line when the device has less memory than the estimate."""
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return None
+    advice = "try --gradient_checkpointing, --no_train_text_encoder, or --phase2_train_steps 0"
+    return f"{device} has {human_size(held)}, less than the estimate: {advice}" if held < needed else None
+
+
+def class_image_operations(models: Models, material: Material, config: TrainConfig) -> int:
+    """Operations of generating all class images: guided denoising, without the VAE."""
+    z = material.views[0].posterior.mean[None].to("meta")
+    context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)
+    return 2 * SampleConfig().num_inference_steps * config.num_class_images * counter.get_total_flops()
+
+
+def matrix_speed(device: torch.device, dtype: torch.dtype, side: int = 1024, least: float = 0.2) -> float:
+    """Floating-point operations a second of a matrix product, over at least so many seconds."""
+    a = torch.randn(side, side, device=device).to(dtype)
+    (a @ a).sum().item()
+    began, products = time.monotonic(), 0
+    while time.monotonic() - began < least:
+        (a @ a).sum().item()  # waits for the device
+        products += 1
+    return 2 * side**3 * products / (time.monotonic() - began)
+
+
+def files_to_come(weights: int, costs: dict[Phase, Cost], config: TrainConfig) -> dict[str, int]:
+    """Bytes of each kind of file in the run folder."""
+    steps = sum(phase.steps for phase in config.phases)
+    files = {"tuned model": weights // (4 // DTYPES[config.save_precision].itemsize), "metrics": METRICS_LINE * steps}
+    if config.checkpointing_steps and config.checkpointing_steps <= steps:
+        one = max((4 + ADAM_BYTES) * cost.trained for cost in costs.values())
+        files["checkpoints, while training"] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
+    return files
+
+
+def _disk(folder: Path, needed: int) -> str:
+    """What the disk has left, against what is needed. Raises InputError where nothing can be written."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to --output_dir {folder}: {existing} is read-only for you")
+    free = shutil.disk_usage(existing).free
+    verdict = "enough" if free > needed else "NOT ENOUGH"
+    return f"{verdict}: {human_size(needed)} of {human_size(free)} free"

@@ -1,0 +1,171 @@
+"""bas train --dry_run: what it counts without weights is what a real step does; it writes nothing, refuses the same."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bas.batches import draw_batch
+from bas.checkpoint import cache_dir, outline
+from bas.cli import main
+from bas.config import InputError, TrainConfig
+from bas.dry_run import (
+    Cost,
+    blank_material,
+    dry_run,
+    files_to_come,
+    matrix_speed,
+    memory_warning,
+    phase_cost,
+    phase_memory,
+    sum_of,
+)
+from bas.models.text import add_handles
+from bas.scene import load_scene
+from bas.train import start, train_phase, trainable_parameters, training_step
+
+FLAGS = ("--num_class_images", "1", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("dry") / "model")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Path:
+    return tiny.write_scene(tmp_path_factory.mktemp("dry") / "toy", concepts=2)
+
+
+def config(scene: Path, model: Path, run: Path, **changes) -> TrainConfig:
+    values = {"instance_data_dir": str(scene), "pretrained_model_name_or_path": str(model), "output_dir": str(run)}
+    return TrainConfig(**values | {"num_class_images": 1, "img_log_steps": 0, "device": "cpu"} | changes)
+
+
+def on_meta(settings: TrainConfig):
+    """The tiny model on the meta device, with handles, and its blank material."""
+    models, _ = outline(Path(settings.pretrained_model_name_or_path))
+    picture = load_scene(settings)
+    _, masks = picture.tensors(models.resolution, models.size_multiple)
+    add_handles(models.text_encoder, models.tokenizer, picture.handles, picture.words, 0)
+    return models, blank_material(models, picture, masks, settings)
+
+
+@pytest.fixture(scope="module")
+def real(scene, model, tmp_path_factory):
+    """A run that stands before its first step, and its settings."""
+    settings = config(scene, model, tmp_path_factory.mktemp("dry") / "run", phase1_train_steps=2, checkpointing_steps=3)
+    return start(settings), settings
+
+
+@pytest.fixture(scope="module")
+def costs(real):
+    """What each phase costs, counted without weights."""
+    _, settings = real
+    return {phase: phase_cost(*on_meta(settings), phase, settings) for phase in settings.phases}
+
+
+def test_operations_and_parameters_are_those_of_a_real_step(real, costs):
+    run, settings = real
+    for phase, cost in costs.items():
+        trained = trainable_parameters(run.models, phase)
+        batch = draw_batch(run.material, run.models, phase, settings, torch.Generator().manual_seed(0))
+        # The counter does not know the fused attention of a CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            training_step(run.models, batch, settings)[0].backward()
+        assert cost.trained == sum(p.numel() for p in trained.values())
+        assert cost.operations == counter.get_total_flops()
+        for parameter in trained.values():
+            parameter.grad = None
+
+
+def test_gradient_checkpointing_keeps_less_and_computes_more(real, costs):
+    _, settings = real
+    phase = settings.phases[1]
+    models, material = on_meta(settings)
+    models.unet.set_gradient_checkpointing(True)
+    lean = phase_cost(models, material, phase, settings)
+    assert lean.kept < 0.7 * costs[phase].kept
+    assert lean.operations > 1.2 * costs[phase].operations
+    assert lean.trained == costs[phase].trained
+
+
+def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
+    run, settings = real
+    phase = settings.phases[1]
+    weights = 4 * sum(p.numel() for p in run.models.unet.parameters())
+    files = files_to_come(weights, costs, settings)
+    run.done = 2
+    run.saved = {f"trained.{name}": p.detach() for name, p in trainable_parameters(run.models, phase).items()}
+    train_phase(run, replace(phase, steps=1), 2)
+    (state,) = run.folder.glob("checkpoints/*/state.safetensors")
+    held = sum(tensor.nbytes for tensor in load_file(state).values())
+    assert 2 * held == pytest.approx(files["checkpoints, while training"], rel=0.02)  # step counts, the generator
+    assert files["tuned model"] == weights
+    assert (
+        files_to_come(weights, costs, config("s", "m", tmp_path, save_precision="bf16"))["tuned model"] == weights // 2
+    )
+
+
+def test_memory_by_its_rule():
+    cost = Cost(trained=1000, kept=600, operations=1)
+    parts = {"weights": 5000, "gradients": 4000, "optimizer": 8000, "kept for backward": 600}
+    assert phase_memory(5000, cost, "no") == parts
+    assert phase_memory(5000, cost, "bf16") == parts | {"kept for backward": 300}
+    assert sum_of({"a": 1500, "b": 500}) == "2.0 kB = 1.5 kB a + 500 bytes b"
+    assert memory_warning(1000, torch.device("cpu")) is None
+    assert "less than the estimate: try --gradient_checkpointing" in memory_warning(10**18, torch.device("cpu"))
+
+
+def test_the_speed_of_a_matrix_product_is_measured():
+    assert 1e7 < matrix_speed(torch.device("cpu"), torch.float32, side=64, least=0.01) < 1e15
+
+
+def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, capsys):
+    before = sorted(cache_dir().rglob("*"))
+    words = ["train", str(scene), "--weights", str(model), "--output_dir", str(tmp_path / "run"), "--dry_run", *FLAGS]
+    assert main([*words, "--initializer_tokens", "toy", "bowl", "--phase1_train_steps", "7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for told in (
+        f"scene         {scene}, trained at 32x32 pixels",
+        "handles       <asset0> from 'toy', <asset1> from 'bowl'",
+        "device        cpu, mixed precision no",
+        f"steps         phase1: 7, training {2 * tiny.WIDTH} numbers (handles)",
+    ):
+        assert told in lines
+    text = "\n".join(lines)
+    assert re.search(
+        r"^memory +phase1: .+ weights \+ .+ gradients \+ .+ optimizer \+ .+ kept for backward$", text, re.M
+    )
+    assert re.search(r"^time +class images: \d+:\d\d\n +phase1: \d+:\d\d\n +phase2: \d+:\d\d$", text, re.M)
+    assert re.search(r"^disk +enough: .+ of .+ free$", text, re.M)
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(cache_dir().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase1_train_steps": 0, "phase2_train_steps": 0}, "both phases have 0 steps"),
+        ({"resolution": 33}, "this model takes multiples of 8 pixels"),
+        ({"attention_grid": 3}, "no cross-attention on 3 rows"),
+        ({"handles": ("<a>",)}, "--handles gives 1 names"),
+        ({"handles": ("photo", "<a>")}, "handle 'photo': expected <name>"),
+        ({"device": "nowhere"}, "--device nowhere cannot be used here"),
+    ],
+)
+def test_what_train_would_refuse_is_refused(changes, message, scene, model, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        dry_run(config(scene, model, tmp_path / "run", **changes))
+
+
+def test_a_used_folder_is_refused(scene, model, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        dry_run(config(scene, model, tmp_path))
