@@ -16,7 +16,7 @@ from bas.train import train
 
 log = logging.getLogger(__name__)
 
-SCENE = "scenes/demo"  # inside the shipped model's folder
+SCENE = "scenes/playroom"  # inside the shipped model's folder
 PICTURE = "demo.png"
 CONTEXTS = ("at the beach", "in the snow", "in the jungle")  # one per handle; the last row puts all of them elsewhere
 TOGETHER = "on top of a wooden floor"
