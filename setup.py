@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = next(
-    line.split('"')[1] for line in (ROOT / "bas" / "__init__.py").read_text().splitlines() if line.startswith("__version__")
+    line.split('"')[1]
+    for line in (ROOT / "bas" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
 )
 
 setup(
@@ -31,6 +33,9 @@ setup(
         "pillow>=12.2",
         'tomli>=2; python_version < "3.11"',
     ],
-    extras_require={"test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11", "scipy>=1.11", "pycocotools>=2.0.8"]},
+    extras_require={
+        "tensorboard": ["tensorboard>=2.15"],
+        "test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11", "scipy>=1.11", "pycocotools>=2.0.8"],
+    },
     entry_points={"console_scripts": ["bas = bas.cli:main"]},
 )

@@ -330,6 +330,9 @@ class TrainConfig:
 
     # Watching, saving, resuming
     log_steps: int = knob(10, "steps between two readings of the losses from the device")
+    report_to: str = knob(
+        "none", "also write the losses and previews for another viewer, an extra", choices=("none", "tensorboard")
+    )
     img_log_steps: int = knob(200, "steps between previews; 0 for none")
     preview_inference_steps: int = knob(25, "denoising steps of a preview picture")
     checkpointing_steps: int = knob(200, "steps between resumable checkpoints; 0 for none")
@@ -386,7 +389,7 @@ class TrainConfig:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The training plan (paper, section 3.1): first the handles, then everything."""
+        """The training plan (paper, section 3): first the handles, then everything."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
         tuned = ("handles", "embedding", "unet") + ("text_encoder",) * self.train_text_encoder
         prior = self.with_prior_preservation

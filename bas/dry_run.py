@@ -36,7 +36,7 @@ MEMORY_RULE = (
     "weights, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half size in "
     "16 bits); the allocator, work space of kernels and recomputed blocks come on top"
 )
-TIME_RULE = "counted operations at {speed:.2f} TFLOP/s, a matrix product here just now: a lower bound, expect more"
+TIME_RULE = "counted operations at {speed:.3g} TFLOP/s, a matrix product here just now: a lower bound, expect more"
 
 
 @dataclass(frozen=True)

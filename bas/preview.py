@@ -36,10 +36,10 @@ def write_preview(
     masks: Tensor,
     config: TrainConfig,
     step: int,
-) -> None:
+) -> Path:
     """Write a sheet of the scene, each handle alone, all together, attention beside masks; and its pictures.
 
-    image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1].
+    Returns the sheet's path. image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1].
     """
     (photo,) = to_pictures(image[None] / 2 + 0.5)
     prompts = [subset_prompt([handle]) for handle in handles]
@@ -67,7 +67,9 @@ def write_preview(
         picture.save(separate / f"sample-{place}.png")
     for place, picture in enumerate(looks):
         picture.save(separate / f"attention-{place}.png")
-    sheet.save(folder / "previews" / f"step-{step:06d}.png")
+    path = folder / "previews" / f"step-{step:06d}.png"
+    sheet.save(path)
+    return path
 
 
 def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> None:

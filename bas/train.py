@@ -43,6 +43,7 @@ from bas.run_folder import (
 )
 from bas.scene import Scene, load_scene
 from bas.schedulers import add_noise, training_target
+from bas.tensorboard import EventLog, writer_class
 from bas.times import Times
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ FREE_ON_RESUME = {
     "class_data_dir",
     "sample_batch_size",
     "log_steps",
+    "report_to",
     "img_log_steps",
     "preview_inference_steps",
     "checkpointing_steps",
@@ -70,7 +72,7 @@ POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, 
 
 
 def training_step(models: Models, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch (paper, section 3.2), and its unweighted parts as 0-dim tensors.
+    """The loss of one batch (paper, section 3), and its unweighted parts as 0-dim tensors.
 
     L = L_rec (eq. 1) + prior_loss_weight x L_prior + lambda_attention x L_attn (eq. 2)
     """
@@ -201,6 +203,7 @@ class Run:
     done: int = 0  # steps that a checkpoint brings along
     saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
     scaler_state: dict = field(default_factory=dict)  # and its loss scale
+    events: EventLog | None = None  # for TensorBoard, when asked for
 
 
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
@@ -212,6 +215,8 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     precision = pick_precision(config.mixed_precision, device)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    if config.report_to == "tensorboard":
+        writer_class()
     return scene, base, device, precision
 
 
@@ -250,6 +255,8 @@ def start(config: TrainConfig) -> Run:
     metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
     run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
     run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
+    if config.report_to == "tensorboard":
+        run.events = EventLog(folder, run.done)
     return run
 
 
@@ -286,12 +293,16 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
             save_state(run, step, trained, optimizer, scaler)
         if config.img_log_steps and step % config.img_log_steps == 0:
             with autocast(models.device, run.precision):
-                write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
+                sheet = write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
+            if run.events:
+                run.events.add_sheet(sheet, step)
 
 
 def read_metrics(run: Run) -> dict[str, float]:
     """Write the pending metrics and return the newest losses. Raises RunError if a number is not finite."""
     rows = run.metrics.flush()
+    if run.events:
+        run.events.add(rows)
     for row in rows:
         for name, value in row.items():
             skipped = name == "grad_norm" and run.precision == "fp16"  # the scaler leaves out steps that overflow
@@ -344,3 +355,5 @@ def finish(run: Run) -> None:
     rows = run.models.text_encoder.get_input_embeddings().handles
     save_concepts(run.folder, rows, run.masks, run.scene.handles, run.facts)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+    if run.events:
+        run.events.close()
