@@ -1,7 +1,7 @@
 """Galleries of a run: all its concepts under new seeds, and every combination of them in many contexts.
 
-These are the paper's image variations and entangled scene decomposition (section 4.3), and the prompts of its
-evaluation (appendix C).
+These are the paper's image variations and entangled scene decomposition (section 4), and the prompts of its
+evaluation (appendix).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 A scene is first decided (`compose`: what stands where, a small dataclass) and then drawn (`draw`) from signed
 distance functions, so that one seed gives the same scene at 64 and at 256 pixels. The ten places are those of the
-evaluation protocol (Break-A-Scene, appendix C). Concept objects are a second family that training never shows:
+evaluation protocol (Break-A-Scene, appendix). Concept objects are a second family that training never shows:
 unseen shapes with two-colour markings, the things to extract.
 
     python tools/mini_world.py --output_dir /tmp/world            # a contact sheet of 64 captioned scenes

@@ -1,7 +1,7 @@
 """The text tower (transformers' CLIP) and its tokenizer, extended by trainable handles such as `<asset0>`.
 
 A handle is one new token. Its embedding row lives beside the base vocabulary as its own small parameter, so that
-phase 1 trains N rows and nothing else (paper, section 3.1), and the base rows stay bit-identical by construction.
+phase 1 trains N rows and nothing else (paper, section 3), and the base rows stay bit-identical by construction.
 """
 
 import logging
