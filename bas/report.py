@@ -125,7 +125,7 @@ def _peak(stages: list[dict], kind: str) -> str | None:
 
 
 def scene_section(folder: Path, handles: list[str]) -> str:
-    """The photograph, its masks in their colours, and each mask alone."""
+    """The photograph, its masks in their colours, each mask alone, and further photographs with theirs."""
     if not (folder / "img.png").is_file():
         return '<p class="quiet">This run keeps no copy of its scene.</p>'
     photo = read_image(folder / "img.png")
@@ -135,6 +135,10 @@ def scene_section(folder: Path, handles: list[str]) -> str:
         picture(tint_masks(photo, {i: mask}), f"{handles[i]}, {mask.mean():.0%} of the picture")
         for i, mask in masks.items()
     ]
+    for further in sorted(folder.glob("*/img.png")):
+        places = {i: further.with_name(f"mask{i}.png") for i in range(len(handles))}
+        masks = {i: read_mask(path) for i, path in places.items() if path.exists()}
+        figures.append(picture(tint_masks(read_image(further), masks), f"picture {further.parent.name}"))
     return f'<div class="strip">{"".join(figures)}</div>'
 
 

@@ -99,6 +99,16 @@ def test_nothing_points_outside_and_every_picture_is_there(run):
         assert Image.open(io.BytesIO(data)).size == (int(tag["width"]), int(tag["height"])) == (96, 64)
 
 
+def test_further_photographs_are_shown(tmp_path):
+    folder = run_folder(tmp_path)
+    before = len(Page(page(folder)).all("img"))
+    further = tiny.write_scene(folder / "scene" / "1", concepts=2)
+    (further / "mask0.png").unlink()
+    shown = Page(page(folder)).all("img")
+    assert len(shown) == before + 1
+    assert shown[4]["alt"] == "picture 1"
+
+
 def test_the_curves_are_metrics_jsonl(run):
     rows, data = read_rows(run / "metrics.jsonl"), Page(page(run)).data
     assert data["steps"] == [row["step"] for row in rows]
