@@ -57,7 +57,7 @@ def propose(method: str, picture: Image.Image, config: ProposalConfig, device: t
     if method == "clipseg" and not config.words:
         raise InputError("--auto clipseg needs --words, one per concept")
     if config.points and config.boxes:
-        raise InputError("--points and --boxes: use one of them, or run twice")
+        raise InputError("--points and --boxes: use one of them")
     model, processor = load_segmenter(row, config.segmenter or row.default)
     with torch.inference_mode():
         found = row.run(model.to(device), processor, picture, config)
@@ -65,8 +65,10 @@ def propose(method: str, picture: Image.Image, config: ProposalConfig, device: t
     if not refined:
         raise InputError(f"{method} finds nothing here: lower --threshold or --min_coverage, or point things out")
     for i, proposal in enumerate(refined):
+        name = f"mask {i}" + f" ({proposal.word})" * bool(proposal.word)
+        if proposal.mask.all():
+            raise InputError(f"{method} puts everything into {name}: raise --threshold, or grow less")
         if not proposal.mask.any():
-            name = f"mask {i}" + f" ({proposal.word})" * bool(proposal.word)
             raise InputError(f"{method} leaves nothing of {name}: lower --threshold or --smooth, or shrink less")
     return refined
 
