@@ -198,7 +198,7 @@ def tables(run: Path, facts: dict, sessions: list[dict], finished: bool) -> str:
     kept = {name: value for name, value in config.items() if name not in changed}
     hashes = {"base weights": facts["base"]} | ({"tuned weights": weights_hash(run)} if finished else {})
     blocks = [
-        table("Settings given", changed),
+        table("Settings other than the defaults", changed),
         table("Settings at their defaults", kept, closed=True),
         table("sha256", hashes),
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bas.demo import demo
 from bas.flags import Parser
+from bas.report import write_report
 
 
 def configure(parser: Parser) -> None:
@@ -14,5 +15,6 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run it, and print where the picture is."""
+    """Run it, and print where the picture and the page of the run are."""
     print(demo(Path(args.output_dir), args.device))
+    print(write_report(Path(args.output_dir)))
