@@ -42,7 +42,7 @@ class Recogniser(nn.Module):
         self.fine = nn.Sequential(block(3, 32, 2), block(32, 64, 2), block(64, 64, 1))  # 16 x 16
         self.middle = nn.Sequential(block(64, 96, 2), block(96, 96, 1))  # 8 x 8
         self.coarse = nn.Sequential(block(96, 128, 2), block(128, 128, 1))  # 4 x 4
-        self.join = nn.Sequential(block(64 + 96 + 128, 96, 1), block(96, 96, 1))
+        self.join = nn.Sequential(nn.Conv2d(64 + 96 + 128, 64, 1), block(64, 96, 1))
         self.cells = nn.Conv2d(96, NOTHING + 1 + len(COLOURS), 1)
         self.places = nn.Linear(64 + 96 + 128, len(PLACES))
 
@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes the recogniser trains on")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     recogniser = train_recogniser(args.output_dir / "recogniser.pt", args.scenes, args.epochs)
