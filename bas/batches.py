@@ -53,12 +53,13 @@ class View:
 class Material:
     """Everything that the steps of a run draw from."""
 
-    views: tuple[View, View]  # as it is, mirrored
+    views: tuple[View, View]  # the photograph as it is, mirrored
     handle_ids: tuple[int, ...]  # N token ids
     handles: tuple[str, ...]  # N names
     class_posterior: Posterior | None  # (M, c, h, w) each: the class images
     class_ids: Tensor | None  # (M, 77): their prompts
     scaling_factor: float  # of the VAE
+    shots: tuple[tuple[tuple[View, View], list[int]], ...] = ()  # further photographs, and the concepts each shows
 
 
 def attention_grid(models: Models, latent: tuple[int, int], rows: int | None) -> tuple[int, int]:
@@ -102,9 +103,9 @@ def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainCon
     return tuple(views)
 
 
-def check_grids(views: tuple[View, View], handles: tuple[str, ...], attention: bool) -> None:
+def check_grids(views: tuple[View, View], handles: dict[int, str], attention: bool) -> None:
     """Raises InputError for a mask that no cell of the latents sees; warns of one that no attention cell sees."""
-    for i, handle in enumerate(handles):
+    for i, handle in handles.items():
         if any(view.latent_masks[i].max() == 0 for view in views):
             raise InputError(f"the mask of {handle} vanishes on the latents' grid: paint it larger, or crop less")
         if attention and any(view.attention_masks[i].max() == 0 for view in views):
@@ -121,7 +122,13 @@ def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: 
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
         class_ids = prompts[torch.arange(len(class_images.mean)) % len(prompts)]
     views = prepare_views(models, image, masks, config)
-    check_grids(views, scene.handles, bool(config.lambda_attention))
+    check_grids(views, dict(enumerate(scene.handles)), bool(config.lambda_attention))
+    shots = []
+    for shot in scene.shots:
+        shown = sorted(shot.masks)
+        shots.append((prepare_views(models, *shot.tensors(*image.shape[1:], len(scene)), config), shown))
+        names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in shown}
+        check_grids(shots[-1][0], names, bool(config.lambda_attention))
     return Material(
         views=views,
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
@@ -129,6 +136,7 @@ def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: 
         class_posterior=class_images,
         class_ids=class_ids,
         scaling_factor=models.vae.config.scaling_factor,
+        shots=tuple(shots),
     )
 
 
@@ -143,15 +151,25 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
     return places
 
 
+def draw_shot(material: Material, generator: torch.Generator) -> tuple[tuple[View, View], list[int]]:
+    """One of the photographs, all equally likely, and the concepts that it shows; a single one costs no draw."""
+    shots = [(material.views, list(range(len(material.handles)))), *material.shots]
+    return shots[int(torch.randint(len(shots), (), generator=generator))] if len(shots) > 1 else shots[0]
+
+
 def draw_batch(
     material: Material, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
 ) -> Batch:
-    """Draw one batch (paper, section 3.2): for each row a subset, a flip, a posterior sample, a timestep and noise."""
+    """Draw one batch (paper, section 3): for each row a subset, a flip, a posterior sample, a timestep and noise.
+
+    Of several photographs one is drawn first, then a subset of the concepts that it shows.
+    """
     count = len(material.handles)
     means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
     for _ in range(config.train_batch_size):
-        chosen = draw_subset(count, config.subset_sampling, generator)
-        view = material.views[int(torch.rand((), generator=generator) < config.flip_probability)]
+        views, shown = draw_shot(material, generator)
+        chosen = [shown[i] for i in draw_subset(len(shown), config.subset_sampling, generator)]
+        view = views[int(torch.rand((), generator=generator) < config.flip_probability)]
         means.append(view.posterior.mean)
         deviations.append((0.5 * view.posterior.logvar).exp())
         row = tokenize(models.tokenizer, [subset_prompt([material.handles[i] for i in chosen])])[0]

@@ -75,12 +75,20 @@ def write_preview(
 def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> None:
     """Write RUN/scene, resized and cropped as the training sees it. image: (3, H, W) in [-1, 1]; masks: (N, H, W)"""
     folder = folder / SCENE
-    folder.mkdir(exist_ok=True)
-    to_pictures(image[None] / 2 + 0.5)[0].save(folder / "img.png")
-    for i, mask in enumerate(masks):
-        Image.fromarray((mask * 255).round().to(torch.uint8).numpy()).save(folder / f"mask{i}.png")
+    write_shot(folder, image, dict(enumerate(masks)))
+    for shot in scene.shots:
+        view, layers = shot.tensors(*image.shape[1:], len(scene))
+        write_shot(folder / shot.name, view, {i: layers[i] for i in shot.masks})
     concepts = [{"handle": handle, "word": word} for handle, word in zip(scene.handles, scene.words, strict=True)]
     write_json(folder / "scene.json", {"concepts": concepts})
+
+
+def write_shot(folder: Path, image: Tensor, masks: dict[int, Tensor]) -> None:
+    """One photograph as img.png, with masks by concept as maskN.png. image: (3, H, W) in [-1, 1]; masks: (H, W) each"""
+    folder.mkdir(exist_ok=True)
+    to_pictures(image[None] / 2 + 0.5)[0].save(folder / "img.png")
+    for i, mask in masks.items():
+        Image.fromarray((mask * 255).round().to(torch.uint8).numpy()).save(folder / f"mask{i}.png")
 
 
 @torch.no_grad()

@@ -1,13 +1,18 @@
-"""A scene: one photograph, one mask per concept, and the handle and initial word of each.
+"""A scene: a photograph, one mask per concept, and the handle and initial word of each; further photographs if any.
 
 Files are read by stated rules, pictures in images.py and the many forms of masks in mask_sources.py. Here they become
 one scene: sizes must agree, every mask must show something, and picture and masks are resized and cropped together.
 Whatever cannot be used is an InputError that names the file.
+
+Further photographs of the same concepts lie in subfolders named by numbers, SCENE/1, SCENE/2, ..., each with its own
+img.* and mask0.png, mask1.png, ... A mask has the number of its concept in the first photograph, which shows them all;
+where one is missing, that photograph does not show the concept. Each is cut to the shape of the first.
 """
 
 import json
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +21,50 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import InputError, TrainConfig
-from bas.images import read_image
+from bas.images import read_image, read_mask
 from bas.mask_sources import FoundMask, find_source, read_source
 from bas.models.text import HANDLE
 
 log = logging.getLogger(__name__)
 
-MAX_CONCEPTS = 4  # the paper's own limit (section 5): beyond it quality drops
+MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
+MASK = re.compile(r"mask(0|[1-9][0-9]*)\.png")  # of a further photograph
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A further photograph of a scene's concepts, or of some of them, at its own size."""
+
+    name: str  # of its folder, for messages
+    picture: Image.Image  # RGB, upright
+    masks: dict[int, np.ndarray]  # by concept: arrays (H, W) float32 in [0, 1]
+
+    def tensors(self, height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
+        """Resize to cover this size and crop the middle. -> image (3, H, W) in [-1, 1], masks (N, H, W) in [0, 1]
+
+        Of the N = `count` concepts those that the photograph does not show have masks of 0.
+        """
+        scale = max(width / self.picture.width, height / self.picture.height)
+        size = (max(width, round(self.picture.width * scale)), max(height, round(self.picture.height * scale)))
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        box = (left, top, left + width, top + height)
+        masks = torch.zeros(count, height, width)
+        for i, mask in self.masks.items():
+            layer = fit(Image.fromarray(mask), size, Image.Resampling.BILINEAR).crop(box)
+            masks[i] = torch.from_numpy(np.array(layer))
+        return pixels(fit(self.picture, size, Image.Resampling.BICUBIC).crop(box)), masks
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One photograph and its concepts, as read and checked, at the photograph's own size."""
+    """A photograph and its concepts, as read and checked, at the photograph's own size."""
 
     picture: Image.Image  # RGB, upright
     masks: list[np.ndarray]  # N arrays (H, W) float32 in [0, 1], soft edges kept
     handles: tuple[str, ...]  # N names such as <asset0>
     words: tuple[str | None, ...]  # N initial words, None for a handle that starts from nothing
+    shots: tuple[Shot, ...] = ()  # further photographs
 
     def __len__(self) -> int:
         """The number of concepts N."""
@@ -57,11 +88,40 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
     """The picture img.* of a scene folder and the files of its one source of masks, checked for gaps."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ...")
+    return find_picture(folder), find_source(folder)
+
+
+def find_picture(folder: Path) -> Path:
+    """The one picture img.* of a folder."""
     images = sorted(p for p in folder.iterdir() if p.stem == "img" and p.is_file())
     if len(images) != 1:
         found = ", ".join(p.name for p in images) or "none"
         raise InputError(f"{folder} needs exactly one picture named img.jpg, img.png, ...; found {found}")
-    return images[0], find_source(folder)
+    return images[0]
+
+
+def read_shots(folder: Path, count: int) -> tuple[Shot, ...]:
+    """The further photographs of a scene folder, by number. count: how many concepts its first one has."""
+    numbered = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    return tuple(read_shot(path, count) for path in sorted(numbered, key=lambda path: int(path.name)))
+
+
+def read_shot(folder: Path, count: int) -> Shot:
+    """One further photograph. Raises InputError without a picture or a mask, and for a mask of no known concept."""
+    image_path = find_picture(folder)
+    picture, masks = read_image(image_path), {}
+    for path in sorted(folder.iterdir()):
+        if match := MASK.fullmatch(path.name):
+            if int(match[1]) >= count:
+                raise InputError(
+                    f"{path}: the scene has the concepts 0 to {count - 1}, as its first picture shows them"
+                )
+            mask = match_size(read_mask(path), path, picture, image_path)
+            _check_coverage(path, mask)
+            masks[int(match[1])] = mask
+    if not masks:
+        raise InputError(f"{folder} has no mask0.png, mask1.png, ...: name each by the concept that it shows")
+    return Shot(folder.name, picture, masks)
 
 
 def read_notes(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], list[str | None]]:
@@ -125,16 +185,18 @@ def load_scene(config: TrainConfig) -> Scene:
         for other, earlier in zip(found[:i], masks[:i], strict=True):
             if np.array_equal(mask, earlier):
                 raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
-    scene = Scene(picture, masks, handles, words)
+    scene = Scene(picture, masks, handles, words, read_shots(folder, len(masks)))
+    if scene.shots:
+        log.info("%s has %d further pictures: %s", folder, len(scene.shots), ", ".join(s.name for s in scene.shots))
     if config.background_handle:
         scene = with_background(scene, config.background_handle)
     if len(scene) > MAX_CONCEPTS:
-        log.warning("%d concepts: the method works best with up to %d (paper, section 5)", len(scene), MAX_CONCEPTS)
+        log.warning("%d concepts: the method works best with up to %d (paper, limitations)", len(scene), MAX_CONCEPTS)
     return scene
 
 
 def with_background(scene: Scene, name: str) -> Scene:
-    """The scene with one more concept, all that no mask covers (paper, section 4.3), from the word "background".
+    """The scene with one more concept, all that no mask covers (paper, section 4), from the word "background".
 
     `name` is its handle, with or without < >. Raises InputError for a name in use, and when nothing is left over.
     """
@@ -145,7 +207,13 @@ def with_background(scene: Scene, name: str) -> Scene:
         raise InputError(f"--background_handle {handle}: the scene has a concept of that name")
     if rest.max() < DARKEST_MASK:
         raise InputError(f"--background_handle {handle}: the masks cover the whole picture, no background is left")
-    return Scene(scene.picture, [*scene.masks, rest], (*scene.handles, handle), (*scene.words, "background"))
+    shots = []
+    for shot in scene.shots:
+        left_over = 1 - np.maximum.reduce(list(shot.masks.values()))
+        shown = {len(scene): left_over} if left_over.max() >= DARKEST_MASK else {}
+        shots.append(replace(shot, masks=shot.masks | shown))
+    masks, handles, words = [*scene.masks, rest], (*scene.handles, handle), (*scene.words, "background")
+    return Scene(scene.picture, masks, handles, words, tuple(shots))
 
 
 def pixels(picture: Image.Image) -> Tensor:
@@ -202,7 +270,7 @@ def _check_coverage(path: Path, mask: np.ndarray) -> None:
 
 
 def draw_subset(count: int, kind: str, generator: torch.Generator) -> list[int]:
-    """The concepts of one training example, in random order (paper, section 3.2, as the official code draws them).
+    """The concepts of one training example, in random order (paper, section 3, as the official code draws them).
 
     k is uniform in 1..N and then the subset is uniform among those of size k, so a single concept comes up with
     probability 1/N. kind="single" always draws one (the ablation without union sampling).
