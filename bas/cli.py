@@ -1,6 +1,7 @@
 """The `bas` command: finds the sub-command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 training failed, a loss is not finite; 2 the input cannot be used, one line says why.
+Exit codes: 0 done; 1 training failed, a loss is not finite; 2 the input cannot be used, one line says why;
+130 interrupted by Ctrl+C.
 """
 
 import importlib
@@ -62,4 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"bas: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("\nbas: interrupted", file=sys.stderr)
+        return 130
     return 0

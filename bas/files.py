@@ -110,7 +110,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`. When the block ends well, it is flushed to disk and takes the path's place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        readers = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files for the owner alone
         yield temporary
+        temporary.chmod(readers)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -341,7 +341,8 @@ def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
     """Raises InputError unless the checkpoint was made with these settings, handles and base weights."""
     ours, theirs = ({k: v for k, v in f["config"].items() if k not in FREE_ON_RESUME} for f in (facts, noted))
     ours = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
-    differs = [f"--{name}" for name in ours if ours[name] != theirs.get(name)]
+    flags = {f.name: f.metadata.get("flag", [f"--{f.name}"])[0] for f in fields(TrainConfig)}
+    differs = [flags[name] for name in ours if ours[name] != theirs.get(name)]
     differs += [what for what in ("handles", "base") if facts[what] != noted[what]]
     if differs:
         raise InputError(

@@ -177,3 +177,14 @@ def test_package_and_help_do_without_torch():
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "train" in result.stdout
+
+
+def test_ctrl_c_ends_with_one_line_and_130(monkeypatch, capsys):
+    """An interrupt is no crash: no trace, and the exit code that shells use for it."""
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bas.commands.info.run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err.strip() == "bas: interrupted"

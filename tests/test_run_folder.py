@@ -127,3 +127,10 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 def test_new_folder_is_made_and_left_empty(tmp_path):
     prepare_folder(tmp_path / "deep" / "run", resuming=False)
     assert list((tmp_path / "deep" / "run").iterdir()) == []
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
+    """safetensors writes files for their owner alone; a run folder is shared like any other file."""
+    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
