@@ -96,7 +96,7 @@ PRESETS = {
             cross_attention_dim=128,
             norm_num_groups=16,
         ),
-        unet_recipe=Recipe(minutes=80, batch=24, lr=1e-3, ema=0.999, workers=2),
+        unet_recipe=Recipe(minutes=80, batch=24, lr=1e-3, ema=0.997, workers=2),
         attention_grid=16,
     ),
     "gpu": Preset(
