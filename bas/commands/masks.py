@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # The settings of training that decide what the model sees of a scene.
 SETTINGS = (
     *("pretrained_model_name_or_path", "handles", "placeholder_token", "initializer_tokens", "num_of_assets"),
-    *("resolution", "center_crop", "attention_grid"),
+    *("background_handle", "resolution", "center_crop", "attention_grid"),
 )
 
 
