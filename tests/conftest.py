@@ -5,6 +5,7 @@ import shutil
 import socket
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +70,21 @@ def bench(tmp_path_factory):
     from tiny import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """A tiny SD 1 folder that tests must not change."""
+    from families import tiny  # not above: bas may be imported only once the home folder is the tests' own
+
+    from bas.checkpoint import save_model
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(tiny("sd1"), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy of that folder, to be spoilt."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))

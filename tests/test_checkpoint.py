@@ -33,20 +33,6 @@ def assert_same_weights(a: Models, b: Models) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A tiny SD 1 folder that tests must not change."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    save_model(tiny("sd1"), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy of that folder, to be spoilt."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
-
-
 # --- Round trips ----------------------------------------------------------------------------------------------------
 
 

@@ -5,36 +5,21 @@ import os
 import pickle
 import random
 import re
-import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from families import UNET_FILE, change_json, refusal, tiny
+from families import UNET_FILE, change_json, refusal
 from safetensors.torch import save_file
 
-from bas.checkpoint import load, save_model
+from bas.checkpoint import load
 from bas.config import InputError
 from bas.parts import COMPONENTS
 
 INCOMPLETE = "is missing: the model is incomplete, download it again"
 WHOLE = "give a whole Stable Diffusion 1.x or 2.x model"
 NO_PICKLE = "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A tiny SD 1 folder that tests must not change."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    save_model(tiny("sd1"), folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy of that folder, to be spoilt."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 # --- Folders -------------------------------------------------------------------------------------------------------
