@@ -424,7 +424,7 @@ def choose(rng, options):
     return options[rng.integers(len(options))]
 
 
-SIZES = {1: (0.48, 0.72), 2: (0.40, 0.52), 3: (0.33, 0.43), 4: (0.28, 0.36)}  # by number of things
+SIZES = {1: (0.56, 0.82), 2: (0.45, 0.56), 3: (0.38, 0.46), 4: (0.30, 0.38)}  # by number of things
 
 
 def place_things(rng, things):
@@ -449,7 +449,7 @@ def place_things(rng, things):
 
 def compose(rng, count=None, background=None) -> Layout:
     """Decide a training scene: count things (0..4; None: drawn, mostly one or two) in a place."""
-    count = int(rng.choice(5, p=(0.06, 0.50, 0.33, 0.09, 0.02))) if count is None else count
+    count = int(rng.choice(5, p=(0.06, 0.52, 0.32, 0.09, 0.01))) if count is None else count
     shapes = rng.permutation(tuple(SHAPES))[:count]  # no shape twice, so that a caption tells things apart
     things = [
         Thing(str(shape), choose(rng, COLOURS), "plain" if rng.random() < 0.5 else choose(rng, PATTERNS[1:]))
