@@ -61,7 +61,6 @@ class Thing:
     y: float = 0.5  # centre, from the top
     size: float = 0.5  # side of the square that holds it
     angle: float = 0.0  # radians, clockwise
-    mirrored: bool = False  # left and right exchanged
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,6 @@ def paint(thing: Thing, x, y, size):
     cos, sin = np.cos(thing.angle), np.sin(thing.angle)
     dx, dy = (x - thing.x) * 2 / thing.size, (y - thing.y) * 2 / thing.size
     u, v = cos * dx + sin * dy, cos * dy - sin * dx
-    u = -u if thing.mirrored else u
     pixel = 2 / (thing.size * size)
     d = (SHAPES | CONCEPT_SHAPES)[thing.shape](u, v)
     first = np.array(COLOURS[thing.colour], dtype=np.float32)
@@ -412,7 +410,7 @@ def describe(layout: Layout, rng=None) -> str:
         return "a photo of " + " and ".join(phrase(thing) for thing in layout.things) + " " + place
     opening = OPENINGS[rng.integers(len(OPENINGS))]
     say_colour, say_pattern, say_place = rng.random(3) > (0.1, 0.15, 0.2)
-    spoken = [phrase(layout.things[i], say_colour, say_pattern) for i in rng.permutation(len(layout.things))]
+    spoken = [phrase(thing, say_colour, say_pattern) for thing in layout.things]
     return opening + " and ".join(spoken) + (f" {place}" if say_place else "")
 
 
@@ -424,39 +422,53 @@ def choose(rng, options):
     return options[rng.integers(len(options))]
 
 
-SIZES = {1: (0.56, 0.82), 2: (0.45, 0.56), 3: (0.38, 0.46), 4: (0.30, 0.38)}  # by number of things
+SIZES = {1: (0.60, 0.78), 2: (0.44, 0.54), 3: (0.38, 0.46), 4: (0.34, 0.42)}  # by number of things
+SLOTS = {  # usual centres, by number of things
+    1: ((0.5, 0.5),),
+    2: ((0.27, 0.5), (0.73, 0.5)),
+    3: ((0.25, 0.3), (0.75, 0.3), (0.5, 0.73)),
+    4: ((0.26, 0.27), (0.74, 0.27), (0.26, 0.73), (0.74, 0.73)),
+}
+ANYWHERE = 0.2  # share of the training scenes whose things stand anywhere
 
 
-def place_things(rng, things):
-    """Give each thing a size and a place; of twelve tries, the first with no more than slight overlap, or the least."""
-    low, high = SIZES[len(things)]
+def place_things(rng, things, anywhere=True):
+    """Give each thing a size, a small turn and a place: near the usual ones, or anywhere.
+
+    Of twelve tries anywhere, the first with no more than slight overlap counts, or the one with the least.
+    """
+    count = len(things)
     best, best_gap = None, -np.inf
     for _ in range(12):
-        sizes = rng.uniform(low, high, len(things))
-        centres = sizes[:, None] / 2 + rng.random((len(things), 2)) * (1 - sizes[:, None])
+        sizes = rng.uniform(*SIZES[count], count)
+        if anywhere:
+            centres = sizes[:, None] / 2 + rng.random((count, 2)) * (1 - sizes[:, None])
+        else:
+            centres = np.array(SLOTS[count]) + rng.uniform(-0.05, 0.05, (count, 2))
         distance = np.abs(centres[:, None] - centres[None]).max(-1) - 0.5 * (sizes[:, None] + sizes[None])
-        gap = min(distance[np.triu_indices(len(things), 1)], default=0.0)
+        gap = min(distance[np.triu_indices(count, 1)], default=0.0)
         if gap > best_gap:
             best, best_gap = (sizes, centres), gap
         if gap > -0.06:
             break
     return tuple(
         Thing(t.shape, t.colour, t.pattern, t.second, float(x), float(y), float(size),
-              angle=float(rng.uniform(-0.2, 0.2)), mirrored=bool(rng.random() < 0.5))
+              angle=float(rng.uniform(-0.1, 0.1)))
         for t, size, (x, y) in zip(things, *best, strict=True)
     )  # fmt: skip
 
 
 def compose(rng, count=None, background=None) -> Layout:
     """Decide a training scene: count things (0..4; None: drawn, mostly one or two) in a place."""
-    count = int(rng.choice(5, p=(0.06, 0.52, 0.32, 0.09, 0.01))) if count is None else count
+    count = int(rng.choice(5, p=(0.06, 0.52, 0.34, 0.06, 0.02))) if count is None else count
     shapes = rng.permutation(tuple(SHAPES))[:count]  # no shape twice, so that a caption tells things apart
     things = [
         Thing(str(shape), choose(rng, COLOURS), "plain" if rng.random() < 0.5 else choose(rng, PATTERNS[1:]))
         for shape in shapes
     ]
     background = choose(rng, PLACES) if background is None else background
-    placed = place_things(rng, things) if things else ()
+    placed = place_things(rng, things, anywhere=rng.random() < ANYWHERE) if things else ()
+    placed = tuple(sorted(placed, key=lambda thing: thing.x))  # captions name things from left to right
     return Layout(placed, background, int(rng.integers(2**31)))
 
 
