@@ -67,10 +67,10 @@ def class_images(
     config: TrainConfig,
     base_hash: str,
     size: tuple[int, int],
-) -> Posterior:
+) -> tuple[Posterior, str]:
     """The VAE posteriors of `num_class_images` class images of (rows, columns) pixels, generating what is missing.
 
-    -> (M, c, h, w) each, on the CPU.
+    -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the pictures' files.
     """
     settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
     key = cache_key(config, base_hash, models.schedule, settings)
@@ -84,7 +84,8 @@ def class_images(
         _generate_missing(models, config, settings, folder, found)
     chosen = _pictures(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
-    return encode_images(models, torch.stack([pixels(image) for image in images]))
+    content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
+    return encode_images(models, torch.stack([pixels(image) for image in images])), content
 
 
 def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:

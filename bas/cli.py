@@ -1,16 +1,18 @@
 """The `bas` command: finds the sub-command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 training failed, a loss is not finite; 2 the input cannot be used, one line says why;
-130 interrupted by Ctrl+C.
+Exit codes: 0 done; 1 the run failed: a number is not finite, memory or disk ran out; 2 the input cannot be used; one
+line says why. 128 + n stopped by signal n: 130 Ctrl+C, 143 SIGTERM, 129 the terminal is gone, 141 nobody reads on.
 """
 
 import importlib
 import logging
+import os
 import sys
 
 from bas import __version__
 from bas.config import InputError, RunError
 from bas.flags import Parser
+from bas.interrupts import Interrupted
 
 ABOUT = "Extract several concepts from one photograph, and re-imagine them (Break-A-Scene, in plain PyTorch)."
 
@@ -63,7 +65,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"bas: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Interrupted as stop:
+        print(f"bas: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("\nbas: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no reader
+        return 141
     return 0

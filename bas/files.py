@@ -145,4 +145,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a .safetensors file, whole or not at all. `metadata` joins the format note that readers expect."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(whole, temporary, {"format": "pt", **(metadata or {})})
+        try:
+            save_file(whole, temporary, {"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk, say, which the library wraps
+            raise OSError(f"{path} cannot be written: {error}") from error

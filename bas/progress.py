@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -34,7 +35,8 @@ class Progress:
             *(f"{name} {value:.4f}" for name, value in (values or {}).items()),
         ]
         line = "  ".join([*parts, f"{speed:.2f} {self.unit}/s", f"{left} left"])
-        self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
-        if self.live and finished:
-            self.stream.write("\n")
-        self.stream.flush()
+        with suppress(BrokenPipeError):  # nobody reads on; the work goes on
+            self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
+            if self.live and finished:
+                self.stream.write("\n")
+            self.stream.flush()

@@ -13,8 +13,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -22,26 +25,63 @@ from torch import Tensor
 from bas.config import InputError
 from bas.files import read_json, read_tensors, sync, write_json, write_tensors
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 log = logging.getLogger(__name__)
 
 CONCEPTS = "concepts.safetensors"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"  # held while a process writes to the folder
 SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"
 STATE, NOTE = "state.safetensors", "state.json"
 MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut off and does not count
 
 
-def prepare_folder(folder: Path, resuming: bool) -> None:
-    """Make the run folder. Raises InputError if it cannot be written or already holds a run."""
-    refuse_used_folder(folder, resuming)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the run folder, and hold it for this process alone while the block lasts, however the process ends.
+
+    Raises InputError if it cannot be written, or if another process holds it.
+    """
+    path, taken = folder / LOCK, f"another run is writing to {folder}: choose another --output_dir"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        file = path.open("a")
     except OSError as error:
         raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+    with file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(taken) from None
+            except OSError as error:
+                log.warning("%s cannot be locked (%s): let no second run write to it", folder, error.strerror)
+            if not _is_at(file, path):
+                raise InputError(taken)  # another run ended meanwhile and removed this file
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps files that are open
+                path.unlink()
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def prepare_folder(folder: Path, resuming: bool) -> None:
+    """Make a locked folder ready: clear what a killed run left half-written. Raises InputError if it holds a run."""
+    refuse_used_folder(folder, resuming)
+    for leftover in folder.rglob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def refuse_used_folder(folder: Path, resuming: bool) -> None:
@@ -55,8 +95,24 @@ def refuse_used_folder(folder: Path, resuming: bool) -> None:
 # --- Metrics ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Row:
+    """One step's numbers, on their way from the device to the host."""
+
+    head: dict[str, str | int | float]  # phase, step, learning rate
+    names: tuple[str, ...]
+    numbers: Tensor  # on the host; not valid before `arrived`
+    arrived: torch.cuda.Event | None
+
+    def read(self) -> dict:
+        """The row as it stands in the file; waits for its numbers, which no later work of the device delays."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.head | dict(zip(self.names, self.numbers.tolist(), strict=True))
+
+
 class MetricsLog:
-    """One JSON line per optimizer step. Values stay on the device until they are read together, so no step waits."""
+    """One JSON line per optimizer step. Numbers leave the device in its own time, so that no step waits for them."""
 
     def __init__(self, path: Path, length: int = 0):
         self.path, self.pending = path, []
@@ -65,13 +121,21 @@ class MetricsLog:
 
     def add(self, phase: str, step: int, lr: float, values: dict[str, Tensor]) -> None:
         """Note one step; values are 0-dim tensors."""
-        self.pending.append(({"phase": phase, "step": step, "lr": lr}, values))
+        numbers, arrived = torch.stack([value.detach().float() for value in values.values()]), None
+        if numbers.is_cuda:
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.pending.append(Row({"phase": phase, "step": step, "lr": lr}, tuple(values), numbers, arrived))
+
+    def latest(self) -> dict | None:
+        """The newest row whose numbers are here: of this step, or on a GPU, which works ahead, of the one before."""
+        lag = 2 if self.pending and self.pending[-1].arrived else 1
+        return self.pending[-lag].read() if len(self.pending) >= lag else None
 
     def flush(self) -> list[dict]:
-        """Read all pending values at once, append their lines to the file, and return them, oldest first."""
-        values = [value.detach().float() for _, values in self.pending for value in values.values()]
-        numbers = iter(torch.stack(values).tolist() if values else [])
-        rows = [head | {name: next(numbers) for name in values} for head, values in self.pending]
+        """Append all pending lines to the file, and return them, oldest first."""
+        rows = [row.read() for row in self.pending]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
@@ -116,11 +180,15 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], note: dict
     folder, temporary = parent / f"step-{step:06d}", parent / f".step-{step:06d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_tensors(temporary / STATE, tensors)
-    write_json(temporary / NOTE, note)
-    write_json(temporary / MANIFEST, {name: _describe(temporary / name) for name in (STATE, NOTE)})
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    try:
+        write_tensors(temporary / STATE, tensors)
+        write_json(temporary / NOTE, note)
+        write_json(temporary / MANIFEST, {name: _describe(temporary / name) for name in (STATE, NOTE)})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its room is needed
+        raise
     sync(parent)
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)

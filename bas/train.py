@@ -23,6 +23,7 @@ from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
 from bas.hub import find
+from bas.interrupts import Interrupted, Interrupts
 from bas.losses import attention_loss, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, pick_device, pick_precision
 from bas.models.text import add_handles, encode_ids
@@ -35,6 +36,7 @@ from bas.run_folder import (
     MetricsLog,
     find_checkpoint,
     load_checkpoint,
+    locked,
     optimizer_tensors,
     prepare_folder,
     restore_optimizer,
@@ -64,6 +66,11 @@ FREE_ON_RESUME = {
     "resume_from_checkpoint",
     "save_precision",
 }
+
+SAME_ON_RESUME = {"handles": "handles", "base": "base", "schedule": "noise schedule", "class_images": "class images"}
+
+KEPT = "The last whole checkpoint is kept"
+OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
 
@@ -169,19 +176,27 @@ def learning_rate(config: TrainConfig, phase: Phase, step: int) -> float:
 def train(config: TrainConfig) -> Path:
     """Learn the concepts of one scene and write the run folder; returns its path.
 
-    Raises InputError for anything wrong with the input, before weights are read, and RunError when a loss stops
-    being finite.
+    Raises InputError for anything wrong with the input, before weights are read; RunError when a number stops being
+    finite, memory or disk run out; Interrupted after a signal, once all is saved.
     """
-    times = Times()
-    run = start(config)
-    times.note("preparation", run.folder, run.models.device)
-    begin = 0
-    for phase in config.phases:
-        train_phase(run, phase, begin)
-        times.note(phase.name, run.folder, run.models.device)
-        begin += phase.steps
-    finish(run)
-    times.note("saving", run.folder, run.models.device)
+    times, checked = Times(), check_input(config)
+    with locked(Path(config.output_dir)):
+        run = start(config, *checked)
+        times.note("preparation", run.folder, run.models.device)
+        try:
+            with Interrupts() as run.interrupts:
+                begin = 0
+                for phase in config.phases:
+                    train_phase(run, phase, begin)
+                    times.note(phase.name, run.folder, run.models.device)
+                    begin += phase.steps
+                finish(run)
+                times.note("saving", run.folder, run.models.device)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(
+                f"writing to {run.folder} failed: {reason}. {KEPT}: make room, then --resume_from_checkpoint latest"
+            ) from error
     return run.folder
 
 
@@ -204,6 +219,8 @@ class Run:
     saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
     scaler_state: dict = field(default_factory=dict)  # and its loss scale
     events: EventLog | None = None  # for TensorBoard, when asked for
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    overflows: int = 0  # steps in a row that fp16 left out
 
 
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
@@ -220,9 +237,8 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     return scene, base, device, precision
 
 
-def start(config: TrainConfig) -> Run:
-    """Check the input, load the models, and compute what all steps share."""
-    scene, base, device, precision = check_input(config)
+def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, precision: str) -> Run:
+    """Load the models, and compute what all steps share. The rest is what `check_input` found."""
     folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
@@ -231,17 +247,19 @@ def start(config: TrainConfig) -> Run:
     saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
-    write_json(folder / SETTINGS, facts)
-    write_text(folder / CONFIG, to_toml(asdict(config)))
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     models = load(base, device=device)
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
-    class_posterior = None
+    class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         with autocast(device, precision):
-            class_posterior = class_images(models, config, base_hash, tuple(image.shape[-2:]))
+            class_posterior, facts["class_images"] = class_images(models, config, base_hash, tuple(image.shape[-2:]))
+    if checkpoint:
+        check_resumable(checkpoint, facts, note["facts"])
+    write_json(folder / SETTINGS, facts)
+    write_text(folder / CONFIG, to_toml(asdict(config)))
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
     write_scene(folder, scene, image, masks)
@@ -286,16 +304,25 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         )
         values = optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
         run.metrics.add(phase.name, step, lr, values)
+        if (row := run.metrics.latest()) and not is_finite(row, run.precision):
+            read_metrics(run)  # writes this row, and raises
 
         if step % config.log_steps == 0 or step == end or models.device.type == "cpu":
             bar.show(step - begin, read_metrics(run))
         if config.checkpointing_steps and step % config.checkpointing_steps == 0:
             save_state(run, step, trained, optimizer, scaler)
+        if run.interrupts.asked:
+            save_state(run, step, trained, optimizer, scaler)
+            where = f"after step {step} of {sum(p.steps for p in config.phases)}"
+            raise Interrupted(
+                f"stopped {where}, saved in {run.folder}; --resume_from_checkpoint latest goes on", run.interrupts.asked
+            )
         if config.img_log_steps and step % config.img_log_steps == 0:
             with autocast(models.device, run.precision):
                 sheet = write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
             if run.events:
                 run.events.add_sheet(sheet, step)
+    refuse_infinite(trained, f"at the end of {phase.name}")
 
 
 def read_metrics(run: Run) -> dict[str, float]:
@@ -304,15 +331,26 @@ def read_metrics(run: Run) -> dict[str, float]:
     if run.events:
         run.events.add(rows)
     for row in rows:
-        for name, value in row.items():
-            skipped = name == "grad_norm" and run.precision == "fp16"  # the scaler leaves out steps that overflow
-            if isinstance(value, float) and not math.isfinite(value) and not skipped:
-                raise RunError(
-                    f"{row['phase']} step {row['step']}: {name} is {value}; "
-                    f"lower the learning rate or use --mixed_precision no. The last checkpoint is kept in {run.folder}"
-                )
+        where = f"{row['phase']} step {row['step']}"
+        if not is_finite(row, run.precision):
+            name = next(name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value))
+            raise RunError(
+                f"{where}: {name} is {row[name]}. {KEPT} in {run.folder}: "
+                "lower the learning rate, or use --mixed_precision no"
+            )
+        run.overflows = 0 if math.isfinite(row["grad_norm"]) else run.overflows + 1
+        if run.overflows == OVERFLOWS:
+            raise RunError(
+                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row. {KEPT}: use --mixed_precision bf16 or no"
+            )
     newest = rows[-1] if rows else {}
     return {name: value for name, value in newest.items() if name not in ("phase", "step", "lr", "grad_norm")}
+
+
+def is_finite(row: dict, precision: str) -> bool:
+    """Whether training can go on after this step. In fp16 the gradient may overflow: the scaler leaves the step out."""
+    names = row.keys() - ({"phase", "grad_norm"} if precision == "fp16" else {"phase"})
+    return all(math.isfinite(row[name]) for name in names)
 
 
 def save_state(
@@ -324,10 +362,19 @@ def save_state(
 ) -> None:
     """Save all that a resumed run needs to go on as if nothing had happened."""
     read_metrics(run)
+    refuse_infinite(trained, f"after step {step}")
     tensors = {f"trained.{name}": parameter for name, parameter in trained.items()}
     tensors |= optimizer_tensors(optimizer) | {"generator": run.generator.get_state()}
     note = {"step": step, "metrics": run.metrics.length, "scaler": scaler.state_dict(), "facts": run.facts}
     save_checkpoint(run.folder, step, tensors, note, run.config.checkpoints_total_limit)
+
+
+def refuse_infinite(trained: dict[str, nn.Parameter], when: str) -> None:
+    """RunError naming a weight that is not finite: a finite loss and gradient can still step there."""
+    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()]).tolist()
+    if not all(finite):
+        name = list(trained)[finite.index(False)]
+        raise RunError(f"{when} {name} is not finite, so nothing is saved. {KEPT}: lower the learning rate")
 
 
 def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
@@ -338,12 +385,12 @@ def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor
 
 
 def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
-    """Raises InputError unless the checkpoint was made with these settings, handles and base weights."""
+    """Raises InputError unless the checkpoint was made with these settings, and with all else that is known so far."""
     ours, theirs = ({k: v for k, v in f["config"].items() if k not in FREE_ON_RESUME} for f in (facts, noted))
     ours = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
     flags = {f.name: f.metadata.get("flag", [f"--{f.name}"])[0] for f in fields(TrainConfig)}
     differs = [flags[name] for name in ours if ours[name] != theirs.get(name)]
-    differs += [what for what in ("handles", "base") if facts[what] != noted[what]]
+    differs += [name for what, name in SAME_ON_RESUME.items() if what in facts and facts[what] != noted.get(what)]
     if differs:
         raise InputError(
             f"{checkpoint} was made with another {', '.join(differs)}: resume with the same, or start anew"

@@ -69,16 +69,16 @@ def test_images_are_generated_once_and_more_are_added(models, bench, tmp_path, a
     """Seeds count up, prompts take turns, and a larger number keeps the pictures that are there."""
     prompts = ("a photo at the beach", "a bowl")
     config = bench.config(class_data_dir=str(tmp_path / "new"), class_prompt=prompts, num_class_images=3, seed=5)
-    first = class_images(models, config, "base", (32, 40))
+    first, _ = class_images(models, config, "base", (32, 40))
     assert asked == [(prompts[0], 5), (prompts[1], 6), (prompts[0], 7)]
     assert first.mean.shape == (3, 4, 16, 20)
-    again = class_images(models, config, "base", (32, 40))
+    again, _ = class_images(models, config, "base", (32, 40))
     assert len(asked) == 3
     assert torch.equal(first.mean, again.mean)
-    more = class_images(models, replace(config, num_class_images=5), "base", (32, 40))
+    more, _ = class_images(models, replace(config, num_class_images=5), "base", (32, 40))
     assert asked[3:] == [(prompts[1], 8), (prompts[0], 9)]
     assert torch.equal(more.mean[:3], first.mean)
-    fewer = class_images(models, replace(config, num_class_images=2), "base", (32, 40))
+    fewer, _ = class_images(models, replace(config, num_class_images=2), "base", (32, 40))
     assert torch.equal(fewer.mean, first.mean[:2])
 
 
@@ -100,9 +100,9 @@ def test_interrupted_generation_continues(models, bench, tmp_path, asked, monkey
     assert names(tmp_path / "cut") == [f"{i:05d}.png" for i in range(4)]
     (tmp_path / "cut" / "00001.png").unlink()
     asked.clear()
-    resumed = class_images(models, config, "base", (32, 32))
+    resumed, _ = class_images(models, config, "base", (32, 32))
     assert [seed for _, seed in asked] == [1, 4, 5]
-    whole = class_images(models, replace(config, class_data_dir=str(tmp_path / "whole")), "base", (32, 32))
+    whole, _ = class_images(models, replace(config, class_data_dir=str(tmp_path / "whole")), "base", (32, 32))
     assert torch.equal(resumed.mean, whole.mean)
 
 
@@ -110,7 +110,7 @@ def test_folder_of_the_user_is_taken_as_it_is(models, bench, tmp_path, asked):
     """No key is written, nothing generated; pictures of another shape are cut to the middle and resized."""
     folder = write_class_images(tmp_path / "mine", count=3, size=(64, 32))
     config = bench.config(class_data_dir=str(folder), num_class_images=2)
-    found = class_images(models, config, "any base", (32, 32))
+    found, _ = class_images(models, config, "any base", (32, 32))
     assert asked == []
     assert found.mean.shape == (2, 4, 16, 16)
     assert names(folder) == ["0.png", "1.png", "2.png"]

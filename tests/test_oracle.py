@@ -336,7 +336,8 @@ def whole_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "draw_batch", draw)
         patch.setattr(training, "optimizer_step", step)
-        run = training.start(replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run") / "run")))
+        config = replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run")))
+        run = training.start(config, *training.check_input(config))
         for begin, phase in zip((0, 3), CONFIG.phases, strict=True):
             training.train_phase(run, phase, begin)
     return run, steps

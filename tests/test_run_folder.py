@@ -15,8 +15,8 @@ from bas.run_folder import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    locked,
     optimizer_tensors,
-    prepare_folder,
     read_concepts,
     restore_optimizer,
     save_checkpoint,
@@ -110,22 +110,23 @@ def test_other_safetensors_are_no_concepts(tmp_path):
 
 
 def test_read_only_output_is_refused(tmp_path, monkeypatch):
-    def denied(path):
+    def denied(path, **how):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "touch", denied)
-    with refused(f"cannot write to --output_dir {tmp_path / 'run'}: Permission denied"):
-        prepare_folder(tmp_path / "run", resuming=False)
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with refused(f"cannot write to --output_dir {tmp_path / 'run'}: Permission denied"), locked(tmp_path / "run"):
+        pass
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with refused("cannot write to --output_dir"):
-        prepare_folder(tmp_path / "run", resuming=False)
+    with refused("cannot write to --output_dir"), locked(tmp_path / "run"):
+        pass
 
 
 def test_new_folder_is_made_and_left_empty(tmp_path):
-    prepare_folder(tmp_path / "deep" / "run", resuming=False)
+    with locked(tmp_path / "deep" / "run"):
+        pass
     assert list((tmp_path / "deep" / "run").iterdir()) == []
 
 

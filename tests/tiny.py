@@ -145,7 +145,7 @@ class Bench:
         image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
         posterior = None
         if any(phase.prior for phase in config.phases):
-            posterior = class_images(models, config, "base", tuple(image.shape[-2:]))
+            posterior, _ = class_images(models, config, "base", tuple(image.shape[-2:]))
         add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
         return models, prepare(models, scene, image, masks, config, posterior)
 
