@@ -21,6 +21,7 @@ from bas.files import (
     PICKLE_ADVICE,
     read_json,
     read_tensors,
+    refuse_large_description,
     replacing,
     require_file,
     write_json,
@@ -31,7 +32,7 @@ from bas.models.text import build_text_encoder, known_handles, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.parts import COMPONENTS, TEXT_PREFIX, Models, Parts, fill
-from bas.refuse import refuse_channels, refuse_other_kinds, refuse_pipeline
+from bas.refuse import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
 from bas.schedulers import NoiseSchedule
 from bas.single_file import read_single_file
 
@@ -64,21 +65,18 @@ def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dic
 
     The tensors are memory-mapped: what is not used is not read.
     """
-    if path.is_dir():
-        parts = _read_folder(path, prediction_type)
-    elif path.is_file():
-        parts = read_single_file(path, prediction_type)
-    else:
-        require_file(path)
+    with _blaming(path):
+        folder = path.is_dir()
+        parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
     with torch.device("meta"):
-        with _blaming(path / "text_encoder" / "config.json"):
+        with _blaming(path / "text_encoder" / "config.json" if folder else path):
             text_encoder = build_text_encoder(parts.text_encoder)
         networks = UNet(parts.unet), VAE(parts.vae), text_encoder
     parts.check(str(path))
     tensors = {**parts.tensors, "text_encoder": _with_prefix_of(text_encoder, parts.tensors["text_encoder"])}
     # A tokenizer that states no length would pad prompts to any.
-    parts.tokenizer.model_max_length = min(
-        parts.tokenizer.model_max_length, parts.text_encoder["max_position_embeddings"]
+    parts.tokenizer.model_max_length = int(
+        min(parts.tokenizer.model_max_length, parts.text_encoder["max_position_embeddings"])
     )
     return Models(*networks, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path), tensors
 
@@ -112,11 +110,20 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
         vae = VAEConfig.from_json(configs["vae"])
     with _blaming(folder / "scheduler" / "scheduler_config.json"):
         noise_schedule = NoiseSchedule.from_json(schedule)
-    with _blaming(folder / "tokenizer"):
-        tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = _read_tokenizer(folder / "tokenizer")
     tensors = {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS}
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
     return Parts(unet, vae, configs["text_encoder"], tensors, tokenizer, noise_schedule)
+
+
+def _read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a model folder, from that folder alone."""
+    with _blaming(folder):
+        for path in folder.glob("*"):
+            refuse_large_description(path)
+        if (config := folder / "tokenizer_config.json").is_file():
+            refuse_tokenizer(read_json(config), config)
+        return load_tokenizer(folder)
 
 
 @contextmanager
@@ -125,8 +132,10 @@ def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises nothing more specific
+        if isinstance(error, InputError) and str(path) in str(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(reason if str(path) in reason else f"{path} cannot be used: {reason}") from error
+        raise InputError(f"{path} cannot be used: {reason}") from error
 
 
 def _refuse_folder(folder: Path) -> None:

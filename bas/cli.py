@@ -74,4 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no reader
         return 141
+    except OSError as error:  # of a file that is written: those that are read have been checked
+        if args.debug:
+            raise
+        print(f"bas: {error.filename or 'a file'} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 1
     return 0

@@ -7,7 +7,12 @@ single source of the command line: each field is a flag, its gloss the flag's he
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-MAX_CHANNELS = 8192  # far above any model of this family; a larger number is a broken file
+# Far above any model of this family, and any use of bas: a larger number is a broken file or a slip.
+MAX_CHANNELS = 8192
+MAX_LAYERS = 16  # in one level
+MAX_COUNT = 1_000_000  # steps, pictures, examples
+MAX_SIDE = 16_384  # pixels
+MAX_SEED = 2**62
 
 
 class InputError(ValueError):
@@ -23,9 +28,24 @@ class RunError(RuntimeError):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def _positive(name: str, value: Any, most: int = MAX_CHANNELS) -> int:
+def positive(name: str, value: Any, most: int = MAX_CHANNELS) -> int:
+    """The value. InputError unless it is a whole number from 1 to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
         raise InputError(f"{name} is {value!r}: expected a whole number from 1 to {most}")
+    return value
+
+
+def number(name: str, value: Any, least: float = -1000, most: float = 1000) -> float:
+    """The value. InputError unless it is a number from `least` to `most`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}: expected a number from {least:g} to {most:g}")
+    return value
+
+
+def switch(name: str, value: Any) -> bool:
+    """The value. InputError unless it is true or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}: expected true or false")
     return value
 
 
@@ -91,8 +111,13 @@ class UNetConfig:
         return cls(**_read_fields(cls, config, cls.INERT))
 
     def __post_init__(self):
-        for name in ("sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim"):
-            _positive(f"unet {name}", getattr(self, name))
+        for name in ("sample_size", "in_channels", "out_channels", "cross_attention_dim"):
+            positive(f"unet {name}", getattr(self, name))
+        positive("unet layers_per_block", self.layers_per_block, MAX_LAYERS)
+        for name in ("use_linear_projection", "flip_sin_to_cos", "upcast_attention"):
+            switch(f"unet {name}", getattr(self, name))
+        number("unet norm_eps", self.norm_eps, 0, 1)
+        number("unet freq_shift", self.freq_shift)
         if self.in_channels != self.out_channels:
             raise InputError(
                 f"the UNet has {self.in_channels} input channels: that is an inpainting or depth model; "
@@ -101,9 +126,9 @@ class UNetConfig:
         if not 1 <= self.levels <= 8:
             raise InputError(f"unet block_out_channels has {self.levels} levels: expected 1 to 8")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            _positive("unet block_out_channels", channels)
-            _positive("unet attention_head_dim (the number of heads)", heads)
-            if channels % _positive("unet norm_num_groups", self.norm_num_groups) or channels % heads:
+            positive("unet block_out_channels", channels)
+            positive("unet attention_head_dim (the number of heads)", heads)
+            if channels % positive("unet norm_num_groups", self.norm_num_groups) or channels % heads:
                 raise InputError(
                     f"unet width {channels} is not divisible by {self.norm_num_groups} groups and {heads} heads"
                 )
@@ -121,7 +146,7 @@ class UNetConfig:
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads on each level."""
-        heads = self.num_attention_heads or self.attention_head_dim
+        heads = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
         heads = heads if isinstance(heads, tuple) else (heads,) * self.levels
         if len(heads) != self.levels:
             raise InputError(f"unet attention_head_dim has {len(heads)} entries for {self.levels} levels")
@@ -173,12 +198,13 @@ class VAEConfig:
         return cls(**_read_fields(cls, config, cls.INERT | inert))
 
     def __post_init__(self):
-        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "sample_size"):
-            _positive(f"vae {name}", getattr(self, name))
+        for name in ("in_channels", "out_channels", "latent_channels", "sample_size"):
+            positive(f"vae {name}", getattr(self, name))
+        positive("vae layers_per_block", self.layers_per_block, MAX_LAYERS)
         if not 1 <= len(self.block_out_channels) <= 8:
             raise InputError(f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8")
         for channels in self.block_out_channels:
-            if _positive("vae block_out_channels", channels) % _positive("vae norm_num_groups", self.norm_num_groups):
+            if positive("vae block_out_channels", channels) % positive("vae norm_num_groups", self.norm_num_groups):
                 raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
         if not 0 < self.scaling_factor < 1000:
             raise InputError(f"vae scaling_factor is {self.scaling_factor}: expected a positive number")
@@ -208,6 +234,14 @@ class VAEConfig:
 def knob(default: Any, gloss: str, **extra) -> Any:
     """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names) and `choices`."""
     return field(default=default, metadata={"help": gloss, **extra})
+
+
+def _in_range(settings: Any, name: str, least: int, most: int = MAX_COUNT) -> None:
+    """InputError unless this setting is from `least` to `most`, or None."""
+    value = getattr(settings, name)
+    if value is not None and not least <= value <= most:
+        expected = f"{least} or more" if value < least else f"{most} or less"
+        raise InputError(f"--{name} is {value}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -348,8 +382,7 @@ class TrainConfig:
             "img_log_steps",
             "checkpointing_steps",
         ):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected 0 or more")
+            _in_range(self, name, 0)
         for name in (
             "train_batch_size",
             "gradient_accumulation_steps",
@@ -359,12 +392,12 @@ class TrainConfig:
             "preview_inference_steps",
             "checkpoints_total_limit",
             "lr_num_cycles",
+            "num_of_assets",
         ):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
-        for name in ("num_of_assets", "resolution", "attention_grid"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+            _in_range(self, name, 1)
+        for name in ("resolution", "attention_grid"):
+            _in_range(self, name, 1, MAX_SIDE)
+        _in_range(self, "seed", -MAX_SEED, MAX_SEED)
         for name in (
             "initial_learning_rate",
             "learning_rate",
@@ -453,11 +486,10 @@ class SampleConfig:
 
     def __post_init__(self):
         for name in ("num_inference_steps", "num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+            _in_range(self, name, 1)
         for name in ("height", "width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected 1 or more")
+            _in_range(self, name, 1, MAX_SIDE)
+        _in_range(self, "seed", -MAX_SEED, MAX_SEED)
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more")
         if not 0 <= self.eta <= 1:
@@ -523,5 +555,4 @@ class ProposalConfig:
             raise InputError(f"--smooth is {self.smooth}: expected 0 to 1000")
         if abs(self.grow) > 1000:
             raise InputError(f"--grow is {self.grow}: expected -1000 to 1000")
-        if self.max_concepts < 1:
-            raise InputError(f"--max_concepts is {self.max_concepts}: expected 1 or more")
+        _in_range(self, "max_concepts", 1)

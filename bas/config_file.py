@@ -41,7 +41,7 @@ def read_config(path: str | None, kinds: Kinds) -> dict:
     require_file(file)
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None

@@ -5,9 +5,8 @@ trained, what a step keeps for its backward pass, and its floating-point operati
 """
 
 import os
-import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,20 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bas.batches import Material, View, attention_grid, draw_batch
 from bas.checkpoint import outline
-from bas.config import InputError, Phase, SampleConfig, TrainConfig
+from bas.config import Phase, SampleConfig, TrainConfig
 from bas.files import human_size
 from bas.losses import resize_mask
-from bas.machine import DTYPES
+from bas.machine import DTYPES, pick_precision
 from bas.models.text import add_handles, tokenize
 from bas.models.vae import Posterior
 from bas.parts import COMPONENTS, Models, match
 from bas.progress import clock
+from bas.room import count_numbers, files_to_come, free_room
 from bas.run_folder import refuse_used_folder
 from bas.scene import Scene
-from bas.train import check_input, trainable_parameters, training_step
+from bas.train import KEPT, check_input, trainable_parameters, training_step
 
 ADAM_BYTES = 8  # two moments in float32 for every number that is trained
-METRICS_LINE = 220  # bytes, roughly
 CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
 MEMORY_RULE = (
     "weights, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half size in "
@@ -48,43 +47,96 @@ class Cost:
     operations: int  # of one optimizer step
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be, with shapes but no values."""
+
+    models: Models
+    image: Tensor
+    material: Material
+    numbers: dict[str, int]  # weights by network
+    costs: dict[Phase, Cost]
+    memory: dict[Phase, dict[str, int]]  # bytes by what they are for
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that takes most."""
+        return max(sum(parts.values()) for parts in self.memory.values())
+
+
 def dry_run(config: TrainConfig) -> dict:
     """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start."""
     scene, base, device, precision = check_input(config)
     refuse_used_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
+    plan = plan_run(config, scene, base, precision)
+    speed = matrix_speed(device, DTYPES[precision])
+    files, free = files_to_come(plan.numbers, config), free_room(Path(config.output_dir))
+    verdict = "enough" if free > sum(files.values()) else "NOT ENOUGH"
+    seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in plan.costs.items()}
+    if any(phase.prior for phase in config.phases):
+        seconds = {
+            "class images": class_image_operations(plan.models, plan.material, config) / speed,
+            **seconds,
+        }
+    return {
+        "scene": f"{config.instance_data_dir}, trained at {plan.image.shape[2]}x{plan.image.shape[1]} pixels",
+        "handles": ", ".join(f"{h} from {w!r}" if w else h for h, w in zip(scene.handles, scene.words, strict=True)),
+        "base": f"{base}, {plan.models.schedule.prediction_type}",
+        "device": f"{device}, mixed precision {precision}",
+        "steps": {
+            p.name: f"{p.steps}, training {c.trained:,} numbers ({', '.join(p.trains)})" for p, c in plan.costs.items()
+        },
+        "memory": {phase.name: sum_of(parts) for phase, parts in plan.memory.items()},
+        "estimated by": MEMORY_RULE,
+        "warning": memory_warning(plan.peak, device),
+        "time": {name: clock(value) for name, value in seconds.items()},
+        "counted by": TIME_RULE.format(speed=speed / 1e12),
+        "files": {name: human_size(size) for name, size in files.items()},
+        "disk": f"{verdict}: {human_size(sum(files.values()))} of {human_size(free)} free",
+        "checked": CHECKED,
+    }
+
+
+def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> Plan:
+    """Lay out the run of this scene on this base, and count each phase."""
     models, tensors = outline(base)
     for component in COMPONENTS:
         match(getattr(models, component), tensors[component], f"{base} ({component})")
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    numbers = count_numbers(models)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     material = blank_material(models, scene, masks, config)
-
     costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
-    weights = 4 * sum(p.numel() for component in COMPONENTS for p in getattr(models, component).parameters())
-    speed = matrix_speed(device, DTYPES[precision])
+    weights = 4 * sum(numbers.values())
     memory = {phase: phase_memory(weights, cost, precision) for phase, cost in costs.items()}
-    files = files_to_come(weights, costs, config)
-    seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in costs.items()}
-    if any(phase.prior for phase in config.phases):
-        seconds = {"class images": class_image_operations(models, material, config) / speed, **seconds}
-    return {
-        "scene": f"{config.instance_data_dir}, trained at {image.shape[2]}x{image.shape[1]} pixels",
-        "handles": ", ".join(f"{h} from {w!r}" if w else h for h, w in zip(scene.handles, scene.words, strict=True)),
-        "base": f"{base}, {models.schedule.prediction_type}",
-        "device": f"{device}, mixed precision {precision}",
-        "steps": {
-            p.name: f"{p.steps}, training {c.trained:,} numbers ({', '.join(p.trains)})" for p, c in costs.items()
-        },
-        "memory": {phase.name: sum_of(parts) for phase, parts in memory.items()},
-        "estimated by": MEMORY_RULE,
-        "warning": memory_warning(max(sum(parts.values()) for parts in memory.values()), device),
-        "time": {name: clock(value) for name, value in seconds.items()},
-        "counted by": TIME_RULE.format(speed=speed / 1e12),
-        "files": {name: human_size(size) for name, size in files.items()},
-        "disk": _disk(Path(config.output_dir), sum(files.values())),
-        "checked": CHECKED,
-    }
+    return Plan(models, image, material, numbers, costs, memory)
+
+
+SAVINGS = (  # what to try when memory runs out, the least harm to the result first
+    ("--gradient_checkpointing", {"gradient_checkpointing": True}),
+    ("--mixed_precision bf16", {"mixed_precision": "bf16"}),
+    ("--no_train_text_encoder", {"train_text_encoder": False}),
+    ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
+)
+
+
+def memory_advice(config: TrainConfig, used: int | None) -> str:
+    """One line for a run that is out of memory: what it used at most, and what each flag that is left would save."""
+    scene, base, device, _ = check_input(config)
+
+    def peak(changes: dict) -> int:
+        changed = replace(config, **changes)
+        return plan_run(changed, scene, base, pick_precision(changed.mixed_precision, device)).peak
+
+    needed = peak({})
+    saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
+    options = [f"{flag} (about {human_size(size)} less)" for flag, size in saved.items() if size > 0.01 * needed]
+    seen = f", {human_size(used)} of it used at most" if used else ""
+    return (
+        f"{device} is out of memory: the run takes at least {human_size(needed)}{seen}. {KEPT}; try, in this order: "
+        + (", ".join(options) or "a smaller --resolution")
+    )
 
 
 def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> Material:
@@ -176,23 +228,3 @@ def matrix_speed(device: torch.device, dtype: torch.dtype, side: int = 1024, lea
         (a @ a).sum().item()  # waits for the device
         products += 1
     return 2 * side**3 * products / (time.monotonic() - began)
-
-
-def files_to_come(weights: int, costs: dict[Phase, Cost], config: TrainConfig) -> dict[str, int]:
-    """Bytes of each kind of file in the run folder."""
-    steps = sum(phase.steps for phase in config.phases)
-    files = {"tuned model": weights // (4 // DTYPES[config.save_precision].itemsize), "metrics": METRICS_LINE * steps}
-    if config.checkpointing_steps and config.checkpointing_steps <= steps:
-        one = max((4 + ADAM_BYTES) * cost.trained for cost in costs.values())
-        files["checkpoints, while training"] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
-    return files
-
-
-def _disk(folder: Path, needed: int) -> str:
-    """What the disk has left, against what is needed. Raises InputError where nothing can be written."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"cannot write to --output_dir {folder}: {existing} is read-only for you")
-    free = shutil.disk_usage(existing).free
-    verdict = "enough" if free > needed else "NOT ENOUGH"
-    return f"{verdict}: {human_size(needed)} of {human_size(free)} free"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from bas.config import InputError
 
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
+MAX_TENSORS = 20_000  # ten times the largest file of this family
 
 PICKLE_ADVICE = (
     "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
@@ -32,9 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. InputError when it is missing, too large, or anything but one JSON object."""
     try:
         require_file(path)
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is larger than any configuration: it belongs to something else")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        refuse_large_description(path)
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -50,11 +51,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file, memory-mapped rather than copied, and the file's metadata."""
     try:
         refuse_foreign_file(path)
+        refuse_odd_header(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except InputError:
         raise
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a sound .safetensors file ({reason}): copy or download it again") from None
 
@@ -81,6 +85,35 @@ def refuse_foreign_file(path: Path) -> None:
     for beginning, what, advice in FOREIGN:
         if head.lstrip().lower().startswith(beginning):
             raise InputError(f"{path} is {what}: {advice}")
+
+
+def refuse_odd_header(path: Path) -> None:
+    """InputError or ValueError for a header that the library would read, but that no model has.
+
+    It takes time and memory by the gigabyte for millions of tensors, and of two tensors of one name the last.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"its header claims {human_size(length)}")
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    if isinstance(header, dict) and len(header) > MAX_TENSORS:
+        raise InputError(f"{path} holds {len(header)} tensors, more than any model: it belongs to something else")
+
+
+def refuse_large_description(path: Path) -> None:
+    """InputError for a file that is too large to be a model's description."""
+    if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than any configuration: it belongs to something else")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's entries. ValueError for a name that stands twice: readers differ in which one they take."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice!r} stands twice")
+    return entries
 
 
 def human_size(size: float) -> str:

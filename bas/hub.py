@@ -4,6 +4,7 @@ The known names are the rows of weights/manifest.json. Downloads lie in the Hugg
 """
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def find(name: str | Path | None) -> Path:
     """
     name = str(name or SHIPPED)
     path = Path(name).expanduser()
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):  # False, not an error, for names that no path can have
         return path
     known = manifest()
     if "folder" in known.get(name, {}):

@@ -46,6 +46,9 @@ CHANNELS = {  # input channels of the UNet that betray what else it reads
     9: "an inpainting model",
 }
 BASE_ADVICE = "use the base model it was made from"
+ELSEWHERE = {  # of a tokenizer_config.json: arguments by which transformers would read files outside the folder
+    *("gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab"),
+}
 
 
 def refuse_other_kinds(names: Iterable[str], path: Path) -> None:
@@ -80,18 +83,29 @@ def refuse_incomplete(tensors: dict[str, Tensor], path: Path) -> None:
 
 def refuse_channels(channels: object, path: Path) -> None:
     """InputError naming the kind of model whose UNet has this many input channels."""
-    if channels in CHANNELS:
+    if isinstance(channels, int) and channels in CHANNELS:
         raise InputError(f"{path} is {CHANNELS[channels]} ({channels} input channels): {BASE_ADVICE}")
 
 
 def refuse_pipeline(index: dict, path: Path) -> None:
     """InputError when a model_index.json describes anything but Stable Diffusion 1.x or 2.x."""
     name = index.get("_class_name")
+    if not isinstance(name, str):
+        raise InputError(f"{path} has {name!r} as its _class_name: {WHOLE_MODEL}")
     for beginning, what in PIPELINES:
-        if isinstance(name, str) and name.startswith(beginning):
+        if name.startswith(beginning):
             raise InputError(f"{path} is {what} ({name}): {WHOLE_MODEL}")
     for part, classes in CLASSES.items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if found not in classes:
             raise InputError(f"{path} has {found!r} as its {part}, bas needs {classes[0]}: {WHOLE_MODEL}")
+
+
+def refuse_tokenizer(config: dict, path: Path) -> None:
+    """InputError when a tokenizer_config.json names files elsewhere, or a length that no prompt can have."""
+    if found := ELSEWHERE & config.keys():
+        raise InputError(f"{path} sets {min(found)}: bas reads a tokenizer from its own folder alone")
+    length = config.get("model_max_length")
+    if length is not None and (not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 3):
+        raise InputError(f"{path}: model_max_length is {length!r}, expected a number from 3")

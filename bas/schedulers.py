@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bas.config import InputError
+from bas.config import InputError, number, positive, switch
 
 BETA_SCHEDULES = ("scaled_linear", "linear")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -30,8 +30,9 @@ class NoiseSchedule:
     set_alpha_to_one: bool = False  # whether DDIM ends at a = 1 or at a of timestep 0, as Stable Diffusion does
 
     def __post_init__(self):
-        if not 1 <= self.num_train_timesteps <= 100_000:
-            raise InputError(f"scheduler num_train_timesteps is {self.num_train_timesteps}: expected 1 to 100000")
+        positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
+        number("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
+        switch("scheduler set_alpha_to_one", self.set_alpha_to_one)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
                 f"scheduler betas run from {self.beta_start} to {self.beta_end}: expected 0 < start <= end < 1"

@@ -37,7 +37,7 @@ V_PREDICTION_SPREAD = 0.09
 
 
 class _Shapes:
-    """The shapes of a file's tensors; asking for a missing one is an InputError."""
+    """The shapes of a file's matrices and convolutions; asking for a missing one is an InputError."""
 
     def __init__(self, tensors: dict[str, Tensor], path: Path):
         self.tensors, self.path = tensors, path
@@ -45,7 +45,10 @@ class _Shapes:
     def __call__(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
             raise InputError(f"{self.path} lacks {name}: it is damaged, download it again")
-        return tuple(self.tensors[name].shape)
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) < 2:
+            raise InputError(f"{self.path}: {name} is {list(shape)}, no matrix: it is damaged, download it again")
+        return shape
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -221,7 +224,7 @@ def _infer_open_clip(shapes: _Shapes) -> dict:
 
 def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers: int, activation: str) -> dict:
     """A text tower's config.json; the token ids are the last two of CLIP's vocabulary."""
-    rows, width = embedding
+    rows, width = embedding[:2]
     return {
         "model_type": "clip_text_model",
         "vocab_size": rows,

@@ -29,6 +29,7 @@ from bas.machine import DTYPES, autocast, pick_device, pick_precision
 from bas.models.text import add_handles, encode_ids
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
+from bas.room import require_room
 from bas.run_folder import (
     CHECKPOINTS,
     METRICS,
@@ -242,6 +243,7 @@ def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, p
     folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+    require_room(folder, base, config)
     base_hash = weights_hash(base)
     facts = {"config": asdict(config), "handles": list(scene.handles), "base": base_hash, "version": __version__}
     saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,17 +20,21 @@ from bas.dry_run import (
     Cost,
     blank_material,
     dry_run,
-    files_to_come,
     matrix_speed,
+    memory_advice,
     memory_warning,
     phase_cost,
     phase_memory,
+    plan_run,
     sum_of,
 )
+from bas.files import human_size
 from bas.models.text import add_handles
+from bas.room import count_numbers, files_to_come, require_room
 from bas.scene import load_scene
-from bas.train import start, train_phase, trainable_parameters, training_step
+from bas.train import check_input, start, train, train_phase, trainable_parameters, training_step
 
+training = import_module("bas.train")  # the module: bas.train is its function
 FLAGS = ("--num_class_images", "1", "--device", "cpu")
 
 
@@ -61,7 +66,8 @@ def on_meta(settings: TrainConfig):
 def real(scene, model, tmp_path_factory):
     """A run that stands before its first step, and its settings."""
     settings = config(scene, model, tmp_path_factory.mktemp("dry") / "run", phase1_train_steps=2, checkpointing_steps=3)
-    return start(settings), settings
+    Path(settings.output_dir).mkdir()
+    return start(settings, *check_input(settings)), settings
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +105,9 @@ def test_gradient_checkpointing_keeps_less_and_computes_more(real, costs):
 def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
     run, settings = real
     phase = settings.phases[1]
-    weights = 4 * sum(p.numel() for p in run.models.unet.parameters())
-    files = files_to_come(weights, costs, settings)
+    numbers = count_numbers(outline(Path(settings.pretrained_model_name_or_path))[0])
+    weights = 4 * sum(numbers.values())
+    files = files_to_come(numbers, settings)
     run.done = 2
     run.saved = {f"trained.{name}": p.detach() for name, p in trainable_parameters(run.models, phase).items()}
     train_phase(run, replace(phase, steps=1), 2)
@@ -108,9 +115,7 @@ def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
     held = sum(tensor.nbytes for tensor in load_file(state).values())
     assert 2 * held == pytest.approx(files["checkpoints, while training"], rel=0.02)  # step counts, the generator
     assert files["tuned model"] == weights
-    assert (
-        files_to_come(weights, costs, config("s", "m", tmp_path, save_precision="bf16"))["tuned model"] == weights // 2
-    )
+    assert files_to_come(numbers, replace(settings, save_precision="bf16"))["tuned model"] == weights // 2
 
 
 def test_memory_by_its_rule():
@@ -169,3 +174,45 @@ def test_a_used_folder_is_refused(scene, model, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="holds an unfinished run"):
         dry_run(config(scene, model, tmp_path))
+
+
+# --- Out of memory ----------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(training, "optimizer_step", full)
+    words = ["train", str(scene), "--weights", str(model), "--output_dir", str(tmp_path / "run"), *FLAGS]
+    assert main(words) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"bas: cpu is out of memory: the run takes at least [\d.]+ [kM]B\. The last whole checkpoint is kept; "
+        r"try, in this order: --gradient_checkpointing \(about .+ less\), --mixed_precision bf16 \(about .+ less\), "
+        r"--no_train_text_encoder \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
+        line,
+    )
+
+
+def test_the_savings_are_differences_of_what_is_counted(scene, model, tmp_path):
+    settings = config(scene, model, tmp_path / "run")
+    lean = replace(settings, gradient_checkpointing=True)
+    peaks = [plan_run(c, load_scene(c), model, "no").peak for c in (settings, lean)]
+    assert f"--gradient_checkpointing (about {human_size(peaks[0] - peaks[1])} less)" in memory_advice(settings, 10**9)
+    assert "1.0 GB of it used at most" in memory_advice(settings, 10**9)
+    assert "--gradient_checkpointing" not in memory_advice(lean, None)
+
+
+# --- Room on disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tmp_path, monkeypatch):
+    settings = config(scene, model, tmp_path / "run")
+    needed = sum(files_to_come(count_numbers(outline(model)[0]), settings).values())
+    monkeypatch.setattr(training, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.room.free_room", lambda folder: needed - 1)
+    with pytest.raises(InputError, match=r"has .* of room, the run takes .*: make room, or try"):
+        train(settings)
+    monkeypatch.setattr("bas.room.free_room", lambda folder: needed)
+    require_room(tmp_path, model, settings)

@@ -113,7 +113,7 @@ def test_values_of_the_wrong_type_are_blamed_on_their_file(file, changes, folder
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [("vocab.json", "{"), ("vocab.json", "[1]"), ("merges.txt", "#version\nzz qq\n"), ("tokenizer_config.json", "{")],
+    [("vocab.json", "{"), ("vocab.json", "[1]"), ("merges.txt", "#version\nzz qq\n"), ("added_tokens.json", "{")],
 )
 def test_damaged_tokenizers_are_refused(file, content, folder):
     (folder / "tokenizer" / file).write_text(content)

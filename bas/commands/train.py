@@ -2,9 +2,11 @@
 
 import argparse
 
-from bas.config import InputError, TrainConfig
+import torch
+
+from bas.config import InputError, RunError, TrainConfig
 from bas.config_file import add_config, read_config, setting_kinds
-from bas.dry_run import dry_run
+from bas.dry_run import dry_run, memory_advice
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
 from bas.info import as_text
@@ -36,7 +38,11 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(as_text(dry_run(config)))
         return
-    folder = train(config)
+    try:
+        folder = train(config)
+    except torch.OutOfMemoryError as error:
+        used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        raise RunError(memory_advice(config, used)) from error
     handles = read_concepts(folder)[1]
     print(f"{write_report(folder)} shows how it went")
     print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')

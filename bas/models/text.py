@@ -14,11 +14,12 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from bas.config import MAX_CHANNELS, InputError
+from bas.config import MAX_CHANNELS, InputError, number, positive
 
 log = logging.getLogger(__name__)
 
 HANDLE = re.compile(r"<[A-Za-z0-9_-]{1,32}>")
+BRACKETED = re.compile(r"<[^<>]*>")  # what is meant to be a handle
 
 # The config.json fields that describe the tower; everything else in the file is left unread.
 LIMITS = {
@@ -42,16 +43,13 @@ def build_text_encoder(config: dict) -> CLIPTextModel:
         raise InputError(f"the text encoder is a {config['model_type']!r}: bas needs a CLIP text model")
     chosen = {}
     for name, most in LIMITS.items():
-        value = config.get(name)
-        if not isinstance(value, int) or not 0 < value <= most:
-            raise InputError(f"text encoder {name} is {value!r}: expected a whole number from 1 to {most}")
-        chosen[name] = value
+        chosen[name] = positive(f"text encoder {name}", config.get(name), most)
     chosen["hidden_act"] = config.get("hidden_act", "quick_gelu")
     if chosen["hidden_act"] not in ACTIVATIONS:
         raise InputError(f"text encoder hidden_act is {chosen['hidden_act']!r}: expected one of {ACTIVATIONS}")
     if chosen["hidden_size"] % chosen["num_attention_heads"]:
         raise InputError("text encoder hidden_size is not divisible by num_attention_heads")
-    chosen["layer_norm_eps"] = float(config.get("layer_norm_eps", 1e-5))
+    chosen["layer_norm_eps"] = float(number("text encoder layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1))
     # Token ids outside the vocabulary only matter to the pooled output, which Stable Diffusion does not use.
     ids = {name: config[name] for name in TOKEN_IDS if isinstance(config.get(name), int)}
     chosen |= {name: value for name, value in ids.items() if 0 <= value < chosen["vocab_size"]}
@@ -156,12 +154,14 @@ def known_handles(tokenizer: CLIPTokenizer) -> tuple[str, ...]:
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """Token ids, padded to the tower's 77 positions: (b, 77) int64.
 
-    Raises InputError for a handle that the model doesn't know, or one that falls beyond the 77 tokens; other text
-    beyond them is cut with a warning, as every Stable Diffusion does.
+    Raises InputError for a handle that the model doesn't know or that lacks a bracket, or one that falls beyond the 77
+    tokens; other text beyond them is cut with a warning, as every Stable Diffusion does.
     """
     known = known_handles(tokenizer)
     for prompt in prompts:
-        unknown = [name for name in HANDLE.findall(prompt) if name not in known]
+        unknown = [name for name in BRACKETED.findall(prompt) if name not in tokenizer.get_added_vocab()]
+        rest = BRACKETED.sub(" ", prompt)
+        unknown += [part for name in known for part in (name[:-1], name[1:]) if part in rest]
         if unknown:
             names = ", ".join(known) or "none: this is a base model"
             raise InputError(f"unknown handle {', '.join(unknown)} in {prompt!r}; known handles: {names}")

@@ -1,0 +1,55 @@
+"""The room that a training takes on disk: counted from the base's headers, before its weights are read."""
+
+import os
+import shutil
+from pathlib import Path
+
+from bas.checkpoint import outline
+from bas.config import InputError, Phase, TrainConfig
+from bas.files import human_size
+from bas.machine import DTYPES
+from bas.parts import COMPONENTS, Models
+
+STATE_BYTES = 12  # in a checkpoint, for every number that is trained: itself and Adam's two moments, float32
+METRICS_LINE = 220  # bytes, roughly
+
+
+def count_numbers(models: Models) -> dict[str, int]:
+    """How many weights each network has, the rows of the token embedding counted apart."""
+    numbers = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in COMPONENTS}
+    rows = models.text_encoder.get_input_embeddings().weight.numel()
+    return {**numbers, "text_encoder": numbers["text_encoder"] - rows, "embedding": rows}
+
+
+def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
+    """Bytes of each kind of file in the run folder."""
+
+    def trained(phase: Phase) -> int:
+        return sum(numbers[name] for name in phase.trains if name in numbers)
+
+    steps = sum(phase.steps for phase in config.phases)
+    weights = DTYPES[config.save_precision].itemsize * sum(numbers.values())
+    files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
+    if config.checkpointing_steps and config.checkpointing_steps <= steps:
+        one = STATE_BYTES * max(trained(phase) for phase in config.phases)
+        files["checkpoints, while training"] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
+    return files
+
+
+def free_room(folder: Path) -> int:
+    """Bytes that the disk of a folder, which need not exist yet, has left. InputError where it is read-only."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to --output_dir {folder}: {existing} is read-only for you")
+    return shutil.disk_usage(existing).free
+
+
+def require_room(folder: Path, base: Path, config: TrainConfig) -> None:
+    """InputError when the disk of the run folder has less room than the run's files will take."""
+    files, free = files_to_come(count_numbers(outline(base)[0]), config), free_room(folder)
+    if sum(files.values()) > free:
+        parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
+        raise InputError(
+            f"--output_dir {folder} has {human_size(free)} of room, the run takes {human_size(sum(files.values()))} "
+            f"({parts}): make room, or try --checkpointing_steps 0 or --save_precision fp16"
+        )
