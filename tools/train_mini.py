@@ -7,7 +7,9 @@ Stages, each resumable and each skipped once its result stands in the run folder
     vae        pictures <-> latents: L1, L2, edges, a little KL (Rombach et al. 2022, section 3.1)
     clip       text and image towers by contrast (Radford et al. 2021, section 2.3)
     latents    the training scenes through the frozen encoder
-    unet       noise prediction from latents and captions, text tower included
+    unet       denoising of latents by captions, text tower included
+    decoder    the VAE's decoder alone once more: the latents stay what the UNet learnt
+    towers     CLIP's image tower once more, towards the text tower that the UNet reads: from here on there is only one
     export     the diffusers folder
 
 A stage lasts a fixed wall-clock time, and its learning rate reaches zero exactly then, however fast the machine.
@@ -76,6 +78,8 @@ class Preset:
     clip_recipe: Recipe
     unet: UNetConfig
     unet_recipe: Recipe
+    decoder_recipe: Recipe
+    towers_recipe: Recipe
     attention_grid: int  # rows and columns of the maps that the method's attention loss reads
 
 
@@ -100,6 +104,8 @@ PRESETS = {
             norm_num_groups=16,
         ),
         unet_recipe=Recipe(minutes=80, batch=24, lr=1e-3, ema=0.997, workers=2),
+        decoder_recipe=Recipe(minutes=8, batch=4, lr=5e-4, ema=0.99, workers=2),
+        towers_recipe=Recipe(minutes=5, batch=256, lr=5e-4, ema=0.98),
         attention_grid=16,
     ),
     "gpu": Preset(
@@ -121,6 +127,8 @@ PRESETS = {
             norm_num_groups=32,
         ),
         unet_recipe=Recipe(minutes=12, batch=256, lr=1e-3, ema=0.9995),
+        decoder_recipe=Recipe(minutes=2, batch=32, lr=5e-4, ema=0.995),
+        towers_recipe=Recipe(minutes=1, batch=512, lr=5e-4, ema=0.99),
         attention_grid=16,
     ),
 }  # fmt: skip
@@ -296,14 +304,10 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def train_vae(preset: Preset, run: Path, device) -> None:
-    """Fit the autoencoder, then set its scaling factor so that latents have standard deviation 1."""
-    if (run / "vae.json").exists():
-        return
-    torch.manual_seed(SEED)
+def reconstruct(preset: Preset, run: Path, device, recipe: Recipe):
+    """The loss of a VAE as `fit` wants it, a preview of held-out scenes, and a function that measures their PSNR."""
     images, layouts = load_world(run)
-    held_out, recipe = len(images) - 512, preset.vae_recipe
-    vae = VAE(preset.vae).to(device)
+    held_out = len(images) - 512
 
     def loss_of(vae, draw):
         rng, noise = np.random.default_rng((SEED, draw)), torch.Generator(device).manual_seed(draw)
@@ -324,20 +328,49 @@ def train_vae(preset: Preset, run: Path, device) -> None:
         loss = pixels + 4 * squares + 0.5 * outline + 2e-4 * kl
         return loss, {"pixels": pixels.item(), "kl": kl.item(), "psnr": psnr}
 
-    def preview(step):
+    def preview(vae):
         x = to_tensor(images[held_out : held_out + 16], device)
         pictures = np.concatenate([images[held_out : held_out + 16], to_pictures(vae(x))])
         mini_world.contact_sheet(pictures, columns=16).save(run / "vae_preview.png")
 
-    fit("vae", vae, loss_of, recipe, run, preview)
-    with torch.no_grad():
+    @torch.no_grad()
+    def measure(vae):
+        """PSNR in dB over the held-out scenes, and the deviation of their latents."""
         x = to_tensor(images[held_out:], device)
         means = torch.cat([vae.encode(batch).mean for batch in x.split(64)])
         decoded = torch.cat([vae.decode(batch) for batch in means.split(64)])
         error = (decoded.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3)) / 4
-    config = replace(preset.vae, scaling_factor=round(1 / means.std().item(), 5))
-    print(f"vae: {(-10 * error.log10()).mean():.2f} dB on 512 held-out scenes, scaling {config.scaling_factor}")
-    (run / "vae.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+        return (-10 * error.log10()).mean().item(), means.std().item()
+
+    return loss_of, preview, measure
+
+
+def train_vae(preset: Preset, run: Path, device) -> None:
+    """Fit the autoencoder, then set its scaling factor so that latents have standard deviation 1."""
+    if (run / "vae.json").exists():
+        return
+    torch.manual_seed(SEED)
+    vae, recipe = VAE(preset.vae).to(device), preset.vae_recipe
+    loss_of, preview, measure = reconstruct(preset, run, device, recipe)
+    fit("vae", vae, loss_of, recipe, run, lambda step: preview(vae))
+    psnr, deviation = measure(vae)
+    config = replace(preset.vae, scaling_factor=round(1 / deviation, 5))
+    print(f"vae: {psnr:.2f} dB on 512 held-out scenes, scaling {config.scaling_factor}")
+    write_json(run / "vae.json", config.to_json())
+
+
+def train_decoder(preset: Preset, run: Path, device) -> None:
+    """Fit the decoder alone once more, as Stability AI did for Stable Diffusion: latents keep their meaning."""
+    if (run / "decoder.safetensors").exists():
+        return
+    torch.manual_seed(SEED)
+    vae, recipe = load_vae(preset, run, device), preset.decoder_recipe
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    loss_of, preview, measure = reconstruct(preset, run, device, recipe)
+    before, _ = measure(vae)
+    fit("decoder", vae, loss_of, recipe, run, lambda step: preview(vae))
+    print(f"decoder: {before:.2f} dB before, {measure(vae)[0]:.2f} dB after on 512 held-out scenes")
 
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -425,13 +458,31 @@ def train_clip(preset: Preset, run: Path, device) -> None:
     if (run / "clip.safetensors").exists():
         return
     torch.manual_seed(SEED)
-    images, layouts = load_world(run)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    clip = CLIPModel(clip_config(preset, tokenizer)).to(device)
-    held_out, recipe = len(images) - 512, preset.clip_recipe
+    fit_towers("clip", CLIPModel(clip_config(preset, tokenizer)).to(device), tokenizer, preset.clip_recipe, run)
+
+
+def train_towers(preset: Preset, run: Path, device) -> None:
+    """Put the text tower that the UNet reads into CLIP and fit the rest to it: one text tower, as in Stable Diffusion.
+
+    The text tower stays as it is (the idea of Zhai et al. 2022, locked-image tuning, with the towers exchanged).
+    """
+    if (run / "towers.safetensors").exists():
+        return
+    torch.manual_seed(SEED)
+    clip, tokenizer = load_clip(preset, run, device)
+    clip.text_model.load_state_dict(part_of(load_file(run / "unet.safetensors"), "text_model."))
+    clip.requires_grad_(True).text_model.requires_grad_(False)
+    fit_towers("towers", clip, tokenizer, preset.towers_recipe, run)
+
+
+def fit_towers(stage: str, clip: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe, run: Path) -> None:
+    """Train whatever of the two towers is not frozen, by contrast, and say how well held-out scenes are told apart."""
+    images, layouts = load_world(run)
+    held_out, device = len(images) - 512, clip.device
 
     def similarity(chosen, rng):
-        """Logits (b, b) of pictures against captions worded with `rng`, or complete without it."""
+        """Cosines (b, b) of pictures against captions worded with `rng`, or complete without it."""
         x = to_tensor(images[chosen], device)
         captions = [mini_world.describe(layouts[i], rng) for i in chosen]
         ids = tokenize(tokenizer, captions, 40).to(device)  # causal: the tokens after the end change nothing
@@ -448,21 +499,27 @@ def train_clip(preset: Preset, run: Path, device) -> None:
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"matched": (logits.argmax(1) == target).float().mean().item()}
 
-    fit("clip", clip, loss_of, recipe, run)
+    fit(stage, clip, loss_of, recipe, run)
     with torch.no_grad():
         cosines = similarity(np.arange(held_out, len(images)), None)
     matched = (cosines.argmax(1).cpu() == torch.arange(512)).float().mean()
-    print(f"clip: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")
+    print(f"{stage}: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 # --- latents and unet -------------------------------------------------------------------------------------------------
 
 
 def load_vae(preset: Preset, run: Path, device) -> VAE:
-    """The trained autoencoder with its scaling factor."""
+    """The trained autoencoder, as it is by now, with its scaling factor."""
     scaling_factor = json.loads((run / "vae.json").read_text())["scaling_factor"]
     vae = VAE(replace(preset.vae, scaling_factor=scaling_factor))
-    vae.load_state_dict(load_file(run / "vae.safetensors"))
+    newest = next(path for path in (run / "decoder.safetensors", run / "vae.safetensors") if path.exists())
+    vae.load_state_dict(load_file(newest))
     return vae.to(device).requires_grad_(False)
 
 
@@ -482,10 +539,11 @@ def adopt(preset: Preset, run: Path, folder: Path) -> None:
 
 
 def load_clip(preset: Preset, run: Path, device) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Both trained towers and their tokenizer."""
+    """Both trained towers, as they are by now, and their tokenizer."""
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     clip = CLIPModel(clip_config(preset, tokenizer))
-    clip.load_state_dict(load_file(run / "clip.safetensors"))
+    newest = next(path for path in (run / "towers.safetensors", run / "clip.safetensors") if path.exists())
+    clip.load_state_dict(load_file(newest))
     return clip.to(device).requires_grad_(False), tokenizer
 
 
@@ -669,6 +727,8 @@ STAGES = {
     "clip": train_clip,
     "latents": encode_world,
     "unet": train_unet,
+    "decoder": train_decoder,
+    "towers": train_towers,
 }
 
 
@@ -685,7 +745,7 @@ def main():
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]
-    if args.minutes and args.stage in ("vae", "clip", "unet"):
+    if args.minutes and args.stage in ("vae", "clip", "unet", "decoder", "towers"):
         recipe = f"{args.stage}_recipe"
         preset = replace(preset, **{recipe: replace(getattr(preset, recipe), minutes=args.minutes)})
     if args.start_from:
