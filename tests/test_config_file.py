@@ -12,7 +12,7 @@ from bas.commands import train as train_command
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.config_file import read_config, setting_kinds, to_toml
 from bas.flags import Parser
-from bas.train import start
+from bas.train import check_input, start
 
 ODD = 'quote " backslash \\ line\nend \x7f \x01 é 🦊'
 
@@ -125,7 +125,7 @@ def test_a_run_keeps_settings_that_can_be_given_again(tmp_path, monkeypatch):
         lr_power=1.5,
         device="cpu",
     )
-    start(config)
+    start(config, *check_input(config))
     assert resolved(monkeypatch, ["--config", str(tmp_path / "run" / "config.toml")]) == config
 
 

@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 from importlib import import_module
@@ -311,3 +313,39 @@ def test_metrics_of_a_stopped_run_end_with_the_bad_step(bench, tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert rows[0]["loss"] == rows[0]["loss"] != rows[1]["loss"]
+
+
+# --- Nobody reads the output ------------------------------------------------------------------------------------------
+
+
+def test_a_closed_pipe_ends_a_command_quietly(bench):
+    command = [sys.executable, "-m", "bas", "info", str(bench.model)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_training_goes_on_when_nobody_reads_its_progress(bench, tmp_path, whole):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def train():
+        os.dup2(writer, 2)
+        bas.train(bench.config(tmp_path / "run"))
+
+    assert child(train) == 0
+    os.close(writer)
+    assert file_hashes(tmp_path / "run") == whole
+
+
+def test_a_file_that_cannot_be_written_is_one_line(bench, tmp_path, capsys, monkeypatch):
+    from bas.cli import main
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.safetensors")
+
+    monkeypatch.setattr("bas.commands.export.run", full)
+    assert main(["export", str(bench.model), str(tmp_path / "out.safetensors")]) == 1
+    assert capsys.readouterr().err == "bas: out.safetensors cannot be written: No space left on device\n"
