@@ -21,7 +21,7 @@ from bas.models.text import known_handles, tokenize
 from bas.models.unet import AttentionMap
 from bas.pictures import grid, heat
 from bas.prompts import read_strengths
-from bas.sample import decode, generate, latent_shape, to_pictures
+from bas.sample import check_request, decode, generate, latent_shape, to_pictures
 
 CELL = 192  # pixels of one picture on the sheet
 
@@ -41,14 +41,9 @@ def attend(
 ) -> Attention:
     """Draw one picture and keep the attention of each handle of the prompt, with `words` that of every word.
 
-    rows: of the maps; None is a quarter of the latent's rows. Raises InputError for a prompt without a handle, unknown
-    handles, and a grid that the model has no cross-attention on.
+    rows: of the maps; None is a quarter of the latent's rows. Raises InputError as `plan_maps` does.
     """
-    (ids,) = tokenize(models.tokenizer, [read_strengths(prompt)[0]])
-    places = find_places(models.tokenizer, ids.tolist(), words)
-    if not places:
-        raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
-    size = attention_grid(models, latent_shape(models, config)[1:], rows)
+    places, size = plan_maps(models, prompt, config, rows, words)
     averages: list[Tensor] = []
 
     def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
@@ -63,6 +58,21 @@ def attend(
         for positions in places.values()
     ]
     return Attention(picture, tuple(places), torch.stack(columns).cpu().numpy())
+
+
+def plan_maps(
+    models: Models, prompt: str, config: SampleConfig, rows: int | None, words: bool
+) -> tuple[dict[str, list[int]], tuple[int, int]]:
+    """Token positions by name, and (gh, gw) of the maps. Reads no weight.
+
+    Raises InputError for a prompt without a handle, unknown handles, and a grid without cross-attention.
+    """
+    check_request(models, [], config)
+    (ids,) = tokenize(models.tokenizer, [read_strengths(prompt)[0]])
+    places = find_places(models.tokenizer, ids.tolist(), words)
+    if not places:
+        raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
+    return places, attention_grid(models, latent_shape(models, config)[1:], rows)
 
 
 def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[str, list[int]]:

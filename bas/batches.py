@@ -13,7 +13,7 @@ from torch import Tensor
 from bas.checkpoint import Models
 from bas.config import InputError, Phase, TrainConfig
 from bas.losses import resize_mask
-from bas.models.text import tokenize
+from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
 from bas.scene import Scene, draw_subset, subset_prompt
 
@@ -103,12 +103,32 @@ def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainCon
     return tuple(views)
 
 
-def check_grids(views: tuple[View, View], handles: dict[int, str], attention: bool) -> None:
+def check_scene(models: Models, scene: Scene, config: TrainConfig) -> None:
+    """Raises InputError for what training would refuse of a scene on this model. Reads no weight.
+
+    That is a size, a grid, a handle, a word, a class prompt, or a mask of which no cell of the latents sees anything.
+    """
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    check_handles(models.tokenizer, scene.handles)
+    for word in filter(None, scene.words):
+        word_pieces(models.tokenizer, word)
+    if any(phase.prior for phase in config.phases):
+        tokenize(models.tokenizer, list(config.class_prompt))
+    check_grids(models, masks, dict(enumerate(scene.handles)), config)
+    for shot in scene.shots:
+        names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in sorted(shot.masks)}
+        check_grids(models, shot.tensors(*image.shape[1:], len(scene))[1], names, config)
+
+
+def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: TrainConfig) -> None:
     """Raises InputError for a mask that no cell of the latents sees; warns of one that no attention cell sees."""
+    latent = tuple(side // models.vae.config.factor for side in masks.shape[-2:])
+    grid = attention_grid(models, latent, config.attention_grid)
     for i, handle in handles.items():
-        if any(view.latent_masks[i].max() == 0 for view in views):
+        flips = torch.stack([masks[i], masks[i].flip(-1)])
+        if (resize_mask(flips, *latent).amax(dim=(1, 2)) == 0).any():
             raise InputError(f"the mask of {handle} vanishes on the latents' grid: paint it larger, or crop less")
-        if attention and any(view.attention_masks[i].max() == 0 for view in views):
+        if config.lambda_attention and (resize_mask(flips, *grid).amax(dim=(1, 2)) == 0).any():
             log.warning("the mask of %s is too small for the attention loss: paint it larger", handle)
 
 
@@ -122,13 +142,10 @@ def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: 
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
         class_ids = prompts[torch.arange(len(class_images.mean)) % len(prompts)]
     views = prepare_views(models, image, masks, config)
-    check_grids(views, dict(enumerate(scene.handles)), bool(config.lambda_attention))
     shots = []
     for shot in scene.shots:
         shown = sorted(shot.masks)
         shots.append((prepare_views(models, *shot.tensors(*image.shape[1:], len(scene)), config), shown))
-        names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in shown}
-        check_grids(shots[-1][0], names, bool(config.lambda_attention))
     return Material(
         views=views,
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),

@@ -18,6 +18,9 @@ MAX_SEED = 2**62
 class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: what is wrong and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__("\\n".join(message.splitlines()))  # a file's name may hold line breaks
+
 
 class RunError(RuntimeError):
     """A run cannot go on, though its input was sound: a loss is not finite, say. The message is one line."""

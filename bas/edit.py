@@ -20,7 +20,7 @@ from bas.config import EditConfig, InputError
 from bas.images import read_mask
 from bas.models.unet import AttentionMap
 from bas.prompts import encode_prompts
-from bas.sample import decode, denoise, latent_shape, standard_normal, to_pictures
+from bas.sample import check_request, decode, denoise, latent_shape, standard_normal, to_pictures
 from bas.scene import fit, match_size, pixels
 from bas.schedulers import add_noise, sampling_timesteps
 
@@ -82,6 +82,15 @@ def edit(
             pictures = edit_region(models, pictures, region, batch, config)
         results += pictures
     return results
+
+
+def check_edit(models: Models, picture: Image.Image, regions: list[Region], config: EditConfig) -> None:
+    """Raises InputError for what `edit` would refuse. Reads no weight."""
+    width, height = working_size(models, picture.size, config)
+    factor = models.vae.config.factor
+    check_request(models, [region.prompt for region in regions], replace(config, width=width, height=height))
+    for region in regions:
+        latent_mask(region.mask, (height // factor, width // factor))
 
 
 @torch.inference_mode()

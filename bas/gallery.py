@@ -44,7 +44,7 @@ def vary(models: Models, folder: Path, config: SampleConfig) -> Path:
 
     Returns the grid's path. Raises InputError for a model without handles.
     """
-    prompt = subset_prompt(handles_of(models))
+    prompt = all_together(models)
     pictures = draw(models, [prompt], folder, config)
     columns = math.ceil(math.sqrt(len(pictures)))
     rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
@@ -57,14 +57,23 @@ def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: Sam
 
     Returns the grid's path. Raises InputError for a model without handles.
     """
-    chosen = subsets(handles_of(models))
-    prompts = [f"{subset_prompt(subset)} {context}" for subset in chosen for context in contexts]
+    prompts = combinations_in(models, contexts)
     pictures = draw(models, prompts, folder, config)
     texts = [prompt for prompt in prompts for _ in range(config.num_images)]
     columns = len(contexts) * config.num_images
     begins = range(0, len(pictures), columns)
     cut = [[column[i : i + columns] for i in begins] for column in (pictures, texts)]
-    return save_grid(*cut, f"{len(chosen)} combinations in {len(contexts)} contexts", folder)
+    return save_grid(*cut, f"{len(prompts) // len(contexts)} combinations in {len(contexts)} contexts", folder)
+
+
+def combinations_in(models: Models, contexts: tuple[str, ...]) -> list[str]:
+    """The prompts of `explore`, context by context within each subset."""
+    return [f"{subset_prompt(subset)} {context}" for subset in subsets(handles_of(models)) for context in contexts]
+
+
+def all_together(models: Models) -> str:
+    """The prompt of `vary`."""
+    return subset_prompt(handles_of(models))
 
 
 def handles_of(models: Models) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ def propose(method: str, picture: Image.Image, config: ProposalConfig, device: t
         raise InputError("--auto clipseg needs --words, one per concept")
     if config.points and config.boxes:
         raise InputError("--points and --boxes: use one of them")
+    read_prompts(picture, config)
     model, processor = load_segmenter(row, config.segmenter or row.default)
     with torch.inference_mode():
         found = row.run(model.to(device), processor, picture, config)
@@ -133,11 +134,8 @@ class SamReader:
 
 def sam(model, processor, picture: Image.Image, config: ProposalConfig) -> list[Proposal]:
     """What points or boxes show, or everything: then SAM is asked at a grid of points."""
-    points = [[parse(point, "x,y", picture) for point in text.split("+")] for text in config.points]
-    boxes = [parse(text, "x0,y0,x1,y1", picture) for text in config.boxes]
     reader = SamReader(model, processor, picture)
-    prompts = [{"input_points": [[shown]]} for shown in points] + [{"input_boxes": [[box]]} for box in boxes]
-    asked = [reader.ask(**prompt)[0] for prompt in prompts]
+    asked = [reader.ask(**prompt)[0] for prompt in read_prompts(picture, config)]
     logits = torch.cat(asked) if asked else find_everything(reader, config)
     return [Proposal(mask.numpy(), None) for mask in reader.enlarge(logits).sigmoid() >= config.threshold]
 
@@ -207,6 +205,13 @@ METHODS = {
 
 
 # --- Masks --------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(picture: Image.Image, config: ProposalConfig) -> list[dict[str, list]]:
+    """What SAM is asked, one question per concept. Raises InputError for points and boxes outside the picture."""
+    points = [[parse(point, "x,y", picture) for point in text.split("+")] for text in config.points]
+    boxes = [parse(text, "x0,y0,x1,y1", picture) for text in config.boxes]
+    return [{"input_points": [[shown]]} for shown in points] + [{"input_boxes": [[box]]} for box in boxes]
 
 
 def parse(text: str, form: str, picture: Image.Image) -> list[float]:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from bas.config import InputError
-from bas.images import MAX_PIXELS, open_picture, read_mask
+from bas.images import MAX_PIXELS, has_alpha, open_picture, read_mask
 
 log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"(mask|cutout)(0|[1-9][0-9]*)\.png")
+NEARLY = re.compile(r"(mask|cutout)[ _-]?(\d+)\.(png|jpe?g|webp|bmp|tiff?)", re.IGNORECASE)
 MAX_LABELS = 64  # a map with more values than that was smoothed, or saved with loss
 
 
@@ -38,8 +39,9 @@ def list_sources(folder: Path) -> list[list[Path]]:
     """The files of every mask source in a folder, in the order of their numbers. Raises InputError for a gap."""
     numbered: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
-        if match := NUMBERED.fullmatch(path.name):
-            numbered.setdefault(match[1], {})[int(match[2])] = path
+        if found := read_number(path):
+            kind, number = found
+            numbered.setdefault(kind, {})[number] = path
     for kind, files in numbered.items():
         missing = [f"{kind}{i}.png" for i in range(max(files) + 1) if i not in files]
         if missing:
@@ -47,6 +49,15 @@ def list_sources(folder: Path) -> list[list[Path]]:
             raise InputError(f"{folder} has {kind}s up to {last} but lacks {', '.join(missing[:5])}")
     sources = [[files[i] for i in range(len(files))] for _, files in sorted(numbered.items(), reverse=True)]
     return sources + [[folder / name] for name in READERS if (folder / name).is_file()]
+
+
+def read_number(path: Path) -> tuple[str, int] | None:
+    """("mask", 3) for mask3.png, None for another file. Raises InputError for what was meant so, as mask03.jpg."""
+    if match := NUMBERED.fullmatch(path.name):
+        return match[1], int(match[2])
+    if match := NEARLY.fullmatch(path.name):
+        raise InputError(f"{path} would not be read: name it {match[1].lower()}{int(match[2])}.png")
+    return None
 
 
 def find_source(folder: Path) -> list[Path]:
@@ -74,7 +85,7 @@ def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
 def read_cutout(path: Path) -> np.ndarray:
     """The alpha channel of a cut-out as its mask, (H, W) float32 in [0, 1]; the colours are not read."""
     picture = open_picture(path)
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+    if not has_alpha(picture):
         raise InputError(f"{path} has no alpha channel: a cut-out is transparent where the concept is not")
     return np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
 

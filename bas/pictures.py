@@ -89,10 +89,13 @@ def heat(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
 
 
 def picture_path(name: str) -> Path:
-    """A path for a picture to write. Raises InputError unless it ends in .png, .jpg or .webp."""
+    """A path for a picture to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
     path = Path(name)
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--output_path {name}: name a .png, .jpg or .webp file")
+    if path.is_dir() or not existing.is_dir():
+        raise InputError(f"--output_path {name}: {path if path.is_dir() else existing} is in the way")
     return path
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
+from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
-from bas.prompts import encode_prompts
+from bas.prompts import encode_prompts, read_strengths
 from bas.schedulers import (
     clean_and_noise,
     ddim_step,
@@ -34,6 +35,13 @@ def sample(
     """
     config = replace(config or SampleConfig(), **overrides)
     return list(sample_each(models, [prompts] if isinstance(prompts, str) else list(prompts), config))
+
+
+def check_request(models: Models, prompts: list[str], config: SampleConfig) -> None:
+    """Raises InputError for handles, strengths and sizes that `sample` would refuse. Reads no weight."""
+    latent_shape(models, config)
+    for prompt in (*prompts, config.negative_prompt):
+        tokenize(models.tokenizer, [read_strengths(prompt)[0]])
 
 
 def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:

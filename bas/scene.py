@@ -11,7 +11,6 @@ where one is missing, that photograph does not show the concept. Each is cut to 
 
 import json
 import logging
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,14 +21,13 @@ from torch import Tensor
 
 from bas.config import InputError, TrainConfig
 from bas.images import read_image, read_mask
-from bas.mask_sources import FoundMask, find_source, read_source
+from bas.mask_sources import FoundMask, find_source, read_number, read_source
 from bas.models.text import HANDLE
 
 log = logging.getLogger(__name__)
 
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
-MASK = re.compile(r"mask(0|[1-9][0-9]*)\.png")  # of a further photograph
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,15 @@ def read_shot(folder: Path, count: int) -> Shot:
     image_path = find_picture(folder)
     picture, masks = read_image(image_path), {}
     for path in sorted(folder.iterdir()):
-        if match := MASK.fullmatch(path.name):
-            if int(match[1]) >= count:
+        kind, number = read_number(path) or (None, None)
+        if kind == "mask":
+            if number >= count:
                 raise InputError(
                     f"{path}: the scene has the concepts 0 to {count - 1}, as its first picture shows them"
                 )
             mask = match_size(read_mask(path), path, picture, image_path)
             _check_coverage(path, mask)
-            masks[int(match[1])] = mask
+            masks[number] = mask
     if not masks:
         raise InputError(f"{folder} has no mask0.png, mask1.png, ...: name each by the concept that it shows")
     return Shot(folder.name, picture, masks)
@@ -245,13 +244,16 @@ def match_size(mask: np.ndarray, path: Path, picture: Image.Image, image_path: P
     if (w, h) == (image_w, image_h):
         return mask
     sizes = f"{path} is {w}x{h}, {image_path.name} is {image_w}x{image_h}"
-    if abs(w / h - image_w / image_h) > 0.01 * image_w / image_h:
-        hint = (
-            ": the picture is turned by its EXIF note, draw masks on the upright one" if (h, w) == picture.size else ""
-        )
-        raise InputError(f"{sizes}: they must have the same shape{hint}")
+    if not _alike(w / h, image_w / image_h):
+        turned = ": is one turned by an EXIF note? Draw masks on the upright picture"
+        raise InputError(f"{sizes}: they must have the same shape{turned if _alike(h / w, image_w / image_h) else ''}")
     log.warning("%s: the mask is resized", sizes)
     return np.array(Image.fromarray(mask).resize(picture.size, Image.Resampling.BILINEAR))
+
+
+def _alike(shape: float, other: float) -> bool:
+    """Whether two ratios of width to height are one shape, up to rounding."""
+    return abs(shape - other) <= 0.01 * other
 
 
 def _check_coverage(path: Path, mask: np.ndarray) -> None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bas import __version__
-from bas.batches import Batch, Material, draw_batch, prepare
-from bas.checkpoint import Models, load, save_model, weights_hash
+from bas.batches import Batch, Material, check_scene, draw_batch, prepare
+from bas.checkpoint import Models, load, outline, save_model, weights_hash
 from bas.class_images import class_images
 from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
@@ -231,6 +231,7 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
     precision = pick_precision(config.mixed_precision, device)
+    check_scene(outline(base)[0], scene, config)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.report_to == "tensorboard":

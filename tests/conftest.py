@@ -1,6 +1,7 @@
 """What every test runs under: no network, a home folder of its own, and a modest number of threads."""
 
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -11,6 +12,27 @@ import pytest
 import torch
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
+
+
+def pytest_addoption(parser):
+    """A flag to show that no test needs another to run before it."""
+    parser.addoption("--random_order", type=int, metavar="SEED", help="shuffle the modules, and the tests within each")
+
+
+def pytest_report_header(config):
+    """The seed, to repeat an order."""
+    seed = config.getoption("random_order")
+    return None if seed is None else f"order: --random_order {seed}"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Shuffle, as --random_order asks. A module's tests stay together: what they share is made once."""
+    seed = config.getoption("random_order")
+    if seed is not None:
+        order = random.Random(seed)
+        place = {path: order.random() for path in sorted({item.path for item in items})}
+        items.sort(key=lambda item: (place[item.path], order.random()))
 
 
 def pytest_configure(config):

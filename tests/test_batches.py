@@ -12,6 +12,7 @@ from tiny import refused, write_scene
 from bas.batches import attention_grid, draw_batch, handle_positions
 from bas.losses import resize_mask
 from bas.scene import load_scene
+from bas.train import check_input
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +175,8 @@ def test_mask_that_vanishes_on_the_grids_is_noticed(bench, tmp_path, caplog):
     mask[1, 1] = 255
     Image.fromarray(mask).save(scene / "mask1.png")
     with refused("<asset1>", "vanishes"):
-        bench.prepared(bench.config(instance_data_dir=str(scene)))
+        check_input(bench.config(instance_data_dir=str(scene)))
     mask[2:5, 2:5] = 255
     Image.fromarray(mask).save(scene / "mask1.png")
-    bench.prepared(bench.config(instance_data_dir=str(scene)))
+    check_input(bench.config(instance_data_dir=str(scene)))
     assert "the mask of <asset1> is too small for the attention loss" in caplog.text

@@ -83,6 +83,13 @@ def test_rates_and_weights_are_finite_and_not_negative(name, value):
     ("settings", "flags", "words"),
     [
         (TrainConfig, {"flip_probability": 1.1}, "--flip_probability is 1.1"),
+        (TrainConfig, {"phase1_train_steps": 10**18}, "is 1000000000000000000: expected 1000000 or less"),
+        (TrainConfig, {"train_batch_size": 10**9}, "--train_batch_size is 1000000000: expected 1000000 or less"),
+        (TrainConfig, {"resolution": 10**9}, "--resolution is 1000000000: expected 16384 or less"),
+        (TrainConfig, {"seed": 2**64}, "--seed is 18446744073709551616: expected"),
+        (SampleConfig, {"num_images": 10**12}, "--num_images is 1000000000000: expected 1000000 or less"),
+        (SampleConfig, {"width": 10**9}, "--width is 1000000000: expected 16384 or less"),
+        (SampleConfig, {"seed": -(2**64)}, "--seed is -18446744073709551616: expected"),
         (TrainConfig, {"adam_beta1": 1.0}, "--adam_beta1 is 1.0"),
         (TrainConfig, {"adam_beta2": -0.1}, "--adam_beta2 is -0.1"),
         (TrainConfig, {"preset": "fast"}, "expected one of official, paper"),

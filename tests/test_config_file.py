@@ -72,7 +72,7 @@ def test_what_is_no_setting_is_named(text, message, tmp_path):
 
 
 def test_a_bad_file_is_one_line(tmp_path):
-    for text in ("seed = = 1", "seed = 1\nseed = 2", "\x00"):
+    for text in ("seed = = 1", "seed = 1\nseed = 2", "\x00", "seed = " + "[" * 10_000, f"seed = {'9' * 5000}"):
         path = write(tmp_path, text)
         with pytest.raises(InputError, match=r"run\.toml is not valid TOML: .+") as error:
             read_config(path, {})
@@ -115,6 +115,26 @@ def test_the_command_names_the_nearest(tmp_path, capsys):
     assert capsys.readouterr().err == f"bas: {path}: unknown setting sedd; did you mean seed?\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("learning_rate = nan", "--learning_rate is nan: expected a finite number"),
+        ("learning_rate = inf", "--learning_rate is inf: expected a finite number"),
+        ("learning_rate = 1e999", "--learning_rate is inf: expected a finite number"),
+        ("learning_rate = -1", "--learning_rate is -1.0: expected a finite number"),
+        ("adam_beta1 = nan", "--adam_beta1 is nan"),
+        ("resolution = 1_000_000_000", "--resolution is 1000000000: expected 16384 or less"),
+        ("phase1_train_steps = -1", "--phase1_train_steps is -1: expected 0 or more"),
+        ("seed = 100_000_000_000_000_000_000", "--seed is 100000000000000000000: expected"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line(line, words, bench, tmp_path, capsys):
+    assert main(["train", str(bench.scene), "--weights", str(bench.model), "--config", write(tmp_path, line)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bas: {words}")
+    assert error.count("\n") == 1
+
+
 def test_a_run_keeps_settings_that_can_be_given_again(tmp_path, monkeypatch):
     model, scene = tiny.write_model(tmp_path / "model"), tiny.write_scene(tmp_path / "toy", concepts=1)
     config = TrainConfig(
@@ -125,6 +145,7 @@ def test_a_run_keeps_settings_that_can_be_given_again(tmp_path, monkeypatch):
         lr_power=1.5,
         device="cpu",
     )
+    (tmp_path / "run").mkdir()
     start(config, *check_input(config))
     assert resolved(monkeypatch, ["--config", str(tmp_path / "run" / "config.toml")]) == config
 
@@ -138,7 +159,7 @@ def test_sampling_takes_prompts_and_model_from_the_file(tmp_path, monkeypatch):
         raise InputError("far enough")
 
     monkeypatch.setattr(sample_command, "sample", record)
-    monkeypatch.setattr(sample_command, "open_model", lambda args: args.model_path or args.run)
+    monkeypatch.setattr(sample_command, "open_model", lambda args, check: args.model_path or args.run)
     monkeypatch.setattr(sample_command, "find_model", lambda args: tmp_path)
     for words in ([], ["b", "--seed", "6"], ["--model_path", "c", "--prompt", "z"]):
         with pytest.raises(InputError, match="far enough"):

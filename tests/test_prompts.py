@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import refused, taught, write_model
 
+from bas.checkpoint import save_model
+from bas.cli import main
 from bas.models.text import encode_ids, tokenize
 from bas.prompts import encode_prompts, read_strengths
 from bas.sample import sample
@@ -122,3 +124,25 @@ def test_sampling_hears_strengths(models):
     plain, one, gone = sample(models, [f"a photo of {h}" for h in ("<asset0>", "(<asset0>:1)", "(<asset0>:0)")], **fast)
     assert plain == one
     assert plain != gone
+
+
+def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
+    """Files bear numbers, or the name that was given for them."""
+    model, here = tmp_path / "model", tmp_path / "a" / "here"
+    save_model(taught(bench.model), model)
+    before = set(tmp_path.rglob("*"))
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    fast = ["--num_inference_steps", "1"]
+    prompt = "../../photo/../<asset0> /etc/x.png"
+    assert main(["sample", str(model), "--prompt", prompt, "../b", "--output_path", "out.png", *fast]) == 0
+    assert main(["attend", str(model), "--prompt", prompt, "--words", "--output_dir", "maps", *fast]) == 0
+    places = {path.relative_to(tmp_path).parent.as_posix() for path in set(tmp_path.rglob("*")) - before}
+    assert places == {".", "a", "a/here", "a/here/maps"}
+    assert {path.name for path in here.iterdir()} == {"out-0.png", "out-1.png", "maps"}
+    names = {path.name for path in (here / "maps").iterdir()}
+    assert names >= {"map0.npy", "map0.png", "maps.json", "picture.png", "sheet.png"}
+    assert all(name.isascii() and name.replace(".", "").isalnum() for name in names)
+    capsys.readouterr()
+    assert main(["train", str(bench.scene), "--weights", str(bench.model), "--handles", "<..>", "<b>", "<c>"]) == 2
+    assert capsys.readouterr().err == "bas: handle '<..>': expected <name> with 1 to 32 letters, digits, _ or -\n"

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import random
-import re
 import zipfile
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from families import UNET_FILE, change_json, refusal
 from safetensors.torch import save_file
 
 from bas.checkpoint import load
-from bas.config import InputError
 from bas.parts import COMPONENTS
 
 INCOMPLETE = "is missing: the model is incomplete, download it again"
@@ -243,8 +240,6 @@ def test_pickles_are_refused_unopened(name, kind, tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "holds 0 bytes, no model"),
-        (b"1234567", "holds 7 bytes, no model"),
         (
             b"version https://git-lfs.github.com/spec/v1\n",
             "is a Git LFS pointer, not the weights: run ",
@@ -252,13 +247,8 @@ def test_pickles_are_refused_unopened(name, kind, tmp_path):
         (b"<!DOCTYPE html><html></html>", "is a web page: the download went wrong"),
         (b"\n  <html>denied</html>", "is a web page: the download went wrong"),
         (b"GGUF\x03\0\0\0\0\0\0\0", "is a GGUF file: use the model's .safetensors version"),
-        (b"\xff" * 64, "is not a sound .safetensors file"),
-        ((2**63).to_bytes(8, "little") + b"{}", "is not a sound .safetensors file"),
-        ((50).to_bytes(8, "little") + b"{}", "is not a sound .safetensors file"),
-        ((2).to_bytes(8, "little") + b"[]", "is not a sound .safetensors file"),
-        ((2).to_bytes(8, "little") + b"{}", "holds no tensors: give a whole"),
     ],
-    ids=["empty", "short", "lfs", "html", "html2", "gguf", "noise", "2^63", "cut", "list", "none"],
+    ids=["lfs", "html", "html2", "gguf"],
 )
 def test_files_that_hold_no_tensors(content, reason, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -303,29 +293,3 @@ def test_paths_that_are_no_files(tmp_path):
     assert refusal(tmp_path / "link").startswith(f"{tmp_path / 'link'} is a link to a file that is missing: ")
     os.mkfifo(tmp_path / "pipe")
     assert refusal(tmp_path / "pipe") == f"{tmp_path / 'pipe'} is not an ordinary file"
-
-
-def mutated_headers_are_refused_or_read(path: Path, rounds: int) -> None:
-    """Change bytes of the header at random: an InputError or a model, never any other exception."""
-    save_file({"model.diffusion_model.a": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.float16)}, path)
-    whole, rng = path.read_bytes(), random.Random(0)
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for _ in range(rounds):
-        spoilt = bytearray(whole)
-        for _ in range(rng.randint(1, 4)):
-            place = rng.randrange(header)
-            spoilt[place] = rng.choice([rng.randrange(256), *b'{}[]":,0123456789'])
-        if rng.random() < 0.2:
-            spoilt = spoilt[: rng.randrange(len(spoilt))]
-        path.write_bytes(spoilt)
-        with pytest.raises(InputError, match=re.escape(str(path))):
-            load(path)
-
-
-def test_mutated_headers(tmp_path):
-    mutated_headers_are_refused_or_read(tmp_path / "model.safetensors", 500)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_mutated_headers(tmp_path):
-    mutated_headers_are_refused_or_read(tmp_path / "model.safetensors", 20_000)

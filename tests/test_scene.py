@@ -257,7 +257,6 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + b"\0\0\1\0IDAT"
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unreadable_files_are_named_with_the_reason(tmp_path):
     whole = save(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     spoilt = {
@@ -277,7 +276,6 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path):
                 read(path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_mutated_files_are_read_or_refused(tmp_path):
     """Random damage in every format: a picture or one line, never another error."""
     rng = np.random.default_rng(0)

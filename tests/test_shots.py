@@ -11,6 +11,7 @@ from bas.batches import draw_batch, draw_shot
 from bas.config import TrainConfig
 from bas.losses import resize_mask
 from bas.scene import load_scene
+from bas.train import check_input
 
 
 def add_shot(scene, name, boxes, size=(32, 32), seed=1):
@@ -114,7 +115,7 @@ def test_further_photographs_that_cannot_be_used_are_refused(scene):
 def test_a_concept_that_the_cut_leaves_out_is_refused_by_name(bench, scene):
     add_shot(scene, "3", {1: (0, 0, 16, 32)}, size=(96, 32))
     with refused("<asset1> in picture 3", "vanishes"):
-        bench.prepared(bench.config(instance_data_dir=str(scene), with_prior_preservation=False))
+        check_input(bench.config(instance_data_dir=str(scene), with_prior_preservation=False))
 
 
 def test_each_photograph_has_its_own_background(scene):

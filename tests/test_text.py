@@ -114,11 +114,22 @@ def test_handles_keep_their_case(tower, tokenizer):
         (("<a b>",), "expected <name>"),
         (("<" + "x" * 33 + ">",), "expected <name>"),
         (("<|endoftext|>",), "expected <name>"),
+        (("<..>",), "expected <name>"),
+        (("<a/b>",), "expected <name>"),
+        (("<>",), "expected <name>"),
+        (("<toy>\n",), "expected <name>"),
+        (("<tóy>",), "expected <name>"),
     ],
 )
 def test_malformed_handles_are_refused(tower, tokenizer, handles, message):
     with pytest.raises(InputError, match=message):
         add_handles(tower, tokenizer, handles, (None,) * len(handles), seed=0)
+
+
+def test_a_handle_cannot_take_a_token_of_the_vocabulary(tower, tokenizer):
+    tokenizer.add_tokens("<stone>")
+    with pytest.raises(InputError, match=r"^handle <stone> is already a token of this model: choose another name$"):
+        add_handles(tower, tokenizer, ("<stone>",), (None,), seed=0)
 
 
 def test_a_handle_cannot_be_added_twice(tower, tokenizer):
@@ -134,6 +145,67 @@ def test_an_unknown_handle_names_the_known_ones(tower, tokenizer):
     add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
     with pytest.raises(InputError, match=r"unknown handle <nobody>.*<toy>, <bowl-2>"):
         tokenize(tokenizer, ["a photo of <nobody>"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("a photo of <Toy>", "<Toy>"),
+        ("a photo of <toyy>", "<toyy>"),
+        ("a photo of <to y>", "<to y>"),
+        ("a photo of < toy >", "< toy >"),
+        ("a photo of <tóy>", "<tóy>"),
+        ("a photo of <>", "<>"),
+        ("a photo of <../toy>", "<../toy>"),
+        ("a photo of <" + "x" * 33 + ">", "<" + "x" * 33 + ">"),
+        ("a photo of <toy at the beach", "<toy"),
+        ("a photo of toy> at the beach", "toy>"),
+        ("<toy> and <bowl-2", "<bowl-2"),
+    ],
+)
+def test_a_misspelt_handle_names_the_known_ones(tower, tokenizer, prompt, named):
+    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+    with pytest.raises(InputError) as error:
+        tokenize(tokenizer, [prompt])
+    assert str(error.value) == f"unknown handle {named} in {prompt!r}; known handles: <toy>, <bowl-2>"
+
+
+def test_a_handle_is_no_other_one_that_begins_alike(tower, tokenizer):
+    """<asset1> and <asset10> are two tokens, and knowing one is not knowing the other."""
+    add_handles(tower, tokenizer, ("<asset1>",), (None,), seed=0)
+    with pytest.raises(InputError, match=r"unknown handle <asset10> .*; known handles: <asset1>$"):
+        tokenize(tokenizer, ["<asset10>"])
+    with pytest.raises(InputError, match=r"unknown handle <asset> .*; known handles: <asset1>$"):
+        tokenize(tokenizer, ["<asset>"])
+    tokenizer.add_tokens("<asset10>")
+    assert tokenize(tokenizer, ["<asset10><asset1> <asset10>"])[0, :5].tolist() == [540, 543, 542, 543, 541]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{},", "({})", '"{}"', "{}'s", "x{}y", "{}.", "-{}-", "a/{}/b", "{}{}", "{}!?", "<{}>", "\n{}\t"]
+)
+def test_punctuation_beside_a_handle_leaves_it_whole(tower, tokenizer, prompt):
+    """The handle is its one token, and what stands beside it reads as it does without."""
+    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+    ids = tokenize(tokenizer, [prompt.replace("{}", "<toy>")])[0].tolist()
+    assert ids.count(542) == prompt.count("{}")
+    around = [tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split("{}")]
+    expected = [token for i, part in enumerate(around) for token in ([542] * (i > 0) + part)]
+    assert ids[1 : ids.index(541)] == expected
+
+
+def test_the_75th_token_is_the_last_one_read(tower, tokenizer, caplog):
+    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+    words = " ".join(["bowl"] * 74)
+    assert tokenize(tokenizer, [f"{words} <toy>"])[0, 75:].tolist() == [542, 541]
+    assert caplog.text == ""
+    tokenize(tokenizer, [f"{words} <toy> stone, a beach"])
+    ours = [record.message for record in caplog.records if record.name.startswith("bas")]
+    assert ours == ["the prompt is too long; this part is not read: 'stone , a beach'"]
+    prompt = f"{words} stone <toy>"
+    with pytest.raises(InputError) as error:
+        tokenize(tokenizer, [prompt])
+    assert str(error.value) == f"a handle stands beyond the 77 tokens the model reads: shorten {prompt!r}"
 
 
 def test_a_handle_that_would_be_cut_off_is_an_error(tower, tokenizer, caplog):

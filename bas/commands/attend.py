@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from bas.attend import attend, write_attention
+from bas.attend import attend, plan_maps, write_attention
 from bas.commands.model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.files import new_folder, write_json
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
     rows = args.attention_grid or trained_grid(path)
     folder = new_folder(args.output_dir)
-    models = open_model(args)
+    models = open_model(args, lambda models: plan_maps(models, args.prompt, config, rows, args.words))
     attention = attend(models, args.prompt, config, rows, args.words)
     sheet = write_attention(attention, models.handles, folder)
     write_json(folder / "settings.json", asdict(config) | {"prompt": args.prompt, "model": path.name})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bas.commands.model import add_model, find_model, open_model
 from bas.config import EditConfig, InputError
-from bas.edit import edit, read_region, read_regions
+from bas.edit import check_edit, edit, read_region, read_regions
 from bas.flags import Parser, add_fields, given
 from bas.images import read_image
 from bas.pictures import picture_path, save_pictures
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
         regions = read_regions(Path(args.regions), image, picture)
     else:
         regions = [read_region(Path(args.mask), args.prompt, image, picture)]
-    pictures = edit(open_model(args), picture, regions, config)
+    models = open_model(args, lambda models: check_edit(models, picture, regions, config))
+    pictures = edit(models, picture, regions, config)
 
     shared = asdict(config) | {"prompts": [region.prompt for region in regions], "model": name}
     notes = [shared | {"seed": config.seed + i} for i in range(config.num_images)]

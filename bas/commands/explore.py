@@ -6,7 +6,8 @@ from bas.commands.model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
-from bas.gallery import CONTEXTS, explore
+from bas.gallery import CONTEXTS, combinations_in, explore
+from bas.sample import check_request
 
 
 def configure(parser: Parser) -> None:
@@ -28,4 +29,6 @@ def run(args: argparse.Namespace) -> None:
     config = SampleConfig(**given(args, SampleConfig))
     find_model(args)
     folder = new_folder(args.output_dir)
-    print(explore(open_model(args), folder, tuple(args.contexts), config))
+    contexts = tuple(args.contexts)
+    models = open_model(args, lambda models: check_request(models, combinations_in(models, contexts), config))
+    print(explore(models, folder, contexts, config))

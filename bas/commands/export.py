@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from bas.checkpoint import load
+from bas.checkpoint import load, outline
+from bas.config import InputError
 from bas.flags import Parser
 from bas.hub import find
 from bas.single_file import save_single_file
@@ -16,7 +17,13 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load strictly, rename, write."""
-    target = Path(args.output_path)
-    save_single_file(load(find(args.model)), target)
+    """Check what can be checked without weights; then load strictly, rename, write."""
+    target, path = Path(args.output_path), find(args.model)
+    if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"{target}: name a .safetensors file in a folder that is there")
+    if handles := outline(path)[0].handles:
+        raise InputError(
+            f"{path} has the handles {' '.join(handles)}: a single file carries none, use the folder itself"
+        )
+    save_single_file(load(path), target)
     print(target)

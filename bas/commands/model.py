@@ -1,9 +1,10 @@
 """The model that a sampling command works with: the flags that name it, and opening it."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from bas.checkpoint import load
+from bas.checkpoint import load, outline
 from bas.config import InputError
 from bas.flags import Parser, add_machine
 from bas.hub import find
@@ -27,7 +28,12 @@ def find_model(args: argparse.Namespace) -> Path:
     return find(args.model_path or args.run)
 
 
-def open_model(args: argparse.Namespace) -> Models:
-    """Load the model onto the device and in the precision that the flags ask for."""
+def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> Models:
+    """Load the model onto the device and in the precision that the flags ask for.
+
+    Before any weight is read, `check` sees the model without weights: it raises InputError for what it cannot do.
+    """
     path, device = find_model(args), pick_device(args.device)
-    return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device)])
+    dtype = DTYPES[pick_precision(args.precision, device)]
+    check(outline(path)[0])
+    return load(path, device=device, dtype=dtype)

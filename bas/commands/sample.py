@@ -8,7 +8,7 @@ from bas.config import InputError, SampleConfig
 from bas.config_file import add_config, read_config, setting_kinds
 from bas.flags import Parser, add_fields, given
 from bas.pictures import grid, picture_path, save_pictures
-from bas.sample import sample
+from bas.sample import check_request, sample
 
 REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
 
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError('say what to draw: --prompt "a photo of <asset0> at the beach"')
     config = SampleConfig(**{**settings, **given(args, SampleConfig)})
     target, name = picture_path(args.output_path), find_model(args).name
-    pictures = sample(open_model(args), args.prompt, config)
+    models = open_model(args, lambda models: check_request(models, args.prompt, config))
+    pictures = sample(models, args.prompt, config)
 
     jobs = [(prompt, config.seed + i) for prompt in args.prompt for i in range(config.num_images)]
     notes = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]

@@ -6,7 +6,8 @@ from bas.commands.model import add_model, find_model, open_model
 from bas.config import VaryConfig
 from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
-from bas.gallery import vary
+from bas.gallery import all_together, vary
+from bas.sample import check_request
 
 
 def configure(parser: Parser) -> None:
@@ -21,4 +22,5 @@ def run(args: argparse.Namespace) -> None:
     config = VaryConfig(**given(args, VaryConfig))
     find_model(args)
     folder = new_folder(args.output_dir)
-    print(vary(open_model(args), folder, config))
+    models = open_model(args, lambda models: check_request(models, [all_together(models)], config))
+    print(vary(models, folder, config))

@@ -1,0 +1,197 @@
+"""Wrong input is found before any weight is read: in one line, with exit code 2, in under two seconds."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import Bench, taught
+
+from bas.checkpoint import save_model
+from bas.cli import main
+from bas.config import InputError
+
+HANDLES = "known handles: <asset0>, <asset1>"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a base model, a taught one, a scene, and all kinds of broken input: read only."""
+    folder = tmp_path_factory.mktemp("early")
+    bench = Bench(folder)
+    save_model(taught(bench.model), folder / "taught")
+    mask = np.asarray(Image.open(bench.scene / "mask0.png"))
+
+    def spoil(name: str, file: str, content: bytes | Image.Image) -> None:
+        target = shutil.copytree(bench.scene, folder / name) / file
+        content.save(target) if isinstance(content, Image.Image) else target.write_bytes(content)
+
+    spoil("text", "img.png", b"this is no picture")
+    spoil("truncated", "mask1.png", (bench.scene / "mask1.png").read_bytes()[:60])
+    spoil("black", "mask1.png", Image.fromarray(mask * 0))
+    spoil("wide", "mask1.png", Image.new("L", (64, 32), 255))
+    spoil("same", "mask1.png", Image.fromarray(mask))
+    spoil("both", "mask1.png", Image.fromarray(np.dstack([mask, mask.T])))
+    spoil("gap", "mask7.png", Image.fromarray(mask.T))
+    spoil("notes", "scene.json", b"[]")
+    spoil("two", "img.jpg", b"")
+    Image.new("L", (32, 32), 0).save(folder / "black.png")
+    speck = Image.new("L", (32, 32), 0)
+    speck.putpixel((5, 5), 255)
+    speck.save(folder / "speck.png")
+    spoil("tiny", "mask1.png", speck)
+    (folder / "run").mkdir()
+    (folder / "file").touch()
+    (folder / "settings").mkdir()
+    (folder / "settings" / "settings.json").write_text("{")
+    (folder / "list.json").write_text(json.dumps([{"mask": "black.png", "prompt": "a bowl"}]))
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading the values of weights fails loudly: filling a network, hashing its files."""
+
+    def read(*args, **kwargs):
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr("bas.checkpoint.fill", read)
+    monkeypatch.setattr("bas.checkpoint._file_hash", read)
+    monkeypatch.setattr("bas.mask_proposals.load_segmenter", read)
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", read)
+
+
+TRAIN = [
+    ("train {scene} --weights {model} --phase1_train_steps -1", "--phase1_train_steps is -1: expected 0 or more"),
+    ("train {scene} --weights {model} --phase1_train_steps 0 --phase2_train_steps 0", "both phases have 0 steps"),
+    ("train {scene} --weights {model} --device abacus", "--device abacus cannot be used here"),
+    ("train {scene} --weights {file}", "file holds 0 bytes, no model"),
+    ("train {scene} --weights {scene}", "scene is not a model"),
+    ("train {scene} --weights {model} --handles <a> <b>", "--handles gives 2 names, but"),
+    ("train {scene} --weights {model} --handles <a> <b> c", "handle 'c': expected <name>"),
+    ("train {scene} --weights {model} --num_of_assets 2", "--num_of_assets is 2, but"),
+    ("train {scene} --weights {model} --output_dir {file}", "cannot write to --output_dir"),
+    ("train {scene} --weights {model} --output_dir {run} --resume_from_checkpoint {none}", "none"),
+    ("train {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
+    ("train {scene} --weights {model} --attention_grid 5", "no cross-attention on 5 rows"),
+    ("train {scene} --weights {model} --initializer_tokens a a \\x20", "the initial word ' ' holds no token"),
+    ("train {scene} --weights {taught}", "handle <asset0> is already a token of this model: choose another name"),
+    ("train {scene} --weights {model} --class_prompt <dog>", "unknown handle <dog> in '<dog>'"),
+    ("train {tiny} --weights {model}", "the mask of <asset1> vanishes on the latents' grid: paint it larger"),
+    ("train {none} --weights {model}", "none is not a folder: a scene is a folder with img.jpg and mask0.png"),
+    ("train {text} --weights {model}", "text/img.png is not a readable PNG, JPEG, WEBP, BMP, TIFF picture"),
+    ("train {truncated} --weights {model}", "truncated/mask1.png is not a readable PNG, JPEG, WEBP, BMP, TIFF"),
+    ("train {black} --weights {model}", "black/mask1.png is black all over: paint the concept white"),
+    ("train {wide} --weights {model}", "wide/mask1.png is 64x32, img.png is 32x32: they must have the same shape"),
+    ("train {same} --weights {model}", "same/mask1.png is the same mask as mask0.png"),
+    ("train {both} --weights {model}", "both/mask1.png: colour and alpha both vary, so which is the mask?"),
+    ("train {gap} --weights {model}", "gap has masks up to mask7.png but lacks mask3.png"),
+    ("train {notes} --weights {model}", "notes/scene.json is not {{"),
+    ("train {two} --weights {model}", "two needs exactly one picture named img.jpg, img.png, ...; found img.jpg, img"),
+]
+SAMPLE = [
+    ("sample {taught}", "say what to draw"),
+    ("sample {taught} --prompt <asset2>", f"unknown handle <asset2> in '<asset2>'; {HANDLES}"),
+    ("sample {taught} --prompt bowl asset0>", f"unknown handle asset0> in 'asset0>'; {HANDLES}"),
+    ("sample {taught} --prompt bowl --negative_prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
+    ("sample {taught} --prompt (<asset0>:9)", "(<asset0>:9): a strength is a number from 0 to 5"),
+    ("sample {model} --prompt <asset0>", "known handles: none: this is a base model"),
+    ("sample {taught} --prompt bowl --height 31", "--height 31: this model takes multiples of 8 pixels"),
+    ("sample {taught} --prompt bowl --num_images 0", "--num_images is 0: expected 1 or more"),
+    ("sample {taught} --prompt bowl --output_path a.gif", "--output_path a.gif: name a .png, .jpg or .webp file"),
+    ("sample {taught} --prompt bowl --output_path {file}/a.png", "file is in the way"),
+    ("sample {taught} --prompt bowl --device abacus", "--device abacus cannot be used here"),
+    ("sample {none} --prompt bowl", "none does not exist, and is no known model"),
+    ("vary {model} --output_dir {new}", "has no handles: give the folder of a finished `bas train`"),
+    ("vary {taught} --output_dir {scene}", "scene is not empty: name a new folder"),
+    ("vary {taught} --output_dir {new} --width 12", "--width 12: this model takes multiples of 8 pixels"),
+    ("vary {taught} --output_dir {new} --negative_prompt <toy>", "unknown handle <toy> in '<toy>'"),
+    ("explore {model} --output_dir {new}", "has no handles: give the folder of a finished `bas train`"),
+    (
+        "explore {taught} --output_dir {new} --contexts snow <toy>",
+        "unknown handle <toy> in 'a photo of <asset0> <toy>'",
+    ),
+    ("explore {taught} --output_dir {new} --eta 2", "--eta is 2.0: expected 0 to 1"),
+    ("attend {taught} --output_dir {new} --prompt bowl", "'bowl' holds no handle: name one, or ask for all --words"),
+    ("attend {taught} --output_dir {new} --prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
+    ("attend {taught} --output_dir {new} --prompt <asset0> --attention_grid 5", "no cross-attention on 5 rows"),
+    ("attend {taught} --output_dir {new} --prompt <asset0> --height 9", "--height 9: this model takes multiples of 8"),
+    ("attend {taught} --output_dir {new} --prompt <asset0> --negative_prompt <toy>", "unknown handle <toy> in '<toy>'"),
+]
+EDIT = [
+    ("--init_image {scene}/img.png --prompt bowl", "say where and what: --mask with --prompt, or --regions"),
+    ("--init_image {text}/img.png --mask {scene}/mask0.png --prompt bowl", "text/img.png is not a readable PNG"),
+    ("--init_image {scene}/img.png --mask {wide}/mask1.png --prompt bowl", "wide/mask1.png is 64x32, img.png is 32x32"),
+    ("--init_image {scene}/img.png --mask {black}/mask1.png --prompt bowl", "mask1.png is black all over: paint white"),
+    ("--init_image {scene}/img.png --mask {folder}/speck.png --prompt bowl", "covers no cell of the 16x16 grid"),
+    (
+        "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt <toy>",
+        f"unknown handle <toy> in '<toy>'; {HANDLES}",
+    ),
+    ("--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --height 9", "--height 9: this model takes"),
+    (
+        "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --output_path x",
+        "name a .png, .jpg or .webp",
+    ),
+    ("--init_image {scene}/img.png --regions {folder}/list.json", "black.png is black all over"),
+    ("--init_image {scene}/img.png --regions {none}", "--regions"),
+]
+OTHERS = [
+    ("masks {black} --weights {model}", "black/mask1.png is black all over"),
+    ("masks {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
+    ("masks {scene} --weights {model} --points 1,2", "--points goes with --auto"),
+    ("masks {scene}/img.png --auto clipseg --output_dir {new}", "--auto clipseg needs --words, one per concept"),
+    ("masks {scene}/img.png --auto clipseg --points 1,2 --output_dir {new}", "--points is for --auto sam, not clipseg"),
+    ("masks {scene}/img.png --auto sam --threshold 2 --output_dir {new}", "--threshold is 2.0: expected more than 0"),
+    (
+        "masks {scene}/img.png --auto sam --points 99,2 --output_dir {new}",
+        "'99,2': expected x,y in pixels, inside 32x32",
+    ),
+    ("masks {scene} --auto sam", "scene has masks already: name another --output_dir"),
+    ("report {none}", "none is no run of bas: it has no settings.json"),
+    ("report {settings}", "settings/settings.json is not valid JSON"),
+    ("export {taught} {new}.safetensors", "taught has the handles <asset0> <asset1>: a single file carries none"),
+    ("export {model} {new}.ckpt", "new.ckpt: name a .safetensors file in a folder that is there"),
+    ("export {model} {new}/a.safetensors", "new/a.safetensors: name a .safetensors file in a folder that is there"),
+    ("export {text} {new}.safetensors", "text is not a model"),
+    ("info {none}", "none does not exist, and is no known model"),
+]
+CASES = [*TRAIN, *SAMPLE, *((f"edit {{taught}} {rest}", message) for rest, message in EDIT), *OTHERS]
+NAMES = ("scene", "model", "taught", "file", "run", "none", "settings")
+NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", "two", "tiny")
+
+
+def arguments(line: str, place: Path, new: Path) -> list[str]:
+    """A line of a case as the shell would give it. new: a path where nothing is yet."""
+    paths = {name: place / name for name in NAMES} | {"folder": place, "new": new}
+    return [word.format(**paths).replace("\\x20", " ") for word in line.split()]
+
+
+@pytest.mark.parametrize(("line", "message"), CASES, ids=[line for line, _ in CASES])
+def test_wrong_input_is_found_before_weights_are_read(line, message, place, tmp_path, no_weights, capsys):
+    began = time.process_time()
+    assert main(arguments(line, place, tmp_path / "new")) == 2
+    taken = time.process_time() - began
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.count("\n") == 1
+    assert errors.startswith("bas: ")
+    assert message.replace("{{", "{") in errors
+    assert taken < 2
+
+
+@pytest.mark.parametrize("line", ["sample {taught} --prompt bowl", "export {model} {new}.safetensors"])
+def test_sound_input_does_read_them(line, place, tmp_path, no_weights):
+    """Else the test above would hold for any command."""
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        main(arguments(line, place, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("line", ["sample {none} --prompt bowl", "report {none}", "masks {black}"])
+def test_debug_shows_the_trace(line, place, tmp_path):
+    with pytest.raises(InputError):
+        main(arguments(f"{line} --debug", place, tmp_path / "new"))
