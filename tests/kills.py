@@ -8,11 +8,11 @@ checkpoint (weights, optimizer, random generator).
 """
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -28,6 +28,7 @@ from bas.config import TrainConfig
 training = import_module("bas.train")  # the module: bas.train is its function
 
 PHASE_STEPS, SAVE_EVERY = 20, 3
+LONGEST = 300  # seconds that a child may take; it needs a few
 BORDER = PHASE_STEPS // SAVE_EVERY * SAVE_EVERY  # the last save before the phases meet
 MODEL_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "concepts")
 
@@ -176,18 +177,41 @@ def cases() -> list[Case]:
 # --- The runs ---------------------------------------------------------------------------------------------------------
 
 
-def child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process; returns how it ended, as `os.waitstatus_to_exitcode` says."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+def die_in(name: str, number: int, config: TrainConfig) -> None:
+    """Train, or go on, until the kill of this number of the case of this name (patches do not travel, names do)."""
+    case = next(case for case in cases() if case.name == name)
+    whole = run_folder.list_checkpoints(Path(config.output_dir))
+    case.kills[number](int(whole[-1].name[-6:]) if whole else 0)
+    bas.train(config)
+
+
+def finish(config: TrainConfig, last: Path) -> None:
+    """Train, or go on, to the end; `last` keeps the state of the last checkpoint."""
+    clear_up = training.finish
+
+    def note_state(run):
+        last.write_bytes((run_folder.list_checkpoints(run.folder)[-1] / run_folder.STATE).read_bytes())
+        clear_up(run)
+
+    training.finish = note_state
+    bas.train(config)
+
+
+def child(work: Callable[..., None], *args) -> int | None:
+    """Run a module's function in a process of its own -> its exit code, -9 after SIGKILL; None if it was given up.
+
+    Not forked from this process, whose threads would not go along and whose locks would: from a clean server.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kills"])
+    process = context.Process(target=work, args=args)
+    process.start()
+    process.join(LONGEST)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
 
 
 class Harness:
@@ -208,7 +232,11 @@ class Harness:
         """The settings of a case."""
         place = run.parent if case.own_class_images else self.folder
         return replace(
-            self.config, output_dir=str(run), class_data_dir=str(place / "class images"), **dict(case.changes)
+            self.config,
+            output_dir=str(run),
+            class_data_dir=str(place / "class images"),
+            resume_from_checkpoint="latest",
+            **dict(case.changes),
         )
 
     def go_on(self, case: Case) -> dict[str, str]:
@@ -216,29 +244,11 @@ class Harness:
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             run, last = Path(place) / "run", Path(place) / "last"
             config = self.config_of(case, run)
-            for arrange in case.kills:
-
-                def killed(arrange=arrange):
-                    whole = run_folder.list_checkpoints(run)
-                    arrange(int(whole[-1].name[-6:]) if whole else 0)
-                    bas.train(replace(config, resume_from_checkpoint="latest"))
-
-                ended = child(killed)
+            for number in range(len(case.kills)):
+                ended = child(die_in, case.name, number, config)
                 assert ended == -signal.SIGKILL, f"{case.name}: the run ended with {ended}, not by the kill"
-
-            def resumed():
-                finish = training.finish
-
-                def note_state(run):
-                    state = run_folder.list_checkpoints(run.folder)[-1] / run_folder.STATE
-                    last.write_bytes(state.read_bytes())
-                    finish(run)
-
-                training.finish = note_state
-                bas.train(replace(config, resume_from_checkpoint="latest"))
-
             if not (run / run_folder.CONCEPTS).exists():
-                assert child(resumed) == 0, f"{case.name}: it could not be resumed"
+                assert child(finish, config, last) == 0, f"{case.name}: it could not be resumed"
             left = file_hashes(run)
             if last.exists():
                 left["last checkpoint"] = hashlib.sha256(last.read_bytes()).hexdigest()

@@ -76,19 +76,21 @@ def test_the_command_ends_with_the_code_that_shells_expect(bench, tmp_path, monk
     assert capsys.readouterr().err.splitlines()[-1].startswith("bas: stopped after step 1 of 3, saved in ")
 
 
+def stubborn(bench, run):
+    """Train, be asked to stop before step 3, and be asked again while that is under way."""
+    saving = run_folder.write_json
+
+    def again(path, content):
+        os.kill(os.getpid(), signal.SIGTERM)
+        saving(path, content)
+
+    before_step(pytest.MonkeyPatch(), 3, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    run_folder.write_json = again
+    bas.train(bench.config(run, checkpointing_steps=0))
+
+
 def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(bench, tmp_path, whole):
-    def stubborn():
-        saving = run_folder.write_json
-
-        def again(path, content):
-            os.kill(os.getpid(), signal.SIGTERM)  # while the first one's save is under way
-            saving(path, content)
-
-        before_step(pytest.MonkeyPatch(), 3, lambda *args: os.kill(os.getpid(), signal.SIGINT))
-        run_folder.write_json = again
-        bas.train(bench.config(tmp_path / "run", checkpointing_steps=0))
-
-    assert child(stubborn) == -signal.SIGTERM
+    assert child(stubborn, bench, tmp_path / "run") == -signal.SIGTERM
     assert list_checkpoints(tmp_path / "run") == []
     assert file_hashes(resume(bench, tmp_path / "run")) == whole
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -114,7 +116,7 @@ def test_the_second_of_two_runs_is_refused_and_the_first_goes_on(bench, tmp_path
     answers = []
 
     def race(*args):
-        answers.append(child(lambda: expect_refusal(bench, tmp_path / "run")))
+        answers.append(child(expect_refusal, bench, tmp_path / "run"))
 
     before_step(monkeypatch, 2, race)
     bas.train(bench.config(tmp_path / "run"))
@@ -327,16 +329,16 @@ def test_a_closed_pipe_ends_a_command_quietly(bench):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_training_goes_on_when_nobody_reads_its_progress(bench, tmp_path, whole):
+def train_unread(bench, run):
+    """Train while nobody reads standard error."""
     reader, writer = os.pipe()
     os.close(reader)
+    os.dup2(writer, 2)
+    bas.train(bench.config(run))
 
-    def train():
-        os.dup2(writer, 2)
-        bas.train(bench.config(tmp_path / "run"))
 
-    assert child(train) == 0
-    os.close(writer)
+def test_training_goes_on_when_nobody_reads_its_progress(bench, tmp_path, whole):
+    assert child(train_unread, bench, tmp_path / "run") == 0
     assert file_hashes(tmp_path / "run") == whole
 
 
