@@ -95,13 +95,22 @@ def test_captions_say_nothing_false():
     silent = 0
     for _ in range(300):
         drawn = world.render_scene(rng)
-        truth = {word for t in drawn.objects for word in (t.shape, t.colour, t.pattern)}
+        truth = {word for t in drawn.objects for word in (t.shape, t.colour, t.second, t.pattern)}
         truth |= set(world.PLACES[drawn.background][0].split())
         said = vocabulary.intersection(drawn.caption.split())
         assert said <= truth, drawn.caption
         assert all(thing.shape in drawn.caption for thing in drawn.objects)
         silent += world.PLACES[drawn.background][0] not in drawn.caption
     assert 20 < silent < 150  # short captions keep "a photo of <asset0>" inside what was learnt
+
+
+def test_both_colours_of_a_pattern_are_named():
+    thing = world.Thing("star", "red", "striped", "blue")
+    assert world.phrase(thing) == "a red and blue striped star"
+    assert world.phrase(thing, say_colour=False) == "a striped star"
+    seconds = [thing.second for seed in range(80) for thing in scene(seed, count=2, two_colours=1).objects]
+    assert 60 < len(list(filter(None, seconds))) < 100  # of 160: half are plain
+    assert not any(thing.second for seed in range(80) for thing in scene(seed, count=2, two_colours=0).objects)
 
 
 def test_an_empty_scene_is_captioned_as_the_prior_of_the_method():

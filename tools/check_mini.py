@@ -1,7 +1,7 @@
 """Measures a miniature model: does the picture show what the prompt says, and how well does the VAE reconstruct?
 
-A small network, trained here on fresh scenes of `mini_world.py`, names shape and colour cell by cell and the place as
-a whole; it then reads generated pictures. Its own errors on held-out scenes, straight and through the VAE, stand in
+A small network, trained here on fresh scenes of `mini_world.py` whose things have one colour, names shape and colour
+cell by cell and the place as a whole; it then reads generated pictures. Its own errors on held-out scenes, straight and through the VAE, stand in
 the table beside the model's, so that each figure can be judged.
 
     python tools/check_mini.py --weights weights/mini --output_dir /tmp/check
@@ -58,7 +58,7 @@ class Recogniser(nn.Module):
 
 def labelled_scene(index: int):
     """Scene `index`: picture, shape and colour of each of 16 x 16 cells (where an object covers half of it), place."""
-    scene = mini_world.render_scene(np.random.default_rng((SEED, index)), SIDE)
+    scene = mini_world.render_scene(np.random.default_rng((SEED, index)), SIDE, two_colours=0)
     shapes = np.full((16, 16), NOTHING, dtype=np.int64)
     colours = np.full((16, 16), -1, dtype=np.int64)  # -1: no colour to learn
     for thing, mask in zip(scene.objects, scene.masks, strict=True):
@@ -200,7 +200,7 @@ def main():
     models = bas.load(args.weights)
 
     rng = np.random.default_rng(SEED)
-    layouts = [mini_world.compose(rng, count=1 + i // args.prompts) for i in range(2 * args.prompts)]
+    layouts = [mini_world.compose(rng, 1 + i // args.prompts, two_colours=0) for i in range(2 * args.prompts)]
     originals = [mini_world.draw(layout, SIDE)[0] for layout in layouts]
     decoded = through_vae(models, originals)
     prompts = [mini_world.describe(layout) for layout in layouts]

@@ -392,8 +392,8 @@ def with_article(words: str) -> str:
 
 
 def phrase(thing: Thing, say_colour=True, say_pattern=True) -> str:
-    """A thing in words, such as "a red striped star"; plain things have no pattern word."""
-    colour = thing.colour if say_colour else ""
+    """A thing in words, such as "a red striped star" or "a red and blue striped star"; plain needs no pattern word."""
+    colour = " and ".join(filter(None, (thing.colour, thing.second))) if say_colour else ""
     pattern = thing.pattern if say_pattern and thing.pattern != "plain" else ""
     return with_article(" ".join(word for word in (colour, pattern, thing.shape) if word))
 
@@ -422,14 +422,16 @@ def choose(rng, options):
     return options[rng.integers(len(options))]
 
 
-SIZES = {1: (0.60, 0.78), 2: (0.44, 0.54), 3: (0.38, 0.46), 4: (0.34, 0.42)}  # by number of things
+SIZES = {1: (0.60, 0.78), 2: (0.44, 0.54), 3: (0.38, 0.46), 4: (0.34, 0.42)}  # usual, by number of things
+FREE_SIZES = {1: (0.38, 0.80), 2: (0.36, 0.56), 3: (0.34, 0.46), 4: (0.30, 0.42)}  # of things that stand anywhere
 SLOTS = {  # usual centres, by number of things
     1: ((0.5, 0.5),),
     2: ((0.27, 0.5), (0.73, 0.5)),
     3: ((0.25, 0.3), (0.75, 0.3), (0.5, 0.73)),
     4: ((0.26, 0.27), (0.74, 0.27), (0.26, 0.73), (0.74, 0.73)),
 }
-ANYWHERE = 0.2  # share of the training scenes whose things stand anywhere
+ANYWHERE = 0.4  # share of the training scenes whose things stand anywhere
+TWO_COLOURS = 0.6  # share of the patterned things whose pattern has a second, named colour
 
 
 def place_things(rng, things, anywhere=True):
@@ -440,7 +442,7 @@ def place_things(rng, things, anywhere=True):
     count = len(things)
     best, best_gap = None, -np.inf
     for _ in range(12):
-        sizes = rng.uniform(*SIZES[count], count)
+        sizes = rng.uniform(*(FREE_SIZES if anywhere else SIZES)[count], count)
         if anywhere:
             centres = sizes[:, None] / 2 + rng.random((count, 2)) * (1 - sizes[:, None])
         else:
@@ -458,14 +460,20 @@ def place_things(rng, things, anywhere=True):
     )  # fmt: skip
 
 
-def compose(rng, count=None, background=None) -> Layout:
+def invent(rng, shape: str, two_colours: float = TWO_COLOURS) -> Thing:
+    """A thing of this shape for training scenes; half of them are plain."""
+    colour = choose(rng, COLOURS)
+    if rng.random() < 0.5:
+        return Thing(shape, colour)
+    second = choose(rng, [name for name in COLOURS if name != colour]) if rng.random() < two_colours else None
+    return Thing(shape, colour, choose(rng, PATTERNS[1:]), second)
+
+
+def compose(rng, count=None, background=None, two_colours: float = TWO_COLOURS) -> Layout:
     """Decide a training scene: count things (0..4; None: drawn, mostly one or two) in a place."""
     count = int(rng.choice(5, p=(0.06, 0.52, 0.34, 0.06, 0.02))) if count is None else count
     shapes = rng.permutation(tuple(SHAPES))[:count]  # no shape twice, so that a caption tells things apart
-    things = [
-        Thing(str(shape), choose(rng, COLOURS), "plain" if rng.random() < 0.5 else choose(rng, PATTERNS[1:]))
-        for shape in shapes
-    ]
+    things = [invent(rng, str(shape), two_colours) for shape in shapes]
     background = choose(rng, PLACES) if background is None else background
     placed = place_things(rng, things, anywhere=rng.random() < ANYWHERE) if things else ()
     placed = tuple(sorted(placed, key=lambda thing: thing.x))  # captions name things from left to right
@@ -513,9 +521,9 @@ def realise(layout: Layout, caption: str, size: int = 64) -> Scene:
     return Scene(image, masks, caption, layout.things, layout.background, layout)
 
 
-def render_scene(rng, size: int = 64, count=None, background=None) -> Scene:
+def render_scene(rng, size: int = 64, count=None, background=None, two_colours: float = TWO_COLOURS) -> Scene:
     """One captioned training scene, decided and drawn; the same generator state gives the same scene."""
-    layout = compose(rng, count, background)
+    layout = compose(rng, count, background, two_colours)
     return realise(layout, describe(layout, rng), size)
 
 

@@ -742,12 +742,14 @@ def main():
         "--start_from", type=Path, help="a miniature whose VAE and towers stay and whose UNet trains on"
     )
     parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
+    parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]
-    if args.minutes and args.stage in ("vae", "clip", "unet", "decoder", "towers"):
+    changed = {name: value for name in ("minutes", "lr") if (value := getattr(args, name))}
+    if changed and args.stage in ("vae", "clip", "unet", "decoder", "towers"):
         recipe = f"{args.stage}_recipe"
-        preset = replace(preset, **{recipe: replace(getattr(preset, recipe), minutes=args.minutes)})
+        preset = replace(preset, **{recipe: replace(getattr(preset, recipe), **changed)})
     if args.start_from:
         adopt(preset, args.run_dir, args.start_from)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
