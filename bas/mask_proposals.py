@@ -7,19 +7,16 @@ machine, as safetensors only, and the network is never asked.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from PIL import Image, ImageFilter
 from torch import Tensor
 
 from bas.config import InputError, ProposalConfig
-from bas.files import read_json
-from bas.hub import HUB_ID
+from bas.frozen import find_frozen, load_frozen
 
 GRID = 16  # points per side that SAM looks at when nothing is pointed out
 AT_ONCE = 32  # of them per pass through its decoder
@@ -74,37 +71,9 @@ def propose(method: str, picture: Image.Image, config: ProposalConfig, device: t
     return refined
 
 
-def find_segmenter(name: str) -> Path:
-    """The folder of a model that is on this machine: a path, or a hub id that was downloaded before."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if HUB_ID.fullmatch(name):
-        config = try_to_load_from_cache(name, "config.json")
-        if isinstance(config, str):
-            return Path(config).parent
-        raise InputError(f"{name} is not downloaded yet: run `hf download {name}`, or name a folder with --segmenter")
-    raise InputError(f"--segmenter {name} is neither a folder nor a hub id such as owner/model")
-
-
 def load_segmenter(row: Method, name: str) -> tuple[torch.nn.Module, transformers.ProcessorMixin]:
-    """The model and its processor, strictly: the right kind, from safetensors, no weight missing."""
-    folder = find_segmenter(name)
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind != row.kind:
-        raise InputError(f"{folder} is a model of type {kind}: this method needs {row.kind}")
-    try:
-        processor = getattr(transformers, row.processor).from_pretrained(str(folder), local_files_only=True)
-        model, report = getattr(transformers, row.model).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except ImportError as error:  # Mask2Former's loss, which is built with the model, needs scipy
-        raise InputError(f"{row.kind} needs one more package: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
-    if report["missing_keys"]:
-        raise InputError(f"{folder} lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first")
-    return model.eval(), processor
+    """The model and its processor, strictly, as `load_frozen` reads them."""
+    return load_frozen(find_frozen(name, "--segmenter"), row.kind, row.model, row.processor)
 
 
 # --- The methods --------------------------------------------------------------------------------------------------

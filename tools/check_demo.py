@@ -11,70 +11,35 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from check_mini import read_pictures, train_recogniser
 from mini_world import PLACES
-from torch import Tensor
 
 from bas.checkpoint import load
 from bas.config import SampleConfig, TrainConfig
 from bas.demo import SCENE
+from bas.evaluation.metrics import attention_iou
+from bas.evaluation.objects import ObjectSimilarity
 from bas.hub import find, read_model_row
-from bas.losses import resize_mask
 from bas.pictures import grid
 from bas.preview import scene_attention
 from bas.run_folder import CONCEPTS
-from bas.sample import sample
+from bas.sample import sample, to_pictures
 from bas.scene import load_scene, subset_prompt
 from bas.train import train
 
-SCALES = (0.7, 0.85, 1.0, 1.2)  # of an object, tried when it is looked for in a picture
 VARIANTS = {"with attention loss": {}, "without": {"lambda_attention": 0.0}}
 
 
-def attention_iou(maps: Tensor, masks: Tensor) -> list[float]:
-    """Intersection over union of each map above half its maximum with its mask. maps, masks: (N, h, w)"""
-    looked = maps > 0.5 * maps.amax(dim=(-2, -1), keepdim=True)
-    wanted = resize_mask(masks, *maps.shape[-2:]) > 0.5
-    both, either = (looked & wanted).sum(dim=(-2, -1)), (looked | wanted).sum(dim=(-2, -1))
-    return (both / either).tolist()
-
-
-def distance(picture: Tensor, image: Tensor, mask: Tensor) -> float:
-    """How unlike the object under `mask` the best matching spot of a picture is: root mean square colour error.
-
-    picture, image: (3, H, W) in [0, 1]; mask: (H, W). The object is tried at several scales, mirrored too, everywhere.
-    """
-    rows, columns = mask.amax(1).nonzero().flatten(), mask.amax(0).nonzero().flatten()
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    cut = torch.cat([image[(slice(None), *box)], mask[box][None]])[None]
-    best = torch.tensor(torch.inf)
-    for scale in SCALES:
-        size = [min(round(side * scale), limit) for side, limit in zip(cut.shape[-2:], picture.shape[-2:], strict=True)]
-        for template in (scaled := F.interpolate(cut, size=size, mode="bilinear"), scaled.flip(-1)):
-            colour, weight = template[:, :3], template[:, 3:].expand(-1, 3, -1, -1)
-            # sum w (x - c)^2 at every offset, expanded into three correlations
-            errors = F.conv2d(picture[None] ** 2, weight) - 2 * F.conv2d(picture[None], weight * colour)
-            errors = (errors + (weight * colour**2).sum()) / weight.sum()
-            best = torch.minimum(best, errors.min())
-    return best.clamp(min=0).sqrt().item()
-
-
-def as_tensor(picture) -> Tensor:
-    """A picture as (3, H, W) float32 in [0, 1]"""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-
 def measure(run: Path, config: TrainConfig, recogniser, pictures_per_prompt: int) -> dict:
-    """Attention IoU per handle, distances of each handle's pictures to each object, share of right places."""
+    """Attention IoU per handle, similarity of each handle's pictures to each object, share of right places."""
     models, scene = load(run), load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple)
     iou = attention_iou(scene_attention(models, scene.handles, image, config), masks)
     settings = SampleConfig(num_images=pictures_per_prompt, batch_size=16, seed=1000)
     alone = sample(models, [subset_prompt([handle]) for handle in scene.handles], settings)
-    spots = [[distance(as_tensor(p), image / 2 + 0.5, mask) for mask in masks] for p in alone]
-    distances = np.array(spots).reshape(len(masks), pictures_per_prompt, len(masks))
+    (photo,), identity = to_pictures(image[None] / 2 + 0.5), ObjectSimilarity()
+    found = [identity.identity_similarity(alone, photo, mask) for mask in masks.numpy()]
+    alike = np.array(found).T.reshape(len(masks), pictures_per_prompt, len(masks))  # drawn by i, picture, like object j
     places = [place for place in PLACES if place != "wall"]
     prompts = [f"{subset_prompt([handle])} {PLACES[place][0]}" for handle in scene.handles for place in places]
     elsewhere = sample(models, prompts, SampleConfig(batch_size=16, seed=2000))
@@ -86,8 +51,8 @@ def measure(run: Path, config: TrainConfig, recogniser, pictures_per_prompt: int
     return {
         "handles": list(scene.handles),
         "iou": iou,
-        "distance": distances.mean(axis=1).tolist(),
-        "own_object_nearest": (distances.argmin(axis=2) == np.arange(len(masks))[:, None]).mean(axis=1).tolist(),
+        "similarity": alike.mean(axis=1).tolist(),
+        "own_object_nearest": (alike.argmax(axis=2) == np.arange(len(masks))[:, None]).mean(axis=1).tolist(),
         "right_place": float(np.mean([s == p for s, p in zip(seen, places * len(masks), strict=True)])),
     }
 
@@ -117,7 +82,7 @@ def main() -> None:
         print("|---" * (3 + len(handles)) + "|")
         for i, handle in enumerate(handles):
             row = [f"{score['iou'][i]:.2f}", f"{100 * score['own_object_nearest'][i]:.0f} %"]
-            print("| " + " | ".join([handle, *row, *(f"{d:.3f}" for d in score["distance"][i])]) + " |")
+            print("| " + " | ".join([handle, *row, *(f"{d:.3f}" for d in score["similarity"][i])]) + " |")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from bas.checkpoint import load
 from bas.config import UNetConfig, VAEConfig
@@ -693,6 +693,11 @@ def export(preset: Preset, run: Path, folder: Path) -> None:
     text_encoder.load_state_dict(denoiser.text_model.state_dict())
     text_encoder.save_pretrained(folder / "text_encoder")
     clip.save_pretrained(folder / "clip")
+    side, half = preset.vae.sample_size, [0.5] * 3  # pictures enter in [-1, 1]
+    prepare = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=half, image_std=half
+    )
+    prepare.save_pretrained(folder / "clip")
     for place in ("tokenizer", "clip"):
         shutil.copytree(run / "tokenizer", folder / place, dirs_exist_ok=True)
     modules = {
