@@ -27,6 +27,8 @@ COMMANDS = {
     "explore": "draw every combination of a run's concepts in many contexts",
     "attend": "draw a picture and show where each handle looked",
     "edit": "edit places of a photograph with learnt concepts",
+    "coco": "build the paper's data set from COCO",
+    "study": "make the pages of a user study, or analyse its answers",
     "report": "write the page of a run anew",
     "info": "tell what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",

@@ -559,3 +559,25 @@ class ProposalConfig:
         if abs(self.grow) > 1000:
             raise InputError(f"--grow is {self.grow}: expected -1000 to 1000")
         _in_range(self, "max_concepts", 1)
+
+
+@dataclass(frozen=True)
+class CocoConfig:
+    """Settings of `bas coco`: the rules of the paper's data set (appendix)."""
+
+    scenes: int = knob(50, "how many scenes to choose")
+    seed: int = knob(0, "seed of the choice")
+    min_things: int = knob(2, "things of distinct classes that a scene has at least")
+    max_things: int = knob(4, "of more, the largest so many are its concepts")
+    min_share: float = knob(0.15, "smallest share of the square that each covers")
+    dropped: tuple[str, ...] = knob(
+        ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"), "classes that are no concepts"
+    )
+
+    def __post_init__(self):
+        _in_range(self, "scenes", 1)
+        _in_range(self, "seed", 0, MAX_SEED)
+        _in_range(self, "min_things", 1)
+        _in_range(self, "max_things", self.min_things)
+        if not 0 < self.min_share < 1:
+            raise InputError(f"--min_share is {self.min_share}: expected more than 0 and less than 1")

@@ -141,7 +141,7 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """regions.json: {"concepts": [{"handle", "word", and "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]}, ...]}"""
     found = []
-    for i, concept in enumerate(_entries(path, "concepts")):
+    for i, concept in enumerate(entries(read_content(path), "concepts", path)):
         name = f"{path} concept {i}"
         if ("polygon" in concept) == ("box" in concept):
             raise InputError(f'{name} needs either "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]')
@@ -160,22 +160,25 @@ def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """coco.json, one picture's part of a COCO file: each annotation is a concept, its category the initial word."""
-    annotations = _entries(path, "annotations")
+    content = read_content(path)
+    annotations = entries(content, "annotations", path)
     pictures = {str(annotation.get("image_id")) for annotation in annotations}
     if len(pictures) > 1:
         raise InputError(f"{path} annotates {len(pictures)} pictures: keep the annotations of this scene's")
-    words = {str(row.get("id")): _text(row, "name", str(path)) for row in _entries(path, "categories", optional=True)}
-    for row in _entries(path, "images", optional=True):
+    words = {
+        str(row.get("id")): _text(row, "name", str(path)) for row in entries(content, "categories", path, optional=True)
+    }
+    for row in entries(content, "images", path, optional=True):
         if str(row.get("id")) in pictures and "width" in row and "height" in row:
             size = tuple(_numbers([row["width"], row["height"]], (2,), f"{path} images").astype(int))
     found = []
     for i, annotation in enumerate(annotations):
-        mask = _segmentation(annotation.get("segmentation"), size, f"{path} annotation {i}").astype(np.float32)
+        mask = segmentation_mask(annotation.get("segmentation"), size, f"{path} annotation {i}").astype(np.float32)
         found.append(FoundMask(f"{path.name} annotation {i}", mask, word=words.get(str(annotation.get("category_id")))))
     return found
 
 
-def _segmentation(shape: Any, size: tuple[int, int], name: str) -> np.ndarray:
+def segmentation_mask(shape: Any, size: tuple[int, int], name: str) -> np.ndarray:
     """COCO's three ways to write a mask: polygons, of which the union counts, and two of run lengths. (H, W) bool"""
     if isinstance(shape, dict):
         h, w = (int(side) for side in _numbers(shape.get("size"), (2,), name))
@@ -234,12 +237,16 @@ def unpack_counts(text: str) -> list[int] | None:
     return None if shift else runs
 
 
-def _entries(path: Path, key: str, optional: bool = False) -> list[dict]:
-    """The list of objects under one key of a JSON file. An optional one may be missing."""
+def read_content(path: Path) -> Any:
+    """Whatever a JSON file holds."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
+
+
+def entries(content: Any, key: str, path: Path, optional: bool = False) -> list[dict]:
+    """The list of objects under one key of a JSON file's content. An optional one may be missing."""
     rows = content.get(key, [] if optional else None) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not (rows or optional):
         raise InputError(f'{path} is not {{"{key}": [{{...}}, ...]}}')
