@@ -34,6 +34,7 @@ setup(
         'tomli>=2; python_version < "3.11"',
     ],
     extras_require={
+        "evaluation": ["scipy>=1.11"],
         "tensorboard": ["tensorboard>=2.15"],
         "test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11", "scipy>=1.11", "pycocotools>=2.0.8"],
     },

@@ -581,3 +581,17 @@ class CocoConfig:
         _in_range(self, "max_things", self.min_things)
         if not 0 < self.min_share < 1:
             raise InputError(f"--min_share is {self.min_share}: expected more than 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Settings of `bas study`."""
+
+    pages: int = knob(5, "pages with different pictures, one for each participant, or for several")
+    questions: int = knob(30, "pictures on a page, at most; each method has as many")
+    seed: int = knob(0, "seed of what is shown, and in which order")
+
+    def __post_init__(self):
+        _in_range(self, "pages", 1, 1000)
+        _in_range(self, "questions", 2, 500)
+        _in_range(self, "seed", 0, MAX_SEED)

@@ -90,12 +90,16 @@ def picture(source: Path | Image.Image, caption: str, side: int = SIDE) -> str:
     with opened as image:
         shown = image.convert("RGB")
         shown.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    shown.save(buffer, "JPEG", quality=88)
-    data = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{shown.width}" height="{shown.height}"'
-    tag = f'<img {size} alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'
+    tag = f'<img {size} alt="{escape(caption)}" src="{data_uri(shown)}">'
     return f"<figure>{tag}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as an address that holds it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def tiles(facts: dict, rows: list[dict], sessions: list[dict], finished: bool) -> str:

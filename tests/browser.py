@@ -110,8 +110,8 @@ class Browser:
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def press(self, key: str, control: bool = False) -> None:
-        """One key, with its text unless Control is held."""
-        text = {} if control else {"text": key}
+        """One key, with its text unless Control is held or the key has a name, as Enter."""
+        text = {"text": key} if len(key) == 1 and not control else {}
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **text)
             text = {}
