@@ -13,7 +13,7 @@ from bas.config import StudyConfig
 from bas.evaluation.ratings import Rating, compare, compare_marks, read_ratings
 from bas.evaluation.study import FIELDS, choose_pages, cut_out, read_items, write_study
 
-METHODS = ("bas", "db-m", "ti-m")
+METHODS = ("ablation", "bas", "db-m")
 PLACES = ("at the beach", "in the snow")
 
 
@@ -32,7 +32,7 @@ def evaluation(tmp_path_factory):
                     name = f"{len(pictures):04d}.png"
                     Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(cell / name)
                     prompt = "a photo of " + " and ".join(f"<asset{i}>" for i in concepts) + f" {place}"
-                    row = {"file": name, "prompt": prompt, "concepts": concepts, "seed": len(pictures)}
+                    row = {"file": name, "prompt": prompt, "concepts": concepts}
                     pictures.append(row)
             note = {"scene": scene, "method": method, "seed": 0, "handles": ["<asset0>", "<asset1>"]}
             note |= {"words": ["dog", None], "pictures": pictures}
@@ -49,6 +49,10 @@ def test_an_evaluations_pictures_are_asked_about_once_for_each_thing(evaluation)
     item = next(item for item in items if item.picture.name == "0004.png" and item.mask.name == "mask0.png")
     assert item.prompt == "a photo of thing and dog at the beach"
     assert item.word == "dog"
+    # The baselines train on pictures that were pasted together: every method is compared with the photograph itself.
+    assert {item.reference for item in items} == {
+        evaluation / "cells" / scene / "bas" / "seed-0" / "run" / "scene" / "img.png" for scene in ("one", "two")
+    }
 
 
 def test_every_page_shows_the_same_from_each_method_and_no_two_pages_the_same(evaluation):
@@ -56,7 +60,7 @@ def test_every_page_shows_the_same_from_each_method_and_no_two_pages_the_same(ev
     assert [len(page) for page in pages] == [12] * 4
     for page in pages:
         units = {method: sorted(item.unit for item in page if item.method == method) for method in METHODS}
-        assert units["bas"] == units["db-m"] == units["ti-m"]
+        assert units["bas"] == units["db-m"] == units["ablation"]
         assert len(set(units["bas"])) == 4
     shown = [item.unit for page in pages for item in page if item.method == "bas"]
     assert len(set(shown)) == 16  # all there are, none twice
@@ -95,13 +99,7 @@ def test_the_thing_is_cut_out_with_black_around_it(tmp_path):
 
 
 def test_a_list_of_pictures_does_as_well(evaluation, tmp_path):
-    rows = [
-        {
-            name: str(getattr(item, name))
-            for name in ("method", "scene", "prompt", "word", "picture", "reference", "mask")
-        }
-        for item in read_items(evaluation)
-    ]
+    rows = [{name: str(getattr(item, name)) for name in FIELDS} for item in read_items(evaluation)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [item.picture for item in read_items(tmp_path / "list.jsonl")] == [
         item.picture for item in read_items(evaluation)
@@ -197,8 +195,8 @@ def test_from_an_evaluation_to_the_tables(evaluation, tmp_path, capsys):
     folder = tmp_path / "study"
     assert main(["study", str(evaluation), "--output_dir", str(folder), "--pages", "2", "--questions", "12"]) == 0
     assert str(folder / "page-1.html") in capsys.readouterr().out
-    first = {"bas": (4, 4), "db-m": (5, 1), "ti-m": (1, 5)}
-    second = {"bas": (3, 5), "db-m": (4, 2), "ti-m": (2, 4)}
+    first = {"bas": (4, 4), "db-m": (5, 1), "ablation": (1, 5)}
+    second = {"bas": (3, 5), "db-m": (4, 2), "ablation": (2, 4)}
     paths = [answer(folder, 0, "x", first), answer(folder, 1, "y", second)]
     assert main(["study", str(folder), "--analyse", *map(str, paths)]) == 0
     shown = capsys.readouterr().out
@@ -207,7 +205,7 @@ def test_from_an_evaluation_to_the_tables(evaluation, tmp_path, capsys):
     numbers = json.loads((folder / "analysis.json").read_text())
     assert numbers["ratings"] == 24
     means = {row["method"]: row["mean"] for row in numbers["prompt"]["means"]}
-    assert means == {"bas": 4.5, "db-m": 1.5, "ti-m": 4.5}
+    assert means == {"bas": 4.5, "db-m": 1.5, "ablation": 4.5}
     assert numbers["identity"]["p"] < 0.001
     assert len(numbers["identity"]["pairs"]) == 3
 

@@ -30,6 +30,7 @@ KEY = "key.json"
 SIDE = 512  # pixels of a picture on a page
 MARGIN = 0.06  # around a cut-out thing, as a share of its larger side
 CELLS, CELL = "cells/*/*/seed-*", "cell.json"  # what `bas evaluate` leaves
+METHOD = "bas"  # whose cells hold the photograph as it is: the baselines train on pictures pasted together
 FIELDS = ("method", "scene", "prompt", "word", "picture", "reference", "mask")  # of a line in a list of pictures
 
 
@@ -44,7 +45,7 @@ class Item:
     picture: Path
     reference: Path  # the input photograph
     mask: Path  # of the thing in it
-    repeat: int = 0  # tells apart pictures of one method with the same prompt
+    repeat: int = 0  # the seed of the training, where there are several
 
     @property
     def unit(self) -> tuple[str, str, str, str, int]:
@@ -58,12 +59,18 @@ def read_items(source: Path) -> list[Item]:
         cells = sorted(path.parent for path in source.glob(f"{CELLS}/{CELL}"))
         if not cells:
             raise InputError(f"{source} is no evaluation: it has no {CELLS}/{CELL}")
-        return [item for cell in cells for item in read_cell(cell)]
+        shown: dict[str, Path] = {}  # where each scene's photograph is taken from, for all methods
+        for cell in sorted(cells, key=lambda cell: cell.parent.name != METHOD):
+            shown.setdefault(cell.parents[1].name, cell / "run" / SCENE)
+        return [item for cell in cells for item in read_cell(cell, shown[cell.parents[1].name])]
     return list(read_list(source))
 
 
-def read_cell(cell: Path) -> Iterator[Item]:
-    """The pictures of one method on one scene with one seed, once for each thing that their prompts name."""
+def read_cell(cell: Path, reference: Path) -> Iterator[Item]:
+    """The pictures of one method on one scene with one seed, once for each thing that their prompts name.
+
+    reference: folder with the scene's photograph and masks.
+    """
     note = read_json(cell / CELL)
     try:
         words = [word or "thing" for word in note["words"]]
@@ -76,9 +83,9 @@ def read_cell(cell: Path) -> Iterator[Item]:
                     prompt=class_prompt(picture["prompt"], names),
                     word=words[concept],
                     picture=cell / picture["file"],
-                    reference=cell / "run" / SCENE / "img.png",
-                    mask=cell / "run" / SCENE / f"mask{concept}.png",
-                    repeat=picture["seed"],
+                    reference=reference / "img.png",
+                    mask=reference / f"mask{concept}.png",
+                    repeat=note["seed"],
                 )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{cell / CELL} is no note of an evaluation ({type(error).__name__}: {error})") from error
