@@ -1,8 +1,8 @@
 """Measures a miniature model: does the picture show what the prompt says, and how well does the VAE reconstruct?
 
 A small network, trained here on fresh scenes of `mini_world.py` whose things have one colour, names shape and colour
-cell by cell and the place as a whole; it then reads generated pictures. Its own errors on held-out scenes, straight and through the VAE, stand in
-the table beside the model's, so that each figure can be judged.
+cell by cell and the place as a whole; it then reads generated pictures. Its own errors on held-out scenes, straight
+and through the VAE, stand in the table beside the model's, so that each figure can be judged.
 
     python tools/check_mini.py --weights weights/mini --output_dir /tmp/check
 """
