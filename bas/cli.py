@@ -8,12 +8,15 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import suppress
 
 from bas import __version__
 from bas.config import InputError, RunError
 from bas.flags import Parser
 from bas.interrupts import Interrupted
 
+UNREAD = 141  # 128 + SIGPIPE
+MEMORY_ADVICE = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
 ABOUT = "Extract several concepts from one photograph, and re-imagine them (Break-A-Scene, in plain PyTorch)."
 
 # Each is a module of bas.commands; its help stands here so that `bas --help` imports none of them.
@@ -54,8 +57,22 @@ def build_parser(chosen: str | None) -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command, and see what it printed off; returns the exit code."""
+    code = attempt(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()  # here, not when Python ends: there it would answer with a trace and a code of its own
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left to print has no reader
+            if stream is sys.stdout and not code:
+                code = UNREAD if isinstance(error, BrokenPipeError) else 1
+                if code == 1:
+                    tell(f"standard output cannot be written: {error.strerror}")
+    return code
+
+
+def attempt(argv: list[str]) -> int:
+    """Run one command; what goes wrong is told in one line. Returns the exit code."""
     args = build_parser(next((word for word in argv if word in COMMANDS), None)).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="bas: %(message)s", stream=sys.stderr)
     for noisy in ("transformers", "huggingface_hub", "PIL", "torch"):
@@ -65,20 +82,30 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, RunError) as error:
         if args.debug:
             raise
-        print(f"bas: {error}", file=sys.stderr)
+        tell(error)
         return 2 if isinstance(error, InputError) else 1
     except Interrupted as stop:
-        print(f"bas: {stop}", file=sys.stderr)
+        tell(stop)
         return stop.exit_code
     except KeyboardInterrupt:
-        print("\nbas: interrupted", file=sys.stderr)
+        tell("interrupted", before="\n")  # the terminal shows ^C in the same line
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no reader
-        return 141
+        return UNREAD
     except OSError as error:  # of a file that is written: those that are read have been checked
         if args.debug:
             raise
-        print(f"bas: {error.filename or 'a file'} cannot be written: {error.strerror or error}", file=sys.stderr)
+        tell(f"{error.filename or 'a file'} cannot be written: {error.strerror or error}")
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if args.debug or type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # PyTorch's, and Python's
+            raise
+        tell(f"out of memory: {MEMORY_ADVICE}")
         return 1
     return 0
+
+
+def tell(message: object, before: str = "") -> None:
+    """One line on standard error; none where nobody can read it."""
+    with suppress(OSError):
+        print(f"{before}bas: {message}", file=sys.stderr)

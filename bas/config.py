@@ -364,6 +364,7 @@ class TrainConfig:
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = knob(False, "compile the UNet with torch.compile")
     seed: int = knob(0, "seed of every random draw")
+    deterministic: bool = knob(False, "only GPU kernels that give the same bits on every run: slower")
 
     # Watching, saving, resuming
     log_steps: int = knob(10, "steps between two readings of the losses from the device")

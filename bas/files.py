@@ -175,10 +175,15 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file, whole or not at all. `metadata` joins the format note that readers expect."""
+    """Write a .safetensors file, whole or not at all. `metadata` joins the format note that readers expect.
+
+    What stands on the disk is opened before it takes the path's place: a write that claims success may be cut short.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(whole, temporary, {"format": "pt", **(metadata or {})})
+            with safe_open(temporary, framework="pt"):  # refuses a file of another length than its header says
+                pass
         except SafetensorError as error:  # a full disk, say, which the library wraps
             raise OSError(f"{path} cannot be written: {error}") from error

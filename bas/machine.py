@@ -1,6 +1,8 @@
-"""Where and in what precision to compute: decided once, from the flags and what the machine has."""
+"""Where, in what precision and how repeatably to compute: decided once, from the flags and what the machine has."""
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -33,3 +35,24 @@ def pick_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Mixed precision: float32 weights, products in `precision`, softmax and losses in float32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=DTYPES[precision] != torch.float32)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within the block, if `wanted`, PyTorch takes only kernels that give the same bits on every run.
+
+    An operation that has none raises RuntimeError. Not before the block may the process have multiplied matrices on a
+    GPU: cuBLAS reads its variable once (PyTorch's notes on reproducibility).
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # which picks kernels by their speed at the moment
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

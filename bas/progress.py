@@ -35,7 +35,7 @@ class Progress:
             *(f"{name} {value:.4f}" for name, value in (values or {}).items()),
         ]
         line = "  ".join([*parts, f"{speed:.2f} {self.unit}/s", f"{left} left"])
-        with suppress(BrokenPipeError):  # nobody reads on; the work goes on
+        with suppress(OSError):  # nobody reads on, or the terminal is gone; the work goes on
             self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
             if self.live and finished:
                 self.stream.write("\n")

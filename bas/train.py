@@ -25,7 +25,7 @@ from bas.files import write_json, write_text
 from bas.hub import find
 from bas.interrupts import Interrupted, Interrupts
 from bas.losses import attention_loss, average_maps, masked_mse
-from bas.machine import DTYPES, autocast, pick_device, pick_precision
+from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_precision
 from bas.models.text import add_handles, encode_ids
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
@@ -40,6 +40,7 @@ from bas.run_folder import (
     locked,
     optimizer_tensors,
     prepare_folder,
+    read_rows,
     restore_optimizer,
     save_checkpoint,
     save_concepts,
@@ -181,7 +182,7 @@ def train(config: TrainConfig) -> Path:
     finite, memory or disk run out; Interrupted after a signal, once all is saved.
     """
     times, checked = Times(), check_input(config)
-    with locked(Path(config.output_dir)):
+    with locked(Path(config.output_dir)), deterministic(config.deterministic):
         run = start(config, *checked)
         times.note("preparation", run.folder, run.models.device)
         try:
@@ -326,6 +327,15 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
             if run.events:
                 run.events.add_sheet(sheet, step)
     refuse_infinite(trained, f"at the end of {phase.name}")
+    if run.precision == "fp16" and run.done < end:
+        tell_overflows(run.folder, phase)
+
+
+def tell_overflows(folder: Path, phase: Phase) -> None:
+    """Warn of the steps of a phase that its gradient scaler left out, counted from the metrics of all its sessions."""
+    norms = [row["grad_norm"] for row in read_rows(folder / METRICS) if row["phase"] == phase.name]
+    if left_out := sum(not math.isfinite(norm) for norm in norms):
+        log.warning("%s: fp16 overflowed in %d of %d steps, which changed nothing", phase.name, left_out, len(norms))
 
 
 def read_metrics(run: Run) -> dict[str, float]:

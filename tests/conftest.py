@@ -95,6 +95,16 @@ def bench(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def whole(bench, tmp_path_factory) -> dict[str, str]:
+    """The hashes of the standard run of 3 + 3 steps: what every run must end with that was disturbed."""
+    from tiny import file_hashes
+
+    import bas
+
+    return file_hashes(bas.train(bench.config(tmp_path_factory.mktemp("whole") / "run")))
+
+
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> Path:
     """A tiny SD 1 folder that tests must not change."""
     from families import tiny  # not above: bas may be imported only once the home folder is the tests' own

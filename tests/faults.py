@@ -1,0 +1,57 @@
+"""Ways to make a training go wrong at a chosen step, and to make this machine refuse what it would otherwise allow."""
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from tiny import Bench
+
+import bas
+
+training = import_module("bas.train")  # the module: bas.train is its function
+NOBODY = 65534  # the user who owns nothing
+
+
+def resume(bench: Bench, run: Path, **changes) -> Path:
+    """Go on from the newest checkpoint."""
+    return bas.train(bench.config(run, resume_from_checkpoint="latest", **changes))
+
+
+def before_step(patch: pytest.MonkeyPatch, step: int, act: Callable) -> None:
+    """Let `act(models, optimizer)` happen just before this step of the session, counted from 1."""
+    original, steps = training.optimizer_step, iter(range(1, 1000))
+
+    def stepping(models, batches, config, optimizer, scaler, clipped, precision):
+        if next(steps) == step:
+            act(models, optimizer)
+        return original(models, batches, config, optimizer, scaler, clipped, precision)
+
+    patch.setattr(training, "optimizer_step", stepping)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Within the block no file can grow beyond `room` bytes: the kernel refuses to write on, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Within the block root may read and write no more than anybody else."""
+    if os.geteuid():
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)

@@ -1,0 +1,162 @@
+"""What a training does when told to stop, and any command when nobody reads what it says."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import termios
+import threading
+
+import pytest
+from faults import before_step, resume
+from kills import child
+from tiny import file_hashes
+
+import bas
+from bas import run_folder
+from bas.cli import main
+from bas.interrupts import Interrupted, Interrupts
+from bas.run_folder import list_checkpoints
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_finishes_the_step_saves_and_ends(bench, tmp_path, monkeypatch, whole, name, step):
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch:
+        before_step(patch, step, lambda *args: os.kill(os.getpid(), number))
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {step} of 6.*--resume_from_checkpoint latest"
+        ) as stop:
+            bas.train(bench.config(tmp_path / "run"))
+    assert stop.value.exit_code == 128 + number
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{step:06d}"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
+
+
+def command(bench, run):
+    """The command line of the standard run."""
+    flags = {
+        "output_dir": run,
+        "weights": bench.model,
+        "class_data_dir": bench.class_images,
+        "num_class_images": 2,
+        "phase1_train_steps": 3,
+        "phase2_train_steps": 3,
+        "img_log_steps": 0,
+        "checkpointing_steps": 0,
+        "device": "cpu",
+    }
+    return ["train", str(bench.scene), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_command_ends_with_the_code_that_shells_expect(bench, tmp_path, monkeypatch, capsys, name, code):
+    before_step(monkeypatch, 1, lambda *args: os.kill(os.getpid(), getattr(signal, name)))
+    assert main(command(bench, tmp_path / "run")) == code
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bas: stopped after step 1 of 6, saved in ")
+
+
+def stubborn(bench, run):
+    """Train, be asked to stop before step 3, and be asked again while that is under way."""
+    saving = run_folder.write_json
+
+    def again(path, content):
+        os.kill(os.getpid(), signal.SIGTERM)
+        saving(path, content)
+
+    before_step(pytest.MonkeyPatch(), 3, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    run_folder.write_json = again
+    bas.train(bench.config(run, checkpointing_steps=0))
+
+
+def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(bench, tmp_path, whole):
+    assert child(stubborn, bench, tmp_path / "run") == -signal.SIGTERM
+    assert list_checkpoints(tmp_path / "run") == []
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def lose_terminal(bench, run):
+    """Train in a terminal of one's own that is closed before step 3: the kernel sends SIGHUP, and no line can be
+    written any more."""
+    os.setsid()
+    terminal, line = os.openpty()
+    fcntl.ioctl(line, termios.TIOCSCTTY, 0)
+    os.dup2(line, sys.stderr.fileno())
+    os.close(line)
+    before_step(pytest.MonkeyPatch(), 3, lambda *args: os.close(terminal))
+    os._exit(main(command(bench, run)))
+
+
+def test_a_lost_terminal_saves_and_ends(bench, tmp_path, whole):
+    assert child(lose_terminal, bench, tmp_path / "run") == 128 + signal.SIGHUP
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000003"]
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
+
+
+def test_a_thread_leaves_signals_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with Interrupts() as interrupts:
+            seen.append((signal.getsignal(signal.SIGTERM), interrupts.asked))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, None)]
+
+
+# --- Nobody reads the output ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_a_closed_pipe_ends_a_command_quietly(bench, buffered):
+    """Whether Python writes each line at once or all of them at its end."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    words = [sys.executable, "-m", "bas", "info", str(bench.model)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def tell_a_full_disk(model):
+    """Print to a disk that is full, as a file: in one piece, at the end."""
+    sys.stdout = open("/dev/full", "w")  # noqa: SIM115  it stays open until the process ends
+    os._exit(main(["info", str(model)]))
+
+
+def test_output_onto_a_full_disk_is_a_failure(bench):
+    assert child(tell_a_full_disk, bench.model) == 1
+
+
+def train_unread(bench, run, kind):
+    """Train while nobody can read standard error."""
+    reader, writer = os.openpty() if kind == "a closed terminal" else os.pipe()
+    os.close(reader)
+    os.dup2(os.open("/dev/full", os.O_WRONLY) if kind == "a full disk" else writer, sys.stderr.fileno())
+    bas.train(bench.config(run))
+
+
+@pytest.mark.parametrize("kind", ["a closed pipe", "a closed terminal", "a full disk"])
+def test_training_goes_on_when_nobody_reads_its_progress(bench, tmp_path, whole, kind):
+    assert child(train_unread, bench, tmp_path / "run", kind) == 0
+    assert file_hashes(tmp_path / "run") == whole
+
+
+def test_a_file_that_cannot_be_written_is_one_line(bench, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.safetensors")
+
+    monkeypatch.setattr("bas.commands.export.run", full)
+    assert main(["export", str(bench.model), str(tmp_path / "out.safetensors")]) == 1
+    assert capsys.readouterr().err == "bas: out.safetensors cannot be written: No space left on device\n"
