@@ -15,7 +15,8 @@ HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
 
 
 def pytest_addoption(parser):
-    """A flag to show that no test needs another to run before it."""
+    """Flags to show that no test needs another to run before it, and what the tests say of each promise."""
+    parser.addoption("--promises", action="store_true", help="end with the table of promises: cases tried, cases held")
     parser.addoption("--random_order", type=int, metavar="SEED", help="shuffle the modules, and the tests within each")
 
 
@@ -23,6 +24,19 @@ def pytest_report_header(config):
     """The seed, to repeat an order."""
     seed = config.getoption("random_order")
     return None if seed is None else f"order: --random_order {seed}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of promises, as --promises asks. A test that could not be set up has not held."""
+    if config.getoption("promises"):
+        from promises import table
+
+        stats = terminalreporter.stats
+        ran = {kind: stats.get(kind, []) for kind in ("passed", "failed", "error")}
+        outcomes = {report.nodeid: kind for kind, reports in ran.items() for report in reports}
+        terminalreporter.section("promises")
+        for line in table(outcomes):
+            terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(trylast=True)

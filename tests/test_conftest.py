@@ -1,5 +1,6 @@
 """What conftest.py promises to every other test."""
 
+import ast
 import os
 import socket
 from itertools import groupby
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import NetworkBlocked, pytest_collection_modifyitems, pytest_report_header
+from promises import PROMISES, table
 
 from bas.checkpoint import cache_dir
 
@@ -52,3 +54,28 @@ def test_a_random_order_is_repeatable_and_keeps_modules_together():
 def test_the_seed_of_a_random_order_is_told():
     assert pytest_report_header(SimpleNamespace(getoption=lambda name: 7)) == "order: --random_order 7"
     assert pytest_report_header(SimpleNamespace(getoption=lambda name: None)) is None
+
+
+def test_promises_count_what_was_tried_and_what_held():
+    outcomes = {
+        "tests/test_refuse.py::test_a": "passed",
+        "tests/test_refuse.py::test_b[x::y]": "failed",
+        "tests/test_bad_models.py::test_twenty_thousand_mutated_headers": "passed",
+        "tests/test_vae.py::test_c": "error",
+    }
+    counts = {promise.strip(): counted for promise, *counted in (line.rsplit(maxsplit=2) for line in table(outcomes))}
+    assert len(counts) == len(PROMISES) + 2
+    assert counts["a bad model is refused with file and reason, unopened and in little memory"] == ["2", "1"]
+    assert counts["20,000 mutated headers are refused, or read as what they hold"] == ["1", "1"]
+    assert counts["all tests that ran"] == ["4", "2"]
+
+
+def test_every_promise_has_tests():
+    """By the names in the sources: renaming tests leaves no promise without one."""
+    names = {
+        f"tests/{path.name}::{node.name}": "passed"
+        for path in Path(__file__).parent.glob("test_*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+    assert not [line for line in table(names)[1:] if line.split()[-1] == "0"]

@@ -1,8 +1,10 @@
 """Whatever is no Stable Diffusion 1.x or 2.x model is refused by name, in one line, and nothing in it is ever run."""
 
+import ast
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from families import UNET_FILE, change_json, refusal
 from safetensors.torch import save_file
 
+import bas
 from bas.checkpoint import load
 from bas.parts import COMPONENTS
 
@@ -208,6 +211,41 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path):
         change_json(folder / config, auto_map={"AutoModel": "modeling.Model", "AutoTokenizer": ["modeling.T", None]})
     load(folder)
     assert not canary.exists()
+
+
+# --- The sources of bas -------------------------------------------------------------------------------------------
+
+SOURCES = sorted(Path(bas.__file__).parent.rglob("*.py"))
+NEVER_IMPORTED = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "subprocess", "pty", "runpy"}
+NEVER_CALLED = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "os.system", "os.popen"}
+MAY_BE_TRUE = {"trust_remote_code", "allow_pickle", "shell"}  # and must not
+
+
+def test_the_sources_hold_nothing_that_unpickles_or_runs_data():
+    """Nor a shell, nor a module by a name that is not written out: the two tables of modules are in the sources."""
+    by_name = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [name.name for name in node.names] + [getattr(node, "module", None) or ""]
+                assert not {name.split(".")[0] for name in names} & NEVER_IMPORTED, where
+            elif isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in NEVER_CALLED, where
+                assert not [k.arg for k in node.keywords if k.arg in MAY_BE_TRUE and ast.unparse(k.value) != "False"]
+                if called == "importlib.import_module":
+                    by_name.append(path.name)
+    assert len(SOURCES) > 40
+    assert by_name == ["__init__.py", "cli.py"]
+
+
+@pytest.mark.parametrize(("package", "least"), [("torch", (2, 10)), ("transformers", (5, 3)), ("pillow", (12, 2))])
+def test_versions_with_known_holes_are_not_installed(package, least):
+    """torch CVE-2025-32434 and CVE-2026-24747, transformers CVE-2026-4372, Pillow CVE-2026-40192."""
+    setup = (Path(bas.__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
+    (floor,) = re.findall(rf'"{package}>=([0-9.]+)"', setup)
+    assert tuple(map(int, floor.split("."))) >= least
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
