@@ -1,6 +1,6 @@
 """Kills a training with SIGKILL at every point that matters, resumes it, and compares what it leaves with a whole run.
 
-    python tests/kills.py            # every point; prints a table and the count
+    PYTHONPATH=.:tools python tests/kills.py            # every point; prints a table and the count
 
 A run of 20 + 20 steps, each of two batches, on a tiny model. A child process patches one function to kill it there;
 the next child resumes. The finished runs must agree bit for bit: model, handles, metrics, and the state of the last
