@@ -281,6 +281,7 @@ class TrainConfig:
     background_handle: str | None = knob(
         None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>"
     )
+    close_ups: bool = knob(False, "learn from a close-up of each set of concepts as well: for small concepts")
     resolution: int | None = knob(
         None, "pixels of the picture's shorter side (default: what the model was trained for)"
     )

@@ -12,6 +12,7 @@ where one is missing, that photograph does not show the concept. Each is cut to 
 import json
 import logging
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from bas.models.text import HANDLE
 log = logging.getLogger(__name__)
 
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
+CLOSE_UP_SHARE = 0.7  # of a close-up's side, which its concepts take up at the most
+WIDEST_CLOSE_UP = 0.9  # of the picture's side: a wider one would show no more than the picture
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
 
 
@@ -189,6 +192,8 @@ def load_scene(config: TrainConfig) -> Scene:
         log.info("%s has %d further pictures: %s", folder, len(scene.shots), ", ".join(s.name for s in scene.shots))
     if config.background_handle:
         scene = with_background(scene, config.background_handle)
+    if config.close_ups:
+        scene = with_close_ups(scene)
     if len(scene) > MAX_CONCEPTS:
         log.warning("%d concepts: the method works best with up to %d (paper, limitations)", len(scene), MAX_CONCEPTS)
     return scene
@@ -213,6 +218,31 @@ def with_background(scene: Scene, name: str) -> Scene:
         shots.append(replace(shot, masks=shot.masks | shown))
     masks, handles, words = [*scene.masks, rest], (*scene.handles, handle), (*scene.words, "background")
     return Scene(scene.picture, masks, handles, words, tuple(shots))
+
+
+def with_close_ups(scene: Scene) -> Scene:
+    """The scene with a close-up of each proper subset of its concepts as a further photograph, where one is narrower.
+
+    Not in the paper, whose photographs show their concepts large. A small concept fills more of the latents in its
+    close-up, and is not learnt as something that stands where the photograph shows it.
+    """
+    count, (width, height) = len(scene), scene.picture.size
+    close_ups = []
+    for subset in (c for size in range(1, count) for c in combinations(range(count), size)):
+        ys, xs = np.nonzero(np.maximum.reduce([scene.masks[i] for i in subset]) > 0.5)
+        if len(ys) == 0:
+            continue
+        (left, right), (top, bottom) = (xs.min(), xs.max() + 1), (ys.min(), ys.max() + 1)
+        share = max((right - left) / width, (bottom - top) / height) / CLOSE_UP_SHARE
+        if share > WIDEST_CLOSE_UP:
+            continue
+        w, h = round(share * width), round(share * height)
+        x = min(max((left + right - w) // 2, 0), width - w)
+        y = min(max((top + bottom - h) // 2, 0), height - h)
+        masks = {i: scene.masks[i][y : y + h, x : x + w] for i in subset}
+        name = "close-up of " + " and ".join(scene.handles[i] for i in subset)
+        close_ups.append(Shot(name, scene.picture.crop((x, y, x + w, y + h)), masks))
+    return replace(scene, shots=(*scene.shots, *close_ups))
 
 
 def pixels(picture: Image.Image) -> Tensor:

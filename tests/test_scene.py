@@ -495,3 +495,32 @@ def test_one_concept_is_always_drawn():
 def test_prompts():
     assert subset_prompt(["<asset1>"]) == "a photo of <asset1>"
     assert subset_prompt(("<asset2>", "<asset0>", "<x>")) == "a photo of <asset2> and <asset0> and <x>"
+
+
+def test_close_ups_show_each_narrow_subset_large(tmp_path):
+    """Boxes by hand: 28 of 200 columns at 0.7 of the side make a close-up of 40 x 20, moved inside the picture."""
+    pixels = np.random.default_rng(0).integers(256, size=(100, 200, 3), dtype=np.uint8)
+    masks = np.zeros((3, 100, 200), dtype=np.uint8)
+    masks[0, 4:12, 4:32] = 255  # at the upper left: its close-up is moved to begin at 0, 0
+    masks[1, 40:52, 100:128] = 255  # its height decides: 12 of 100 rows make 0.171 of the side, its width 0.2
+    masks[2, 90:98, 170:190] = 255
+    save(tmp_path / "img.png", pixels)
+    for i, mask in enumerate(masks):
+        save(tmp_path / f"mask{i}.png", mask)
+    assert load(tmp_path).shots == ()
+    shots = {shot.name: shot for shot in load(tmp_path, close_ups=True).shots}
+    assert sorted(shots) == [
+        "close-up of <asset0>",
+        "close-up of <asset0> and <asset1>",
+        "close-up of <asset1>",
+        "close-up of <asset1> and <asset2>",
+        "close-up of <asset2>",
+    ]  # the first and the last stand too far apart: their close-up would be the picture
+    corner, middle = shots["close-up of <asset0>"], shots["close-up of <asset1>"]
+    assert np.array_equal(np.asarray(corner.picture), pixels[:20, :40])
+    assert np.array_equal(np.asarray(middle.picture), pixels[36:56, 94:134])
+    assert list(middle.masks) == [1]
+    assert np.array_equal(middle.masks[1] * 255, masks[1, 36:56, 94:134])
+    pair = shots["close-up of <asset0> and <asset1>"]
+    assert sorted(pair.masks) == [0, 1]
+    assert pair.picture.size == (177, 89)  # 124 of 200 columns
