@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from bas.scene import pixels, read_image
 
 pytest.importorskip("diffusers", reason="the port of the official loop runs on diffusers")
-from official_loop import Example, OfficialLoop, read_scene  # noqa: E402
+from official_loop import Example, OfficialLoop, read_scene
 
 OFFICIAL = Path(__file__).parent / "reference" / "official"
 TRAIN = load_file(OFFICIAL / "train.safetensors")

@@ -13,8 +13,10 @@ twice.
 
 import argparse
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from bas.scene import pixels, read_image, read_mask
 
@@ -108,6 +111,7 @@ class OfficialLoop:
 
     def __init__(self, weights: Path, words: list[str], device: str = "cpu", half: bool | None = None):
         """`half`: fp16 autocast and VAE; None is the official default, on a GPU and nowhere else."""
+        transformers_logging.disable_progress_bar()
         diffusers_logging.set_verbosity_error()
         self.device = torch.device(device)
         self.half = self.device.type == "cuda" if half is None else half
@@ -163,8 +167,7 @@ class OfficialLoop:
 
     def draw(self, scene: OfficialScene, index: int) -> Example:
         """One row of the official data set: a random subset, a flip, the prompt; class image `index` from disk."""
-        count = len(self.handles)
-        concepts = random.sample(range(count), k=random.randrange(1, count + 1))
+        concepts = random.sample(range(len(self.handles)), k=random.randrange(1, len(self.handles) + 1))
         image, masks = scene.image, scene.masks[concepts]
         if random.random() > 0.5:
             image, masks = image.flip(-1), masks.flip(-1)
@@ -240,6 +243,11 @@ class OfficialLoop:
         self.update()
         return logs | {"loss": loss.detach().item()}
 
+    def stepper(self, scene: OfficialScene) -> Callable[[], dict[str, float]]:
+        """`step` with the next class image at each call."""
+        index = count()
+        return lambda: self.step(scene, next(index))
+
     def save(self, weights: Path, folder: Path) -> None:
         """The whole model as a pipeline, as the official code ends."""
         tuned = {"unet": self.unet, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
@@ -258,15 +266,15 @@ def open_pipeline(weights: Path, device: str, dtype: torch.dtype | None = None) 
     return pipeline.to(device)
 
 
-def make_class_images(weights: Path, folder: Path, count: int, device: str) -> None:
-    """Fill the folder up to `count` class images, four at once, as JPEG."""
+def make_class_images(weights: Path, folder: Path, wanted: int, device: str) -> None:
+    """Fill the folder up to `wanted` class images, four at once, as JPEG."""
     folder.mkdir(parents=True, exist_ok=True)
     found = len(list(folder.iterdir()))
-    if found >= count:
+    if found >= wanted:
         return
     pipeline = open_pipeline(weights, device)
-    for start in range(found, count, CLASS_BATCH):
-        for i, picture in enumerate(pipeline([CLASS_PROMPT] * min(CLASS_BATCH, count - start)).images):
+    for start in range(found, wanted, CLASS_BATCH):
+        for i, picture in enumerate(pipeline([CLASS_PROMPT] * min(CLASS_BATCH, wanted - start)).images):
             picture.save(folder / f"{start + i}.jpg")
 
 
