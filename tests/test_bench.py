@@ -1,0 +1,220 @@
+"""The bench: its arithmetic, its tables, the turns that sides take, and that docs/speed.md shows docs/speed.json."""
+
+import json
+from pathlib import Path
+
+import bench
+import numpy as np
+import pytest
+import torch
+from bench_bas import BasSide, Mode, mode_named
+from bench_clock import interleave, own_peak_bytes
+from bench_material import Material, make_scene
+from bench_table import Line, Stat, markdown, share, speedup, text_table
+from PIL import Image
+from tiny import Bench
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+# --- Arithmetic and tables ----------------------------------------------------------------------------------------
+
+
+def test_quartiles_lie_between_the_measurements():
+    assert Stat.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Stat(3.0, 2.0, 4.0, 5)
+    assert Stat.of([1.0, 2.0]) == Stat(1.5, 1.25, 1.75, 2)
+    assert Stat.of([7.0]) == Stat(7.0, 7.0, 7.0, 1)
+    with pytest.raises(ValueError, match="nothing"):
+        Stat.of([])
+
+
+def test_a_speedup_is_theirs_over_ours_and_a_share_ours_over_theirs():
+    theirs, ours = Stat.of([6.0]), Stat.of([1.5])
+    assert speedup(theirs, ours) == 4.0
+    assert share(theirs, ours) == 0.25
+    assert speedup(None, ours) is None
+
+
+RESULT = {
+    "date": "2026-01-02",
+    "machine": {
+        "name": "A CPU",
+        "cores": 2,
+        "threads": 1,
+        "memory_gb": 23.6,
+        "load_before": 0.04,
+        "load_after": 1.0,
+    },
+    "versions": {"torch": "2.13.0"},
+    "ceilings": [["copy", 12.345, "GB/s"]],
+    "quick": "",
+    "lines": [
+        Line(
+            "phase-1 step",
+            "small, CPU",
+            "fp32",
+            official=Stat(6.0, 5.5, 6.25, 3),
+            bas=Stat(1.5, 1.4, 1.6, 3),
+            ratio=4.0,
+            goal="3x (3.5x)",
+            fidelity={"loss": 1e-7, "handles": 2.5e-6, "handles cosine": 0.9999999},
+        ).to_json(),
+        Line("peak memory", "full, GPU", goal="0.30x (0.21x)", note="no CUDA device").to_json(),
+    ],
+}
+
+
+def test_markdown_of_a_small_result():
+    """Medians with quartiles, ratio, goal and fidelity; what was not measured says so and why."""
+    assert markdown(RESULT) == (
+        "- 2026-01-02, A CPU, 1 threads of 2 cores, 24 GB; torch 2.13.0\n"
+        "- ceilings measured in the same call: copy 12.3 GB/s\n"
+        "- load of the machine at the start and the end: 0.0, 1.0 (busy processes; on an idle machine 0 at the start)\n"
+        "\n### small, CPU\n\n"
+        "| row | bas in | official | compiled | bas | ratio | goal (stretch) | fidelity |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+        "| phase-1 step | fp32 | 6 s [5.5, 6.25] | - | 1.5 s [1.4, 1.6] | 4.00x | 3x (3.5x) "
+        "| loss 1.0e-07, handles 2.5e-06 (cos 1.00000) |\n"
+        "\n### full, GPU\n\n"
+        "| row | bas in | official | compiled | bas | ratio | goal (stretch) | fidelity |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+        "| peak memory | - | - | - | not measured: no CUDA device | - | 0.30x (0.21x) | - |\n"
+    )
+
+
+def test_the_terminal_shows_the_same_cells_aligned():
+    shown = text_table(RESULT).splitlines()
+    titles, row = shown[5], shown[6]
+    assert titles.split() == [
+        "row",
+        "bas",
+        "in",
+        "official",
+        "compiled",
+        "bas",
+        "ratio",
+        "goal",
+        "(stretch)",
+        "fidelity",
+    ]
+    for text, title in (("fp32", "bas in"), ("6 s [5.5, 6.25]", "official"), ("4.00x", "ratio"), ("loss", "fidelity")):
+        assert row.index(text) == titles.index(title)
+
+
+def test_the_documented_table_is_that_of_the_documented_run():
+    """docs/speed.md holds, between its marks, what `bench.py --markdown docs/speed.json` prints."""
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+    table = page.split("<!-- bench -->\n")[1].split("<!-- end of bench -->")[0]
+    assert table == markdown(json.loads((DOCS / "speed.json").read_text(encoding="utf-8")))
+
+
+def test_the_command_renders_a_file(tmp_path, capsys):
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    bench.main(["--markdown", str(tmp_path / "result.json")])
+    assert capsys.readouterr().out == markdown(RESULT)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--threads", "0"], ["--rows", "nothing"], ["--markdown", "no such file"], ["--output", "no such folder/x.json"]],
+)
+def test_wrong_flags_end_with_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(flags)
+    assert ended.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------------
+
+
+def test_sides_take_turns_after_a_warm_up():
+    order = []
+    found = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", least=3, budget=0)
+    assert order == ["a", "b"] * 4
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 3, "b": 3}
+
+
+def test_a_budget_allows_thirty_rounds_and_no_more():
+    found = interleave({"a": lambda: None}, "cpu", least=1, budget=60)
+    assert len(found["a"]) == 30
+
+
+def test_the_peak_of_memory_counts_what_this_process_touched():
+    before = own_peak_bytes()
+    block = torch.ones(2**27)  # 512 MiB
+    after = own_peak_bytes()
+    assert after >= block.nbytes
+    assert after >= before
+
+
+def test_a_mode_that_this_version_lacks_says_what_is_missing():
+    assert mode_named("fp32").available() == ""
+    assert "no --no_such_flag" in Mode("x", {"no_such_flag": True}).available()
+    assert "no --mixed_precision fp8" in Mode("x", {"mixed_precision": "fp8"}).available()
+
+
+def test_rectangles_stand_in_for_any_number_of_concepts(tmp_path):
+    """Eight masks that tile the picture: each pixel belongs to exactly one."""
+    scene = make_scene(tmp_path / "scene", 64, concepts=8)
+    masks = np.stack([np.asarray(Image.open(path)) for path in sorted(scene.glob("mask*.png"))])
+    assert masks.shape == (8, 64, 64)
+    assert (masks.sum(axis=0, dtype=int) == 255).all()
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Material:
+    """The tests' tiny model and scene in the bench's terms."""
+    tiny = Bench(tmp_path_factory.mktemp("tiny"))
+    files = str(tiny.model), str(tiny.scene), str(tiny.class_images)
+    return Material(*files, ("creature", "bowl", "stone"), 32, "cpu")
+
+
+def test_bas_takes_one_step_at_a_time_in_its_own_loop(material, tmp_path):
+    """After each call exactly one more line of metrics; nothing goes on in between, nor after the end."""
+    side = BasSide(material, mode_named("fp32"), 1, tmp_path / "run")
+    for steps in (1, 2, 3):
+        side.step()
+        side.run.metrics.flush()
+        rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))
+    side.close()
+    assert not side.thread.is_alive()
+
+
+def test_what_goes_wrong_in_the_held_loop_is_raised(material, tmp_path, monkeypatch):
+    side = BasSide(material, mode_named("fp32"), 1, tmp_path / "run")
+    monkeypatch.setattr("bench_bas.training.draw_batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        side.step()
+
+
+@pytest.mark.parametrize(("phase", "mode"), [(1, "fp32"), (1, "fp32, exact"), (2, "fp32"), (2, "bf16")])
+def test_fidelity_compares_with_the_official_arithmetic(material, tmp_path, phase, mode):
+    """In float32 the same gradients to 1e-4; in bf16 not; a reference twice as large is half the reference away."""
+    pytest.importorskip("diffusers", reason="the reference is computed by diffusers")
+    from bench_fidelity import compare, fidelity, official_gradients
+
+    reference = official_gradients(material, phase)
+    found = fidelity(reference, material, mode_named(mode), phase, tmp_path / "run")
+    names = ["loss", "handles", *(["UNet"] if phase == 2 else [])]
+    assert [name for name in found if "cosine" not in name] == names
+    if mode == "bf16":
+        assert 1e-4 < found["handles"] < 0.2
+        assert 0.98 < found["handles cosine"] < 1 - 1e-7
+    else:
+        assert max(found[name] for name in names) < 1e-4
+        assert found["handles cosine"] == pytest.approx(1, abs=1e-7)
+    error, cosine = compare([reference.handles], [2 * reference.handles])
+    assert (error, cosine) == (pytest.approx(0.5), pytest.approx(1))
+
+
+def test_each_goal_stands_on_its_row():
+    pytest.importorskip("diffusers", reason="the rows run the official side")
+    from bench_rows import NAMES, goal
+
+    assert goal("phase-1 step", "cuda", "bf16") == "8x (11x)"
+    assert goal("phase-1 step", "cuda", "bf16, exact") == "5x (7x)"
+    assert goal("phase-2 step", "cpu", "bf16") == "2.3x (3x)"
+    assert goal("command to concepts and one image, warm", "cuda", "") == "4.5x (6.5x)"
+    assert goal("phase-2 step", "cuda", "fp32") == ""
+    assert set(NAMES) == set(bench.GROUPS)
