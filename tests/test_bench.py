@@ -209,8 +209,7 @@ def test_fidelity_compares_with_the_official_arithmetic(material, tmp_path, phas
 
 
 def test_each_goal_stands_on_its_row():
-    pytest.importorskip("diffusers", reason="the rows run the official side")
-    from bench_rows import NAMES, goal
+    from bench_goals import NAMES, goal
 
     assert goal("phase-1 step", "cuda", "bf16") == "8x (11x)"
     assert goal("phase-1 step", "cuda", "bf16, exact") == "5x (7x)"

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from tiny import Bench
 
+from bas.checkpoint import load
 from bas.scene import pixels, read_image
 
 pytest.importorskip("diffusers", reason="the port of the official loop runs on diffusers")
-from official_loop import Example, OfficialLoop, read_scene
+from official_loop import Example, OfficialLoop, main, read_scene
 
 OFFICIAL = Path(__file__).parent / "reference" / "official"
 TRAIN = load_file(OFFICIAL / "train.safetensors")
@@ -112,3 +115,22 @@ def test_phase1_moves_the_handles_alone(scene):
     assert torch.equal(loop.embedding[:-3], before[0][:-3])
     assert (loop.embedding[-3:] - before[0][-3:]).abs().max().item() == pytest.approx(5e-4, rel=0.02)
     assert torch.equal(loop.unet.conv_in.weight, before[1])
+
+
+def test_the_commands_train_save_and_draw(tmp_path, monkeypatch):
+    """Class images are made up to the number asked for, handles are saved with the pipeline, a picture comes out."""
+    tiny = Bench(tmp_path)
+    run, images, picture = tmp_path / "run", tmp_path / "new class images", tmp_path / "picture.png"
+    train = ["train", str(tiny.scene), "--weights", str(tiny.model), "--class_data_dir", str(images), "--device", "cpu"]
+    counts = (
+        "--phase1_train_steps 1 --phase2_train_steps 1 --num_class_images 1 --initializer_tokens creature bowl stone"
+    )
+    monkeypatch.setattr("sys.argv", ["official_loop.py", *train, "--output_dir", str(run), *counts.split()])
+    main()
+    assert len(list(images.iterdir())) == 1
+    models = load(run)  # strictly: every weight is there, and the rows of the handles
+    assert models.handles == ("<asset0>", "<asset1>", "<asset2>")
+    sample = ["sample", str(run), "--output", str(picture), "--num_inference_steps", "2", "--device", "cpu", "--prompt"]
+    monkeypatch.setattr("sys.argv", ["official_loop.py", *sample, "a photo of <asset0>"])
+    main()
+    assert Image.open(picture).size == (32, 32)

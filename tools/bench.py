@@ -94,8 +94,9 @@ def why_not(bench: Bench, setting: Setting) -> str:
 
 
 def measure(bench: Bench, wanted: list[str], models: list[str], save: Callable[[list[Line]], None]) -> None:
-    """All lines of the chosen groups and models; `save` sees them after each group."""
-    from bench_rows import MEASURES, unmeasured  # imports diffusers: only now
+    """All lines of the chosen groups and models; `save` sees them after each new one."""
+    from bench_goals import unmeasured
+    from bench_rows import MEASURES  # imports diffusers: only now
 
     lines: list[Line] = []
     for setting in (setting for setting in SETTINGS if setting.model in models):
@@ -105,11 +106,13 @@ def measure(bench: Bench, wanted: list[str], models: list[str], save: Callable[[
                 reason = "not part of the quick check"
             if reason:
                 lines += unmeasured(setting, group, reason)
+                save(lines)
             else:
                 print(f"{setting.name}: {group} ...", file=sys.stderr, flush=True)
-                lines += MEASURES[group](bench, setting, lines)
+                for line in MEASURES[group](bench, setting, tuple(lines)):
+                    lines.append(line)
+                    save(lines)
                 print(f"    {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-            save(lines)
 
 
 # --- The result ---------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def read_arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line; argparse ends with code 2 when it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a check under two minutes on a CPU, at 256x256 pixels")
-    parser.add_argument("--output", type=Path, help="write the result as JSON to this file, after each group of rows")
+    parser.add_argument("--output", type=Path, help="write the result as JSON to this file, line by line")
     parser.add_argument(
         "--markdown", type=Path, metavar="JSON", help="print an earlier result as Markdown; run nothing"
     )

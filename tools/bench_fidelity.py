@@ -71,7 +71,8 @@ def fidelity(reference: Reference, material: Material, mode: Mode, phase: int, r
     models, plan = side.models, config.phases[0]
     trained = training.trainable_parameters(models, plan)
     batch = to_batch(reference, list(side.material.handle_ids), plan.prior).to(models.device)
-    with autocast(models.device, side.precision):
+    resident = models.unet.conv_in.weight.dtype != torch.float32  # 16-bit weights need no autocast
+    with autocast(models.device, "no" if resident else side.precision):
         loss, parts = training.training_step(models, batch, config)
     loss.backward()
     weights = {"reconstruction": 1.0, "attention": config.lambda_attention, "prior": config.prior_loss_weight}
