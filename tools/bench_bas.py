@@ -46,8 +46,6 @@ MODES = (
     Mode("fp32, exact", {"mixed_precision": "no", "exact_phase1": True}, phases=(1,), quick=True),
     Mode("bf16", {"mixed_precision": "bf16"}, quick=True),
     Mode("bf16, exact", {"mixed_precision": "bf16", "exact_phase1": True}, phases=(1,), devices=("cuda",)),
-    Mode("fp32, compiled", {"mixed_precision": "no", "compile": True}, devices=("cpu",)),
-    Mode("bf16, compiled", {"mixed_precision": "bf16", "compile": True}),
     Mode("fp32, regional", {"mixed_precision": "no", "compile": "regional"}, devices=("cpu",)),
     Mode("fp32, whole", {"mixed_precision": "no", "compile": "whole"}, devices=("cpu",)),
     Mode("bf16, regional", {"mixed_precision": "bf16", "compile": "regional"}),
