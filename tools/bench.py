@@ -60,6 +60,7 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace, folder: Path):
         self.quick, self.threads, self.folder = arguments.quick, arguments.threads, folder
+        self.groups, self.models = arguments.rows, arguments.models
         self.device, self.compile = arguments.device, not (arguments.quick or arguments.no_compile)
         self.rounds, self.budget = (2, 8.0) if self.quick else (arguments.rounds, arguments.budget)
         self.side = 256 if self.quick else 512  # pixels
@@ -82,29 +83,31 @@ class Bench:
         )
 
 
-def why_not(bench: Bench, setting: Setting) -> str:
-    """Empty, or why this run leaves a setting out."""
+def why_not(bench: Bench, setting: Setting, group: str) -> str:
+    """Empty, or why this run leaves a group of rows out."""
     if setting.device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     if setting.device != bench.device:
         return f"run with --device {setting.device}"
+    if setting.model not in bench.models or group not in bench.groups:
+        return "left out of this run"
+    if bench.quick and (setting.model, group) not in QUICK:
+        return "not part of the quick check"
     if free_bytes() < setting.needs_gb * 2**30:
         return f"needs {setting.needs_gb:.0f} GB of free memory"
     return ""
 
 
-def measure(bench: Bench, wanted: list[str], models: list[str], save: Callable[[list[Line]], None]) -> None:
-    """All lines of the chosen groups and models; `save` sees them after each new one."""
+def measure(bench: Bench, save: Callable[[list[Line]], None]) -> None:
+    """All lines, those left out among them; `save` sees them after each new one."""
     from bench_goals import unmeasured
     from bench_rows import MEASURES  # imports diffusers: only now
 
     lines: list[Line] = []
-    for setting in (setting for setting in SETTINGS if setting.model in models):
-        for group in (group for group in setting.groups if group in wanted):
-            began, reason = time.perf_counter(), why_not(bench, setting)
-            if not reason and bench.quick and (setting.model, group) not in QUICK:
-                reason = "not part of the quick check"
-            if reason:
+    for setting in SETTINGS:
+        for group in setting.groups:
+            began = time.perf_counter()
+            if reason := why_not(bench, setting, group):
                 lines += unmeasured(setting, group, reason)
                 save(lines)
             else:
@@ -205,7 +208,7 @@ def main(given: list[str] | None = None) -> None:
             if arguments.output:
                 arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-        measure(bench, arguments.rows, arguments.models, save)
+        measure(bench, save)
     print(text_table(result))
 
 
