@@ -217,3 +217,24 @@ def test_each_goal_stands_on_its_row():
     assert goal("command to concepts and one image, warm", "cuda", "") == "4.5x (6.5x)"
     assert goal("phase-2 step", "cuda", "fp32") == ""
     assert set(NAMES) == set(bench.GROUPS)
+
+
+def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
+    """Every other row is listed too: what was measured, what the run left out, what failed."""
+    pytest.importorskip("diffusers", reason="the rows run the official side")
+    import bench_rows
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory\nof all kinds")
+        yield
+
+    monkeypatch.setitem(bench_rows.MEASURES, "imports", fail)
+    monkeypatch.setattr(bench, "free_bytes", lambda: 1e12)
+    arguments = bench.read_arguments(["--quick", "--device", "cpu", "--rows", "imports", "scenes"])
+    saved = []
+    bench.measure(bench.Bench(arguments, tmp_path), lambda lines: saved.append(list(lines)))
+    notes = {line.row: line.note for line in saved[-1] if line.setting == "small SD 2, CPU"}
+    assert notes["import"] == "failed: out of memory"
+    assert notes["phase-1 step"] == "left out of this run"
+    assert notes["scenes per hour"] == "no bench of many scenes yet"
+    assert {line.setting for line in saved[-1]} == {setting.name for setting in bench.SETTINGS}

@@ -112,8 +112,13 @@ def measure(bench: Bench, save: Callable[[list[Line]], None]) -> None:
                 save(lines)
             else:
                 print(f"{setting.name}: {group} ...", file=sys.stderr, flush=True)
-                for line in MEASURES[group](bench, setting, tuple(lines)):
-                    lines.append(line)
+                try:
+                    for line in MEASURES[group](bench, setting, tuple(lines)):
+                        lines.append(line)
+                        save(lines)
+                except (RuntimeError, OSError) as error:  # memory, a compiler, a program: the other rows still count
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    lines += unmeasured(setting, group, f"failed: {reason[:100]}")
                     save(lines)
                 print(f"    {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
