@@ -537,7 +537,7 @@ DEMO_SCENES = {  # the scene folders of weights/mini
     "playroom": Layout(
         (
             Thing("moon", "purple", "halves", "yellow", x=0.27, y=0.28, size=0.46, angle=-0.1),
-            Thing("bolt", "cyan", "halves", "red", x=0.75, y=0.3, size=0.46, angle=0.1),
+            Thing("clover", "red", "halves", "cyan", x=0.75, y=0.29, size=0.48, angle=0.1),
             Thing("crown", "yellow", "target", "blue", x=0.5, y=0.75, size=0.46),
         ),
         "wooden floor",
