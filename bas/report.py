@@ -52,6 +52,12 @@ def write_report(run: Path) -> Path:
     return run / REPORT
 
 
+def renew_report(gallery: Path) -> Path | None:
+    """Write the page of the run that a gallery's folder lies in anew, to show it there; None where it is in no run."""
+    run = gallery.absolute().parent
+    return write_report(run) if (run / SETTINGS).is_file() else None
+
+
 def page(run: Path) -> str:
     """The whole page of a run."""
     if not (run / SETTINGS).is_file():
@@ -191,7 +197,10 @@ def galleries_section(run: Path) -> str:
     """The grids of subsets and contexts that `bas explore` and `bas vary` left in folders of the run."""
     grids = sorted(run.glob(f"*/{GRID}"))
     figures = "".join(picture(path, path.parent.name, SHEET_SIDE) for path in grids)
-    return f'<section><h2>Galleries</h2><div class="sheets">{figures}</div></section>' if grids else ""
+    command = f"<code>bas explore {escape(str(run))}</code>"
+    hint = f'<p class="quiet">{command} draws every subset of the handles in ten contexts, and shows them here.</p>'
+    sheets = f'<div class="sheets">{figures}</div>'
+    return f"<section><h2>Galleries</h2>{sheets if grids else hint}</section>"
 
 
 def tables(run: Path, facts: dict, sessions: list[dict], finished: bool) -> str:
