@@ -42,7 +42,7 @@ PHOTO = DEMO_SCENES["playroom"]  # the picture that is edited
 PARTS = Layout(  # a thing, and what it wears
     (
         Thing("clover", "red", "halves", "cyan", x=0.5, y=0.5, size=0.74),
-        Thing("moon", "white", "border", "purple", x=0.5, y=0.52, size=0.32),
+        Thing("crown", "white", "border", "purple", x=0.5, y=0.54, size=0.38),
     ),
     "snow",
     seed=3,
