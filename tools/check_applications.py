@@ -131,9 +131,10 @@ def check_alone(learnt: Learnt, layout: Layout, count: int, sheet: Path) -> dict
 
 def check_edit(learnt: Learnt, count: int, sheet: Path) -> dict:
     """Put the first thing where another stood: pixels outside that differ, distance to its look before and after."""
-    image, masks = draw(PHOTO, learnt.image.shape[-1])
-    rows, columns = (np.flatnonzero(masks[0].max(axis=axis) > 0) for axis in (1, 0))
-    inside = slice(max(rows[0] - 2, 0), rows[-1] + 3), slice(max(columns[0] - 2, 0), columns[-1] + 3)
+    side = learnt.image.shape[-1]
+    image, masks = draw(PHOTO, side)
+    places, margin = (np.flatnonzero(masks[0].max(axis=axis) > 0) for axis in (1, 0)), side // 12
+    inside = tuple(slice(max(place[0] - margin, 0), place[-1] + 1 + margin) for place in places)
     mask = np.zeros(image.shape[:2], np.float32)
     mask[inside] = 1
     region = Region(mask, subset_prompt(learnt.things[:1]))
