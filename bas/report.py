@@ -75,7 +75,7 @@ def page(run: Path) -> str:
         learning=learning_section(run, handles),
         charts=charts(rows),
         data=embedded_json(curves(rows)),
-        galleries=galleries_section(run),
+        galleries=galleries_section(run, finished),
         tables=tables(run, facts, sessions, finished),
         version=escape(__version__),
     )
@@ -193,14 +193,16 @@ def spread(items: list, most: int) -> list:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def galleries_section(run: Path) -> str:
+def galleries_section(run: Path, finished: bool) -> str:
     """The grids of subsets and contexts that `bas explore` and `bas vary` left in folders of the run."""
     grids = sorted(run.glob(f"*/{GRID}"))
+    if not grids and not finished:
+        return ""
     figures = "".join(picture(path, path.parent.name, SHEET_SIDE) for path in grids)
     command = f"<code>bas explore {escape(str(run))}</code>"
     hint = f'<p class="quiet">{command} draws every subset of the handles in ten contexts, and shows them here.</p>'
-    sheets = f'<div class="sheets">{figures}</div>'
-    return f"<section><h2>Galleries</h2>{sheets if grids else hint}</section>"
+    shown = f'<div class="sheets">{figures}</div>' if grids else hint
+    return f"<section><h2>Galleries</h2>{shown}</section>"
 
 
 def tables(run: Path, facts: dict, sessions: list[dict], finished: bool) -> str:
