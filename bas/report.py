@@ -145,11 +145,12 @@ def scene_section(folder: Path, handles: list[str]) -> str:
         picture(tint_masks(photo, {i: mask}), f"{handles[i]}, {mask.mean():.0%} of the picture")
         for i, mask in masks.items()
     ]
-    for further in sorted(folder.glob("*/img.png")):
+    for further in sorted(folder.glob("*/img.png"), key=lambda path: int(path.parent.name)):
         places = {i: further.with_name(f"mask{i}.png") for i in range(len(handles))}
         masks = {i: read_mask(path) for i, path in places.items() if path.exists()}
-        figures.append(picture(tint_masks(read_image(further), masks), f"picture {further.parent.name}"))
-    return f'<div class="strip">{"".join(figures)}</div>'
+        caption = f"picture {further.parent.name}: {', '.join(handles[i] for i in masks)}"
+        figures.append(picture(tint_masks(read_image(further), masks), caption))
+    return f'<div class="strip wrap">{"".join(figures)}</div>'
 
 
 def learning_section(run: Path, handles: list[str]) -> str:
