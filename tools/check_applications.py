@@ -129,12 +129,17 @@ def check_alone(learnt: Learnt, layout: Layout, count: int, sheet: Path) -> dict
     return {"iou": iou, "own": found.diagonal().tolist(), "others": [float(d) for d in others]}
 
 
+def loose_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns around a thing, with room for another about as large. mask: (H, W)"""
+    places, margin = (np.flatnonzero(mask.max(axis=axis) > 0) for axis in (1, 0)), len(mask) // 12
+    rows, columns = (slice(max(place[0] - margin, 0), place[-1] + 1 + margin) for place in places)
+    return rows, columns
+
+
 def check_edit(learnt: Learnt, count: int, sheet: Path) -> dict:
     """Put the first thing where another stood: pixels outside that differ, distance to its look before and after."""
-    side = learnt.image.shape[-1]
-    image, masks = draw(PHOTO, side)
-    places, margin = (np.flatnonzero(masks[0].max(axis=axis) > 0) for axis in (1, 0)), side // 12
-    inside = tuple(slice(max(place[0] - margin, 0), place[-1] + 1 + margin) for place in places)
+    image, masks = draw(PHOTO, learnt.image.shape[-1])
+    inside = loose_box(masks[0])
     mask = np.zeros(image.shape[:2], np.float32)
     mask[inside] = 1
     region = Region(mask, subset_prompt(learnt.things[:1]))

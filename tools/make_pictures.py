@@ -11,7 +11,8 @@ import json
 import shutil
 from pathlib import Path
 
-from check_applications import CELL, FURTHER, PARTS, SCENE, learn
+import numpy as np
+from check_applications import CELL, FURTHER, PARTS, SCENE, learn, loose_box
 from PIL import Image
 
 from bas.cli import main as bas
@@ -50,8 +51,12 @@ def with_masks(folder: Path) -> Image.Image:
 
 def draw_edit(model: Path, photo: Path, work: Path) -> None:
     """Put two learnt things where two others were, one after the other; before and after side by side."""
-    rows = [{"mask": str(photo / f"mask{i}.png"), "prompt": f"a photo of <asset{i}>"} for i in range(2)]
-    results = []
+    rows, masks, results = [], {}, []
+    for i in range(2):
+        masks[i] = np.zeros_like(found := read_mask(photo / f"mask{i}.png"))
+        masks[i][loose_box(found)] = 1
+        Image.fromarray((255 * masks[i]).astype(np.uint8)).save(work / f"where{i}.png")
+        rows.append({"mask": f"where{i}.png", "prompt": f"a photo of <asset{i}>"})
     for count in (1, 2):
         target = work / f"edited {count}.png"
         target.with_suffix(".json").write_text(json.dumps(rows[:count]))
@@ -59,7 +64,8 @@ def draw_edit(model: Path, photo: Path, work: Path) -> None:
         run("edit", model, "--init_image", photo / "img.png", *words)
         results.append(Image.open(target))
     labels = ["the photograph and two masks", "<asset0> in the first", "then <asset1> in the second"]
-    grid([[with_masks(photo), *results]], [labels], CELL).save(work / "edit.png")
+    before = tint_masks(read_image(photo / "img.png"), masks)
+    grid([[before, *results]], [labels], CELL).save(work / "edit.png")
 
 
 def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
