@@ -5,9 +5,9 @@ application is tried, and one table says what came of it; scores.json and a pict
 
     python tools/check_applications.py --weights weights/mini --output_dir /tmp/check_applications
 
-How much a picture shows of a concept is told by check_demo's distance: how unlike the concept's own look the best
-matching spot is, as a root mean square colour error (0 alike, about 0.2 and more something else). Places are read by
-check_mini's recogniser. A second call with the same folder only measures.
+How much a picture shows of a concept is told by bas.evaluation.objects: how alike the concept's own look and the best
+matching spot are (1 the same, 0 nothing in common). Places are read by check_mini's recogniser. A second call
+with the same folder only measures.
 """
 
 import argparse
@@ -19,22 +19,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from check_demo import as_tensor, attention_iou, distance
 from check_mini import Recogniser, labelled_scene, read_pictures, train_recogniser
 from mini_world import DEMO_SCENES, PLACES, Layout, Thing, describe, draw, realise, save_scene
 from PIL import Image
-from torch import Tensor
 
 from bas.checkpoint import load
 from bas.config import SampleConfig, TrainConfig
 from bas.edit import Region, edit
+from bas.evaluation.metrics import attention_iou
+from bas.evaluation.objects import ObjectSimilarity
 from bas.hub import find, read_model_row
 from bas.parts import Models
 from bas.pictures import grid
 from bas.preview import scene_attention
 from bas.run_folder import CONCEPTS
 from bas.sample import sample
-from bas.scene import subset_prompt
+from bas.scene import pixels, subset_prompt
 from bas.train import train
 
 SCENE = DEMO_SCENES["shore"]
@@ -74,8 +74,8 @@ class Learnt:
 
     models: Models
     config: TrainConfig
-    image: Tensor  # (3, H, W) in [0, 1], the first photograph
-    masks: Tensor  # (N, H, W), of the things alone
+    photo: Image.Image  # the first one
+    masks: np.ndarray  # (N, H, W), of the things alone
     things: tuple[str, ...]  # N handles: all but the background's
 
 
@@ -91,15 +91,8 @@ def learn(folder: Path, base: Path, layouts: tuple[Layout, ...], steps: list[int
     if not (run / CONCEPTS).exists():
         shutil.rmtree(run, ignore_errors=True)
         train(config)
-    models = load(run)
-    image, masks = as_tensors(layouts[0], side)
-    return Learnt(models, config, image, masks, models.handles[: len(masks)])
-
-
-def as_tensors(layout: Layout, side: int) -> tuple[Tensor, Tensor]:
-    """A drawn layout. -> (3, H, W) in [0, 1], masks (N, H, W)"""
-    image, masks = draw(layout, side)
-    return as_tensor(image), torch.from_numpy(masks)
+    models, (image, masks) = load(run), draw(layouts[0], side)
+    return Learnt(models, config, Image.fromarray(image), masks, models.handles[: len(masks)])
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------
@@ -113,20 +106,21 @@ def draw_each(learnt: Learnt, prompts: list[str], count: int, seed: int, sheet: 
     return rows
 
 
-def distances(learnt: Learnt, pictures: list[Image.Image]) -> list[float]:
-    """The mean distance of these pictures to the look of each thing."""
-    rows = [[distance(as_tensor(p), learnt.image, mask) for mask in learnt.masks] for p in pictures]
-    return np.mean(rows, axis=0).tolist()
+def likeness(learnt: Learnt, pictures: list[Image.Image]) -> list[float]:
+    """How much these pictures show of each thing, on average."""
+    found = [ObjectSimilarity().identity_similarity(pictures, learnt.photo, mask) for mask in learnt.masks]
+    return [float(np.mean(values)) for values in found]
 
 
 def check_alone(learnt: Learnt, layout: Layout, count: int, sheet: Path) -> dict:
-    """Each handle alone: attention IoU on a photograph, distance to its own look and to the others' looks."""
-    image, masks = as_tensors(layout, learnt.image.shape[-1])
-    iou = attention_iou(scene_attention(learnt.models, learnt.things, 2 * image - 1, learnt.config), masks)
+    """Each handle alone: attention IoU on a photograph, likeness to its own look and to the others' looks."""
+    image, masks = draw(layout, learnt.photo.width)
+    maps = scene_attention(learnt.models, learnt.things, pixels(Image.fromarray(image)), learnt.config)
+    iou = attention_iou(maps, torch.from_numpy(masks))
     rows = draw_each(learnt, [subset_prompt([handle]) for handle in learnt.things], count, 1000, sheet)
-    found = np.array([distances(learnt, row) for row in rows])
+    found = np.array([likeness(learnt, row) for row in rows])
     others = [np.delete(row, i).mean() for i, row in enumerate(found)]
-    return {"iou": iou, "own": found.diagonal().tolist(), "others": [float(d) for d in others]}
+    return {"iou": iou, "own": found.diagonal().tolist(), "others": [float(value) for value in others]}
 
 
 def loose_box(mask: np.ndarray) -> tuple[slice, slice]:
@@ -137,8 +131,8 @@ def loose_box(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def check_edit(learnt: Learnt, count: int, sheet: Path) -> dict:
-    """Put the first thing where another stood: pixels outside that differ, distance to its look before and after."""
-    image, masks = draw(PHOTO, learnt.image.shape[-1])
+    """Put the first thing where another stood: pixels outside that differ, likeness inside before and after."""
+    image, masks = draw(PHOTO, learnt.photo.width)
     inside = loose_box(masks[0])
     mask = np.zeros(image.shape[:2], np.float32)
     mask[inside] = 1
@@ -146,8 +140,8 @@ def check_edit(learnt: Learnt, count: int, sheet: Path) -> dict:
     results = edit(learnt.models, Image.fromarray(image), [region], num_images=count, batch_size=count)
     grid([[Image.fromarray(image), *results]], [["before"] + ["after"] * count], CELL).save(sheet)
     outside = [int(((np.asarray(r) != image).any(axis=-1) & (mask == 0)).sum()) for r in results]
-    before, *after = (
-        distance(as_tensor(p)[(slice(None), *inside)], learnt.image, learnt.masks[0]) for p in (image, *results)
+    before, *after = ObjectSimilarity().identity_similarity(
+        [Image.fromarray(image), *results], learnt.photo, learnt.masks[0], [mask] * (1 + count)
     )
     return {"outside": max(outside), "before": before, "after": float(np.mean(after))}
 
@@ -162,11 +156,11 @@ def check_background(learnt: Learnt, recogniser: Recogniser, count: int, sheet: 
 
 
 def check_strength(learnt: Learnt, count: int, sheet: Path) -> dict:
-    """The distance to both things' looks in pictures of both, by the strength of the first."""
+    """How much pictures of both things show of each, by the strength of the first."""
     first, second = learnt.things
     prompts = [subset_prompt([f"({first}:{strength:g})", second]) for strength in STRENGTHS]
     rows = draw_each(learnt, prompts, count, 3000, sheet)
-    return {f"{strength:g}": distances(learnt, row) for strength, row in zip(STRENGTHS, rows, strict=True)}
+    return {f"{strength:g}": likeness(learnt, row) for strength, row in zip(STRENGTHS, rows, strict=True)}
 
 
 def places_read(recogniser: Recogniser, count: int = 300) -> float:
@@ -189,19 +183,19 @@ def table(scores: dict) -> str:
     one, several, strength = scores["one photograph"], scores["three photographs"], scores["strength"]
     rows = [
         ("edit", "pixels outside the mask that differ", f"{edited['outside']}"),
-        ("edit", "distance to the look inside, before → after", f"{edited['before']:.2f} → {edited['after']:.2f}"),
+        ("edit", "likeness inside, before → after", f"{edited['before']:.2f} → {edited['after']:.2f}"),
         *(("background", f"{SCENE.background} seen in '{p}'", f"{100 * share:.0f} %") for p, share in places.items()),
         ("thing and part", "attention IoU", both(parts["iou"])),
-        ("thing and part", "each alone: distance to its own look", both(parts["own"])),
+        ("thing and part", "each alone: likeness to its own look", both(parts["own"])),
         ("thing and part", "each alone: to the other's", both(parts["others"])),
     ]
     for name, score in (("one photograph", one), ("three photographs", several)):
         rows += [
             (name, "attention IoU on a further, unseen one", both(score["iou"])),
-            (name, "each alone: distance to its own look", both(score["own"])),
+            (name, "each alone: likeness to its own look", both(score["own"])),
             (name, "each alone: to the other's", both(score["others"])),
         ]
-    rows += [("strength", f"of the first {s}: distance to both looks", both(pair)) for s, pair in strength.items()]
+    rows += [("strength", f"of the first {s}: likeness to both looks", both(pair)) for s, pair in strength.items()]
     lines = ["| application | measured | |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
     return "\n".join(lines)
 
