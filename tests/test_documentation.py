@@ -27,11 +27,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 MINI = hub.find(None)
 
 NOT_BAS = ("python3 -m venv .venv", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[test]'", "pytest")
-MENTIONED = {
+MENTIONED = {  # in a sentence or as a link: no whole command
     "train --background_handle",
     "train --help",
     "COMMAND --help",
-}  # in a sentence or as a link: no whole command
+    "coco ANNOTATIONS",
+    "study EVALUATION",
+}
 STANDS_FOR = {"PATH": "RUN", "IMAGE": "photo.jpg", "NAME": "sd15", "METHOD": "sam", "FILE": "model.safetensors"}
 DOWNLOADED = {"sd21-base": "mini"}  # after --weights
 SAMPLING = "--num_inference_steps 2 --device cpu"
@@ -44,7 +46,8 @@ REFUSED = {  # what cannot run on what ships, by a word of the command, and what
     "--auto": "hf download facebook/sam-vit-base",  # the segmentation model is in nobody's cache here
     "export": "a single file carries no tokenizer",  # the miniature has a vocabulary of its own
 }
-AT_ONCE = ("info", "masks", "paint", "download", "export")  # draw nothing
+NOT_SHIPPED = {"coco", "study", "coco_scenes/000000123456"}  # need COCO, an evaluation's pictures: one line says so
+AT_ONCE = ("coco", "study", "info", "masks", "paint", "download", "export")  # draw nothing
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def outputs(words: list[str]) -> list[Path]:
 def run(desk: Path, line: str, capsys) -> None:
     """Run a written command, shortened: it ends with 0, says something, and what it was told to write is there.
 
-    One that is REFUSED ends with 2 and says why.
+    One that is REFUSED, or whose data is NOT_SHIPPED, ends with 2 and says why.
     """
     words = words_of(line)
     for path in outputs(words):
@@ -205,6 +208,10 @@ def run(desk: Path, line: str, capsys) -> None:
     if reasons := [reason for word, reason in REFUSED.items() if word in words]:
         assert code == 2
         assert reasons[0] in told.err
+        return
+    if NOT_SHIPPED & set(words):
+        assert code == 2
+        assert [line.startswith("bas: ") for line in told.err.splitlines()] == [True]
         return
     assert code == 0, told.err
     assert told.out
