@@ -19,7 +19,7 @@ from bas.files import write_json
 from bas.losses import average_maps, handle_maps
 from bas.models.text import known_handles, tokenize
 from bas.models.unet import AttentionMap
-from bas.pictures import grid, heat
+from bas.pictures import grid, heat, save_picture
 from bas.prompts import read_strengths
 from bas.sample import check_request, decode, generate, latent_shape, to_pictures
 
@@ -92,13 +92,13 @@ def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[s
     return found
 
 
-def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path) -> Path:
-    """Write picture.png, for each name mapN.npy and the overlay mapN.png, maps.json which names them, and sheet.png.
+def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path, settings: dict) -> Path:
+    """Write picture.png with the settings that made it, for each name mapN.npy and its overlay, maps.json, sheet.png.
 
     A handle has the colour that it has in all pictures of its run. Returns the path of the sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    attention.picture.save(folder / "picture.png")
+    save_picture(attention.picture, folder / "picture.png", settings)
     others = [name for name in attention.names if name not in handles]
     colours = [(*handles, *others).index(name) for name in attention.names]
     overlays = [heat(m, attention.picture, c) for m, c in zip(attention.maps, colours, strict=True)]

@@ -49,7 +49,8 @@ def build_parser(chosen: str | None) -> Parser:
             commands.add_parser(name, help=gloss)
             continue
         module = importlib.import_module(f"bas.commands.{name}")
-        sub = commands.add_parser(name, help=gloss, description=module.__doc__)
+        epilog = "\n  ".join(("examples:", *module.EXAMPLES))
+        sub = commands.add_parser(name, help=gloss, description=module.__doc__, epilog=epilog)
         sub.add_argument("--debug", action="store_true", help="show the whole trace of an error")
         module.configure(sub)
         sub.set_defaults(run_command=module.run)

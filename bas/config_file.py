@@ -38,14 +38,18 @@ def read_config(path: str | None, kinds: Kinds) -> dict:
     if path is None:
         return {}
     file = Path(path)
+    return {name: _checked(file, name, value, kinds) for name, value in read_toml(file).items()}
+
+
+def read_toml(file: Path) -> dict:
+    """The content of a TOML file. Raises InputError when it cannot be read or is none."""
     require_file(file)
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    return {name: _checked(file, name, value, kinds) for name, value in content.items()}
 
 
 def _checked(file: Path, name: str, value: object, kinds: Kinds) -> object:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bas.batches import encode_images
 from bas.checkpoint import Models
 from bas.config import EditConfig, InputError
+from bas.config_file import read_toml
 from bas.images import read_mask
 from bas.models.unet import AttentionMap
 from bas.prompts import encode_prompts
@@ -47,10 +48,12 @@ def read_region(mask: Path, prompt: str, image: Path, picture: Image.Image) -> R
 def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
     """The regions of a JSON file, in order: [{"mask": "mask0.png", "prompt": "a photo of <asset0>"}, ...]
 
-    Mask files are named relative to the list. Raises InputError for anything else.
+    In a file that ends in .toml they are tables [[regions]]. Mask files are named relative to the list. Raises
+    InputError for anything else.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        toml = path.suffix == ".toml"
+        rows = read_toml(path).get("regions") if toml else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--regions {path} cannot be read: {error}") from None
     if not isinstance(rows, list) or not rows:

@@ -27,10 +27,16 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help with one column of flags, wide enough for long names."""
+    """Help with one column of flags, wide enough for long names; indented lines, the examples, stay whole."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(
+            line if line[:1] == " " else super(HelpFormatter, self)._fill_text(line, width, indent) for line in lines
+        )
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from bas.machine import pick_device, pick_precision
 from bas.parts import COMPONENTS, Models, match
 from bas.refuse import other_kind
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_concepts
-from bas.scene import find_files
+from bas.scene import find_files, numbered_folders
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
 EXTRAS = ("tensorboard",)
@@ -112,6 +112,7 @@ def _describe_scene(path: Path) -> dict:
         "problem": f"it is no model; train on it with: bas train {path}",
         "picture": f"{picture.name}, {size}",
         "masks": [mask.name for mask in masks],
+        "further pictures": [shot.name for shot in numbered_folders(path)],
     }
 
 

@@ -4,7 +4,8 @@ Reconstruction (paper, eq. 1) sees the masks on the latent grid, attention (eq. 
 neighbour takes one pixel per cell, so a thin or small concept can vanish there; this module says so beforehand.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -27,8 +28,9 @@ TITLES = ("", "handle", "word", "pieces", "coverage", "loss grid", "attention gr
 
 @dataclass(frozen=True)
 class MaskView:
-    """One concept as the model will see it."""
+    """One concept in one photograph, as the model will see it."""
 
+    number: int  # of the concept
     handle: str
     word: str | None
     pieces: tuple[str, ...]  # of the word, as the tokenizer cuts it
@@ -41,11 +43,13 @@ class MaskView:
 
 @dataclass(frozen=True)
 class SceneView:
-    """A whole scene as the model will see it."""
+    """A photograph with the concepts that it shows, as the model will see it; the first one with the further ones."""
 
+    name: str  # of a further photograph's folder; nothing for the first
     photo: Image.Image  # resized and cropped as for training
-    masks: np.ndarray  # (N, H, W) the same
+    masks: np.ndarray  # (N, H, W) the same, one for each of its concepts
     concepts: tuple[MaskView, ...]
+    further: tuple["SceneView", ...] = ()
 
 
 def view_scene(scene: Scene, models: Models, config: TrainConfig) -> SceneView:
@@ -55,13 +59,32 @@ def view_scene(scene: Scene, models: Models, config: TrainConfig) -> SceneView:
     """
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     check_handles(models.tokenizer, scene.handles)
+    further = []
+    for shot in scene.shots:
+        other, layers = shot.tensors(*image.shape[1:], len(scene))
+        further.append(_view_photo(shot.name, other, layers, sorted(shot.masks), scene, models, config))
+    first = _view_photo("", image, masks, range(len(scene)), scene, models, config)
+    return replace(first, further=tuple(further))
+
+
+def _view_photo(
+    name: str,
+    image: Tensor,
+    masks: Tensor,
+    shown: Sequence[int],
+    scene: Scene,
+    models: Models,
+    config: TrainConfig,
+) -> SceneView:
+    """One photograph. image: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
     pieces = [word_pieces(models.tokenizer, word) if word else [] for word in scene.words]
     h, w = (side // models.vae.config.factor for side in image.shape[-2:])
     grids = {"loss grid": (h, w), "attention grid": attention_grid(models, (h, w), config.attention_grid)}
     latent, attention = (resize_mask(masks, *size).numpy() for size in grids.values())
     concepts = tuple(
         MaskView(
-            handle=handle,
+            number=i,
+            handle=scene.handles[i],
             word=scene.words[i],
             pieces=tuple(p.removesuffix("</w>") for p in models.tokenizer.convert_ids_to_tokens(pieces[i])),
             coverage=float(masks[i].mean()),
@@ -70,10 +93,10 @@ def view_scene(scene: Scene, models: Models, config: TrainConfig) -> SceneView:
             vanishes=tuple(name for name, size in grids.items() if _vanishes(masks[i], size)),
             overlaps=_overlaps(masks.numpy(), i),
         )
-        for i, handle in enumerate(scene.handles)
+        for i in shown
     )
     (photo,) = to_pictures(image[None] / 2 + 0.5)
-    return SceneView(photo, masks.numpy(), concepts)
+    return SceneView(name, photo, masks.numpy()[list(shown)], concepts)
 
 
 def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
@@ -88,49 +111,59 @@ def _overlaps(masks: np.ndarray, i: int) -> dict[int, float]:
 
 
 def warnings(view: SceneView) -> list[str]:
-    """What is possible but likely to disappoint, one line each."""
-    lines = []
-    for i, concept in enumerate(view.concepts):
-        name = f"mask {i} ({concept.handle})"
+    """What is possible but likely to disappoint, one line each; of words only where the first photograph is told."""
+    lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
+    where_it_is = f"picture {view.name}: " if view.name else ""
+    for concept in view.concepts:
+        name = f"{where_it_is}mask {concept.number} ({concept.handle})"
         for where in concept.vanishes:
             h, w = (concept.latent if where == "loss grid" else concept.attention).shape
             lines.append(f"{name} vanishes on the {where} of {h}x{w} cells: make it larger, or raise --resolution")
         for j, share in concept.overlaps.items():
             if share >= LARGE_OVERLAP:
-                other = f"mask {j} ({view.concepts[j].handle})"
+                other = f"mask {j} ({handles[j]})"
                 lines.append(f"{share:.0%} of {name} lies in {other}: their handles will share what is there")
+        if view.name:
+            continue
         if len(concept.pieces) > 1:
             lines.append(f"'{concept.word}' is {len(concept.pieces)} pieces: {concept.handle} starts from their mean")
         if concept.word is None:
             lines.append(f"{concept.handle} has no initial word: it starts from a random row; name one in scene.json")
-    return lines
+    return lines + [line for other in view.further for line in warnings(other)]
 
 
 def table(view: SceneView) -> str:
-    """One aligned row per concept. Cells are counted by the mask's value, so soft edges count in part."""
+    """One aligned row per concept, a further table for each further photograph.
+
+    Cells are counted by the mask's value, so soft edges count in part.
+    """
     rows = [TITLES]
-    for i, c in enumerate(view.concepts):
+    for c in view.concepts:
         cells = [f"{grid.sum():.4g} of {grid.size}" for grid in (c.latent, c.attention)]
         overlaps = ", ".join(f"{share:.0%} in {j}" for j, share in c.overlaps.items()) or "-"
         pieces = "|".join(c.pieces) or "-"
-        rows.append((str(i), c.handle, c.word or "-", pieces, f"{c.coverage:.1%}", *cells, overlaps))
+        rows.append((str(c.number), c.handle, c.word or "-", pieces, f"{c.coverage:.1%}", *cells, overlaps))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return lines + "".join(f"\n\npicture {other.name}\n{table(other)}" for other in view.further)
 
 
 def sheet(view: SceneView) -> Image.Image:
-    """A picture of it all: each mask over the photograph as it was given, on the loss grid, on the attention grid."""
-    kinds = [
-        ("", dict(enumerate(view.masks))),
-        ("loss grid", {i: c.latent for i, c in enumerate(view.concepts)}),
-        ("attention grid", {i: c.attention for i, c in enumerate(view.concepts)}),
-    ]
+    """A picture of it all: each mask over its photograph as it was given, on the loss grid, on the attention grid."""
     rows, labels = [], []
-    for name, masks in kinds:
-        h, w = masks[0].shape
-        size = f"{name}, {h}x{w} cells" if name else f"{w}x{h} pixels"
-        rows.append([_overlay(view.photo, masks), *(_overlay(view.photo, {i: mask}) for i, mask in masks.items())])
-        labels.append([f"all, {size}", *(f"{view.concepts[i].handle}: {mask.mean():.1%}" for i, mask in masks.items())])
+    for photo in (view, *view.further):
+        handles = {c.number: c.handle for c in photo.concepts}
+        kinds = [
+            ("", dict(zip(handles, photo.masks, strict=True))),
+            ("loss grid", {c.number: c.latent for c in photo.concepts}),
+            ("attention grid", {c.number: c.attention for c in photo.concepts}),
+        ]
+        for kind, masks in kinds:
+            h, w = next(iter(masks.values())).shape
+            size = f"{kind}, {h}x{w} cells" if kind else f"{w}x{h} pixels"
+            title = f"picture {photo.name}: all, {size}" if photo.name else f"all, {size}"
+            rows.append([_overlay(photo.photo, masks), *(_overlay(photo.photo, {i: m}) for i, m in masks.items())])
+            labels.append([title, *(f"{handles[i]}: {mask.mean():.1%}" for i, mask in masks.items())])
     return grid(rows, labels, CELL)
 
 

@@ -52,6 +52,12 @@ def write_report(run: Path) -> Path:
     return run / REPORT
 
 
+def renew_report(gallery: Path) -> Path | None:
+    """Write the page of the run that a gallery's folder lies in anew, to show it there; None where it is in no run."""
+    run = gallery.absolute().parent
+    return write_report(run) if (run / SETTINGS).is_file() else None
+
+
 def page(run: Path) -> str:
     """The whole page of a run."""
     if not (run / SETTINGS).is_file():
@@ -69,7 +75,7 @@ def page(run: Path) -> str:
         learning=learning_section(run, handles),
         charts=charts(rows),
         data=embedded_json(curves(rows)),
-        galleries=galleries_section(run),
+        galleries=galleries_section(run, finished),
         tables=tables(run, facts, sessions, finished),
         version=escape(__version__),
     )
@@ -139,11 +145,12 @@ def scene_section(folder: Path, handles: list[str]) -> str:
         picture(tint_masks(photo, {i: mask}), f"{handles[i]}, {mask.mean():.0%} of the picture")
         for i, mask in masks.items()
     ]
-    for further in sorted(folder.glob("*/img.png")):
+    for further in sorted(folder.glob("*/img.png"), key=lambda path: int(path.parent.name)):
         places = {i: further.with_name(f"mask{i}.png") for i in range(len(handles))}
         masks = {i: read_mask(path) for i, path in places.items() if path.exists()}
-        figures.append(picture(tint_masks(read_image(further), masks), f"picture {further.parent.name}"))
-    return f'<div class="strip">{"".join(figures)}</div>'
+        caption = f"picture {further.parent.name}: {', '.join(handles[i] for i in masks)}"
+        figures.append(picture(tint_masks(read_image(further), masks), caption))
+    return f'<div class="strip wrap">{"".join(figures)}</div>'
 
 
 def learning_section(run: Path, handles: list[str]) -> str:
@@ -187,11 +194,16 @@ def spread(items: list, most: int) -> list:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def galleries_section(run: Path) -> str:
+def galleries_section(run: Path, finished: bool) -> str:
     """The grids of subsets and contexts that `bas explore` and `bas vary` left in folders of the run."""
     grids = sorted(run.glob(f"*/{GRID}"))
+    if not grids and not finished:
+        return ""
     figures = "".join(picture(path, path.parent.name, SHEET_SIDE) for path in grids)
-    return f'<section><h2>Galleries</h2><div class="sheets">{figures}</div></section>' if grids else ""
+    command = f"<code>bas explore {escape(str(run))}</code>"
+    hint = f'<p class="quiet">{command} draws every subset of the handles in ten contexts, and shows them here.</p>'
+    shown = f'<div class="sheets">{figures}</div>' if grids else hint
+    return f"<section><h2>Galleries</h2>{shown}</section>"
 
 
 def tables(run: Path, facts: dict, sessions: list[dict], finished: bool) -> str:

@@ -103,8 +103,13 @@ def find_picture(folder: Path) -> Path:
 
 def read_shots(folder: Path, count: int) -> tuple[Shot, ...]:
     """The further photographs of a scene folder, by number. count: how many concepts its first one has."""
+    return tuple(read_shot(path, count) for path in numbered_folders(folder))
+
+
+def numbered_folders(folder: Path) -> list[Path]:
+    """The subfolders that are named by numbers, by number."""
     numbered = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
-    return tuple(read_shot(path, count) for path in sorted(numbered, key=lambda path: int(path.name)))
+    return sorted(numbered, key=lambda path: int(path.name))
 
 
 def read_shot(folder: Path, count: int) -> Shot:

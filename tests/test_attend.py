@@ -93,7 +93,7 @@ def test_files_are_numbered_and_keep_the_runs_colours(tmp_path):
     maps = np.zeros((2, 4, 4), np.float32)
     maps[0, 0, 0] = maps[1, 3, 3] = 0.25
     black = Image.new("RGB", (64, 64))
-    sheet = write_attention(Attention(black, ("<b>", "../word"), maps), ("<a>", "<b>"), tmp_path)
+    sheet = write_attention(Attention(black, ("<b>", "../word"), maps), ("<a>", "<b>"), tmp_path, {})
     assert sheet == tmp_path / "sheet.png"
     names = ["map0.npy", "map0.png", "map1.npy", "map1.png", "maps.json", "picture.png", "sheet.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -119,5 +119,6 @@ def test_the_command(models, tmp_path, capsys):
     assert main(argv) == 0
     assert capsys.readouterr().out == f"{out / 'sheet.png'}\n"
     assert np.load(out / "map0.npy").shape == (8, 8)
-    assert json.loads((out / "settings.json").read_text())["prompt"] == "a photo of (<asset1>:1.5)"
+    with Image.open(out / "picture.png") as picture:
+        assert json.loads(picture.text["bas"])["prompt"] == "a photo of (<asset1>:1.5)"
     assert main(argv) == 2

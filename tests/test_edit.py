@@ -159,6 +159,18 @@ def region_list(folder, rows):
     return folder / "regions.json"
 
 
+def test_a_list_of_regions_may_be_toml(files, picture):
+    lines = ["[[regions]]", 'mask = "left.png"', 'prompt = "a <asset0>"'] * 2
+    (files / "regions.toml").write_text("\n".join(lines))
+    regions = read_regions(files / "regions.toml", files / "photo.png", picture)
+    assert [region.prompt for region in regions] == ["a <asset0>"] * 2
+    assert (regions[0].mask == left_half()).all()
+    for text in ("[[regions]", "[[places]]\nmask = 'left.png'", "regions = 3"):
+        (files / "regions.toml").write_text(text)
+        with refused("regions.toml"):
+            read_regions(files / "regions.toml", files / "photo.png", picture)
+
+
 def test_a_list_of_regions_names_masks_beside_it(files, picture):
     rows = [{"mask": "right.png", "prompt": "a bowl"}, {"mask": "left.png", "prompt": "a <asset0>"}]
     regions = read_regions(region_list(files, rows), files / "photo.png", picture)

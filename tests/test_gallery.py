@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from tiny import refused, taught, write_model
 
+import bas
 from bas.checkpoint import load, save_model
 from bas.cli import main
 from bas.config import SampleConfig
@@ -84,6 +85,21 @@ def test_a_folder_in_use_is_refused_before_weights_are_read(tmp_path, capsys):
         new_folder(str(tmp_path / "old.txt" / "below"))
     assert main(["vary", str(tmp_path), "--output_dir", str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_without_a_folder_the_grid_goes_into_the_run_and_onto_its_page(bench, tmp_path, capsys):
+    run = tmp_path / "run"
+    bas.train(bench.config(run, phase1_train_steps=1, phase2_train_steps=1))
+    assert main(["report", str(run)]) == 0
+    before = (run / "report.html").read_text()
+    assert f"<code>bas explore {run}</code>" in before
+    capsys.readouterr()
+    fast = ["--num_inference_steps", "1", "--device", "cpu"]
+    assert main(["explore", str(run), "--contexts", "at the beach", *fast]) == 0
+    assert capsys.readouterr().out.split() == [str(run / "exploration" / "grid.png"), str(run / "report.html")]
+    page = (run / "report.html").read_text()
+    assert "bas explore" not in page
+    assert page.count("<img") == before.count("<img") + 1
 
 
 def test_the_commands_print_where_the_grid_is(models, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """`bas masks`: what the losses will see of a scene's masks, in numbers, in words and in a picture."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,32 @@ def test_a_wide_picture_has_wide_grids(model, tmp_path):
     seen = view(model, folder)
     assert seen.concepts[0].latent.shape == (16, 32)
     assert seen.concepts[0].attention.shape == (4, 8)
+
+
+def test_further_photographs_have_their_own_table_rows_and_warnings(model, tmp_path):
+    """A second photograph, wider, that shows only the second concept: cut to 32x32, counted and drawn by itself."""
+    folder = write(
+        tmp_path / "s", [box((0, 16), (0, 16)), box((8, 24), (0, 32))], [{"word": "bowl"}, {"word": "stone"}]
+    )
+    (folder / "1").mkdir()
+    wide = np.zeros((32, 64), np.uint8)
+    wide[2:6, 18:22] = 255  # after the cut, columns 2 to 6: between the cells of the attention grid
+    Image.new("RGB", (64, 32), (0, 0, 255)).save(folder / "1" / "img.png")
+    Image.fromarray(wide).save(folder / "1" / "mask1.png")
+    seen = view(model, folder)
+    (other,) = seen.further
+    assert (other.name, other.photo.size, [c.handle for c in other.concepts]) == ("1", (32, 32), ["<asset1>"])
+    assert table(seen).split("\n")[4:] == [
+        "picture 1",
+        "   handle    word   pieces  coverage  loss grid  attention grid  overlaps",
+        "1  <asset1>  stone  stone   1.6%      4 of 256   0 of 16         -",
+    ]
+    vanishes = "vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution"
+    assert warnings(seen)[-1] == f"picture 1: mask 1 (<asset1>) {vanishes}"
+    drawn, alone = sheet(seen), sheet(replace(seen, further=()))
+    assert drawn.height > 1.8 * alone.height
+    below = np.asarray(drawn)[alone.height + 8 + 200, 8 + 200]  # in the second photograph: it is blue
+    assert below.tolist() == [0, 0, 255]
 
 
 def test_the_command_prints_and_draws(model, tmp_path, capsys, caplog):

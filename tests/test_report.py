@@ -106,7 +106,7 @@ def test_further_photographs_are_shown(tmp_path):
     (further / "mask0.png").unlink()
     shown = Page(page(folder)).all("img")
     assert len(shown) == before + 1
-    assert shown[4]["alt"] == "picture 1"
+    assert shown[4]["alt"] == "picture 1: <bowl>"
 
 
 def test_the_curves_are_metrics_jsonl(run):

@@ -1,9 +1,9 @@
-"""Make the pictures of the documentation anew: train on the shipped miniature's scene, run the real commands.
+"""Make the pictures of the documentation anew: train on scenes of the miniature's world, run the real commands.
 
-    python tools/make_pictures.py --work_dir /tmp/pictures
+    python tools/make_pictures.py --work_dir DIR
 
-Writes docs/pictures/*.png. The runs stay in the work folder, so that a second call only draws; anything else in it is
-made anew. Takes about a quarter of an hour on two processor cores.
+Writes docs/pictures/*.png. Four runs stay in the work folder, so that a second call only draws; three of them are those
+of `check_applications.py --output_dir DIR/applications`, in either order.
 """
 
 import argparse
@@ -11,18 +11,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+from check_applications import CELL, FURTHER, PARTS, SCENE, learn, loose_box
 from PIL import Image
 
 from bas.cli import main as bas
+from bas.demo import PICTURE
 from bas.hub import find
 from bas.images import read_image, read_mask
 from bas.pictures import grid, tint_masks
-from bas.run_folder import CONCEPTS
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
-SCENE, OTHER = "playroom", "shore"  # what is learnt, and the photograph that is edited
-STRENGTHS = (0, 0.5, 1, 1.5, 2)
-CELL = 160
+PHOTO = "scenes/shore"  # of the shipped model: the photograph that is edited
+STRENGTHS = (0, 0.5, 1, 1.3, 2)
+MOST = 1300  # pixels of a picture's longer side in the documentation
 
 
 def run(*words: object) -> None:
@@ -33,64 +35,88 @@ def run(*words: object) -> None:
         raise SystemExit(code)
 
 
-def learn(scene: Path, folder: Path, *flags: str) -> Path:
-    """A finished run on the scene, from an earlier call or made now."""
-    if not (folder / CONCEPTS).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        run("train", scene, "--output_dir", folder, *flags)
-    return folder
+def publish(picture: Path, name: str) -> None:
+    """Put a picture into the documentation, no larger than it is looked at."""
+    with Image.open(picture) as opened:
+        small = opened.convert("RGB")
+    small.thumbnail((MOST, MOST), Image.Resampling.LANCZOS)
+    small.save(PICTURES / f"{name}.png", optimize=True)
 
 
-def edit(model: Path, photo: Path, work: Path) -> None:
+def with_masks(folder: Path) -> Image.Image:
+    """The photograph of a scene folder, its masks in their concepts' colours."""
+    masks = {int(path.stem.removeprefix("mask")): read_mask(path) for path in sorted(folder.glob("mask*.png"))}
+    return tint_masks(read_image(folder / "img.png"), masks)
+
+
+def draw_edit(model: Path, photo: Path, work: Path) -> None:
     """Put two learnt things where two others were, one after the other; before and after side by side."""
-    masks = [photo / "mask0.png", photo / "mask1.png"]
-    rows = [{"mask": str(mask), "prompt": f"a photo of <asset{i}>"} for i, mask in enumerate(masks)]
-    (work / "one.json").write_text(json.dumps(rows[:1]))
-    (work / "both.json").write_text(json.dumps(rows))
-    for name in ("one", "both"):
-        target = work / f"{name}.png"
-        run(
-            "edit",
-            model,
-            "--init_image",
-            photo / "img.png",
-            "--regions",
-            work / f"{name}.json",
-            "--output_path",
-            target,
-        )
-    before = tint_masks(read_image(photo / "img.png"), {i: read_mask(mask) for i, mask in enumerate(masks)})
-    pictures = [before, *(Image.open(work / f"{name}.png") for name in ("one", "both"))]
+    rows, masks, results = [], {}, []
+    for i in range(2):
+        masks[i] = np.zeros_like(found := read_mask(photo / f"mask{i}.png"))
+        masks[i][loose_box(found)] = 1
+        Image.fromarray((255 * masks[i]).astype(np.uint8)).save(work / f"where{i}.png")
+        rows.append({"mask": f"where{i}.png", "prompt": f"a photo of <asset{i}>"})
+    for count in (1, 2):
+        target = work / f"edited {count}.png"
+        target.with_suffix(".json").write_text(json.dumps(rows[:count]))
+        words = ("--regions", target.with_suffix(".json"), "--output_path", target)
+        run("edit", model, "--init_image", photo / "img.png", *words)
+        results.append(Image.open(target))
     labels = ["the photograph and two masks", "<asset0> in the first", "then <asset1> in the second"]
-    grid([pictures], [labels], CELL).save(PICTURES / "edit.png")
+    before = tint_masks(read_image(photo / "img.png"), masks)
+    grid([[before, *results]], [labels], CELL).save(work / "edit.png")
+
+
+def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
+    """What went in and what comes out: photographs with their masks, below them four pictures of each prompt."""
+    single = work / name / "drawn.png"
+    run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", single)
+    drawn = [Image.open(single.with_stem(f"drawn-{i}")) for i in range(4 * len(prompts))]
+    rows = [[with_masks(folder) for folder in photographs]]
+    rows += [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
+    labels = [["the photograph and its masks", *["a further one"] * (len(photographs) - 1)]]
+    labels += [[prompt] * 4 for prompt in prompts]
+    grid(rows, labels, CELL).save(work / f"{name}.png")
 
 
 def main() -> None:
+    """Learn what is not learnt yet, draw everything, and put it into docs/pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for runs and single pictures")
-    work = parser.parse_args().work_dir
-    scenes = find(None) / "scenes"
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    drawn = work / "drawn"
-    shutil.rmtree(drawn, ignore_errors=True)
-    drawn.mkdir(parents=True)
+    parser.add_argument("--steps", type=int, nargs=2, help="of both phases, for the runs of applications (a trial)")
+    args = parser.parse_args()
+    base, work, model = find(None), args.work_dir / "drawn", args.work_dir / "demo"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
 
-    model = learn(scenes / SCENE, work / "run")
-    run("vary", model, "--output_dir", drawn / "vary")
-    shutil.copy(drawn / "vary" / "grid.png", PICTURES / "vary.png")
-    run("explore", model, "--output_dir", drawn / "explore")
-    shutil.copy(drawn / "explore" / "grid.png", PICTURES / "explore.png")
+    run("demo", "--output_dir", model)
+    run("vary", model, "--output_dir", work / "vary")
+    run("explore", model, "--output_dir", work / "explore", "--batch_size", 16)
     together = "a photo of <asset0> and <asset1> and <asset2>"
-    run("attend", model, "--prompt", f"{together} at the beach", "--output_dir", drawn / "attend")
-    shutil.copy(drawn / "attend" / "sheet.png", PICTURES / "attend.png")
+    run("attend", model, "--prompt", f"{together} at the beach", "--output_dir", work / "attend")
     strengths = [f"a photo of (<asset0>:{s:g}) and <asset1>" for s in STRENGTHS]
-    sheet = ("--num_images", 4, "--grid", "--output_path")
-    run("sample", model, "--prompt", *strengths, *sheet, PICTURES / "strength.png")
-    edit(model, scenes / OTHER, drawn)
+    run("sample", model, "--prompt", *strengths, "--num_images", 4, "--grid", "--output_path", work / "strength.png")
+    draw_edit(model, base / PHOTO, work)
 
-    model = learn(scenes / SCENE, work / "run with background", "--background_handle", "bg")
+    alone = ["a photo of <asset0>", "a photo of <asset1>"]
     places = ["a photo of <bg>", "a photo of <asset0> at <bg>", "a photo of a red ball at <bg>"]
-    run("sample", model, "--prompt", *places, *sheet, PICTURES / "background.png")
+    for name, layouts, flags, prompts in (
+        ("one", (SCENE,), {"background_handle": "bg"}, places),
+        ("several", (SCENE, *FURTHER), {"background_handle": "bg"}, alone),
+        ("parts", (PARTS,), {}, alone),
+    ):
+        folder = args.work_dir / "applications" / name
+        learnt = learn(folder, base, layouts, args.steps, **flags)
+        scene = folder / "scene"
+        photographs = [scene, *sorted(path for path in scene.iterdir() if path.is_dir())]
+        draw_beside(photographs, learnt.models.source, prompts, work, name)
+
+    grids = {"demo": model / PICTURE, "vary": work / "vary" / "grid.png", "explore": work / "explore" / "grid.png"}
+    grids |= {"attend": work / "attend" / "sheet.png", "background": work / "one.png"}
+    grids |= {name: work / f"{name}.png" for name in ("strength", "edit", "several", "parts")}
+    for name, path in grids.items():
+        publish(path, name)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from pathlib import Path
 from bas.attend import attend, plan_maps, write_attention
 from bas.commands.model import add_model, find_model, open_model
 from bas.config import SampleConfig
-from bas.files import new_folder, write_json
+from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
 from bas.hub import read_model_row
 from bas.run_folder import CONCEPTS, read_concepts
+
+EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1> at the beach" --output_dir attention',)
 
 
 def configure(parser: Parser) -> None:
@@ -35,9 +37,8 @@ def run(args: argparse.Namespace) -> None:
     folder = new_folder(args.output_dir)
     models = open_model(args, lambda models: plan_maps(models, args.prompt, config, rows, args.words))
     attention = attend(models, args.prompt, config, rows, args.words)
-    sheet = write_attention(attention, models.handles, folder)
-    write_json(folder / "settings.json", asdict(config) | {"prompt": args.prompt, "model": path.name})
-    print(sheet)
+    settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
+    print(write_attention(attention, models.handles, folder, settings))
 
 
 def trained_grid(path: Path) -> int | None:

@@ -7,6 +7,8 @@ from bas.demo import demo
 from bas.flags import Parser
 from bas.report import write_report
 
+EXAMPLES = ("bas demo --output_dir demo",)
+
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""

@@ -15,6 +15,12 @@ from bas.pictures import picture_path, save_pictures
 log = logging.getLogger(__name__)
 
 
+EXAMPLES = (
+    'bas edit runs/creature --init_image photo.jpg --mask where.png --prompt "a photo of <asset0>"',
+    "bas edit runs/creature --init_image photo.jpg --regions regions.json --num_images 4",
+)
+
+
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)

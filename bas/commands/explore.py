@@ -2,12 +2,16 @@
 
 import argparse
 
-from bas.commands.model import add_model, find_model, open_model
+from bas.commands.model import add_gallery, add_model, find_model, gallery_folder, open_model, print_gallery
 from bas.config import SampleConfig
-from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
 from bas.gallery import CONTEXTS, combinations_in, explore
 from bas.sample import check_request
+
+EXAMPLES = (
+    "bas explore runs/creature",
+    'bas explore runs/creature --contexts "at the beach" "in a box" --output_dir exploration',
+)
 
 
 def configure(parser: Parser) -> None:
@@ -20,15 +24,14 @@ def configure(parser: Parser) -> None:
         default=CONTEXTS,
         help="what follows 'a photo of ...' in each prompt (default: the paper's ten, 'at the beach' and so on)",
     )
-    parser.add_argument("--output_dir", default="exploration", help="new folder to write (default: %(default)s)")
+    add_gallery(parser, "exploration")
     add_fields(parser, SampleConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, and print where the grid is."""
     config = SampleConfig(**given(args, SampleConfig))
-    find_model(args)
-    folder = new_folder(args.output_dir)
+    folder = gallery_folder(args, find_model(args), "exploration")
     contexts = tuple(args.contexts)
     models = open_model(args, lambda models: check_request(models, combinations_in(models, contexts), config))
-    print(explore(models, folder, contexts, config))
+    print_gallery(explore(models, folder, contexts, config))

@@ -9,10 +9,12 @@ from bas.flags import Parser
 from bas.hub import find
 from bas.single_file import save_single_file
 
+EXAMPLES = ("bas export my_model model.safetensors",)
+
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
-    parser.add_argument("model", metavar="RUN", help="run or model folder")
+    parser.add_argument("model", metavar="MODEL", help="a model without handles: a folder or a known name")
     parser.add_argument("output_path", metavar="FILE", help="the .safetensors file to write")
 
 

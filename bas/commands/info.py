@@ -7,6 +7,11 @@ from bas.flags import Parser
 from bas.hub import find
 from bas.info import as_text, describe, describe_machine
 
+EXAMPLES = (
+    "bas info",
+    "bas info runs/creature",
+)
+
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""

@@ -29,6 +29,12 @@ SETTINGS = (
 )
 
 
+EXAMPLES = (
+    "bas masks my_scene --initializer_tokens creature bowl stone --output_path masks.png",
+    "bas masks photo.jpg --auto sam --points 120,300 410,350",
+)
+
+
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The model that a sampling command works with: the flags that name it, and opening it."""
+"""The model that a sampling command works with: the flags that name it, opening it, and where its galleries go."""
 
 import argparse
 from collections.abc import Callable
@@ -6,10 +6,13 @@ from pathlib import Path
 
 from bas.checkpoint import load, outline
 from bas.config import InputError
+from bas.files import new_folder
 from bas.flags import Parser, add_machine
 from bas.hub import find
 from bas.machine import DTYPES, pick_device, pick_precision
 from bas.parts import Models
+from bas.report import renew_report
+from bas.run_folder import SETTINGS
 
 
 def add_model(parser: Parser) -> None:
@@ -19,6 +22,24 @@ def add_model(parser: Parser) -> None:
     )
     parser.add_argument("--model_path", metavar="RUN", help="the same, as the official script names it")
     add_machine(parser)
+
+
+def add_gallery(parser: Parser, name: str) -> None:
+    """Declare --output_dir of a command that draws a gallery."""
+    gloss = f"new folder to write (default: RUN/{name}, which the run's page shows; {name} for other models)"
+    parser.add_argument("--output_dir", help=gloss)
+
+
+def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
+    """The new folder of a gallery: the one that is named, else one in the run."""
+    return new_folder(args.output_dir or str(model / name if (model / SETTINGS).is_file() else name))
+
+
+def print_gallery(grid: Path) -> None:
+    """Print where the grid is, and the page of the run that shows it by now."""
+    print(grid)
+    if page := renew_report(grid.parent):
+        print(page)
 
 
 def find_model(args: argparse.Namespace) -> Path:

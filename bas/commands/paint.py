@@ -8,6 +8,11 @@ from bas.drafts import open_draft
 from bas.flags import Parser
 from bas.paint import Server
 
+EXAMPLES = (
+    "bas paint photo.jpg",
+    "bas paint my_scene",
+)
+
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""

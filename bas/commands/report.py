@@ -6,6 +6,8 @@ from pathlib import Path
 from bas.flags import Parser
 from bas.report import write_report
 
+EXAMPLES = ("bas report runs/creature",)
+
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""

@@ -13,6 +13,12 @@ from bas.sample import check_request, sample
 REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
 
 
+EXAMPLES = (
+    'bas sample runs/creature --prompt "a photo of <asset0> at the beach" --output_path creature.png',
+    'bas sample runs/creature --prompt "a photo of (<asset0>:1.3) and <asset1>" --num_images 4 --grid',
+)
+
+
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)

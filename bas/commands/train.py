@@ -14,6 +14,11 @@ from bas.report import write_report
 from bas.run_folder import read_concepts
 from bas.train import train
 
+EXAMPLES = (
+    "bas train my_scene --initializer_tokens creature bowl stone --output_dir runs/creature",
+    "bas train my_scene --config runs/creature/config.toml --output_dir runs/again --dry_run",
+)
+
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""

@@ -2,25 +2,25 @@
 
 import argparse
 
-from bas.commands.model import add_model, find_model, open_model
+from bas.commands.model import add_gallery, add_model, find_model, gallery_folder, open_model, print_gallery
 from bas.config import VaryConfig
-from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
 from bas.gallery import all_together, vary
 from bas.sample import check_request
+
+EXAMPLES = ("bas vary runs/creature --num_images 9",)
 
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)
-    parser.add_argument("--output_dir", default="variations", help="new folder to write (default: %(default)s)")
+    add_gallery(parser, "variations")
     add_fields(parser, VaryConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, and print where the grid is."""
     config = VaryConfig(**given(args, VaryConfig))
-    find_model(args)
-    folder = new_folder(args.output_dir)
+    folder = gallery_folder(args, find_model(args), "variations")
     models = open_model(args, lambda models: check_request(models, [all_together(models)], config))
-    print(vary(models, folder, config))
+    print_gallery(vary(models, folder, config))
