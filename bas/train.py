@@ -7,7 +7,8 @@ loop and the same `training_step`: a phase is a row of data (`TrainConfig.phases
 import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bas import __version__
+from bas.base import Base
 from bas.batches import Batch, Material, check_scene, draw_batch, prepare
 from bas.checkpoint import Models, load, outline, save_model, weights_hash
-from bas.class_images import class_images
 from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
@@ -175,15 +176,27 @@ def learning_rate(config: TrainConfig, phase: Phase, step: int) -> float:
 # --- The run ------------------------------------------------------------------------------------------------------
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, base: Base | None = None) -> Path:
     """Learn the concepts of one scene and write the run folder; returns its path.
 
-    Raises InputError for anything wrong with the input, before weights are read; RunError when a number stops being
-    finite, memory or disk run out; Interrupted after a signal, once all is saved.
+    `base` is the base model where it is in memory already. Raises InputError for anything wrong with the input, before
+    weights are read; RunError when a number stops being finite, memory or disk run out; Interrupted after a signal,
+    once all is saved.
+    """
+    with trained(config, base) as run:
+        finish(run)
+    return run.folder
+
+
+@contextmanager
+def trained(config: TrainConfig, base: Base | None = None) -> Iterator["Run"]:
+    """Both phases of one scene. Within the block the run's models are the tuned ones, and its folder is held.
+
+    A signal that comes while the block runs is noted in `run.interrupts`. Raises as `train` does.
     """
     times, checked = Times(), check_input(config)
     with locked(Path(config.output_dir)), deterministic(config.deterministic):
-        run = start(config, *checked)
+        run = start(config, *checked, base)
         times.note("preparation", run.folder, run.models.device)
         try:
             with Interrupts() as run.interrupts:
@@ -192,14 +205,13 @@ def train(config: TrainConfig) -> Path:
                     train_phase(run, phase, begin)
                     times.note(phase.name, run.folder, run.models.device)
                     begin += phase.steps
-                finish(run)
+                yield run
                 times.note("saving", run.folder, run.models.device)
         except OSError as error:
             reason = error.strerror or error
             raise RunError(
                 f"writing to {run.folder} failed: {reason}. {KEPT}: make room, then --resume_from_checkpoint latest"
             ) from error
-    return run.folder
 
 
 @dataclass
@@ -225,41 +237,50 @@ class Run:
     overflows: int = 0  # steps in a row that fp16 left out
 
 
-def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
-    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
-    scene = load_scene(config)
+def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
+    """Base, device and precision: what is wrong with them, and with settings that no scene can make good."""
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
     precision = pick_precision(config.mixed_precision, device)
-    check_scene(outline(base)[0], scene, config)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.report_to == "tensorboard":
         writer_class()
+    return base, device, precision
+
+
+def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
+    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
+    scene = load_scene(config)
+    base, device, precision = check_machine(config)
+    check_scene(outline(base)[0], scene, config)
     return scene, base, device, precision
 
 
-def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, precision: str) -> Run:
-    """Load the models, and compute what all steps share. The rest is what `check_input` found."""
+def start(
+    config: TrainConfig, scene: Scene, path: Path, device: torch.device, precision: str, base: Base | None = None
+) -> Run:
+    """Load the base unless it is in memory, and compute what all steps share. The rest is what `check_input` found."""
     folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
-    require_room(folder, base, config)
-    base_hash = weights_hash(base)
+    require_room(folder, path, config)
+    base_hash = base.hash if base else weights_hash(path)
     facts = {"config": asdict(config), "handles": list(scene.handles), "base": base_hash, "version": __version__}
     saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    models = load(base, device=device)
+    base = base or Base(path, load(path, device=device))
+    models = base.fresh()
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         with autocast(device, precision):
-            class_posterior, facts["class_images"] = class_images(models, config, base_hash, tuple(image.shape[-2:]))
+            class_posterior, facts["class_images"] = base.class_images(config, tuple(image.shape[-2:]))
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
     write_json(folder / SETTINGS, facts)
