@@ -1,4 +1,4 @@
-"""A base model in memory: read once, it can be trained on one scene after another, each time from the weights it had."""
+"""A base model in memory: read once, then trained on one scene after another, each time from the weights it had."""
 
 from copy import deepcopy
 from dataclasses import replace

@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,9 +26,15 @@ from bas.sample import decode, generate, to_pictures
 from bas.scene import pixels, read_image
 from bas.schedulers import NoiseSchedule
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 log = logging.getLogger(__name__)
 
 KEY_FILE = "key.json"
+LOCK = ".lock"  # held while class images are made
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -76,16 +84,32 @@ def class_images(
     key = cache_key(config, base_hash, models.schedule, settings)
     folder, keyed = find_folder(config, key)
     folder.mkdir(parents=True, exist_ok=True)
-    if keyed and not (folder / KEY_FILE).exists():
-        write_json(folder / KEY_FILE, key)
-    found = len(_pictures(folder))
-    if found < config.num_class_images:
-        log.info("generating %d class images into %s", config.num_class_images - found, folder)
-        _generate_missing(models, config, settings, folder, found)
+    with taking_turns(folder):
+        if keyed and not (folder / KEY_FILE).exists():
+            write_json(folder / KEY_FILE, key)
+        found = len(_pictures(folder))
+        if found < config.num_class_images:
+            log.info("generating %d class images into %s", config.num_class_images - found, folder)
+            _generate_missing(models, config, settings, folder, found)
     chosen = _pictures(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
     return encode_images(models, torch.stack([pixels(image) for image in images])), content
+
+
+@contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """One process at a time: a second one waits, and finds what the first has made. Without locks, none waits."""
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError:  # a folder that is only read from
+        yield
+        return
+    with file:
+        if fcntl:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:

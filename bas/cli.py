@@ -24,7 +24,7 @@ COMMANDS = {
     "demo": "the whole method on the shipped miniature, into one picture",
     "masks": "check a scene's masks, or let a model propose them",
     "paint": "paint masks in the browser",
-    "train": "learn the concepts of one scene",
+    "train": "learn the concepts of a scene, or of many",
     "sample": "generate pictures from prompts",
     "vary": "draw all concepts of a run again and again",
     "explore": "draw every combination of a run's concepts in many contexts",

@@ -30,7 +30,7 @@ MAY_IMPORT = {
 ONLY_FROM = {
     "bas.cli": {"bas.__main__"},
     "bas.commands": {"bas.cli", "bas.commands"},
-    "bas.train": {"bas.commands", "bas.evaluation", "bas.demo", "bas.dry_run"},
+    "bas.train": {"bas.commands", "bas.evaluation", "bas.demo", "bas.dry_run", "bas.many"},
 }
 # For tests and tools alone, or not used on purpose.
 NEVER = {"diffusers", "accelerate", "torchvision", "tools", "tests", "make_reference", "pytest"}

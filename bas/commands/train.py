@@ -1,6 +1,10 @@
-"""Learn the concepts of one scene: two phases, then a tuned model in the run folder."""
+"""Learn the concepts of a scene: two phases, then a tuned model in the run folder. Or of many scenes, one by one."""
 
 import argparse
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -10,19 +14,30 @@ from bas.dry_run import dry_run, memory_advice
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
 from bas.info import as_text
+from bas.many import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
+from bas.ranks import Ranks
 from bas.report import write_report
 from bas.run_folder import read_concepts
 from bas.train import train
 
+log = logging.getLogger(__name__)
+
 EXAMPLES = (
     "bas train my_scene --initializer_tokens creature bowl stone --output_dir runs/creature",
     "bas train my_scene --config runs/creature/config.toml --output_dir runs/again --dry_run",
+    "bas train my_scenes --output_dir runs",
 )
 
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
-    parser.add_argument("scene", metavar="SCENE", nargs="?", help="folder with img.* and mask0.png, mask1.png, ...")
+    parser.add_argument(
+        "scenes",
+        metavar="SCENE",
+        nargs="*",
+        help="folder with img.* and mask0.png, mask1.png, ...; several, or a folder of such folders, are trained one "
+        "by one into folders of --output_dir, and torchrun shares them among processes",
+    )
     add_config(parser)
     parser.add_argument(
         "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
@@ -33,14 +48,25 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and say how to sample from the result."""
     flags = given(args, TrainConfig)
-    if args.scene and flags.setdefault("instance_data_dir", args.scene) != args.scene:
-        raise InputError(f"two scenes: {args.scene} and --instance_data_dir {flags['instance_data_dir']}")
     explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **flags}
-    if not explicit.get("instance_data_dir"):
+    named = explicit.pop("instance_data_dir", None)
+    if args.scenes and "instance_data_dir" in flags and [named] != args.scenes:
+        raise InputError(f"two scenes: {args.scenes[0]} and --instance_data_dir {named}")
+    names = args.scenes or ([named] if named else [])
+    if not names:
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
-    config = TrainConfig.resolve(explicit, row)
-    if args.dry_run:
+    config = TrainConfig.resolve({**explicit, "instance_data_dir": names[0]}, row)
+    ranks = Ranks.from_environment()
+    if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
+        many_scenes(config, find_scenes(names), ranks, args.dry_run)
+    else:
+        one_scene(config, args.dry_run)
+
+
+def one_scene(config: TrainConfig, dry: bool) -> None:
+    """Train one scene into --output_dir itself."""
+    if dry:
         print(as_text(dry_run(config)))
         return
     try:
@@ -51,3 +77,37 @@ def run(args: argparse.Namespace) -> None:
     handles = read_concepts(folder)[1]
     print(f"{write_report(folder)} shows how it went")
     print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')
+
+
+def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
+    """Train this process's share of the scenes; the first process then lists what failed. RunError if anything did."""
+    if dry:
+        left = [settings for settings in (settings_of(scene, config) for scene in scenes) if not is_finished(settings)]
+        facts = {"scenes": f"{len(scenes)}, of which {len(scenes) - len(left)} are finished"}
+        print(as_text(facts | (dry_run(left[0]) if left else {})))
+        return
+    config = replace(config, device=ranks.device(config.device))
+    share, failed = ranks.part(scenes), []
+    with ranks.connected():
+        for i, outcome in enumerate(train_each(config, share), start=1):
+            say(outcome, f"[{i}/{len(share)}]")
+            if outcome.error:
+                failed.append(outcome)
+        failed = ranks.gather(failed)
+    if failed and not ranks.first:
+        sys.exit(1)
+    for outcome in failed:
+        log.error("%s: %s", outcome.scene, outcome.error)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(scenes)} scenes failed; the same command tries them again")
+
+
+def say(outcome: Outcome, count: str) -> None:
+    """One line about a scene, and the page of its run."""
+    if outcome.error:
+        log.error("%s %s failed: %s", count, outcome.scene, outcome.error)
+    elif outcome.earlier:
+        print(f"{count} {outcome.folder} was finished before", flush=True)
+    else:
+        write_report(Path(outcome.folder))
+        print(f"{count} {outcome.folder} is ready", flush=True)

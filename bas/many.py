@@ -1,0 +1,117 @@
+"""Many scenes, each trained alone into a run folder of its own, from one base that stays in memory.
+
+    OUT/NAME/    the run of the scene folder called NAME
+
+What is finished is left as it is, what is unfinished goes on from its checkpoint, and a scene that fails does not keep
+the others from being trained.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bas.base import Base
+from bas.checkpoint import load
+from bas.config import InputError, RunError, TrainConfig
+from bas.dry_run import memory_advice
+from bas.files import read_json
+from bas.run_folder import CONCEPTS, METRICS, SETTINGS
+from bas.train import check_machine, check_resumable, train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one scene."""
+
+    scene: str
+    folder: str
+    error: str | None = None  # why it could not be trained
+    earlier: bool = False  # whether it was finished before
+
+
+def is_scene(folder: Path) -> bool:
+    """Whether a folder has a picture img.* of its own."""
+    return any(path.stem == "img" and path.is_file() for path in folder.iterdir())
+
+
+def holds_scenes(folder: Path) -> bool:
+    """Whether a folder is no scene itself, but has scenes in it."""
+    return folder.is_dir() and not is_scene(folder) and any(is_scene(path) for path in subfolders(folder))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, but for hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def find_scenes(names: list[str]) -> list[Path]:
+    """The scene folders among these folders, and in those that hold scene folders. Raises InputError for others."""
+    scenes = []
+    for name in names:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise InputError(
+                f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ..."
+            )
+        if is_scene(folder):
+            scenes.append(folder)
+            continue
+        inside = subfolders(folder)
+        found = [path for path in inside if is_scene(path)]
+        if not found:
+            raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
+        if left := [path.name for path in inside if path not in found]:
+            log.warning("%s: no scene in %s, which have no img.*", folder, ", ".join(left))
+        scenes += found
+    twice = [name for name, count in Counter(scene.resolve().name for scene in scenes).items() if count > 1]
+    if twice:
+        raise InputError(f"two scenes are called {twice[0]}: their runs need different names, so rename one")
+    return scenes
+
+
+def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
+    """The settings of one scene's run, which goes on where there is something to go on from."""
+    folder = Path(config.output_dir) / scene.resolve().name
+    resume = "latest" if (folder / METRICS).exists() else None
+    return replace(config, instance_data_dir=str(scene), output_dir=str(folder), resume_from_checkpoint=resume)
+
+
+def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
+    """Train the scenes one after another into folders of `config.output_dir`; yields what became of each.
+
+    Raises InputError for what is wrong with the base, the machine or the settings; Interrupted after a signal.
+    """
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise InputError("--resume_from_checkpoint: with several scenes each goes on by itself; leave it out")
+    path, device, _ = check_machine(config)
+    base = None
+    for scene in scenes:
+        settings = settings_of(scene, config)
+        names = {"scene": str(scene), "folder": settings.output_dir}
+        try:
+            if is_finished(settings):
+                yield Outcome(**names, earlier=True)
+                continue
+            base = base or Base(path, load(path, device=device), keep=True)
+            train(settings, base)
+        except torch.OutOfMemoryError:
+            yield Outcome(**names, error=memory_advice(settings, None))
+        except (InputError, RunError, OSError) as error:
+            yield Outcome(**names, error=str(error))
+        else:
+            yield Outcome(**names)
+
+
+def is_finished(settings: TrainConfig) -> bool:
+    """Whether the run is there already. Raises InputError when it was made with other settings."""
+    folder = Path(settings.output_dir)
+    if not (folder / CONCEPTS).exists():
+        return False
+    check_resumable(folder, {"config": asdict(settings)}, read_json(folder / SETTINGS))
+    return True

@@ -1,0 +1,210 @@
+"""Many scenes from one base: each as if it were alone, shared among processes, whatever fails or was done before."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import file_hashes, refused, write_scene
+
+import bas
+from bas.base import Base
+from bas.checkpoint import load
+from bas.cli import main
+from bas.config import TrainConfig
+from bas.many import find_scenes, train_each
+from bas.models.text import add_handles
+from bas.ranks import Ranks
+
+many = import_module("bas.many")
+training = import_module("bas.train")  # the module: bas.train is its function
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """A folder of three scenes, of 1 to 3 concepts."""
+    folder = tmp_path_factory.mktemp("many") / "scenes"
+    for i, name in enumerate(("ant", "bee", "cat"), start=1):
+        write_scene(folder / name, concepts=i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(bench, scenes, tmp_path_factory) -> dict[str, dict[str, str]]:
+    """The hashes of each scene's run, trained by itself."""
+    folder = tmp_path_factory.mktemp("alone")
+    configs = {p.name: bench.config(folder / p.name, instance_data_dir=str(p)) for p in sorted(scenes.iterdir())}
+    return {name: file_hashes(bas.train(config)) for name, config in configs.items()}
+
+
+def words(bench, output: Path, *more: str) -> list[str]:
+    """The command line of the bench's short training, without scenes."""
+    config = bench.config(output)
+    defaults = vars(TrainConfig())
+    changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
+    del changed["instance_data_dir"]
+    return ["train", *more, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The base stays as it was
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_scene_equals_the_same_trained_alone(bench, scenes, alone, tmp_path, monkeypatch):
+    """To the bit, in any order, from one reading of the weights and of the class images."""
+    loads, encodings = [], []
+    for module, name, calls in ((many, "load", loads), (import_module("bas.base"), "class_images", encodings)):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, f=original, c=calls, **kwargs: (c.append(1), f(*args, **kwargs))[1]
+        )
+    outcomes = list(train_each(bench.config(tmp_path / "out"), find_scenes([str(scenes)])[::-1]))
+    assert [(Path(o.folder).name, o.error, o.earlier) for o in outcomes] == [
+        (name, None, False) for name in ("cat", "bee", "ant")
+    ]
+    assert {name: file_hashes(tmp_path / "out" / name) for name in alone} == alone
+    assert (len(loads), len(encodings)) == (1, 1)
+
+
+def test_fresh_models_are_what_was_read(bench):
+    """After every weight moved, handles were added and gradients left behind."""
+    untouched = load(bench.model)
+    base = Base(bench.model, load(bench.model), keep=True)
+    models = base.fresh()
+    places = {name: p.data_ptr() for name, p in models.unet.named_parameters()}
+    add_handles(models.text_encoder, models.tokenizer, ("<a>", "<b>"), (None, None), seed=0)
+    for network in (models.unet, models.text_encoder):
+        for parameter in network.parameters():
+            parameter.data.add_(1)
+            parameter.grad = torch.ones_like(parameter)
+    again = base.fresh()
+    for name in ("unet", "vae", "text_encoder"):
+        expected, found = getattr(untouched, name).state_dict(), getattr(again, name).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(p.grad is None for p in [*again.unet.parameters(), *again.text_encoder.parameters()])
+    assert {name: p.data_ptr() for name, p in again.unet.named_parameters()} == places
+    assert len(again.tokenizer) == len(untouched.tokenizer)
+    assert again.handles == ()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# One command
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_scene_is_reported_and_the_others_are_trained(bench, scenes, alone, tmp_path, capsys, caplog):
+    """Exit code 1; the same command again trains what failed, once it is mended, and nothing else."""
+    spoilt = write_scene(tmp_path / "all" / "bad", concepts=2)
+    (spoilt / "mask1.png").write_bytes((spoilt / "mask0.png").read_bytes())
+    line = words(bench, tmp_path / "out", str(scenes / "ant"), str(tmp_path / "all"), str(scenes / "cat"))
+    assert main(line) == 1
+    output, errors = capsys.readouterr()
+    assert [text.split()[-3] for text in output.splitlines()] == [str(tmp_path / "out" / n) for n in ("ant", "cat")]
+    assert "bas: 1 of 3 scenes failed" in errors.splitlines()[-1]
+    assert sum("mask1.png is the same mask" in record.message for record in caplog.records) == 2
+    assert {name: file_hashes(tmp_path / "out" / name) for name in ("ant", "cat")} == {
+        n: alone[n] for n in ("ant", "cat")
+    }
+    assert (tmp_path / "out" / "ant" / "report.html").exists()
+
+    write_scene(spoilt, concepts=2)
+    made = (tmp_path / "out" / "cat" / "concepts.safetensors").stat().st_mtime_ns
+    assert main(line) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("ant was finished before")
+    assert (tmp_path / "out" / "bad" / "concepts.safetensors").exists()
+    assert (tmp_path / "out" / "cat" / "concepts.safetensors").stat().st_mtime_ns == made
+
+
+def test_an_unfinished_scene_goes_on(bench, scenes, alone, tmp_path, monkeypatch):
+    """From its checkpoint, to the same bits."""
+    original, steps = training.optimizer_step, iter(range(1, 100))
+
+    def dying(*args):
+        if next(steps) == 6 + 4:  # the second scene's fourth step
+            raise KeyboardInterrupt
+        return original(*args)
+
+    config, chosen = bench.config(tmp_path / "out", checkpointing_steps=1), find_scenes([str(scenes)])
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "optimizer_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            list(train_each(config, chosen))
+    assert [o.earlier for o in train_each(config, chosen)] == [True, False, False]
+    assert {name: file_hashes(tmp_path / "out" / name) for name in alone} == alone
+
+
+def test_finished_with_other_settings_is_no_success(bench, scenes, tmp_path):
+    chosen = find_scenes([str(scenes / "ant")])
+    list(train_each(bench.config(tmp_path / "out"), chosen))
+    (outcome,) = train_each(bench.config(tmp_path / "out", learning_rate=1e-5), chosen)
+    assert "another --learning_rate" in outcome.error
+
+
+def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with refused("empty", "no scene"):
+        find_scenes([str(tmp_path / "empty")])
+    with refused("nowhere", "not a folder"):
+        find_scenes([str(scenes), "nowhere"])
+    with refused("two scenes are called ant"):
+        find_scenes([str(scenes), str(write_scene(tmp_path / "ant"))])
+    with refused("--device nonsense"):
+        list(train_each(bench.config(tmp_path / "out", device="nonsense"), find_scenes([str(scenes)])))
+
+
+def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
+    assert main([*words(bench, tmp_path / "out", str(scenes)), "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert "3, of which 0 are finished" in output
+    assert "phase2" in output
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_share_everything_once():
+    items = list(range(7))
+    parts = [Ranks(rank, 3).part(items) for rank in range(3)]
+    assert sorted(item for part in parts for item in part) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_nonsense_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with refused("WORLD_SIZE='many'"):
+        Ranks.from_environment()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with refused("RANK=2 of WORLD_SIZE=2"):
+        Ranks.from_environment()
+
+
+def test_two_processes_train_every_scene_once(bench, scenes, tmp_path):
+    """Started by torchrun, over gloo: a failed scene of one process ends both with code 1 after all are trained."""
+    broken = write_scene(tmp_path / "broken")
+    (broken / "mask0.png").write_text("nothing")
+    line = words(bench, tmp_path / "out", str(scenes), str(broken))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bas"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bas.__file__).parents[1])}
+    process = subprocess.run([*launcher, *line], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1, process.stderr
+    ready = sorted(line.split("/out/")[1] for line in process.stdout.splitlines() if "/out/" in line)
+    assert ready == [f"{name} is ready" for name in ("ant", "bee", "cat")]
+    assert "bas: 1 of 4 scenes failed" in process.stderr
+    config = bench.config(tmp_path / "single")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes
+    try:
+        assert all(o.error is None for o in train_each(config, find_scenes([str(scenes)])))
+    finally:
+        torch.set_num_threads(before)
+    for name in ("ant", "bee", "cat"):
+        assert file_hashes(tmp_path / "out" / name) == file_hashes(tmp_path / "single" / name)
