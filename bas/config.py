@@ -254,8 +254,19 @@ class Phase:
     name: str
     steps: int
     lr: float
-    trains: tuple[Literal["handles", "embedding", "unet", "text_encoder"], ...]
+    trains: tuple[Literal["handles", "embedding", "unet", "text_encoder", "cross_attention_kv"], ...]
     prior: bool  # whether class images take part in each step
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of METHODS: a baseline of the paper (section 4.1), trained in one phase with the plain diffusion loss."""
+
+    trains: tuple[str, ...]
+    rate: str  # the setting that holds its learning rate
+    prior: bool  # whether class images take part, as far as --no_prior_preservation lets them
+    collection: bool  # whether it learns from concepts pasted on plain colours, or from the photograph as it is
+    factor: float = 1.0  # of the rate
 
 
 @dataclass(frozen=True)
@@ -288,6 +299,12 @@ class TrainConfig:
     center_crop: bool = knob(False, "crop to a square; otherwise keep the picture's shape, in steps the model can take")
 
     # The method (paper, section 3); each part can be turned off
+    method: str = knob(
+        "bas",
+        "Break-A-Scene, or a baseline: Textual Inversion, DreamBooth, Custom Diffusion; -m learns from masked concepts",
+        choices=("bas", "ti-m", "db-m", "cd-m", "ti", "db"),
+    )
+    collection_size: int = knob(30, "pictures that a -m method learns from: concepts pasted on plain colours")
     preset: str = knob(
         "official", "settings of the official code, or those the paper states", choices=("official", "paper")
     )
@@ -307,11 +324,18 @@ class TrainConfig:
         False, "divide the masked loss by the masked area, so small objects weigh as much"
     )
     lambda_attention: float = knob(1e-2, "weight of the cross-attention loss; 0 turns it off")
+    attention_loss: str = knob(
+        "mse",
+        "how maps are drawn onto masks: each scaled map by squared error, or the handles' shares by cross-entropy",
+        choices=("mse", "cross_entropy"),
+    )
     attention_grid: int | None = knob(
         None, "rows of the attention maps that the loss reads (default: a quarter of the latent rows)"
     )
     subset_sampling: str = knob(
-        "union", "concepts shown per step: a random subset, or always one", choices=("union", "single")
+        "union",
+        "concepts shown per step: a subset, its size drawn first; any subset, all equally likely; always one; all",
+        choices=("union", "uniform", "single", "all"),
     )
     flip_probability: float = knob(0.5, "probability of mirroring image and masks")
     with_prior_preservation: bool = knob(True, "train without class images", flag=["--no_prior_preservation"])
@@ -398,6 +422,7 @@ class TrainConfig:
             "checkpoints_total_limit",
             "lr_num_cycles",
             "num_of_assets",
+            "collection_size",
         ):
             _in_range(self, name, 1)
         for name in ("resolution", "attention_grid"):
@@ -424,13 +449,22 @@ class TrainConfig:
             choices = f.metadata.get("choices")
             if choices and getattr(self, f.name) not in choices:
                 raise InputError(f"--{f.name} is {getattr(self, f.name)!r}: expected one of {', '.join(choices)}")
+        if self.method in METHODS:
+            differs = [name for name, value in PLAIN.items() if getattr(self, name) != value]
+            if differs:
+                raise InputError(f"--method {self.method} has no {', '.join(differs)} of its own: leave it out")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The training plan (paper, section 3): first the handles, then everything."""
+        """The training plan (paper, section 3): first the handles, then everything. A baseline has one phase."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
         tuned = ("handles", "embedding", "unet") + ("text_encoder",) * self.train_text_encoder
         prior = self.with_prior_preservation
+        if self.method in METHODS:
+            row, steps = METHODS[self.method], self.phase1_train_steps + self.phase2_train_steps
+            trains = tuple(name for name in row.trains if self.train_text_encoder or name != "text_encoder")
+            phase = Phase(self.method, steps, row.factor * getattr(self, row.rate) * scale, trains, prior and row.prior)
+            return (phase,) if steps else ()
         # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
         plan = (
             Phase(
@@ -446,11 +480,12 @@ class TrainConfig:
 
     @classmethod
     def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
-        """Settings from four layers, the later winning: defaults, the model's own row, the preset, explicit flags."""
+        """Settings from layers, the later winning: defaults, the model's own row, preset, method, explicit flags."""
         preset = explicit.get("preset", cls.preset)
         if preset not in PRESETS:
             raise InputError(f"--preset is {preset!r}: expected one of {', '.join(PRESETS)}")
-        merged = {**(model_row or {}), **PRESETS[preset], **explicit}
+        method = PLAIN if explicit.get("method") in METHODS else {}
+        merged = {**(model_row or {}), **PRESETS[preset], **method, **explicit}
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
@@ -467,6 +502,20 @@ PRESETS: dict[str, dict] = {
         "with_prior_preservation": False,
     },
 }
+
+# The baselines. Each takes as many steps as both phases together, so that all see the same number of examples; their
+# rates are those of the phase that trains the same, which by default are the usual ones of the methods: 5e-4 for
+# Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for Custom Diffusion (Kumari et al.
+# 2023), all as their diffusers examples have them.
+EVERYTHING = ("handles", "embedding", "unet", "text_encoder")
+METHODS: dict[str, Method] = {
+    "ti-m": Method(("handles",), "initial_learning_rate", False, True),
+    "db-m": Method(EVERYTHING, "learning_rate", True, True),
+    "cd-m": Method(("handles", "cross_attention_kv"), "learning_rate", True, True, factor=5.0),
+    "ti": Method(("handles",), "initial_learning_rate", False, False),
+    "db": Method(EVERYTHING, "learning_rate", True, False),
+}
+PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all"}  # of every baseline
 
 
 # --------------------------------------------------------------------------------------------------------------

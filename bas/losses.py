@@ -54,3 +54,20 @@ def attention_loss(average: Tensor, positions: Tensor, masks: Tensor, present: T
     maps = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=ATTENTION_FLOOR)
     errors = (maps - masks).square().mean(dim=(-2, -1))
     return (errors * present).sum(dim=1).mean()
+
+
+def attention_cross_entropy(average: Tensor, positions: Tensor, masks: Tensor, present: Tensor) -> Tensor:
+    """Lets each cell choose its handle: the other way to draw attention onto masks, of PartCraft (Ng et al. 2024).
+
+    Takes what `attention_loss` takes. A cell's attention to the prompt's handles, divided by its sum, is read as the
+    probabilities of the handles; the loss is their cross-entropy with the masks, averaged over all cells and the batch.
+    So handles compete for cells, and nothing is asked of cells outside all masks. A handle alone has no rival: its
+    share is 1 everywhere and its loss 0.
+    """
+    maps = handle_maps(average, positions) * present[:, :, None, None]
+    shares = maps / maps.sum(dim=1, keepdim=True).clamp(min=ATTENTION_FLOOR)
+    chosen = masks * present[:, :, None, None]
+    return -(chosen * shares.clamp(min=ATTENTION_FLOOR).log()).sum(dim=1).mean()
+
+
+ATTENTION_LOSSES = {"mse": attention_loss, "cross_entropy": attention_cross_entropy}

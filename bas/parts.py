@@ -58,6 +58,11 @@ class Models:
         return self.unet.config.sample_size * self.vae.config.factor
 
 
+def keys_and_values(unet: UNet) -> dict[str, nn.Parameter]:
+    """What the UNet reads the prompt with: the to_k and to_v weights of its cross-attention layers, by name."""
+    return {name: p for name, p in unet.named_parameters() if ".attn2.to_k." in name or ".attn2.to_v." in name}
+
+
 @dataclass
 class Parts:
     """What a folder or a single file holds, under our names, before any module exists."""

@@ -309,10 +309,15 @@ def _check_coverage(path: Path, mask: np.ndarray) -> None:
 def draw_subset(count: int, kind: str, generator: torch.Generator) -> list[int]:
     """The concepts of one training example, in random order (paper, section 3, as the official code draws them).
 
-    k is uniform in 1..N and then the subset is uniform among those of size k, so a single concept comes up with
-    probability 1/N. kind="single" always draws one (the ablation without union sampling).
+    kind="union": k is uniform in 1..N and then the subset is uniform among those of size k, so a single concept comes
+    up with probability 1/N. "uniform": all subsets are equally likely, so sizes near N/2 come up most. "single": always
+    one (the ablation without union sampling). "all": every concept.
     """
-    k = 1 if kind == "single" else int(torch.randint(1, count + 1, (), generator=generator))
+    if kind == "uniform":
+        number = int(torch.randint(1, 2**count, (), generator=generator))
+        return [i for i in torch.randperm(count, generator=generator).tolist() if number >> i & 1]
+    fixed = {"single": 1, "all": count}
+    k = fixed[kind] if kind in fixed else int(torch.randint(1, count + 1, (), generator=generator))
     return torch.randperm(count, generator=generator)[:k].tolist()
 
 

@@ -25,9 +25,11 @@ from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
 from bas.hub import find
 from bas.interrupts import Interrupted, Interrupts
-from bas.losses import attention_loss, average_maps, masked_mse
+from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_precision
+from bas.methods import read_scene
 from bas.models.text import add_handles, encode_ids
+from bas.parts import keys_and_values
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
 from bas.room import require_room
@@ -46,7 +48,7 @@ from bas.run_folder import (
     save_checkpoint,
     save_concepts,
 )
-from bas.scene import Scene, load_scene
+from bas.scene import Scene
 from bas.schedulers import add_noise, training_target
 from bas.tensorboard import EventLog, writer_class
 from bas.times import Times
@@ -101,6 +103,7 @@ def training_step(models: Models, batch: Batch, config: TrainConfig) -> tuple[Te
         loss = loss + config.prior_loss_weight * parts["prior"]
     if config.lambda_attention:
         average = average_maps([m._replace(probs=m.probs[:instances]) for m in maps])
+        attention_loss = ATTENTION_LOSSES[config.attention_loss]
         parts["attention"] = attention_loss(average, batch.positions, batch.masks, batch.present)
         loss = loss + config.lambda_attention * parts["attention"]
     return loss, parts
@@ -113,6 +116,7 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
         "handles": {"handles": embedding.handles},
         "embedding": {"embedding": embedding.weight},
         "unet": {f"unet.{name}": p for name, p in models.unet.named_parameters()},
+        "cross_attention_kv": {f"unet.{name}": p for name, p in keys_and_values(models.unet).items()},
         "text_encoder": {f"text_encoder.{name}": p for name, p in text if "token_embedding" not in name},
     }
     for module in (models.unet, models.vae, models.text_encoder):
@@ -252,7 +256,7 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
 
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
-    scene = load_scene(config)
+    scene = read_scene(config)
     base, device, precision = check_machine(config)
     check_scene(outline(base)[0], scene, config)
     return scene, base, device, precision

@@ -94,7 +94,7 @@ def test_rates_and_weights_are_finite_and_not_negative(name, value):
         (TrainConfig, {"adam_beta2": -0.1}, "--adam_beta2 is -0.1"),
         (TrainConfig, {"preset": "fast"}, "expected one of official, paper"),
         (TrainConfig, {"optimizer": "sgd"}, "expected one of adamw, adam"),
-        (TrainConfig, {"subset_sampling": "all"}, "expected one of union, single"),
+        (TrainConfig, {"subset_sampling": "none"}, "expected one of union, uniform, single, all"),
         (TrainConfig, {"mixed_precision": "fp8"}, "expected one of auto, no, fp16, bf16"),
         (TrainConfig, {"lr_scheduler": "step"}, "expected one of constant"),
         (TrainConfig, {"save_precision": "int8"}, "expected one of fp32, fp16, bf16"),

@@ -1,10 +1,12 @@
 """The losses by hand-computed numbers, and what must not change them."""
 
+import math
+
 import pytest
 import torch
 from make_reference import uniform
 
-from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
+from bas.losses import attention_cross_entropy, attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.models.unet import AttentionMap
 
 # --- Masks --------------------------------------------------------------------------------------------------------
@@ -172,3 +174,37 @@ def test_a_batch_of_different_subsets_is_the_mean_of_its_rows():
         for i in range(3)
     ]
     assert attention_loss(average, positions, masks, present).item() == pytest.approx(sum(rows) / 3, rel=1e-6)
+
+
+# --- The attention loss as a choice among handles -----------------------------------------------------------------
+
+
+def test_attention_cross_entropy_by_hand():
+    """Shares 3/4 and 1/4, then 1/2 and 1/2: the cells' own handles cost -log 3/4 and -log 1/2, the other two none."""
+    average = torch.zeros(1, 2, 2, 5)
+    average[0, :, :, 2] = torch.tensor([[0.3, 0.2], [0.5, 0.0]])
+    average[0, :, :, 4] = torch.tensor([[0.1, 0.2], [0.1, 0.0]])
+    masks = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]]])
+    positions, present = torch.tensor([[2, 4]]), torch.ones(1, 2)
+    expected = -(math.log(0.75) + math.log(0.5)) / 4
+    assert attention_cross_entropy(average, positions, masks, present).item() == pytest.approx(expected)
+    assert attention_cross_entropy(3 * average, positions, masks, present).item() == pytest.approx(expected)
+
+
+def test_attention_cross_entropy_leaves_padding_out():
+    """A handle that is not in the prompt neither takes a share nor asks for one; one alone has no loss."""
+    average = uniform("average", 2, 4, 4, 7).abs()
+    masks, positions = (uniform("m", 2, 3, 4, 4) > 0).float(), torch.tensor([[1, 3, 0], [2, 0, 0]])
+    present = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    pair = attention_cross_entropy(average[:1], positions[:1, :2], masks[:1, :2], torch.ones(1, 2))
+    both = attention_cross_entropy(average, positions, masks, present)
+    assert pair > 0
+    assert both.item() == pytest.approx(pair.item() / 2, rel=1e-5)
+
+
+def test_attention_cross_entropy_has_a_finite_gradient_for_a_dead_map():
+    average = torch.zeros(1, 2, 2, 5, requires_grad=True)
+    loss = attention_cross_entropy(average, torch.tensor([[1, 2]]), torch.ones(1, 2, 2, 2), torch.ones(1, 2))
+    loss.backward()
+    assert loss.isfinite()
+    assert average.grad.isfinite().all()

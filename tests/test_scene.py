@@ -4,6 +4,8 @@ import json
 import logging
 import struct
 import zlib
+from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -487,9 +489,26 @@ def test_single_sampling_draws_one_concept_uniformly():
     assert ((counts - 500) ** 2 / 500).sum() < 16.3  # 3 degrees of freedom
 
 
+def test_uniform_sampling_draws_every_subset_alike():
+    """7000 draws of N = 3 over 7 subsets, and both orders of the first pair. Chi-square of 7."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [tuple(draw_subset(3, "uniform", generator)) for _ in range(7000)]
+    counts = Counter(map(frozenset, drawn))
+    assert len(counts) == 7
+    assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 22.5  # 6 degrees of freedom
+    assert {(0, 1), (1, 0)} <= set(drawn)
+
+
+def test_all_concepts_in_random_order():
+    generator = torch.Generator().manual_seed(0)
+    drawn = {tuple(draw_subset(3, "all", generator)) for _ in range(200)}
+    assert drawn == set(permutations(range(3)))
+
+
 def test_one_concept_is_always_drawn():
     generator = torch.Generator().manual_seed(0)
-    assert all(draw_subset(1, "union", generator) == [0] for _ in range(20))
+    kinds = ("union", "uniform", "single", "all")
+    assert all(draw_subset(1, kind, generator) == [0] for kind in kinds for _ in range(20))
 
 
 def test_prompts():
