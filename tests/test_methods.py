@@ -14,7 +14,6 @@ from bas.batches import draw_batch
 from bas.checkpoint import outline
 from bas.config import METHODS, Phase, TrainConfig
 from bas.methods import collect, read_scene
-from bas.parts import keys_and_values
 from bas.room import count_numbers, files_to_come
 from bas.scene import Scene, load_scene, with_background
 
