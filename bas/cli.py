@@ -32,6 +32,7 @@ COMMANDS = {
     "edit": "edit places of a photograph with learnt concepts",
     "coco": "build the paper's data set from COCO",
     "study": "make the pages of a user study, or analyse its answers",
+    "evaluate": "repeat the paper's comparison of methods on scenes of yours",
     "report": "write the page of a run anew",
     "info": "tell what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",

@@ -212,11 +212,16 @@ def memory_warning(needed: int, device: torch.device) -> str | None:
 
 def class_image_operations(models: Models, material: Material, config: TrainConfig) -> int:
     """Operations of generating all class images: guided denoising, without the VAE."""
+    return 2 * SampleConfig().num_inference_steps * config.num_class_images * unet_operations(models, material)
+
+
+def unet_operations(models: Models, material: Material) -> int:
+    """Operations of the UNet's forward pass over one picture of this size."""
     z = material.views[0].posterior.mean[None].to("meta")
     context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)
-    return 2 * SampleConfig().num_inference_steps * config.num_class_images * counter.get_total_flops()
+    return counter.get_total_flops()
 
 
 def matrix_speed(device: torch.device, dtype: torch.dtype, side: int = 1024, least: float = 0.2) -> float:

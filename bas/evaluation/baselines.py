@@ -1,0 +1,48 @@
+"""What the evaluation compares, as rows: the paper's method, baselines and ablations (section 4.1), and later options.
+
+Every row goes through the same loop with the same seed; it differs from `bas train` in the settings named here alone.
+"""
+
+from dataclasses import dataclass
+
+from bas.config import METHODS, PLAIN, InputError, TrainConfig
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row of the comparison."""
+
+    gloss: str
+    kind: str  # "method", "ablation" or "option"
+    settings: dict  # of TrainConfig
+
+
+COMPARED: dict[str, Compared] = {
+    "bas": Compared("Break-A-Scene", "method", {}),
+    "ti-m": Compared("Textual Inversion on masked concepts", "method", {"method": "ti-m"}),
+    "db-m": Compared("DreamBooth on masked concepts", "method", {"method": "db-m"}),
+    "cd-m": Compared("Custom Diffusion on masked concepts", "method", {"method": "cd-m"}),
+    "ti": Compared("Textual Inversion, naive", "method", {"method": "ti"}),
+    "db": Compared("DreamBooth, naive", "method", {"method": "db"}),
+    "no-phase1": Compared("without phase 1", "ablation", {"phase1_train_steps": 0}),
+    "no-mask": Compared("without the masked loss", "ablation", {"apply_masked_loss": False}),
+    "no-attention": Compared("without the attention loss", "ablation", {"lambda_attention": 0.0}),
+    "single": Compared("one concept at a time, no union sampling", "ablation", {"subset_sampling": "single"}),
+    "cross-entropy": Compared("attention loss as cross-entropy", "option", {"attention_loss": "cross_entropy"}),
+    "normalized": Compared("masked loss per masked area", "option", {"normalize_masked_loss": True}),
+    "uniform": Compared("every subset equally likely", "option", {"subset_sampling": "uniform"}),
+}
+PAPER = tuple(name for name, row in COMPARED.items() if row.kind != "option")
+
+
+def training_of(name: str, explicit: dict, model_row: dict | None) -> TrainConfig:
+    """The settings of one row: `explicit` holds for all rows, but what a row says of itself goes before it.
+
+    A baseline has no masked loss, attention loss or subsets: what `explicit` says of them is left out.
+    """
+    if name not in COMPARED:
+        raise InputError(f"--methods {name}: expected some of {', '.join(COMPARED)}")
+    own = COMPARED[name].settings
+    left_out = set(PLAIN) if own.get("method") in METHODS else set()
+    kept = {key: value for key, value in explicit.items() if key not in left_out}
+    return TrainConfig.resolve({**kept, **own}, model_row)

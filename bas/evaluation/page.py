@@ -1,0 +1,94 @@
+"""The results as one self-contained page, OUT/index.html: the plot, the tables, and the pictures behind each point."""
+
+import string
+from pathlib import Path
+
+from bas import __version__
+from bas.evaluation.baselines import COMPARED
+from bas.evaluation.plot import scatter_svg
+from bas.evaluation.protocol import Cell
+from bas.evaluation.tables import COLUMNS, ORDERINGS, Interval, compare, summarise, verdict
+from bas.pictures import tint_masks
+from bas.report import escape, picture, spread
+from bas.scene import load_scene
+
+TEMPLATE = Path(__file__).parents[1] / "assets" / "evaluation.html"
+SIDE = 160  # pixels of a picture on the page
+MOST = 8  # pictures of a method and a scene on the page; of more, these many at even distances
+
+
+def page(rows: list[dict], cells: list[Cell], facts: dict[str, str]) -> str:
+    """The whole page. rows: of results.jsonl; cells: those that are scored"""
+    summary = summarise(rows)
+    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title="Evaluation",
+        facts=" · ".join(f"{escape(name)}: {escape(value)}" for name, value in facts.items()),
+        scatter=scatter_svg(summary),
+        table=numbers(summary),
+        orderings=orderings(rows),
+        galleries="".join(gallery(method, rows, cells) for method in summary),
+        version=escape(__version__),
+    )
+
+
+def numbers(summary: dict[str, dict[str, Interval]]) -> str:
+    """A line for each method."""
+    titles = ["method", "", *(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values())]
+    lines = []
+    for method, columns in summary.items():
+        cells = [f'<a href="#{method}">{method}</a>', escape(COMPARED[method].gloss)]
+        cells += [shown(columns[column]) if column in columns else "–" for column in COLUMNS]
+        lines.append(cells)
+    return table(titles, lines)
+
+
+def shown(value: Interval) -> str:
+    """A mean, its interval small behind it."""
+    bounds = "" if value.low is None else f" <small>{value.low:.3f} – {value.high:.3f}</small>"
+    return f"{value.mean:.3f}{bounds}"
+
+
+def orderings(rows: list[dict]) -> str:
+    """The paper's claims with what was measured; nothing when none can be checked."""
+    lines = []
+    for ordering in ORDERINGS:
+        if (difference := compare(rows, ordering)) is not None:
+            measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
+            lines.append([escape(ordering.claim), escape(measured), shown(difference), verdict(difference)])
+    titles = ["claim", "measured", "difference", "verdict"]
+    if not lines:
+        return ""
+    return f'<section><h2>The paper’s orderings</h2><div class="scroll">{table(titles, lines)}</div></section>'
+
+
+def table(titles: list[str], lines: list[list[str]]) -> str:
+    """A table of HTML cells."""
+    top = "".join(f"<th>{title}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in lines)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def gallery(method: str, rows: list[dict], cells: list[Cell]) -> str:
+    """The pictures of one method, scene by scene, each with its prompt and its two numbers; of its first seed."""
+    strips, shown_scenes = [], {}
+    for cell in cells:
+        if cell.method == method:
+            shown_scenes.setdefault(cell.scene, cell)
+    for cell in shown_scenes.values():
+        scene = load_scene(cell.training)
+        figures = [picture(tint_masks(scene.picture, dict(enumerate(scene.masks))), "photograph and masks", SIDE)]
+        mine = [row for row in rows if row["row"] == "picture" and is_of(row, cell)]
+        for row in spread(mine, MOST):
+            caption = (
+                f"{row['prompt']} (prompt {row['prompt_similarity']:.2f}, identity {row['identity_similarity']:.2f})"
+            )
+            figures.append(picture(cell.folder / row["file"], caption, SIDE))
+        note = f"{cell.scene}, seed {cell.seed}" + (f", {MOST} of {len(mine)} pictures" if len(mine) > MOST else "")
+        strips.append(f'<h3>{escape(note)}</h3><div class="strip">{"".join(figures)}</div>')
+    gloss = escape(f"{method}: {COMPARED[method].gloss}")
+    return f'<details id="{method}" open><summary>{gloss}</summary>{"".join(strips)}</details>'
+
+
+def is_of(row: dict, cell: Cell) -> bool:
+    """Whether a row belongs to this cell."""
+    return (row["scene"], row["method"], row["seed"]) == (cell.scene, cell.method, cell.seed)

@@ -1,0 +1,97 @@
+"""From the pictures of a cell to numbers: the rows of results.jsonl, one for each picture and one for each cell.
+
+{"row": "picture", scene, method, seed, file, prompt, text, prompt_similarity, identity: {handle: value}, ...}
+{"row": "cell", scene, method, seed, attention_iou: {handle: value}, draws: {handle: {handle: value}}, ...}
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from bas.evaluation.metrics import class_prompt, leakage
+from bas.evaluation.protocol import CELL, Cell, photograph
+from bas.files import read_json, write_text
+from bas.sample import to_pictures
+
+ROWS = "rows.jsonl"  # of a cell
+NAMELESS = "thing"  # what CLIP reads for a concept without a word
+
+Segments = Callable[[list[Image.Image], str], list[np.ndarray]]  # where a class of this name is in each picture
+
+
+class Scorer(Protocol):
+    """`bas.evaluation.metrics.Metrics`, or what stands in for it."""
+
+    def prompt_similarity(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
+        """One value for each picture and its prompt."""
+
+    def identity_similarity(
+        self,
+        pictures: list[Image.Image],
+        image: Image.Image,
+        mask: np.ndarray,
+        segments: list[np.ndarray] | None = None,
+    ) -> list[float]:
+        """One value for each picture: how much it shows what `image` shows under `mask`."""
+
+
+def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segments | None = None) -> list[dict]:
+    """Score what was drawn, and write the cell's rows; returns them. size: the model's resolution and size multiple."""
+    note = read_json(cell.folder / CELL)
+    _, image, masks = photograph(cell.training, *size)
+    (photo,), layers = to_pictures(image[None] / 2 + 0.5), list(masks.numpy())
+    handles, words = note["handles"], [word or NAMELESS for word in note["words"]]
+    entries = note["pictures"]
+    pictures = [read_picture(cell.folder / entry["file"]) for entry in entries]
+    texts = [class_prompt(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
+
+    common = {"scene": cell.scene, "method": cell.method, "seed": cell.seed}
+    rows = [{"row": "picture", **common, **entry, "text": text} for entry, text in zip(entries, texts, strict=True)]
+    for row, value in zip(rows, scorer.prompt_similarity(pictures, texts), strict=True):
+        row |= {"prompt_similarity": value, "identity": {}}
+    for i, handle in enumerate(handles):
+        shown = [row for row in rows if i in row["concepts"]]
+        own = [picture for row, picture in zip(rows, pictures, strict=True) if i in row["concepts"]]
+        places = segments(own, words[i]) if segments else None
+        for row, value in zip(shown, scorer.identity_similarity(own, photo, layers[i], places), strict=True):
+            row["identity"][handle] = value
+    for row in rows:
+        row["identity_similarity"] = float(np.mean(list(row["identity"].values())))
+
+    alone = [[p for row, p in zip(rows, pictures, strict=True) if row["concepts"] == [i]] for i in range(len(handles))]
+    table = leakage(scorer, alone, photo, layers)
+    rows.append({"row": "cell", **common, **summary_of_handles(handles, note["attention_iou"], table)})
+    write_text(cell.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def summary_of_handles(handles: list[str], iou: list[float], table: np.ndarray) -> dict:
+    """What a cell's row says of its handles. table: (N, N), how much handle i alone draws concept j.
+
+    leakage: the mean of what each draws of the others; confused: the share of handles that draw another concept more
+    than their own. Both are None for a single handle.
+    """
+    count = len(handles)
+    others = table[~np.eye(count, dtype=bool)]
+    return {
+        "attention_iou": dict(zip(handles, iou, strict=True)),
+        "draws": {a: dict(zip(handles, map(float, row), strict=True)) for a, row in zip(handles, table, strict=True)},
+        "leakage": float(others.mean()) if count > 1 else None,
+        "confused": float((table.argmax(axis=1) != np.arange(count)).mean()) if count > 1 else None,
+    }
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture of the cell, in memory."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def read_rows(cell: Cell) -> list[dict]:
+    """The rows of a cell, none when it is not scored."""
+    path = cell.folder / ROWS
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

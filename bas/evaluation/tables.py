@@ -1,0 +1,154 @@
+"""From rows to tables: means with confidence intervals for each method, and the paper's orderings one by one.
+
+A scene is the unit: its pictures, concepts and seeds are averaged first, since they are not independent. Intervals are
+Student's, over scenes (Gosset 1908): wide for a few scenes, as they should be. Orderings compare scene by scene.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bas.evaluation.baselines import COMPARED
+
+STUDENT = (  # 97.5 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+COLUMNS = {  # a column of the table: (which rows have it, its heading, whether more is better)
+    "prompt_similarity": ("picture", "prompt similarity", True),
+    "identity_similarity": ("picture", "identity similarity", True),
+    "attention_iou": ("cell", "attention IoU", True),
+    "leakage": ("cell", "leakage", False),
+    "confused": ("cell", "confused handles", False),
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over scenes, and where it lies with 95 % confidence; unknown below two scenes."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """A claim of the paper: one method has more of something than another."""
+
+    more: str
+    less: str
+    column: str
+    claim: str
+
+
+ORDERINGS = (  # section 4.1 and figure 5; METHOD: shape of the identity/prompt plane
+    Ordering("db-m", "bas", "identity_similarity", "DB-m keeps identity best"),
+    Ordering("bas", "db-m", "prompt_similarity", "DB-m follows prompts worse than the method"),
+    Ordering("ti-m", "bas", "prompt_similarity", "TI-m follows prompts best"),
+    Ordering("cd-m", "bas", "prompt_similarity", "CD-m follows prompts best"),
+    Ordering("bas", "ti-m", "identity_similarity", "TI-m loses identity"),
+    Ordering("bas", "cd-m", "identity_similarity", "CD-m loses identity"),
+    Ordering("bas", "no-phase1", "prompt_similarity", "without phase 1 prompts suffer"),
+    Ordering("bas", "no-mask", "prompt_similarity", "without the masked loss prompts suffer"),
+    Ordering("bas", "no-attention", "identity_similarity", "without the attention loss identity suffers"),
+    Ordering("bas", "single", "identity_similarity", "without union sampling identity suffers"),
+)
+
+
+def value_of(row: dict, column: str) -> float | None:
+    """A row's number for a column; the mean where there is one for each handle."""
+    value = row[column]
+    return float(np.mean(list(value.values()))) if isinstance(value, dict) else value
+
+
+def by_scene(rows: Iterable[dict], column: str) -> dict[str, dict[str, float]]:
+    """The mean of a column for each method and scene; scenes without a value are left out."""
+    kind = COLUMNS[column][0]
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["row"] == kind and (value := value_of(row, column)) is not None:
+            found.setdefault(row["method"], {}).setdefault(row["scene"], []).append(value)
+    return {
+        method: {scene: float(np.mean(values)) for scene, values in scenes.items()} for method, scenes in found.items()
+    }
+
+
+def interval(values: list[float]) -> Interval:
+    """The mean of one value for each scene, and its 95 % confidence interval."""
+    data, count = np.array(values), len(values)
+    mean = float(data.mean())
+    if count < 2:
+        return Interval(mean)
+    half = student(count - 1) * float(data.std(ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond the table from the normal's, to three digits."""
+    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.95996 + 2.3723 / freedom + 2.82 / freedom**2
+
+
+def summarise(rows: list[dict]) -> dict[str, dict[str, Interval]]:
+    """For each method, in the order of COMPARED, each column that it has values of."""
+    columns = {column: by_scene(rows, column) for column in COLUMNS}
+    methods = [method for method in COMPARED if method in columns["prompt_similarity"]]
+    return {
+        method: {
+            column: interval(list(scenes[method].values())) for column, scenes in columns.items() if method in scenes
+        }
+        for method in methods
+    }
+
+
+def compare(rows: list[dict], ordering: Ordering) -> Interval | None:
+    """By how much one method has more than the other, scene by scene; None where no scene has both."""
+    scenes = by_scene(rows, ordering.column)
+    more, less = scenes.get(ordering.more, {}), scenes.get(ordering.less, {})
+    shared = sorted(more.keys() & less.keys())
+    return interval([more[scene] - less[scene] for scene in shared]) if shared else None
+
+
+def verdict(difference: Interval) -> str:
+    """Whether a claim shows: only where the interval leaves 0 out."""
+    if difference.low is None:
+        return "one scene"
+    if difference.low > 0:
+        return "holds"
+    return "reversed" if difference.high < 0 else "not shown"
+
+
+def markdown(rows: list[dict], facts: dict[str, str]) -> str:
+    """The results as a page of Markdown."""
+    summary = summarise(rows)
+    headings = ["method", "", *(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values()), "pictures"]
+    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *head(headings)]
+    for method, columns in summary.items():
+        count = sum(row["row"] == "picture" and row["method"] == method for row in rows)
+        cells = [str(columns.get(column, "–")) for column in COLUMNS]
+        lines.append(line([method, COMPARED[method].gloss, *cells, str(count)]))
+    lines += ["", "Means over scenes with 95 % confidence intervals over scenes, where there are two or more.", ""]
+    if checked := [(o, difference) for o in ORDERINGS if (difference := compare(rows, o)) is not None]:
+        lines += ["## The paper's orderings", "", *head(["claim", "measured", "difference", "verdict"])]
+        for ordering, difference in checked:
+            measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
+            lines.append(line([ordering.claim, measured, str(difference), verdict(difference)]))
+        lines += ["", "“holds” and “reversed”: the interval of the difference leaves 0 out.", ""]
+    return "\n".join(lines)
+
+
+def head(titles: list[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(titles), line(["---"] * len(titles))]
+
+
+def line(cells: list[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
