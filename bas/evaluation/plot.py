@@ -112,8 +112,8 @@ def scatter_png(summary: dict[str, dict[str, Interval]]) -> Image.Image:
     for value in y.ticks():
         draw.line((LEFT - 5, y.at(value), LEFT, y.at(value)), QUIET)
         draw.text((LEFT - 9, y.at(value)), f"{value:.3g}", INK, font, anchor="rm")
-    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 30), f"{TITLES[X]} →", INK, font, anchor="mm")
-    draw.text((8, 8), f"{TITLES[Y]} ↑", INK, font)
+    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 30), TITLES[X], INK, font, anchor="mm")
+    draw.text((8, 8), TITLES[Y], INK, font)
     for point, (left, top) in zip(points, label_places(points, height), strict=True):
         if point.across:
             draw.line((point.across[0], point.y, point.across[1], point.y), point.colour, 2)

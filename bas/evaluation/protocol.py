@@ -41,7 +41,7 @@ class Request:
 
     prompt: str
     concepts: tuple[int, ...]  # of the scene, in the order of the prompt
-    seed: int
+    noise: int  # the seed of the picture
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,12 @@ def draw(run: Run, cell: Cell, sampling: SampleConfig) -> Iterator[dict]:
     """Draw and save the pictures of a cell; yields what each is."""
     for start in range(0, len(cell.requests), sampling.batch_size):
         batch = cell.requests[start : start + sampling.batch_size]
-        prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
+        prompts, seeds = [request.prompt for request in batch], [request.noise for request in batch]
         with autocast(run.models.device, run.precision), torch.compiler.set_stance("force_eager"):
             pictures = to_pictures(decode(run.models, generate(prompts, seeds, run.models, sampling)))
         for i, (request, picture) in enumerate(zip(batch, pictures, strict=True), start=start):
             name = f"{i:04d}.png"
-            settings = asdict(sampling) | {"prompt": request.prompt, "seed": request.seed, "method": cell.method}
+            settings = asdict(sampling) | {"prompt": request.prompt, "seed": request.noise, "method": cell.method}
             save_picture(picture, cell.folder / name, settings)
             yield {"file": name, **asdict(request)}
         if run.interrupts.asked:

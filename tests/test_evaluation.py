@@ -1,0 +1,372 @@
+"""The evaluation: what is planned, drawn and scored, that it resumes and is shared, and what its tables say."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from tiny import refused, write_scene
+
+import bas
+from bas.checkpoint import load
+from bas.cli import main
+from bas.config import RunError, SampleConfig, TrainConfig
+from bas.evaluation import protocol, run
+from bas.evaluation.baselines import COMPARED, PAPER, training_of
+from bas.evaluation.page import page
+from bas.evaluation.plot import layout, scatter_png
+from bas.evaluation.protocol import agree_on, fill_cell, plan_cells
+from bas.evaluation.run import Bench, counted_seconds, evaluate_each, measured_seconds, write_results
+from bas.evaluation.scores import score_cell, summary_of_handles
+from bas.evaluation.tables import ORDERINGS, Interval, compare, interval, markdown, student, summarise, verdict
+from bas.gallery import CONTEXTS
+from bas.interrupts import Interrupted
+
+SAMPLING = SampleConfig(num_inference_steps=2, batch_size=4)
+FACTS = {"base": "tiny"}
+
+
+class Stand:
+    """Stands in for the metrics: red is what follows prompts, and likeness is that of the mean colours."""
+
+    def prompt_similarity(self, pictures, prompts):
+        return [np.asarray(picture)[..., 0].mean() / 255 for picture in pictures]
+
+    def identity_similarity(self, pictures, image, mask, segments=None):
+        wanted = np.asarray(image)[mask > 0.5].mean(axis=0)
+        places = segments or [np.ones(np.asarray(picture).shape[:2]) for picture in pictures]
+        means = [np.asarray(p)[place > 0.5].mean(axis=0) for p, place in zip(pictures, places, strict=True)]
+        return [1 - np.abs(mean - wanted).mean() / 255 for mean in means]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> list[Path]:
+    """Two scenes, of 1 and 2 concepts."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    return [write_scene(folder / name, concepts=i) for i, name in enumerate(("ant", "bee"), start=1)]
+
+
+@pytest.fixture(scope="module")
+def explicit(bench) -> dict:
+    """The bench's short training, as flags that hold for every method."""
+    config, plain = vars(bench.config()), vars(TrainConfig())
+    kept = {name: value for name, value in config.items() if value != plain[name]}
+    return {name: kept[name] for name in kept if name not in ("instance_data_dir", "output_dir", "img_log_steps")}
+
+
+def planned(folder: Path, scenes: list[Path], explicit: dict, methods=("bas", "ti-m"), seeds=(0,)):
+    """A plan with two contexts."""
+    return plan_cells(folder, scenes, methods, seeds, CONTEXTS[:2], explicit, None)
+
+
+def workplace(bench, **changes) -> Bench:
+    """What the cells share, with the stand-in for metrics."""
+    return Bench(bench.model, torch.device("cpu"), SAMPLING, lambda: (Stand(), None), **changes)
+
+
+@pytest.fixture(scope="module")
+def done(bench, scenes, explicit, tmp_path_factory):
+    """A finished evaluation of two scenes and two methods: its folder and cells."""
+    folder = tmp_path_factory.mktemp("done") / "out"
+    cells = planned(folder, scenes, explicit)
+    outcomes = list(evaluate_each(cells, workplace(bench)))
+    assert [(outcome.error, outcome.earlier) for outcome in outcomes] == [(None, False)] * 4
+    write_results(folder, cells, FACTS)
+    return folder, cells
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The plan
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_the_same_training_but_for_what_it_says(explicit):
+    """Settings that hold for all reach every row, also where a baseline has none of its own of that kind."""
+    plain = training_of("bas", explicit, None)
+    for name, row in COMPARED.items():
+        config = training_of(name, explicit | {"lambda_attention": 0.2, "initial_learning_rate": 7e-4}, None)
+        assert config.initial_learning_rate == 7e-4
+        assert config.num_class_images == plain.num_class_images
+        for setting, value in row.settings.items():
+            assert getattr(config, setting) == value
+        assert config.lambda_attention == (0.0 if row.settings.get("method") or name == "no-attention" else 0.2)
+    assert len(PAPER) == 10
+    with refused("--methods dreambooth", "db-m"):
+        training_of("dreambooth", {}, None)
+
+
+def test_ablations_are_four():
+    """METHOD: without phase 1, the masked loss, the attention loss, union sampling."""
+    changes = {name: row.settings for name, row in COMPARED.items() if row.kind == "ablation"}
+    assert changes == {
+        "no-phase1": {"phase1_train_steps": 0},
+        "no-mask": {"apply_masked_loss": False},
+        "no-attention": {"lambda_attention": 0.0},
+        "single": {"subset_sampling": "single"},
+    }
+
+
+def test_cells_draw_every_subset_in_every_context(scenes, explicit, tmp_path):
+    cells = planned(tmp_path, scenes, explicit, seeds=(0, 3))
+    assert [(c.scene, c.method, c.seed) for c in cells] == [
+        (scene, method, seed) for seed in (0, 3) for scene in ("ant", "bee") for method in ("bas", "ti-m")
+    ]
+    asked = [(request.prompt, request.concepts) for request in cells[2].requests]
+    assert asked == [
+        (f"a photo of {names} {context}", concepts)
+        for names, concepts in (("<asset0>", (0,)), ("<asset1>", (1,)), ("<asset0> and <asset1>", (0, 1)))
+        for context in ("at the beach", "in the jungle")
+    ]
+    assert [request.noise for request in cells[2].requests] == list(range(6))
+    assert cells[2].requests == cells[3].requests
+    assert [cell.training.seed for cell in cells] == [0] * 4 + [3] * 4
+    noises = [request.noise for cell in (cells[2], cells[6]) for request in cell.requests]
+    assert len(set(noises)) == 12
+
+
+def test_a_folder_holds_one_kind_of_evaluation(tmp_path):
+    facts = {"base": "abc", "contexts": ["x"], "sampling": {"eta": 0.0, "seed": 1}}
+    agree_on(tmp_path / "out", facts)
+    agree_on(tmp_path / "out", facts)
+    with refused("another contexts, sampling eta", "new --output_dir"):
+        agree_on(tmp_path / "out", facts | {"contexts": ["y"], "sampling": {"eta": 1.0, "seed": 1}})
+
+
+def test_estimates(bench, scenes, explicit, done, tmp_path):
+    """Counted: twice the scenes take twice as long. Measured: the mean of what is finished."""
+    cells = planned(tmp_path, scenes[:1], explicit, methods=("ti",))
+    assert measured_seconds(cells) is None
+    assert counted_seconds(cells, SAMPLING) > 0
+    assert counted_seconds([], SAMPLING) == 0
+    notes = [json.loads((cell.folder / "cell.json").read_text())["seconds"] for cell in done[1]]
+    assert measured_seconds(done[1]) == pytest.approx(sum(n["training"] + n["drawing"] for n in notes) / 4)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Cells
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_draws_what_a_run_of_its_own_draws(bench, scenes, explicit, done, tmp_path):
+    """The same bits as `bas train` and `bas sample`, though other cells were trained from the base before."""
+    cell = done[1][3]
+    assert (cell.scene, cell.method) == ("bee", "ti-m")
+    folder = bas.train(replace(cell.training, output_dir=str(tmp_path / "run")))
+    models = load(folder)
+    for i in (0, 5):
+        request = cell.requests[i]
+        (expected,) = bas.sample(models, request.prompt, replace(SAMPLING, seed=request.noise))
+        with Image.open(cell.folder / f"{i:04d}.png") as picture:
+            assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1
+            assert json.loads(picture.text["bas"])["prompt"] == request.prompt
+
+
+def test_tuned_weights_are_not_kept(done):
+    assert not list(done[0].rglob("*.safetensors"))
+
+
+def test_rows_hold_what_was_measured(scenes, done):
+    folder, cells = done
+    rows = rows_of(folder)
+    pictures = [row for row in rows if row["row"] == "picture"]
+    assert len(pictures) == 2 * (2 + 6)
+    assert all((row["seed"], row["scene"]) == (0, "bee") for row in pictures[-6:])
+    last = pictures[-1]
+    assert last["prompt"] == "a photo of <asset0> and <asset1> in the jungle"
+    assert last["text"] == "a photo of thing and thing in the jungle"
+    with Image.open(cells[3].folder / last["file"]) as picture:
+        assert last["prompt_similarity"] == pytest.approx(np.asarray(picture)[..., 0].mean() / 255)
+        photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask1.png"))
+        (likeness,) = Stand().identity_similarity([picture], photo, mask / 255)
+    assert last["identity"].keys() == {"<asset0>", "<asset1>"}
+    assert last["identity"]["<asset1>"] == pytest.approx(likeness)
+    assert last["identity_similarity"] == pytest.approx(np.mean(list(last["identity"].values())))
+    cell = rows[-1]
+    assert cell["row"] == "cell"
+    assert all(0 <= value <= 1 for value in cell["attention_iou"].values())
+    alone = [row["identity"]["<asset0>"] for row in pictures[-6:] if row["concepts"] == [0]]
+    assert cell["draws"]["<asset0>"]["<asset0>"] == pytest.approx(np.mean(alone))
+
+
+def test_leakage_of_handles_by_hand():
+    """Handle 1 draws concept 0 more than its own; one handle alone can confuse nothing."""
+    found = summary_of_handles(["<a>", "<b>"], [0.5, 0.25], np.array([[0.9, 0.2], [0.6, 0.4]]))
+    assert found["leakage"] == pytest.approx(0.4)
+    assert found["confused"] == 0.5
+    assert found["draws"]["<b>"] == {"<a>": 0.6, "<b>": 0.4}
+    alone = summary_of_handles(["<a>"], [0.5], np.array([[0.9]]))
+    assert (alone["leakage"], alone["confused"]) == (None, None)
+
+
+def test_segments_are_those_of_the_concepts_word(done):
+    """Each concept's own pictures are asked for, by its word, and identity is measured there."""
+    asked = []
+
+    def segments(pictures, word):
+        asked.append((len(pictures), word))
+        place = np.zeros((32, 32))
+        place[:4] = 1
+        return [place] * len(pictures)
+
+    before = rows_of(done[0])[-7:-1]
+    rows = score_cell(done[1][3], Stand(), (32, 8), segments)
+    assert asked == [(4, "thing"), (4, "thing")]
+    assert all(a["identity"] != b["identity"] for a, b in zip(rows[:-1], before, strict=True))
+    score_cell(done[1][3], Stand(), (32, 8))
+
+
+def test_what_is_finished_is_left_and_what_is_not_goes_on(bench, scenes, explicit, done, tmp_path, monkeypatch):
+    """A signal while a cell draws ends the evaluation; the same plan again does the rest, with the same results."""
+    cells = planned(tmp_path / "out", scenes, explicit)
+    original, calls = protocol.generate, []
+
+    def interrupting(prompts, seeds, models, config):
+        calls.append(len(prompts))
+        if len(calls) == 3:  # the first batch of the third cell
+            os.kill(os.getpid(), 2)
+        return original(prompts, seeds, models, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "generate", interrupting)
+        with pytest.raises(Interrupted, match="the same command goes on") as stop:
+            list(evaluate_each(cells, workplace(bench)))
+    assert stop.value.exit_code == 130
+    again = planned(tmp_path / "out", scenes, explicit)
+    assert [cell.finished for cell in again] == [True, True, False, False]
+    assert [outcome.earlier for outcome in evaluate_each(again, workplace(bench))] == [True, True, False, False]
+    write_results(tmp_path / "out", again, FACTS)
+    assert rows_of(tmp_path / "out") == rows_of(done[0])
+
+
+def test_a_cell_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
+    original = fill_cell
+
+    def failing(cell, *args):
+        if cell.method == "ti-m":
+            raise RunError("phase2 step 5: loss is nan")
+        return original(cell, *args)
+
+    monkeypatch.setattr(run, "fill_cell", failing)
+    cells = planned(tmp_path, scenes, explicit)
+    outcomes = list(evaluate_each(cells, workplace(bench)))
+    assert [outcome.error for outcome in outcomes] == [None, "phase2 step 5: loss is nan"] * 2
+    write_results(tmp_path, cells, FACTS)
+    assert {row["method"] for row in rows_of(tmp_path)} == {"bas"}
+    with pytest.raises(RunError, match="nothing to show"):
+        write_results(tmp_path, cells[1::2], FACTS)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Tables, plot, page
+# --------------------------------------------------------------------------------------------------------------
+
+
+def row(method: str, scene: str, prompt: float, identity: float) -> dict:
+    common = {"method": method, "scene": scene, "seed": 0}
+    return {"row": "picture", **common, "prompt_similarity": prompt, "identity_similarity": identity}
+
+
+def test_students_quantiles():
+    for freedom in (1, 2, 11, 30, 31, 49, 500):
+        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-4)
+
+
+def test_a_scene_is_the_unit():
+    """Two scenes of 3 and 1 pictures weigh the same; the interval is Student's over the two."""
+    rows = [row("bas", "a", value, 0.5) for value in (0.1, 0.2, 0.3)] + [row("bas", "b", 0.6, 0.5)]
+    found = summarise(rows)["bas"]["prompt_similarity"]
+    assert found.mean == pytest.approx(0.4)
+    low, high = stats.t.interval(0.95, 1, loc=0.4, scale=stats.sem([0.2, 0.6]))
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-4), pytest.approx(high, rel=1e-4))
+    assert interval([0.3]) == Interval(0.3)
+
+
+def test_orderings_compare_the_same_scenes():
+    """Scenes differ by far more than methods do; the difference, scene by scene, is what counts."""
+    rows = [row("bas", str(i), 0.1 * i, 0.1 * i) for i in range(8)]
+    rows += [row("db-m", str(i), 0.1 * i - 0.02 - 0.001 * i, 0.1 * i) for i in range(1, 8)]
+    known = {(o.more, o.less, o.column): o for o in ORDERINGS}
+    prompts = compare(rows, known["bas", "db-m", "prompt_similarity"])
+    assert prompts.mean == pytest.approx(0.024)
+    assert verdict(prompts) == "holds"
+    assert verdict(Interval(-0.1, -0.2, -0.05)) == "reversed"
+    assert verdict(compare(rows, known["db-m", "bas", "identity_similarity"])) == "not shown"
+    assert verdict(Interval(0.1)) == "one scene"
+    assert compare(rows, known["bas", "ti-m", "identity_similarity"]) is None
+    text = markdown(rows, {"base": "tiny"})
+    assert "| DB-m follows prompts worse than the method | prompt similarity: bas − db-m | 0.024 [" in text
+
+
+def test_the_plot_puts_more_to_the_right_and_higher_up(done):
+    summary = {
+        "bas": {"prompt_similarity": Interval(0.3, 0.2, 0.4), "identity_similarity": Interval(0.5, 0.4, 0.6)},
+        "ti": {"prompt_similarity": Interval(0.5), "identity_similarity": Interval(0.3)},
+    }
+    x, y, (first, second) = layout(summary)
+    assert first.x < second.x
+    assert first.y < second.y
+    assert second.across is None
+    assert first.across == (x.at(0.2), x.at(0.4))
+    assert (x.at(x.low), x.at(x.high), y.at(y.low)) == (pytest.approx(90), pytest.approx(930), pytest.approx(560))
+    sheet = np.asarray(scatter_png(summary))
+    assert tuple(sheet[round(first.y), round(first.x)]) == first.colour
+    assert tuple(sheet[round(first.y), round(x.at(0.22))]) == first.colour
+    with Image.open(done[0] / "scatter.png") as picture:
+        assert picture.size == (960, 640)
+
+
+def test_the_page_shows_the_pictures_behind_each_point(done):
+    """Self-contained; every method links to pictures with their prompts, at most eight for a scene."""
+    folder, cells = done
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert text.count('<a href="#bas">') == text.count('<a href="#ti-m">') == 2
+    assert text.count("<img") == 2 * (2 + 1 + 6 + 1)
+    assert text.count("a photo of &lt;asset1&gt; in the jungle (prompt") == 2 * 2  # caption, and text for the blind
+    assert "http" not in text.replace("http-equiv", "")
+    assert page(rows_of(folder), cells, {"cells": "4 of 4", **FACTS}) == text
+
+
+# --------------------------------------------------------------------------------------------------------------
+# One command
+# --------------------------------------------------------------------------------------------------------------
+
+
+def words(bench, explicit: dict, scenes: list[Path], folder: Path, *more: str) -> list[str]:
+    """The command line of a small evaluation on the tiny model, settings of training in a file."""
+    toml = folder.with_suffix(".toml")
+    toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in explicit.items()))
+    steps = ("--prompts", "1", "--num_inference_steps", "2", "--batch_size", "4")
+    return ["evaluate", *map(str, scenes), "--output_dir", str(folder), "--config", str(toml), *steps, *more]
+
+
+def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys):
+    assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert "20 trainings, of which 0 are finished" in output
+    assert "40, of which 40 are left" in output
+    assert "more than 0:" in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_evaluation(bench, scenes, explicit, tmp_path):
+    """Started by torchrun with the miniature's own metrics: every cell once, one set of results."""
+    line = words(bench, explicit, scenes, tmp_path / "out", "--methods", "bas", "ti-m", "--metrics", "miniature")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bas"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bas.__file__).parents[1])}
+    process = subprocess.run([*launcher, *line], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("seed 0:") == 4
+    assert process.stdout.count("index.html") == 1
+    assert sum(row["row"] == "cell" for row in rows_of(tmp_path / "out")) == 4
