@@ -199,6 +199,12 @@ def test_rows_hold_what_was_measured(scenes, done):
     assert cell["draws"]["<asset0>"]["<asset0>"] == pytest.approx(np.mean(alone))
 
 
+def test_metrics_that_are_not_here_are_found_before_anything_is_trained(bench, scenes, explicit, tmp_path, capsys):
+    assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_leakage_of_handles_by_hand():
     """Handle 1 draws concept 0 more than its own; one handle alone can confuse nothing."""
     found = summary_of_handles(["<a>", "<b>"], [0.5, 0.25], np.array([[0.9, 0.2], [0.6, 0.4]]))
@@ -351,10 +357,13 @@ def words(bench, explicit: dict, scenes: list[Path], folder: Path, *more: str) -
 
 
 def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys):
-    assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--dry_run"]) == 0
+    assert (
+        main([*words(bench, explicit, scenes, tmp_path / "out"), "--dry_run", "--methods", "ti", "--seeds", "4", "5"])
+        == 0
+    )
     output = capsys.readouterr().out
-    assert "20 trainings, of which 0 are finished" in output
-    assert "40, of which 40 are left" in output
+    assert "4 trainings, of which 0 are finished" in output
+    assert "8, of which 8 are left" in output
     assert "more than 0:" in output
     assert not (tmp_path / "out").exists()
 

@@ -135,7 +135,7 @@ def in_range(flag: str, value: int, most: int) -> int:
 def make_scorer(args: argparse.Namespace, kind: str, base: Path, device: str) -> tuple[Scorer, Segments | None]:
     """The metrics, and for photographs the segments that identity is measured on."""
     if kind == "miniature":
-        return Metrics.miniature(device, base), None
+        return Metrics.miniature(device, base if (base / MINI_CLIP).is_dir() else None), None
     segments = None if args.segmenter == "none" else Segmenter(args.segmenter, device).segments
     return Metrics.photographs(device, args.clip, args.dino), segments
 

@@ -51,11 +51,6 @@ class Bench:
         """The base model, resident."""
         return Base(self.path, load(self.path, device=self.device), keep=True)
 
-    @cached_property
-    def scorer(self) -> tuple[Scorer, Segments | None]:
-        """The metrics' models."""
-        return self.make_scorer()
-
     def size(self) -> tuple[int, int]:
         """The base's resolution and size multiple."""
         return self.base.models.resolution, self.base.models.size_multiple
@@ -64,8 +59,9 @@ class Bench:
 def evaluate_each(cells: list[Cell], bench: Bench) -> Iterator[Outcome]:
     """Fill and score cells, one after another; yields what became of each. A cell that fails stops no other.
 
-    Raises Interrupted after a signal.
+    Raises InputError, before anything is trained, when the metrics' models are not here; Interrupted after a signal.
     """
+    scorer, segments = bench.make_scorer() if any(not read_rows(cell) for cell in cells) else (None, None)
     for cell in cells:
         if read_rows(cell):
             yield Outcome(cell, earlier=True)
@@ -73,7 +69,7 @@ def evaluate_each(cells: list[Cell], bench: Bench) -> Iterator[Outcome]:
         try:
             if not cell.finished:
                 fill_cell(cell, bench.base, bench.sampling)
-            score_cell(cell, bench.scorer[0], bench.size(), bench.scorer[1])
+            score_cell(cell, scorer, bench.size(), segments)
         except torch.OutOfMemoryError:
             yield Outcome(cell, error=f"{bench.device} is out of memory")
         except (InputError, RunError, OSError) as error:
