@@ -200,7 +200,9 @@ def test_rows_hold_what_was_measured(scenes, done):
 
 
 def test_metrics_that_are_not_here_are_found_before_anything_is_trained(bench, scenes, explicit, tmp_path, capsys):
-    assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path)]) == 2
+    assert (
+        main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path), "--segmenter", "none"]) == 2
+    )
     assert "config.json" in capsys.readouterr().err
     assert not list(tmp_path.rglob("metrics.jsonl"))
 

@@ -93,7 +93,12 @@ def run(args: argparse.Namespace) -> None:
         return
 
     training = {name: value for name, value in explicit.items() if name not in ("device", "class_data_dir")}
-    facts = {"base": weights_hash(base), "contexts": list(contexts), "metrics": kind, "sampling": asdict(sampling)}
+    facts = {
+        "base": weights_hash(base),
+        "contexts": list(contexts),
+        "metrics": measures(args, kind),
+        "sampling": asdict(sampling),
+    }
     agree_on(folder, facts | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
     bench = Bench(base, device, sampling, partial(make_scorer, args, kind, base, str(device)))
     share, failed = ranks.part(cells), []
@@ -130,6 +135,12 @@ def in_range(flag: str, value: int, most: int) -> int:
     if not 1 <= value <= most:
         raise InputError(f"{flag} is {value}: expected 1 to {most}")
     return value
+
+
+def measures(args: argparse.Namespace, kind: str) -> dict[str, str]:
+    """What the rows of one folder must be measured with."""
+    models = {"clip": args.clip, "dino": args.dino, "segmenter": args.segmenter} if kind == "photographs" else {}
+    return {"kind": kind, **models}
 
 
 def make_scorer(args: argparse.Namespace, kind: str, base: Path, device: str) -> tuple[Scorer, Segments | None]:
