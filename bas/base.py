@@ -4,7 +4,8 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from bas.checkpoint import Models, weights_hash
 from bas.class_images import class_images
@@ -17,7 +18,8 @@ TRAINED = ("unet", "text_encoder")  # the networks that a training can change
 class Base:
     """The models at `path`, and with `keep` a copy of what training changes, in the host's memory.
 
-    Weights are restored in place, so a later scene computes with the same addresses, and the same bits, as the first.
+    Weights are restored in place, so that a later scene computes with the same addresses as the first, and so the same
+    bits; only those that a training left in another precision get new ones.
     """
 
     def __init__(self, path: Path, models: Models, keep: bool = False):
@@ -36,7 +38,7 @@ class Base:
             self.models.text_encoder.set_input_embeddings(self.embedding)
         for name, state in self.kept.items():
             network = getattr(self.models, name)
-            network.load_state_dict(state)
+            put_back(network, state)
             network.zero_grad(set_to_none=True)
         return replace(self.models, tokenizer=deepcopy(self.tokenizer))
 
@@ -47,3 +49,15 @@ class Base:
         if key not in self.encoded:
             self.encoded[key] = class_images(self.models, config, self.hash, size)
         return self.encoded[key]
+
+
+@torch.no_grad()
+def put_back(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a network's weights the values and the precision of `state`."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if name not in state:  # a table that is no weight
+            continue
+        if tensor.dtype == state[name].dtype:
+            tensor.copy_(state[name])
+        else:
+            tensor.data = state[name].to(tensor.device, copy=True)
