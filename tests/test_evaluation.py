@@ -15,16 +15,18 @@ from scipy import stats
 from tiny import refused, write_scene
 
 import bas
+from bas.attend import attend
 from bas.checkpoint import load
 from bas.cli import main
 from bas.config import RunError, SampleConfig, TrainConfig
-from bas.evaluation import protocol, run
+from bas.evaluation import drawing, run
 from bas.evaluation.baselines import COMPARED, PAPER, training_of
 from bas.evaluation.page import page
 from bas.evaluation.plot import layout, scatter_png
 from bas.evaluation.protocol import agree_on, fill_cell, plan_cells
 from bas.evaluation.run import Bench, counted_seconds, evaluate_each, measured_seconds, write_results
 from bas.evaluation.scores import score_cell, summary_of_handles
+from bas.evaluation.segments import segment_by_attention
 from bas.evaluation.tables import ORDERINGS, Interval, compare, interval, markdown, student, summarise, verdict
 from bas.gallery import CONTEXTS
 from bas.interrupts import Interrupted
@@ -200,9 +202,7 @@ def test_rows_hold_what_was_measured(scenes, done):
 
 
 def test_metrics_that_are_not_here_are_found_before_anything_is_trained(bench, scenes, explicit, tmp_path, capsys):
-    assert (
-        main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path), "--segmenter", "none"]) == 2
-    )
+    assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path), "--segments", "none"]) == 2
     assert "config.json" in capsys.readouterr().err
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
@@ -234,19 +234,50 @@ def test_segments_are_those_of_the_concepts_word(done):
     score_cell(done[1][3], Stand(), (32, 8))
 
 
+def test_segments_of_the_handles_attention_lie_beside_the_pictures(bench, scenes, explicit, done, tmp_path):
+    """Of the same pictures, one file for each concept of a prompt, where `bas attend` sees its handle look."""
+    (cell,) = planned(tmp_path, scenes[1:], explicit, methods=("bas",))
+    bench_with_files = replace(workplace(bench), make_scorer=lambda: (Stand(), "files"))
+    assert [outcome.error for outcome in evaluate_each([cell], bench_with_files)] == [None]
+    same = done[1][2]
+    assert (same.scene, same.method) == (cell.scene, cell.method)
+    names = sorted(path.name for path in cell.folder.glob("*-mask*.png"))
+    assert names == [
+        *("0000-mask0.png", "0001-mask0.png", "0002-mask1.png", "0003-mask1.png"),
+        *("0004-mask0.png", "0004-mask1.png", "0005-mask0.png", "0005-mask1.png"),
+    ]
+    for i in range(6):
+        pair = [np.asarray(Image.open(c.folder / f"{i:04d}.png")).astype(int) for c in (cell, same)]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+    models = load(bas.train(replace(cell.training, output_dir=str(tmp_path / "run"), resume_from_checkpoint=None)))
+    request = cell.requests[4]
+    seen = attend(models, request.prompt, replace(SAMPLING, seed=request.noise))
+    for k in range(2):
+        expected = segment_by_attention(seen.maps[k], (32, 32))
+        found = np.asarray(Image.open(cell.folder / f"0004-mask{k}.png")) / 255
+        assert np.abs(found - expected).mean() < 0.01
+    here, whole = (json.loads((c.folder / "rows.jsonl").read_text().splitlines()[4]) for c in (cell, same))
+    with Image.open(cell.folder / "0004.png") as picture:
+        photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask0.png"))
+        place = np.asarray(Image.open(cell.folder / "0004-mask0.png")) / 255
+        (likeness,) = Stand().identity_similarity([picture], photo, mask / 255, [place])
+    assert here["identity"]["<asset0>"] == pytest.approx(likeness)
+    assert here["identity"] != whole["identity"]
+
+
 def test_what_is_finished_is_left_and_what_is_not_goes_on(bench, scenes, explicit, done, tmp_path, monkeypatch):
     """A signal while a cell draws ends the evaluation; the same plan again does the rest, with the same results."""
     cells = planned(tmp_path / "out", scenes, explicit)
-    original, calls = protocol.generate, []
+    original, calls = drawing.generate, []
 
-    def interrupting(prompts, seeds, models, config):
+    def interrupting(prompts, *args):
         calls.append(len(prompts))
         if len(calls) == 3:  # the first batch of the third cell
             os.kill(os.getpid(), 2)
-        return original(prompts, seeds, models, config)
+        return original(prompts, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "generate", interrupting)
+        patch.setattr(drawing, "generate", interrupting)
         with pytest.raises(Interrupted, match="the same command goes on") as stop:
             list(evaluate_each(cells, workplace(bench)))
     assert stop.value.exit_code == 130

@@ -64,8 +64,14 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--segmenter",
         default=MASKFORMER,
-        help="folder or hub id of the model that finds concepts in pictures, or none (default: %(default)s; the "
-        "miniature's measures need none)",
+        help="folder or hub id of the model that finds concepts in pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--segments",
+        choices=("auto", "model", "attention", "none"),
+        default="auto",
+        help="what of a picture identity is measured on: what the --segmenter finds, where the handle looked, or all "
+        "of it (default: the model for photographs, all for the miniature, whose measure searches)",
     )
     parser.add_argument("--dry_run", action="store_true", help="count and estimate; write nothing")
     add_fields(parser, TrainConfig, TRAINING)
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     methods, seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
     cells = plan_cells(folder, scenes, methods, seeds, contexts, explicit, row)
     _, device, _ = check_machine(cells[0].training)
-    kind = args.metrics if args.metrics != "auto" else ("miniature" if (base / MINI_CLIP).is_dir() else "photographs")
+    measured = measures(args, base)
     print_plan(cells, sampling, scenes, ranks, args.dry_run)
     if args.dry_run:
         return
@@ -96,11 +102,11 @@ def run(args: argparse.Namespace) -> None:
     facts = {
         "base": weights_hash(base),
         "contexts": list(contexts),
-        "metrics": measures(args, kind),
+        "metrics": measured,
         "sampling": asdict(sampling),
     }
     agree_on(folder, facts | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
-    bench = Bench(base, device, sampling, partial(make_scorer, args, kind, base, str(device)))
+    bench = Bench(base, device, sampling, partial(make_scorer, measured, base, str(device)))
     share, failed = ranks.part(cells), []
     with ranks.connected():
         for i, outcome in enumerate(evaluate_each(share, bench), start=1):
@@ -109,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
                 failed.append(outcome)
         failed = ranks.gather(failed)
     if ranks.first:
-        shown = {"base": base.name, "scenes": str(len(scenes)), "seeds": " ".join(map(str, seeds)), "metrics": kind}
+        shown = {"base": base.name, "scenes": str(len(scenes)), "seeds": " ".join(map(str, seeds))}
+        shown |= {"metrics": measured["kind"], "segments": measured["segments"]}
         for path in write_results(folder, cells, shown):
             print(path)
         for outcome in failed:
@@ -137,18 +144,25 @@ def in_range(flag: str, value: int, most: int) -> int:
     return value
 
 
-def measures(args: argparse.Namespace, kind: str) -> dict[str, str]:
-    """What the rows of one folder must be measured with."""
-    models = {"clip": args.clip, "dino": args.dino, "segmenter": args.segmenter} if kind == "photographs" else {}
-    return {"kind": kind, **models}
+def measures(args: argparse.Namespace, base: Path) -> dict[str, str]:
+    """What all rows of a folder are measured with."""
+    kind = args.metrics if args.metrics != "auto" else ("miniature" if (base / MINI_CLIP).is_dir() else "photographs")
+    segments = args.segments if args.segments != "auto" else ("none" if kind == "miniature" else "model")
+    models = {"clip": args.clip, "dino": args.dino} if kind == "photographs" else {}
+    if segments == "model":
+        models["segmenter"] = args.segmenter
+    return {"kind": kind, "segments": segments, **models}
 
 
-def make_scorer(args: argparse.Namespace, kind: str, base: Path, device: str) -> tuple[Scorer, Segments | None]:
-    """The metrics, and for photographs the segments that identity is measured on."""
-    if kind == "miniature":
-        return Metrics.miniature(device, base if (base / MINI_CLIP).is_dir() else None), None
-    segments = None if args.segmenter == "none" else Segmenter(args.segmenter, device).segments
-    return Metrics.photographs(device, args.clip, args.dino), segments
+def make_scorer(measured: dict[str, str], base: Path, device: str) -> tuple[Scorer, Segments]:
+    """The metrics, and where concepts are looked for. measured: as `measures` tells"""
+    if measured["kind"] == "miniature":
+        scorer = Metrics.miniature(device, base if (base / MINI_CLIP).is_dir() else None)
+    else:
+        scorer = Metrics.photographs(device, measured["clip"], measured["dino"])
+    if measured["segments"] == "model":
+        return scorer, Segmenter(measured["segmenter"], device).segments
+    return scorer, "files" if measured["segments"] == "attention" else None
 
 
 def print_plan(cells: list[Cell], sampling: SampleConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:

@@ -9,39 +9,22 @@ A cell counts once its cell.json is there. One that was cut off is done anew, or
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from bas.base import Base
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.evaluation.baselines import training_of
-from bas.evaluation.metrics import attention_iou
+from bas.evaluation.drawing import Request, draw, look
 from bas.files import read_json, write_json
 from bas.gallery import subsets
 from bas.interrupts import Interrupted
-from bas.machine import autocast
-from bas.pictures import save_picture
-from bas.preview import scene_attention
 from bas.run_folder import METRICS
-from bas.sample import decode, generate, to_pictures
-from bas.scene import Scene, load_scene, subset_prompt
-from bas.train import Run, trained
+from bas.scene import load_scene, subset_prompt
+from bas.train import trained
 
 PLAN, CELLS, CELL = "plan.json", "cells", "cell.json"
 SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one cell ever draws
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw."""
-
-    prompt: str
-    concepts: tuple[int, ...]  # of the scene, in the order of the prompt
-    noise: int  # the seed of the picture
 
 
 @dataclass(frozen=True)
@@ -131,8 +114,10 @@ def agree_on(folder: Path, facts: dict) -> None:
 # --- One cell -----------------------------------------------------------------------------------------------------
 
 
-def fill_cell(cell: Cell, base: Base, sampling: SampleConfig) -> dict:
+def fill_cell(cell: Cell, base: Base, sampling: SampleConfig, segments: bool = False) -> dict:
     """Train, look where the handles look, draw everything, and note it; returns the note.
+
+    With `segments`, where each handle looked while a picture was drawn is kept beside it.
 
     Raises as `bas.train.train` does; after a signal Interrupted, and the same command goes on.
     """
@@ -146,8 +131,8 @@ def fill_cell(cell: Cell, base: Base, sampling: SampleConfig) -> dict:
                 "seed": cell.seed,
                 "handles": list(run.scene.handles),
                 "words": list(run.scene.words),
-                "attention_iou": look(run, cell.training),
-                "pictures": list(draw(run, cell, sampling)),
+                "attention_iou": look(run),
+                "pictures": draw(run, cell.requests, cell.folder, sampling, segments),
             }
     except Interrupted as stop:
         raise Interrupted("stopped; the same command goes on", stop.exit_code - 128) from None
@@ -155,33 +140,3 @@ def fill_cell(cell: Cell, base: Base, sampling: SampleConfig) -> dict:
     note["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     write_json(cell.folder / CELL, note)
     return note
-
-
-def look(run: Run, config: TrainConfig) -> list[float]:
-    """How well each handle's attention covers its mask, on the photograph itself: N values in 0..1."""
-    _, image, masks = photograph(config, run.models.resolution, run.models.size_multiple)
-    with autocast(run.models.device, run.precision), torch.compiler.set_stance("force_eager"):
-        maps = scene_attention(run.models, run.scene.handles, image, config)
-    return [round(value, 4) for value in attention_iou(maps, masks)]
-
-
-def photograph(config: TrainConfig, resolution: int, multiple: int) -> tuple[Scene, Tensor, Tensor]:
-    """The scene as it is, whatever the method was shown: scene, image (3, H, W) in [-1, 1], masks (N, H, W) in 0..1"""
-    scene = load_scene(config)
-    return scene, *scene.tensors(config.resolution or resolution, multiple, config.center_crop)
-
-
-def draw(run: Run, cell: Cell, sampling: SampleConfig) -> Iterator[dict]:
-    """Draw and save the pictures of a cell; yields what each is."""
-    for start in range(0, len(cell.requests), sampling.batch_size):
-        batch = cell.requests[start : start + sampling.batch_size]
-        prompts, seeds = [request.prompt for request in batch], [request.noise for request in batch]
-        with autocast(run.models.device, run.precision), torch.compiler.set_stance("force_eager"):
-            pictures = to_pictures(decode(run.models, generate(prompts, seeds, run.models, sampling)))
-        for i, (request, picture) in enumerate(zip(batch, pictures, strict=True), start=start):
-            name = f"{i:04d}.png"
-            settings = asdict(sampling) | {"prompt": request.prompt, "seed": request.noise, "method": cell.method}
-            save_picture(picture, cell.folder / name, settings)
-            yield {"file": name, **asdict(request)}
-        if run.interrupts.asked:
-            raise Interrupted("stopped", run.interrupts.asked)

@@ -44,7 +44,7 @@ class Bench:
     path: Path  # of the base
     device: torch.device
     sampling: SampleConfig
-    make_scorer: Callable[[], tuple[Scorer, Segments | None]]
+    make_scorer: Callable[[], tuple[Scorer, Segments]]
 
     @cached_property
     def base(self) -> Base:
@@ -68,7 +68,7 @@ def evaluate_each(cells: list[Cell], bench: Bench) -> Iterator[Outcome]:
             continue
         try:
             if not cell.finished:
-                fill_cell(cell, bench.base, bench.sampling)
+                fill_cell(cell, bench.base, bench.sampling, segments == "files")
             score_cell(cell, scorer, bench.size(), segments)
         except torch.OutOfMemoryError:
             yield Outcome(cell, error=f"{bench.device} is out of memory")

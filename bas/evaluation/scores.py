@@ -7,20 +7,23 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
+from bas.evaluation.drawing import photograph, segment_path
 from bas.evaluation.metrics import class_prompt, leakage
-from bas.evaluation.protocol import CELL, Cell, photograph
+from bas.evaluation.protocol import CELL, Cell
+from bas.evaluation.segments import read_segments
 from bas.files import read_json, write_text
 from bas.sample import to_pictures
 
 ROWS = "rows.jsonl"  # of a cell
 NAMELESS = "thing"  # what CLIP reads for a concept without a word
 
-Segments = Callable[[list[Image.Image], str], list[np.ndarray]]  # where a class of this name is in each picture
+Find = Callable[[list[Image.Image], str], list[np.ndarray]]  # where a class of this name is in each picture
+Segments = Find | Literal["files"] | None  # a model, the files beside the pictures, or the whole pictures
 
 
 class Scorer(Protocol):
@@ -39,7 +42,7 @@ class Scorer(Protocol):
         """One value for each picture: how much it shows what `image` shows under `mask`."""
 
 
-def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segments | None = None) -> list[dict]:
+def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
     """Score what was drawn, and write the cell's rows; returns them. size: the model's resolution and size multiple."""
     note = read_json(cell.folder / CELL)
     _, image, masks = photograph(cell.training, *size)
@@ -56,7 +59,8 @@ def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segm
     for i, handle in enumerate(handles):
         shown = [row for row in rows if i in row["concepts"]]
         own = [picture for row, picture in zip(rows, pictures, strict=True) if i in row["concepts"]]
-        places = segments(own, words[i]) if segments else None
+        paths = [segment_path(cell.folder / row["file"], i) for row in shown]
+        places = read_segments(paths, own) if segments == "files" else segments(own, words[i]) if segments else None
         for row, value in zip(shown, scorer.identity_similarity(own, photo, layers[i], places), strict=True):
             row["identity"][handle] = value
     for row in rows:
