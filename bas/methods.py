@@ -5,6 +5,8 @@ subsets of the concepts are cut out and pasted on random plain colours, each a p
 The naive TI and DB (appendix) see the photograph as it is, under one prompt that names every handle.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from PIL import Image
@@ -14,11 +16,15 @@ from bas.scene import Scene, Shot, draw_subset, load_scene
 
 
 def read_scene(config: TrainConfig) -> Scene:
-    """The scene of a training, as its method is shown it. Raises InputError as `load_scene` does."""
-    scene = load_scene(config)
-    if config.method in METHODS and METHODS[config.method].collection:
-        return collect(scene, config.collection_size, config.seed)
-    return scene
+    """The scene of a training, as its method is shown it. Raises InputError as `load_scene` does.
+
+    Close-ups are cut around masks: a collection may draw from them, a naive baseline, which knows no mask, does not.
+    """
+    if config.method not in METHODS:
+        return load_scene(config)
+    if METHODS[config.method].collection:
+        return collect(load_scene(config), config.collection_size, config.seed)
+    return load_scene(replace(config, close_ups=False))
 
 
 def collect(scene: Scene, count: int, seed: int) -> Scene:

@@ -1,6 +1,7 @@
 """The baselines: what they learn from, what they train, and which settings they leave no choice about."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -126,7 +127,8 @@ def test_prompt_and_picture_of_a_collection_agree(bench):
 
 def test_naive_baselines_see_the_photograph_under_one_prompt(bench):
     config = baseline(bench, "run", "ti", train_batch_size=16)
-    scene = read_scene(config)
+    assert load_scene(replace(config, close_ups=True)).shots != ()
+    scene = read_scene(replace(config, close_ups=True))
     assert np.array_equal(scene.picture, load_scene(config).picture)
     assert scene.shots == ()
     models, material = bench.prepared(config)

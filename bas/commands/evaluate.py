@@ -27,6 +27,10 @@ from bas.train import check_machine
 
 log = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "bas evaluate my_scenes --dry_run",
+    "bas evaluate my_scenes --methods bas db-m ti-m --seeds 0 1 2 --output_dir evaluation",
+)
 PER_CELL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
 TRAINING = (  # the flags of training that stand beside those below; --config takes all
     *("pretrained_model_name_or_path", "phase1_train_steps", "phase2_train_steps", "resolution", "num_class_images"),
