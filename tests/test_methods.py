@@ -1,14 +1,14 @@
 """The baselines: what they learn from, what they train, and which settings they leave no choice about."""
 
 import json
-from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from tiny import WEIGHTS, refused
+from tiny import WEIGHTS, refused, write_scene
 
 import bas
 from bas.batches import draw_batch
@@ -127,14 +127,26 @@ def test_prompt_and_picture_of_a_collection_agree(bench):
 
 def test_naive_baselines_see_the_photograph_under_one_prompt(bench):
     config = baseline(bench, "run", "ti", train_batch_size=16)
-    assert load_scene(replace(config, close_ups=True)).shots != ()
-    scene = read_scene(replace(config, close_ups=True))
+    scene = read_scene(config)
     assert np.array_equal(scene.picture, load_scene(config).picture)
     assert scene.shots == ()
     models, material = bench.prepared(config)
     phase = Phase("x", 1, 0.0, ("handles",), False)
     batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(0))
     assert (batch.present == 1).all()
+
+
+def test_naive_baselines_see_no_close_ups(bench, tmp_path):
+    """Those are cut around masks, of which a naive baseline knows nothing."""
+    scene = write_scene(tmp_path / "scene", concepts=2, size=(64, 64))
+    for i in range(2):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[8:20, 8 + 32 * i : 20 + 32 * i] = 255
+        Image.fromarray(mask).save(scene / f"mask{i}.png")
+    choices = {"instance_data_dir": str(scene), "close_ups": True}
+    assert load_scene(baseline(bench, "run", "db", **choices)).shots != ()
+    assert read_scene(baseline(bench, "run", "db", **choices)).shots == ()
+    assert len(read_scene(baseline(bench, "run", "db-m", **choices)).shots) == 3
 
 
 # --------------------------------------------------------------------------------------------------------------
