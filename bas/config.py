@@ -358,7 +358,8 @@ class TrainConfig:
     device: str | None = knob(None, "cpu, cuda or cuda:N (default: cuda when there is one)")
     mixed_precision: str = knob(
         "auto",
-        "arithmetic; auto is bf16 where the GPU has it, else fp16, and no on a CPU",
+        "arithmetic: no is float32; bf16 keeps float32 masters; auto is bf16 where the GPU has it, else fp16, and on "
+        "a CPU no, or bf16 for large models where the processor has it",
         choices=("auto", "no", "fp16", "bf16"),
     )
     allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")

@@ -26,6 +26,7 @@ from bas.hub import find
 from bas.interrupts import Interrupted, Interrupts
 from bas.losses import attention_loss, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_precision
+from bas.masters import Exact, Masters, lower, restore
 from bas.models.text import add_handles, encode_ids
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
@@ -123,11 +124,10 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam with the settings of the config, as one fused kernel on a GPU. The loop sets the rate."""
-    parameters = list(parameters)
+    """AdamW or Adam with the settings of the config, as a fused kernel. The loop sets the rate."""
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    return kind(parameters, 0.0, betas, config.adam_epsilon, decay, fused=parameters[0].is_cuda)
+    return kind(list(parameters), 0.0, betas, config.adam_epsilon, decay, fused=True)
 
 
 def optimizer_step(
@@ -136,23 +136,27 @@ def optimizer_step(
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    clipped: list[nn.Parameter],
+    clipped: Masters,
     precision: str,
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of the batches, clip it, step. -> the losses' means and the norm before clipping"""
+    """Accumulate the gradient of the batches, clip it, step. -> the losses' means and the norm before clipping
+
+    `clipped` holds what gets a gradient: all that the optimizer steps, and in exact phase 1 the embedding as well.
+    """
     share, sums = 1 / config.gradient_accumulation_steps, {}
     for batch in batches:
-        with autocast(models.device, precision):
+        with autocast(models.device, "fp16" if precision == "fp16" else "no"):  # bf16 weights are bf16 already
             loss, parts = training_step(models, batch, config)
         scaler.scale(loss * share).backward()
+        clipped.gather()
         for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0) + value.detach() * share
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(clipped, config.max_grad_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(clipped.parameters, config.max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    for parameter in clipped:
-        parameter.grad = None
+    clipped.publish()
+    clipped.release()
     return {**sums, "grad_norm": norm}
 
 
@@ -217,6 +221,7 @@ class Run:
     facts: dict  # settings, handles, hash of the base, version: what a resumed run must share
     generator: torch.Generator  # the source of every random draw of the steps
     metrics: MetricsLog
+    exact: Exact  # float32 values of the weights that compute at 16 bits
     done: int = 0  # steps that a checkpoint brings along
     saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
     scaler_state: dict = field(default_factory=dict)  # and its loss scale
@@ -231,8 +236,9 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device)
-    check_scene(outline(base)[0], scene, config)
+    models = outline(base)[0]
+    precision = pick_precision(config.mixed_precision, device, models.unet)
+    check_scene(models, scene, config)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.report_to == "tensorboard":
@@ -275,7 +281,8 @@ def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, p
     if checkpoint:
         generator.set_state(saved["generator"])
     metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
-    run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
+    exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
+    run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics, exact)
     run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
     if config.report_to == "tensorboard":
         run.events = EventLog(folder, run.done)
@@ -285,17 +292,20 @@ def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, p
 def train_phase(run: Run, phase: Phase, begin: int) -> None:
     """Train one phase, which begins after `begin` steps of the run, from wherever the run stands."""
     config, models, end = run.config, run.models, begin + phase.steps
-    trained = trainable_parameters(models, phase)
+    weights = trainable_parameters(models, phase)
+    watched = dict(weights)
+    if phase.trains == ("handles",) and config.exact_phase1:
+        watched["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    clipped = Masters(watched, run.exact)
+    trained = {name: clipped.named[name] for name in weights}
     optimizer = build_optimizer(trained.values(), config)
     scaler = torch.amp.GradScaler(models.device.type, enabled=run.precision == "fp16")
     if run.done > begin:
         restore_parameters(trained, run.saved)
+        clipped.publish()
     if begin < run.done < end:
         restore_optimizer(optimizer, run.saved)
         scaler.load_state_dict(run.scaler_state)
-    clipped = list(trained.values())
-    if phase.trains == ("handles",) and config.exact_phase1:
-        clipped.append(models.text_encoder.get_input_embeddings().weight.requires_grad_(True))
 
     bar = Progress(phase.name, phase.steps, max(0, run.done - begin))
     for step in range(max(begin, run.done) + 1, end + 1):  # counted from 1, over both phases
@@ -311,7 +321,7 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         if (row := run.metrics.latest()) and not is_finite(row, run.precision):
             read_metrics(run)  # writes this row, and raises
 
-        if step % config.log_steps == 0 or step == end or models.device.type == "cpu":
+        if step % config.log_steps == 0 or step == end or (models.device.type == "cpu" and bar.due()):
             bar.show(step - begin, read_metrics(run))
         if config.checkpointing_steps and step % config.checkpointing_steps == 0:
             save_state(run, step, trained, optimizer, scaler)
@@ -412,6 +422,7 @@ def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
 
 def finish(run: Run) -> None:
     """Write the tuned model, then the concepts file that marks the run as finished; drop the checkpoints."""
+    restore(run.exact)
     save_model(run.models, run.folder, DTYPES[run.config.save_precision])
     rows = run.models.text_encoder.get_input_embeddings().handles
     save_concepts(run.folder, rows, run.masks, run.scene.handles, run.facts)
