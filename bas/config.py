@@ -235,7 +235,8 @@ class VAEConfig:
 
 
 def knob(default: Any, gloss: str, **extra) -> Any:
-    """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names) and `choices`."""
+    """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names), `choices`
+    and `bare`, the value of the flag alone."""
     return field(default=default, metadata={"help": gloss, **extra})
 
 
@@ -364,7 +365,14 @@ class TrainConfig:
     )
     allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
-    compile: bool = knob(False, "compile the UNet with torch.compile")
+    compile: str = knob(
+        "no",
+        "torch.compile: the whole UNet (also if nothing follows), regional for its repeated blocks alone, which starts "
+        "sooner, or auto: what pays for the number of steps, if anything",
+        choices=("no", "auto", "regional", "whole"),
+        bare="whole",
+    )
+    cuda_graphs: bool = knob(False, "run each step as one CUDA graph; on a GPU, in bf16 or float32; not measured yet")
     seed: int = knob(0, "seed of every random draw")
     deterministic: bool = knob(False, "only GPU kernels that give the same bits on every run: slower")
 

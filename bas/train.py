@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from bas import __version__
 from bas.batches import Batch, Material, check_scene, draw_batch, prepare
+from bas.capture import CapturedStep
 from bas.checkpoint import Models, load, outline, save_model, weights_hash
 from bas.class_images import class_images
+from bas.compilation import choose_compilation, compile_unet
 from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
@@ -124,10 +126,21 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam with the settings of the config, as a fused kernel. The loop sets the rate."""
+    """AdamW or Adam with the settings of the config, as a fused kernel. `set_rate` sets the rate."""
+    parameters = list(parameters)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    return kind(list(parameters), 0.0, betas, config.adam_epsilon, decay, fused=True)
+    rate = torch.zeros((), device=parameters[0].device) if config.cuda_graphs else 0.0  # a graph reads a tensor
+    return kind(parameters, rate, betas, config.adam_epsilon, decay, fused=True, capturable=config.cuda_graphs)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def optimizer_step(
@@ -241,6 +254,8 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     check_scene(models, scene, config)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16"):
+        raise InputError("--cuda_graphs needs a CUDA device, and --mixed_precision no or bf16")
     if config.report_to == "tensorboard":
         writer_class()
     return scene, base, device, precision
@@ -274,8 +289,10 @@ def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, p
     models.handles = scene.handles
     write_scene(folder, scene, image, masks)
     material = prepare(models, scene, image, masks, config, class_posterior)
-    if config.compile:
-        models.unet.compile(fullgraph=True)
+    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
+    if config.compile == "auto":
+        log.info("compile auto: %s, %s", compilation, reason)
+    compile_unet(models.unet, compilation)
 
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
@@ -307,16 +324,20 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         restore_optimizer(optimizer, run.saved)
         scaler.load_state_dict(run.scaler_state)
 
+    def take_step(batches: Iterable[Batch]) -> dict[str, Tensor]:
+        return optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
+
+    if config.cuda_graphs:
+        take_step = CapturedStep(take_step)
     bar = Progress(phase.name, phase.steps, max(0, run.done - begin))
     for step in range(max(begin, run.done) + 1, end + 1):  # counted from 1, over both phases
         lr = learning_rate(config, phase, step - begin - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, lr)
         batches = (
             draw_batch(run.material, models, phase, config, run.generator).to(models.device)
             for _ in range(config.gradient_accumulation_steps)
         )
-        values = optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
+        values = take_step(batches)
         run.metrics.add(phase.name, step, lr, values)
         if (row := run.metrics.latest()) and not is_finite(row, run.precision):
             read_metrics(run)  # writes this row, and raises

@@ -60,7 +60,7 @@ class Stage(nn.Module):
     def run(self, module: nn.Module, *args):
         """Call a module; with gradient checkpointing recompute it in the backward pass, its maps included."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
         return module(*args)
 
     def attend(self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]) -> Tensor:
