@@ -255,7 +255,7 @@ class Phase:
     name: str
     steps: int
     lr: float
-    trains: tuple[Literal["handles", "embedding", "unet", "text_encoder"], ...]
+    trains: tuple[Literal["handles", "embedding", "unet", "cross_attention", "text_encoder"], ...]
     prior: bool  # whether class images take part in each step
 
 
@@ -301,6 +301,11 @@ class TrainConfig:
         "keep the text tower's layers fixed in phase 2 (handles still train)",
         flag=["--no_train_text_encoder"],
     )
+    unet_layers: str = knob(
+        "all",
+        "what phase 2 trains of the UNet: everything, or its cross-attention alone",
+        choices=("all", "cross_attention"),
+    )
     apply_masked_loss: bool = knob(
         True, "take the reconstruction loss over the whole picture", flag=["--do_not_apply_masked_loss"]
     )
@@ -332,7 +337,9 @@ class TrainConfig:
     # Optimisation
     train_batch_size: int = knob(1, "examples per step, each with one class image beside it")
     gradient_accumulation_steps: int = knob(1, "batches per optimizer step")
-    optimizer: str = knob("adamw", "optimizer", choices=("adamw", "adam"))
+    optimizer: str = knob(
+        "adamw", "optimizer; adamw8bit keeps its moments in 8 bits, an extra", choices=("adamw", "adam", "adamw8bit")
+    )
     adam_beta1: float = knob(0.9, "decay of the first moment")
     adam_beta2: float = knob(0.999, "decay of the second moment")
     adam_weight_decay: float = knob(1e-2, "weight decay")
@@ -362,6 +369,12 @@ class TrainConfig:
         "arithmetic: no is float32; bf16 keeps float32 masters; auto is bf16 where the GPU has it, else fp16, and on "
         "a CPU no, or bf16 for large models where the processor has it",
         choices=("auto", "no", "fp16", "bf16"),
+    )
+    card: str = knob(
+        "any",
+        "settings with which Stable Diffusion 2.1 at 512x512 should fit, by counting: 24gb recomputes activations; "
+        "16gb also keeps 8-bit moments (an extra); 12gb recomputes and trains only cross-attention of the UNet",
+        choices=("any", "12gb", "16gb", "24gb"),
     )
     allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
@@ -438,7 +451,8 @@ class TrainConfig:
     def phases(self) -> tuple[Phase, ...]:
         """The training plan (paper, section 3): first the handles, then everything."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
-        tuned = ("handles", "embedding", "unet") + ("text_encoder",) * self.train_text_encoder
+        layers = "unet" if self.unet_layers == "all" else "cross_attention"
+        tuned = ("handles", "embedding", layers) + ("text_encoder",) * self.train_text_encoder
         prior = self.with_prior_preservation
         # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
         plan = (
@@ -455,11 +469,14 @@ class TrainConfig:
 
     @classmethod
     def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
-        """Settings from four layers, the later winning: defaults, the model's own row, the preset, explicit flags."""
+        """Settings from five layers, the later winning: defaults, the model's own row, preset, card, explicit flags."""
         preset = explicit.get("preset", cls.preset)
         if preset not in PRESETS:
             raise InputError(f"--preset is {preset!r}: expected one of {', '.join(PRESETS)}")
-        merged = {**(model_row or {}), **PRESETS[preset], **explicit}
+        card = explicit.get("card", cls.card)
+        if card not in CARDS:
+            raise InputError(f"--card is {card!r}: expected one of {', '.join(CARDS)}")
+        merged = {**(model_row or {}), **PRESETS[preset], **CARDS[card], **explicit}
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
@@ -475,6 +492,17 @@ PRESETS: dict[str, dict] = {
         "adam_weight_decay": 1e-8,
         "with_prior_preservation": False,
     },
+}
+
+
+# How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the
+# moments' precision; the training of the UNet outside its cross-attention, and with it some likeness.
+LEAN = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+CARDS: dict[str, dict] = {
+    "any": {},
+    "24gb": LEAN,
+    "16gb": LEAN | {"optimizer": "adamw8bit"},
+    "12gb": LEAN | {"unet_layers": "cross_attention"},
 }
 
 

@@ -22,6 +22,7 @@ from bas.losses import resize_mask
 from bas.machine import DTYPES
 from bas.models.text import add_handles, tokenize
 from bas.models.vae import Posterior
+from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, match
 from bas.progress import clock
 from bas.room import count_numbers, files_to_come, free_room
@@ -29,7 +30,6 @@ from bas.run_folder import refuse_used_folder
 from bas.scene import Scene
 from bas.train import KEPT, check_input, trainable_parameters, training_step
 
-ADAM_BYTES = 8  # two moments in float32 for every number that is trained
 CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
 MEMORY_RULE = (
     "weights, masters, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half "
@@ -112,13 +112,15 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> P
         models.text_encoder.bfloat16()
     costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
     weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
-    memory = {phase: phase_memory(weights, cost, precision) for phase, cost in costs.items()}
+    memory = {phase: phase_memory(weights, cost, precision, config.optimizer) for phase, cost in costs.items()}
     return Plan(models, image, material, numbers, costs, memory)
 
 
 SAVINGS = (  # what to try when memory runs out, the least harm to the result first
     ("--gradient_checkpointing", {"gradient_checkpointing": True}),
     ("--mixed_precision bf16", {"mixed_precision": "bf16"}),
+    ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+    ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
     ("--no_train_text_encoder", {"train_text_encoder": False}),
     ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
 )
@@ -184,14 +186,14 @@ def phase_cost(models: Models, material: Material, phase: Phase, config: TrainCo
     return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
 
 
-def phase_memory(weights: int, cost: Cost, precision: str) -> dict[str, int]:
+def phase_memory(weights: int, cost: Cost, precision: str, optimizer: str = "adamw") -> dict[str, int]:
     """Bytes by what they are for."""
     masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
     return {
         "weights": weights,
         **masters,
         "gradients": 4 * cost.trained,
-        "optimizer": ADAM_BYTES * cost.trained,
+        "optimizer": ADAM_BYTES[optimizer] * cost.trained,
         "kept for backward": cost.kept // 2 if precision == "fp16" else cost.kept,
     }
 

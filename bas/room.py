@@ -15,17 +15,20 @@ METRICS_LINE = 220  # bytes, roughly
 
 
 def count_numbers(models: Models) -> dict[str, int]:
-    """How many weights each network has, the rows of the token embedding counted apart."""
+    """How many weights each network has; the UNet's cross-attention and the token embedding are counted apart."""
     numbers = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in COMPONENTS}
     rows = models.text_encoder.get_input_embeddings().weight.numel()
-    return {**numbers, "text_encoder": numbers["text_encoder"] - rows, "embedding": rows}
+    cross = sum(p.numel() for name, p in models.unet.named_parameters() if ".attn2." in name)
+    numbers |= {"unet": numbers["unet"] - cross, "text_encoder": numbers["text_encoder"] - rows}
+    return {**numbers, "cross_attention": cross, "embedding": rows}
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
     """Bytes of each kind of file in the run folder."""
 
     def trained(phase: Phase) -> int:
-        return sum(numbers[name] for name in phase.trains if name in numbers)
+        names = {*phase.trains, "cross_attention"} if "unet" in phase.trains else phase.trains
+        return sum(numbers[name] for name in names if name in numbers)
 
     steps = sum(phase.steps for phase in config.phases)
     weights = DTYPES[config.save_precision].itemsize * sum(numbers.values())

@@ -30,6 +30,7 @@ from bas.losses import attention_loss, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_precision
 from bas.masters import Exact, Masters, lower, restore
 from bas.models.text import add_handles, encode_ids
+from bas.optimizer import adamw8bit, build_optimizer, set_rate
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
 from bas.room import require_room
@@ -115,6 +116,7 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
         "handles": {"handles": embedding.handles},
         "embedding": {"embedding": embedding.weight},
         "unet": {f"unet.{name}": p for name, p in models.unet.named_parameters()},
+        "cross_attention": {f"unet.{name}": p for name, p in models.unet.named_parameters() if ".attn2." in name},
         "text_encoder": {f"text_encoder.{name}": p for name, p in text if "token_embedding" not in name},
     }
     for module in (models.unet, models.vae, models.text_encoder):
@@ -123,24 +125,6 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
-
-
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam with the settings of the config, as a fused kernel. `set_rate` sets the rate."""
-    parameters = list(parameters)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    rate = torch.zeros((), device=parameters[0].device) if config.cuda_graphs else 0.0  # a graph reads a tensor
-    return kind(parameters, rate, betas, config.adam_epsilon, decay, fused=True, capturable=config.cuda_graphs)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
 
 
 def optimizer_step(
@@ -254,8 +238,10 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     check_scene(models, scene, config)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
-    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16"):
-        raise InputError("--cuda_graphs needs a CUDA device, and --mixed_precision no or bf16")
+    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
+        raise InputError("--cuda_graphs needs a CUDA device, --mixed_precision no or bf16, --optimizer adamw or adam")
+    if config.optimizer == "adamw8bit":
+        adamw8bit()
     if config.report_to == "tensorboard":
         writer_class()
     return scene, base, device, precision

@@ -257,3 +257,19 @@ def test_a_step_at_full_size_costs_what_was_predicted():
     assert second.kept == pytest.approx(2.0e9, rel=0.2)
     exact = TrainConfig(exact_phase1=True).phases[0]
     assert phase_cost(models, material, exact, TrainConfig()).operations == pytest.approx(2 * first.operations)
+
+
+@pytest.mark.parametrize(("card", "gib"), [("12gb", 12), ("16gb", 16), ("24gb", 24)])
+def test_a_card_holds_what_its_settings_take(card, gib):
+    """By the dry run's count for SD 2.1 at 512x512, with a tenth of the card to spare; bf16 alone would not fit."""
+
+    def peak(config: TrainConfig) -> int:
+        models, material = sd21(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+        models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+        weights = sum(p.nbytes for part in (models.unet, models.vae, models.text_encoder) for p in part.parameters())
+        cost = phase_cost(models, material, config.phases[1], config)
+        return sum(phase_memory(weights, cost, config.mixed_precision, config.optimizer).values())
+
+    assert peak(TrainConfig.resolve({"card": card})) < 0.9 * gib * 2**30
+    if card == "24gb":
+        assert peak(TrainConfig(mixed_precision="bf16")) > 0.9 * gib * 2**30
