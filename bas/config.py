@@ -385,6 +385,9 @@ class TrainConfig:
         choices=("no", "auto", "regional", "whole"),
         bare="whole",
     )
+    fused_kernels: bool = knob(
+        False, "Triton kernels for GroupNorm with SiLU and for GEGLU; on a GPU, without --compile; not measured yet"
+    )
     cuda_graphs: bool = knob(False, "run each step as one CUDA graph; on a GPU, in bf16 or float32; not measured yet")
     seed: int = knob(0, "seed of every random draw")
     deterministic: bool = knob(False, "only GPU kernels that give the same bits on every run: slower")

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -240,6 +241,8 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
         raise InputError("--cuda_graphs needs a CUDA device, --mixed_precision no or bf16, --optimizer adamw or adam")
+    if config.fused_kernels and (device.type != "cuda" or config.compile != "no" or not find_spec("triton")):
+        raise InputError("--fused_kernels needs a CUDA device, the package triton, and --compile no")
     if config.optimizer == "adamw8bit":
         adamw8bit()
     if config.report_to == "tensorboard":
@@ -279,6 +282,10 @@ def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, p
     if config.compile == "auto":
         log.info("compile auto: %s, %s", compilation, reason)
     compile_unet(models.unet, compilation)
+    if config.fused_kernels:
+        from bas.kernels import install  # imports triton, which not every machine has
+
+        install(models.unet)
 
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
