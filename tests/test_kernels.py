@@ -4,12 +4,11 @@ import pytest
 import torch
 from tiny import UNET, WIDTH, refused
 
-triton = pytest.importorskip("triton", reason="triton, an extra, is not installed: it comes with PyTorch for CUDA")
-
-from bas import kernels
 from bas.models import attention, layers
 from bas.models.unet import UNet
 
+triton = pytest.importorskip("triton", reason="triton, an extra, is not installed: it comes with PyTorch for CUDA")
+kernels = pytest.importorskip("bas.kernels")
 pytestmark = pytest.mark.skipif(
     isinstance(kernels.normalise, triton.runtime.JITFunction),
     reason="TRITON_INTERPRET is not 1: conftest.py sets it where there is no GPU",
