@@ -120,8 +120,8 @@ SAVINGS = (  # what to try when memory runs out, the least harm to the result fi
     ("--gradient_checkpointing", {"gradient_checkpointing": True}),
     ("--mixed_precision bf16", {"mixed_precision": "bf16"}),
     ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
-    ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
     ("--no_train_text_encoder", {"train_text_encoder": False}),
+    ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
     ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
 )
 

@@ -198,7 +198,8 @@ def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_p
     assert re.fullmatch(
         r"bas: cpu is out of memory: the run takes at least [\d.]+ [kM]B\. The last whole checkpoint is kept; "
         r"try, in this order: --gradient_checkpointing \(about .+ less\), --mixed_precision bf16 \(about .+ less\), "
-        r"--no_train_text_encoder \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
+        r"--optimizer adamw8bit \(about .+ less\), --no_train_text_encoder \(about .+ less\), "
+        r"--unet_layers cross_attention \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
         line,
     )
 
