@@ -164,7 +164,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     for i, row in optimizer.state_dict()["state"].items():
         for name, value in row.items():
             inner = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-            flat |= {f"optimizer.{i}.{key}": torch.as_tensor(v) for key, v in inner.items()}
+            for key, v in inner.items():
+                own = v.clone() if "/qmap" in key else torch.as_tensor(v)  # all weights share one such table
+                flat[f"optimizer.{i}.{key}"] = own
     return flat
 
 
