@@ -25,7 +25,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 # From this many weights of the UNet on, bf16 pays on a CPU that multiplies in it: a step of a small SD 2-style UNet at
-# 512x512 took 0.65 of its float32 time, one of the miniature (5 million weights, 64x64) as long as before.
+# 512x512 took 0.65 of its float32 time, one of the miniature (5 million weights, 64x64) about as long as before.
 CPU_BF16_WEIGHTS = 20_000_000
 
 

@@ -208,8 +208,9 @@ def test_the_savings_are_differences_of_what_is_counted(scene, model, tmp_path):
     settings = config(scene, model, tmp_path / "run")
     lean = replace(settings, gradient_checkpointing=True)
     peaks = [plan_run(c, load_scene(c), model, "no").peak for c in (settings, lean)]
-    assert f"--gradient_checkpointing (about {human_size(peaks[0] - peaks[1])} less)" in memory_advice(settings, 10**9)
-    assert "1.0 GB of it used at most" in memory_advice(settings, 10**9)
+    advice = memory_advice(settings, 10**9)
+    assert f"--gradient_checkpointing (about {human_size(peaks[0] - peaks[1])} less)" in advice
+    assert "1.0 GB of it used at most" in advice
     assert "--gradient_checkpointing" not in memory_advice(lean, None)
 
 
