@@ -219,10 +219,10 @@ class Run:
     facts: dict  # settings, handles, hash of the base, version: what a resumed run must share
     generator: torch.Generator  # the source of every random draw of the steps
     metrics: MetricsLog
-    exact: Exact  # float32 values of the weights that compute at 16 bits
     done: int = 0  # steps that a checkpoint brings along
     saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
     scaler_state: dict = field(default_factory=dict)  # and its loss scale
+    exact: Exact = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits
     events: EventLog | None = None  # for TensorBoard, when asked for
     interrupts: Interrupts = field(default_factory=Interrupts)
     overflows: int = 0  # steps in a row that fp16 left out
@@ -291,8 +291,9 @@ def start(config: TrainConfig, scene: Scene, base: Path, device: torch.device, p
     if checkpoint:
         generator.set_state(saved["generator"])
     metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
-    exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
-    run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics, exact)
+    run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
+    if precision == "bf16":
+        run.exact = lower((models.unet, models.text_encoder), DTYPES[precision])
     run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
     if config.report_to == "tensorboard":
         run.events = EventLog(folder, run.done)
