@@ -36,8 +36,11 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; from pinned memory the copy does not wait."""
         pin = device.type == "cuda"
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: (v.pin_memory() if pin else v).to(device, non_blocking=True) for k, v in moved.items()})
+        return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order above."""
+        return tuple(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)

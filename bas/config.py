@@ -235,7 +235,8 @@ class VAEConfig:
 
 
 def knob(default: Any, gloss: str, **extra) -> Any:
-    """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names) and `choices`."""
+    """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names), `choices`
+    and `bare`, the value of the flag alone."""
     return field(default=default, metadata={"help": gloss, **extra})
 
 
@@ -254,7 +255,7 @@ class Phase:
     name: str
     steps: int
     lr: float
-    trains: tuple[Literal["handles", "embedding", "unet", "text_encoder", "cross_attention_kv"], ...]
+    trains: tuple[Literal["handles", "embedding", "unet", "cross_attention", "cross_attention_kv", "text_encoder"], ...]
     prior: bool  # whether class images take part in each step
 
 
@@ -317,6 +318,11 @@ class TrainConfig:
         "keep the text tower's layers fixed in phase 2 (handles still train)",
         flag=["--no_train_text_encoder"],
     )
+    unet_layers: str = knob(
+        "all",
+        "what phase 2 trains of the UNet: everything, or its cross-attention alone",
+        choices=("all", "cross_attention"),
+    )
     apply_masked_loss: bool = knob(
         True, "take the reconstruction loss over the whole picture", flag=["--do_not_apply_masked_loss"]
     )
@@ -355,7 +361,9 @@ class TrainConfig:
     # Optimisation
     train_batch_size: int = knob(1, "examples per step, each with one class image beside it")
     gradient_accumulation_steps: int = knob(1, "batches per optimizer step")
-    optimizer: str = knob("adamw", "optimizer", choices=("adamw", "adam"))
+    optimizer: str = knob(
+        "adamw", "optimizer; adamw8bit keeps its moments in 8 bits, an extra", choices=("adamw", "adam", "adamw8bit")
+    )
     adam_beta1: float = knob(0.9, "decay of the first moment")
     adam_beta2: float = knob(0.999, "decay of the second moment")
     adam_weight_decay: float = knob(1e-2, "weight decay")
@@ -382,12 +390,29 @@ class TrainConfig:
     device: str | None = knob(None, "cpu, cuda or cuda:N (default: cuda when there is one)")
     mixed_precision: str = knob(
         "auto",
-        "arithmetic; auto is bf16 where the GPU has it, else fp16, and no on a CPU",
+        "arithmetic: no is float32; bf16 keeps float32 masters; auto is bf16 where the GPU has it, else fp16, and on "
+        "a CPU no, or bf16 for large models where the processor has it",
         choices=("auto", "no", "fp16", "bf16"),
+    )
+    card: str = knob(
+        "any",
+        "settings with which Stable Diffusion 2.1 at 512x512 should fit, by counting: 24gb recomputes activations; "
+        "16gb also keeps 8-bit moments (an extra); 12gb recomputes and trains only cross-attention of the UNet",
+        choices=("any", "12gb", "16gb", "24gb"),
     )
     allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
-    compile: bool = knob(False, "compile the UNet with torch.compile")
+    compile: str = knob(
+        "no",
+        "torch.compile: the whole UNet (also if nothing follows), regional for its repeated blocks alone, which starts "
+        "sooner, or auto: what pays for the number of steps, if anything",
+        choices=("no", "auto", "regional", "whole"),
+        bare="whole",
+    )
+    fused_kernels: bool = knob(
+        False, "Triton kernels for GroupNorm with SiLU and for GEGLU; on a GPU, without --compile; not measured yet"
+    )
+    cuda_graphs: bool = knob(False, "run each step as one CUDA graph; on a GPU, in bf16 or float32; not measured yet")
     seed: int = knob(0, "seed of every random draw")
     deterministic: bool = knob(False, "only GPU kernels that give the same bits on every run: slower")
 
@@ -458,7 +483,8 @@ class TrainConfig:
     def phases(self) -> tuple[Phase, ...]:
         """The training plan (paper, section 3): first the handles, then everything. A baseline has one phase."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
-        tuned = ("handles", "embedding", "unet") + ("text_encoder",) * self.train_text_encoder
+        layers = "unet" if self.unet_layers == "all" else "cross_attention"
+        tuned = ("handles", "embedding", layers) + ("text_encoder",) * self.train_text_encoder
         prior = self.with_prior_preservation
         if self.method in METHODS:
             row, steps = METHODS[self.method], self.phase1_train_steps + self.phase2_train_steps
@@ -480,12 +506,15 @@ class TrainConfig:
 
     @classmethod
     def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
-        """Settings from layers, the later winning: defaults, the model's own row, preset, method, explicit flags."""
+        """Settings from layers, the later winning: defaults, model's own row, preset, card, method, explicit flags."""
         preset = explicit.get("preset", cls.preset)
         if preset not in PRESETS:
             raise InputError(f"--preset is {preset!r}: expected one of {', '.join(PRESETS)}")
+        card = explicit.get("card", cls.card)
+        if card not in CARDS:
+            raise InputError(f"--card is {card!r}: expected one of {', '.join(CARDS)}")
         method = PLAIN if explicit.get("method") in METHODS else {}
-        merged = {**(model_row or {}), **PRESETS[preset], **method, **explicit}
+        merged = {**(model_row or {}), **PRESETS[preset], **CARDS[card], **method, **explicit}
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
@@ -516,6 +545,17 @@ METHODS: dict[str, Method] = {
     "db": Method(EVERYTHING, "learning_rate", True, False),
 }
 PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all"}  # of every baseline
+
+
+# How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the
+# moments' precision; the training of the UNet outside its cross-attention, and with it some likeness.
+LEAN = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+CARDS: dict[str, dict] = {
+    "any": {},
+    "24gb": LEAN,
+    "16gb": LEAN | {"optimizer": "adamw8bit"},
+    "12gb": LEAN | {"unet_layers": "cross_attention"},
+}
 
 
 # --------------------------------------------------------------------------------------------------------------

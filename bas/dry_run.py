@@ -19,9 +19,10 @@ from bas.checkpoint import outline
 from bas.config import Phase, SampleConfig, TrainConfig
 from bas.files import human_size
 from bas.losses import resize_mask
-from bas.machine import DTYPES, pick_precision
+from bas.machine import DTYPES
 from bas.models.text import add_handles, tokenize
 from bas.models.vae import Posterior
+from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, match
 from bas.progress import clock
 from bas.room import count_numbers, files_to_come, free_room
@@ -29,11 +30,10 @@ from bas.run_folder import refuse_used_folder
 from bas.scene import Scene
 from bas.train import KEPT, check_input, trainable_parameters, training_step
 
-ADAM_BYTES = 8  # two moments in float32 for every number that is trained
 CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
 MEMORY_RULE = (
-    "weights, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half size in "
-    "16 bits); the allocator, work space of kernels and recomputed blocks come on top"
+    "weights, masters, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half "
+    "size in fp16); the allocator, work space of kernels and recomputed blocks come on top"
 )
 TIME_RULE = "counted operations at {speed:.3g} TFLOP/s, a matrix product here just now: a lower bound, expect more"
 
@@ -43,7 +43,7 @@ class Cost:
     """What one phase takes."""
 
     trained: int  # numbers that are trained
-    kept: int  # bytes that a step keeps for its backward pass, in float32
+    kept: int  # bytes that a step keeps for its backward pass, in the precision of the weights
     operations: int  # of one optimizer step
 
 
@@ -107,27 +107,32 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> P
     numbers = count_numbers(models)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     material = blank_material(models, scene, masks, config)
+    if precision == "bf16":  # as `bas.masters.lower` does
+        models.unet.bfloat16()
+        models.text_encoder.bfloat16()
     costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
-    weights = 4 * sum(numbers.values())
-    memory = {phase: phase_memory(weights, cost, precision) for phase, cost in costs.items()}
+    weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
+    memory = {phase: phase_memory(weights, cost, precision, config.optimizer) for phase, cost in costs.items()}
     return Plan(models, image, material, numbers, costs, memory)
 
 
 SAVINGS = (  # what to try when memory runs out, the least harm to the result first
     ("--gradient_checkpointing", {"gradient_checkpointing": True}),
     ("--mixed_precision bf16", {"mixed_precision": "bf16"}),
+    ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
     ("--no_train_text_encoder", {"train_text_encoder": False}),
+    ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
     ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
 )
 
 
 def memory_advice(config: TrainConfig, used: int | None) -> str:
     """One line for a run that is out of memory: what it used at most, and what each flag that is left would save."""
-    scene, base, device, _ = check_input(config)
+    scene, base, device, precision = check_input(config)
 
     def peak(changes: dict) -> int:
         changed = replace(config, **changes)
-        return plan_run(changed, scene, base, pick_precision(changed.mixed_precision, device)).peak
+        return plan_run(changed, scene, base, changes.get("mixed_precision", precision)).peak
 
     needed = peak({})
     saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
@@ -181,14 +186,15 @@ def phase_cost(models: Models, material: Material, phase: Phase, config: TrainCo
     return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
 
 
-def phase_memory(weights: int, cost: Cost, precision: str) -> dict[str, int]:
+def phase_memory(weights: int, cost: Cost, precision: str, optimizer: str = "adamw") -> dict[str, int]:
     """Bytes by what they are for."""
-    share = 1 if precision == "no" else 2
+    masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
     return {
         "weights": weights,
+        **masters,
         "gradients": 4 * cost.trained,
-        "optimizer": ADAM_BYTES * cost.trained,
-        "kept for backward": cost.kept // share,
+        "optimizer": ADAM_BYTES[optimizer] * cost.trained,
+        "kept for backward": cost.kept // 2 if precision == "fp16" else cost.kept,
     }
 
 

@@ -57,6 +57,8 @@ def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection
             if shown not in (None, "") and "default:" not in gloss:
                 gloss += f" (default: {shown})"
             extra = {"nargs": "+"} if many else {"choices": f.metadata.get("choices")}
+            if "bare" in f.metadata:
+                extra |= {"nargs": "?", "const": f.metadata["bare"]}
             metavar = None if f.metadata.get("choices") else kind.__name__.upper()
             parser.add_argument(*names, type=kind, metavar=metavar, help=gloss, **extra, **common)
 

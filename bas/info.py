@@ -27,7 +27,7 @@ from bas.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_c
 from bas.scene import find_files, numbered_folders
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
-EXTRAS = ("tensorboard",)
+EXTRAS = ("tensorboard", "bitsandbytes")
 CHECKED = "every weight has its place and shape (values are not read)"
 
 

@@ -58,9 +58,14 @@ class Models:
         return self.unet.config.sample_size * self.vae.config.factor
 
 
+def cross_attention(unet: UNet) -> dict[str, nn.Parameter]:
+    """The weights of the UNet's cross-attention layers, by name."""
+    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+
+
 def keys_and_values(unet: UNet) -> dict[str, nn.Parameter]:
     """What the UNet reads the prompt with: the to_k and to_v weights of its cross-attention layers, by name."""
-    return {name: p for name, p in unet.named_parameters() if ".attn2.to_k." in name or ".attn2.to_v." in name}
+    return {name: p for name, p in cross_attention(unet).items() if ".to_k." in name or ".to_v." in name}
 
 
 @dataclass

@@ -22,10 +22,14 @@ class Progress:
         self.live = self.stream.isatty()
         self.began = self.printed = time.monotonic()
 
+    def due(self) -> bool:
+        """Whether the last line is old: half a second on a terminal, ten in a log file."""
+        return time.monotonic() - self.printed >= (0.5 if self.live else 10)
+
     def show(self, done: int, values: dict[str, float] | None = None) -> None:
         """Print the state after `done` of `total` steps, with named values beside it."""
         now, finished = time.monotonic(), done >= self.total
-        if not self.live and not finished and now - self.printed < 10:
+        if not self.live and not finished and not self.due():
             return
         self.printed = now
         speed = (done - self.first) / max(now - self.began, 1e-9)

@@ -8,30 +8,30 @@ from bas.checkpoint import outline
 from bas.config import InputError, Phase, TrainConfig
 from bas.files import human_size
 from bas.machine import DTYPES
-from bas.parts import COMPONENTS, Models, keys_and_values
+from bas.parts import COMPONENTS, Models, cross_attention, keys_and_values
 
 STATE_BYTES = 12  # in a checkpoint, for every number that is trained: itself and Adam's two moments, float32
 METRICS_LINE = 220  # bytes, roughly
 
 
 def count_numbers(models: Models) -> dict[str, int]:
-    """How many weights each network has; those of which a phase may train a part alone are counted apart."""
-    numbers = {name: sum(p.numel() for p in getattr(models, name).parameters()) for name in COMPONENTS}
+    """How many weights each group has that a phase may train (`Phase.trains`), and the VAE. The groups overlap."""
+    groups = {name: getattr(models, name).parameters() for name in COMPONENTS}
+    groups["cross_attention"] = cross_attention(models.unet).values()
+    groups["cross_attention_kv"] = keys_and_values(models.unet).values()
+    numbers = {name: sum(p.numel() for p in group) for name, group in groups.items()}
     rows = models.text_encoder.get_input_embeddings().weight.numel()
-    pairs = sum(p.numel() for p in keys_and_values(models.unet).values())
-    rest = {"unet": numbers["unet"] - pairs, "text_encoder": numbers["text_encoder"] - rows}
-    return {**numbers, **rest, "embedding": rows, "cross_attention_kv": pairs}
+    return {**numbers, "text_encoder": numbers["text_encoder"] - rows, "embedding": rows}
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
     """Bytes of each kind of file in the run folder."""
 
     def trained(phase: Phase) -> int:
-        names = {*phase.trains, *(["cross_attention_kv"] if "unet" in phase.trains else [])}
-        return sum(numbers[name] for name in names if name in numbers)
+        return sum(numbers.get(name, 0) for name in phase.trains)
 
     steps = sum(phase.steps for phase in config.phases)
-    weights = DTYPES[config.save_precision].itemsize * sum(numbers.values())
+    weights = DTYPES[config.save_precision].itemsize * sum(numbers[name] for name in (*COMPONENTS, "embedding"))
     files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
     if config.checkpointing_steps and config.checkpointing_steps <= steps:
         one = STATE_BYTES * max(trained(phase) for phase in config.phases)

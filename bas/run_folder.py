@@ -159,18 +159,26 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's per-parameter state as flat tensors, `optimizer.<index>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, row in state.items() for name, v in row.items()}
+    """The optimizer's per-parameter state as flat tensors, `optimizer.<index>.<name>`; 8-bit moments lie one deeper."""
+    flat = {}
+    for i, row in optimizer.state_dict()["state"].items():
+        for name, value in row.items():
+            inner = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, v in inner.items():
+                own = v.clone() if "/qmap" in key else torch.as_tensor(v)  # all weights share one such table
+                flat[f"optimizer.{i}.{key}"] = own
+    return flat
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`, into an optimizer over the same parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    state: dict[int, dict] = {}
+    for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+            row, (*outer, name) = state.setdefault(int(index), {}), name.split("/")
+            value = int(tensor) if tensor.dtype == torch.int64 else tensor  # a count that is no tensor there
+            (row.setdefault(outer[0], {}) if outer else row)[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

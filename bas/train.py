@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from bas import __version__
 from bas.base import Base
 from bas.batches import Batch, Material, check_scene, draw_batch, prepare
+from bas.capture import CapturedStep
 from bas.checkpoint import Models, load, outline, save_model, weights_hash
+from bas.compilation import choose_compilation, compile_unet
 from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
@@ -27,9 +30,11 @@ from bas.hub import find
 from bas.interrupts import Interrupted, Interrupts
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_precision
+from bas.masters import Exact, Masters, lower, restore
 from bas.methods import read_scene
 from bas.models.text import add_handles, encode_ids
-from bas.parts import keys_and_values
+from bas.optimizer import adamw8bit, build_optimizer, set_rate
+from bas.parts import cross_attention, keys_and_values
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
 from bas.room import require_room
@@ -116,6 +121,7 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
         "handles": {"handles": embedding.handles},
         "embedding": {"embedding": embedding.weight},
         "unet": {f"unet.{name}": p for name, p in models.unet.named_parameters()},
+        "cross_attention": {f"unet.{name}": p for name, p in cross_attention(models.unet).items()},
         "cross_attention_kv": {f"unet.{name}": p for name, p in keys_and_values(models.unet).items()},
         "text_encoder": {f"text_encoder.{name}": p for name, p in text if "token_embedding" not in name},
     }
@@ -127,37 +133,33 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
     return trained
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam with the settings of the config, as one fused kernel on a GPU. The loop sets the rate."""
-    parameters = list(parameters)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
-    return kind(parameters, 0.0, betas, config.adam_epsilon, decay, fused=parameters[0].is_cuda)
-
-
 def optimizer_step(
     models: Models,
     batches: Iterable[Batch],
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    clipped: list[nn.Parameter],
+    clipped: Masters,
     precision: str,
 ) -> dict[str, Tensor]:
-    """Accumulate the gradient of the batches, clip it, step. -> the losses' means and the norm before clipping"""
+    """Accumulate the gradient of the batches, clip it, step. -> the losses' means and the norm before clipping
+
+    `clipped` holds what gets a gradient: all that the optimizer steps, and in exact phase 1 the embedding as well.
+    """
     share, sums = 1 / config.gradient_accumulation_steps, {}
     for batch in batches:
-        with autocast(models.device, precision):
+        with autocast(models.device, "fp16" if precision == "fp16" else "no"):  # bf16 weights are bf16 already
             loss, parts = training_step(models, batch, config)
         scaler.scale(loss * share).backward()
+        clipped.gather()
         for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0) + value.detach() * share
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(clipped, config.max_grad_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(clipped.parameters, config.max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    for parameter in clipped:
-        parameter.grad = None
+    clipped.publish()
+    clipped.release()
     return {**sums, "grad_norm": norm}
 
 
@@ -236,6 +238,7 @@ class Run:
     done: int = 0  # steps that a checkpoint brings along
     saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
     scaler_state: dict = field(default_factory=dict)  # and its loss scale
+    exact: Exact = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits
     events: EventLog | None = None  # for TensorBoard, when asked for
     interrupts: Interrupts = field(default_factory=Interrupts)
     overflows: int = 0  # steps in a row that fp16 left out
@@ -246,9 +249,15 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device)
+    precision = pick_precision(config.mixed_precision, device, outline(base)[0].unet)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
+        raise InputError("--cuda_graphs needs a CUDA device, --mixed_precision no or bf16, --optimizer adamw or adam")
+    if config.fused_kernels and (device.type != "cuda" or config.compile != "no" or not find_spec("triton")):
+        raise InputError("--fused_kernels needs a CUDA device, the package triton, and --compile no")
+    if config.optimizer == "adamw8bit":
+        adamw8bit()
     if config.report_to == "tensorboard":
         writer_class()
     return base, device, precision
@@ -293,14 +302,22 @@ def start(
     models.handles = scene.handles
     write_scene(folder, scene, image, masks)
     material = prepare(models, scene, image, masks, config, class_posterior)
-    if config.compile:
-        models.unet.compile(fullgraph=True)
+    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
+    if config.compile == "auto":
+        log.info("compile auto: %s, %s", compilation, reason)
+    compile_unet(models.unet, compilation)
+    if config.fused_kernels:
+        from bas.kernels import install  # imports triton, which not every machine has
+
+        install(models.unet)
 
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
         generator.set_state(saved["generator"])
     metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
     run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
+    if precision == "bf16":
+        run.exact = lower((models.unet, models.text_encoder), DTYPES[precision])
     run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
     if config.report_to == "tensorboard":
         run.events = EventLog(folder, run.done)
@@ -310,33 +327,40 @@ def start(
 def train_phase(run: Run, phase: Phase, begin: int) -> None:
     """Train one phase, which begins after `begin` steps of the run, from wherever the run stands."""
     config, models, end = run.config, run.models, begin + phase.steps
-    trained = trainable_parameters(models, phase)
+    weights = trainable_parameters(models, phase)
+    watched = dict(weights)
+    if phase.trains == ("handles",) and config.exact_phase1:
+        watched["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    clipped = Masters(watched, run.exact)
+    trained = {name: clipped.named[name] for name in weights}
     optimizer = build_optimizer(trained.values(), config)
     scaler = torch.amp.GradScaler(models.device.type, enabled=run.precision == "fp16")
     if run.done > begin:
         restore_parameters(trained, run.saved)
+        clipped.publish()
     if begin < run.done < end:
         restore_optimizer(optimizer, run.saved)
         scaler.load_state_dict(run.scaler_state)
-    clipped = list(trained.values())
-    if phase.trains == ("handles",) and config.exact_phase1:
-        clipped.append(models.text_encoder.get_input_embeddings().weight.requires_grad_(True))
 
+    def take_step(batches: Iterable[Batch]) -> dict[str, Tensor]:
+        return optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
+
+    if config.cuda_graphs:
+        take_step = CapturedStep(take_step)
     bar = Progress(phase.name, phase.steps, max(0, run.done - begin))
     for step in range(max(begin, run.done) + 1, end + 1):  # counted from 1, over both phases
         lr = learning_rate(config, phase, step - begin - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_rate(optimizer, lr)
         batches = (
             draw_batch(run.material, models, phase, config, run.generator).to(models.device)
             for _ in range(config.gradient_accumulation_steps)
         )
-        values = optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
+        values = take_step(batches)
         run.metrics.add(phase.name, step, lr, values)
         if (row := run.metrics.latest()) and not is_finite(row, run.precision):
             read_metrics(run)  # writes this row, and raises
 
-        if step % config.log_steps == 0 or step == end or models.device.type == "cpu":
+        if step % config.log_steps == 0 or step == end or (models.device.type == "cpu" and bar.due()):
             bar.show(step - begin, read_metrics(run))
         if config.checkpointing_steps and step % config.checkpointing_steps == 0:
             save_state(run, step, trained, optimizer, scaler)
@@ -437,6 +461,7 @@ def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
 
 def finish(run: Run) -> None:
     """Write the tuned model, then the concepts file that marks the run as finished; drop the checkpoints."""
+    restore(run.exact)
     save_model(run.models, run.folder, DTYPES[run.config.save_precision])
     rows = run.models.text_encoder.get_input_embeddings().handles
     save_concepts(run.folder, rows, run.masks, run.scene.handles, run.facts)

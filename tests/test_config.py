@@ -130,3 +130,17 @@ def test_unknown_settings_and_presets_are_refused():
         TrainConfig.resolve({}, {"nonsense": 1})
     with refused("--preset is 'x'", "official, paper"):
         TrainConfig.resolve({"preset": "x"})
+
+
+def test_a_card_lies_between_the_preset_and_the_flags():
+    config = TrainConfig.resolve({"card": "16gb", "preset": "paper", "gradient_checkpointing": False})
+    assert (config.optimizer, config.adam_beta2, config.mixed_precision) == ("adamw8bit", 0.99, "bf16")
+    assert not config.gradient_checkpointing
+    assert TrainConfig.resolve({"card": "12gb"}).phases[1].trains == (
+        "handles",
+        "embedding",
+        "cross_attention",
+        "text_encoder",
+    )
+    with refused("--card is '8gb'", "any, 24gb, 16gb, 12gb"):
+        TrainConfig.resolve({"card": "8gb"})

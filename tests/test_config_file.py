@@ -57,7 +57,7 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
         ("seed = 1.5", "seed is 1.5, expected a whole number"),
         ("seed = true", "seed is True, expected a whole number"),
         ("resolution = '64'", "resolution is '64', expected a whole number"),
-        ("compile = 1", "compile is 1, expected true or false"),
+        ("center_crop = 1", "center_crop is 1, expected true or false"),
         ("learning_rate = 'fast'", "learning_rate is 'fast', expected a number"),
         ("handles = '<toy>'", "handles is '<toy>', expected a list, each a string"),
         ("handles = ['<toy>', 1]", "handles is ['<toy>', 1], expected a list, each a string"),

@@ -19,6 +19,7 @@ from bas.batches import Batch, encode_images, handle_positions
 from bas.checkpoint import load
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
+from bas.masters import Masters
 from bas.models.text import add_handles, encode_ids, tokenize
 from bas.parts import Models
 from bas.prompts import encode_prompts
@@ -293,12 +294,12 @@ def test_first_step_of_each_phase(step, monkeypatch):
     trained = trainable_parameters(models, phase)
     optimizer = build_optimizer(trained.values(), CONFIG)
     optimizer.param_groups[0]["lr"] = phase.lr
-    clipped = list(trained.values())
+    clipped = dict(trained)
     if step == 0:
-        clipped.append(models.text_encoder.get_input_embeddings().weight.requires_grad_(True))
+        clipped["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     seen = record_gradients(monkeypatch, trained)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    values = optimizer_step(models, [batch(step)], CONFIG, optimizer, scaler, clipped, "no")
+    values = optimizer_step(models, [batch(step)], CONFIG, optimizer, scaler, Masters(clipped, {}), "no")
     assert_step_equals(step, trained, seen, values)
 
 

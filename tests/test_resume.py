@@ -80,7 +80,7 @@ def test_resumed_run_equals_an_uninterrupted_one_wherever_it_stopped(
 
 def test_steps_since_the_checkpoint_are_done_again(bench, tmp_path, cut_off, uninterrupted):
     """Cut off in step 6 with a checkpoint of step 4: the metrics of step 5 are cut back, then written once more."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=2), 6)
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=2, log_steps=1), 6)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
     assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
 

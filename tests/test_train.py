@@ -15,6 +15,7 @@ from bas.batches import Batch, draw_batch
 from bas.checkpoint import load
 from bas.config import Phase, RunError, TrainConfig
 from bas.machine import autocast
+from bas.masters import Masters
 from bas.models.text import encode_ids, tokenize
 from bas.models.unet import AttentionMap, UNetOutput
 from bas.run_folder import read_concepts
@@ -257,13 +258,13 @@ def test_single_subsets_show_one_concept(bench):
 # --------------------------------------------------------------------------------------------------------------
 
 
-def take_step(models, batches, config, phase, clipped=()):
+def take_step(models, batches, config, phase):
     """One optimizer step of plain SGD at rate 1: returns what it returns, and how far each parameter moved."""
     trained = training.trainable_parameters(models, phase)
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    values = training.optimizer_step(models, batches, config, optimizer, scaler, [*trained.values(), *clipped], "no")
+    values = training.optimizer_step(models, batches, config, optimizer, scaler, Masters(trained, {}), "no")
     moved = {name: (before[name] - p).detach() for name, p in trained.items()}
     with torch.no_grad():
         for name, p in trained.items():

@@ -55,6 +55,6 @@ def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> M
     Before any weight is read, `check` sees the model without weights: it raises InputError for what it cannot do.
     """
     path, device = find_model(args), pick_device(args.device)
-    dtype = DTYPES[pick_precision(args.precision, device)]
-    check(outline(path)[0])
-    return load(path, device=device, dtype=dtype)
+    models = outline(path)[0]
+    check(models)
+    return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device, models.unet)])

@@ -60,7 +60,7 @@ class Stage(nn.Module):
     def run(self, module: nn.Module, *args):
         """Call a module; with gradient checkpointing recompute it in the backward pass, its maps included."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
         return module(*args)
 
     def attend(self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]) -> Tensor:
@@ -168,13 +168,16 @@ class UNet(nn.Module):
     ) -> UNetOutput:
         """latents: (b, c, h, w), h and w multiples of 2^(levels-1); timesteps: (b,); context: (b, k, d).
 
+        Computes in the precision of its weights.
+
         Returns the prediction (b, c, h, w) and the attention maps that `return_maps` asks for.
         """
         features = timestep_embedding(
             timesteps, self.conv_in.out_channels, self.config.flip_sin_to_cos, self.config.freq_shift
         )
-        time = self.time_embedding(features.to(latents.dtype))
-        x = self.conv_in(latents)
+        dtype = self.conv_in.weight.dtype
+        time = self.time_embedding(features.to(dtype))
+        x = self.conv_in(latents.to(dtype))
         skips, maps = [x], []
         for block in self.down_blocks:
             x, block_skips, block_maps = block(x, time, context, return_maps)

@@ -1,0 +1,39 @@
+"""The optimizers of the training: AdamW and Adam as fused kernels, and AdamW with 8-bit moments, which is an extra."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from bas.config import InputError, TrainConfig
+
+ADAM_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2}  # of the two moments, for every number that is trained
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names, with its settings. `set_rate` sets the rate."""
+    parameters = list(parameters)
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    if config.optimizer == "adamw8bit":
+        return adamw8bit()(parameters, 0.0, betas, config.adam_epsilon, decay)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    rate = torch.zeros((), device=parameters[0].device) if config.cuda_graphs else 0.0  # a graph reads a tensor
+    return kind(parameters, rate, betas, config.adam_epsilon, decay, fused=True, capturable=config.cuda_graphs)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def adamw8bit() -> type[torch.optim.Optimizer]:
+    """AdamW of bitsandbytes (Dettmers et al. 2022). Raises InputError where that is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise InputError("--optimizer adamw8bit is an extra: pip install 'bas[bitsandbytes]'") from None
+    return AdamW8bit

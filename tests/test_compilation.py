@@ -1,0 +1,83 @@
+"""--compile: what auto picks, and that whole and regional compile without a graph break, in place."""
+
+import pytest
+import torch
+from tiny import UNET, WIDTH
+
+from bas.cli import main
+from bas.compilation import STEPS_TO_PAY, choose_compilation, compile_unet
+from bas.config import TrainConfig
+from bas.flags import Parser, add_fields
+from bas.models.unet import UNet
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "steps", "device", "kind"),
+    [
+        ("auto", 800, GPU, "no"),
+        ("auto", STEPS_TO_PAY["regional"], GPU, "regional"),
+        ("auto", STEPS_TO_PAY["whole"], GPU, "whole"),
+        ("auto", STEPS_TO_PAY["whole"], CPU, "no"),
+        ("whole", 1, CPU, "whole"),
+        ("regional", 1, GPU, "regional"),
+        ("no", STEPS_TO_PAY["whole"], GPU, "no"),
+    ],
+)
+def test_what_is_compiled(wanted, steps, device, kind):
+    chosen, reason = choose_compilation(wanted, steps, device)
+    assert chosen == kind
+    assert (str(steps) in reason) == (wanted == "auto" and device is GPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "absent"),
+        (["--compile"], "whole"),
+        (["--compile", "--seed", "1"], "whole"),
+        (["--compile", "auto"], "auto"),
+    ],
+)
+def test_the_flag_alone_means_the_whole_unet(words, expected):
+    parser = Parser()
+    add_fields(parser, TrainConfig, only=("compile", "seed"))
+    assert getattr(parser.parse_args(words), "compile", "absent") == expected
+
+
+def test_an_unknown_kind_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "scene", "--compile", "half"])
+    assert ended.value.code == 2
+    assert "--compile" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("kind", "graphs"), [("regional", 2), ("whole", 1)])
+def test_compiled_training_has_no_graph_break_and_the_same_gradients(kind, graphs):
+    """`fullgraph` raises at a break; the counters agree. Regional compiles many small graphs, whole a single one."""
+    torch.manual_seed(0)
+    unet = UNet(UNET)
+    keys = list(unet.state_dict())
+    latents, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, WIDTH)
+
+    def gradients() -> list[torch.Tensor]:
+        output = unet(latents, torch.tensor([3, 900]), context, (4, 4))
+        loss = output.sample.square().mean() + sum(m.probs.amax() for m in output.maps)
+        return list(torch.autograd.grad(loss, list(unet.parameters())))
+
+    plain = gradients()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        compile_unet(unet, kind, backend="eager")
+        compiled = gradients()
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"]
+        found = counters["stats"]["unique_graphs"]
+        assert found == 1 if graphs == 1 else found >= graphs
+    finally:
+        torch.compiler.reset()
+    assert list(unet.state_dict()) == keys
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
