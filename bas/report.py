@@ -145,12 +145,18 @@ def scene_section(folder: Path, handles: list[str]) -> str:
         picture(tint_masks(photo, {i: mask}), f"{handles[i]}, {mask.mean():.0%} of the picture")
         for i, mask in masks.items()
     ]
-    for further in sorted(folder.glob("*/img.png"), key=lambda path: int(path.parent.name)):
+    for further in sorted(folder.glob("*/img.png"), key=_numbered_first):
         places = {i: further.with_name(f"mask{i}.png") for i in range(len(handles))}
         masks = {i: read_mask(path) for i, path in places.items() if path.exists()}
         caption = f"picture {further.parent.name}: {', '.join(handles[i] for i in masks)}"
         figures.append(picture(tint_masks(read_image(further), masks), caption))
     return f'<div class="strip wrap">{"".join(figures)}</div>'
+
+
+def _numbered_first(picture: Path) -> tuple[bool, int, str]:
+    """The order of a further photograph's file: folders 1, 2, ... 10 by number, then close-ups by name."""
+    name = picture.parent.name
+    return (False, int(name), "") if name.isdecimal() else (True, 0, name)
 
 
 def learning_section(run: Path, handles: list[str]) -> str:

@@ -100,13 +100,13 @@ def test_nothing_points_outside_and_every_picture_is_there(run):
 
 
 def test_further_photographs_are_shown(tmp_path):
-    folder = run_folder(tmp_path)
-    before = len(Page(page(folder)).all("img"))
-    further = tiny.write_scene(folder / "scene" / "1", concepts=2)
-    (further / "mask0.png").unlink()
-    shown = Page(page(folder)).all("img")
-    assert len(shown) == before + 1
-    assert shown[4]["alt"] == "picture 1: <bowl>"
+    """Those of the folder by number, then the close-ups; each names the concepts it has a mask of."""
+    folder = run_folder(tmp_path / "run")
+    for name in ("10", "2", "close-up-1"):
+        tiny.write_scene(folder / "scene" / name, concepts=2)
+    (folder / "scene" / "2" / "mask0.png").unlink()
+    shown = [image["alt"] for image in Page(page(folder)).all("img") if image["alt"].startswith("picture ")]
+    assert shown == ["picture 2: <bowl>", "picture 10: <creature>, <bowl>", "picture close-up-1: <creature>, <bowl>"]
 
 
 def test_the_curves_are_metrics_jsonl(run):

@@ -529,17 +529,17 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
     assert load(tmp_path).shots == ()
     shots = {shot.name: shot for shot in load(tmp_path, close_ups=True).shots}
     assert sorted(shots) == [
-        "close-up of <asset0>",
-        "close-up of <asset0> and <asset1>",
-        "close-up of <asset1>",
-        "close-up of <asset1> and <asset2>",
-        "close-up of <asset2>",
+        "close-up-0",
+        "close-up-0-1",
+        "close-up-1",
+        "close-up-1-2",
+        "close-up-2",
     ]  # the first and the last stand too far apart: their close-up would be the picture
-    corner, middle = shots["close-up of <asset0>"], shots["close-up of <asset1>"]
+    corner, middle = shots["close-up-0"], shots["close-up-1"]
     assert np.array_equal(np.asarray(corner.picture), pixels[:20, :40])
     assert np.array_equal(np.asarray(middle.picture), pixels[36:56, 94:134])
     assert list(middle.masks) == [1]
     assert np.array_equal(middle.masks[1] * 255, masks[1, 36:56, 94:134])
-    pair = shots["close-up of <asset0> and <asset1>"]
+    pair = shots["close-up-0-1"]
     assert sorted(pair.masks) == [0, 1]
     assert pair.picture.size == (177, 89)  # 124 of 200 columns
