@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 SCENE = "scenes/playroom"  # inside the shipped model's folder
 PICTURE = "demo.png"
-CONTEXTS = ("at the beach", "in the snow", "in the jungle")  # one per handle; the last row puts all of them elsewhere
-TOGETHER = "on top of a wooden floor"
+CONTEXTS = ("at the beach", "in the snow", "in the jungle")  # one per handle
+TOGETHER = ("at the beach", "in the snow", "on top of a pink fabric")  # all of them
 CELL = 160
 
 
@@ -41,18 +41,14 @@ def demo(output_dir: Path, device: str | None = None) -> Path:
     layers = dict(enumerate(masks.numpy()))
     attention = scene_attention(models, handles, image, config)
     looks = [heat(values, photo, i) for i, values in enumerate(attention.numpy())]
-    alone = [subset_prompt([handle]) for handle in handles]
-    prompts = [
-        *alone,
-        subset_prompt(handles),
-        *(f"{prompt} {context}" for prompt, context in zip(alone, CONTEXTS, strict=False)),
-        f"{subset_prompt(handles)} {TOGETHER}",
-    ]
-    drawn = dict(zip(prompts, sample(models, prompts, SampleConfig(seed=config.seed)), strict=True))
-    first = [tint_masks(photo, layers), *looks]
-    half = len(handles) + 1
-    rows = [first, list(drawn.values())[:half], list(drawn.values())[half:]]
-    labels = [["the photograph and its masks", *(f"attention of {h}" for h in handles)], prompts[:half], prompts[half:]]
+    alone, together = [subset_prompt([handle]) for handle in handles], subset_prompt(handles)
+    elsewhere = [f"{prompt} {context}" for prompt, context in zip(alone, CONTEXTS, strict=True)]
+    reunited = [f"{together} {context}" for context in TOGETHER]
+    prompts = [[*alone, together, reunited[0]], [*elsewhere, *reunited[1:]]]
+    drawn = iter(sample(models, [*prompts[0], *prompts[1]], SampleConfig(seed=config.seed)))
+    rows = [[scene.picture, tint_masks(photo, layers), *looks], *([next(drawn) for _ in row] for row in prompts)]
+    seen = ["the photograph", "and its masks", *(f"attention of {h}" for h in handles)]
+    labels = [seen, *prompts]
     sheet = grid(rows, labels, CELL, title="one picture in, one handle per concept out")
     sheet.save(output_dir / PICTURE)
     return output_dir / PICTURE

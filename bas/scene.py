@@ -245,7 +245,8 @@ def with_close_ups(scene: Scene) -> Scene:
         x = min(max((left + right - w) // 2, 0), width - w)
         y = min(max((top + bottom - h) // 2, 0), height - h)
         masks = {i: scene.masks[i][y : y + h, x : x + w] for i in subset}
-        close_ups.append(Shot("-".join(("close-up", *map(str, subset))), scene.picture.crop((x, y, x + w, y + h)), masks))
+        name = "-".join(("close-up", *map(str, subset)))
+        close_ups.append(Shot(name, scene.picture.crop((x, y, x + w, y + h)), masks))
     return replace(scene, shots=(*scene.shots, *close_ups))
 
 

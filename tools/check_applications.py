@@ -38,7 +38,7 @@ from bas.scene import pixels, subset_prompt
 from bas.train import train
 
 SCENE = DEMO_SCENES["shore"]
-PHOTO = DEMO_SCENES["playroom"]  # the picture that is edited
+PHOTO = Layout((Thing("house", "white", y=0.52, size=0.66),), "wooden floor", seed=5)  # the picture that is edited
 PARTS = Layout(  # a thing, and what it wears
     (
         Thing("clover", "red", "halves", "cyan", x=0.5, y=0.5, size=0.74),
@@ -49,6 +49,8 @@ PARTS = Layout(  # a thing, and what it wears
 )
 KNOWN = "a photo of a red ball"  # what the miniature can draw without learning
 STRENGTHS = (0, 0.5, 1, 1.3)
+ELSEWHERE = PLACES["snow"][0]  # where handles of several strengths are drawn: no photograph shows it
+FINER = 4  # times the miniature's pixels, of the photographs' sides: close-ups stay sharp
 CELL = 128
 
 
@@ -83,7 +85,7 @@ def learn(folder: Path, base: Path, layouts: tuple[Layout, ...], steps: list[int
     """A finished run on photographs of these layouts, from an earlier call or made now."""
     side = load(base).resolution
     for i, layout in enumerate(layouts):
-        save_scene(realise(layout, describe(layout), side), folder / "scene" / (str(i) if i else ""))
+        save_scene(realise(layout, describe(layout), FINER * side), folder / "scene" / (str(i) if i else ""))
     run, explicit = folder / "run", {"instance_data_dir": str(folder / "scene"), "output_dir": str(folder / "run")}
     explicit |= {"pretrained_model_name_or_path": str(base), "img_log_steps": 0, "checkpointing_steps": 0, **changes}
     explicit |= dict(zip(("phase1_train_steps", "phase2_train_steps"), steps or (), strict=False))
@@ -136,7 +138,7 @@ def check_edit(learnt: Learnt, count: int, sheet: Path) -> dict:
     inside = loose_box(masks[0])
     mask = np.zeros(image.shape[:2], np.float32)
     mask[inside] = 1
-    region = Region(mask, subset_prompt(learnt.things[:1]))
+    region = Region(mask, f"{subset_prompt(learnt.things[:1])} {PLACES[PHOTO.background][0]}")
     results = edit(learnt.models, Image.fromarray(image), [region], num_images=count, batch_size=count)
     grid([[Image.fromarray(image), *results]], [["before"] + ["after"] * count], CELL).save(sheet)
     outside = [int(((np.asarray(r) != image).any(axis=-1) & (mask == 0)).sum()) for r in results]
@@ -158,7 +160,7 @@ def check_background(learnt: Learnt, recogniser: Recogniser, count: int, sheet: 
 def check_strength(learnt: Learnt, count: int, sheet: Path) -> dict:
     """How much pictures of both things show of each, by the strength of the first."""
     first, second = learnt.things
-    prompts = [subset_prompt([f"({first}:{strength:g})", second]) for strength in STRENGTHS]
+    prompts = [f"{subset_prompt([f'({first}:{strength:g})', second])} {ELSEWHERE}" for strength in STRENGTHS]
     rows = draw_each(learnt, prompts, count, 3000, sheet)
     return {f"{strength:g}": likeness(learnt, row) for strength, row in zip(STRENGTHS, rows, strict=True)}
 

@@ -7,12 +7,12 @@ of `check_applications.py --output_dir DIR/applications`, in either order.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
-from check_applications import CELL, FURTHER, PARTS, SCENE, learn, loose_box
+from check_applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
+from mini_world import PLACES, describe, realise, save_scene
 from PIL import Image
 
 from bas.cli import main as bas
@@ -22,7 +22,7 @@ from bas.images import read_image, read_mask
 from bas.pictures import grid, tint_masks
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
-PHOTO = "scenes/shore"  # of the shipped model: the photograph that is edited
+PHOTO_SIDE = 64  # pixels: a photograph of the miniature's own size comes back untouched outside the mask
 STRENGTHS = (0, 0.5, 1, 1.3, 2)
 MOST = 1300  # pixels of a picture's longer side in the documentation
 
@@ -49,23 +49,21 @@ def with_masks(folder: Path) -> Image.Image:
     return tint_masks(read_image(folder / "img.png"), masks)
 
 
-def draw_edit(model: Path, photo: Path, work: Path) -> None:
-    """Put two learnt things where two others were, one after the other; before and after side by side."""
-    rows, masks, results = [], {}, []
-    for i in range(2):
-        masks[i] = np.zeros_like(found := read_mask(photo / f"mask{i}.png"))
-        masks[i][loose_box(found)] = 1
-        Image.fromarray((255 * masks[i]).astype(np.uint8)).save(work / f"where{i}.png")
-        rows.append({"mask": f"where{i}.png", "prompt": f"a photo of <asset{i}>"})
-    for count in (1, 2):
-        target = work / f"edited {count}.png"
-        target.with_suffix(".json").write_text(json.dumps(rows[:count]))
-        words = ("--regions", target.with_suffix(".json"), "--output_path", target)
-        run("edit", model, "--init_image", photo / "img.png", *words)
-        results.append(Image.open(target))
-    labels = ["the photograph and two masks", "<asset0> in the first", "then <asset1> in the second"]
-    before = tint_masks(read_image(photo / "img.png"), masks)
-    grid([[before, *results]], [labels], CELL).save(work / "edit.png")
+def draw_edit(model: Path, work: Path) -> None:
+    """Put each learnt thing where another stood: the photograph and the mask, then one edit beside the other."""
+    photo, place = work / "photo", PLACES[PHOTO.background][0]
+    save_scene(realise(PHOTO, describe(PHOTO), PHOTO_SIDE), photo)
+    mask = np.zeros_like(found := read_mask(photo / "mask0.png"))
+    mask[loose_box(found)] = 1
+    Image.fromarray((255 * mask).astype(np.uint8)).save(work / "where.png")
+    pictures, labels = [tint_masks(read_image(photo / "img.png"), {0: mask})], ["the photograph and the mask"]
+    for i in range(3):
+        labels.append(f"a photo of <asset{i}> {place}")
+        target = work / f"edited {i}.png"
+        words = ("--init_image", photo / "img.png", "--mask", work / "where.png", "--prompt", labels[-1])
+        run("edit", model, *words, "--output_path", target)
+        pictures.append(Image.open(target))
+    grid([pictures], [labels], CELL).save(work / "edit.png")
 
 
 def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
@@ -95,9 +93,9 @@ def main() -> None:
     run("explore", model, "--output_dir", work / "explore", "--batch_size", 16)
     together = "a photo of <asset0> and <asset1> and <asset2>"
     run("attend", model, "--prompt", f"{together} at the beach", "--output_dir", work / "attend")
-    strengths = [f"a photo of (<asset0>:{s:g}) and <asset1>" for s in STRENGTHS]
+    strengths = [f"a photo of (<asset0>:{s:g}) and <asset1> {ELSEWHERE}" for s in STRENGTHS]
     run("sample", model, "--prompt", *strengths, "--num_images", 4, "--grid", "--output_path", work / "strength.png")
-    draw_edit(model, base / PHOTO, work)
+    draw_edit(model, work)
 
     alone = ["a photo of <asset0>", "a photo of <asset1>"]
     places = ["a photo of <bg>", "a photo of <asset0> at <bg>", "a photo of a red ball at <bg>"]
