@@ -4,6 +4,7 @@ The parts are fixed by position, so nothing is negotiated; the processes speak t
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,3 +78,9 @@ class Ranks:
         lists: list = [None] * self.world
         dist.all_gather_object(lists, mine)
         return [item for part in lists for item in part]
+
+
+def announce(line: str) -> None:
+    """One line on standard output, in one write: the lines of several processes do not run into each other."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -107,7 +107,7 @@ def test_a_disk_that_fills_at_the_metrics_or_at_the_end_loses_nothing(bench, tmp
         with monkeypatch.context() as patch:
             if name == "flush":
                 original, calls = run_folder.MetricsLog.flush, iter(range(100))
-                patch.setattr(module, name, lambda log, f=original, c=calls: refuse() if next(c) == 9 else f(log))
+                patch.setattr(module, name, lambda log, f=original, c=calls: refuse() if next(c) == 4 else f(log))
             else:
                 patch.setattr(module, name, refuse)
             with pytest.raises(RunError, match=r"No space left on device.*make room"):

@@ -22,7 +22,7 @@ from bas.hub import find, read_model_row
 from bas.info import as_text
 from bas.many import find_scenes
 from bas.progress import clock
-from bas.ranks import Ranks
+from bas.ranks import Ranks, announce
 from bas.train import check_machine
 
 log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def say(outcome: Outcome, count: str, left: list[Cell]) -> None:
     elif not outcome.earlier:
         seconds = measured_seconds([outcome.cell])
         remaining = clock(seconds * sum(not cell.finished for cell in left))
-        print(f"{count} {title(outcome.cell)}: {clock(seconds)}, about {remaining} left", flush=True)
+        announce(f"{count} {title(outcome.cell)}: {clock(seconds)}, about {remaining} left")
 
 
 def title(cell: Cell) -> str:

@@ -15,7 +15,7 @@ from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
 from bas.info import as_text
 from bas.many import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
-from bas.ranks import Ranks
+from bas.ranks import Ranks, announce
 from bas.report import write_report
 from bas.run_folder import read_concepts
 from bas.train import train
@@ -107,7 +107,7 @@ def say(outcome: Outcome, count: str) -> None:
     if outcome.error:
         log.error("%s %s failed: %s", count, outcome.scene, outcome.error)
     elif outcome.earlier:
-        print(f"{count} {outcome.folder} was finished before", flush=True)
+        announce(f"{count} {outcome.folder} was finished before")
     else:
         write_report(Path(outcome.folder))
-        print(f"{count} {outcome.folder} is ready", flush=True)
+        announce(f"{count} {outcome.folder} is ready")
