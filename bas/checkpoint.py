@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from bas.config import InputError, UNetConfig, VAEConfig
+from bas.config import InputError
 from bas.files import (
     PICKLE_ADVICE,
     read_json,
@@ -28,6 +28,7 @@ from bas.files import (
     write_tensors,
     write_text,
 )
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE

@@ -1,15 +1,14 @@
-"""Every setting of bas: the models' configurations, training, sampling, and the presets as rows of data.
+"""Every setting of bas: training, sampling, masks, evaluation, and the presets as rows of data.
 
-Model configurations read and write the checkpoint's own config.json. The training and sampling settings are the
-single source of the command line: each field is a flag, its gloss the flag's help.
+The settings are the single source of the command line: each field is a flag, its gloss the flag's help. The networks'
+own configurations stand in bas/models/config.py.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 # Far above any model of this family, and any use of bas: a larger number is a broken file or a slip.
 MAX_CHANNELS = 8192
-MAX_LAYERS = 16  # in one level
 MAX_COUNT = 1_000_000  # steps, pictures, examples
 MAX_SIDE = 16_384  # pixels
 MAX_SEED = 2**62
@@ -27,7 +26,7 @@ class RunError(RuntimeError):
 
 
 # --------------------------------------------------------------------------------------------------------------
-# Models
+# Values
 # --------------------------------------------------------------------------------------------------------------
 
 
@@ -50,183 +49,6 @@ def switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name} is {value!r}: expected true or false")
     return value
-
-
-def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
-    """Take the fields that `kind` knows; any other must hold one of its `inert` values, so nothing is ignored."""
-    known = {f.name for f in fields(kind)}
-    refused = [
-        f"{key}={value!r}"
-        for key, value in config.items()
-        if key not in known and not key.startswith("_") and value not in inert.get(key, (None, False))
-    ]
-    if refused:
-        raise InputError(
-            f"{kind.__name__.removesuffix('Config')} config asks for what bas does not do: {', '.join(refused)}"
-        )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The UNet's config.json, by its own field names. The defaults are Stable Diffusion 1.x."""
-
-    sample_size: int = 64  # latent rows and columns the model was trained for
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    attention_head_dim: int | tuple[int, ...] = 8  # in spite of the name: the NUMBER of heads, per level or for all
-    num_attention_heads: int | tuple[int, ...] | None = None  # the same under its right name, when a file has it
-    cross_attention_dim: int = 768
-    use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True
-    freq_shift: float = 0
-    upcast_attention: bool = False  # accepted; softmax statistics are float32 here in any case
-
-    # Values under which fields that bas does not model change nothing.
-    INERT = {
-        "act_fn": ("silu",),
-        "downsample_padding": (1,),
-        "mid_block_scale_factor": (1, 1.0),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-        "resnet_time_scale_shift": ("default",),
-        "time_embedding_type": ("positional",),
-        "transformer_layers_per_block": (1,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
-        "dropout": (0.0,),
-        "resnet_out_scale_factor": (1.0,),
-        "resnet_skip_time_act": (False,),
-        "attention_type": ("default",),
-        "projection_class_embeddings_input_dim": (None,),
-        "addition_embed_type_num_heads": (64,),
-        "center_input_sample": (False,),
-    }
-
-    @classmethod
-    def from_json(cls, config: dict) -> "UNetConfig":
-        """Check a config.json and keep what describes this model; anything bas cannot honour is an InputError."""
-        return cls(**_read_fields(cls, config, cls.INERT))
-
-    def __post_init__(self):
-        for name in ("sample_size", "in_channels", "out_channels", "cross_attention_dim"):
-            positive(f"unet {name}", getattr(self, name))
-        positive("unet layers_per_block", self.layers_per_block, MAX_LAYERS)
-        for name in ("use_linear_projection", "flip_sin_to_cos", "upcast_attention"):
-            switch(f"unet {name}", getattr(self, name))
-        number("unet norm_eps", self.norm_eps, 0, 1)
-        number("unet freq_shift", self.freq_shift)
-        if self.in_channels != self.out_channels:
-            raise InputError(
-                f"the UNet has {self.in_channels} input channels: that is an inpainting or depth model; "
-                "use the base model it was made from"
-            )
-        if not 1 <= self.levels <= 8:
-            raise InputError(f"unet block_out_channels has {self.levels} levels: expected 1 to 8")
-        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            positive("unet block_out_channels", channels)
-            positive("unet attention_head_dim (the number of heads)", heads)
-            if channels % positive("unet norm_num_groups", self.norm_num_groups) or channels % heads:
-                raise InputError(
-                    f"unet width {channels} is not divisible by {self.norm_num_groups} groups and {heads} heads"
-                )
-        kinds = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-        for name in ("down_block_types", "up_block_types"):
-            types = getattr(self, name)
-            if len(types) != self.levels or not kinds.issuperset(types):
-                raise InputError(f"unet {name} is {types}: expected {self.levels} of {sorted(kinds)}")
-
-    @property
-    def levels(self) -> int:
-        """How many grids the UNet works on."""
-        return len(self.block_out_channels)
-
-    @property
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads on each level."""
-        heads = self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads
-        heads = heads if isinstance(heads, tuple) else (heads,) * self.levels
-        if len(heads) != self.levels:
-            raise InputError(f"unet attention_head_dim has {len(heads)} entries for {self.levels} levels")
-        return heads
-
-    def down_has_attention(self, level: int) -> bool:
-        """Whether the down block on this level (0 is the finest) carries transformers."""
-        return self.down_block_types[level] == "CrossAttnDownBlock2D"
-
-    def up_has_attention(self, level: int) -> bool:
-        """Whether the up block on this level (0 is the finest) carries transformers."""
-        return self.up_block_types[self.levels - 1 - level] == "CrossAttnUpBlock2D"
-
-    def to_json(self) -> dict:
-        """The config.json that diffusers reads."""
-        config = {k: v for k, v in asdict(self).items() if k != "num_attention_heads"}
-        return {"_class_name": "UNet2DConditionModel", **config, "attention_head_dim": self.heads}
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The autoencoder's config.json, by its own field names. The defaults are Stable Diffusion 1.x and 2.x."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    sample_size: int = 512  # picture rows and columns the model was trained for
-    scaling_factor: float = 0.18215  # latents are multiplied by this for the diffusion model
-
-    INERT = {
-        "act_fn": ("silu",),
-        "use_quant_conv": (True,),
-        "use_post_quant_conv": (True,),
-        "mid_block_add_attention": (True,),
-        "force_upcast": (True,),  # advice to run SDXL's VAE in float32
-    }
-
-    @classmethod
-    def from_json(cls, config: dict) -> "VAEConfig":
-        """Check a config.json and keep what describes this model; anything bas cannot honour is an InputError."""
-        levels = len(config.get("block_out_channels") or ())
-        inert = {
-            "down_block_types": (["DownEncoderBlock2D"] * levels,),
-            "up_block_types": (["UpDecoderBlock2D"] * levels,),
-        }
-        return cls(**_read_fields(cls, config, cls.INERT | inert))
-
-    def __post_init__(self):
-        for name in ("in_channels", "out_channels", "latent_channels", "sample_size"):
-            positive(f"vae {name}", getattr(self, name))
-        positive("vae layers_per_block", self.layers_per_block, MAX_LAYERS)
-        if not 1 <= len(self.block_out_channels) <= 8:
-            raise InputError(f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8")
-        for channels in self.block_out_channels:
-            if positive("vae block_out_channels", channels) % positive("vae norm_num_groups", self.norm_num_groups):
-                raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
-        if not 0 < self.scaling_factor < 1000:
-            raise InputError(f"vae scaling_factor is {self.scaling_factor}: expected a positive number")
-
-    @property
-    def factor(self) -> int:
-        """Picture pixels per latent cell on each side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    def to_json(self) -> dict:
-        """The config.json that diffusers reads."""
-        levels = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            **asdict(self),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "act_fn": "silu",
-        }
 
 
 # --------------------------------------------------------------------------------------------------------------

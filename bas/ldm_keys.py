@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from bas.config import UNetConfig, VAEConfig
+from bas.models.config import UNetConfig, VAEConfig
 
 Table = dict[str, str]  # our module path -> the original one
 

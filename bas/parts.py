@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from bas.config import InputError, UNetConfig, VAEConfig
+from bas.config import InputError
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import merged_state_dict
 from bas.models.unet import UNet
 from bas.models.vae import VAE

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from bas.config import InputError, UNetConfig, VAEConfig
+from bas.config import InputError
 from bas.files import read_tensors, write_tensors
 from bas.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer
 from bas.parts import Models, Parts
 from bas.refuse import refuse_channels, refuse_incomplete

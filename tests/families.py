@@ -11,7 +11,8 @@ from tiny import tokenizer
 from transformers import CLIPTokenizer
 
 from bas.checkpoint import load
-from bas.config import InputError, UNetConfig, VAEConfig
+from bas.config import InputError
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE

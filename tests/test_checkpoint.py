@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bas import files
 from bas.checkpoint import component_files, load, save_model, weights_hash
-from bas.config import UNetConfig, VAEConfig
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.parts import COMPONENTS, Models
 from bas.prompts import encode_prompts

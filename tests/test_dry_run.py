@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bas.batches import draw_batch
 from bas.checkpoint import cache_dir, outline
 from bas.cli import main
-from bas.config import InputError, TrainConfig, VAEConfig
+from bas.config import InputError, TrainConfig
 from bas.dry_run import (
     SAVINGS,
     Cost,
@@ -32,6 +32,7 @@ from bas.dry_run import (
     sum_of,
 )
 from bas.files import human_size
+from bas.models.config import VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bas.checkpoint import Models, save_model
-from bas.config import UNetConfig, VAEConfig
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE

@@ -17,10 +17,11 @@ MODULES = {
 # What a module, or any module of a package, may import from bas; whoever is missing may import whatever is below it.
 MAY_IMPORT = {
     "bas.config": set(),
+    "bas.models.config": {"bas.config"},
     "bas.models.layers": {"bas.config"},
     "bas.models.attention": {"bas.config"},
-    "bas.models.unet": {"bas.config", "bas.models.layers", "bas.models.attention"},
-    "bas.models.vae": {"bas.config", "bas.models.layers", "bas.models.attention"},
+    "bas.models.unet": {"bas.config", "bas.models.config", "bas.models.layers", "bas.models.attention"},
+    "bas.models.vae": {"bas.config", "bas.models.config", "bas.models.layers", "bas.models.attention"},
     "bas.models.text": {"bas.config"},
     "bas.losses": {"bas.config", "bas.models.unet"},
     "bas.schedulers": {"bas.config"},

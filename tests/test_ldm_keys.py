@@ -7,7 +7,6 @@ import pytest
 import torch
 from families import FAMILIES, tiny
 
-from bas.config import UNetConfig, VAEConfig
 from bas.ldm_keys import (
     CLIP,
     OPEN_CLIP,
@@ -21,6 +20,7 @@ from bas.ldm_keys import (
     unet_table,
     vae_table,
 )
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE as AutoEncoder

@@ -7,7 +7,8 @@ import torch
 from compare import assert_equals_live, assert_equals_stored, cases, filled
 from make_reference import TIMESTEPS, UNETS, fill, uniform
 
-from bas.config import InputError, UNetConfig
+from bas.config import InputError
+from bas.models.config import UNetConfig
 from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet
 

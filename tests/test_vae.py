@@ -5,7 +5,7 @@ import torch
 from compare import assert_equals_live, assert_equals_stored, cases, filled
 from make_reference import VAES, uniform
 
-from bas.config import VAEConfig
+from bas.models.config import VAEConfig
 from bas.models.vae import Posterior
 
 networks = cases("vae")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bas.checkpoint import Models, load, save_model
-from bas.config import UNetConfig, VAEConfig
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE

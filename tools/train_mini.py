@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from bas.checkpoint import load
-from bas.config import UNetConfig, VAEConfig
+from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.schedulers import NoiseSchedule, add_noise, ddim_step, sampling_timesteps, training_target

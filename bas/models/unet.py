@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bas.config import UNetConfig
 from bas.models.attention import SpatialTransformer
+from bas.models.config import UNetConfig
 from bas.models.layers import Downsample, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding
 
 

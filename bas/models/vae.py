@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from bas.config import VAEConfig
+from bas.models.config import VAEConfig
 from bas.models.layers import Downsample, ResnetBlock, Upsample
 
 NORM_EPS = 1e-6
