@@ -83,10 +83,10 @@ def test_places_are_counted_prompt_by_prompt(learnt, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "read_pictures", read)
     shares = check.check_background(learnt, None, 2, tmp_path / "sheet.png")
     assert asked == [
-        "a photo of <a> at <bg>",
-        "a photo of <a>",
+        "a photo at <bg>",
+        "a photo of <b> at <bg>",
+        "a photo of <b> in the snow",
         "a photo of a red ball at <bg>",
-        "a photo of a red ball",
     ]
     assert list(shares.values()) == [0.5, 0.0, 0.5, 0.0]
 

@@ -149,9 +149,9 @@ def check_edit(learnt: Learnt, count: int, sheet: Path) -> dict:
 
 
 def check_background(learnt: Learnt, recogniser: Recogniser, count: int, sheet: Path) -> dict:
-    """The share of pictures in which the scene's place is seen, with and without the background's handle."""
-    thing, (bg,) = subset_prompt(learnt.things[:1]), learnt.models.handles[len(learnt.things) :]
-    prompts = [f"{thing} at {bg}", thing, f"{KNOWN} at {bg}", KNOWN]
+    """The share of pictures in which the scene's place is seen, with the background's handle and elsewhere."""
+    thing, (bg,) = subset_prompt(learnt.things[-1:]), learnt.models.handles[len(learnt.things) :]
+    prompts = [f"a photo at {bg}", f"{thing} at {bg}", f"{thing} {ELSEWHERE}", f"{KNOWN} at {bg}"]
     rows = draw_each(learnt, prompts, count, 2000, sheet)
     seen = [[reading.place for reading in read_pictures(recogniser, row)] for row in rows]
     return {prompt: places.count(SCENE.background) / count for prompt, places in zip(prompts, seen, strict=True)}

@@ -98,7 +98,7 @@ def main() -> None:
     draw_edit(model, work)
 
     alone = ["a photo of <asset0>", "a photo of <asset1>"]
-    places = ["a photo of <bg>", "a photo of <asset0> at <bg>", "a photo of a red ball at <bg>"]
+    places = ["a photo at <bg>", "a photo of <asset1> at <bg>", f"a photo of <asset1> {ELSEWHERE}"]
     for name, layouts, flags, prompts in (
         ("one", (SCENE,), {"background_handle": "bg"}, places),
         ("several", (SCENE, *FURTHER), {"background_handle": "bg"}, alone),
