@@ -9,7 +9,7 @@ from bas.hub import find, read_model_row
 from bas.machine import pick_device
 from bas.pictures import grid, heat, tint_masks
 from bas.preview import scene_attention
-from bas.run_folder import CONCEPTS
+from bas.run_folder import CONCEPTS, METRICS
 from bas.sample import sample, to_pictures
 from bas.scene import load_scene, subset_prompt
 from bas.train import train
@@ -24,9 +24,10 @@ CELL = 160
 
 
 def demo(output_dir: Path, device: str | None = None) -> Path:
-    """Train on the shipped scene, unless the folder holds that run already, and draw the picture; returns its path."""
-    base = find(None)
+    """Train on the shipped scene, or go on where the folder's run stopped, and draw the picture; returns its path."""
+    base, resume = find(None), "latest" if (output_dir / METRICS).exists() else None
     explicit = {"instance_data_dir": str(base / SCENE), "output_dir": str(output_dir), "device": device}
+    explicit["resume_from_checkpoint"] = resume
     config = TrainConfig.resolve(explicit, read_model_row(base))
     if (output_dir / CONCEPTS).exists():
         log.info("%s holds a finished run: only the picture is drawn", output_dir)
