@@ -179,6 +179,7 @@ def cases() -> list[Case]:
 
 def die_in(name: str, number: int, config: TrainConfig) -> None:
     """Train, or go on, until the kill of this number of the case of this name (patches do not travel, names do)."""
+    torch.set_num_threads(1)  # cases may run side by side
     case = next(case for case in cases() if case.name == name)
     whole = run_folder.list_checkpoints(Path(config.output_dir))
     case.kills[number](int(whole[-1].name[-6:]) if whole else 0)
@@ -187,6 +188,7 @@ def die_in(name: str, number: int, config: TrainConfig) -> None:
 
 def finish(config: TrainConfig, last: Path) -> None:
     """Train, or go on, to the end; `last` keeps the state of the last checkpoint."""
+    torch.set_num_threads(1)
     clear_up = training.finish
 
     def note_state(run):
