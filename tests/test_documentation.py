@@ -29,6 +29,8 @@ MINI = hub.find(None)
 NOT_BAS = ("python3 -m venv .venv", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[test]'", "pytest")
 MENTIONED = {  # in a sentence or as a link: no whole command
     "train --background_handle",
+    "train --deterministic",
+    "train SCENE SCENE …",
     "train --help",
     "COMMAND --help",
     "coco ANNOTATIONS",
@@ -37,8 +39,10 @@ MENTIONED = {  # in a sentence or as a link: no whole command
 STANDS_FOR = {"PATH": "RUN", "IMAGE": "photo.jpg", "NAME": "sd15", "METHOD": "sam", "FILE": "model.safetensors"}
 DOWNLOADED = {"sd21-base": "mini"}  # after --weights
 SAMPLING = "--num_inference_steps 2 --device cpu"
+STEPS = "--phase1_train_steps 1 --phase2_train_steps 1 --num_class_images 1"
 FEWER = {
-    "train": "--phase1_train_steps 1 --phase2_train_steps 1 --num_class_images 1 --img_log_steps 0 --device cpu",
+    "train": f"{STEPS} --img_log_steps 0 --device cpu",
+    "evaluate": f"{STEPS} {SAMPLING} --methods bas ti-m --seeds 0 --first_scenes 1 --prompts 1",
     **dict.fromkeys(("sample", "vary", "explore", "attend", "edit"), SAMPLING),
     "demo": "--device cpu",
 }
@@ -156,8 +160,10 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     """The current folder, with scenes, pictures and masks under the names that the pages use, and no network."""
-    for name in ("SCENE", "my_scene", "creature", "photo"):
+    for name in ("SCENE", "my_scene", "creature", "photo", "one", "two", "three"):
         shutil.copytree(MINI / "scenes" / "playroom", tmp_path / name)
+    for name in ("SCENES", "scenes", "my_scenes"):
+        shutil.copytree(MINI / "scenes", tmp_path / name)
     hard_links(MINI, tmp_path / "my_model")
     (tmp_path / "MODEL").symlink_to("my_model")
     with Image.open(MINI / "scenes" / "shore" / "img.png") as picture:
