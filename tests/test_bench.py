@@ -14,6 +14,10 @@ from bench_table import Line, Stat, markdown, share, speedup, text_table
 from PIL import Image
 from tiny import Bench
 
+from bas import cli
+from bas.checkpoint import load
+from bas.run_folder import read_concepts
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 # --- Arithmetic and tables ----------------------------------------------------------------------------------------
@@ -228,7 +232,11 @@ def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("out of memory\nof all kinds")
         yield
 
+    def succeed(_bench, setting, _lines):
+        yield Line("scenes per hour", setting.name, note="3 scenes")
+
     monkeypatch.setitem(bench_rows.MEASURES, "imports", fail)
+    monkeypatch.setitem(bench_rows.MEASURES, "scenes", succeed)
     monkeypatch.setattr(bench, "free_bytes", lambda: 1e12)
     arguments = bench.read_arguments(["--quick", "--device", "cpu", "--rows", "imports", "scenes"])
     saved = []
@@ -236,5 +244,74 @@ def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
     notes = {line.row: line.note for line in saved[-1] if line.setting == "small SD 2, CPU"}
     assert notes["import"] == "failed: out of memory"
     assert notes["phase-1 step"] == "left out of this run"
-    assert notes["scenes per hour"] == "no bench of many scenes yet"
+    assert notes["scenes per hour"] == "3 scenes"
     assert {line.setting for line in saved[-1]} == {setting.name for setting in bench.SETTINGS}
+
+
+# --- Many scenes --------------------------------------------------------------------------------------------------
+
+
+def named(command: list[str], flag: str) -> str:
+    """What a command line says after a flag."""
+    return command[command.index(flag) + 1]
+
+
+@pytest.fixture
+def scenes_row(material, tmp_path, monkeypatch):
+    """The row of many scenes on the tiny model, and its commands; `run` is given each and says how long it took."""
+    pytest.importorskip("diffusers", reason="the official side runs on diffusers")
+    import bench_programs
+
+    def measure(setting: bench.Setting, run, *flags: str):
+        given, commands = bench.Bench(bench.read_arguments(["--device", "cpu", *flags]), tmp_path), []
+        given.side = 32
+
+        def run_command(command, _threads, _environment):
+            if "--help" in command:
+                return 100.0, ""
+            commands.append(command)
+            return run(command), ""
+
+        monkeypatch.setattr(bench_programs, "run_command", run_command)
+        monkeypatch.setattr(given, "model", lambda _: material.model)
+        (line,) = bench_programs.scenes(given, setting, ())
+        return line, commands
+
+    return measure
+
+
+@pytest.mark.parametrize(("setting", "scenes", "steps", "images"), [(0, 4, "400", 100), (1, 3, "4", 2)])
+def test_scenes_per_hour_count_one_command_each_against_one_for_all(scenes_row, setting, scenes, steps, images):
+    """Higher is better, so the ratio is ours over theirs; what only warms the disk does not count."""
+    line, commands = scenes_row(bench.SETTINGS[setting], lambda command: 6.0 if "-m" in command else 8.0)
+    assert (line.official, line.bas) == (Stat.of([3600 / 8]), Stat.of([3600 * scenes / 6]))
+    assert (line.ratio, line.unit) == (pytest.approx(8 * scenes / 6), "scenes an hour")
+    assert line.note == (
+        f"{scenes} scenes, {steps} + {steps} steps, {images} class images made before, and start of the process"
+    )
+    assert len(commands) == scenes + 1
+    for command in commands:
+        assert (named(command, "--phase1_train_steps"), named(command, "--phase2_train_steps")) == (steps, steps)
+        assert len(list(Path(named(command, "--class_data_dir")).iterdir())) == images
+
+
+def test_both_sides_save_the_concepts_of_each_scene(scenes_row, monkeypatch):
+    """The quick check's commands are run as they stand; neither side makes a class image."""
+    import official_loop  # there: the fixture looked for diffusers
+
+    def run(command: list[str]) -> float:
+        if "-m" in command:
+            assert cli.main(command[3:]) == 0
+        else:
+            monkeypatch.setattr("sys.argv", command[1:])
+            official_loop.main()
+        return 1.0
+
+    _, commands = scenes_row(bench.SETTINGS[1], run, "--quick")
+    first, second, ours = (Path(named(command, "--output_dir")) for command in commands)
+    assert [folder.name for folder in (first, second)] == ["scene0", "scene1"]
+    for official in (first, second):
+        handles = ["<asset0>", "<asset1>", "<asset2>"]
+        assert list(load(official).handles) == read_concepts(ours / official.name)[1] == handles
+    class_images = Path(named(commands[0], "--class_data_dir"))
+    assert sorted(path.name for path in class_images.glob("[!.]*")) == ["class0.jpg", "class1.jpg"]

@@ -88,11 +88,13 @@ def make_scene(folder: Path, side: int, concepts: int | None = None) -> Path:
     return folder
 
 
-def make_class_images(folder: Path, side: int) -> Path:
-    """The official recording's four class images at `side` pixels, as JPEG."""
+def make_class_images(folder: Path, side: int, count: int = 4) -> Path:
+    """The official recording's four class images by turns, `count` files of `side` pixels, as JPEG."""
     folder.mkdir(parents=True)
-    for path in (OFFICIAL / "class_images").glob("*.*g"):
-        Image.open(path).convert("RGB").resize((side, side)).save(folder / f"{path.stem}.jpg")
+    paths = sorted((OFFICIAL / "class_images").glob("*.*g"))
+    pictures = [Image.open(path).convert("RGB").resize((side, side)) for path in paths]
+    for i in range(count):
+        pictures[i % len(pictures)].save(folder / f"class{i}.jpg")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Rows of the bench that start programs: imports, loading, and whole commands from a scene to a picture."""
+"""Rows of the bench that start programs: imports, loading, whole commands from a scene to a picture, many scenes."""
 
 import sys
 from collections.abc import Iterator
@@ -6,10 +6,23 @@ from pathlib import Path
 
 from bench_clock import child, run_command
 from bench_goals import line
+from bench_material import WORDS, make_class_images, make_scene
 from bench_table import Line, Stat, share, speedup
 
 STEPS, CLASS_IMAGES = 400, 100  # of a whole job on a GPU, as both sides have them by default
 SHORT_STEPS, SHORT_CLASS_IMAGES = 4, 2  # on a CPU
+PROGRAMS = {"official": [str(Path(__file__).with_name("official_loop.py"))], "bas": ["-m", "bas"]}  # by side
+
+
+def run_program(side: str, words: list, bench, environment: dict[str, str]) -> float:
+    """Seconds of a command of one side, from the start of its process to the end."""
+    return run_command([sys.executable, *PROGRAMS[side], *map(str, words)], bench.threads, environment)[0]
+
+
+def training_flags(bench, setting, count: int, images: int) -> list:
+    """What both sides are told of a training: `count` steps in each phase, `images` class images."""
+    steps = ["--phase1_train_steps", count, "--phase2_train_steps", count, "--num_class_images", images]
+    return ["--weights", bench.model(setting.model), *steps, "--initializer_tokens", *WORDS, "--device", setting.device]
 
 
 def imports(bench, setting, _lines) -> Iterator[Line]:
@@ -47,31 +60,42 @@ def commands(bench, setting, _lines) -> Iterator[Line]:
     material, cuda = bench.material(setting), setting.device == "cuda"
     count, images = (STEPS, CLASS_IMAGES) if cuda else (SHORT_STEPS, SHORT_CLASS_IMAGES)
     cache, device = bench.fresh("cache"), ["--device", setting.device]
-    steps = ["--phase1_train_steps", count, "--phase2_train_steps", count, "--num_class_images", images]
-    training = ["train", material.scene, "--weights", material.model, *steps, *device]
-    training += ["--initializer_tokens", *material.words]
+    training = ["train", material.scene, *training_flags(bench, setting, count, images)]
     sampling = ["--num_inference_steps", 50 if cuda else 10, "--prompt", "a photo of <asset0> at the beach", *device]
     environment = {"BAS_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(bench.fresh("inductor"))}
-    # program, its flag for the folder of class images (bas has its cache), its flag for the picture
-    sides = {
-        "official": (
-            [Path(__file__).with_name("official_loop.py")],
-            ["--class_data_dir", cache / "official"],
-            "--output",
-        ),
-        "bas": (["-m", "bas"], [], "--output_path"),
-    }
+    # its flag for the folder of class images (bas has its cache), its flag for the picture
+    sides = {"official": (["--class_data_dir", cache / "official"], "--output"), "bas": ([], "--output_path")}
     for state in ("cold", "warm"):
         stats = {}
-        for side, (program, class_images, output) in sides.items():
+        for side, (class_images, output) in sides.items():
             run, picture = bench.fresh("run"), bench.fresh("picture").with_suffix(".png")
-            both = (
-                [*program, *training, *class_images, "--output_dir", run],
-                [*program, "sample", run, *sampling, output, picture],
-            )
-            commands = ([sys.executable, *map(str, command)] for command in both)
-            seconds = [run_command(command, bench.threads, environment)[0] for command in commands]
-            stats[side] = Stat.of([sum(seconds)])
+            both = [*training, *class_images, "--output_dir", run], ["sample", run, *sampling, output, picture]
+            stats[side] = Stat.of([sum(run_program(side, words, bench, environment) for words in both)])
         row = f"command to concepts and one image, {state}"
         note = f"{images} class images, {count} + {count} steps"
         yield line(setting, row, note=note, ratio=speedup(stats["official"], stats["bas"]), **stats)
+
+
+def scenes(bench, setting, _lines) -> Iterator[Line]:
+    """Scenes per hour: the official program once for each scene, bas once for all. Class images are there already."""
+    cuda, folder = setting.device == "cuda", bench.fresh("scenes")
+    many, count, images = (4, STEPS, CLASS_IMAGES) if cuda else (3, SHORT_STEPS, SHORT_CLASS_IMAGES)
+    if bench.quick:
+        many, count = 2, 1
+    class_images = make_class_images(bench.fresh("class_images"), bench.side, images)
+    found = [make_scene(folder / f"scene{i}", bench.side) for i in range(many)]
+    flags = [*training_flags(bench, setting, count, images), "--class_data_dir", class_images, "--output_dir"]
+    runs = {side: bench.fresh("runs") for side in PROGRAMS}
+    commands = {
+        "official": [["train", scene, *flags, runs["official"] / scene.name] for scene in found],
+        "bas": [["train", *found, *flags, runs["bas"], "--resolution", bench.side]],
+    }
+    environment, hourly = {"BAS_CACHE": str(bench.fresh("cache"))}, {}
+    for side in PROGRAMS:
+        run_program(side, ["train", "--help"], bench, environment)  # only fills the disk's cache
+    for side, started in commands.items():
+        seconds = sum(run_program(side, words, bench, environment) for words in started)
+        hourly[side] = Stat.of([3600 * many / seconds])
+    note = f"{many} scenes, {count} + {count} steps, {images} class images made before, and start of the process"
+    ratio = hourly["bas"].median / hourly["official"].median
+    yield line(setting, "scenes per hour", unit="scenes an hour", note=note, ratio=ratio, **hourly)

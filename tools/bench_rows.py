@@ -7,10 +7,10 @@ import torch
 from bench_bas import BasSide, Mode, chosen_modes, mode_named
 from bench_clock import child, interleave
 from bench_fidelity import Reference, fidelity, official_gradients
-from bench_goals import line, unmeasured
+from bench_goals import line
 from bench_material import Material
 from bench_pictures import pictures
-from bench_programs import STEPS, commands, imports, loading
+from bench_programs import STEPS, commands, imports, loading, scenes
 from bench_table import Line, Stat, share, speedup
 from official_loop import OfficialLoop, read_scene
 
@@ -132,11 +132,6 @@ def scaling(bench, setting, _lines) -> Iterator[Line]:
                 name = row if key == "concepts" else f"{row} {value} against {base}, phase 2"
                 ratio, note = share(stats[base], stats[value]), f"against {stats[base].median:.3g} s"
                 yield line(setting, name, mode.name, bas=stats[value], ratio=ratio, note=note)
-
-
-def scenes(_bench, setting, _lines) -> Iterator[Line]:
-    """Scenes per hour."""
-    yield from unmeasured(setting, "scenes", "no bench of many scenes yet")
 
 
 MEASURES = {
