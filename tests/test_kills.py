@@ -5,30 +5,27 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from kills import Harness, cases, held
 
-
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    return Harness(tmp_path_factory.mktemp("kills"))
+CASES = {case.name: case for case in cases()}
 
 
 @pytest.fixture(scope="module")
-def differing(harness):
-    """What differs in each of the fast cases, by name, each to come: two of them run at a time."""
+def differing(tmp_path_factory, request):
+    """What differs in each of the chosen cases, by name, each to come: two of them run at a time."""
+    harness = Harness(tmp_path_factory.mktemp("kills"))
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.module is request.module]
+    chosen = [call.params["name"] for call in calls if call]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {case.name: pool.submit(held, harness, case) for case in cases() if case.fast}
+        yield {name: pool.submit(held, harness, CASES[name]) for name in chosen}
+        pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("name", [case.name for case in cases() if case.fast])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if case.fast else pytest.mark.slow) for name, case in CASES.items()]
+)
 def test_the_same_bits_after_a_kill(differing, name):
     assert differing[name].result() == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in cases() if not case.fast], ids=lambda case: case.name)
-def test_the_same_bits_after_a_kill_anywhere(harness, case):
-    assert held(harness, case) == []
-
-
 def test_the_points_are_as_many_as_promised():
     assert sum(len(case.kills) for case in cases()) >= 60
-    assert len({case.name for case in cases()}) == len(cases())
+    assert len(CASES) == len(cases())
