@@ -7,7 +7,7 @@ Stages, each resumable and each skipped once its result stands in the run folder
     vae        pictures <-> latents: L1, L2, edges, a little KL (Rombach et al. 2022, section 3.1)
     clip       text and image towers by contrast (Radford et al. 2021, section 2.3)
     latents    the training scenes through the frozen encoder
-    unet       denoising of latents by captions, text tower included
+    unet       denoising of latents by captions, text tower included unless --freeze_text
     decoder    the VAE's decoder alone once more: the latents stay what the UNet learnt
     towers     CLIP's image tower once more, towards the text tower that the UNet reads: from here on there is only one
     export     the diffusers folder
@@ -62,9 +62,14 @@ def main():
     )
     parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
     parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")
+    parser.add_argument(
+        "--freeze_text",
+        action="store_true",
+        help="leave the text tower as it is while the UNet trains; without this it trains along with the UNet",
+    )
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    preset = PRESETS[args.preset]
+    preset = replace(PRESETS[args.preset], freeze_text=args.freeze_text)
     changed = {name: value for name in ("minutes", "lr") if (value := getattr(args, name))}
     if changed and args.stage in ("vae", "clip", "unet", "decoder", "towers"):
         recipe = f"{args.stage}_recipe"

@@ -39,8 +39,9 @@ def export(preset: Preset, run: Path, folder: Path) -> None:
     if (run / "unet.safetensors").exists():
         denoiser.load_state_dict(load_file(run / "unet.safetensors"))
     else:
-        average = torch.load(run / "unet.ckpt", weights_only=True)["average"]
-        for p, mean in zip(denoiser.parameters(), average, strict=True):
+        state = torch.load(run / "unet.ckpt", weights_only=True)
+        denoiser.load_state_dict(state["module"])
+        for p, mean in zip(denoiser.parameters(), state["average"], strict=False):  # none of a frozen text tower
             p.data.copy_(mean)
     save_weights(denoiser.unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)
     write_json(folder / "unet/config.json", preset.unet.to_json())

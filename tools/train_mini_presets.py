@@ -37,7 +37,7 @@ class Preset:
     unet_recipe: Recipe
     decoder_recipe: Recipe
     towers_recipe: Recipe
-    attention_grid: int  # rows and columns of the maps that the method's attention loss reads
+    freeze_text: bool = False  # in the UNet stage; else the text tower trains along with the UNet
 
 
 PRESETS = {
@@ -63,17 +63,16 @@ PRESETS = {
         unet_recipe=Recipe(minutes=80, batch=24, lr=1e-3, ema=0.997, workers=2),
         decoder_recipe=Recipe(minutes=8, batch=4, lr=5e-4, ema=0.99, workers=2),
         towers_recipe=Recipe(minutes=5, batch=256, lr=5e-4, ema=0.98),
-        attention_grid=16,
     ),
     "gpu": Preset(
         resolution=256,
         scenes=60_000,
         vae=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, norm_num_groups=16, sample_size=256),
-        vae_recipe=Recipe(minutes=6, batch=32, lr=1e-3, ema=0.999),
+        vae_recipe=Recipe(minutes=2, batch=32, lr=1e-3, ema=0.999),
         text_width=192,
         text_layers=4,
         patch=32,
-        clip_recipe=Recipe(minutes=3, batch=512, lr=1e-3, ema=0.995),
+        clip_recipe=Recipe(minutes=1, batch=512, lr=1e-3, ema=0.995),
         unet=UNetConfig(
             sample_size=32,
             block_out_channels=(64, 128, 192),
@@ -83,9 +82,8 @@ PRESETS = {
             cross_attention_dim=192,
             norm_num_groups=32,
         ),
-        unet_recipe=Recipe(minutes=12, batch=256, lr=1e-3, ema=0.9995),
-        decoder_recipe=Recipe(minutes=2, batch=32, lr=5e-4, ema=0.995),
-        towers_recipe=Recipe(minutes=1, batch=512, lr=5e-4, ema=0.99),
-        attention_grid=16,
+        unet_recipe=Recipe(minutes=5.5, batch=256, lr=1e-3, ema=0.9995),
+        decoder_recipe=Recipe(minutes=1, batch=32, lr=5e-4, ema=0.995),
+        towers_recipe=Recipe(minutes=0.5, batch=512, lr=5e-4, ema=0.99),
     ),
 }  # fmt: skip

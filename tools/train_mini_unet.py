@@ -37,8 +37,8 @@ def train_unet(preset: Preset, run: Path, device) -> None:
     Three choices spend a small budget well. v rather than noise (Salimans and Ho 2022): noise asks next to nothing of
     the network where the picture is still to be decided, and shapes are decided there. Timesteps with little noise are
     drawn rarely (the idea of min-SNR weights, Hang et al. 2023, as a density). Cells with objects count three times.
-    Unlike in Stable Diffusion the text tower trains along: after so short a contrastive training its features for two
-    shapes differ four times less than for two colours, and shapes stay blobs.
+    Unlike in Stable Diffusion the text tower trains along, unless the preset freezes it: after so short a contrastive
+    training its features for two shapes differ four times less than for two colours, and shapes stay blobs.
     """
     if (run / "unet.safetensors").exists():
         return
@@ -47,7 +47,7 @@ def train_unet(preset: Preset, run: Path, device) -> None:
     latents = torch.load(run / "latents.pt", weights_only=True)
     objects = torch.load(run / "objects.pt", weights_only=True)
     vae, (clip, tokenizer) = load_vae(preset, run, device), load_clip(preset, run, device)
-    denoiser = Denoiser(UNet(preset.unet), clip.text_model.requires_grad_(True)).to(device)
+    denoiser = Denoiser(UNet(preset.unet), clip.text_model.requires_grad_(not preset.freeze_text)).to(device)
     if (run / "unet_start.safetensors").exists():
         denoiser.load_state_dict(load_file(run / "unet_start.safetensors"))
     schedule, recipe = SCHEDULE, preset.unet_recipe
