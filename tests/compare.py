@@ -3,6 +3,7 @@
 import make_reference
 import pytest
 import torch
+from make_reference_measure import condense, fill
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def assert_equals_stored(name: str) -> None:
     """The network against the numbers in tests/reference."""
     prefix = f"{name}/"
     stored = {key.removeprefix(prefix): value for key, value in STORED.items() if key.startswith(prefix)}
-    assert_agree(make_reference.condense(make_reference.ours(name)), stored)
+    assert_agree(condense(make_reference.ours(name)), stored)
 
 
 def assert_equals_live(name: str) -> None:
@@ -47,4 +48,4 @@ def cases(*prefixes: str) -> pytest.MarkDecorator:
 
 def filled(name: str) -> torch.nn.Module:
     """The network of a case with its fixed weights."""
-    return make_reference.fill(make_reference.CASES[name].ours())
+    return fill(make_reference.CASES[name].ours())

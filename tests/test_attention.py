@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_equals_live, assert_equals_stored, cases, filled
-from make_reference import uniform
+from make_reference_measure import uniform
 
 from bas.models.attention import CrossAttention, SelfAttention
 

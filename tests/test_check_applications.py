@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import check_applications as check
 import numpy as np
 import pytest
-from mini_world import draw
+from mini_world_drawing import draw
 from PIL import Image
 
 SIDE = 64

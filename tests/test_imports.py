@@ -34,7 +34,8 @@ ONLY_FROM = {
     "bas.train": {"bas.commands", "bas.evaluation", "bas.demo", "bas.dry_run", "bas.many"},
 }
 # For tests and tools alone, or not used on purpose.
-NEVER = {"diffusers", "accelerate", "torchvision", "tools", "tests", "make_reference", "pytest"}
+TOOLS = {path.stem for path in (Path(__file__).parents[1] / "tools").glob("*.py")}
+NEVER = {"diffusers", "accelerate", "torchvision", "tools", "tests", "pytest"} | TOOLS
 
 
 def imports(path: Path, inside_functions: bool) -> set[str]:
@@ -85,7 +86,7 @@ def test_a_module_imports_only_what_is_below_it(module):
 
 @pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py"))])
 def test_bas_runs_without_the_libraries_of_tests_and_tools(path):
-    """Inside functions too: diffusers is for tests and for tools/make_reference.py alone."""
+    """Inside functions too: diffusers is for tests and for tools/ alone."""
     assert not {name.split(".")[0] for name in imports(ROOT / path, inside_functions=True)} & NEVER
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import STORED, assert_equals_live, assert_equals_stored, cases
-from make_reference import SINUSOID_TIMESTEPS, SINUSOIDS, sinusoids
+from make_reference_layers import SINUSOID_TIMESTEPS, SINUSOIDS, sinusoids
 
 from bas.models.layers import Downsample, timestep_embedding
 

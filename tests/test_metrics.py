@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from check_metrics import KINDS, make_trial, object_score, ranked_right, through_vae
-from mini_world import DEMO_SCENES, Layout, draw
+from mini_world_drawing import draw
+from mini_world_layouts import DEMO_SCENES, Layout
 from PIL import Image
 from tiny import refused, tokenizer
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from make_reference import (
+from make_reference import REFERENCE
+from make_reference_measure import uniform
+from make_reference_schedulers import (
     LATENTS,
-    REFERENCE,
     RUNS,
     TRAINING_TIMESTEPS,
     Run,
@@ -12,7 +13,6 @@ from make_reference import (
     diffusers_training_pairs,
     diffusers_trajectory,
     made_up_model,
-    uniform,
 )
 from safetensors.torch import load_file
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from compare import assert_equals_live, assert_equals_stored, cases
-from make_reference import REFERENCE, TEXT_COMMON, fill, uniform
+from make_reference import REFERENCE
+from make_reference_measure import fill, uniform
+from make_reference_models import TEXT_COMMON
 
 from bas.config import InputError
 from bas.models.text import (

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_equals_live, assert_equals_stored, cases, filled
-from make_reference import TIMESTEPS, UNETS, fill, uniform
+from make_reference_measure import fill, uniform
+from make_reference_models import TIMESTEPS, UNETS
 
 from bas.config import InputError
 from bas.models.config import UNetConfig

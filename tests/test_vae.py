@@ -3,7 +3,8 @@
 import pytest
 import torch
 from compare import assert_equals_live, assert_equals_stored, cases, filled
-from make_reference import VAES, uniform
+from make_reference_measure import uniform
+from make_reference_models import VAES
 
 from bas.models.config import VAEConfig
 from bas.models.vae import Posterior

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make_reference import fill
+from make_reference_measure import fill
 from PIL import Image
 from transformers import CLIPTokenizer
 

@@ -20,7 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from check_mini import Recogniser, labelled_scene, read_pictures, train_recogniser
-from mini_world import DEMO_SCENES, PLACES, Layout, Thing, describe, draw, realise, save_scene
+from mini_world import realise, save_scene
+from mini_world_captions import describe
+from mini_world_drawing import draw
+from mini_world_layouts import DEMO_SCENES, Layout, Thing
+from mini_world_places import PLACES
 from PIL import Image
 
 from bas.checkpoint import load

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from check_mini import read_pictures, train_recogniser
-from mini_world import PLACES
+from mini_world_places import PLACES
 
 from bas.checkpoint import load
 from bas.config import SampleConfig, TrainConfig

@@ -17,18 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mini_world import (
-    COLOURS,
-    CONCEPT_SHAPES,
-    MARKINGS,
-    PLACES,
-    Layout,
-    Thing,
-    choose,
-    compose_concepts,
-    draw,
-    place_things,
-)
+from mini_world_colours import COLOURS, MARKINGS
+from mini_world_drawing import draw
+from mini_world_layouts import Layout, Thing, choose, compose_concepts, place_things
+from mini_world_places import PLACES
+from mini_world_shapes import CONCEPT_SHAPES
 from PIL import Image
 from torch import Tensor
 

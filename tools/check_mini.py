@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
 
-import mini_world
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mini_world import COLOURS, PLACES, SHAPES, Layout
+from mini_world import render_scene
+from mini_world_captions import describe
+from mini_world_colours import COLOURS
+from mini_world_drawing import contact_sheet, draw
+from mini_world_layouts import Layout, compose
+from mini_world_places import PLACES
+from mini_world_shapes import SHAPES
 from torch import Tensor, nn
 
 import bas
@@ -58,7 +63,7 @@ class Recogniser(nn.Module):
 
 def labelled_scene(index: int):
     """Scene `index`: picture, shape and colour of each of 16 x 16 cells (where an object covers half of it), place."""
-    scene = mini_world.render_scene(np.random.default_rng((SEED, index)), SIDE, two_colours=0)
+    scene = render_scene(np.random.default_rng((SEED, index)), SIDE, two_colours=0)
     shapes = np.full((16, 16), NOTHING, dtype=np.int64)
     colours = np.full((16, 16), -1, dtype=np.int64)  # -1: no colour to learn
     for thing, mask in zip(scene.objects, scene.masks, strict=True):
@@ -200,10 +205,10 @@ def main():
     models = bas.load(args.weights)
 
     rng = np.random.default_rng(SEED)
-    layouts = [mini_world.compose(rng, 1 + i // args.prompts, two_colours=0) for i in range(2 * args.prompts)]
-    originals = [mini_world.draw(layout, SIDE)[0] for layout in layouts]
+    layouts = [compose(rng, 1 + i // args.prompts, two_colours=0) for i in range(2 * args.prompts)]
+    originals = [draw(layout, SIDE)[0] for layout in layouts]
     decoded = through_vae(models, originals)
-    prompts = [mini_world.describe(layout) for layout in layouts]
+    prompts = [describe(layout) for layout in layouts]
     start = time.monotonic()
     pictures = []
     for i in range(0, len(prompts), 16):  # the sixteen share their noise
@@ -230,7 +235,7 @@ def main():
     (args.output_dir / "table.md").write_text("\n".join(table) + "\n")
     (args.output_dir / "scores.json").write_text(json.dumps({**settings, **facts, **rows}, indent=2) + "\n")
     shown = [np.asarray(picture) for picture in pictures[:64] + pictures[args.prompts : args.prompts + 32]]
-    mini_world.contact_sheet(shown, columns=12).save(args.output_dir / "pictures.png")
+    contact_sheet(shown, columns=12).save(args.output_dir / "pictures.png")
     (args.output_dir / "prompts.txt").write_text("\n".join(prompts) + "\n")
     print("\n".join(table), facts, sep="\n")
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from check_applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
-from mini_world import PLACES, describe, realise, save_scene
+from mini_world import realise, save_scene
+from mini_world_captions import describe
+from mini_world_places import PLACES
 from PIL import Image
 
 from bas.cli import main as bas

@@ -1,0 +1,103 @@
+"""The stages of the miniature's CLIP: both towers, and the image tower once more."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mini_world_captions import describe
+from safetensors.torch import load_file
+from torch import Tensor
+from train_mini_fit import fit
+from train_mini_presets import SEED, TEXT_LENGTH, Preset, Recipe
+from train_mini_tokenizer import tokenize
+from train_mini_world import load_world, to_tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+
+def clip_config(preset: Preset, tokenizer) -> CLIPConfig:
+    """Two towers of one width; the text tower has CLIP's 77 positions."""
+    tower = {
+        "hidden_size": preset.text_width,
+        "intermediate_size": 4 * preset.text_width,
+        "num_hidden_layers": preset.text_layers,
+        "num_attention_heads": 4,
+        "projection_dim": preset.text_width,
+        "hidden_act": "gelu",
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TEXT_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"image_size": preset.resolution, "patch_size": preset.patch}
+    return CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=preset.text_width)
+
+
+def train_clip(preset: Preset, run: Path, device) -> None:
+    """Fit both towers so that a picture and its caption agree, and none of the other pairs of the batch."""
+    if (run / "clip.safetensors").exists():
+        return
+    torch.manual_seed(SEED)
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    fit_towers("clip", CLIPModel(clip_config(preset, tokenizer)).to(device), tokenizer, preset.clip_recipe, run)
+
+
+def load_clip(preset: Preset, run: Path, device) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Both trained towers, as they are by now, and their tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    clip = CLIPModel(clip_config(preset, tokenizer))
+    newest = next(path for path in (run / "towers.safetensors", run / "clip.safetensors") if path.exists())
+    clip.load_state_dict(load_file(newest))
+    return clip.to(device).requires_grad_(False), tokenizer
+
+
+def train_towers(preset: Preset, run: Path, device) -> None:
+    """Put the text tower that the UNet reads into CLIP and fit the rest to it: one text tower, as in Stable Diffusion.
+
+    The text tower stays as it is (the idea of Zhai et al. 2022, locked-image tuning, with the towers exchanged).
+    """
+    if (run / "towers.safetensors").exists():
+        return
+    torch.manual_seed(SEED)
+    clip, tokenizer = load_clip(preset, run, device)
+    clip.text_model.load_state_dict(part_of(load_file(run / "unet.safetensors"), "text_model."))
+    clip.requires_grad_(True).text_model.requires_grad_(False)
+    fit_towers("towers", clip, tokenizer, preset.towers_recipe, run)
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def fit_towers(stage: str, clip: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe, run: Path) -> None:
+    """Train whatever of the two towers is not frozen, by contrast, and say how well held-out scenes are told apart."""
+    images, layouts = load_world(run)
+    held_out, device = len(images) - 512, clip.device
+
+    def similarity(chosen, rng):
+        """Cosines (b, b) of pictures against captions worded with `rng`, or complete without it."""
+        x = to_tensor(images[chosen], device)
+        captions = [describe(layouts[i], rng) for i in chosen]
+        ids = tokenize(tokenizer, captions, 40).to(device)  # causal: the tokens after the end change nothing
+        with torch.autocast(device.type, torch.bfloat16):
+            seen = clip.visual_projection(clip.vision_model(x).pooler_output)
+            told = clip.text_projection(clip.text_model(ids).pooler_output)
+        return F.normalize(seen.float(), dim=-1) @ F.normalize(told.float(), dim=-1).T
+
+    def loss_of(clip, draw):
+        rng = np.random.default_rng((SEED, draw))
+        cosines = similarity(np.sort(rng.choice(held_out, recipe.batch, replace=False)), rng)
+        logits = cosines * clip.logit_scale.exp().clamp(max=100)
+        target = torch.arange(len(logits), device=device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, {"matched": (logits.argmax(1) == target).float().mean().item()}
+
+    fit(stage, clip, loss_of, recipe, run)
+    with torch.no_grad():
+        cosines = similarity(np.arange(held_out, len(images)), None)
+    matched = (cosines.argmax(1).cpu() == torch.arange(512)).float().mean()
+    print(f"{stage}: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")

@@ -1,0 +1,105 @@
+"""The training loop that all stages of the miniature share."""
+
+import copy
+import json
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import nn
+from train_mini_files import plot_losses, save_weights
+from train_mini_presets import Recipe
+
+
+def fit(stage: str, module: nn.Module, loss_of, recipe: Recipe, run: Path, preview=None, preview_minutes=2.0):
+    """Train `module` for `recipe.minutes`, then leave its averaged weights in it and in run/<stage>.safetensors.
+
+    `loss_of(module, draw)` returns the loss and a dict of numbers to log; all its randomness comes from `draw`, so a
+    run that was interrupted goes on from its checkpoint (every two minutes) as if nothing had happened.
+    """
+    if recipe.workers > 1:
+        torch.set_num_threads(1)
+    workers = ThreadPoolExecutor(recipe.workers)
+    twins = [module] + [twin_of(module) for _ in range(recipe.workers - 1)]
+    parameters = trainable(module)
+    optimizer = torch.optim.AdamW(parameters, recipe.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    average = [p.detach().clone() for p in parameters]
+    step, before, checkpoint = 0, 0.0, run / f"{stage}.ckpt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, before = state["average"], state["step"], state["seconds"]
+    start, saved, shown, seconds = time.monotonic(), before, before, before
+    while seconds < 60 * recipe.minutes:
+        warm_up = min(1.0, (step + 1) / 100)
+        lr = recipe.lr * warm_up * 0.5 * (1 + math.cos(math.pi * seconds / (60 * recipe.minutes)))
+        optimizer.param_groups[0]["lr"] = lr
+
+        def work(k, step=step):
+            loss, parts = loss_of(twins[k], recipe.workers * step + k)
+            (loss / recipe.workers).backward()
+            return loss.item(), parts
+
+        (loss, parts), *_ = workers.map(work, range(recipe.workers))
+        for twin in twins[1:]:
+            for p, q in zip(parameters, trainable(twin), strict=True):
+                p.grad += q.grad
+                q.grad = None
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        step += 1
+        seconds = before + time.monotonic() - start
+        if step == 1 or step % 25 == 0:
+            line = {"step": step, "seconds": round(seconds, 1), "lr": lr, "loss": loss, **parts}
+            with open(run / f"{stage}.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+        if seconds - saved > 120:
+            saved = seconds
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"average": average, "step": step, "seconds": seconds}, f"{checkpoint}.part")
+            os.replace(f"{checkpoint}.part", checkpoint)
+            plot_losses(run / f"{stage}.jsonl")
+            if preview and seconds - shown >= 60 * preview_minutes:
+                shown = seconds
+                with torch.no_grad(), swapped(parameters, average):
+                    preview(step)
+    for p, mean in zip(parameters, average, strict=True):
+        p.data.copy_(mean)
+    save_weights(module, run / f"{stage}.safetensors")
+    plot_losses(run / f"{stage}.jsonl")
+    checkpoint.unlink(missing_ok=True)
+
+
+def trainable(module) -> list[torch.nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def twin_of(module):
+    """A copy of the module that shares its weights, but not its gradients."""
+    twin = copy.deepcopy(module)
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        q.data = p.data
+    return twin
+
+
+class swapped:
+    """Within the block, `parameters` hold the values of `others`."""
+
+    def __init__(self, parameters, others):
+        self.parameters, self.others = parameters, others
+
+    def __enter__(self):
+        self.kept = [p.detach().clone() for p in self.parameters]
+        for p, other in zip(self.parameters, self.others, strict=True):
+            p.data.copy_(other)
+
+    def __exit__(self, *_):
+        for p, kept in zip(self.parameters, self.kept, strict=True):
+            p.data.copy_(kept)

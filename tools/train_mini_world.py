@@ -1,0 +1,49 @@
+"""The training scenes of the miniature: drawn once, read from disk, and turned into tensors and back."""
+
+import pickle
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from mini_world_drawing import draw
+from mini_world_layouts import compose
+from torch import Tensor
+from train_mini_presets import SEED, Preset
+
+
+def draw_scene(job):
+    index, size = job
+    layout = compose(np.random.default_rng((SEED, index)))
+    return layout, draw(layout, size)[0]
+
+
+def make_world(preset: Preset, run: Path) -> None:
+    """Draw the training scenes: run/images.npy (N, H, W, 3) uint8, and run/layouts.pkl for the captions."""
+    if (run / "layouts.pkl").exists():
+        return
+    shape = (preset.scenes, preset.resolution, preset.resolution, 3)
+    images = np.lib.format.open_memmap(run / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    layouts = []
+    with Pool() as pool:
+        jobs = ((i, preset.resolution) for i in range(preset.scenes))
+        for i, (layout, image) in enumerate(pool.imap(draw_scene, jobs, chunksize=64)):
+            images[i] = image
+            layouts.append(layout)
+    images.flush()
+    (run / "layouts.pkl").write_bytes(pickle.dumps(layouts))
+
+
+def load_world(run: Path):
+    """Images (N, H, W, 3) uint8, mapped from disk, and their layouts."""
+    return np.load(run / "images.npy", mmap_mode="r"), pickle.loads((run / "layouts.pkl").read_bytes())
+
+
+def to_tensor(images: np.ndarray, device) -> Tensor:
+    """(b, H, W, 3) uint8 -> (b, 3, H, W) float32 in [-1, 1]"""
+    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(images: Tensor) -> np.ndarray:
+    """(b, 3, H, W) in [-1, 1] -> (b, H, W, 3) uint8"""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
