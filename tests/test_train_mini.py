@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import train_mini
+from mini_world_drawing import draw
 from mini_world_layouts import compose
 from safetensors.torch import load_file
 from train_mini_clip import clip_config
@@ -16,6 +17,7 @@ from train_mini_files import save_weights, write_json
 from train_mini_folder import export
 from train_mini_presets import PRESETS, Preset, Recipe
 from train_mini_unet import Denoiser
+from train_mini_world import load_world, make_world
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from bas.models.config import UNetConfig, VAEConfig
@@ -81,6 +83,18 @@ def train_unet(run, monkeypatch, *flags) -> tuple[set[str], set[str]]:
     before, after = load_file(run / "unet_start.safetensors"), load_file(run / "unet.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     return moved, before.keys() - moved
+
+
+def test_the_world_is_drawn_once_with_what_things_cover(tmp_path):
+    make_world(SMALLEST, tmp_path)
+    images, layouts = load_world(tmp_path)
+    covers = np.load(tmp_path / "covers.npy")
+    assert len(images) == len(layouts) == len(covers) == SCENES
+    for image, layout, cover in zip(images, layouts, covers, strict=True):
+        wanted, masks = draw(layout, SMALLEST.resolution)
+        assert (image == wanted).all()
+        assert np.abs(cover / 255 - masks.sum(0)).max() <= 0.5 / 255 + 1e-6
+    assert covers.max() == 255
 
 
 def test_the_text_tower_trains_along_with_the_unet(run, monkeypatch):

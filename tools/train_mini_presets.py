@@ -66,7 +66,7 @@ PRESETS = {
     ),
     "gpu": Preset(
         resolution=256,
-        scenes=60_000,
+        scenes=30_000,
         vae=VAEConfig(block_out_channels=(32, 64, 96, 128), layers_per_block=1, norm_num_groups=16, sample_size=256),
         vae_recipe=Recipe(minutes=2, batch=32, lr=1e-3, ema=0.999),
         text_width=192,

@@ -24,17 +24,18 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def reconstruct(preset: Preset, run: Path, device, recipe: Recipe):
+def reconstruct(run: Path, device, recipe: Recipe):
     """The loss of a VAE as `fit` wants it, a preview of held-out scenes, and a function that measures their PSNR."""
-    images, layouts = load_world(run)
+    images, _ = load_world(run)
+    covers = np.load(run / "covers.npy", mmap_mode="r")
     held_out = len(images) - 512
 
     def loss_of(vae, draw):
         rng, noise = np.random.default_rng((SEED, draw)), torch.Generator(device).manual_seed(draw)
         chosen = np.sort(rng.choice(held_out, recipe.batch, replace=False))
         x = to_tensor(images[chosen], device)
-        covered = np.stack([mini_world_drawing.draw(layouts[i], preset.resolution)[1].sum(0) for i in chosen])
-        weight = 1 + 3 * torch.from_numpy(covered)[:, None].to(device)  # backgrounds are learnt soon, objects are not
+        covered = torch.from_numpy(covers[chosen]).to(device)[:, None] / 255
+        weight = 1 + 3 * covered  # backgrounds are learnt soon, objects are not
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(x)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -71,7 +72,7 @@ def train_vae(preset: Preset, run: Path, device) -> None:
         return
     torch.manual_seed(SEED)
     vae, recipe = VAE(preset.vae).to(device), preset.vae_recipe
-    loss_of, preview, measure = reconstruct(preset, run, device, recipe)
+    loss_of, preview, measure = reconstruct(run, device, recipe)
     fit("vae", vae, loss_of, recipe, run, lambda step: preview(vae))
     psnr, deviation = measure(vae)
     config = replace(preset.vae, scaling_factor=round(1 / deviation, 5))
@@ -121,7 +122,7 @@ def train_decoder(preset: Preset, run: Path, device) -> None:
     vae, recipe = load_vae(preset, run, device), preset.decoder_recipe
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    loss_of, preview, measure = reconstruct(preset, run, device, recipe)
+    loss_of, preview, measure = reconstruct(run, device, recipe)
     before, _ = measure(vae)
     fit("decoder", vae, loss_of, recipe, run, lambda step: preview(vae))
     print(f"decoder: {before:.2f} dB before, {measure(vae)[0]:.2f} dB after on 512 held-out scenes")

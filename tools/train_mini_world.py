@@ -15,22 +15,29 @@ from train_mini_presets import SEED, Preset
 def draw_scene(job):
     index, size = job
     layout = compose(np.random.default_rng((SEED, index)))
-    return layout, draw(layout, size)[0]
+    image, masks = draw(layout, size)
+    return layout, image, (255 * masks.sum(0)).round().astype(np.uint8)
 
 
 def make_world(preset: Preset, run: Path) -> None:
-    """Draw the training scenes: run/images.npy (N, H, W, 3) uint8, and run/layouts.pkl for the captions."""
+    """Draw the training scenes, on all cores.
+
+    run/images.npy (N, H, W, 3) uint8; run/covers.npy (N, H, W) uint8, how much of a pixel is a thing's, 255 for all of
+    it; run/layouts.pkl for the captions.
+    """
     if (run / "layouts.pkl").exists():
         return
-    shape = (preset.scenes, preset.resolution, preset.resolution, 3)
-    images = np.lib.format.open_memmap(run / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    shape = (preset.scenes, preset.resolution, preset.resolution)
+    images = np.lib.format.open_memmap(run / "images.npy", mode="w+", dtype=np.uint8, shape=(*shape, 3))
+    covers = np.lib.format.open_memmap(run / "covers.npy", mode="w+", dtype=np.uint8, shape=shape)
     layouts = []
     with Pool() as pool:
         jobs = ((i, preset.resolution) for i in range(preset.scenes))
-        for i, (layout, image) in enumerate(pool.imap(draw_scene, jobs, chunksize=64)):
-            images[i] = image
+        for i, (layout, image, cover) in enumerate(pool.imap(draw_scene, jobs, chunksize=64)):
+            images[i], covers[i] = image, cover
             layouts.append(layout)
     images.flush()
+    covers.flush()
     (run / "layouts.pkl").write_bytes(pickle.dumps(layouts))
 
 
