@@ -44,8 +44,8 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 
 def build_text_encoder(config: dict) -> CLIPTextModel:
     """An uninitialised text tower from its config.json. Raises InputError as `text_config` does."""
-    from transformers import CLIPTextModel
-
+    with torch.device("cpu"):  # not the tower's, which may be meta: what a module makes when imported keeps its values
+        from transformers import CLIPTextModel
     return CLIPTextModel(text_config(config))
 
 
