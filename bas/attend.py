@@ -3,14 +3,16 @@
 The maps are those that the attention loss reads in training (paper, eq. 2): the same layers, on the same grid.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from bas.batches import attention_grid
 from bas.checkpoint import Models
@@ -22,6 +24,9 @@ from bas.models.unet import AttentionMap
 from bas.pictures import grid, heat, save_picture
 from bas.prompts import read_strengths
 from bas.sample import check_request, decode, generate, latent_shape, to_pictures
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 CELL = 192  # pixels of one picture on the sheet
 

@@ -3,6 +3,8 @@
 Two layouts are read and written: a diffusers folder (here) and the original single file (single_file.py).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -11,10 +13,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from bas.config import InputError
 from bas.files import (
@@ -29,13 +31,16 @@ from bas.files import (
     write_text,
 )
 from bas.models.config import UNetConfig, VAEConfig
-from bas.models.text import build_text_encoder, known_handles, load_tokenizer
+from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.parts import COMPONENTS, TEXT_PREFIX, Models, Parts, fill
 from bas.refuse import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
 from bas.schedulers import NoiseSchedule
 from bas.single_file import read_single_file
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -66,20 +71,42 @@ def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dic
 
     The tensors are memory-mapped: what is not used is not read.
     """
+    parts = _read_parts(path, prediction_type)
+    models = _without_tower(parts, path)
+    with torch.device("meta"):
+        models.text_encoder = build_text_encoder(parts.text_encoder)
+    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, parts.tensors["text_encoder"])}
+    return models, tensors
+
+
+def glance(path: Path) -> Models:
+    """As `outline`, but without the text tower, which is None: enough to check a request, and sooner there.
+
+    What makes `outline` an InputError makes this one too. The tower's code takes longer to import than PyTorch.
+    """
+    return _without_tower(_read_parts(path, None), path)
+
+
+def _without_tower(parts: Parts, path: Path) -> Models:
+    """UNet and VAE on the meta device, the tokenizer and the schedule."""
+    with torch.device("meta"):
+        networks = UNet(parts.unet), VAE(parts.vae)
+    return Models(*networks, None, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path)
+
+
+def _read_parts(path: Path, prediction_type: str | None) -> Parts:
+    """A folder or a single file taken apart, its parts checked each and against each other."""
     with _blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
-    with torch.device("meta"):
-        with _blaming(path / "text_encoder" / "config.json" if folder else path):
-            text_encoder = build_text_encoder(parts.text_encoder)
-        networks = UNet(parts.unet), VAE(parts.vae), text_encoder
+    with _blaming(path / "text_encoder" / "config.json" if folder else path):
+        text_config(parts.text_encoder)
     parts.check(str(path))
-    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(text_encoder, parts.tensors["text_encoder"])}
     # A tokenizer that states no length would pad prompts to any.
     parts.tokenizer.model_max_length = int(
         min(parts.tokenizer.model_max_length, parts.text_encoder["max_position_embeddings"])
     )
-    return Models(*networks, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path), tensors
+    return parts
 
 
 def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

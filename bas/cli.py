@@ -79,6 +79,8 @@ def attempt(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="bas: %(message)s", stream=sys.stderr)
     for noisy in ("transformers", "huggingface_hub", "PIL", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # These two set their level once more when they are imported, which is later.
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
     try:
         args.run_command(args)
     except (InputError, RunError) as error:

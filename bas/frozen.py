@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import try_to_load_from_cache
 
 from bas.config import InputError
 from bas.files import read_json
-from bas.hub import HUB_ID
+from bas.hub import HUB_ID, cached
 
 
 def find_frozen(name: str, flag: str) -> Path:
@@ -21,9 +19,8 @@ def find_frozen(name: str, flag: str) -> Path:
     if path.is_dir():
         return path
     if HUB_ID.fullmatch(name):
-        config = try_to_load_from_cache(name, "config.json")
-        if isinstance(config, str):
-            return Path(config).parent
+        if config := cached(name, "config.json"):
+            return config.parent
         raise InputError(f"{name} is not downloaded yet: run `hf download {name}`, or name a folder with {flag}")
     raise InputError(f"{flag} {name} is neither a folder nor a hub id such as owner/model")
 
@@ -37,6 +34,8 @@ def load_frozen(folder: Path, kind: str, model: str, processor: str, **options: 
     found = read_json(folder / "config.json").get("model_type")
     if found != kind:
         raise InputError(f"{folder} is a model of type {found}: this method needs {kind}")
+    import transformers  # here: what is wrong with the input is told before, without waiting for it
+
     try:
         prepare = getattr(transformers, processor).from_pretrained(str(folder), local_files_only=True)
         network, report = getattr(transformers, model).from_pretrained(

@@ -1,15 +1,13 @@
 """Models by name: what is here already is found without the network; only `download` goes there.
 
 The known names are the rows of weights/manifest.json. Downloads lie in the Hugging Face cache, shared with other tools.
+huggingface_hub is imported where it is used: it brings an HTTP client, and most models are paths.
 """
 
 import logging
 import os
 import re
 from pathlib import Path
-
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from bas.checkpoint import STEMS, component_files
 from bas.config import InputError
@@ -50,10 +48,17 @@ def find(name: str | Path | None) -> Path:
     if name not in known and not HUB_ID.fullmatch(name):
         raise InputError(f"{name} does not exist, and is no known model: those are {', '.join(known)}")
     for hub_id in _hub_ids(name):
-        index = try_to_load_from_cache(hub_id, "model_index.json")
-        if isinstance(index, str):
-            return Path(index).parent
+        if index := cached(hub_id, "model_index.json"):
+            return index.parent
     raise InputError(f"{name} is neither a path nor downloaded yet: run `bas download {name}`")
+
+
+def cached(hub_id: str, file: str) -> Path | None:
+    """Where a file that was downloaded from the hub lies, None if it was not. The network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(hub_id, file)
+    return Path(path) if isinstance(path, str) else None
 
 
 def download(name: str, half: bool = False) -> Path:
@@ -66,6 +71,9 @@ def download(name: str, half: bool = False) -> Path:
         return find(name)
     if name not in known and not HUB_ID.fullmatch(name):
         raise InputError(f"{name} is neither a known model ({', '.join(known)}) nor a hub id such as owner/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     failures = []
     for hub_id in _hub_ids(name):
         try:

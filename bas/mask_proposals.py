@@ -5,18 +5,23 @@ words say; Mask2Former (Cheng et al. 2022) the things and stuff it was trained o
 machine, as safetensors only, and the network is never asked.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from PIL import Image, ImageFilter
 from torch import Tensor
 
 from bas.config import InputError, ProposalConfig
 from bas.frozen import find_frozen, load_frozen
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin, SamModel, SamProcessor
 
 GRID = 16  # points per side that SAM looks at when nothing is pointed out
 AT_ONCE = 32  # of them per pass through its decoder
@@ -71,7 +76,7 @@ def propose(method: str, picture: Image.Image, config: ProposalConfig, device: t
     return refined
 
 
-def load_segmenter(row: Method, name: str) -> tuple[torch.nn.Module, transformers.ProcessorMixin]:
+def load_segmenter(row: Method, name: str) -> tuple[torch.nn.Module, ProcessorMixin]:
     """The model and its processor, strictly, as `load_frozen` reads them."""
     return load_frozen(find_frozen(name, "--segmenter"), row.kind, row.model, row.processor)
 
@@ -82,7 +87,7 @@ def load_segmenter(row: Method, name: str) -> tuple[torch.nn.Module, transformer
 class SamReader:
     """SAM on one picture, which is encoded once however often it is asked."""
 
-    def __init__(self, model: transformers.SamModel, processor: transformers.SamProcessor, picture: Image.Image):
+    def __init__(self, model: SamModel, processor: SamProcessor, picture: Image.Image):
         inputs = processor(picture, return_tensors="pt")
         self.model, self.processor, self.picture = model, processor, picture
         self.sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]

@@ -1,11 +1,13 @@
 """A model as networks and as parts on disk, whatever the layout, and the strict way from one to the other."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from bas.config import InputError
 from bas.models.config import UNetConfig, VAEConfig
@@ -13,6 +15,9 @@ from bas.models.text import merged_state_dict
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.schedulers import NoiseSchedule
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 COMPONENTS = ("unet", "vae", "text_encoder")
 TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
@@ -31,13 +36,13 @@ class Models:
 
     unet: UNet
     vae: VAE
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | None  # None in what `glance` returns
     tokenizer: CLIPTokenizer
     schedule: NoiseSchedule
     handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
     source: Path | None = None  # where it was read from
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Models":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
         """Move or convert all three networks, in place."""
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device=device, dtype=dtype)
@@ -81,7 +86,7 @@ class Parts:
     schedule: NoiseSchedule
 
     @classmethod
-    def of(cls, models: Models, dtype: torch.dtype) -> "Parts":
+    def of(cls, models: Models, dtype: torch.dtype) -> Parts:
         """A model taken apart to be saved: handles are rows of the embedding, the text tower's keys have no prefix."""
         text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
         states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}

@@ -6,14 +6,19 @@ the handle itself stands puts what an empty prompt has there. So 1 changes nothi
 handle while all other words stay in their places, and numbers above 1 go beyond what was learnt.
 """
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from bas.config import InputError
 from bas.models.text import encode_ids, tokenize
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 STRONGEST = 5.0  # far beyond where pictures fall apart
 STRENGTH = re.compile(r"\(\s*(<[A-Za-z0-9_-]{1,32}>)\s*:\s*([^()]*?)\s*\)")

@@ -4,15 +4,17 @@ The shapes tell the widths, levels and layers; the family tells the rest: SD 1 h
 everywhere, SD 2 has open_clip's and heads of 64 features.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from bas.config import InputError
 from bas.files import read_tensors, write_tensors
@@ -22,6 +24,9 @@ from bas.models.text import load_tokenizer
 from bas.parts import Models, Parts
 from bas.refuse import refuse_channels, refuse_incomplete
 from bas.schedulers import NoiseSchedule
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 log = logging.getLogger(__name__)
 

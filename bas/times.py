@@ -1,5 +1,6 @@
 """How long each stage of a run took and how much memory it held at most: RUN/times.json, a session per start."""
 
+import importlib.metadata
 import platform
 import sys
 import time
@@ -7,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import transformers
 
 from bas import __version__
 from bas.files import read_json, write_json
@@ -30,7 +30,7 @@ class Times:
                 "bas": __version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": importlib.metadata.version("transformers"),
             },
             "stages": [],
         }

@@ -21,7 +21,7 @@ from bas import __version__
 from bas.base import Base
 from bas.batches import Batch, Material, check_scene, draw_batch, prepare
 from bas.capture import CapturedStep
-from bas.checkpoint import Models, load, outline, save_model, weights_hash
+from bas.checkpoint import Models, glance, load, save_model, weights_hash
 from bas.compilation import choose_compilation, compile_unet
 from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
@@ -249,7 +249,7 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device, outline(base)[0].unet)
+    precision = pick_precision(config.mixed_precision, device, glance(base).unet)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
@@ -267,7 +267,7 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
     scene = read_scene(config)
     base, device, precision = check_machine(config)
-    check_scene(outline(base)[0], scene, config)
+    check_scene(glance(base), scene, config)
     return scene, base, device, precision
 
 

@@ -175,7 +175,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     (regions,) = (block for block in blocks(ROOT / "docs" / "applications.md", "json") if '"mask"' in block)
     (tmp_path / "regions.json").write_text(regions)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", lambda _id, allow_patterns: str(MINI))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _id, allow_patterns: str(MINI))
 
     def leave(_server) -> None:
         raise KeyboardInterrupt

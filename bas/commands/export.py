@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from bas.checkpoint import load, outline
+from bas.checkpoint import glance, load
 from bas.config import InputError
 from bas.flags import Parser
 from bas.hub import find
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     target, path = Path(args.output_path), find(args.model)
     if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{target}: name a .safetensors file in a folder that is there")
-    if handles := outline(path)[0].handles:
+    if handles := glance(path).handles:
         raise InputError(
             f"{path} has the handles {' '.join(handles)}: a single file carries none, use the folder itself"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bas.checkpoint import outline
+from bas.checkpoint import glance
 from bas.config import InputError, ProposalConfig, TrainConfig
 from bas.drafts import open_draft, write_draft
 from bas.flags import Parser, add_fields, given
@@ -81,7 +81,7 @@ def check(args: argparse.Namespace) -> None:
     explicit = given(args, TrainConfig) | {"instance_data_dir": args.scene}
     scene = load_scene(TrainConfig(**explicit))
     model = find(explicit.get("pretrained_model_name_or_path"))
-    view = view_scene(scene, outline(model)[0], TrainConfig.resolve(explicit, read_model_row(model)))
+    view = view_scene(scene, glance(model), TrainConfig.resolve(explicit, read_model_row(model)))
     size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
     print(f"{args.scene}: {len(scene)} concepts; the picture is {size} pixels, {photo} for {model.name}\n")
     print(table(view))

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from bas.checkpoint import load, outline
+from bas.checkpoint import glance, load
 from bas.config import InputError
 from bas.files import new_folder
 from bas.flags import Parser, add_machine
@@ -55,6 +55,6 @@ def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> M
     Before any weight is read, `check` sees the model without weights: it raises InputError for what it cannot do.
     """
     path, device = find_model(args), pick_device(args.device)
-    models = outline(path)[0]
+    models = glance(path)
     check(models)
     return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device, models.unet)])

@@ -5,15 +5,16 @@ concept in the input and in the output, all else black (Caron et al. 2021). Atte
 covers its mask. Leakage: whether a handle draws another's concept. docs/evaluation.md has them in full.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from bas.evaluation.black import blacken, blacken_each
 from bas.evaluation.objects import ObjectSimilarity
@@ -21,6 +22,9 @@ from bas.frozen import find_frozen, load_frozen
 from bas.hub import find
 from bas.losses import resize_mask
 from bas.models.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 CLIP = "openai/clip-vit-large-patch14"  # hub ids of the paper's models
 DINO = "facebook/dino-vitb16"
@@ -108,12 +112,12 @@ class Metrics:
         self.identity_similarity = identity.identity_similarity
 
     @classmethod
-    def photographs(cls, device: torch.device | str = "cpu", clip: str = CLIP, dino: str = DINO) -> "Metrics":
+    def photographs(cls, device: torch.device | str = "cpu", clip: str = CLIP, dino: str = DINO) -> Metrics:
         """The paper's: CLIP ViT-L/14 and DINO ViT-B/16, or others of their kinds by folder or hub id."""
         return cls(PromptSimilarity(clip, device), IdentitySimilarity(dino, device))
 
     @classmethod
-    def miniature(cls, device: torch.device | str = "cpu", weights: Path | None = None) -> "Metrics":
+    def miniature(cls, device: torch.device | str = "cpu", weights: Path | None = None) -> Metrics:
         """The miniature's: its own CLIP towers, and the search for its objects. weights: its folder, if not shipped."""
         towers = (weights or find(None)) / MINI_CLIP
         return cls(PromptSimilarity(str(towers), device), ObjectSimilarity(device))

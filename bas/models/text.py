@@ -2,19 +2,27 @@
 
 A handle is one new token. Its embedding row lives beside the base vocabulary as its own small parameter, so that
 phase 1 trains N rows and nothing else (paper, section 3), and the base rows stay bit-identical by construction.
+
+transformers is imported where it is used: the code of its networks takes longer to import than PyTorch, and what is
+wrong with the input is told without it. So only `build_text_encoder` waits for that code.
 """
+
+from __future__ import annotations
 
 import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from bas.config import MAX_CHANNELS, InputError, number, positive
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +43,14 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def build_text_encoder(config: dict) -> CLIPTextModel:
-    """An uninitialised text tower from its config.json, read field by field: nothing in it can name code.
+    """An uninitialised text tower from its config.json. Raises InputError as `text_config` does."""
+    with torch.device("cpu"):  # not the tower's, which may be meta: what a module makes when imported keeps its values
+        from transformers import CLIPTextModel
+    return CLIPTextModel(text_config(config))
+
+
+def text_config(config: dict) -> CLIPTextConfig:
+    """What the tower's config.json describes, read field by field: nothing in it can name code.
 
     Raises InputError for absurd or unknown values, before anything is allocated.
     """
@@ -54,7 +69,9 @@ def build_text_encoder(config: dict) -> CLIPTextModel:
     ids = {name: config[name] for name in TOKEN_IDS if isinstance(config.get(name), int)}
     chosen |= {name: value for name, value in ids.items() if 0 <= value < chosen["vocab_size"]}
     chosen["projection_dim"] = config.get("projection_dim", chosen["hidden_size"])
-    return CLIPTextModel(CLIPTextConfig(**chosen))
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(**chosen)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -62,6 +79,8 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
     if not any(all((folder / name).is_file() for name in layout) for layout in layouts):
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt: it holds no tokenizer")
+    from transformers import CLIPTokenizer
+
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
