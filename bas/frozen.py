@@ -36,6 +36,7 @@ def load_frozen(folder: Path, kind: str, model: str, processor: str, **options: 
         raise InputError(f"{folder} is a model of type {found}: this method needs {kind}")
     import transformers  # here: what is wrong with the input is told before, without waiting for it
 
+    transformers.logging.disable_progress_bar()  # it would stand among the lines of the command's own progress
     try:
         prepare = getattr(transformers, processor).from_pretrained(str(folder), local_files_only=True)
         network, report = getattr(transformers, model).from_pretrained(

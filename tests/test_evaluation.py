@@ -373,7 +373,8 @@ def test_the_page_shows_the_pictures_behind_each_point(done):
     assert text.count("<img") == 2 * (2 + 1 + 6 + 1)
     assert text.count("a photo of &lt;asset1&gt; in the jungle (prompt") == 2 * 2  # caption, and text for the blind
     assert "http" not in text.replace("http-equiv", "")
-    assert page(rows_of(folder), cells, {"cells": "4 of 4", **FACTS}) == text
+    pictures = sum(row["row"] == "picture" for row in rows_of(folder))
+    assert page(rows_of(folder), cells, {"cells": "4 of 4", "pictures": str(pictures), **FACTS}) == text
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,12 @@ def test_prompt_similarity_is_clips_cosine_of_each_picture_with_its_own_prompt(f
     assert len({round(value, 3) for value in logits.flatten().tolist()}) > 3  # pairs differ, so that the diagonal tells
 
 
+def test_a_model_is_loaded_without_a_bar_among_our_own_lines(folders, capfd):
+    PromptSimilarity(str(folders["clip"]))
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("", "")
+
+
 def test_a_prompt_longer_than_the_tower_is_cut(folders, pictures):
     clip = PromptSimilarity(str(folders["clip"]))
     longer, cut = " ".join(["bowl"] * 200), " ".join(["bowl"] * 75)

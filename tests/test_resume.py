@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, file_hashes, refused
 
@@ -138,7 +139,8 @@ def test_kill_9(bench, tmp_path):
     config = bench.config(run, **flags)
     command = [sys.executable, "-c", f"import bas; bas.train(bas.TrainConfig(**{vars(config)!r}))"]
     root = Path(bas.__file__).parents[1]
-    child = subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums depends on it
+    child = subprocess.Popen(command, cwd=root, env=os.environ | threads, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not any(p.name > "step-000014" for p in run_folder.list_checkpoints(run)):
         assert child.poll() is None

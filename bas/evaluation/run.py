@@ -84,7 +84,8 @@ def write_results(folder: Path, cells: list[Cell], facts: dict[str, str]) -> lis
     rows = [row for _, each in scored for row in each]
     if not rows:
         raise RunError(f"{folder}: no cell is scored, so there is nothing to show")
-    facts = {"cells": f"{len(scored)} of {len(cells)}", **facts}
+    pictures = sum(row["row"] == "picture" for row in rows)
+    facts = {"cells": f"{len(scored)} of {len(cells)}", "pictures": str(pictures), **facts}
     write_text(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / TABLES, markdown(rows, facts))
     scatter_png(summarise(rows)).save(folder / SCATTER)

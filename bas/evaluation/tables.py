@@ -127,21 +127,30 @@ def verdict(difference: Interval) -> str:
 
 def markdown(rows: list[dict], facts: dict[str, str]) -> str:
     """The results as a page of Markdown."""
-    summary = summarise(rows)
-    headings = ["method", "", *(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values()), "pictures"]
-    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *head(headings)]
-    for method, columns in summary.items():
-        count = sum(row["row"] == "picture" and row["method"] == method for row in rows)
-        cells = [str(columns.get(column, "–")) for column in COLUMNS]
-        lines.append(line([method, COMPARED[method].gloss, *cells, str(count)]))
+    lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *method_table(rows)]
     lines += ["", "Means over scenes with 95 % confidence intervals over scenes, where there are two or more.", ""]
-    if checked := [(o, difference) for o in ORDERINGS if (difference := compare(rows, o)) is not None]:
-        lines += ["## The paper's orderings", "", *head(["claim", "measured", "difference", "verdict"])]
-        for ordering, difference in checked:
-            measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
-            lines.append(line([ordering.claim, measured, str(difference), verdict(difference)]))
-        lines += ["", "“holds” and “reversed”: the interval of the difference leaves 0 out.", ""]
+    if checked := ordering_table(rows):
+        lines += ["## The paper's orderings", "", *checked, ""]
+        lines += ["“holds” and “reversed”: the interval of the difference leaves 0 out.", ""]
     return "\n".join(lines)
+
+
+def method_table(rows: list[dict]) -> list[str]:
+    """A line for each method with the mean and interval of each column."""
+    lines = head(["method", "", *(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values())])
+    for method, columns in summarise(rows).items():
+        lines.append(line([method, COMPARED[method].gloss, *(str(columns.get(column, "–")) for column in COLUMNS)]))
+    return lines
+
+
+def ordering_table(rows: list[dict]) -> list[str]:
+    """A line for each of the paper's orderings that can be checked; nothing when none can."""
+    checked = [(o, difference) for o in ORDERINGS if (difference := compare(rows, o)) is not None]
+    lines = head(["claim", "measured", "difference", "verdict"]) if checked else []
+    for ordering, difference in checked:
+        measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
+        lines.append(line([ordering.claim, measured, str(difference), verdict(difference)]))
+    return lines
 
 
 def head(titles: list[str]) -> list[str]:

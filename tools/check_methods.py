@@ -1,0 +1,122 @@
+"""Repeats the small evaluation: the paper's six methods and four ablations on scenes of the miniature's world.
+
+    python tools/check_methods.py --output_dir /tmp/methods                     all of it
+    python tools/check_methods.py --output_dir /tmp/methods --first_scenes 1 --seeds 0        a part of it
+    python tools/check_methods.py --markdown                                    the tables of the recorded run
+
+Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and drawing: what
+`bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
+run that docs/comparison.md shows; on the same machine every number is the same.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from mini_world import render_concepts, save_scene
+
+from bas.evaluation.baselines import COMPARED
+from bas.evaluation.protocol import CELL, CELLS
+from bas.evaluation.run import RESULTS
+from bas.evaluation.tables import COLUMNS, method_table, ordering_table, value_of
+
+RECORDED = Path(__file__).parents[1] / "docs" / "comparison.json"
+SCENES, SIDE = 12, 256  # how many, and their pixels
+SETTINGS = (
+    *("--prompts", "3", "--sampler", "dpmpp_2m", "--num_inference_steps", "15"),
+    *("--phase1_train_steps", "100", "--phase2_train_steps", "200"),
+)
+
+
+def write_scenes(folder: Path, count: int) -> list[Path]:
+    """Scene folders world-0, world-1, ... of 2, 3, 4, 2, ... concepts; those that are there stay."""
+    scenes = [folder / f"world-{i}" for i in range(count)]
+    for i, scene in enumerate(scenes):
+        if not scene.exists():
+            save_scene(render_concepts(np.random.default_rng(i), SIDE, 2 + i % 3), scene)
+    return scenes
+
+
+def evaluate(folder: Path, scenes: list[Path], args: argparse.Namespace) -> None:
+    """`bas evaluate` in as many processes of one thread as asked for. Raises CalledProcessError when it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
+    command = [sys.executable, *(launcher if args.processes > 1 else []), "-m", "bas", "evaluate", *map(str, scenes)]
+    command += ["--output_dir", str(folder), "--methods", *args.methods, "--seeds", *map(str, args.seeds), *SETTINGS]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def condense(folder: Path) -> list[dict]:
+    """What an evaluation measured: for each cell the mean of each column, and the seconds that it took."""
+    rows: dict[tuple, list[dict]] = {}
+    for text in (folder / RESULTS).read_text(encoding="utf-8").splitlines():
+        row = json.loads(text)
+        rows.setdefault((row["scene"], row["method"], row["seed"]), []).append(row)
+    cells = []
+    for (scene, method, seed), group in rows.items():
+        cell = {"scene": scene, "method": method, "seed": seed}
+        for column, (kind, _, _) in COLUMNS.items():
+            cell[column] = float(np.mean([value_of(row, column) for row in group if row["row"] == kind]))
+        note = json.loads((folder / CELLS / scene / method / f"seed-{seed}" / CELL).read_text(encoding="utf-8"))
+        cells.append(cell | {"pictures": len(note["pictures"]), "seconds": sum(note["seconds"].values())})
+    return cells
+
+
+def differences(cells: list[dict], recorded: list[dict]) -> list[float]:
+    """For each cell that both have, the largest difference in any column."""
+    known = {name_of(cell): cell for cell in recorded}
+    shared = [(cell, known[name_of(cell)]) for cell in cells if name_of(cell) in known]
+    return [max(abs(ours[column] - theirs[column]) for column in COLUMNS) for ours, theirs in shared]
+
+
+def name_of(cell: dict) -> tuple:
+    """What tells a cell from the others."""
+    return cell["scene"], cell["method"], cell["seed"]
+
+
+def markdown(run: dict) -> str:
+    """The tables of a run, as docs/comparison.md shows them."""
+    cells = run["cells"]
+    rows = [cell | {"row": kind} for cell in cells for kind in ("picture", "cell")]
+    scenes, methods, seeds = (len({cell[key] for cell in cells}) for key in ("scene", "method", "seed"))
+    pictures, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
+    counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {pictures} pictures"
+    head = f"- {run['date']}, torch {run['torch']}; {counts}; {hours:.1f} hours of one thread"
+    return "\n".join([head, "", *method_table(rows), "", *ordering_table(rows), ""])
+
+
+def main() -> None:
+    """Run, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation; the same one goes on")
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), help="default: all, the options too")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help=f"write the result to docs/{RECORDED.name}")
+    parser.add_argument("--markdown", action="store_true", help="print the recorded run; run nothing")
+    args = parser.parse_args()
+    if args.markdown:
+        print(markdown(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")
+        return
+    if args.output_dir is None:
+        parser.error("--output_dir is needed, or --markdown")
+    evaluation = args.output_dir / "evaluation"
+    evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
+    run = {"date": datetime.now(timezone.utc).date().isoformat(), "torch": metadata.version("torch")}
+    run["cells"] = condense(evaluation)
+    print(markdown(run))
+    if args.record:
+        RECORDED.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    else:
+        apart = differences(run["cells"], json.loads(RECORDED.read_text(encoding="utf-8"))["cells"])
+        print(f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart):.2g}")
+
+
+if __name__ == "__main__":
+    main()
