@@ -50,7 +50,7 @@ def find_model(args: argparse.Namespace) -> Path:
 
 
 def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> Models:
-    """Load the model onto the device and in the precision that the flags ask for.
+    """Load the model onto the device and in the precision that the flags ask for; `auto` is what training would take.
 
     Before any weight is read, `check` sees the model without weights: it raises InputError for what it cannot do.
     """
