@@ -95,7 +95,7 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
     """Write the original layout. InputError when it cannot tell what this model is: its readers see only shapes."""
     path, parts = Path(path), Parts.of(models, dtype)
     if len(parts.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
-        raise InputError("a single file carries no tokenizer, so no handles: save a folder instead")
+        raise InputError("a single file carries no tokenizer, so no handles and no vocabulary but CLIP's: use a folder")
     sd2 = parts.text_encoder["hidden_act"] == "gelu"
     tensors = to_original(parts.tensors, parts.unet, parts.vae, open_clip=sd2)
     resolution = parts.unet.sample_size * parts.vae.factor
