@@ -23,10 +23,11 @@ def evaluation(tmp_path) -> Path:
     ]
     handles = {"<asset0>": 0.5, "<asset1>": 0.7}
     rows.append({"row": "cell", **common, "attention_iou": handles, "leakage": 0.25, "confused": 0.5})
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cell = tmp_path / "cells" / "a" / "bas" / "seed-3"
     cell.mkdir(parents=True)
-    (cell / "cell.json").write_text(json.dumps({"pictures": pictures, "seconds": {"training": 20.0, "drawing": 3.5}}))
+    (cell / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    note = common | {"pictures": pictures, "seconds": {"training": 20.0, "drawing": 3.5}}
+    (cell / "cell.json").write_text(json.dumps(note))
     return tmp_path
 
 

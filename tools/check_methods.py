@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from mini_world import render_concepts, save_scene
 
-from bas.evaluation.baselines import COMPARED
+from bas.evaluation.baselines import PAPER
 from bas.evaluation.protocol import CELL, CELLS
-from bas.evaluation.run import RESULTS
-from bas.evaluation.tables import COLUMNS, method_table, ordering_table, value_of
+from bas.evaluation.scores import ROWS
+from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, value_of
 
 RECORDED = Path(__file__).parents[1] / "docs" / "comparison.json"
 SCENES, SIDE = 12, 256  # how many, and their pixels
@@ -53,16 +53,13 @@ def evaluate(folder: Path, scenes: list[Path], args: argparse.Namespace) -> None
 
 def condense(folder: Path) -> list[dict]:
     """What an evaluation measured: for each cell the mean of each column, and the seconds that it took."""
-    rows: dict[tuple, list[dict]] = {}
-    for text in (folder / RESULTS).read_text(encoding="utf-8").splitlines():
-        row = json.loads(text)
-        rows.setdefault((row["scene"], row["method"], row["seed"]), []).append(row)
     cells = []
-    for (scene, method, seed), group in rows.items():
-        cell = {"scene": scene, "method": method, "seed": seed}
+    for path in sorted((folder / CELLS).glob(f"*/*/*/{ROWS}")):
+        rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        note = json.loads(path.with_name(CELL).read_text(encoding="utf-8"))
+        cell = {key: note[key] for key in ("scene", "method", "seed")}
         for column, (kind, _, _) in COLUMNS.items():
-            cell[column] = float(np.mean([value_of(row, column) for row in group if row["row"] == kind]))
-        note = json.loads((folder / CELLS / scene / method / f"seed-{seed}" / CELL).read_text(encoding="utf-8"))
+            cell[column] = float(np.mean([value_of(row, column) for row in rows if row["row"] == kind]))
         cells.append(cell | {"pictures": len(note["pictures"]), "seconds": sum(note["seconds"].values())})
     return cells
 
@@ -87,14 +84,15 @@ def markdown(run: dict) -> str:
     pictures, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
     counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {pictures} pictures"
     head = f"- {run['date']}, torch {run['torch']}; {counts}; {hours:.1f} hours of one thread"
-    return "\n".join([head, "", *method_table(rows), "", *ordering_table(rows), ""])
+    tables = method_table(rows), ordering_table(rows), option_table(rows)
+    return "\n".join([head, *(line for table in tables if table for line in ("", *table)), ""])
 
 
 def main() -> None:
     """Run, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation; the same one goes on")
-    parser.add_argument("--methods", nargs="+", default=list(COMPARED), help="default: all, the options too")
+    parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")

@@ -30,9 +30,9 @@ COMPARED: dict[str, Compared] = {
     "single": Compared("one concept at a time, no union sampling", "ablation", {"subset_sampling": "single"}),
     "cross-entropy": Compared("attention loss as cross-entropy", "option", {"attention_loss": "cross_entropy"}),
     "normalized": Compared("masked loss per masked area", "option", {"normalize_masked_loss": True}),
-    "unnormalized": Compared(
-        "masked loss per picture, as the official code has it", "option", {"normalize_masked_loss": False}
-    ),
+    "not-normalized": Compared("masked loss per picture, the official way", "option", {"normalize_masked_loss": False}),
+    "close-ups": Compared("close-ups as further photographs", "option", {"close_ups": True}),
+    "no-close-ups": Compared("the photograph alone, the official way", "option", {"close_ups": False}),
     "uniform": Compared("every subset equally likely", "option", {"subset_sampling": "uniform"}),
 }
 PAPER = tuple(name for name, row in COMPARED.items() if row.kind != "option")

@@ -7,7 +7,7 @@ from bas import __version__
 from bas.evaluation.baselines import COMPARED
 from bas.evaluation.plot import scatter_svg
 from bas.evaluation.protocol import Cell
-from bas.evaluation.tables import COLUMNS, ORDERINGS, Interval, compare, summarise, verdict
+from bas.evaluation.tables import COLUMNS, HEADINGS, ORDERINGS, Interval, compare, option_changes, summarise, verdict
 from bas.pictures import tint_masks
 from bas.report import escape, picture, spread
 from bas.scene import load_scene
@@ -25,7 +25,7 @@ def page(rows: list[dict], cells: list[Cell], facts: dict[str, str]) -> str:
         facts=" · ".join(f"{escape(name)}: {escape(value)}" for name, value in facts.items()),
         scatter=scatter_svg(summary),
         table=numbers(summary),
-        orderings=orderings(rows),
+        comparisons=orderings(rows) + options(rows),
         galleries="".join(gallery(method, rows, cells) for method in summary),
         version=escape(__version__),
     )
@@ -33,7 +33,7 @@ def page(rows: list[dict], cells: list[Cell], facts: dict[str, str]) -> str:
 
 def numbers(summary: dict[str, dict[str, Interval]]) -> str:
     """A line for each method."""
-    titles = ["method", "", *(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values())]
+    titles = ["method", "", *HEADINGS]
     lines = []
     for method, columns in summary.items():
         cells = [f'<a href="#{method}">{method}</a>', escape(COMPARED[method].gloss)]
@@ -48,17 +48,30 @@ def shown(value: Interval) -> str:
     return f"{value.mean:.3f}{bounds}"
 
 
+def comparison(heading: str, titles: list[str], lines: list[list[str]]) -> str:
+    """A section with a table; nothing without lines."""
+    if not lines:
+        return ""
+    return f'<section><h2>{heading}</h2><div class="scroll">{table(titles, lines)}</div></section>'
+
+
 def orderings(rows: list[dict]) -> str:
     """The paper's claims with what was measured; nothing when none can be checked."""
     lines = []
     for ordering in ORDERINGS:
-        if (difference := compare(rows, ordering)) is not None:
+        if difference := compare(rows, ordering.more, ordering.less, ordering.column):
             measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
             lines.append([escape(ordering.claim), escape(measured), shown(difference), verdict(difference)])
-    titles = ["claim", "measured", "difference", "verdict"]
-    if not lines:
-        return ""
-    return f'<section><h2>The paper’s orderings</h2><div class="scroll">{table(titles, lines)}</div></section>'
+    return comparison("The paper’s orderings", ["claim", "measured", "difference", "verdict"], lines)
+
+
+def options(rows: list[dict]) -> str:
+    """By how much each option changes each column of the method; nothing when none was tried."""
+    lines = [
+        [name, escape(COMPARED[name].gloss), *(shown(change) if change else "–" for change in changes)]
+        for name, changes in option_changes(rows).items()
+    ]
+    return comparison("The options", ["option − bas", "", *HEADINGS], lines)
 
 
 def table(titles: list[str], lines: list[list[str]]) -> str:

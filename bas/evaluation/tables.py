@@ -23,6 +23,7 @@ COLUMNS = {  # a column of the table: (which rows have it, its heading, whether 
     "leakage": ("cell", "leakage", False),
     "confused": ("cell", "confused handles", False),
 }
+HEADINGS = tuple(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,22 @@ def value_of(row: dict, column: str) -> float | None:
     return float(np.mean(list(value.values()))) if isinstance(value, dict) else value
 
 
-def by_scene(rows: Iterable[dict], column: str) -> dict[str, dict[str, float]]:
-    """The mean of a column for each method and scene; scenes without a value are left out."""
+def by_cell(rows: Iterable[dict], column: str) -> dict[str, dict[tuple[str, int], float]]:
+    """The mean of a column for each method, and each scene and seed; those without a value are left out."""
     kind = COLUMNS[column][0]
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in rows:
         if row["row"] == kind and (value := value_of(row, column)) is not None:
-            found.setdefault(row["method"], {}).setdefault(row["scene"], []).append(value)
-    return {
-        method: {scene: float(np.mean(values)) for scene, values in scenes.items()} for method, scenes in found.items()
-    }
+            found.setdefault(row["method"], {}).setdefault((row["scene"], row["seed"]), []).append(value)
+    return {method: {cell: float(np.mean(values)) for cell, values in cells.items()} for method, cells in found.items()}
+
+
+def over_scenes(cells: dict[tuple[str, int], float]) -> Interval:
+    """The interval over scenes of values by scene and seed."""
+    scenes: dict[str, list[float]] = {}
+    for (scene, _), value in cells.items():
+        scenes.setdefault(scene, []).append(value)
+    return interval([float(np.mean(values)) for values in scenes.values()])
 
 
 def interval(values: list[float]) -> Interval:
@@ -98,22 +105,27 @@ def student(freedom: int) -> float:
 
 def summarise(rows: list[dict]) -> dict[str, dict[str, Interval]]:
     """For each method, in the order of COMPARED, each column that it has values of."""
-    columns = {column: by_scene(rows, column) for column in COLUMNS}
+    columns = {column: by_cell(rows, column) for column in COLUMNS}
     methods = [method for method in COMPARED if method in columns["prompt_similarity"]]
     return {
-        method: {
-            column: interval(list(scenes[method].values())) for column, scenes in columns.items() if method in scenes
-        }
+        method: {column: over_scenes(cells[method]) for column, cells in columns.items() if method in cells}
         for method in methods
     }
 
 
-def compare(rows: list[dict], ordering: Ordering) -> Interval | None:
-    """By how much one method has more than the other, scene by scene; None where no scene has both."""
-    scenes = by_scene(rows, ordering.column)
-    more, less = scenes.get(ordering.more, {}), scenes.get(ordering.less, {})
-    shared = sorted(more.keys() & less.keys())
-    return interval([more[scene] - less[scene] for scene in shared]) if shared else None
+def compare(rows: list[dict], more: str, less: str, column: str) -> Interval | None:
+    """By how much one method has more than the other, over the scenes and seeds that both have; None without any."""
+    cells = by_cell(rows, column)
+    ours, theirs = cells.get(more, {}), cells.get(less, {})
+    differences = {cell: value - theirs[cell] for cell, value in ours.items() if cell in theirs}
+    return over_scenes(differences) if differences else None
+
+
+def option_changes(rows: list[dict]) -> dict[str, list[Interval | None]]:
+    """For each option that was tried, by how much it changes each column of the method."""
+    options = [name for name, row in COMPARED.items() if row.kind == "option"]
+    changes = {name: [compare(rows, name, "bas", column) for column in COLUMNS] for name in options}
+    return {name: cells for name, cells in changes.items() if any(cells)}
 
 
 def verdict(difference: Interval) -> str:
@@ -132,12 +144,14 @@ def markdown(rows: list[dict], facts: dict[str, str]) -> str:
     if checked := ordering_table(rows):
         lines += ["## The paper's orderings", "", *checked, ""]
         lines += ["“holds” and “reversed”: the interval of the difference leaves 0 out.", ""]
+    if tried := option_table(rows):
+        lines += ["## The options", "", *tried, "", "Over the scenes and seeds that both rows have.", ""]
     return "\n".join(lines)
 
 
 def method_table(rows: list[dict]) -> list[str]:
     """A line for each method with the mean and interval of each column."""
-    lines = head(["method", "", *(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values())])
+    lines = head(["method", "", *HEADINGS])
     for method, columns in summarise(rows).items():
         lines.append(line([method, COMPARED[method].gloss, *(str(columns.get(column, "–")) for column in COLUMNS)]))
     return lines
@@ -145,12 +159,19 @@ def method_table(rows: list[dict]) -> list[str]:
 
 def ordering_table(rows: list[dict]) -> list[str]:
     """A line for each of the paper's orderings that can be checked; nothing when none can."""
-    checked = [(o, difference) for o in ORDERINGS if (difference := compare(rows, o)) is not None]
+    checked = [(o, difference) for o in ORDERINGS if (difference := compare(rows, o.more, o.less, o.column))]
     lines = head(["claim", "measured", "difference", "verdict"]) if checked else []
     for ordering, difference in checked:
         measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
         lines.append(line([ordering.claim, measured, str(difference), verdict(difference)]))
     return lines
+
+
+def option_table(rows: list[dict]) -> list[str]:
+    """A line for each option that was tried; nothing when none was."""
+    changes = option_changes(rows)
+    lines = [line([name, COMPARED[name].gloss, *(str(c or "–") for c in cells)]) for name, cells in changes.items()]
+    return [*head(["option − bas", "", *HEADINGS]), *lines] if lines else []
 
 
 def head(titles: list[str]) -> list[str]:
