@@ -22,7 +22,7 @@ from bas.config import RunError, SampleConfig, TrainConfig
 from bas.evaluation import drawing, run
 from bas.evaluation.baselines import COMPARED, PAPER, training_of
 from bas.evaluation.page import page
-from bas.evaluation.plot import layout, scatter_png
+from bas.evaluation.plot import Point, label_places, layout, overlap, scatter_png
 from bas.evaluation.protocol import agree_on, fill_cell, plan_cells
 from bas.evaluation.run import Bench, counted_seconds, evaluate_each, measured_seconds, write_results
 from bas.evaluation.scores import score_cell, summary_of_handles
@@ -373,6 +373,18 @@ def test_the_plot_puts_more_to_the_right_and_higher_up(done):
     assert tuple(sheet[round(first.y), round(x.at(0.22))]) == first.colour
     with Image.open(done[0] / "scatter.png") as picture:
         assert picture.size == (960, 640)
+
+
+def test_labels_of_near_points_lie_on_nothing():
+    """Three points in a row, one nearer than its label is wide, and one far off: each label is at its point, and free."""
+    points = [Point(name, x, 300.0, None, None, (0, 0, 0)) for name, x in (("bas", 300), ("ti", 345), ("db", 390))]
+    points.append(Point("cd-m", 700.0, 100.0, None, None, (0, 0, 0)))
+    places = label_places(points, 20)
+    assert places[3] == (711.0, 78.0)  # to the right, above
+    boxes = [(x, y, x + 12 * len(p.method), y + 20) for (x, y), p in zip(places, points, strict=True)]
+    marks = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in points]
+    assert all(overlap(box, other) == 0 for i, box in enumerate(boxes) for other in boxes[:i] + marks)
+    assert all(abs(x - p.x) < 50 and abs(y - p.y) < 25 for (x, y), p in zip(places, points, strict=True))
 
 
 def test_the_page_shows_the_pictures_behind_each_point(done):

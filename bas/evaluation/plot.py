@@ -88,14 +88,26 @@ def colour_of(method: str) -> tuple[int, int, int]:
 
 
 def label_places(points: list[Point], height: float) -> list[tuple[float, float]]:
-    """Where the labels stand, beside their points, moved down where two would lie on each other."""
-    places: dict[str, tuple[float, float]] = {}
-    for point in sorted(points, key=lambda p: p.y):
-        x, y = point.x + RADIUS + 4, point.y - height - 2
-        while any(abs(y - other_y) < height and abs(x - other_x) < 9 * height for other_x, other_y in places.values()):
-            y += 2
-        places[point.method] = (x, y)
-    return [places[point.method] for point in points]
+    """Where the labels stand, left and top: at that corner of their point where they lie on nothing else, or least."""
+    taken = [(p.x - RADIUS, p.y - RADIUS, p.x + RADIUS, p.y + RADIUS) for p in points]
+    places = []
+    for point in points:
+        width, beside = 0.6 * height * len(point.method), RADIUS + 4
+        corners = [
+            (left, top, left + width, top + height)
+            for top in (point.y - height - 2, point.y + 2)
+            for left in (point.x + beside, point.x - beside - width)
+        ]
+        free = min(corners, key=lambda box: sum(overlap(box, other) for other in taken))
+        taken.append(free)
+        places.append(free[:2])
+    return places
+
+
+def overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """The area that two boxes (left, top, right, bottom) share."""
+    wide, high = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    return max(wide, 0.0) * max(high, 0.0)
 
 
 def scatter_png(summary: dict[str, dict[str, Interval]]) -> Image.Image:
