@@ -376,7 +376,7 @@ def test_the_plot_puts_more_to_the_right_and_higher_up(done):
 
 
 def test_labels_of_near_points_lie_on_nothing():
-    """Three points in a row, one nearer than its label is wide, and one far off: each label is at its point, and free."""
+    """Three points in a row, one nearer than its label is wide, and one far off: each label is at its own, and free."""
     points = [Point(name, x, 300.0, None, None, (0, 0, 0)) for name, x in (("bas", 300), ("ti", 345), ("db", 390))]
     points.append(Point("cd-m", 700.0, 100.0, None, None, (0, 0, 0)))
     places = label_places(points, 20)
