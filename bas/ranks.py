@@ -3,9 +3,10 @@
 The parts are fixed by position, so nothing is negotiated; the processes speak to each other only at the end.
 """
 
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from bas.config import InputError
 
 T = TypeVar("T")
+Gather = Callable[
+    [list], list
+]  # every process's list, of what JSON can hold, as one, in their order; waits for the last
 PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
 
 
@@ -60,24 +64,25 @@ class Ranks:
         return device
 
     @contextmanager
-    def connected(self) -> Iterator[None]:
-        """Within the block `gather` works. One process alone needs no network."""
-        if self.world == 1:
-            yield
-            return
-        dist.init_process_group("gloo", timeout=PATIENCE)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+    def connected(self) -> Iterator[Gather]:
+        """Within the block the processes reach each other; it yields the function that gathers their lists.
 
-    def gather(self, mine: list[T]) -> list[T]:
-        """The lists of all processes as one, in their order; waits for the last of them."""
+        They meet in torchrun's store alone: a process group would keep threads that outlive the work.
+        """
         if self.world == 1:
-            return mine
-        lists: list = [None] * self.world
-        dist.all_gather_object(lists, mine)
-        return [item for part in lists for item in part]
+            yield list
+            return
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+
+        def gather(mine: list) -> list:
+            store.set(f"bas: part {self.rank}", json.dumps(mine))
+            parts = [json.loads(store.get(f"bas: part {rank}")) for rank in range(self.world)]
+            store.set(f"bas: read by {self.rank}", "")
+            if self.first:  # the store may live in this process: it stays until all have read
+                store.wait([f"bas: read by {rank}" for rank in range(self.world)])
+            return [item for part in parts for item in part]
+
+        yield gather
 
 
 def announce(line: str) -> None:

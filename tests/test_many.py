@@ -194,7 +194,7 @@ def test_nonsense_in_the_environment_is_refused(monkeypatch):
 
 
 def test_two_processes_train_every_scene_once(bench, scenes, tmp_path):
-    """Started by torchrun, over gloo: a failed scene of one process ends both with code 1 after all are trained."""
+    """Started by torchrun: a failed scene of one process ends both with code 1 after all are trained."""
     broken = write_scene(tmp_path / "broken")
     (broken / "mask0.png").write_text("nothing")
     line = words(bench, tmp_path / "out", str(scenes), str(broken))

@@ -112,19 +112,19 @@ def run(args: argparse.Namespace) -> None:
     agree_on(folder, facts | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
     bench = Bench(base, device, sampling, partial(make_scorer, measured, base, str(device)))
     share, failed = ranks.part(cells), []
-    with ranks.connected():
+    with ranks.connected() as gather:
         for i, outcome in enumerate(evaluate_each(share, bench), start=1):
             say(outcome, f"[{i}/{len(share)}]", share[i:])
             if outcome.error:
-                failed.append(outcome)
-        failed = ranks.gather(failed)
+                failed.append([title(outcome.cell), outcome.error])
+        failed = gather(failed)
     if ranks.first:
         shown = {"base": base.name, "scenes": str(len(scenes)), "seeds": " ".join(map(str, seeds))}
         shown |= {"metrics": measured["kind"], "segments": measured["segments"]}
         for path in write_results(folder, cells, shown):
             print(path)
-        for outcome in failed:
-            log.error("%s: %s", title(outcome.cell), outcome.error)
+        for name, error in failed:
+            log.error("%s: %s", name, error)
     if failed and not ranks.first:
         sys.exit(1)
     if failed:

@@ -88,16 +88,16 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
         return
     config = replace(config, device=ranks.device(config.device))
     share, failed = ranks.part(scenes), []
-    with ranks.connected():
+    with ranks.connected() as gather:
         for i, outcome in enumerate(train_each(config, share), start=1):
             say(outcome, f"[{i}/{len(share)}]")
             if outcome.error:
-                failed.append(outcome)
-        failed = ranks.gather(failed)
+                failed.append([outcome.scene, outcome.error])
+        failed = gather(failed)
     if failed and not ranks.first:
         sys.exit(1)
-    for outcome in failed:
-        log.error("%s: %s", outcome.scene, outcome.error)
+    for scene, error in failed:
+        log.error("%s: %s", scene, error)
     if failed:
         raise RunError(f"{len(failed)} of {len(scenes)} scenes failed; the same command tries them again")
 
