@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +18,7 @@ from bas.config import InputError
 
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 MAX_TENSORS = 20_000  # ten times the largest file of this family
+MAPPED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 PICKLE_ADVICE = (
     "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
@@ -48,12 +51,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, memory-mapped rather than copied, and the file's metadata."""
+    """The tensors of a .safetensors file, memory-mapped rather than copied, and the file's metadata.
+
+    Weights are mapped one by one: the pages that were read of one leave memory with it, not with the last of all.
+    """
     try:
         refuse_foreign_file(path)
-        refuse_odd_header(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        header, start = _read_header(path)
+        with safe_open(path, framework="pt") as file:  # holds the header against the file
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118
+                tensor = _mapped(path, header[name], start)
+                tensors[name] = file.get_tensor(name) if tensor is None else tensor
+            return tensors, file.metadata() or {}
     except InputError:
         raise
     except OSError as error:
@@ -87,10 +97,11 @@ def refuse_foreign_file(path: Path) -> None:
             raise InputError(f"{path} is {what}: {advice}")
 
 
-def refuse_odd_header(path: Path) -> None:
-    """InputError or ValueError for a header that the library would read, but that no model has.
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a .safetensors file, and the byte at which its tensors begin.
 
-    It takes time and memory by the gigabyte for millions of tensors, and of two tensors of one name the last.
+    InputError or ValueError for one that the library would read, but that no model has: it takes time and memory by the
+    gigabyte for millions of tensors, and of two tensors of one name the last.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -99,6 +110,16 @@ def refuse_odd_header(path: Path) -> None:
         header = json.loads(file.read(length), object_pairs_hook=_unique)
     if isinstance(header, dict) and len(header) > MAX_TENSORS:
         raise InputError(f"{path} holds {len(header)} tensors, more than any model: it belongs to something else")
+    return header, 8 + length
+
+
+def _mapped(path: Path, entry: dict[str, Any], start: int) -> Tensor | None:
+    """One tensor of a header that was checked, in a mapping of its own; None for an empty one and for other numbers."""
+    begin, end = entry["data_offsets"]
+    if begin == end or entry["dtype"] not in MAPPED:
+        return None
+    data = np.memmap(path, mode="c", offset=start + begin, shape=end - begin)
+    return torch.from_numpy(data).view(MAPPED[entry["dtype"]]).view(entry["shape"])
 
 
 def refuse_large_description(path: Path) -> None:

@@ -126,14 +126,18 @@ def fill(
 ) -> None:
     """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
 
-    InputErrors as `match` raises them; another lists every weight that is no finite number.
+    `tensors` is emptied on the way, so that a file's pages leave memory as soon as they are converted. InputErrors as
+    `match` raises them; another lists every weight that is no finite number.
     """
-    given = match(module, tensors, source)
-    broken = (name for name, tensor in given.items() if not _is_finite(tensor))
-    _refuse([f"{name} holds values that are not finite numbers" for name in broken], source, BROKEN)
-    module.load_state_dict(
-        {name: tensor.to(device=device, dtype=dtype) for name, tensor in given.items()}, strict=True, assign=True
-    )
+    given, weights, broken = match(module, tensors, source), {}, []
+    tensors.clear()
+    for name in list(given):
+        tensor = given.pop(name)
+        if not _is_finite(tensor):
+            broken.append(f"{name} holds values that are not finite numbers")
+        weights[name] = tensor.to(device=device, dtype=dtype)
+    _refuse(broken, source, BROKEN)
+    module.load_state_dict(weights, strict=True, assign=True)
     _fill_position_ids(module, device)
     module.eval()
 

@@ -233,8 +233,8 @@ GUARDS = (
     Guard(
         "weights are finite",
         "parts.py",
-        "if not _is_finite(tensor))",
-        "if False)",
+        "if not _is_finite(tensor):",
+        "if False:",
         "test_checkpoint.py::test_unusable_weights_are_refused",
     ),
     Guard(

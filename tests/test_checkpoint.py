@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, TEXT_FILE, UNET_FILE, VAE_FILE, change_json, change_tensors, refusal, tiny
 from safetensors.torch import load_file
 
-from bas import files
+from bas import files, parts
 from bas.checkpoint import component_files, load, save_model, weights_hash
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
@@ -104,6 +104,29 @@ def test_precision_is_converted_on_the_way_in_and_out(dtype, saved, tmp_path):
     save_model(models, tmp_path, dtype)
     assert {t.dtype for t in load_file(tmp_path / UNET_FILE).values()} == {dtype}
     assert_same_weights(load(tmp_path, dtype=dtype), models)
+
+
+def mapped_bytes(folder: Path) -> int:
+    """Bytes of files in a folder that this process has in its address space."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    ends = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return sum(end - begin for begin, end in ends)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process has mapped")
+def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
+    """Else a model's files would stay in memory beside it until the last weight: two thirds of the peak in bf16."""
+    seen = []
+    monkeypatch.setattr(parts, "_is_finite", lambda tensor: seen.append(mapped_bytes(saved)) or True)
+    models = load(saved, dtype=torch.bfloat16)
+    sizes = [file.stat().st_size for file in saved.rglob("*.safetensors")]
+    assert len(seen) == len(states(models))
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] > sum(sizes)
+    assert seen[-1] < 0.01 * sum(sizes)
+    assert mapped_bytes(saved) == 0
+    models = load(saved)
+    assert mapped_bytes(saved) > sum(sizes)  # nothing was converted: nothing is copied
 
 
 def test_handles_become_rows_and_tokens(tmp_path):

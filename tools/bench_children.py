@@ -58,6 +58,8 @@ def loading(task: dict) -> dict:
     torch.set_num_threads(task["threads"])
     cuda = task["device"].startswith("cuda")
     if task["side"] == "bas":
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401 - bas imports them inside the call
+
         from bas import load
 
         began = time.perf_counter()
