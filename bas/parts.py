@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embed
     *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
 )
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WORKERS = 4  # threads that convert weights: most of that time is the system's, handing out memory
 BROKEN = "holds broken weights"
 SHOWN = 20  # problems listed in an error before the rest is only counted
 
@@ -129,14 +131,18 @@ def fill(
     `tensors` is emptied on the way, so that a file's pages leave memory as soon as they are converted. InputErrors as
     `match` raises them; another lists every weight that is no finite number.
     """
-    given, weights, broken = match(module, tensors, source), {}, []
+    given = match(module, tensors, source)
     tensors.clear()
-    for name in list(given):
+
+    def convert(name: str) -> Tensor | None:
         tensor = given.pop(name)
-        if not _is_finite(tensor):
-            broken.append(f"{name} holds values that are not finite numbers")
-        weights[name] = tensor.to(device=device, dtype=dtype)
-    _refuse(broken, source, BROKEN)
+        return tensor.to(device=device, dtype=dtype) if _is_finite(tensor) else None
+
+    names = list(given)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        weights = dict(zip(names, pool.map(convert, names), strict=True))
+    broken = [name for name in names if weights[name] is None]
+    _refuse([f"{name} holds values that are not finite numbers" for name in broken], source, BROKEN)
     module.load_state_dict(weights, strict=True, assign=True)
     _fill_position_ids(module, device)
     module.eval()

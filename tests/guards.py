@@ -233,8 +233,8 @@ GUARDS = (
     Guard(
         "weights are finite",
         "parts.py",
-        "if not _is_finite(tensor):",
-        "if False:",
+        "dtype=dtype) if _is_finite(tensor) else None",
+        "dtype=dtype)",
         "test_checkpoint.py::test_unusable_weights_are_refused",
     ),
     Guard(

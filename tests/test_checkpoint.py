@@ -121,9 +121,8 @@ def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
     models = load(saved, dtype=torch.bfloat16)
     sizes = [file.stat().st_size for file in saved.rglob("*.safetensors")]
     assert len(seen) == len(states(models))
-    assert seen == sorted(seen, reverse=True)
-    assert seen[0] > sum(sizes)
-    assert seen[-1] < 0.01 * sum(sizes)
+    assert max(seen) > 0.99 * sum(sizes)
+    assert min(seen) < 0.02 * sum(sizes)  # the last ones, in whatever order the threads come to them
     assert mapped_bytes(saved) == 0
     models = load(saved)
     assert mapped_bytes(saved) > sum(sizes)  # nothing was converted: nothing is copied
