@@ -149,7 +149,7 @@ class Case:
 def cases() -> list[Case]:
     """Every point: each step, each part of a save, previews, class images, the final save, and chains."""
     steps = [
-        Case(f"in step {step}", (in_step(step),), fast=step in (1, PHASE_STEPS, PHASE_STEPS + 1))
+        Case(f"in step {step}", (in_step(step),), fast=step in (PHASE_STEPS, PHASE_STEPS + 1))
         for step in range(1, 2 * PHASE_STEPS + 1)
     ]
     points = (
@@ -165,7 +165,7 @@ def cases() -> list[Case]:
     others = [
         Case("in a preview", (in_preview,), changes=(("img_log_steps", 8), ("preview_inference_steps", 1))),
         Case("among the class images", (in_class_images,), fast=True, own_class_images=True),
-        Case("when all is saved", (in_last_clearing,), fast=True),
+        Case("when all is saved", (in_last_clearing,)),
         Case("chain: step 5, step 19, save of step 33", (in_step(5), in_step(19), in_save("in its tensors", 33))),
         Case("chain: save of step 6, step 21, final save",
              (in_save("before its manifest", 6), in_step(21), in_final_save(MODEL_FILES[1]))),
