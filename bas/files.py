@@ -18,7 +18,8 @@ from bas.config import InputError
 
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 MAX_TENSORS = 20_000  # ten times the largest file of this family
-MAPPED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAPPED_ALONE = 2**18  # bytes: what is smaller shares one mapping with the others of its file
+WEIGHT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 PICKLE_ADVICE = (
     "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
@@ -53,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a .safetensors file, memory-mapped rather than copied, and the file's metadata.
 
-    Weights are mapped one by one: the pages that were read of one leave memory with it, not with the last of all.
+    Large weights are mapped one by one: the pages that were read of one leave memory with it, not with the last of all.
     """
     try:
         refuse_foreign_file(path)
@@ -114,12 +115,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _mapped(path: Path, entry: dict[str, Any], start: int) -> Tensor | None:
-    """One tensor of a header that was checked, in a mapping of its own; None for an empty one and for other numbers."""
+    """One tensor of a header that was checked, in a mapping of its own; None for a small one and for other numbers."""
     begin, end = entry["data_offsets"]
-    if begin == end or entry["dtype"] not in MAPPED:
+    if end - begin < MAPPED_ALONE or entry["dtype"] not in WEIGHT_TYPES:
         return None
     data = np.memmap(path, mode="c", offset=start + begin, shape=end - begin)
-    return torch.from_numpy(data).view(MAPPED[entry["dtype"]]).view(entry["shape"])
+    return torch.from_numpy(data).view(WEIGHT_TYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def refuse_large_description(path: Path) -> None:

@@ -28,6 +28,7 @@ TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embed
 )
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORKERS = 4  # threads that convert weights: most of that time is the system's, handing out memory
+WORTH_THREADS = 2**26  # bytes of a network
 BROKEN = "holds broken weights"
 SHOWN = 20  # problems listed in an error before the rest is only counted
 
@@ -138,9 +139,9 @@ def fill(
         tensor = given.pop(name)
         return tensor.to(device=device, dtype=dtype) if _is_finite(tensor) else None
 
-    names = list(given)
+    names, large = list(given), sum(tensor.nbytes for tensor in given.values()) >= WORTH_THREADS
     with ThreadPoolExecutor(WORKERS) as pool:
-        weights = dict(zip(names, pool.map(convert, names), strict=True))
+        weights = dict(zip(names, (pool.map if large else map)(convert, names), strict=True))
     broken = [name for name in names if weights[name] is None]
     _refuse([f"{name} holds values that are not finite numbers" for name in broken], source, BROKEN)
     module.load_state_dict(weights, strict=True, assign=True)
