@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -337,7 +338,9 @@ def whole_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "draw_batch", draw)
         patch.setattr(training, "optimizer_step", step)
-        config = replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("run")))
+        folder = tmp_path_factory.mktemp("official")
+        class_images = copytree(OFFICIAL / "class_images", folder / "class_images")  # training leaves a lock there
+        config = replace(CONFIG, class_data_dir=str(class_images), output_dir=str(folder / "run"))
         run = training.start(config, *training.check_input(config))
         for begin, phase in zip((0, 3), CONFIG.phases, strict=True):
             training.train_phase(run, phase, begin)
