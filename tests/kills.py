@@ -164,7 +164,7 @@ def cases() -> list[Case]:
     finals = [Case(f"final save, in {stem}", (in_final_save(stem),), fast=stem == "concepts") for stem in MODEL_FILES]
     others = [
         Case("in a preview", (in_preview,), changes=(("img_log_steps", 8), ("preview_inference_steps", 1))),
-        Case("among the class images", (in_class_images,), fast=True, own_class_images=True),
+        Case("among the class images", (in_class_images,), own_class_images=True),
         Case("when all is saved", (in_last_clearing,)),
         Case("chain: step 5, step 19, save of step 33", (in_step(5), in_step(19), in_save("in its tensors", 33))),
         Case("chain: save of step 6, step 21, final save",

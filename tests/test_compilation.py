@@ -53,7 +53,7 @@ def test_an_unknown_kind_is_one_line(capsys):
     assert "--compile" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("kind", "graphs"), [("regional", 2), ("whole", 1)])
+@pytest.mark.parametrize(("kind", "graphs"), [("regional", 2), pytest.param("whole", 1, marks=pytest.mark.slow)])
 def test_compiled_training_has_no_graph_break_and_the_same_gradients(kind, graphs):
     """`fullgraph` raises at a break; the counters agree. Regional compiles many small graphs, whole a single one."""
     torch.manual_seed(0)
