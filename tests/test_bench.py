@@ -233,18 +233,18 @@ def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
         yield
 
     def succeed(_bench, setting, _lines):
-        yield Line("scenes per hour", setting.name, note="3 scenes")
+        yield Line("class images", setting.name, note="3 images")
 
     monkeypatch.setitem(bench_rows.MEASURES, "imports", fail)
-    monkeypatch.setitem(bench_rows.MEASURES, "scenes", succeed)
+    monkeypatch.setitem(bench_rows.MEASURES, "pictures", succeed)
     monkeypatch.setattr(bench, "free_bytes", lambda: 1e12)
-    arguments = bench.read_arguments(["--quick", "--device", "cpu", "--rows", "imports", "scenes"])
+    arguments = bench.read_arguments(["--quick", "--device", "cpu", "--rows", "imports", "pictures"])
     saved = []
     bench.measure(bench.Bench(arguments, tmp_path), lambda lines: saved.append(list(lines)))
     notes = {line.row: line.note for line in saved[-1] if line.setting == "small SD 2, CPU"}
     assert notes["import"] == "failed: out of memory"
     assert notes["phase-1 step"] == "left out of this run"
-    assert notes["scenes per hour"] == "3 scenes"
+    assert notes["class images"] == "3 images"
     assert {line.setting for line in saved[-1]} == {setting.name for setting in bench.SETTINGS}
 
 
@@ -296,7 +296,7 @@ def test_scenes_per_hour_count_one_command_each_against_one_for_all(scenes_row, 
 
 
 def test_both_sides_save_the_concepts_of_each_scene(scenes_row, monkeypatch):
-    """The quick check's commands are run as they stand; neither side makes a class image."""
+    """The commands are run as they stand; neither side makes a class image."""
     import official_loop  # there: the fixture looked for diffusers
 
     def run(command: list[str]) -> float:
