@@ -338,9 +338,9 @@ def whole_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "draw_batch", draw)
         patch.setattr(training, "optimizer_step", step)
-        folder = tmp_path_factory.mktemp("official")
-        class_images = copytree(OFFICIAL / "class_images", folder / "class_images")  # training leaves a lock there
-        config = replace(CONFIG, class_data_dir=str(class_images), output_dir=str(folder / "run"))
+        run_folder, class_images = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("class_images")
+        copytree(OFFICIAL / "class_images", class_images, dirs_exist_ok=True)  # training leaves a lock there
+        config = replace(CONFIG, class_data_dir=str(class_images), output_dir=str(run_folder))
         run = training.start(config, *training.check_input(config))
         for begin, phase in zip((0, 3), CONFIG.phases, strict=True):
             training.train_phase(run, phase, begin)
