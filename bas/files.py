@@ -19,7 +19,7 @@ from bas.config import InputError
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 MAX_TENSORS = 20_000  # ten times the largest file of this family
 MAPPED_ALONE = 2**18  # bytes: what is smaller shares one mapping with the others of its file
-WEIGHT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 PICKLE_ADVICE = (
     "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bas.config import InputError
+from bas.files import WEIGHT_TYPES
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import merged_state_dict
 from bas.models.unet import UNet
@@ -26,7 +27,6 @@ TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embed
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
 )
-WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WORKERS = 4  # threads that convert weights: most of that time is the system's, handing out memory
 WORTH_THREADS = 2**26  # bytes of a network
 BROKEN = "holds broken weights"
@@ -164,7 +164,7 @@ def match(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[st
         if name in given and given[name].shape != wanted[name].shape
     ]
     _refuse(problems, source, "does not hold the weights that its configuration describes")
-    foreign = {name: given[name].dtype for name in wanted if given[name].dtype not in WEIGHT_TYPES}
+    foreign = {name: given[name].dtype for name in wanted if given[name].dtype not in WEIGHT_TYPES.values()}
     kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in foreign.items()}
     _refuse([f"{name} is {kind}, not fp16, bf16 or fp32" for name, kind in kinds.items()], source, BROKEN)
     return {name: given[name] for name in wanted}

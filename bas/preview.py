@@ -63,7 +63,7 @@ def write_preview(
     sheet = grid([scene, pairs], [["scene and masks", *prompts], names], CELL, title=f"step {step}")
     separate = folder / PICTURES / f"step-{step:06d}"
     separate.mkdir(parents=True, exist_ok=True)
-    for place, picture in zip([*layers, "all"], drawn, strict=False):
+    for place, picture in zip([*layers, "all"][: len(prompts)], drawn, strict=True):
         picture.save(separate / f"sample-{place}.png")
     for place, picture in enumerate(looks):
         picture.save(separate / f"attention-{place}.png")

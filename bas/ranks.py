@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -18,9 +19,7 @@ import torch.distributed as dist
 from bas.config import InputError
 
 T = TypeVar("T")
-Gather = Callable[
-    [list], list
-]  # every process's list, of what JSON can hold, as one, in their order; waits for the last
+Gather = Callable[[list], list]
 PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
 
 
@@ -67,19 +66,23 @@ class Ranks:
     def connected(self) -> Iterator[Gather]:
         """Within the block the processes reach each other; it yields the function that gathers their lists.
 
-        They meet in torchrun's store alone: a process group would keep threads that outlive the work.
+        That waits for the last process and returns all their lists, of what JSON can hold, as one, in their order. Each
+        process calls it as often as the others. They meet in torchrun's store alone: a process group would keep threads
+        that outlive the work.
         """
         if self.world == 1:
             yield list
             return
         store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        calls = count()
 
         def gather(mine: list) -> list:
-            store.set(f"bas: part {self.rank}", json.dumps(mine))
-            parts = [json.loads(store.get(f"bas: part {rank}")) for rank in range(self.world)]
-            store.set(f"bas: read by {self.rank}", "")
+            call = f"bas: call {next(calls)}"
+            store.set(f"{call}, part {self.rank}", json.dumps(mine))
+            parts = [json.loads(store.get(f"{call}, part {rank}")) for rank in range(self.world)]
+            store.set(f"{call}, read by {self.rank}", "")
             if self.first:  # the store may live in this process: it stays until all have read
-                store.wait([f"bas: read by {rank}" for rank in range(self.world)])
+                store.wait([f"{call}, read by {rank}" for rank in range(self.world)])
             return [item for part in parts for item in part]
 
         yield gather

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,7 @@ ALL = list(dict.fromkeys([*documented(), *(line for command in COMMANDS for line
 def words_of(line: str) -> list[str]:
     """A written command as it is run here, without its `bas`."""
     words = [STANDS_FOR.get(word, word) for word in shlex.split(line)[1:]]
-    after = [None, *words]
-    return [DOWNLOADED.get(w, w) if before == "--weights" else w for before, w in zip(after, words, strict=False)]
+    return [DOWNLOADED.get(word, word) if before == "--weights" else word for before, word in pairwise(["", *words])]
 
 
 # --------------------------------------------------------------------------------------------------------------

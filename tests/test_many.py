@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import file_hashes, refused, write_scene
 
 import bas
@@ -181,6 +183,20 @@ def test_parts_share_everything_once():
     parts = [Ranks(rank, 3).part(items) for rank in range(3)]
     assert sorted(item for part in parts for item in part) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_lists_are_gathered_in_order_and_as_often_as_asked(monkeypatch):
+    """Two processes' places, here of two threads, in one store: a second call sees nothing of the first."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
+
+    def process(rank: int) -> list[list]:
+        with Ranks(rank, 2).connected() as gather:
+            return [gather([[f"scene {rank}", call]] * (rank + 1)) for call in range(2)]
+
+    with ThreadPoolExecutor() as pool:
+        seen = list(pool.map(process, range(2)))
+    assert seen[0] == seen[1] == [[["scene 0", call], ["scene 1", call], ["scene 1", call]] for call in range(2)]
 
 
 def test_nonsense_in_the_environment_is_refused(monkeypatch):

@@ -92,7 +92,8 @@ def learn(folder: Path, base: Path, layouts: tuple[Layout, ...], steps: list[int
         save_scene(realise(layout, describe(layout), FINER * side), folder / "scene" / (str(i) if i else ""))
     run, explicit = folder / "run", {"instance_data_dir": str(folder / "scene"), "output_dir": str(folder / "run")}
     explicit |= {"pretrained_model_name_or_path": str(base), "img_log_steps": 0, "checkpointing_steps": 0, **changes}
-    explicit |= dict(zip(("phase1_train_steps", "phase2_train_steps"), steps or (), strict=False))
+    if steps:
+        explicit |= dict(zip(("phase1_train_steps", "phase2_train_steps"), steps, strict=True))
     config = TrainConfig.resolve(explicit, read_model_row(base))
     if not (run / CONCEPTS).exists():
         shutil.rmtree(run, ignore_errors=True)
