@@ -1,9 +1,12 @@
 """The bench: its arithmetic, its tables, the turns that sides take, and that docs/speed.md shows docs/speed.json."""
 
 import json
+import threading
+from functools import partial
 from pathlib import Path
 
 import bench
+import bench_bas
 import numpy as np
 import pytest
 import torch
@@ -183,6 +186,19 @@ def test_bas_takes_one_step_at_a_time_in_its_own_loop(material, tmp_path):
         assert [json.loads(row)["step"] for row in rows] == list(range(1, steps + 1))
     side.close()
     assert not side.thread.is_alive()
+
+
+def test_a_run_starts_in_the_thread_that_trains(material, tmp_path, monkeypatch):
+    """PyTorch keeps the compiler's settings by thread: set in another one they would not hold for the steps."""
+    threads = set()
+    for name in ("start", "draw_batch"):
+        original = getattr(bench_bas.training, name)
+        watched = partial(lambda f, *args: threads.add(threading.current_thread()) or f(*args), original)
+        monkeypatch.setattr(bench_bas.training, name, watched)
+    side = BasSide(material, mode_named("fp32"), 1, tmp_path / "run")
+    side.step()
+    side.close()
+    assert threads == {side.thread}
 
 
 def test_what_goes_wrong_in_the_held_loop_is_raised(material, tmp_path, monkeypatch):

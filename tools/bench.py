@@ -116,7 +116,7 @@ def measure(bench: Bench, save: Callable[[list[Line]], None]) -> None:
                     for line in MEASURES[group](bench, setting, tuple(lines)):
                         lines.append(line)
                         save(lines)
-                except (RuntimeError, OSError) as error:  # memory, a compiler, a program: the other rows still count
+                except Exception as error:  # memory, a compiler, a program: the other rows still count
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                     lines += unmeasured(setting, group, f"failed: {reason[:100]}")
                     save(lines)

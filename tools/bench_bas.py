@@ -98,20 +98,26 @@ class StopLoop(Exception):
 
 
 class BasSide:
-    """bas's own training loop in a thread of its own, held at the end of each step until the next is asked for."""
+    """bas's own training loop in a thread of its own, held at the end of each step until the next is asked for.
+
+    All of bas runs in that thread, for PyTorch keeps the compiler's settings by thread.
+    """
 
     def __init__(self, material: Material, mode: Mode, phase: int, run: Path):
         self.config = configure(material, mode, phase, run)
-        self.run = start(self.config)
         self.go, self.stepped = threading.Semaphore(0), threading.Semaphore(0)
         self.stopping, self.error = False, None
-        self.note, self.run.metrics.add = self.run.metrics.add, self.hold
         self.thread = threading.Thread(target=self.loop, daemon=True)
+        self.thread.start()
+        self.await_loop()
 
     def loop(self) -> None:
-        """The phase, from the first permission on."""
-        self.go.acquire()
+        """The start of a run and, from the first permission on, the phase."""
         try:
+            self.run = start(self.config)
+            self.note, self.run.metrics.add = self.run.metrics.add, self.hold
+            self.stepped.release()
+            self.go.acquire()
             if not self.stopping:
                 training.train_phase(self.run, self.config.phases[0], 0)
         except StopLoop:
@@ -130,9 +136,11 @@ class BasSide:
 
     def step(self) -> None:
         """Take one step; whatever goes wrong in the loop is raised here."""
-        if not self.thread.is_alive():
-            self.thread.start()
         self.go.release()
+        self.await_loop()
+
+    def await_loop(self) -> None:
+        """Wait until the loop is held again; what went wrong in it is raised here."""
         self.stepped.acquire()
         if self.error:
             raise self.error
@@ -141,6 +149,5 @@ class BasSide:
         """End the loop and let go of the models."""
         self.stopping = True
         self.go.release()
-        if self.thread.is_alive():
-            self.thread.join()
+        self.thread.join()
         del self.run
