@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,15 @@ import torch
 import train_mini
 from mini_world_drawing import draw
 from mini_world_layouts import compose
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_mini_clip import clip_config
 from train_mini_files import save_weights, write_json
-from train_mini_folder import export
+from train_mini_folder import adopt, export
 from train_mini_presets import PRESETS, Preset, Recipe
-from train_mini_unet import Denoiser
 from train_mini_world import load_world, make_world
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+import bas
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
 from bas.models.vae import VAE
@@ -27,6 +28,7 @@ from bas.models.vae import VAE
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 ONE_STEP = Recipe(minutes=1e-9, batch=2, lr=1e-2, ema=0.9)
 SCENES = 4
+STAGES = ("vae", "clip", "unet", "decoder")  # those that train
 SMALLEST = Preset(
     resolution=16,
     scenes=SCENES,
@@ -48,13 +50,7 @@ SMALLEST = Preset(
     ),
     unet_recipe=ONE_STEP,
     decoder_recipe=ONE_STEP,
-    towers_recipe=ONE_STEP,
 )
-
-
-def new_clip(run: Path) -> CLIPModel:
-    """Both towers as drawn, for the run's tokenizer."""
-    return CLIPModel(clip_config(SMALLEST, CLIPTokenizer.from_pretrained(run / "tokenizer")))
 
 
 @pytest.fixture
@@ -68,21 +64,21 @@ def run(tmp_path):
     torch.save(torch.zeros(SCENES, 8, 8, dtype=torch.float16), tmp_path / "objects.pt")
     write_json(tmp_path / "vae.json", SMALLEST.vae.to_json())
     save_weights(VAE(SMALLEST.vae), tmp_path / "vae.safetensors")
-    clip = new_clip(tmp_path)
+    clip = CLIPModel(clip_config(SMALLEST, CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")))
     save_weights(clip, tmp_path / "clip.safetensors")
-    save_weights(Denoiser(UNet(SMALLEST.unet), clip.text_model), tmp_path / "unet_start.safetensors")
+    save_weights(UNet(SMALLEST.unet), tmp_path / "unet_start.safetensors")
     return tmp_path
 
 
-def train_unet(run, monkeypatch, *flags) -> tuple[set[str], set[str]]:
-    """One step of the stage by its command. -> names of the tensors that moved, and of those that did not"""
-    monkeypatch.setitem(PRESETS, "cpu", SMALLEST)
+def train(stage, run, monkeypatch, preset=SMALLEST):
+    """One step of a stage, or of all, by its command; `export` writes run/mini."""
+    monkeypatch.setitem(PRESETS, "cpu", preset)
     monkeypatch.setattr(train_mini, "fast_attention", lambda device: None)  # it sets switches of the whole process
-    monkeypatch.setattr(sys, "argv", ["train_mini.py", "unet", "--run_dir", str(run), *flags])
+    words = [stage, "--run_dir", run, "--output_dir", run / "mini"]
+    monkeypatch.setattr(sys, "argv", ["train_mini.py", *map(str, words)])
+    threads = torch.get_num_threads()
     train_mini.main()
-    before, after = load_file(run / "unet_start.safetensors"), load_file(run / "unet.safetensors")
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
-    return moved, before.keys() - moved
+    torch.set_num_threads(threads)
 
 
 def test_the_world_is_drawn_once_with_what_things_cover(tmp_path):
@@ -97,30 +93,75 @@ def test_the_world_is_drawn_once_with_what_things_cover(tmp_path):
     assert covers.max() == 255
 
 
-def test_the_text_tower_trains_along_with_the_unet(run, monkeypatch):
-    moved, _ = train_unet(run, monkeypatch)
-    assert {name.split(".")[0] for name in moved} == {"unet", "text_model"}
+def test_the_unet_trains_and_clip_stays(run, monkeypatch):
+    clip = (run / "clip.safetensors").read_bytes()
+    train("unet", run, monkeypatch)
+    before, after = load_file(run / "unet_start.safetensors"), load_file(run / "unet.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert (run / "clip.safetensors").read_bytes() == clip
 
 
-def test_a_frozen_text_tower_stays_while_the_unet_moves(run, monkeypatch):
-    moved, stayed = train_unet(run, monkeypatch, "--freeze_text")
-    assert {name.split(".")[0] for name in moved} == {"unet"}
-    assert any(name.startswith("text_model.") for name in stayed)
+def test_the_unet_reads_the_captions(run, monkeypatch):
+    """Its first step is another one where CLIP's text tower is another one."""
+    train("unet", run, monkeypatch)
+    told = load_file(run / "unet.safetensors")
+    (run / "unet.safetensors").unlink()
+    clip = load_file(run / "clip.safetensors")
+    save_file(
+        {name: 2 * value if "final_layer_norm" in name else value for name, value in clip.items()},
+        run / "clip.safetensors",
+    )
+    train("unet", run, monkeypatch)
+    told_otherwise = load_file(run / "unet.safetensors")
+    assert any(not torch.equal(told[name], told_otherwise[name]) for name in told)
 
 
-def test_an_unfinished_unet_is_exported_with_its_frozen_text_tower(run, tmp_path):
-    denoiser = Denoiser(UNet(SMALLEST.unet), new_clip(run).text_model)
-    average = [torch.full_like(p, 0.5) for p in denoiser.unet.parameters()]
-    torch.save({"module": denoiser.state_dict(), "average": average}, run / "unet.ckpt")
+def test_an_unfinished_unet_is_exported_with_the_text_tower_of_clip(run, tmp_path):
+    unet = UNet(SMALLEST.unet)
+    average = [torch.full_like(p, 0.5) for p in unet.parameters()]
+    torch.save({"module": unet.state_dict(), "average": average}, run / "unet.ckpt")
     export(SMALLEST, run, tmp_path / "mini")
     written = load_file(tmp_path / "mini/unet/diffusion_pytorch_model.safetensors")
     assert all((value == 0.5).all() for value in written.values())
     text = CLIPTextModel.from_pretrained(tmp_path / "mini/text_encoder").state_dict()
-    assert all(torch.equal(value, text[name]) for name, value in denoiser.text_model.state_dict().items())
+    clip = load_file(run / "clip.safetensors")
+    assert all(torch.equal(value, clip[f"text_model.{name}"]) for name, value in text.items())
+
+
+@pytest.mark.parametrize("with_clip", [True, False])
+def test_a_run_starts_from_the_shipped_miniature(tmp_path, with_clip):
+    adopt(tmp_path, MINI, with_clip)
+    shipped = load_file(MINI / "unet/diffusion_pytorch_model.safetensors")
+    start = load_file(tmp_path / "unet_start.safetensors")
+    assert all(torch.equal(start[name], value.float()) for name, value in shipped.items())
+    assert (tmp_path / "clip.safetensors").exists() == with_clip
+
+
+def test_the_shipped_text_tower_is_that_of_the_shipped_clip():
+    text, clip = (load_file(MINI / part / "model.safetensors") for part in ("text_encoder", "clip"))
+    told = {name.removeprefix("text_model."): value for name, value in clip.items() if name.startswith("text_model.")}
+    assert told.keys() == text.keys()
+    assert all(torch.equal(told[name], text[name]) for name in text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_stage_of_a_preset_ends_in_a_miniature(name, tmp_path, monkeypatch):
+    """One step of each stage at the preset's own sizes, on 520 scenes; diffusers and bas open the result."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: it is the reader under test")
+    short = {f"{stage}_recipe": ONE_STEP for stage in STAGES}
+    train("all", tmp_path, monkeypatch, replace(PRESETS[name], scenes=520, **short))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "mini", safety_checker=None)
+    side = PRESETS[name].resolution
+    settings = {"num_inference_steps": 1, "height": side, "width": side}
+    assert pipeline("a photo of a red star", **settings).images[0].size == (side, side)
+    (picture,) = bas.sample(bas.load(tmp_path / "mini"), "a photo of a red star", num_inference_steps=1)
+    assert picture.size == (side, side)
 
 
 def test_the_gpu_preset_is_ten_minutes_of_budget():
     preset = PRESETS["gpu"]
-    recipes = [getattr(preset, f"{stage}_recipe") for stage in ("vae", "clip", "unet", "decoder", "towers")]
+    recipes = [getattr(preset, f"{stage}_recipe") for stage in STAGES]
     assert sum(recipe.minutes for recipe in recipes) == 10
     assert preset.unet_recipe.minutes == max(recipe.minutes for recipe in recipes)

@@ -7,15 +7,16 @@ Stages, each resumable and each skipped once its result stands in the run folder
     vae        pictures <-> latents: L1, L2, edges, a little KL (Rombach et al. 2022, section 3.1)
     clip       text and image towers by contrast (Radford et al. 2021, section 2.3)
     latents    the training scenes through the frozen encoder
-    unet       denoising of latents by captions, text tower included unless --freeze_text
+    unet       denoising of latents by captions, as CLIP's text tower tells them
     decoder    the VAE's decoder alone once more: the latents stay what the UNet learnt
-    towers     CLIP's image tower once more, towards the text tower that the UNet reads: from here on there is only one
     export     the diffusers folder
 
 A stage lasts a fixed wall-clock time, and its learning rate reaches zero exactly then, however fast the machine.
 
     python tools/train_mini.py all --preset cpu --run_dir runs/mini --output_dir weights/mini
     python tools/train_mini.py all --run_dir runs/more --start_from weights/mini --output_dir runs/more/mini
+
+With `--start_from` only the stages of the world, the UNet and the decoder are left, and `clip` where it is named.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from train_mini_clip import train_clip, train_towers
+from train_mini_clip import train_clip
 from train_mini_folder import adopt, export
 from train_mini_presets import PRESETS
 from train_mini_tokenizer import make_tokenizer
@@ -47,7 +48,6 @@ STAGES = {
     "latents": encode_world,
     "unet": train_unet,
     "decoder": train_decoder,
-    "towers": train_towers,
 }
 
 
@@ -58,24 +58,21 @@ def main():
     parser.add_argument("--run_dir", type=Path, default=Path("runs/mini"), help="checkpoints, logs, previews")
     parser.add_argument("--output_dir", type=Path, default=Path("weights/mini"), help="where `export` writes")
     parser.add_argument(
-        "--start_from", type=Path, help="a miniature whose VAE and towers stay and whose UNet trains on"
+        "--start_from",
+        type=Path,
+        help="a miniature whose VAE and CLIP stay and whose UNet trains on; with the stage clip, CLIP begins anew",
     )
     parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
     parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")
-    parser.add_argument(
-        "--freeze_text",
-        action="store_true",
-        help="leave the text tower as it is while the UNet trains; without this it trains along with the UNet",
-    )
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    preset = replace(PRESETS[args.preset], freeze_text=args.freeze_text)
+    preset = PRESETS[args.preset]
     changed = {name: value for name in ("minutes", "lr") if (value := getattr(args, name))}
-    if changed and args.stage in ("vae", "clip", "unet", "decoder", "towers"):
+    if changed and args.stage in ("vae", "clip", "unet", "decoder"):
         recipe = f"{args.stage}_recipe"
         preset = replace(preset, **{recipe: replace(getattr(preset, recipe), **changed)})
     if args.start_from:
-        adopt(preset, args.run_dir, args.start_from)
+        adopt(args.run_dir, args.start_from, with_clip=args.stage != "clip")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast_attention(device)
     for stage, run_stage in STAGES.items():

@@ -1,4 +1,4 @@
-"""The stages of the miniature's CLIP: both towers, and the image tower once more."""
+"""The stage of the miniature's CLIP: an image tower, and the text tower that the UNet reads."""
 
 from pathlib import Path
 
@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from mini_world_captions import describe
 from safetensors.torch import load_file
-from torch import Tensor
 from train_mini_fit import fit
-from train_mini_presets import SEED, TEXT_LENGTH, Preset, Recipe
+from train_mini_presets import SEED, TEXT_LENGTH, Preset
 from train_mini_tokenizer import tokenize
 from train_mini_world import load_world, to_tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -42,41 +41,9 @@ def train_clip(preset: Preset, run: Path, device) -> None:
         return
     torch.manual_seed(SEED)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    fit_towers("clip", CLIPModel(clip_config(preset, tokenizer)).to(device), tokenizer, preset.clip_recipe, run)
-
-
-def load_clip(preset: Preset, run: Path, device) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Both trained towers, as they are by now, and their tokenizer."""
-    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    clip = CLIPModel(clip_config(preset, tokenizer))
-    newest = next(path for path in (run / "towers.safetensors", run / "clip.safetensors") if path.exists())
-    clip.load_state_dict(load_file(newest))
-    return clip.to(device).requires_grad_(False), tokenizer
-
-
-def train_towers(preset: Preset, run: Path, device) -> None:
-    """Put the text tower that the UNet reads into CLIP and fit the rest to it: one text tower, as in Stable Diffusion.
-
-    The text tower stays as it is (the idea of Zhai et al. 2022, locked-image tuning, with the towers exchanged).
-    """
-    if (run / "towers.safetensors").exists():
-        return
-    torch.manual_seed(SEED)
-    clip, tokenizer = load_clip(preset, run, device)
-    clip.text_model.load_state_dict(part_of(load_file(run / "unet.safetensors"), "text_model."))
-    clip.requires_grad_(True).text_model.requires_grad_(False)
-    fit_towers("towers", clip, tokenizer, preset.towers_recipe, run)
-
-
-def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def fit_towers(stage: str, clip: CLIPModel, tokenizer: CLIPTokenizer, recipe: Recipe, run: Path) -> None:
-    """Train whatever of the two towers is not frozen, by contrast, and say how well held-out scenes are told apart."""
+    clip, recipe = CLIPModel(clip_config(preset, tokenizer)).to(device), preset.clip_recipe
     images, layouts = load_world(run)
-    held_out, device = len(images) - 512, clip.device
+    held_out = len(images) - 512
 
     def similarity(chosen, rng):
         """Cosines (b, b) of pictures against captions worded with `rng`, or complete without it."""
@@ -96,8 +63,16 @@ def fit_towers(stage: str, clip: CLIPModel, tokenizer: CLIPTokenizer, recipe: Re
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"matched": (logits.argmax(1) == target).float().mean().item()}
 
-    fit(stage, clip, loss_of, recipe, run)
+    fit("clip", clip, loss_of, recipe, run)
     with torch.no_grad():
         cosines = similarity(np.arange(held_out, len(images)), None)
     matched = (cosines.argmax(1).cpu() == torch.arange(512)).float().mean()
-    print(f"{stage}: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")
+    print(f"clip: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")
+
+
+def load_clip(preset: Preset, run: Path, device) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Both trained towers and their tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    clip = CLIPModel(clip_config(preset, tokenizer))
+    clip.load_state_dict(load_file(run / "clip.safetensors"))
+    return clip.to(device).requires_grad_(False), tokenizer

@@ -36,8 +36,6 @@ class Preset:
     unet: UNetConfig
     unet_recipe: Recipe
     decoder_recipe: Recipe
-    towers_recipe: Recipe
-    freeze_text: bool = False  # in the UNet stage; else the text tower trains along with the UNet
 
 
 PRESETS = {
@@ -62,7 +60,6 @@ PRESETS = {
         ),
         unet_recipe=Recipe(minutes=80, batch=24, lr=1e-3, ema=0.997, workers=2),
         decoder_recipe=Recipe(minutes=8, batch=4, lr=5e-4, ema=0.99, workers=2),
-        towers_recipe=Recipe(minutes=5, batch=256, lr=5e-4, ema=0.98),
     ),
     "gpu": Preset(
         resolution=256,
@@ -72,7 +69,7 @@ PRESETS = {
         text_width=192,
         text_layers=4,
         patch=32,
-        clip_recipe=Recipe(minutes=1, batch=512, lr=1e-3, ema=0.995),
+        clip_recipe=Recipe(minutes=1.5, batch=512, lr=1e-3, ema=0.995),
         unet=UNetConfig(
             sample_size=32,
             block_out_channels=(64, 128, 192),
@@ -84,6 +81,5 @@ PRESETS = {
         ),
         unet_recipe=Recipe(minutes=5.5, batch=256, lr=1e-3, ema=0.9995),
         decoder_recipe=Recipe(minutes=1, batch=32, lr=5e-4, ema=0.995),
-        towers_recipe=Recipe(minutes=0.5, batch=512, lr=5e-4, ema=0.99),
     ),
 }  # fmt: skip
