@@ -6,10 +6,11 @@
 
 Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and drawing: what
 `bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
-run that docs/comparison.md shows; on the same machine every number is the same.
+run that docs/comparison.md shows; on the same machine and the same miniature every number is the same.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -25,7 +26,9 @@ from bas.evaluation.baselines import PAPER
 from bas.evaluation.protocol import CELL, CELLS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, value_of
+from bas.hub import find
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
 RECORDED = Path(__file__).parents[1] / "docs" / "comparison.json"
 SCENES, SIDE = 12, 256  # how many, and their pixels
 SETTINGS = (
@@ -71,6 +74,11 @@ def differences(cells: list[dict], recorded: list[dict]) -> list[float]:
     return [max(abs(ours[column] - theirs[column]) for column in COLUMNS) for ours, theirs in shared]
 
 
+def miniature() -> str:
+    """The shipped UNet's weights in twelve digits: which miniature a run was made with."""
+    return hashlib.sha256((find(None) / UNET).read_bytes()).hexdigest()[:12]
+
+
 def name_of(cell: dict) -> tuple:
     """What tells a cell from the others."""
     return cell["scene"], cell["method"], cell["seed"]
@@ -107,13 +115,16 @@ def main() -> None:
     evaluation = args.output_dir / "evaluation"
     evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
     run = {"date": datetime.now(timezone.utc).date().isoformat(), "torch": metadata.version("torch")}
-    run["cells"] = condense(evaluation)
+    run |= {"miniature": miniature(), "cells": condense(evaluation)}
     print(markdown(run))
     if args.record:
         RECORDED.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     else:
-        apart = differences(run["cells"], json.loads(RECORDED.read_text(encoding="utf-8"))["cells"])
+        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+        apart = differences(run["cells"], recorded["cells"])
         print(f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart):.2g}")
+        if recorded["miniature"] != run["miniature"]:
+            print(f"the recorded run is of another miniature: {recorded['miniature']}, here {run['miniature']}")
 
 
 if __name__ == "__main__":
