@@ -7,10 +7,12 @@ from pathlib import Path
 import check_methods
 import numpy as np
 import pytest
-from check_methods import RECORDED, condense, differences, markdown, miniature, write_scenes
+from check_methods import RECORDED, condense, differences, markdown, write_scenes
 from PIL import Image
 
 from bas.evaluation.baselines import PAPER
+from bas.evaluation.protocol import PLAN
+from bas.files import write_json
 
 
 @pytest.fixture
@@ -53,15 +55,17 @@ def test_a_recorded_run_of_another_miniature_is_named(evaluation, tmp_path, monk
     """The cells agree, yet a run is told from one with other weights."""
     cells = condense(evaluation)
     recorded = tmp_path / "recorded.json"
-    recorded.write_text(json.dumps({"miniature": "0" * 12, "cells": cells}))
+    recorded.write_text(json.dumps({"base": "0" * 64, "cells": cells}))
     monkeypatch.setattr(check_methods, "RECORDED", recorded)
+    (tmp_path / "evaluation").mkdir()
+    write_json(tmp_path / "evaluation" / PLAN, {"base": "f" * 64})
     monkeypatch.setattr(check_methods, "evaluate", lambda *args: None)
     monkeypatch.setattr(check_methods, "condense", lambda folder: cells)
     monkeypatch.setattr(sys, "argv", ["check_methods.py", "--output_dir", str(tmp_path), "--first_scenes", "0"])
     check_methods.main()
     told = capsys.readouterr().out
     assert "1 cells compared with the recorded run; the largest difference is 0\n" in told
-    assert f"the recorded run is of another miniature: {'0' * 12}, here {miniature()}\n" in told
+    assert f"the recorded run is of another miniature: {'0' * 12}, here {'f' * 12}\n" in told
 
 
 def test_scenes_are_those_of_the_world_and_stay(tmp_path):

@@ -10,7 +10,6 @@ run that docs/comparison.md shows; on the same machine and the same miniature ev
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -23,12 +22,11 @@ import numpy as np
 from mini_world import render_concepts, save_scene
 
 from bas.evaluation.baselines import PAPER
-from bas.evaluation.protocol import CELL, CELLS
+from bas.evaluation.protocol import CELL, CELLS, PLAN
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, value_of
-from bas.hub import find
+from bas.files import read_json
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
 RECORDED = Path(__file__).parents[1] / "docs" / "comparison.json"
 SCENES, SIDE = 12, 256  # how many, and their pixels
 SETTINGS = (
@@ -74,11 +72,6 @@ def differences(cells: list[dict], recorded: list[dict]) -> list[float]:
     return [max(abs(ours[column] - theirs[column]) for column in COLUMNS) for ours, theirs in shared]
 
 
-def miniature() -> str:
-    """The shipped UNet's weights in twelve digits: which miniature a run was made with."""
-    return hashlib.sha256((find(None) / UNET).read_bytes()).hexdigest()[:12]
-
-
 def name_of(cell: dict) -> tuple:
     """What tells a cell from the others."""
     return cell["scene"], cell["method"], cell["seed"]
@@ -115,16 +108,19 @@ def main() -> None:
     evaluation = args.output_dir / "evaluation"
     evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
     run = {"date": datetime.now(timezone.utc).date().isoformat(), "torch": metadata.version("torch")}
-    run |= {"miniature": miniature(), "cells": condense(evaluation)}
+    run["base"] = read_json(evaluation / PLAN)["base"]
+    run["cells"] = condense(evaluation)
     print(markdown(run))
     if args.record:
         RECORDED.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     else:
         recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
         apart = differences(run["cells"], recorded["cells"])
-        print(f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart):.2g}")
-        if recorded["miniature"] != run["miniature"]:
-            print(f"the recorded run is of another miniature: {recorded['miniature']}, here {run['miniature']}")
+        print(
+            f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart, default=0):.2g}"
+        )
+        if recorded["base"] != run["base"]:
+            print(f"the recorded run is of another miniature: {recorded['base'][:12]}, here {run['base'][:12]}")
 
 
 if __name__ == "__main__":
