@@ -75,9 +75,9 @@ def test_weights_that_were_not_lowered_are_their_own_masters():
 
 
 def test_bf16_gradients_are_those_of_float32_to_three_digits():
-    """On the miniature: gradients of handles and UNet with cosines of 0.999 and more, the loss within bf16's 0.4 %."""
+    """On the miniature: cosines of the handles' and the UNet's gradients at least 0.999, the loss within 0.2 %."""
     scene_folder = MINI / "scenes" / "shore"
-    config = TrainConfig(str(scene_folder), str(MINI), attention_grid=8, train_batch_size=2)
+    config = TrainConfig(str(scene_folder), str(MINI), attention_grid=8, train_batch_size=4)
     models, scene = load(MINI), load_scene(config)
     image, masks = scene.tensors(64, models.size_multiple)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, 0)
@@ -100,7 +100,7 @@ def test_bf16_gradients_are_those_of_float32_to_three_digits():
     cosines = {name: torch.cosine_similarity(rough[name], exact[name], dim=0).item() for name in exact}
     assert cosines["handles"] >= 0.999
     assert cosines["unet"] >= 0.999
-    assert rough_loss.item() == pytest.approx(loss.item(), rel=0.004)
+    assert rough_loss.item() == pytest.approx(loss.item(), rel=0.002)
 
 
 def test_what_bf16_does_not_train_is_saved_to_the_bit(bench, tmp_path):
