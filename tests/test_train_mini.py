@@ -15,7 +15,7 @@ from mini_world_layouts import compose
 from safetensors.torch import load_file, save_file
 from train_mini_clip import clip_config
 from train_mini_files import save_weights, write_json
-from train_mini_folder import adopt, export
+from train_mini_folder import export
 from train_mini_presets import PRESETS, Preset, Recipe
 from train_mini_world import load_world, make_world
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -70,15 +70,18 @@ def run(tmp_path):
     return tmp_path
 
 
-def train(stage, run, monkeypatch, preset=SMALLEST):
+def train(stage, run, monkeypatch, preset=SMALLEST, start_from=None):
     """One step of a stage, or of all, by its command; `export` writes run/mini."""
     monkeypatch.setitem(PRESETS, "cpu", preset)
     monkeypatch.setattr(train_mini, "fast_attention", lambda device: None)  # it sets switches of the whole process
     words = [stage, "--run_dir", run, "--output_dir", run / "mini"]
+    words += ["--start_from", start_from] if start_from else []
     monkeypatch.setattr(sys, "argv", ["train_mini.py", *map(str, words)])
     threads = torch.get_num_threads()
-    train_mini.main()
-    torch.set_num_threads(threads)
+    try:
+        train_mini.main()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_world_is_drawn_once_with_what_things_cover(tmp_path):
@@ -129,13 +132,15 @@ def test_an_unfinished_unet_is_exported_with_the_text_tower_of_clip(run, tmp_pat
     assert all(torch.equal(value, clip[f"text_model.{name}"]) for name, value in text.items())
 
 
-@pytest.mark.parametrize("with_clip", [True, False])
-def test_a_run_starts_from_the_shipped_miniature(tmp_path, with_clip):
-    adopt(tmp_path, MINI, with_clip)
+@pytest.mark.parametrize("stage", ["clip", "unet"])
+def test_a_run_starts_from_the_shipped_miniature(tmp_path, monkeypatch, stage):
+    """Its UNet is where training starts; CLIP is taken too unless it is to be trained."""
+    monkeypatch.setitem(train_mini.STAGES, stage, lambda *_: None)
+    train(stage, tmp_path, monkeypatch, start_from=MINI)
     shipped = load_file(MINI / "unet/diffusion_pytorch_model.safetensors")
     start = load_file(tmp_path / "unet_start.safetensors")
     assert all(torch.equal(start[name], value.float()) for name, value in shipped.items())
-    assert (tmp_path / "clip.safetensors").exists() == with_clip
+    assert (tmp_path / "clip.safetensors").exists() == (stage != "clip")
 
 
 def test_the_shipped_text_tower_is_that_of_the_shipped_clip():

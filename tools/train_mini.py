@@ -16,7 +16,7 @@ A stage lasts a fixed wall-clock time, and its learning rate reaches zero exactl
     python tools/train_mini.py all --preset cpu --run_dir runs/mini --output_dir weights/mini
     python tools/train_mini.py all --run_dir runs/more --start_from weights/mini --output_dir runs/more/mini
 
-With `--start_from` only the stages of the world, the UNet and the decoder are left, and `clip` where it is named.
+With `--start_from` the world, its latents, the UNet and the decoder are left to do, and `clip` where it is named first.
 """
 
 import argparse
