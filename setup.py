@@ -18,7 +18,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["bas", "bas.*"]), "bas.weights"],
     package_dir={"bas.weights": "weights"},
     package_data={"bas": ["py.typed", "assets/**/*"], "bas.weights": ["**/*"]},
@@ -31,7 +31,6 @@ setup(
         "einops>=0.8",
         "numpy>=1.26",
         "pillow>=12.2",
-        'tomli>=2; python_version < "3.11"',
     ],
     extras_require={
         "evaluation": ["scipy>=1.11"],

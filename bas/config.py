@@ -137,7 +137,7 @@ class TrainConfig:
     learning_rate: float = knob(2e-6, "learning rate of phase 2")
     train_text_encoder: bool = knob(
         True,
-        "keep the text tower's layers fixed in phase 2 (handles still train)",
+        "keep the text tower's layers fixed in phase 2 (all token embeddings still train)",
         flag=["--no_train_text_encoder"],
     )
     unet_layers: str = knob(
@@ -188,7 +188,7 @@ class TrainConfig:
     )
     adam_beta1: float = knob(0.9, "decay of the first moment")
     adam_beta2: float = knob(0.999, "decay of the second moment")
-    adam_weight_decay: float = knob(1e-2, "weight decay")
+    adam_weight_decay: float = knob(1e-2, "weight decay; with --optimizer adam 1e-8 unless given")
     adam_epsilon: float = knob(1e-8, "epsilon of the optimizer")
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 turns it off")
     scale_lr: bool = knob(False, "multiply both learning rates by batch size x accumulation steps")
@@ -287,6 +287,10 @@ class TrainConfig:
         ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name} is {getattr(self, name)}: expected a finite number, 0 or more")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise InputError(
+                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler constant has none; use constant_with_warmup"
+            )
         if not 0 <= self.flip_probability <= 1:
             raise InputError(f"--flip_probability is {self.flip_probability}: expected 0 to 1")
         for name in ("adam_beta1", "adam_beta2"):
@@ -310,7 +314,8 @@ class TrainConfig:
         prior = self.with_prior_preservation
         if self.method in METHODS:
             row, steps = METHODS[self.method], self.phase1_train_steps + self.phase2_train_steps
-            trains = tuple(name for name in row.trains if self.train_text_encoder or name != "text_encoder")
+            named = (layers if name == "unet" else name for name in row.trains)
+            trains = tuple(name for name in named if self.train_text_encoder or name != "text_encoder")
             phase = Phase(self.method, steps, row.factor * getattr(self, row.rate) * scale, trains, prior and row.prior)
             return (phase,) if steps else ()
         # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
@@ -328,7 +333,10 @@ class TrainConfig:
 
     @classmethod
     def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
-        """Settings from layers, the later winning: defaults, model's own row, preset, card, method, explicit flags."""
+        """Settings from layers, the later winning: defaults, model's own row, preset, card, method, explicit flags.
+
+        The optimizer that comes out of them brings its own defaults (OPTIMIZERS).
+        """
         preset = explicit.get("preset", cls.preset)
         if preset not in PRESETS:
             raise InputError(f"--preset is {preset!r}: expected one of {', '.join(PRESETS)}")
@@ -337,6 +345,7 @@ class TrainConfig:
             raise InputError(f"--card is {card!r}: expected one of {', '.join(CARDS)}")
         method = PLAIN if explicit.get("method") in METHODS else {}
         merged = {**(model_row or {}), **PRESETS[preset], **CARDS[card], **method, **explicit}
+        merged = OPTIMIZERS.get(merged.get("optimizer"), {}) | merged
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
@@ -349,10 +358,12 @@ PRESETS: dict[str, dict] = {
     "paper": {
         "optimizer": "adam",
         "adam_beta2": 0.99,
-        "adam_weight_decay": 1e-8,
         "with_prior_preservation": False,
     },
 }
+
+# Adam adds its decay to the gradient, where AdamW's 1e-2 would outweigh the clipped gradient itself: the paper's 1e-8.
+OPTIMIZERS: dict[str, dict] = {"adam": {"adam_weight_decay": 1e-8}}
 
 # The baselines. Each takes as many steps as both phases together, so that all see the same number of examples; their
 # rates are those of the phase that trains the same, which by default are the usual ones of the methods: 5e-4 for
@@ -366,7 +377,7 @@ METHODS: dict[str, Method] = {
     "ti": Method(("handles",), "initial_learning_rate", False, False),
     "db": Method(EVERYTHING, "learning_rate", True, False),
 }
-PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all"}  # of every baseline
+PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False}
 
 
 # How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the

@@ -5,17 +5,13 @@ Each run keeps its resolved settings as RUN/config.toml, which can be given to -
 
 import difflib
 import json
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 from bas.config import InputError
 from bas.files import require_file
 from bas.flags import Parser, value_type
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one

@@ -214,7 +214,7 @@ def describe_machine() -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
-        **{name: _version(name) or f"not installed (an extra: pip install bas[{name}])" for name in EXTRAS},
+        **{name: _version(name) or f"not installed (an extra: pip install {name})" for name in EXTRAS},
         "devices": _devices(),
         "default": f"{device}, precision {pick_precision('auto', device)}",
         "caches": {str(folder): _cache(folder) for folder in (cache_dir(), Path(HF_HUB_CACHE))},

@@ -18,11 +18,14 @@ def resize_mask(mask: Tensor, h: int, w: int) -> Tensor:
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
     """Reconstruction inside the mask (eq. 1). prediction, target: (b, c, h, w); mask: (b, 1, h, w) in 0..1 -> scalar
 
-    The mean runs over ALL cells, so a small mask gives a small loss; `normalize` divides by the masked share instead.
-    A soft mask enters squared, because it multiplies both sides of the difference.
+    The mean runs over ALL cells, so a small mask gives a small loss; `normalize` divides each sample's loss by its masked
+    share instead. A soft mask enters squared, because it multiplies both sides of the difference.
     """
-    loss = F.mse_loss(prediction.float() * mask, target.float() * mask)
-    return loss / (mask**2).mean().clamp(min=1e-6) if normalize else loss
+    prediction, target = prediction.float() * mask, target.float() * mask
+    if not normalize:
+        return F.mse_loss(prediction, target)
+    errors = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+    return (errors / mask.square().mean(dim=(1, 2, 3)).clamp(min=1e-6)).mean()
 
 
 def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "up")) -> Tensor:

@@ -35,5 +35,5 @@ def adamw8bit() -> type[torch.optim.Optimizer]:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise InputError("--optimizer adamw8bit is an extra: pip install 'bas[bitsandbytes]'") from None
+        raise InputError("--optimizer adamw8bit is an extra: pip install bitsandbytes") from None
     return AdamW8bit

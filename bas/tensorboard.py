@@ -41,5 +41,5 @@ def writer_class() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise InputError("--report_to tensorboard needs an extra: pip install 'bas[tensorboard]'") from None
+        raise InputError("--report_to tensorboard needs an extra: pip install tensorboard") from None
     return SummaryWriter

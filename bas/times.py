@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ class Times:
 
     def __init__(self):
         self.session = {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {
                 "bas": __version__,
                 "python": platform.python_version(),

@@ -125,6 +125,24 @@ def test_later_layers_win():
     assert config.class_prompt == ("a", "b")
 
 
+def test_the_decay_of_adam_is_the_papers_unless_given():
+    """In Adam it is part of the gradient, in AdamW it is not."""
+    for flags, decay in (
+        ({}, 1e-2),
+        ({"optimizer": "adam"}, 1e-8),
+        ({"preset": "paper"}, 1e-8),
+        ({"preset": "paper", "optimizer": "adamw"}, 1e-2),
+        ({"optimizer": "adam", "adam_weight_decay": 0.1}, 0.1),
+    ):
+        assert TrainConfig.resolve(flags).adam_weight_decay == decay
+
+
+def test_a_warm_up_needs_a_course_that_has_one():
+    with refused("--lr_warmup_steps 5", "constant_with_warmup"):
+        TrainConfig(lr_warmup_steps=5)
+    assert TrainConfig(lr_warmup_steps=5, lr_scheduler="constant_with_warmup").lr_warmup_steps == 5
+
+
 def test_unknown_settings_and_presets_are_refused():
     with refused("unknown training settings: nonsense"):
         TrainConfig.resolve({}, {"nonsense": 1})

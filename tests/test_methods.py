@@ -45,6 +45,7 @@ def test_rows_of_the_methods():
     assert plan(method="db") == plan(method="db-m") == [(800, 2e-6, everything, True)]
     assert plan(method="cd-m") == [(800, pytest.approx(1e-5), ("handles", "cross_attention_kv"), True)]
     assert plan(method="db", train_text_encoder=False)[0][2] == everything[:3]
+    assert plan(method="db", unet_layers="cross_attention")[0][2] == (*everything[:2], "cross_attention", "text_encoder")
     assert plan(method="db", with_prior_preservation=False)[0][3] is False
     assert plan(method="db", phase1_train_steps=0, phase2_train_steps=0) == []
     assert len(plan(method="bas")) == len(plan()) == 2
@@ -57,6 +58,8 @@ def test_a_baseline_has_the_plain_loss():
         assert (config.apply_masked_loss, config.lambda_attention, config.subset_sampling) == (False, 0.0, "all")
     with refused("--method db-m", "lambda_attention"):
         TrainConfig.resolve({"method": "db-m", "lambda_attention": 0.01})
+    with refused("--method ti-m", "exact_phase1"):
+        TrainConfig.resolve({"method": "ti-m", "exact_phase1": True})
     with refused("--method ti", "apply_masked_loss, lambda_attention, subset_sampling"):
         TrainConfig(method="ti")
 

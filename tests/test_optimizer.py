@@ -13,7 +13,7 @@ from bas.train import check_input
 def test_without_the_extra_8_bit_moments_are_refused_in_one_line(bench, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with refused("--optimizer adamw8bit is an extra: pip install 'bas[bitsandbytes]'"):
+    with refused("--optimizer adamw8bit is an extra: pip install bitsandbytes"):
         check_input(bench.config(tmp_path / "run", optimizer="adamw8bit"))
 
 

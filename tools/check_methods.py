@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def main() -> None:
         parser.error("--output_dir is needed, or --markdown")
     evaluation = args.output_dir / "evaluation"
     evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
-    run = {"date": datetime.now(timezone.utc).date().isoformat(), "torch": metadata.version("torch")}
+    run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch")}
     run["base"] = read_json(evaluation / PLAN)["base"]
     run["cells"] = condense(evaluation)
     print(markdown(run))

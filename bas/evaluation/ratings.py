@@ -1,6 +1,6 @@
 """The answers of a user study: means, Kruskal-Wallis and Tukey's test, as the paper reports them (appendix).
 
-scipy computes the statistics; it is an extra, `pip install 'bas[evaluation]'`.
+scipy computes the statistics; it is an extra, `pip install scipy`.
 """
 
 from dataclasses import asdict, dataclass
@@ -139,7 +139,7 @@ def load_stats():
     try:
         from scipy import stats
     except ImportError as error:
-        raise InputError("the tests need scipy: pip install 'bas[evaluation]'") from error
+        raise InputError("the tests need scipy: pip install scipy") from error
     return stats
 
 
