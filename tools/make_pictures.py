@@ -58,7 +58,8 @@ def draw_edit(model: Path, work: Path) -> None:
     mask = np.zeros_like(found := read_mask(photo / "mask0.png"))
     mask[loose_box(found)] = 1
     Image.fromarray((255 * mask).astype(np.uint8)).save(work / "where.png")
-    pictures, labels = [tint_masks(read_image(photo / "img.png"), {0: mask})], ["the photograph and the mask"]
+    source = read_image(photo / "img.png")
+    pictures, labels = [source, tint_masks(source, {0: mask})], ["the photograph", "and the mask, a wide box"]
     for i in range(3):
         labels.append(f"a photo of <asset{i}> {place}")
         target = work / f"edited {i}.png"
@@ -69,13 +70,13 @@ def draw_edit(model: Path, work: Path) -> None:
 
 
 def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
-    """What went in and what comes out: photographs with their masks, below them four pictures of each prompt."""
+    """What went in and what comes out: photographs, their masks, below them four pictures of each prompt."""
     single = work / name / "drawn.png"
     run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", single)
     drawn = [Image.open(single.with_stem(f"drawn-{i}")) for i in range(4 * len(prompts))]
-    rows = [[with_masks(folder) for folder in photographs]]
+    rows = [[read_image(folder / "img.png"), with_masks(folder)] for folder in photographs]
+    labels = [[which, "and its masks"] for which in ("the photograph", *["a further one"] * (len(photographs) - 1))]
     rows += [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
-    labels = [["the photograph and its masks", *["a further one"] * (len(photographs) - 1)]]
     labels += [[prompt] * 4 for prompt in prompts]
     grid(rows, labels, CELL).save(work / f"{name}.png")
 
