@@ -5,7 +5,7 @@ from one CPU generator: a seed means the same on every device, and its state is 
 """
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class Material:
     class_ids: Tensor | None  # (M, 77): their prompts
     scaling_factor: float  # of the VAE
     shots: tuple[tuple[tuple[View, View], list[int]], ...] = ()  # further photographs, and the concepts each shows
+    prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
 
 
 def attention_grid(models: Models, latent: tuple[int, int], rows: int | None) -> tuple[int, int]:
@@ -109,8 +110,11 @@ def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainCon
 def check_scene(models: Models, scene: Scene, config: TrainConfig) -> None:
     """Raises InputError for what training would refuse of a scene on this model. Reads no weight.
 
-    That is a size, a grid, a handle, a word, a class prompt, or a mask of which no cell of the latents sees anything.
+    That is a size, a grid, a handle, more handles than fit a prompt, a word, a class prompt, or a mask of which no cell
+    of the latents sees anything.
     """
+    if len(scene) > (most := most_handles(models)):
+        raise InputError(f"{len(scene)} concepts: a prompt of this model has room for {most} handles: use fewer masks")
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     check_handles(models.tokenizer, scene.handles)
     for word in filter(None, scene.words):
@@ -121,6 +125,12 @@ def check_scene(models: Models, scene: Scene, config: TrainConfig) -> None:
     for shot in scene.shots:
         names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in sorted(shot.masks)}
         check_grids(models, shot.tensors(*image.shape[1:], len(scene))[1], names, config)
+
+
+def most_handles(models: Models) -> int:
+    """How many handles a training prompt can name within the tokens that the model reads."""
+    one, two = (len(models.tokenizer(subset_prompt([""] * count)).input_ids) + count for count in (1, 2))
+    return 1 + (models.tokenizer.model_max_length - one) // (two - one)
 
 
 def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: TrainConfig) -> None:
@@ -177,6 +187,15 @@ def draw_shot(material: Material, generator: torch.Generator) -> tuple[tuple[Vie
     return shots[int(torch.randint(len(shots), (), generator=generator))] if len(shots) > 1 else shots[0]
 
 
+def subset_tokens(material: Material, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
+    """The prompt of these concepts, (77,) ids, and where their handles stand in it; computed once for each subset."""
+    subset = tuple(chosen)
+    if subset not in material.prompts:
+        ids = tokenize(models.tokenizer, [subset_prompt([material.handles[i] for i in chosen])])[0]
+        material.prompts[subset] = ids, handle_positions(ids, [material.handle_ids[i] for i in chosen])
+    return material.prompts[subset]
+
+
 def draw_batch(
     material: Material, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
 ) -> Batch:
@@ -192,12 +211,11 @@ def draw_batch(
         view = views[int(torch.rand((), generator=generator) < config.flip_probability)]
         means.append(view.posterior.mean)
         deviations.append((0.5 * view.posterior.logvar).exp())
-        row = tokenize(models.tokenizer, [subset_prompt([material.handles[i] for i in chosen])])[0]
+        row, places = subset_tokens(material, models, chosen)
         ids.append(row)
         unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True))
         padded = chosen + [i for i in range(count) if i not in chosen]
         masks.append(view.attention_masks[padded])
-        places = handle_positions(row, [material.handle_ids[i] for i in chosen])
         positions.append(torch.tensor(places + [0] * (count - len(chosen))))
         present.append(torch.tensor([1.0] * len(chosen) + [0.0] * (count - len(chosen))))
     if phase.prior:

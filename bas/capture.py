@@ -30,7 +30,7 @@ class Inputs:
 
 
 class CapturedStep:
-    """Takes the first steps as they are, on a stream of its own; records one; replays it ever after."""
+    """Takes the first steps as they are, on a stream of its own; records one there; replays it ever after."""
 
     def __init__(self, step: Callable[[list[Batch]], dict[str, Tensor]]):
         self.step, self.taken = step, 0
@@ -45,7 +45,7 @@ class CapturedStep:
         if self.taken == WARM_UP:
             self.taken += 1
             self.inputs, self.graph = Inputs(batches), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, computes nothing
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, computes nothing
                 self.values = self.step(self.inputs.batches)
         self.inputs.fill(batches)
         self.graph.replay()

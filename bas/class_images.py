@@ -20,6 +20,7 @@ from bas.batches import encode_images
 from bas.checkpoint import Models, cache_dir
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.files import read_json, write_json
+from bas.machine import autocast
 from bas.models.vae import Posterior
 from bas.progress import Progress
 from bas.sample import decode, generate, to_pictures
@@ -94,7 +95,8 @@ def class_images(
     chosen = _pictures(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
-    return encode_images(models, torch.stack([pixels(image) for image in images])), content
+    with autocast(models.device, "no"):  # in float32 like the photograph, whatever precision drew them
+        return encode_images(models, torch.stack([pixels(image) for image in images])), content
 
 
 @contextmanager

@@ -96,13 +96,16 @@ def attempt(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         return UNREAD
-    except OSError as error:  # of a file that is written: those that are read have been checked
+    except OSError as error:  # most often of a file that is written: readers name what is wrong with theirs
         if args.debug:
             raise
-        tell(f"{error.filename or 'a file'} cannot be written: {error.strerror or error}")
+        reason = error.strerror or error
+        tell(f"{error.filename}: {reason}" if error.filename else reason)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if args.debug or type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # PyTorch's, and Python's
+        from bas.machine import is_out_of_memory  # imports PyTorch
+
+        if args.debug or not is_out_of_memory(error):
             raise
         tell(f"out of memory: {MEMORY_ADVICE}")
         return 1

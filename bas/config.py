@@ -44,6 +44,11 @@ def number(name: str, value: Any, least: float = -1000, most: float = 1000) -> f
     return value
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written to a file; one from the command line may hold bytes that are no characters."""
+    return text.encode(errors="ignore").decode() == text
+
+
 def switch(name: str, value: Any) -> bool:
     """The value. InputError unless it is true or false."""
     if not isinstance(value, bool):
@@ -110,7 +115,7 @@ class TrainConfig:
     initializer_tokens: tuple[str, ...] = knob((), "one word per concept to start its handle from")
     placeholder_token: str = knob("<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...")
     handles: tuple[str, ...] = knob(
-        (), "the handles by name, e.g. <toy> <bowl> (default: made from --placeholder_token)"
+        (), "the handles by name, e.g. toy bowl for <toy> <bowl> (default: made from --placeholder_token)"
     )
     background_handle: str | None = knob(
         None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>"
@@ -405,6 +410,9 @@ class SampleConfig:
     guidance_scale: float = knob(7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off")
     sampler: str = knob("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
     eta: float = knob(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm")
+    steps_offset: int | None = knob(
+        None, "shift of evenly spaced timesteps (default: the model's own; the official inference script has 0)"
+    )
     num_images: int = knob(1, "pictures per prompt")
     seed: int = knob(0, "seed of the first picture; each further picture takes the next one")
     height: int | None = knob(None, "picture rows in pixels (default: what the model was trained for)")
@@ -417,6 +425,7 @@ class SampleConfig:
         for name in ("height", "width"):
             _in_range(self, name, 1, MAX_SIDE)
         _in_range(self, "seed", -MAX_SEED, MAX_SEED)
+        _in_range(self, "steps_offset", 0)
         if not 0 <= self.guidance_scale < float("inf"):
             raise InputError(f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more")
         if not 0 <= self.eta <= 1:

@@ -1,20 +1,24 @@
-"""Settings in a TOML file: `--config run.toml`. Flags win over the file; a key that is no setting is an error.
+"""Settings in files: in TOML for --config, in a model's own row, and in what a run notes of itself.
 
-Each run keeps its resolved settings as RUN/config.toml, which can be given to --config again.
+Flags win over the first two, where a key that is no setting is an error. Each run keeps its resolved settings as
+RUN/config.toml, which can be given to --config again.
 """
 
 import difflib
 import json
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-from bas.config import InputError
-from bas.files import require_file
+from bas.config import InputError, TrainConfig
+from bas.files import read_bytes
 from bas.flags import Parser, value_type
 
 CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
+# Of the settings that a run notes, those that are not only shown again.
+USED_AGAIN = ("phase1_train_steps", "phase2_train_steps", "pretrained_model_name_or_path", "attention_grid")
 
 Kinds = dict[str, tuple[type, bool]]  # the type of one value, and whether there are several
 
@@ -33,19 +37,37 @@ def read_config(path: str | None, kinds: Kinds) -> dict:
     """The settings in a TOML file, lists as tuples; none without a path. InputError for what is no setting here."""
     if path is None:
         return {}
-    file = Path(path)
-    return {name: _checked(file, name, value, kinds) for name, value in read_toml(file).items()}
+    return check_settings(Path(path), read_toml(Path(path)), kinds)
+
+
+def check_settings(file: Path, settings: dict, kinds: Kinds) -> dict:
+    """The settings that a file holds, lists as tuples. InputError for what is no setting here."""
+    return {name: _checked(file, name, value, kinds) for name, value in settings.items()}
 
 
 def read_toml(file: Path) -> dict:
     """The content of a TOML file. Raises InputError when it cannot be read or is none."""
-    require_file(file)
+    content = read_bytes(file)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def check_facts(file: Path, facts: object) -> dict:
+    """What a run notes of itself: config, handles, base and version. Raises InputError where one is not as written.
+
+    Another version may have written it: settings that are unknown here stay, those that it lacks are at their defaults.
+    """
+    kinds = {"config": dict, "handles": list, "base": str, "version": str}
+    sound = isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+    if not sound or not facts["handles"] or not all(isinstance(handle, str) for handle in facts["handles"]):
+        raise InputError(f"{file} does not hold what bas notes of a run: it was changed, or something else wrote it")
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    config = defaults | facts["config"]
+    given = {name: config[name] for name in USED_AGAIN if config[name] != defaults[name]}
+    check_settings(file, given, setting_kinds(TrainConfig))
+    return facts | {"config": config}
 
 
 def _checked(file: Path, name: str, value: object, kinds: Kinds) -> object:
@@ -57,7 +79,7 @@ def _checked(file: Path, name: str, value: object, kinds: Kinds) -> object:
     values = value if many and isinstance(value, list) else [value]
     if many != isinstance(value, list) or not all(_is_a(entry, kind) for entry in values):
         expected = "a list, each " * many + KIND_NAMES[kind]
-        raise InputError(f"{file}: {name} is {value!r}, expected {expected}")
+        raise InputError(f"{file}: {name} is {value!r:.60}, expected {expected}")
     return tuple(values) if many else kind(value)
 
 
@@ -65,8 +87,10 @@ KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Whether a TOML value is of this kind; a whole number is a number too, true and false are none."""
-    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    """Whether a value is of this kind; a whole number that a float can hold is a number too, true and false none."""
+    if kind is float and type(value) is int:
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def to_toml(settings: dict) -> str:

@@ -230,12 +230,22 @@ def unet_operations(models: Models, material: Material) -> int:
     return counter.get_total_flops()
 
 
-def matrix_speed(device: torch.device, dtype: torch.dtype, side: int = 1024, least: float = 0.2) -> float:
-    """Floating-point operations a second of a matrix product, over at least so many seconds."""
+def matrix_speed(device: torch.device, dtype: torch.dtype, least: float = 0.2) -> float:
+    """Floating-point operations a second of a matrix product, over at least so many seconds.
+
+    A GPU shows what it can do in large products only, and with several of them between two waits for the last one.
+    """
+    side, at_once = (8192, 8) if device.type == "cuda" else (1024, 1)
     a = torch.randn(side, side, device=device).to(dtype)
-    (a @ a).sum().item()
-    began, products = time.monotonic(), 0
+
+    def multiply() -> None:
+        for _ in range(at_once):
+            product = a @ a
+        product.sum().item()  # waits for the device
+
+    multiply()
+    began, rounds = time.monotonic(), 0
     while time.monotonic() - began < least:
-        (a @ a).sum().item()  # waits for the device
-        products += 1
-    return 2 * side**3 * products / (time.monotonic() - began)
+        multiply()
+        rounds += 1
+    return 2 * side**3 * at_once * rounds / (time.monotonic() - began)

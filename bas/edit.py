@@ -18,12 +18,13 @@ from bas.batches import encode_images
 from bas.checkpoint import Models
 from bas.config import EditConfig, InputError
 from bas.config_file import read_toml
+from bas.files import read_content
 from bas.images import read_mask
 from bas.models.unet import AttentionMap
 from bas.prompts import encode_prompts
-from bas.sample import check_request, decode, denoise, latent_shape, standard_normal, to_pictures
+from bas.sample import check_request, decode, denoise, latent_shape, standard_normal, to_pictures, walk
 from bas.scene import fit, match_size, pixels
-from bas.schedulers import add_noise, sampling_timesteps
+from bas.schedulers import add_noise
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,12 @@ def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
     In a file that ends in .toml they are tables [[regions]]. Mask files are named relative to the list. Raises
     InputError for anything else.
     """
-    try:
-        toml = path.suffix == ".toml"
-        rows = read_toml(path).get("regions") if toml else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--regions {path} cannot be read: {error}") from None
+    rows = read_toml(path).get("regions") if path.suffix == ".toml" else read_content(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f'--regions {path} is not a list [{{"mask": ..., "prompt": ...}}, ...]')
     for row in rows:
         if not isinstance(row, dict) or row.keys() != {"mask", "prompt"} or {*map(type, row.values())} != {str}:
-            raise InputError(f'--regions {path}: {json.dumps(row)} is not {{"mask": FILE, "prompt": TEXT}}')
+            raise InputError(f'--regions {path}: {json.dumps(row)[:60]} is not {{"mask": FILE, "prompt": TEXT}}')
     return [read_region(path.parent / row["mask"], row["prompt"], image, picture) for row in rows]
 
 
@@ -112,7 +109,7 @@ def edit_region(
 
     context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(pictures))
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(pictures))
-    timesteps = sampling_timesteps(models.schedule, config.num_inference_steps, config.sampler)
+    timesteps = walk(models, config)
     start = int(len(timesteps) * config.blending_start_percentage)
     z = noised(models, source, timesteps[start], generators)
     z = denoise(models, z, context, negative, config, generators, blend, start)

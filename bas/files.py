@@ -34,18 +34,41 @@ FOREIGN = (  # how the file begins, what it is, what to do
 )
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses within the block becomes an InputError that names the file, `path` unless it is known."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of an ordinary file. InputError when it is none, or cannot be read."""
+    if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
+        raise InputError(f"{path} is not a file")
+    with reading(path):
+        return path.read_bytes()
+
+
+def read_content(path: Path) -> Any:
+    """Whatever a JSON file holds. InputError when it cannot be read, or is no JSON."""
+    data = read_bytes(path)
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\ud" in data or b"\\uD" in data:  # may be half a character, which can neither be written nor tokenized
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): mend it, or copy it again") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. InputError when it is missing, too large, or anything but one JSON object."""
-    try:
+    with reading(path):
         require_file(path)
         refuse_large_description(path)
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not valid JSON ({error}): copy or download it again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_content(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__}, not a JSON object: it is not a model's")
     return content

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
+from bas.files import replacing
 from bas.pictures import grid, save_picture
 from bas.progress import Progress
 from bas.sample import sample_each
@@ -98,5 +99,6 @@ def draw(models: Models, prompts: list[str], folder: Path, config: SampleConfig)
 
 def save_grid(rows: list[list[Image.Image]], labels: list[list[str]], title: str, folder: Path) -> Path:
     """Write FOLDER/grid.png and return its path."""
-    grid(rows, labels, CELL, title).save(folder / GRID)
+    with replacing(folder / GRID) as temporary:
+        grid(rows, labels, CELL, title).save(temporary, "PNG")
     return folder / GRID

@@ -10,8 +10,9 @@ import re
 from pathlib import Path
 
 from bas.checkpoint import STEMS, component_files
-from bas.config import InputError
-from bas.files import read_json
+from bas.config import InputError, TrainConfig
+from bas.config_file import check_settings, setting_kinds
+from bas.files import read_json, reading
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def find(name: str | Path | None) -> Path:
     The network is never asked. InputError when the model is not here, saying how to get it.
     """
     name = str(name or SHIPPED)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike the method of Path, no error for a user who is not known
     if os.path.lexists(path):  # False, not an error, for names that no path can have
         return path
     known = manifest()
@@ -90,8 +91,14 @@ def download(name: str, half: bool = False) -> Path:
 
 def read_model_row(folder: Path) -> dict | None:
     """The training settings that a model brings along, or None: its own row between the defaults and the preset."""
-    row = folder / MODEL_ROW
-    return read_json(row).get("train") if row.is_file() else None
+    path = folder / MODEL_ROW
+    with reading(path):
+        if not path.is_file():
+            return None
+    row = read_json(path).get("train", {})
+    if not isinstance(row, dict):
+        raise InputError(f"{path}: train is {row!r:.60}, expected settings by name")
+    return check_settings(path, row, setting_kinds(TrainConfig))
 
 
 def _hub_ids(name: str) -> list[str]:

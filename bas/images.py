@@ -24,8 +24,9 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large sizes and damaged notes: judged here
-            with Image.open(path, formats=FORMATS) as picture:
-                return _decode(picture, path)
+            with Image.open(path, formats=FORMATS) as opened:
+                picture = _decode(opened, path)
+                return picture.convert("RGB") if picture.mode == "LAB" else picture  # Pillow turns it to nothing else
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything
@@ -37,7 +38,7 @@ def _decode(picture: Image.Image, path: Path) -> Image.Image:
     """The pixels of an opened file, upright. Size and frames are read from its header before."""
     if picture.width * picture.height > MAX_PIXELS:
         raise InputError(f"{path} is {picture.width}x{picture.height}: more than 100 megapixels, make it smaller")
-    if getattr(picture, "n_frames", 1) > 1:
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's: frame 0 is its photograph
         raise InputError(f"{path} holds {picture.n_frames} frames: save the one you mean as a still picture")
     picture.load()
     return ImageOps.exif_transpose(picture)

@@ -4,7 +4,6 @@ Models are checked name by name and shape by shape against networks on the meta 
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -18,12 +17,14 @@ from torch import Tensor
 from bas import __version__
 from bas.checkpoint import cache_dir, outline, weights_hash
 from bas.config import InputError
-from bas.files import human_size, read_json, read_tensors
+from bas.config_file import check_facts
+from bas.files import human_size, read_json, read_tensors, reading
 from bas.hub import SHIPPED, find, manifest
+from bas.images import open_picture
 from bas.machine import pick_device, pick_precision
 from bas.parts import COMPONENTS, Models, match
 from bas.refuse import other_kind
-from bas.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_concepts
+from bas.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_concepts, read_note
 from bas.scene import find_files, numbered_folders
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
@@ -34,11 +35,12 @@ CHECKED = "every weight has its place and shape (values are not read)"
 def describe(path: Path, hashes: bool = True) -> dict:
     """What lies at `path`: facts by name, `what` and `loads` first. `hashes` reads all weights, once per file."""
     try:
-        if path.is_dir():
-            return _describe_folder(path, hashes)
-        return _describe_tensors(path, hashes) if path.suffix == ".safetensors" else _describe_picture(path)
+        with reading(path):
+            if path.is_dir():
+                return _describe_folder(path, hashes)
+            return _describe_tensors(path, hashes) if path.suffix == ".safetensors" else _describe_picture(path)
     except InputError as error:
-        return {"what": "a folder" if path.is_dir() else "a file", "loads": False, "problem": str(error)}
+        return {"what": "a folder" if os.path.isdir(path) else "a file", "loads": False, "problem": str(error)}
 
 
 # --- Folders ------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def _describe_run(path: Path, hashes: bool) -> dict:
 
 
 def _describe_unfinished(path: Path) -> dict:
-    note = read_json(path / SETTINGS)
+    note = check_facts(path / SETTINGS, read_json(path / SETTINGS))
     lines = (path / METRICS).read_bytes().count(b"\n") if (path / METRICS).exists() else 0
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
     advice = "add --resume_from_checkpoint latest to go on" if checkpoints else "it has no checkpoint: start it anew"
@@ -104,13 +106,12 @@ def _describe_unfinished(path: Path) -> dict:
 
 def _describe_scene(path: Path) -> dict:
     picture, masks = find_files(path)
-    with Image.open(picture) as opened:
-        size = f"{opened.width}x{opened.height} pixels"
+    opened = open_picture(picture)
     return {
         "what": "a scene to train on",
         "loads": False,
         "problem": f"it is no model; train on it with: bas train {path}",
-        "picture": f"{picture.name}, {size}",
+        "picture": f"{picture.name}, {opened.width}x{opened.height} pixels",
         "masks": [mask.name for mask in masks],
         "further pictures": [shot.name for shot in numbered_folders(path)],
     }
@@ -171,9 +172,9 @@ def _describe_tensors(path: Path, hashes: bool) -> dict:
     """A .safetensors file: a whole model, the concepts of a run, or one of the kinds that bas refuses by name."""
     tensors, metadata = read_tensors(path)
     if metadata.get("bas") == "concepts-1":
-        handles, note = json.loads(metadata["handles"]), json.loads(metadata["note"])
+        note = read_note(path, metadata)
         problem = f"it is part of a run: give the folder {path.parent}"
-        facts = {"what": "the concepts of a run of bas", "loads": False, "problem": problem, "handles": handles}
+        facts = {"what": "the concepts of a run of bas", "loads": False, "problem": problem, "handles": note["handles"]}
         return facts | {"base hash": note["base"], "written by": f"bas {note['version']}"}
     facts = describe_model(path, hashes)
     if facts["loads"]:

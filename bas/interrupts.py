@@ -22,7 +22,7 @@ class Interrupts:
     """Within the block, a first signal is only noted in `asked`; a second one ends the process at once.
 
     A save is whole or absent (`bas.files.replacing`), so the second one harms nothing. Signals reach the main thread
-    alone; in any other thread the block does nothing.
+    alone; in any other thread the block does nothing. One that is ignored already, as under nohup, stays ignored.
     """
 
     def __init__(self):
@@ -31,7 +31,8 @@ class Interrupts:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.note) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self.note) for number in heeded}
         return self
 
     def __exit__(self, *error):
@@ -41,6 +42,6 @@ class Interrupts:
     def note(self, number: int, frame) -> None:
         """The handler of a first signal."""
         self.asked = signal.Signals(number)
-        for each in SIGNALS:
+        for each in self.before:
             signal.signal(each, signal.SIG_DFL)
         log.warning("%s: stopping after this step; once more to stop at once", self.asked.name)

@@ -1,7 +1,8 @@
 """Triton kernels for what a UNet does between its matrix products: GroupNorm with SiLU, and the gate of GEGLU.
 
-Each does in one pass over memory what its plain twin in `bas.models` does in several, and keeps less for the backward
-pass: the twins are the reference in tests and what runs without `--fused_kernels`. Statistics and sums are float32.
+Each does in one launch what its plain twin in `bas.models` does in several, and keeps less for the backward pass: the
+twins are the reference in tests and what runs without `--fused_kernels`. Statistics and sums are float32. GroupNorm
+reads its input more than once: three times forward (mean, spread, result), twice backward (sums, gradient).
 """
 
 import torch
@@ -132,7 +133,10 @@ class NormSilu(torch.autograd.Function):
             *(c, context.groups, h * w),
             BLOCK=BLOCK,
         )
-        return dx, dweights.sum(0).to(weight.dtype), dbiases.sum(0).to(bias.dtype), None, None
+        _, weight_trains, bias_trains, *_ = context.needs_input_grad
+        dweight = dweights.sum(0).to(weight.dtype) if weight_trains else None
+        dbias = dbiases.sum(0).to(bias.dtype) if bias_trains else None
+        return dx, dweight, dbias, None, None
 
 
 # --- The gate of GEGLU ------------------------------------------------------------------------------------------------

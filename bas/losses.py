@@ -18,8 +18,8 @@ def resize_mask(mask: Tensor, h: int, w: int) -> Tensor:
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
     """Reconstruction inside the mask (eq. 1). prediction, target: (b, c, h, w); mask: (b, 1, h, w) in 0..1 -> scalar
 
-    The mean runs over ALL cells, so a small mask gives a small loss; `normalize` divides each sample's loss by the share
-    that its mask covers. A soft mask enters squared, because it multiplies both sides of the difference.
+    The mean runs over ALL cells, so a small mask gives a small loss; `normalize` divides each sample's loss by its own
+    masked share. A soft mask enters squared, because it multiplies both sides of the difference.
     """
     prediction, target = prediction.float() * mask, target.float() * mask
     if not normalize:

@@ -1,26 +1,35 @@
 """Where, in what precision and how repeatably to compute: decided once, from the flags and what the machine has."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 import torch
 from torch import nn
 
 from bas.config import InputError
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one. Raises InputError for a device that is not there."""
+    """The device asked for, or the GPU if there is one. Raises InputError for a device that is not there.
+
+    A GPU becomes the current one, where events, graphs and Triton's kernels go, and TF32 is off until training asks.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # "cuda" with its number
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return device
 
 
@@ -31,12 +40,28 @@ CPU_BF16_WEIGHTS = 20_000_000
 
 def pick_precision(name: str, device: torch.device, unet: nn.Module | None = None) -> str:
     """Resolve `auto`: bf16 on a GPU that has it, else fp16; on a CPU float32, or bf16 where that pays."""
+    if name == "bf16" and device.type == "cuda" and not gpu_multiplies_bf16(device):
+        warn_of_emulation(device)
     if name != "auto":
         return name
     if device.type == "cpu":
         weights = sum(parameter.numel() for parameter in unet.parameters()) if unet else 0
         return "bf16" if weights >= CPU_BF16_WEIGHTS and cpu_multiplies_bf16() else "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if gpu_multiplies_bf16(device) else "fp16"
+
+
+def gpu_multiplies_bf16(device: torch.device) -> bool:
+    """Whether this GPU has bf16 products in hardware; NVIDIA's before Ampere only emulate them, slowly."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@cache
+def warn_of_emulation(device: torch.device) -> None:
+    """Say, once for each GPU, that bf16 costs time on it."""
+    log.warning("%s (%s) only emulates bf16, slowly: fp16 is faster there", device, torch.cuda.get_device_name(device))
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -48,6 +73,11 @@ def cpu_multiplies_bf16() -> bool:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Mixed precision: float32 weights, products in `precision`, softmax and losses in float32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=DTYPES[precision] != torch.float32)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, the device's or the machine's; for the latter PyTorch has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager

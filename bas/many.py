@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from bas.base import Base
 from bas.checkpoint import load
 from bas.config import InputError, RunError, TrainConfig
 from bas.dry_run import memory_advice
-from bas.files import read_json
+from bas.files import read_json, reading
+from bas.machine import is_out_of_memory
+from bas.methods import read_scene
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS
-from bas.train import check_machine, check_resumable, train
+from bas.train import check_machine, check_resumable, facts_of, train
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def is_scene(folder: Path) -> bool:
 
 def holds_scenes(folder: Path) -> bool:
     """Whether a folder is no scene itself, but has scenes in it."""
-    return folder.is_dir() and not is_scene(folder) and any(is_scene(path) for path in subfolders(folder))
+    with reading(folder):
+        return folder.is_dir() and not is_scene(folder) and any(is_scene(path) for path in subfolders(folder))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -53,26 +54,28 @@ def subfolders(folder: Path) -> list[Path]:
 def find_scenes(names: list[str]) -> list[Path]:
     """The scene folders among these folders, and in those that hold scene folders. Raises InputError for others."""
     scenes = []
-    for name in names:
-        folder = Path(name)
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ..."
-            )
-        if is_scene(folder):
-            scenes.append(folder)
-            continue
-        inside = subfolders(folder)
-        found = [path for path in inside if is_scene(path)]
-        if not found:
-            raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
-        if left := [path.name for path in inside if path not in found]:
-            log.warning("%s: no scene in %s, which have no img.*", folder, ", ".join(left))
-        scenes += found
+    for folder in map(Path, names):
+        with reading(folder):
+            scenes += scenes_in(folder)
     twice = [name for name, count in Counter(scene.resolve().name for scene in scenes).items() if count > 1]
     if twice:
         raise InputError(f"two scenes are called {twice[0]}: their runs need different names, so rename one")
     return scenes
+
+
+def scenes_in(folder: Path) -> list[Path]:
+    """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ...")
+    if is_scene(folder):
+        return [folder]
+    inside = subfolders(folder)
+    found = [path for path in inside if is_scene(path)]
+    if not found:
+        raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
+    if left := [path.name for path in inside if path not in found]:
+        log.warning("%s: no scene in %s, which have no img.*", folder, ", ".join(left))
+    return found
 
 
 def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
@@ -100,18 +103,21 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
                 continue
             base = base or Base(path, load(path, device=device), keep=True)
             train(settings, base)
-        except torch.OutOfMemoryError:
-            yield Outcome(**names, error=memory_advice(settings, None))
         except (InputError, RunError, OSError) as error:
             yield Outcome(**names, error=str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Outcome(**names, error=memory_advice(settings, None))
         else:
             yield Outcome(**names)
 
 
 def is_finished(settings: TrainConfig) -> bool:
-    """Whether the run is there already. Raises InputError when it was made with other settings."""
+    """Whether the run is there already. Raises InputError when it was made with other settings or of another scene."""
     folder = Path(settings.output_dir)
     if not (folder / CONCEPTS).exists():
         return False
-    check_resumable(folder, {"config": asdict(settings)}, read_json(folder / SETTINGS))
+    facts = {"config": asdict(settings), **facts_of(read_scene(settings))}
+    check_resumable(folder, facts, read_json(folder / SETTINGS))
     return True

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bas.config import InputError
+from bas.files import read_content
 from bas.images import MAX_PIXELS, has_alpha, open_picture, read_mask
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 NUMBERED = re.compile(r"(mask|cutout)(0|[1-9][0-9]*)\.png")
 NEARLY = re.compile(r"(mask|cutout)[ _-]?(\d+)\.(png|jpe?g|webp|bmp|tiff?)", re.IGNORECASE)
 MAX_LABELS = 64  # a map with more values than that was smoothed, or saved with loss
+FARTHEST = 1e9  # pixels: no picture reaches there
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """masks.npy: (N, H, W), or (H, W) for one concept, of bool, of floats in 0..1 or of uint8 in 0..255."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a readable .npy array: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken header makes NumPy raise nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is not a readable .npy array: {reason}") from error
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or not array.size:
         shape = getattr(array, "shape", "no single array")
         raise InputError(f"{path} is {shape}: expected (concepts, rows, columns)")
@@ -170,7 +173,7 @@ def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     }
     for row in entries(content, "images", path, optional=True):
         if str(row.get("id")) in pictures and "width" in row and "height" in row:
-            size = tuple(_numbers([row["width"], row["height"]], (2,), f"{path} images").astype(int))
+            size = _size(row["width"], row["height"], f"{path} image")
     found = []
     for i, annotation in enumerate(annotations):
         mask = segmentation_mask(annotation.get("segmentation"), size, f"{path} annotation {i}").astype(np.float32)
@@ -181,7 +184,7 @@ def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 def segmentation_mask(shape: Any, size: tuple[int, int], name: str) -> np.ndarray:
     """COCO's three ways to write a mask: polygons, of which the union counts, and two of run lengths. (H, W) bool"""
     if isinstance(shape, dict):
-        h, w = (int(side) for side in _numbers(shape.get("size"), (2,), name))
+        w, h = _size(*reversed(_numbers(shape.get("size"), (2,), name)), name)
         return decode_runs(shape.get("counts"), h, w, name)
     if not isinstance(shape, list) or not shape:
         raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
@@ -206,8 +209,6 @@ def fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def decode_runs(counts: list[int] | str, h: int, w: int, name: str) -> np.ndarray:
     """COCO's run lengths: pixels outside, inside, outside, ... down the columns, left to right. -> (h, w) bool"""
-    if not (0 < h and 0 < w and h * w <= MAX_PIXELS):
-        raise InputError(f"{name} has run lengths of size {h}x{w}")
     runs = unpack_counts(counts) if isinstance(counts, str) else counts
     whole = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
     if not whole or sum(runs) != h * w:
@@ -237,14 +238,6 @@ def unpack_counts(text: str) -> list[int] | None:
     return None if shift else runs
 
 
-def read_content(path: Path) -> Any:
-    """Whatever a JSON file holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {str(error).splitlines()[0]}") from error
-
-
 def entries(content: Any, key: str, path: Path, optional: bool = False) -> list[dict]:
     """The list of objects under one key of a JSON file's content. An optional one may be missing."""
     rows = content.get(key, [] if optional else None) if isinstance(content, dict) else None
@@ -265,7 +258,17 @@ def _numbers(values: Any, shape: tuple[int, ...], name: str, flat: bool = False)
     if not fits or not np.isfinite(array).all() or (points and len(array) < 3):
         expected = "three points [x, y] or more" if points else f"{shape[0]} numbers"
         raise InputError(f"{name}: {json.dumps(values)[:60]} is not {expected}")
+    if np.abs(array).max() > FARTHEST:
+        raise InputError(f"{name}: {json.dumps(values)[:60]} lies beyond any picture: give pixels")
     return array
+
+
+def _size(width: Any, height: Any, name: str) -> tuple[int, int]:
+    """The stated size of a picture, (W, H). InputError for one that bas would not read."""
+    w, h = (int(side) for side in _numbers([width, height], (2,), name))
+    if w < 1 or h < 1 or w * h > MAX_PIXELS:
+        raise InputError(f"{name} is {w}x{h} pixels: expected sides of 1 or more, and at most 100 megapixels")
+    return w, h
 
 
 def _text(row: dict, key: str, name: str) -> str | None:

@@ -122,6 +122,11 @@ class Parts:
                 f"{source}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder {tokens} rows: "
                 "they belong to different models"
             )
+        if (last := max(self.tokenizer.get_vocab().values())) >= tokens:
+            raise InputError(
+                f"{source}: the tokenizer's numbers go up to {last}, the text encoder has {tokens} rows: "
+                "they belong to different models"
+            )
 
 
 def fill(
@@ -134,6 +139,7 @@ def fill(
     """
     given = match(module, tensors, source)
     tensors.clear()
+    device = torch.empty(0, device=device).device  # "cuda" with its number: each thread has a current GPU of its own
 
     def convert(name: str) -> Tensor | None:
         tensor = given.pop(name)

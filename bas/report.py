@@ -8,16 +8,21 @@ import base64
 import html
 import io
 import json
+import logging
 import math
 import string
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from bas import __version__
 from bas.checkpoint import weights_hash
 from bas.config import InputError, TrainConfig
+from bas.config_file import check_facts
 from bas.files import human_size, read_json, write_text
 from bas.gallery import GRID
 from bas.hub import SHIPPED
@@ -27,6 +32,8 @@ from bas.preview import PICTURES, SCENE
 from bas.progress import clock
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS, read_rows
 from bas.times import TIMES
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -62,17 +69,18 @@ def page(run: Path) -> str:
     """The whole page of a run."""
     if not (run / SETTINGS).is_file():
         raise InputError(f"{run} is no run of bas: it has no {SETTINGS}")
-    facts, rows = read_json(run / SETTINGS), read_rows(run / METRICS)
-    sessions = read_json(run / TIMES)["sessions"] if (run / TIMES).exists() else []
+    facts, rows = check_facts(run / SETTINGS, read_json(run / SETTINGS)), read_rows(run / METRICS)
+    sessions = read_json(run / TIMES).get("sessions", []) if (run / TIMES).exists() else []
     handles, finished = facts["handles"], (run / CONCEPTS).exists()
+    photo, masks = readable(run / SCENE / "img.png"), readable_masks(run / SCENE, len(handles))
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{', '.join(handles)}: a run of bas"),
         heading=escape(run.resolve().name),
         handles="".join(chip(name, i) for i, name in enumerate(handles)),
         tiles=tiles(facts, rows, sessions, finished),
         command=escape(f'bas sample {run} --prompt "a photo of {handles[0]} at the beach"') if finished else "",
-        scene=scene_section(run / SCENE, handles),
-        learning=learning_section(run, handles),
+        scene=scene_section(run / SCENE, photo, masks, handles),
+        learning=learning_section(run, photo, masks, handles),
         charts=charts(rows),
         data=embedded_json(curves(rows)),
         galleries=galleries_section(run, finished),
@@ -88,6 +96,26 @@ def chip(name: str, index: int) -> str:
     """A handle with the colour that it has in every picture."""
     colour = "#{:02x}{:02x}{:02x}".format(*concept_colour(index))
     return f'<span class="chip"><i style="background:{colour}"></i>{escape(name)}</span>'
+
+
+T = TypeVar("T")
+
+
+def readable(path: Path, read: Callable[[Path], T] = read_image) -> T | None:
+    """What a picture file holds; None where it is missing, and where it cannot be read, of which a line is logged."""
+    if not path.exists():
+        return None
+    try:
+        return read(path)
+    except InputError as error:
+        log.warning("the page leaves out a picture: %s", error)
+        return None
+
+
+def readable_masks(folder: Path, count: int) -> dict[int, np.ndarray]:
+    """The masks of a scene folder, by concept, as far as they are there."""
+    masks = {i: readable(folder / f"mask{i}.png", read_mask) for i in range(count)}
+    return {i: mask for i, mask in masks.items() if mask is not None}
 
 
 def picture(source: Path | Image.Image, caption: str, side: int = SIDE) -> str:
@@ -134,22 +162,20 @@ def _peak(stages: list[dict], kind: str) -> str | None:
     return human_size(max(peaks)) if peaks else None
 
 
-def scene_section(folder: Path, handles: list[str]) -> str:
+def scene_section(folder: Path, photo: Image.Image | None, masks: dict[int, np.ndarray], handles: list[str]) -> str:
     """The photograph, its masks in their colours, each mask alone, and further photographs with theirs."""
-    if not (folder / "img.png").is_file():
+    if photo is None:
         return '<p class="quiet">This run keeps no copy of its scene.</p>'
-    photo = read_image(folder / "img.png")
-    masks = {i: read_mask(folder / f"mask{i}.png") for i in range(len(handles))}
     figures = [picture(photo, "photograph"), picture(tint_masks(photo, masks), "with its masks")]
     figures += [
         picture(tint_masks(photo, {i: mask}), f"{handles[i]}, {mask.mean():.0%} of the picture")
         for i, mask in masks.items()
     ]
-    for further in sorted(folder.glob("*/img.png"), key=_numbered_first):
-        places = {i: further.with_name(f"mask{i}.png") for i in range(len(handles))}
-        masks = {i: read_mask(path) for i, path in places.items() if path.exists()}
-        caption = f"picture {further.parent.name}: {', '.join(handles[i] for i in masks)}"
-        figures.append(picture(tint_masks(read_image(further), masks), caption))
+    for path in sorted(folder.glob("*/img.png"), key=_numbered_first):
+        if further := readable(path):
+            masks = readable_masks(path.parent, len(handles))
+            caption = f"picture {path.parent.name}: {', '.join(handles[i] for i in masks)}"
+            figures.append(picture(tint_masks(further, masks), caption))
     return f'<div class="strip wrap">{"".join(figures)}</div>'
 
 
@@ -159,38 +185,41 @@ def _numbered_first(picture: Path) -> tuple[bool, int, str]:
     return (False, int(name), "") if name.isdecimal() else (True, 0, name)
 
 
-def learning_section(run: Path, handles: list[str]) -> str:
+def learning_section(run: Path, photo: Image.Image | None, masks: dict[int, np.ndarray], handles: list[str]) -> str:
     """For each handle, step by step: what it draws, and where it looks, beside its mask."""
-    previews = sorted(folder for folder in (run / PICTURES).glob("step-*"))
+    previews = sorted((run / PICTURES).glob("step-*"), key=_step)
     if not previews:
         return '<p class="quiet">This run drew no previews (--img_log_steps).</p>'
     shown = spread(previews, MOST_STEPS)
     note = f'<p class="quiet">{len(shown)} of {len(previews)} previews are shown.</p>' if shown != previews else ""
-    blocks = [_handle_block(run, shown, i, name) for i, name in enumerate(handles)]
+    blocks = [_handle_block(photo, masks, shown, i, name) for i, name in enumerate(handles)]
     if len(handles) > 1:
-        pairs = [(folder, folder / "sample-all.png") for folder in shown]
-        columns = [f'<div class="step">{picture(path, _step(folder))}</div>' for folder, path in pairs if path.exists()]
+        pairs = [(folder, readable(folder / "sample-all.png")) for folder in shown]
+        columns = [
+            f'<div class="step">{picture(drawn, f"step {_step(folder)}")}</div>' for folder, drawn in pairs if drawn
+        ]
         blocks.append(f'<h3>all together</h3><div class="strip">{"".join(columns)}</div>')
     return note + "".join(blocks)
 
 
-def _handle_block(run: Path, previews: list[Path], index: int, name: str) -> str:
+def _handle_block(
+    photo: Image.Image | None, masks: dict[int, np.ndarray], previews: list[Path], index: int, name: str
+) -> str:
     """One handle's strip: its place in the photograph, then a column of sample and attention per preview."""
     columns = []
-    if (run / SCENE / "img.png").is_file():
-        photo = read_image(run / SCENE / "img.png")
-        mask = tint_masks(photo, {index: read_mask(run / SCENE / f"mask{index}.png")})
+    if photo and index in masks:
+        mask = tint_masks(photo, {index: masks[index]})
         columns.append(f'<div class="step">{picture(photo, "photograph")}{picture(mask, "mask")}</div>')
     for folder in previews:
-        sample, attention = folder / f"sample-{index}.png", folder / f"attention-{index}.png"
-        if sample.exists() and attention.exists():
-            pair = picture(sample, _step(folder)) + picture(attention, "attention")
+        sample, attention = (readable(folder / f"{kind}-{index}.png") for kind in ("sample", "attention"))
+        if sample and attention:
+            pair = picture(sample, f"step {_step(folder)}") + picture(attention, "attention")
             columns.append(f'<div class="step">{pair}</div>')
     return f'<h3>{chip(name, index)}</h3><div class="strip">{"".join(columns)}</div>'
 
 
-def _step(folder: Path) -> str:
-    return f"step {int(folder.name.removeprefix('step-'))}"
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def spread(items: list, most: int) -> list:
@@ -202,13 +231,13 @@ def spread(items: list, most: int) -> list:
 
 def galleries_section(run: Path, finished: bool) -> str:
     """The grids of subsets and contexts that `bas explore` and `bas vary` left in folders of the run."""
-    grids = sorted(run.glob(f"*/{GRID}"))
-    if not grids and not finished:
+    grids = [(path.parent.name, readable(path)) for path in sorted(run.glob(f"*/{GRID}"))]
+    figures = "".join(picture(grid, name, SHEET_SIDE) for name, grid in grids if grid)
+    if not figures and not finished:
         return ""
-    figures = "".join(picture(path, path.parent.name, SHEET_SIDE) for path in grids)
     command = f"<code>bas explore {escape(str(run))}</code>"
     hint = f'<p class="quiet">{command} draws every subset of the handles in ten contexts, and shows them here.</p>'
-    shown = f'<div class="sheets">{figures}</div>' if grids else hint
+    shown = f'<div class="sheets">{figures}</div>' if figures else hint
     return f"<section><h2>Galleries</h2>{shown}</section>"
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bas.config import InputError
+from bas.config_file import check_facts
 from bas.files import read_json, read_tensors, sync, write_json, write_tensors
 
 try:
@@ -198,9 +199,27 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], note: dict
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its room is needed
         raise
     sync(parent)
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    others = [path for path in list_checkpoints(run) if path != folder]
+    for old in [*others, folder][:-keep]:
+        _remove(old)
     return folder
+
+
+def drop_later(run: Path, step: int) -> None:
+    """Remove the checkpoints beyond this step, from which the run goes on: they belong to another course of it."""
+    for path in list_checkpoints(run):
+        if _step(path) > step:
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """The manifest goes first, so that one that is cut off in the middle does not count."""
+    (checkpoint / MANIFEST).unlink()
+    shutil.rmtree(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _describe(path: Path) -> dict:
@@ -212,8 +231,9 @@ def _describe(path: Path) -> dict:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in (run / CHECKPOINTS).glob(f"step-*/{MANIFEST}"))
+    """The whole checkpoints of a run, by step."""
+    whole = [path.parent for path in (run / CHECKPOINTS).glob(f"step-*/{MANIFEST}")]
+    return sorted((path for path in whole if path.name.removeprefix("step-").isdecimal()), key=_step)
 
 
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
@@ -254,7 +274,19 @@ def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str]
 
 def read_concepts(run: Path) -> tuple[dict[str, Tensor], list[str], dict]:
     """Tensors, handles and note of a run's concepts file. Raises InputError for a file that is something else."""
-    tensors, metadata = read_tensors(run / CONCEPTS)
-    if metadata.get("bas") != "concepts-1":
-        raise InputError(f"{run / CONCEPTS} was not written by bas")
-    return tensors, json.loads(metadata["handles"]), json.loads(metadata["note"])
+    path = run / CONCEPTS
+    tensors, metadata = read_tensors(path)
+    ours = metadata.get("bas") == "concepts-1" and {"handles", "masks"} <= tensors.keys()
+    if not ours or tensors["masks"].ndim != 3:
+        raise InputError(f"{path} was not written by bas")
+    note = read_note(path, metadata)
+    return tensors, note["handles"], note
+
+
+def read_note(path: Path, metadata: dict[str, str]) -> dict:
+    """What a concepts file's metadata notes of its run. Raises InputError where it is not as written."""
+    try:
+        facts = {**json.loads(metadata["note"]), "handles": json.loads(metadata["handles"])}
+    except (KeyError, ValueError, TypeError, RecursionError):
+        facts = None
+    return check_facts(path, facts)

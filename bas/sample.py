@@ -38,8 +38,9 @@ def sample(
 
 
 def check_request(models: Models, prompts: list[str], config: SampleConfig) -> None:
-    """Raises InputError for handles, strengths and sizes that `sample` would refuse. Reads no weight."""
+    """Raises InputError for handles, strengths, sizes and steps that `sample` would refuse. Reads no weight."""
     latent_shape(models, config)
+    walk(models, config)
     for prompt in (*prompts, config.negative_prompt):
         tokenize(models.tokenizer, [read_strengths(prompt)[0]])
 
@@ -92,7 +93,7 @@ def denoise(
     beside the attention maps that `return_maps` asks for.
     """
     schedule = models.schedule
-    timesteps = sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
+    timesteps = walk(models, config)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
@@ -135,6 +136,14 @@ def guided_output(
     unconditional, conditional = output.float().chunk(2)
     guided = unconditional + scale * (conditional - unconditional)
     return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
+
+
+def walk(models: Models, config: SampleConfig) -> list[int]:
+    """The timesteps of a sampling run, noisiest first. Raises InputError for more than the model was trained with."""
+    schedule = models.schedule
+    if config.steps_offset is not None:
+        schedule = replace(schedule, steps_offset=config.steps_offset)
+    return sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
 
 
 def latent_shape(models: Models, config: SampleConfig) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@ img.* and mask0.png, mask1.png, ... A mask has the number of its concept in the 
 where one is missing, that photograph does not show the concept. Each is cut to the shape of the first.
 """
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import InputError, TrainConfig
+from bas.files import read_content, reading
 from bas.images import read_image, read_mask
 from bas.mask_sources import FoundMask, find_source, read_number, read_source
 from bas.models.text import HANDLE
@@ -28,6 +28,7 @@ from bas.models.text import HANDLE
 log = logging.getLogger(__name__)
 
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
+MOST_IN_CLOSE_UPS = 8  # concepts: their sets, of which each has a close-up, double with each one
 CLOSE_UP_SHARE = 0.7  # of a close-up's side, which its concepts take up at the most
 WIDEST_CLOSE_UP = 0.9  # of the picture's side: a wider one would show no more than the picture
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
@@ -141,12 +142,12 @@ def read_notes(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
         return [mask.handle for mask in found], [mask.word for mask in found]
     if any(mask.handle or mask.word for mask in found):
         log.warning("%s names the concepts: the names beside the masks are not used", path)
+    content = read_content(path)
     try:
-        concepts = json.loads(path.read_text(encoding="utf-8"))["concepts"]
-        notes = [(c.get("handle"), c.get("word")) for c in concepts]
+        notes = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
         if not all(name is None or isinstance(name, str) for note in notes for name in note):
             raise TypeError("a handle or a word is no text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: {error}') from error
     if len(notes) != count:
         raise InputError(f"{path} names {len(notes)} concepts, but there are {count} masks")
@@ -162,7 +163,8 @@ def name_concepts(
         raise InputError(f"--num_of_assets is {config.num_of_assets}, but {folder} has {count} masks")
     noted_handles, noted_words = read_notes(folder, found)
     pattern = config.placeholder_token.strip("<>")
-    handles = config.handles or tuple(noted or f"<{pattern}{i}>" for i, noted in enumerate(noted_handles))
+    noted = tuple(handle or f"<{pattern}{i}>" for i, handle in enumerate(noted_handles))
+    handles = tuple(map(bracketed, config.handles)) or noted
     words = config.initializer_tokens or tuple(noted_words)
     for flag, values in (("--handles", handles), ("--initializer_tokens", words)):
         if len(values) != count:
@@ -175,24 +177,19 @@ def name_concepts(
     return tuple(handles), tuple(words)
 
 
+def bracketed(name: str) -> str:
+    """A handle by its name, which may be given with or without < >."""
+    return f"<{name.removeprefix('<').removesuffix('>')}>"
+
+
 def load_scene(config: TrainConfig) -> Scene:
     """Read and check the scene folder `config.instance_data_dir`, before any weights are read.
 
     Raises InputError for anything that cannot be used; warns of what is odd but possible.
     """
     folder = Path(config.instance_data_dir)
-    image_path, mask_files = find_files(folder)
-    picture = read_image(image_path)
-    found = read_source(mask_files, picture.size)
-    handles, words = name_concepts(config, folder, found)
-    masks = [match_size(mask.values, folder / mask.name, picture, image_path) for mask in found]
-    for i, mask in enumerate(masks):
-        path = folder / found[i].name
-        _check_coverage(path, mask)
-        for other, earlier in zip(found[:i], masks[:i], strict=True):
-            if np.array_equal(mask, earlier):
-                raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
-    scene = Scene(picture, masks, handles, words, read_shots(folder, len(masks)))
+    with reading(folder):
+        scene = read_folder(folder, config)
     if scene.shots:
         log.info("%s has %d further pictures: %s", folder, len(scene.shots), ", ".join(s.name for s in scene.shots))
     if config.background_handle:
@@ -204,12 +201,28 @@ def load_scene(config: TrainConfig) -> Scene:
     return scene
 
 
+def read_folder(folder: Path, config: TrainConfig) -> Scene:
+    """The photographs and masks of a scene folder, checked, with the names that the settings give."""
+    image_path, mask_files = find_files(folder)
+    picture = read_image(image_path)
+    found = read_source(mask_files, picture.size)
+    handles, words = name_concepts(config, folder, found)
+    masks = [match_size(mask.values, folder / mask.name, picture, image_path) for mask in found]
+    for i, mask in enumerate(masks):
+        path = folder / found[i].name
+        _check_coverage(path, mask)
+        for other, earlier in zip(found[:i], masks[:i], strict=True):
+            if np.array_equal(mask, earlier):
+                raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
+    return Scene(picture, masks, handles, words, read_shots(folder, len(masks)))
+
+
 def with_background(scene: Scene, name: str) -> Scene:
     """The scene with one more concept, all that no mask covers (paper, section 4), from the word "background".
 
     `name` is its handle, with or without < >. Raises InputError for a name in use, and when nothing is left over.
     """
-    handle, rest = f"<{name.removeprefix('<').removesuffix('>')}>", 1 - np.maximum.reduce(scene.masks)
+    handle, rest = bracketed(name), 1 - np.maximum.reduce(scene.masks)
     if not HANDLE.fullmatch(handle):
         raise InputError(f"--background_handle {name}: expected 1 to 32 letters, digits, _ or -")
     if handle in scene.handles:
@@ -232,6 +245,9 @@ def with_close_ups(scene: Scene) -> Scene:
     close-up, and is not learnt as something that stands where the photograph shows it.
     """
     count, (width, height) = len(scene), scene.picture.size
+    if count > MOST_IN_CLOSE_UPS:
+        expected = f"expected {MOST_IN_CLOSE_UPS} concepts or fewer, or close_ups = false in a --config file"
+        raise InputError(f"--close_ups: {count} concepts have {2**count - 2} sets to show: {expected}")
     close_ups = []
     for subset in (c for size in range(1, count) for c in combinations(range(count), size)):
         ys, xs = np.nonzero(np.maximum.reduce([scene.masks[i] for i in subset]) > 0.5)

@@ -5,6 +5,7 @@ In the sampling steps t and prev_t are whole numbers; prev_t < 0 stands for the 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -91,9 +92,15 @@ class NoiseSchedule:
         return self.alphas_cumprod[t].item() if t >= 0 else final
 
 
-def _per_sample(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """values[t] with one axis per axis of `like`, on its device."""
-    values = values.to(device=like.device, dtype=like.dtype)
+@cache
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """A schedule's table on a device, copied there once: a step waits for a copy, and a CUDA graph cannot hold one."""
+    return table.to(device)
+
+
+def _per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """table[t] with one axis per axis of `like`, on its device."""
+    values = _on_device(table, like.device).to(like.dtype)
     return values[t].view(-1, *[1] * (like.ndim - 1))
 
 
@@ -136,7 +143,10 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
         timesteps = [round(i * gap) for i in reversed(range(points))]
     else:
         timesteps = [round(total - i * total / steps) - 1 for i in range(steps)]
-    return [min(t, total - 1) for t in timesteps[:steps]]
+    timesteps = [min(t, total - 1) for t in timesteps[:steps]]
+    if len(set(timesteps)) < steps:
+        raise InputError(f"{steps} denoising steps shifted by {schedule.steps_offset} leave the {total} timesteps")
+    return timesteps
 
 
 def previous_timestep(schedule: NoiseSchedule, timesteps: list[int], i: int, sampler: str = "ddim") -> int:

@@ -4,12 +4,13 @@ Phase 1 trains the new handles alone; phase 2 trains the UNet and the text encod
 loop and the same `training_step`: a phase is a row of data (`TrainConfig.phases`).
 """
 
+import hashlib
 import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from bas.batches import Batch, Material, check_scene, draw_batch, prepare
 from bas.capture import CapturedStep
 from bas.checkpoint import Models, glance, load, save_model, weights_hash
 from bas.compilation import choose_compilation, compile_unet
-from bas.config import InputError, Phase, RunError, TrainConfig
+from bas.config import InputError, Phase, RunError, TrainConfig, is_utf8
 from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
 from bas.hub import find
@@ -43,6 +44,7 @@ from bas.run_folder import (
     METRICS,
     SETTINGS,
     MetricsLog,
+    drop_later,
     find_checkpoint,
     load_checkpoint,
     locked,
@@ -54,14 +56,15 @@ from bas.run_folder import (
     save_concepts,
 )
 from bas.scene import Scene
-from bas.schedulers import add_noise, training_target
+from bas.schedulers import add_noise, sampling_timesteps, training_target
 from bas.tensorboard import EventLog, writer_class
 from bas.times import Times
 
 log = logging.getLogger(__name__)
 
-# A resumed run may change where things lie and how it is watched; every other setting must stay as it was.
+# A resumed run may change where it runs, where things lie and how it is watched; every other setting stays as it was.
 FREE_ON_RESUME = {
+    "device",
     "instance_data_dir",
     "pretrained_model_name_or_path",
     "output_dir",
@@ -77,7 +80,16 @@ FREE_ON_RESUME = {
     "save_precision",
 }
 
-SAME_ON_RESUME = {"handles": "handles", "base": "base", "schedule": "noise schedule", "class_images": "class images"}
+FLAGS = {f.name: f.metadata.get("flag", [f"--{f.name}"])[0] for f in fields(TrainConfig)}
+SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how a refusal names it
+    "handles": "handles",
+    "words": "initial words",
+    "scene": "scene",
+    "base": "base",
+    "precision": "--mixed_precision ({precision} there)",
+    "schedule": "noise schedule",
+    "class_images": "class images",
+}
 
 KEPT = "The last whole checkpoint is kept"
 OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
@@ -232,7 +244,7 @@ class Run:
     image: Tensor  # (3, H, W) in [-1, 1]
     masks: Tensor  # (N, H, W) in [0, 1]
     material: Material
-    facts: dict  # settings, handles, hash of the base, version: what a resumed run must share
+    facts: dict  # settings, scene, hash of the base, version: what a resumed run must share
     generator: torch.Generator  # the source of every random draw of the steps
     metrics: MetricsLog
     done: int = 0  # steps that a checkpoint brings along
@@ -265,10 +277,33 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
 
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
+    check_text(config)
     scene = read_scene(config)
     base, device, precision = check_machine(config)
-    check_scene(glance(base), scene, config)
+    models = glance(base)
+    check_scene(models, scene, config)
+    if config.img_log_steps:
+        sampling_timesteps(models.schedule, config.preview_inference_steps)
     return scene, base, device, precision
+
+
+def check_text(config: TrainConfig) -> None:
+    """Raises InputError for a path or a word that the files of a run, which are UTF-8, cannot hold."""
+    for name, value in asdict(config).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not is_utf8(text):
+                raise InputError(f"{FLAGS[name]} {text!r} is not UTF-8: rename it")
+
+
+def facts_of(scene: Scene) -> dict:
+    """What a resumed run must share of its scene: handles, initial words, and the sha256 of all pictures and masks."""
+    digest = hashlib.sha256()
+    shots = [(scene.picture, dict(enumerate(scene.masks))), *((shot.picture, shot.masks) for shot in scene.shots)]
+    for picture, masks in shots:
+        digest.update(repr((picture.size, sorted(masks))).encode() + picture.tobytes())
+        for i in sorted(masks):
+            digest.update(masks[i].tobytes())
+    return {"handles": list(scene.handles), "words": list(scene.words), "scene": digest.hexdigest()}
 
 
 def start(
@@ -280,7 +315,8 @@ def start(
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
     require_room(folder, path, config)
     base_hash = base.hash if base else weights_hash(path)
-    facts = {"config": asdict(config), "handles": list(scene.handles), "base": base_hash, "version": __version__}
+    facts = {"config": asdict(config), **facts_of(scene), "base": base_hash, "precision": precision}
+    facts["version"] = __version__
     saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
@@ -289,17 +325,22 @@ def start(
     base = base or Base(path, load(path, device=device))
     models = base.fresh()
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
-    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    if config.resolution:  # from now on what it was trained for: pictures are drawn at that size
+        latent_side = config.resolution // models.vae.config.factor
+        models.unet.config = replace(models.unet.config, sample_size=latent_side)
+    image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    models.handles = scene.handles
+    exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
     class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         with autocast(device, precision):
-            class_posterior, facts["class_images"] = base.class_images(config, tuple(image.shape[-2:]))
+            settings = replace(config, mixed_precision=precision)
+            class_posterior, facts["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
     write_json(folder / SETTINGS, facts)
     write_text(folder / CONFIG, to_toml(asdict(config)))
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
-    models.handles = scene.handles
     write_scene(folder, scene, image, masks)
     material = prepare(models, scene, image, masks, config, class_posterior)
     compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
@@ -314,10 +355,10 @@ def start(
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
         generator.set_state(saved["generator"])
+        drop_later(folder, note["step"])
     metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
     run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
-    if precision == "bf16":
-        run.exact = lower((models.unet, models.text_encoder), DTYPES[precision])
+    run.exact = exact
     run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
     if config.report_to == "tensorboard":
         run.events = EventLog(folder, run.done)
@@ -447,12 +488,13 @@ def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor
 
 
 def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
-    """Raises InputError unless the checkpoint was made with these settings, and with all else that is known so far."""
-    ours, theirs = ({k: v for k, v in f["config"].items() if k not in FREE_ON_RESUME} for f in (facts, noted))
+    """Raises InputError unless the checkpoint was made with these settings, and with all else that both know of."""
+    known = [what for what in SAME_ON_RESUME if what in facts and what in noted]
+    free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # what it came to is compared
+    ours, theirs = ({k: v for k, v in f["config"].items() if k not in free} for f in (facts, noted))
     ours = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
-    flags = {f.name: f.metadata.get("flag", [f"--{f.name}"])[0] for f in fields(TrainConfig)}
-    differs = [flags[name] for name in ours if ours[name] != theirs.get(name)]
-    differs += [name for what, name in SAME_ON_RESUME.items() if what in facts and facts[what] != noted.get(what)]
+    differs = [FLAGS[name] for name in ours if ours[name] != theirs.get(name)]
+    differs += [SAME_ON_RESUME[what].format(**noted) for what in known if facts[what] != noted[what]]
     if differs:
         raise InputError(
             f"{checkpoint} was made with another {', '.join(differs)}: resume with the same, or start anew"

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -11,6 +12,7 @@ import pytest
 from tiny import Bench
 
 import bas
+from bas.interrupts import SIGNALS
 
 training = import_module("bas.train")  # the module: bas.train is its function
 NOBODY = 65534  # the user who owns nothing
@@ -42,6 +44,33 @@ def full_disk(room: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Within the block anybody may enter a folder: it and all above it are open, as far as its owner owns them."""
+    above = [place for place in (folder, *folder.parents) if place.owner() == folder.owner() and place.name]
+    before = {place: place.stat().st_mode for place in above}
+    for place, mode in before.items():
+        place.chmod(mode | 0o755)
+    try:
+        yield
+    finally:
+        for place, mode in before.items():
+            place.chmod(mode)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Within the block no signal that stops a training is ignored, as nohup or a shell's background lets some be."""
+    deaf = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in deaf:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in deaf:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

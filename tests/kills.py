@@ -206,7 +206,7 @@ def child(work: Callable[..., None], *args) -> int | None:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kills"])
-    process = context.Process(target=work, args=args)
+    process = context.Process(target=on_threads, args=(torch.get_num_threads(), work, *args))
     process.start()
     process.join(LONGEST)
     if process.exitcode is None:
@@ -214,6 +214,12 @@ def child(work: Callable[..., None], *args) -> int | None:
         process.join()
         return None
     return process.exitcode
+
+
+def on_threads(count: int, work: Callable[..., None], *args) -> None:
+    """Run a function on as many threads as its parent has: the order of sums depends on it."""
+    torch.set_num_threads(count)
+    work(*args)
 
 
 class Harness:

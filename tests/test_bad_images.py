@@ -113,6 +113,16 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path):
             read_image(tmp_path / name)
 
 
+def test_of_a_phones_two_pictures_in_a_jpeg_the_first_is_the_photograph(tmp_path):
+    second = Image.new("RGB", (4, 3))
+    options = {"format": "MPO", "save_all": True, "append_images": [second], "quality": 95}
+    path = save(tmp_path / "img.jpg", RGB, **options)
+    with Image.open(path) as picture:
+        assert (picture.format, picture.n_frames) == ("MPO", 2)
+    assert pixels(path) == pixels(save(tmp_path / "plain.jpg", RGB, quality=95))
+    assert read_mask(path).shape == GREY.shape
+
+
 def test_a_link_to_a_picture_is_read(tmp_path):
     (tmp_path / "img.png").symlink_to(save(tmp_path / "real.png", RGB))
     assert pixels(tmp_path / "img.png") == RGB.tolist()
@@ -291,6 +301,15 @@ def test_a_cmyk_mask_is_turned_to_grey(tmp_path):
     ink = np.dstack([np.zeros((6, 8, 3), np.uint8), 255 - GREY])
     Image.fromarray(ink, "CMYK").save(tmp_path / "mask0.tif")
     assert np.array_equal(read_mask(tmp_path / "mask0.tif"), GREY.astype(np.float32) / 255)
+
+
+def test_a_cielab_mask_is_turned_to_grey(tmp_path):
+    """Pillow turns that mode to RGB alone."""
+    lab = np.dstack([GREY, np.full_like(GREY, 128), np.full_like(GREY, 128)])
+    Image.fromarray(lab, "LAB").save(tmp_path / "mask0.tif")
+    assert Image.open(tmp_path / "mask0.tif").mode == "LAB"
+    grey = read_image(tmp_path / "mask0.tif").convert("L")
+    assert np.array_equal(read_mask(tmp_path / "mask0.tif"), np.asarray(grey, np.float32) / 255)
 
 
 # --- Content of masks ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import TEXT_FILE, UNET_FILE, VAE_FILE, change_json, change_tensors, refusal, tiny
-from faults import unprivileged
+from faults import opened, unprivileged
 from safetensors.torch import load_file, save_file
 
 import bas
@@ -300,7 +300,7 @@ def test_a_class_name_is_text(name, folder):
 def test_a_setting_that_stands_twice(folder):
     path = folder / UNET_JSON
     path.write_text(path.read_text().replace("{", '{"in_channels": 9,', 1))
-    assert refusal(folder) == f"{path} is not valid JSON ('in_channels' stands twice): copy or download it again"
+    assert refusal(folder) == f"{path} is not valid JSON ('in_channels' stands twice): mend it, or copy it again"
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
@@ -309,6 +309,17 @@ def test_a_tokenizer_too_large_to_be_one(name, folder):
         file.truncate(MAX_JSON_BYTES + 1)
     with little_memory(4_000_000):
         assert refusal(folder).startswith(f"{folder / 'tokenizer' / name} is larger than any configuration: ")
+
+
+def test_a_vocabulary_with_a_hole(folder):
+    """As many tokens as rows, but one of them has the number of no row."""
+    path = folder / "tokenizer" / "vocab.json"
+    vocabulary = json.loads(path.read_text())
+    path.write_text(json.dumps(vocabulary | {next(iter(vocabulary)): 100_000}))
+    assert refusal(folder) == (
+        f"{folder}: the tokenizer's numbers go up to 100000, the text encoder has {len(vocabulary)} rows: "
+        "they belong to different models"
+    )
 
 
 @pytest.mark.parametrize("file", [UNET_FILE, VAE_FILE, TEXT_FILE])
@@ -333,13 +344,12 @@ def test_what_is_no_file_in_a_folder(kind, file, folder):
 @pytest.mark.parametrize("file", [UNET_FILE, UNET_JSON, "model_index.json", "tokenizer/vocab.json"])
 def test_a_file_that_may_not_be_read(file, saved, tmp_path_factory):
     folder = Path(shutil.copytree(saved, tmp_path_factory.mktemp("model") / "model"))
-    for parent in folder.parents[:3]:
-        parent.chmod(0o755)
-    with unprivileged():
-        load(folder)
-    (folder / file).chmod(0)
-    with unprivileged():
-        message = refusal(folder)
+    with opened(folder):
+        with unprivileged():
+            load(folder)
+        (folder / file).chmod(0)
+        with unprivileged():
+            message = refusal(folder)
     assert str(folder) in message
     assert "ermission denied" in message
 

@@ -1,5 +1,6 @@
 """The draws of a training step: what is cached, what belongs together, what is random and how."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,10 @@ from einops import rearrange
 from PIL import Image
 from tiny import refused, write_scene
 
-from bas.batches import attention_grid, draw_batch, handle_positions
+from bas.batches import attention_grid, check_scene, draw_batch, handle_positions
+from bas.checkpoint import load
 from bas.losses import resize_mask
+from bas.models.text import tokenize
 from bas.scene import load_scene
 from bas.train import check_input
 
@@ -32,6 +35,16 @@ def chosen_in(material, batch, row) -> list[int]:
     """The concepts that a row's prompt names, in its order."""
     ids = batch.input_ids[row].tolist()
     return [material.handle_ids.index(i) for i in ids if i in material.handle_ids]
+
+
+@pytest.mark.parametrize("concepts", [36, 37])
+def test_all_handles_must_fit_one_prompt(bench, tmp_path, concepts):
+    """Start and end, `a photo of`, the handles and an `and` between them: 2 n + 4 of 77 tokens."""
+    scene = write_scene(tmp_path / "scene", concepts, size=(8 * concepts, 32))
+    config = bench.config(instance_data_dir=str(scene))
+    expected = refused("37 concepts: a prompt of this model has room for 36 handles: use fewer masks")
+    with expected if concepts == 37 else nullcontext():
+        check_scene(load(bench.model), load_scene(config), config)
 
 
 def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
@@ -148,6 +161,20 @@ def test_a_seed_decides_and_the_generator_moves_on(bench, prepared):
     for name in vars(first):
         assert torch.equal(getattr(first, name), getattr(again, name))
     assert not torch.equal(first.eps, other.eps)
+
+
+def test_each_subset_is_tokenized_once(bench, prepared, monkeypatch):
+    """Three concepts make 15 subsets, counted by their order too; what is kept gives the same batch again."""
+    asked = []
+    monkeypatch.setattr(
+        "bas.batches.tokenize", lambda tokenizer, prompts: asked.extend(prompts) or tokenize(tokenizer, prompts)
+    )
+    models, material = prepared
+    fresh = replace(material)
+    first, again = (draw(bench, (models, fresh), train_batch_size=200) for _ in range(2))
+    assert len(asked) == len(set(asked)) == 15
+    for name in vars(first):
+        assert torch.equal(getattr(first, name), getattr(again, name))
 
 
 def test_a_handle_must_stand_in_a_prompt_once():

@@ -1,9 +1,12 @@
 """The bench: its arithmetic, its tables, the turns that sides take, and that docs/speed.md shows docs/speed.json."""
 
 import json
+import sys
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import bench
 import bench_bas
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bench_bas import BasSide, Mode, mode_named
-from bench_clock import interleave, own_peak_bytes
+from bench_clock import interleave, own_peak_bytes, run_command
 from bench_material import Material, make_scene
 from bench_table import Line, Stat, markdown, share, speedup, text_table
 from PIL import Image
@@ -262,6 +265,91 @@ def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
     assert notes["phase-1 step"] == "left out of this run"
     assert notes["class images"] == "3 images"
     assert {line.setting for line in saved[-1]} == {setting.name for setting in bench.SETTINGS}
+
+
+@pytest.fixture
+def failing_mode(monkeypatch):
+    """The bench's rows with stand-ins for all that computes; bas in bf16 fails in its first step."""
+    bench_rows = pytest.importorskip("bench_rows", reason="the rows run the official side on diffusers")
+    closed = []
+
+    class Side:
+        def __init__(self, _material, mode, _phase, _run):
+            self.mode = mode.name
+
+        def step(self):
+            if self.mode == "bf16":
+                raise torch.OutOfMemoryError("out of memory\nof all kinds")
+
+        def close(self):
+            closed.append(self.mode)
+
+    def interleave_once(calls: dict, *_) -> dict[str, list[float]]:
+        for call in calls.values():
+            call()
+        return {name: [1.0] for name in calls}
+
+    def child(task: dict, *_) -> dict:
+        if task.get("mode") == "bf16":
+            raise RuntimeError("out of memory: code 1")
+        return {"peak": 1e9, "first": 2.0, "later": [1.0]}
+
+    for name in ("official_gradients", "OfficialLoop", "read_scene", "with_compiled_unet"):
+        monkeypatch.setattr(bench_rows, name, MagicMock())
+    modes = [mode_named(name) for name in ("fp32", "bf16", "bf16, whole")]
+    monkeypatch.setattr(bench_rows, "chosen_modes", lambda *_: modes)
+    monkeypatch.setattr(bench_rows, "interleave", interleave_once)
+    monkeypatch.setattr(bench_rows, "fidelity", lambda *_: None)
+    monkeypatch.setattr(bench_rows, "BasSide", Side)
+    monkeypatch.setattr(bench_rows, "child", child)
+    return bench_rows, closed
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_mode_that_fails_is_noted_and_the_other_modes_go_on(failing_mode, device):
+    """On a CPU all modes take turns together, and then each by itself; on a GPU they are alone from the start."""
+    (bench_rows, closed), given = failing_mode, MagicMock()
+    setting = SimpleNamespace(name="a model", device=device)
+    steps = list(bench_rows.steps(given, setting, ()))
+    named = [(line.row, line.mode) for line in steps]
+    modes = ("fp32", "bf16", "bf16, whole")
+    assert named == [(f"phase-{phase} step", mode) for phase in (1, 2) for mode in modes]
+    assert {line.note for line in steps if line.mode == "bf16"} == {"failed: out of memory"}
+    assert all(line.bas == Stat.of([1.0]) for line in steps if line.mode != "bf16")
+    sides = 3 if device == "cuda" else 6
+    assert len(closed) == 2 * sides
+
+    jobs = {line.mode: line for line in bench_rows.job(given, setting, steps)}
+    assert jobs["bf16"].note == "failed: out of memory"
+    assert jobs["fp32"].bas == Stat.of([800.0])
+    assert tuple(jobs) == modes
+
+
+def test_a_mode_whose_process_fails_is_noted_and_the_other_modes_go_on(failing_mode):
+    bench_rows, _ = failing_mode
+    lines = list(bench_rows.memory(MagicMock(), SimpleNamespace(name="a model", device="cpu"), ()))
+    failed = [line for line in lines if line.mode == "bf16"]
+    assert [line.row for line in failed[:2]] == ["peak memory, phase 1", "start-up, phase 1"]
+    assert {line.note for line in failed} == {"failed: out of memory: code 1"}
+    assert len(lines) == 2 * 2 * 3
+    assert all(line.bas for line in lines if line.mode != "bf16")
+
+
+def test_a_command_that_fails_says_why_in_its_first_line():
+    command = [sys.executable, "-c", "import sys; sys.exit('a warning\\nout of memory')"]
+    with pytest.raises(RuntimeError, match=r"^out of memory: code 1 of"):
+        run_command(command, threads=1)
+
+
+def test_the_bench_measures_without_tf32(monkeypatch, capsys):
+    """PyTorch allows it for convolutions: the reference would be off by a thousandth."""
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(bench, "describe", lambda _: {**RESULT, "machine": dict(RESULT["machine"])})
+    monkeypatch.setattr(bench, "measure", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    bench.main(["--threads", str(torch.get_num_threads())])
+    assert seen == [False]
+    assert capsys.readouterr().out
 
 
 # --- Many scenes --------------------------------------------------------------------------------------------------

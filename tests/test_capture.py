@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from importlib import import_module
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ def test_inputs_are_copied_into_the_same_memory(bench):
     assert not torch.equal(first.eps, second.eps)
     with pytest.raises(ValueError, match=r"a batch tensor is \(1,"):
         inputs.fill([replace(second, t=second.t[:1])])
+
+
+def test_a_step_is_recorded_once_on_the_stream_of_the_warm_up(bench, monkeypatch):
+    """Not on PyTorch's own: the process keeps that on the GPU which recorded first. Without a GPU, by stand-ins."""
+    config = bench.config()
+    for name in ("Stream", "CUDAGraph", "current_stream", "graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    step = CapturedStep(MagicMock())
+    for batch in drawn(bench.prepared(config), config, WARM_UP + 2):
+        step([batch])
+    torch.cuda.graph.assert_called_once_with(step.graph, stream=step.stream)
+    assert step.step.call_count == WARM_UP + 1
+    assert step.graph.replay.call_count == 2
 
 
 def test_a_step_draws_nothing(bench):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tiny import refused, write_class_images
 
+import bas
 from bas.checkpoint import cache_dir, load
 from bas.class_images import cache_key, class_images, find_folder
 from bas.config import SampleConfig, TrainConfig
@@ -63,6 +65,18 @@ def test_cache_key_depends_on_everything_that_decides_a_picture(models):
     assert all(path.parent == cache_dir() / "class_images" for path in folders)
     free = TrainConfig(num_class_images=7, instance_data_dir="elsewhere", sample_batch_size=2)
     assert folder(config=free) == folder(settings=SampleConfig(height=32, batch_size=9, num_images=3)) == folders[0]
+
+
+def test_the_key_holds_what_auto_came_to(bench, tmp_path, asked, monkeypatch):
+    """So images of one arithmetic are never taken for those of another, on a machine where auto is something else."""
+    folder = tmp_path / "keyed"
+    config = bench.config(tmp_path / "first", class_data_dir=str(folder), phase1_train_steps=0, phase2_train_steps=1)
+    bas.train(config)
+    assert json.loads((folder / "key.json").read_text())["precision"] == "no"
+    bas.train(replace(config, output_dir=str(tmp_path / "second"), mixed_precision="no"))
+    monkeypatch.setattr(import_module("bas.train"), "pick_precision", lambda *args: "bf16")
+    with refused("keyed holds class images made with another precision"):
+        bas.train(replace(config, output_dir=str(tmp_path / "third")))
 
 
 def test_images_are_generated_once_and_more_are_added(models, bench, tmp_path, asked):

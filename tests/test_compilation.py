@@ -8,6 +8,8 @@ from bas.cli import main
 from bas.compilation import STEPS_TO_PAY, choose_compilation, compile_unet
 from bas.config import TrainConfig
 from bas.flags import Parser, add_fields
+from bas.models.attention import TransformerBlock
+from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -51,6 +53,17 @@ def test_an_unknown_kind_is_one_line(capsys):
         main(["train", "scene", "--compile", "half"])
     assert ended.value.code == 2
     assert "--compile" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("kind", "modules"), [("regional", {ResnetBlock, TransformerBlock}), ("whole", {UNet})])
+def test_each_shape_gets_code_of_its_own(monkeypatch, kind, modules):
+    """Left to itself, the compiler would make phase 2's larger batch a symbol, and slower code for it."""
+    given = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: given.append((type(module), how)))
+    with torch.device("meta"):
+        compile_unet(UNet(UNET), kind)
+    assert {module for module, _ in given} == modules
+    assert all(how == {"fullgraph": True, "dynamic": False, "backend": "inductor"} for _, how in given)
 
 
 @pytest.mark.parametrize(("kind", "graphs"), [("regional", 2), pytest.param("whole", 1, marks=pytest.mark.slow)])

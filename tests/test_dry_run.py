@@ -141,7 +141,28 @@ def test_memory_by_its_rule():
 
 
 def test_the_speed_of_a_matrix_product_is_measured():
-    assert 1e7 < matrix_speed(torch.device("cpu"), torch.float32, side=64, least=0.01) < 1e15
+    assert 1e7 < matrix_speed(torch.device("cpu"), torch.float32, least=0.01) < 1e15
+
+
+@pytest.mark.parametrize(("device", "side", "at_once"), [("cpu", 1024, 1), ("cuda", 8192, 8)])
+def test_a_gpu_multiplies_large_matrices_without_waiting_in_between(monkeypatch, device, side, at_once):
+    done = []
+
+    class Matrix:
+        def to(self, _):
+            return self
+
+        def __matmul__(self, _):
+            done.append("product")
+            return self
+
+        def sum(self):
+            done.append("wait")
+            return torch.zeros(())
+
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: done.append(shape) or Matrix())
+    matrix_speed(torch.device(device), torch.float32, least=0.001)
+    assert done[: at_once + 2] == [(side, side), *["product"] * at_once, "wait"]
 
 
 def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, capsys):
@@ -173,7 +194,7 @@ def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, ca
         ({"resolution": 33}, "this model takes multiples of 8 pixels"),
         ({"attention_grid": 3}, "no cross-attention on 3 rows"),
         ({"handles": ("<a>",)}, "--handles gives 1 names"),
-        ({"handles": ("photo", "<a>")}, "handle 'photo': expected <name>"),
+        ({"handles": ("a photo", "<a>")}, "handle '<a photo>': expected <name>"),
         ({"device": "nowhere"}, "--device nowhere cannot be used here"),
     ],
 )
@@ -191,9 +212,18 @@ def test_a_used_folder_is_refused(scene, model, tmp_path):
 # --- Out of memory ----------------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_path, capsys, monkeypatch, error):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr(training, "optimizer_step", full)
     words = ["train", str(scene), "--weights", str(model), "--output_dir", str(tmp_path / "run"), *FLAGS]

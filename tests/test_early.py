@@ -1,6 +1,7 @@
 """Wrong input is found before any weight is read: in one line, with exit code 2, in under two seconds."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import opened, unprivileged
 from PIL import Image
-from tiny import Bench, taught
+from tiny import Bench, taught, write_scene
 
 from bas.checkpoint import save_model
 from bas.cli import main
@@ -39,6 +41,7 @@ def place(tmp_path_factory):
     spoil("gap", "mask7.png", Image.fromarray(mask.T))
     spoil("notes", "scene.json", b"[]")
     spoil("two", "img.jpg", b"")
+    write_scene(folder / "crowd", concepts=37, size=(37 * 8, 32))
     Image.new("L", (32, 32), 0).save(folder / "black.png")
     speck = Image.new("L", (32, 32), 0)
     speck.putpixel((5, 5), 255)
@@ -72,7 +75,7 @@ TRAIN = [
     ("train {scene} --weights {file}", "file holds 0 bytes, no model"),
     ("train {scene} --weights {scene}", "scene is not a model"),
     ("train {scene} --weights {model} --handles <a> <b>", "--handles gives 2 names, but"),
-    ("train {scene} --weights {model} --handles <a> <b> c", "handle 'c': expected <name>"),
+    ("train {scene} --weights {model} --handles <a> <b> c.", "handle '<c.>': expected <name>"),
     ("train {scene} --weights {model} --num_of_assets 2", "--num_of_assets is 2, but"),
     ("train {scene} --weights {model} --output_dir {file}", "cannot write to --output_dir"),
     ("train {scene} --weights {model} --output_dir {run} --resume_from_checkpoint {none}", "none"),
@@ -81,7 +84,16 @@ TRAIN = [
     ("train {scene} --weights {model} --initializer_tokens a a \\x20", "the initial word ' ' holds no token"),
     ("train {scene} --weights {taught}", "handle <asset0> is already a token of this model: choose another name"),
     ("train {scene} --weights {model} --class_prompt <dog>", "unknown handle <dog> in '<dog>'"),
+    ("train {scene} --weights {model} --preview_inference_steps 1001", "1001 denoising steps: this model was trained"),
+    ("train {scene} --weights {model} --output_dir r\udce9n", "--output_dir 'r\\udce9n' is not UTF-8"),
+    ("train {scene} --weights {model} --class_prompt a \udce9", "--class_prompt '\\udce9' is not UTF-8"),
+    ("train {scene} --weights ~nobody-of-this-name/m", "~nobody-of-this-name/m does not exist, and is no known model"),
     ("train {tiny} --weights {model}", "the mask of <asset1> vanishes on the latents' grid: paint it larger"),
+    ("train {crowd} --weights {model}", "37 concepts: a prompt of this model has room for 36 handles: use fewer masks"),
+    ("train {crowd} --weights {model} --close_ups", "--close_ups: 37 concepts have 137438953470 sets to show"),
+    ("train {long} --weights {model}", "xxx cannot be read: File name too long"),
+    ("train {scene} {long} --weights {model}", "xxx cannot be read: File name too long"),
+    ("train {scene} --config {long}", "xxx is not a file"),
     ("train {none} --weights {model}", "none is not a folder: a scene is a folder with img.jpg and mask0.png"),
     ("train {text} --weights {model}", "text/img.png is not a readable PNG, JPEG, WEBP, BMP, TIFF picture"),
     ("train {truncated} --weights {model}", "truncated/mask1.png is not a readable PNG, JPEG, WEBP, BMP, TIFF"),
@@ -101,6 +113,11 @@ SAMPLE = [
     ("sample {taught} --prompt (<asset0>:9)", "(<asset0>:9): a strength is a number from 0 to 5"),
     ("sample {model} --prompt <asset0>", "known handles: none: this is a base model"),
     ("sample {taught} --prompt bowl --height 31", "--height 31: this model takes multiples of 8 pixels"),
+    ("sample {taught} --prompt bowl --num_inference_steps 1001", "1001 denoising steps: this model was trained with"),
+    ("sample {taught} --prompt bowl --num_inference_steps 1000 --sampler dpmpp_2m", "1000 denoising steps: this model"),
+    ("vary {taught} --output_dir {new} --num_inference_steps 1001", "1001 denoising steps: this model was trained"),
+    ("explore {taught} --output_dir {new} --num_inference_steps 1001", "1001 denoising steps: this model was trained"),
+    ("attend {taught} --output_dir {new} --prompt <asset0> --num_inference_steps 1001", "1001 denoising steps"),
     ("sample {taught} --prompt bowl --num_images 0", "--num_images is 0: expected 1 or more"),
     ("sample {taught} --prompt bowl --output_path a.gif", "--output_path a.gif: name a .png, .jpg or .webp file"),
     ("sample {taught} --prompt bowl --output_path {file}/a.png", "file is in the way"),
@@ -133,16 +150,19 @@ EDIT = [
         f"unknown handle <toy> in '<toy>'; {HANDLES}",
     ),
     ("--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --height 9", "--height 9: this model takes"),
+    ("--init_image {scene}/img.png --mask {scene}/mask0.png --prompt a --num_inference_steps 1001", "1001 denoising"),
     (
         "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --output_path x",
         "name a .png, .jpg or .webp",
     ),
     ("--init_image {scene}/img.png --regions {folder}/list.json", "black.png is black all over"),
-    ("--init_image {scene}/img.png --regions {none}", "--regions"),
+    ("--init_image {scene}/img.png --regions {none}", "none is not a file"),
+    ("--init_image {scene}/img.png --regions {long}", "xxx is not a file"),
 ]
 OTHERS = [
     ("masks {black} --weights {model}", "black/mask1.png is black all over"),
     ("masks {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
+    ("masks {long} --weights {model}", "xxx cannot be read: File name too long"),
     ("masks {scene} --weights {model} --points 1,2", "--points goes with --auto"),
     ("masks {scene}/img.png --auto clipseg --output_dir {new}", "--auto clipseg needs --words, one per concept"),
     ("masks {scene}/img.png --auto clipseg --points 1,2 --output_dir {new}", "--points is for --auto sam, not clipseg"),
@@ -162,12 +182,12 @@ OTHERS = [
 ]
 CASES = [*TRAIN, *SAMPLE, *((f"edit {{taught}} {rest}", message) for rest, message in EDIT), *OTHERS]
 NAMES = ("scene", "model", "taught", "file", "run", "none", "settings")
-NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", "two", "tiny")
+NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", "two", "tiny", "crowd")
 
 
 def arguments(line: str, place: Path, new: Path) -> list[str]:
     """A line of a case as the shell would give it. new: a path where nothing is yet."""
-    paths = {name: place / name for name in NAMES} | {"folder": place, "new": new}
+    paths = {name: place / name for name in NAMES} | {"folder": place, "new": new, "long": "x" * 300}
     return [word.format(**paths).replace("\\x20", " ") for word in line.split()]
 
 
@@ -184,11 +204,37 @@ def test_wrong_input_is_found_before_weights_are_read(line, message, place, tmp_
     assert taken < 2
 
 
+@pytest.mark.parametrize("place_of_scene", [".", "one"])
+@pytest.mark.parametrize("command", ["train {scenes} --weights {model}", "masks {scenes}/one --weights {model}"])
+def test_a_folder_that_may_not_be_read_is_bad_input(command, place_of_scene, place, tmp_path, no_weights, capsys):
+    locked = write_scene(tmp_path / "scenes" / "one").parent / place_of_scene
+    locked.chmod(0)
+    with opened(place), opened(tmp_path), unprivileged():
+        assert main(command.format(scenes=tmp_path / "scenes", model=place / "model").split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"bas: {locked}")
+    assert errors.endswith(" cannot be read: Permission denied\n")
+
+
 @pytest.mark.parametrize("line", ["sample {taught} --prompt bowl", "export {model} {new}.safetensors"])
 def test_sound_input_does_read_them(line, place, tmp_path, no_weights):
     """Else the test above would hold for any command."""
     with pytest.raises(pytest.fail.Exception, match="weights were read"):
         main(arguments(line, place, tmp_path / "new"))
+
+
+def test_steps_of_previews_that_nobody_asked_for_are_not_looked_at(place, tmp_path, no_weights):
+    line = "train {scene} --weights {model} --output_dir {new} --img_log_steps 0 --preview_inference_steps 1001"
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        main(arguments(line, place, tmp_path / "new"))
+
+
+def test_a_scene_whose_name_is_not_utf8_is_refused(place, tmp_path, no_weights, capsys):
+    scene = os.fsdecode(os.fsencode(tmp_path) + b"/sc\xe9ne")
+    shutil.copytree(place / "scene", scene)
+    assert main(["train", scene, "--weights", str(place / "model"), "--output_dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"bas: --instance_data_dir {scene!r} is not UTF-8: rename it\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("line", ["sample {none} --prompt bowl", "report {none}", "masks {black}"])

@@ -181,11 +181,11 @@ def test_a_list_of_regions_names_masks_beside_it(files, picture):
 
 @pytest.mark.parametrize(
     "rows",
-    ["{", "[]", "{}", [1], [{"mask": "left.png"}], [{"mask": "left.png", "prompt": 3}],
+    ["{", "[" * 100_000, "[]", "{}", [1], [{"mask": "left.png"}], [{"mask": "left.png", "prompt": 3}],
      [{"mask": "left.png", "prompt": "a", "seed": 1}]],
 )  # fmt: skip
 def test_a_bad_list_of_regions_is_refused(files, picture, rows):
-    with refused("--regions", "regions.json"):
+    with refused(str(files / "regions.json")):
         read_regions(region_list(files, rows), files / "photo.png", picture)
 
 

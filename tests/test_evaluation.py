@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import before_step, heard
 from PIL import Image
 from scipy import stats
 from tiny import refused, write_scene
@@ -276,7 +278,7 @@ def test_what_is_finished_is_left_and_what_is_not_goes_on(bench, scenes, explici
             os.kill(os.getpid(), 2)
         return original(prompts, *args)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, heard():
         patch.setattr(drawing, "generate", interrupting)
         with pytest.raises(Interrupted, match="the same command goes on") as stop:
             list(evaluate_each(cells, workplace(bench)))
@@ -286,6 +288,43 @@ def test_what_is_finished_is_left_and_what_is_not_goes_on(bench, scenes, explici
     assert [outcome.earlier for outcome in evaluate_each(again, workplace(bench))] == [True, True, False, False]
     write_results(tmp_path / "out", again, FACTS)
     assert rows_of(tmp_path / "out") == rows_of(done[0])
+
+
+def test_a_cell_that_was_interrupted_leaves_no_checkpoint(bench, scenes, explicit, tmp_path, monkeypatch):
+    """It takes as much room as the model and its optimizer, and what is drawn needs it no more."""
+    with monkeypatch.context() as patch, heard():
+        before_step(patch, 2, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            list(evaluate_each(planned(tmp_path, scenes[:1], explicit, methods=("ti-m",)), workplace(bench)))
+    assert len(list(tmp_path.rglob("state.safetensors"))) == 1
+    (cell,) = planned(tmp_path, scenes[:1], explicit, methods=("ti-m",))
+    assert [outcome.error for outcome in evaluate_each([cell], workplace(bench))] == [None]
+    assert cell.finished
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_what_cannot_be_drawn_is_found_before_anything_is_trained(bench, scenes, explicit, tmp_path):
+    cells = planned(tmp_path, scenes, explicit)
+    for sampling, reason in (
+        (replace(SAMPLING, num_inference_steps=1001), "1001 denoising steps"),
+        (replace(SAMPLING, height=31), "--height 31"),
+        (replace(SAMPLING, negative_prompt="<toy>"), "unknown handle <toy>"),
+    ):
+        with refused(reason):
+            list(evaluate_each(cells, replace(workplace(bench), sampling=sampling)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_that_is_too_large_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
+    def too_large(cell, *args):
+        if cell.method == "ti-m":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(cell, *args)
+
+    original = fill_cell
+    monkeypatch.setattr(run, "fill_cell", too_large)
+    outcomes = list(evaluate_each(planned(tmp_path, scenes[:1], explicit), workplace(bench)))
+    assert [outcome.error for outcome in outcomes] == [None, "cpu is out of memory"]
 
 
 def test_a_cell_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):

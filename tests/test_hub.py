@@ -1,5 +1,6 @@
 """Models by name: found without the network, fetched only when asked to, mirror by mirror."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 from families import UNET_FILE, tiny
 from huggingface_hub.errors import RepositoryNotFoundError
+from tiny import refused
 
 from bas import hub
 from bas.checkpoint import save_model
@@ -133,5 +135,25 @@ def test_the_manifest_describes_each_model():
 
 def test_a_model_may_bring_its_training_row(tmp_path):
     assert hub.read_model_row(tmp_path) is None
-    (tmp_path / "bas.json").write_text('{"train": {"attention_grid": 16}}')
-    assert hub.read_model_row(tmp_path) == {"attention_grid": 16}
+    (tmp_path / "bas.json").write_text('{"train": {"attention_grid": 16, "class_prompt": ["a", "b"]}}')
+    assert hub.read_model_row(tmp_path) == {"attention_grid": 16, "class_prompt": ("a", "b")}
+    (tmp_path / "bas.json").write_text("{}")
+    assert hub.read_model_row(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"phase1_train_steps": "400"}, "phase1_train_steps is '400', expected a whole number"),
+        ({"class_prompt": "a photo"}, "class_prompt is 'a photo', expected a list, each a string"),
+        ({"attention_grid": None}, "attention_grid is None, expected a whole number"),
+        ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
+        ([1], "train is [1], expected settings by name"),
+        (1.5, "train is 1.5, expected settings by name"),
+        (None, "train is None, expected settings by name"),
+    ],
+)
+def test_a_training_row_is_checked_as_a_config_file_is(train, message, tmp_path):
+    (tmp_path / "bas.json").write_text(json.dumps({"train": train}))
+    with refused(f"{tmp_path / 'bas.json'}: {message}"):
+        hub.read_model_row(tmp_path)

@@ -2,10 +2,12 @@
 
 import json
 import re
+import struct
 
 import pytest
 import tiny
 import torch
+from faults import opened, unprivileged
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -94,6 +96,46 @@ def test_an_unfinished_run_says_how_to_go_on(tmp_path):
     assert facts["problem"] == "its training has not ended; add --resume_from_checkpoint latest to go on"
     assert (facts["what"], facts["steps done"]) == ("an unfinished run of bas", 3)
     assert facts["checkpoints"] == ["step-000002"]
+
+
+@pytest.mark.parametrize("note", [{}, NOTE | {"config": 3}, NOTE | {"handles": [1]}, NOTE | {"base": None}])
+def test_a_run_whose_notes_are_spoilt_is_told(tmp_path, note):
+    write_json(tmp_path / "settings.json", note)
+    facts = describe(tmp_path)
+    reason = "does not hold what bas notes of a run: it was changed, or something else wrote it"
+    assert (facts["loads"], facts["problem"]) == (False, f"{tmp_path / 'settings.json'} {reason}")
+
+
+def bitmap(side: int) -> bytes:
+    """The header of a square .bmp file, without its pixels."""
+    return b"BM" + struct.pack("<IIIIiiHH", 54, 0, 54, 40, side, side, 1, 24) + bytes(24)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"nothing", "is not a readable PNG, JPEG, WEBP, BMP, TIFF picture: "),
+        (bitmap(12_000), "is 12000x12000: more than 100 megapixels, make it smaller"),
+        (bitmap(65_000), "exceeds limit"),  # Pillow's own
+    ],
+    ids=["broken", "large", "a bomb"],
+)
+def test_a_scene_with_a_broken_picture_is_told(tmp_path, content, problem):
+    scene = tiny.write_scene(tmp_path / "scene", concepts=2)
+    (scene / "img.png").write_bytes(content)
+    facts = describe(scene)
+    assert (facts["what"], facts["loads"]) == ("a folder", False)
+    assert facts["problem"].startswith(f"{scene / 'img.png'} is ")
+    assert problem in facts["problem"]
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path):
+    scene = tiny.write_scene(tmp_path / "scene")
+    scene.chmod(0)
+    with opened(tmp_path), unprivileged():
+        facts = describe(scene)
+    assert (facts["what"], facts["loads"]) == ("a folder", False)
+    assert facts["problem"].endswith("cannot be read: Permission denied")
 
 
 def test_a_scene_is_named_and_counted(tmp_path):

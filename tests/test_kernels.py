@@ -35,6 +35,18 @@ def test_norm_silu(shape, dtype, tolerance):
         torch.testing.assert_close(a, b, atol=10 * tolerance, rtol=10 * tolerance)
 
 
+def test_a_frozen_norm_gets_no_gradient_and_its_input_does():
+    """As in phase 1, where the gradient only passes through on its way to the handles."""
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    norm = torch.nn.GroupNorm(2, 4).requires_grad_(False)
+    y = kernels.norm_silu(norm, x)
+    given = torch.ones_like(y)
+    dx, *others = kernels.NormSilu.backward(y.grad_fn, given)
+    (expected,) = torch.autograd.grad(layers.norm_silu(norm, x), x, given)
+    torch.testing.assert_close(dx, expected, atol=1e-5, rtol=1e-5)
+    assert others == [None] * 4
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("shape", [(2, 7, 2 * 33), (1, 3, 2 * 1500)])
 def test_gate(shape, dtype, tolerance):

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from kills import Harness, cases, held
+from promises import PROMISES
 
 CASES = {case.name: case for case in cases()}
 
@@ -27,5 +28,7 @@ def test_the_same_bits_after_a_kill(differing, name):
 
 
 def test_the_points_are_as_many_as_promised():
-    assert sum(len(case.kills) for case in cases()) >= 60
-    assert len(CASES) == len(cases())
+    assert len(CASES) == len(cases()) == 64
+    assert sum(len(case.kills) for case in cases()) == 70
+    assert sum(len(case.kills) for case in cases() if case.fast) == 7
+    assert "(seven kills; kills.py tries seventy)" in PROMISES[0][0]

@@ -44,7 +44,7 @@ def test_normalised_loss_does_not_depend_on_the_size_of_the_object():
 
 
 def test_each_sample_of_a_batch_is_normalised_by_its_own_mask():
-    """Errors of 2 under one cell of 64 and of 1 under all of them cost (4 + 1) / 2; one share for both gives 68 / 65."""
+    """Errors of 2 under one cell of 64 and of 1 under all cost (4 + 1) / 2; one share for both would give 68 / 65."""
     prediction, target = torch.tensor([2.0, 1.0]).view(2, 1, 1, 1).expand(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
     masks = torch.ones(2, 1, 8, 8)
     masks[0] = 0

@@ -1,13 +1,17 @@
-"""What `auto` resolves to on each kind of machine."""
+"""What `auto` resolves to on each kind of machine, and what picking a GPU sets; stand-ins play the GPUs."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from bas import machine
-from bas.machine import CPU_BF16_WEIGHTS, pick_precision
+from bas.machine import CPU_BF16_WEIGHTS, pick_device, pick_precision
+from bas.parts import fill
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
 
 def network(weights: int) -> nn.Module:
@@ -36,11 +40,64 @@ def test_an_older_pytorch_does_not_tell(monkeypatch):
     assert pick_precision("auto", CPU, network(CPU_BF16_WEIGHTS)) == "no"
 
 
-@pytest.mark.parametrize(("has", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_auto_on_a_gpu(monkeypatch, has, expected):
-    monkeypatch.setattr(machine.torch.cuda, "is_bf16_supported", lambda: has)
-    assert pick_precision("auto", GPU, network(1)) == expected
+@pytest.fixture(params=[True, False])
+def has_bf16(monkeypatch, request) -> bool:
+    """Whether the GPU multiplies in bf16; else it emulates that."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: asked[-1] == GPU and (request.param or including_emulation),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    machine.warn_of_emulation.cache_clear()
+    return request.param
+
+
+def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(has_bf16):
+    assert pick_precision("auto", GPU, network(1)) == ("bf16" if has_bf16 else "fp16")
+
+
+def test_bf16_that_is_emulated_is_taken_with_one_warning(has_bf16, caplog):
+    assert [pick_precision("bf16", GPU) for _ in range(3)] == ["bf16"] * 3
+    warning = "cuda:1 (Tesla T4) only emulates bf16, slowly: fp16 is faster there"
+    assert [record.message for record in caplog.records] == ([] if has_bf16 else [warning])
 
 
 def test_what_is_asked_for_is_taken():
     assert [pick_precision(name, CPU, network(1)) for name in ("no", "fp16", "bf16")] == ["no", "fp16", "bf16"]
+
+
+# --- The device -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "current", "picked"), [(None, 0, 0), ("cuda", 0, 0), ("cuda", 1, 1), ("cuda:0", 1, 0), ("cuda:1", 0, 1)]
+)
+def test_a_picked_gpu_is_the_current_one_and_exact(monkeypatch, name, current, picked):
+    """Streams, events and Triton's kernels go to the current GPU; TF32 would round float32 to 10 bits."""
+    chosen = []
+    numbered = torch.device("cuda", current) if name in (None, "cuda") else torch.device(name)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=numbered))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True  # a monkeypatch cannot undo that one
+    assert pick_device(name) == torch.device("cuda", picked)
+    assert chosen == [torch.device("cuda", picked)]
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_without_a_gpu_the_cpu_is_picked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(None) == CPU
+
+
+def test_weights_go_to_the_gpu_of_the_thread_that_asks(monkeypatch):
+    """`fill` converts in other threads, each with a current GPU of its own: they are told a device with its number."""
+    module, weight = nn.Linear(2, 1, bias=False, device="meta"), torch.ones(1, 2)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=CPU))
+    fill(module, {"weight": weight}, "a file", "cuda", torch.float32)
+    assert torch.equal(module.weight, weight)

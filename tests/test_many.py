@@ -1,6 +1,8 @@
 """Many scenes from one base: each as if it were alone, shared among processes, whatever fails or was done before."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tiny import file_hashes, refused, write_scene
 
 import bas
@@ -23,6 +26,7 @@ from bas.ranks import Ranks
 
 many = import_module("bas.many")
 training = import_module("bas.train")  # the module: bas.train is its function
+ADVICE = "resume with the same, or start anew"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +157,47 @@ def test_finished_with_other_settings_is_no_success(bench, scenes, tmp_path):
     assert "another --learning_rate" in outcome.error
 
 
+def test_finished_with_another_scene_is_no_success(bench, scenes, tmp_path):
+    """Its mask was painted anew since."""
+    scene = Path(shutil.copytree(scenes / "ant", tmp_path / "ant"))
+    list(train_each(bench.config(tmp_path / "out"), [scene]))
+    assert [outcome.earlier for outcome in train_each(bench.config(tmp_path / "out"), [scene])] == [True]
+    with Image.open(scene / "mask0.png") as mask:
+        mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(scene / "mask0.png")
+    (outcome,) = train_each(bench.config(tmp_path / "out"), [scene])
+    assert outcome.error == f"{tmp_path / 'out' / 'ant'} was made with another scene: {ADVICE}"
+
+
+def test_a_page_that_cannot_be_written_ends_nothing(bench, scenes, tmp_path, monkeypatch, capsys, caplog):
+    def full(run):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.html")
+
+    monkeypatch.setattr("bas.commands.train.write_report", full)
+    chosen = [str(scenes / name) for name in ("ant", "bee")]
+    assert main(words(bench, tmp_path / "out", *chosen)) == 0
+    assert [line.split("/out/")[1] for line in capsys.readouterr().out.splitlines()] == ["ant is ready", "bee is ready"]
+    assert main(words(bench, tmp_path / "alone", chosen[0])) == 0
+    assert "alone is ready" in capsys.readouterr().out
+    told = [f"{tmp_path / name} has no page: " for name in ("out/ant", "out/bee", "alone")]
+    assert [line for line in caplog.messages if "page" in line] == [
+        f"{start}[Errno 28] No space left on device: 'report.html'; `bas report` writes it anew" for start in told
+    ]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_scene_that_is_too_large_stops_no_other(bench, scenes, tmp_path, monkeypatch, error):
+    def too_large(settings, base):
+        if settings.instance_data_dir.endswith("ant"):
+            raise error
+        return original(settings, base)
+
+    original = many.train
+    monkeypatch.setattr(many, "train", too_large)
+    outcomes = list(train_each(bench.config(tmp_path / "out"), find_scenes([str(scenes)])))
+    assert outcomes[0].error.startswith("cpu is out of memory: the run takes at least ")
+    assert [outcome.error for outcome in outcomes[1:]] == [None, None]
+
+
 def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
     (tmp_path / "empty").mkdir()
     with refused("empty", "no scene"):
@@ -163,6 +208,22 @@ def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
         find_scenes([str(scenes), str(write_scene(tmp_path / "ant"))])
     with refused("--device nonsense"):
         list(train_each(bench.config(tmp_path / "out", device="nonsense"), find_scenes([str(scenes)])))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monkeypatch, caplog, rank):
+    """One line of all processes; none where a flag or the file of settings names a base."""
+    for name in ("one_scene", "many_scenes"):
+        monkeypatch.setattr(f"bas.commands.train.{name}", lambda *args: None)
+    (tmp_path / "named.toml").write_text(f"pretrained_model_name_or_path = '{bench.model}'\n")
+    caplog.set_level("INFO")
+    for named in (["--weights", str(bench.model)], ["--config", str(tmp_path / "named.toml")], []):
+        assert caplog.messages == []
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["train", str(scenes), *named]) == 0
+    told = ["no --weights: the base is the miniature that ships, which knows no photographs"]
+    assert caplog.messages == (told if rank == "0" else [])
 
 
 def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):

@@ -215,6 +215,8 @@ def test_neighbours_share_no_pixel_and_leave_none_out():
         ({"polygon": [0, 0, 1, 1, 2, 2]}, "concept 0: [0, 0, 1, 1, 2, 2] is not three points"),
         ({"polygon": [[0, 0], [1, 1], [2]]}, "is not three points [x, y] or more"),
         ({"polygon": [[0, 0], [1, 1], [2, 1e999]]}, "is not three points [x, y] or more"),
+        ({"polygon": [[0, 0], [1e308, 3], [-1e308, 2]]}, "concept 0: [[0, 0], [1e+308, 3], [-1e+308, 2]] lies beyond"),
+        ({"box": [0, 0, 1e308, 2]}, "concept 0: [0, 0, 1e+308, 2] lies beyond any picture: give pixels"),
         ({"box": [0, 0, 2, 2], "word": 3}, 'concept 0: "word" is 3, not a text'),
         ({"box": [20, 20, 30, 30]}, "regions.json concept 0 is black all over"),
         ({"box": [0, 0, 2, 2], "handle": "toy"}, "handle 'toy': expected <name>"),
@@ -299,13 +301,24 @@ def test_polygons_are_drawn_at_the_size_that_coco_states(folder, caplog):
         ([{"segmentation": {"size": [4, 6], "counts": "P"}}], "the run lengths do not add up to 4x6 pixels"),
         ([{"segmentation": {"size": [4, 6]}}], "the run lengths do not add up to 4x6 pixels"),
         ([{"segmentation": {"size": [4]}}], "annotation 0: [4] is not 2 numbers"),
-        ([{"segmentation": {"size": [1e6, 1e6], "counts": [1e12]}}], "has run lengths of size 1000000x1000000"),
+        ([{"segmentation": {"size": [1e6, 1e6], "counts": [1e12]}}], "annotation 0 is 1000000x1000000 pixels"),
+        ([{"segmentation": {"size": [0, 6], "counts": []}}], "annotation 0 is 6x0 pixels: expected sides of 1 or more"),
+        ([{"segmentation": [[0, 0, 1e308, 3, -1e308, 2]]}], "annotation 0: [0, 0, 1e+308, 3, -1e+308, 2] lies beyond"),
         ([{"image_id": 1}, {"image_id": [2]}], "coco.json annotates 2 pictures: keep the annotations of this scene's"),
     ],
 )
 def test_annotations_that_are_none(folder, annotations, message):
     write_json(folder, "coco.json", annotations=annotations)
     with refused(message):
+        load(folder)
+
+
+@pytest.mark.parametrize("size", [(-5, 4), (0, 4), (6, 0), (0.5, 4), (10**6, 10**6), (6, 10**9)])
+def test_sizes_that_no_picture_has(folder, size):
+    images = [{"id": 1, "width": size[0], "height": size[1]}]
+    write_json(folder, "coco.json", images=images, annotations=[{"image_id": 1, "segmentation": [[0, 0, 2, 0, 2, 2]]}])
+    expected = "expected sides of 1 or more, and at most 100 megapixels"
+    with refused(f"coco.json image is {int(size[0])}x{int(size[1])} pixels: {expected}"):
         load(folder)
 
 
@@ -381,8 +394,21 @@ def test_files_that_are_no_arrays(folder):
     (folder / "masks.npz").rename(folder / "masks.npy")
     with refused("masks.npy is no single array: expected (concepts, rows, columns)"):
         load(folder)
-    whole = np.lib.format.magic(1, 0)
-    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 4000000, 4000000)}\n"
-    (folder / "masks.npy").write_bytes(whole + len(header).to_bytes(2, "little") + header)
-    with refused("masks.npy is not a readable .npy array"):
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (1, 4000000, 4000000)}\n",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (1, 4",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (-1, 4, 6)}\n",
+        f"{{'descr': '<f8', 'fortran_order': False, 'shape': (1, 4, {'9' * 40})}}\n",
+        f"{'[' * 5000}\n",
+    ],
+    ids=["terabytes", "cut", "negative", "40 digits", "nested"],
+)
+def test_headers_of_no_array(folder, header):
+    content = np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header.encode()
+    (folder / "masks.npy").write_bytes(content)
+    with refused("masks.npy is not a readable .npy array: "):
         load(folder)

@@ -1,6 +1,7 @@
 """`bas masks`: what the losses will see of a scene's masks, in numbers, in words and in a picture."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +161,37 @@ def test_the_command_prints_and_draws(model, tmp_path, capsys, caplog):
     assert printed[-1] == str(picture)
     assert Image.open(picture).width == 8 + 6 * (CELL + 8)
     assert "5 concepts: the method works best with up to 4" in caplog.text
+
+
+def test_the_command_sees_what_the_models_own_settings_show(model, tmp_path, capsys):
+    """Close-ups by the model's row as by the flag, each with a table of its own."""
+    own = shutil.copytree(model, tmp_path / "model")
+    (own / "bas.json").write_text('{"train": {"close_ups": true}}')
+    folder = write(tmp_path / "s", [box((2, 12), (2, 12)), box((16, 28), (16, 28))])
+    printed = []
+    for flags in (["--weights", str(own)], ["--weights", str(model), "--close_ups"], ["--weights", str(model)]):
+        assert main(["masks", str(folder), *flags]) == 0
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("picture ")])
+    assert printed == [["picture close-up-0", "picture close-up-1"]] * 2 + [[]]
+
+
+def test_a_mask_that_training_refuses_is_refused_after_it_is_drawn(model, tmp_path, capsys):
+    folder, picture = write(tmp_path / "s", [box((5, 6), (5, 6)), box((8, 32), (0, 32))]), tmp_path / "masks.png"
+    words = [str(folder), "--weights", str(model)]
+    assert main(["masks", *words, "--output_path", str(picture)]) == 2
+    output, errors = capsys.readouterr()
+    assert "0 of 256" in output
+    assert Image.open(picture).width == 8 + 3 * (CELL + 8)
+    refusal = "bas: the mask of <asset0> vanishes on the latents' grid: paint it larger, or crop less"
+    assert errors.splitlines()[-1] == refusal
+    assert main(["train", *words, "--output_dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines() == [refusal]
+
+
+def test_a_mask_too_small_for_the_attention_grid_is_told_once(model, tmp_path, caplog):
+    folder = write(tmp_path / "s", [box((2, 6), (2, 6)), box((0, 16), (8, 32))])
+    assert main(["masks", str(folder), "--weights", str(model)]) == 0
+    assert len([line for line in caplog.messages if "attention" in line]) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from bas.masters import Masters
 from bas.models.text import add_handles, encode_ids, tokenize
 from bas.parts import Models
 from bas.prompts import encode_prompts
-from bas.sample import decode, denoise
+from bas.sample import decode, denoise, walk
 from bas.scene import load_scene, pixels, read_image, subset_prompt
-from bas.schedulers import add_noise, ddim_step, sampling_timesteps
+from bas.schedulers import add_noise, ddim_step
 from bas.train import build_optimizer, optimizer_step, trainable_parameters, training_step
 
 training = import_module("bas.train")  # the module: bas.train is its function
@@ -412,7 +412,12 @@ def test_tokenization(models, text):
 
 
 def test_the_official_timesteps(models):
-    assert sampling_timesteps(models.schedule, 50) == TRACE["inference"]["phase1"]["timesteps"]
+    """Also from a model whose own scheduler shifts them by one, as Stable Diffusion's does: with --steps_offset 0."""
+    recorded = TRACE["inference"]["phase1"]["timesteps"]
+    assert walk(models, SampleConfig()) == recorded
+    shifted = replace(models, schedule=replace(models.schedule, steps_offset=1))
+    assert walk(shifted, SampleConfig()) == [t + 1 for t in recorded]
+    assert walk(shifted, SampleConfig(steps_offset=0)) == recorded
 
 
 @pytest.mark.parametrize("step", range(3))

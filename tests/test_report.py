@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from PIL import Image
 from bas.checkpoint import weights_hash
 from bas.cli import main
 from bas.config import TrainConfig
+from bas.gallery import save_grid
 from bas.pictures import grid, heat
+from bas.preview import write_shot
 from bas.report import line, page, running_mean, spread, write_report
 from bas.run_folder import read_rows
 from bas.scene import load_scene
@@ -187,6 +190,78 @@ def test_a_run_that_has_barely_begun_has_a_page(tmp_path):
     assert "1 of 800" in text
     assert "Fewer than two steps are logged." in text
     assert "This run drew no previews" in text
+
+
+def test_pictures_that_cannot_be_read_are_left_out(tmp_path, caplog):
+    """Cut off by a kill, as earlier versions could leave them: the page shows the others, and a line names each."""
+    folder = run_folder(tmp_path / "run")
+    tiny.write_scene(folder / "scene" / "1", concepts=2)
+    (folder / "gallery").mkdir()
+    grid([[Image.new("RGB", (8, 8))]], [["x"]], 64).save(folder / "gallery" / "grid.png")
+    whole = len(Page(page(folder)).all("img"))
+    pictures = "previews/pictures/step-000020"
+    cases = [  # a file, and how many pictures need it
+        (f"{pictures}/sample-all.png", 1),
+        (f"{pictures}/attention-1.png", 2),  # with the sample beside it
+        ("gallery/grid.png", 1),
+        ("scene/1/mask0.png", 0),  # its photograph is shown with the other mask
+        ("scene/1/img.png", 1),
+        ("scene/mask1.png", 3),  # in the scene, and in its handle's row beside the photograph
+        ("scene/img.png", 5),
+    ]
+    for name, fewer in cases:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:60])
+        caplog.clear()
+        whole -= fewer
+        assert len(Page(page(folder)).all("img")) == whole, name
+        assert f"{folder / name}" in caplog.text
+
+
+def test_pictures_are_whole_or_absent(tmp_path, monkeypatch):
+    """A kill while one is saved leaves none under its name."""
+
+    def cut_short(picture, path, kind):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    image, masks = torch.zeros(3, 8, 8), {0: torch.zeros(8, 8)}
+    for write in (
+        lambda: write_shot(tmp_path / "shot", image, masks),
+        lambda: save_grid([[Image.new("RGB", (8, 8))]], [["x"]], "", tmp_path),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ({"config": None}, " does not hold what bas notes of a run: it was changed, or something else wrote it"),
+        ({"handles": []}, " does not hold what bas notes of a run"),
+        ({"handles": [3]}, " does not hold what bas notes of a run"),
+        ({"base": 3}, " does not hold what bas notes of a run"),
+        ({"config": {"phase1_train_steps": "400"}}, ": phase1_train_steps is '400', expected a whole number"),
+        ({"config": {"phase2_train_steps": None}}, ": phase2_train_steps is None, expected a whole number"),
+        ({"config": {"pretrained_model_name_or_path": 3}}, ": pretrained_model_name_or_path is 3, expected a string"),
+    ],
+)
+def test_spoilt_notes_of_a_run_are_named(tmp_path, spoilt, message):
+    facts = {"config": {}, "handles": ["<a>"], "base": "00", "version": "0.1.0"} | spoilt
+    (tmp_path / "settings.json").write_text(json.dumps(facts))
+    with tiny.refused(f"{tmp_path / 'settings.json'}{message}"):
+        page(tmp_path)
+
+
+def test_a_run_of_another_version_has_a_page(tmp_path):
+    """Settings that it lacks are at their defaults, one that is gone is shown as it is."""
+    facts = {"config": {"seed": 7, "gone": [1]}, "handles": ["<a>"], "base": "00", "version": "0.1.0"}
+    (tmp_path / "settings.json").write_text(json.dumps(facts))
+    text = " ".join(Page(page(tmp_path)).texts)
+    assert "0 of 800" in text
+    assert "gone" in text
 
 
 def test_the_command_writes_the_page_or_says_why_not(run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A run that was cut off and resumed ends with the same bits as one that was not, or is refused with the reason."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import WEIGHTS, file_hashes, refused
 
@@ -107,6 +109,7 @@ def test_what_only_watches_may_change(bench, tmp_path, cut_off, uninterrupted):
     moved = {
         "pretrained_model_name_or_path": str(shutil.copytree(bench.model, tmp_path / "model")),
         "instance_data_dir": str(shutil.copytree(bench.scene, tmp_path / "scene")),
+        "device": "cpu:0",
     }
     watching = {"img_log_steps": 6, "preview_inference_steps": 1, "log_steps": 3, "checkpoints_total_limit": 3}
     assert file_hashes(resume(bench, tmp_path / "run", **moved, **watching)) == uninterrupted
@@ -129,6 +132,16 @@ def test_explicit_checkpoint_into_another_folder(bench, tmp_path, cut_off, unint
     assert {name: hashes[name] for name in WEIGHTS} == {name: uninterrupted[name] for name in WEIGHTS}
     whole = (run / "metrics.jsonl").read_text()
     assert [line.split('"step": ')[1][0] for line in whole.splitlines()] == ["5", "6"]
+
+
+def test_an_older_checkpoint_takes_the_later_ones_with_it(bench, tmp_path, cut_off, uninterrupted):
+    """Gone on from step 2 of 4, to step 3: `latest` is that step, and no row of the metrics is lost."""
+    run, saving = tmp_path / "run", {"checkpointing_steps": 1, "checkpoints_total_limit": 3}
+    cut_off(bench.config(run, **saving), 5)
+    second = run / "checkpoints" / "step-000002"
+    cut_off(bench.config(run, resume_from_checkpoint=str(second), **saving), 2)
+    assert [path.name for path in run_folder.list_checkpoints(run)] == ["step-000002", "step-000003"]
+    assert file_hashes(resume(bench, run)) == uninterrupted
 
 
 @pytest.mark.slow
@@ -226,3 +239,58 @@ def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, 
     for changes, words in cases:
         with refused("step-000002 was made with another", *words):
             resume(bench, tmp_path / "run", **changes)
+
+
+def other_scene(bench, folder: Path, kind: str) -> Path:
+    """A copy of the scene in which one thing is another."""
+    shutil.copytree(bench.scene, folder)
+    if kind == "words":
+        concepts = [{"handle": f"<asset{i}>", "word": word} for i, word in enumerate(("bowl", None, None))]
+        (folder / "scene.json").write_text(json.dumps({"concepts": concepts}))
+    elif kind == "a further picture":
+        shutil.copytree(bench.scene, folder / "1")
+    else:
+        with Image.open(folder / kind) as picture:
+            picture.putpixel((20, 9), 7)
+            picture.save(folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("img.png", "scene"), ("mask2.png", "scene"), ("a further picture", "scene"), ("words", "initial words")],
+)
+def test_another_scene_is_refused(bench, tmp_path, cut_off, monkeypatch, kind, told):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+    monkeypatch.setattr(training, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    scene = other_scene(bench, tmp_path / "scene", kind)
+    with refused(f"step-000002 was made with another {told}: resume with the same, or start anew"):
+        resume(bench, tmp_path / "run", instance_data_dir=str(scene))
+
+
+def test_what_auto_came_to_is_compared(bench, tmp_path, cut_off, monkeypatch, uninterrupted):
+    """On a machine where it would be another precision, the run goes on once the first one is named."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+    for here in ("fp16", "bf16"):
+        monkeypatch.setattr(training, "pick_precision", lambda name, *args, here=here: here if name == "auto" else name)
+        with refused("step-000002 was made with another --mixed_precision (no there)"):
+            resume(bench, tmp_path / "run")
+    assert file_hashes(resume(bench, tmp_path / "run", mixed_precision="no")) == uninterrupted
+
+
+def forget(checkpoint: Path, *facts: str) -> None:
+    """Leave these facts out of a checkpoint, as one of an earlier version does."""
+    note = json.loads((checkpoint / "state.json").read_text())
+    for fact in facts:
+        del note["facts"][fact]
+    run_folder.write_json(checkpoint / "state.json", note)
+    manifest = {name: run_folder._describe(checkpoint / name) for name in ("state.safetensors", "state.json")}
+    run_folder.write_json(checkpoint / "manifest.json", manifest)
+
+
+def test_a_checkpoint_that_notes_less_is_held_to_what_it_notes(bench, tmp_path, cut_off, uninterrupted):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    forget(tmp_path / "run" / "checkpoints" / "step-000004", "scene", "words", "precision")
+    with refused("another --mixed_precision"):
+        resume(bench, tmp_path / "run", mixed_precision="bf16")
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from bas.files import write_tensors
 from bas.optimizer import build_optimizer
 from bas.run_folder import (
     MetricsLog,
+    drop_later,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -99,18 +102,66 @@ def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert (tensors["a"].item(), note["value"]) == (2.0, 2.0)
 
 
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    """Six digits are no limit, and a copy that someone has put aside is no checkpoint of the run."""
+    for step in (999_800, 1_000_000):
+        save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {}, keep=2)
+    shutil.copytree(tmp_path / "checkpoints" / "step-999800", tmp_path / "checkpoints" / "step-999800 kept")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-999800", "step-1000000"]
+    assert find_checkpoint(tmp_path, "latest").name == "step-1000000"
+
+
+def test_the_checkpoint_just_written_is_never_the_one_that_goes(tmp_path):
+    for step in (40, 30):
+        saved = save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {}, keep=1)
+    assert list_checkpoints(tmp_path) == [saved]
+    assert saved.name == "step-000030"
+
+
+def test_a_checkpoint_that_is_being_removed_does_not_count(tmp_path, monkeypatch):
+    """Cut off before its first file is gone."""
+    save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {}, keep=1)
+    monkeypatch.setattr("bas.run_folder.shutil.rmtree", lambda *args, **kwargs: None)
+    drop_later(tmp_path, 0)
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_concepts_round_trip(tmp_path):
     rows, masks = torch.randn(2, 16), torch.rand(2, 4, 6)
-    save_concepts(tmp_path, rows, masks, ("<a>", "<b>"), {"base": "x"})
+    written = {"config": asdict(TrainConfig()), "handles": ["<a>", "<b>"], "base": "x", "version": "1"}
+    save_concepts(tmp_path, rows, masks, ("<a>", "<b>"), written)
     tensors, handles, note = read_concepts(tmp_path)
     assert torch.equal(tensors["handles"], rows)
     assert (tensors["masks"] / 255 - masks).abs().max() <= 0.5 / 255 + 1e-6
-    assert (handles, note) == (["<a>", "<b>"], {"base": "x"})
+    assert (handles, note) == (["<a>", "<b>"], json.loads(json.dumps(written)))
 
 
 def test_other_safetensors_are_no_concepts(tmp_path):
     write_tensors(tmp_path / "concepts.safetensors", {"a": torch.zeros(1)})
     with refused("concepts.safetensors was not written by bas"):
+        read_concepts(tmp_path)
+
+
+NOTE = {"config": {}, "handles": ["<a>"], "base": "x", "version": "1"}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"handles": '["<a>"]'},
+        {"handles": '["<a>"]', "note": "[" * 100_000},
+        {"handles": '["<a>"]', "note": "[]"},
+        {"handles": '["<a>"]', "note": json.dumps(NOTE | {"config": None})},
+        {"handles": '["<a>"', "note": json.dumps(NOTE)},
+        {"handles": "[]", "note": json.dumps(NOTE)},
+        {"note": json.dumps(NOTE)},
+    ],
+)
+def test_concepts_without_their_notes_are_refused(tmp_path, metadata):
+    tensors = {"handles": torch.zeros(1, 4), "masks": torch.zeros(1, 4, 6)}
+    write_tensors(tmp_path / "concepts.safetensors", tensors, {"bas": "concepts-1", **metadata})
+    with refused(f"{tmp_path / 'concepts.safetensors'} does not hold what bas notes of a run"):
         read_concepts(tmp_path)
 
 

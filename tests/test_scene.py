@@ -10,6 +10,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from faults import opened, unprivileged
 from PIL import Image
 from tiny import refused, write_scene
 
@@ -310,6 +311,15 @@ def test_animations_are_refused(tmp_path, kind):
         read_image(tmp_path / "img")
 
 
+@pytest.mark.parametrize("place", ["", "1"])
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_folder_that_may_not_be_read_is_named(scene, place, mode):
+    write_scene(scene / "1")
+    (scene / place).chmod(mode)
+    with opened(scene.parent), unprivileged(), refused(str(scene / place), "cannot be read: Permission denied"):
+        load(scene)
+
+
 def test_folders_and_dangling_links_are_no_masks(scene):
     mask = scene / "mask1.png"
     mask.unlink()
@@ -422,6 +432,11 @@ def test_flags_win_over_the_note(scene):
     assert read.words == ("x", "y", "z")
 
 
+def test_words_may_be_escaped(scene):
+    (scene / "scene.json").write_text('{"concepts": [{"word": "\\ud83e\\udd8a"}, {}, {}]}')
+    assert load(scene).words == ("🦊", None, None)
+
+
 def test_counts_must_agree(scene):
     with refused("--num_of_assets is 2", "3 masks"):
         load(scene, num_of_assets=2)
@@ -437,9 +452,15 @@ def test_counts_must_agree(scene):
 def test_handles_must_be_well_formed_and_different(scene):
     with refused("not all different"):
         load(scene, handles=("<a>", "<b>", "<a>"))
-    for bad in ("toy", "<to y>", "<../x>", "<>", "<" + "a" * 33 + ">"):
+    for bad in ("to y", "<to y>", "<../x>", "<>", "<" + "a" * 33 + ">"):
         with refused("handle", "expected <name>"):
             load(scene, handles=("<a>", "<b>", bad))
+
+
+def test_handles_may_be_given_without_the_brackets_that_a_shell_needs_quoted(scene):
+    assert load(scene, handles=("toy", "<bowl>", "c")).handles == ("<toy>", "<bowl>", "<c>")
+    with refused("the handles <toy> <b> <toy> are not all different"):
+        load(scene, handles=("toy", "b", "<toy>"))
 
 
 @pytest.mark.parametrize(
@@ -452,6 +473,8 @@ def test_handles_must_be_well_formed_and_different(scene):
         '{"concepts": ["toy", "toy", "toy"]}',
         '{"concepts": [{"word": 1}, {}, {}]}',
         '{"concepts": [{"handle": ["<a>"]}, {}, {}]}',
+        "[" * 100_000,
+        '{"concepts": [{"word": "\\ud800"}, {}, {}]}',
     ],
 )
 def test_bad_notes_are_refused(scene, content):
@@ -543,3 +566,10 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
     pair = shots["close-up-0-1"]
     assert sorted(pair.masks) == [0, 1]
     assert pair.picture.size == (177, 89)  # 124 of 200 columns
+
+
+def test_close_ups_of_many_concepts_are_refused_not_counted_for_ever(tmp_path):
+    """Their number doubles with each concept."""
+    with refused("--close_ups: 9 concepts have 510 sets to show: expected 8 concepts or fewer, or close_ups = false"):
+        load(write_scene(tmp_path / "nine", concepts=9, size=(90, 32)), close_ups=True)
+    assert len(load(write_scene(tmp_path / "eight", concepts=8, size=(80, 32)), close_ups=True)) == 8

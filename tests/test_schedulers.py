@@ -15,6 +15,7 @@ from make_reference_schedulers import (
     made_up_model,
 )
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bas.config import InputError
 from bas.schedulers import (
@@ -115,6 +116,30 @@ def test_noising_and_target_equal_reference(prediction):
             torch.testing.assert_close(ours.double(), expected[key], atol=tolerance, rtol=0)
 
 
+class Copies(TorchDispatchMode):
+    """Counts the tensors that are copied, to another device or precision, within the block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_device_gets_its_table_once():
+    """The meta device stands in for a GPU, where each copy from the host would wait, and break a CUDA graph."""
+    schedule = NoiseSchedule(prediction_type="v_prediction")
+    z0, eps = (torch.empty(2, 4, 3, 3, device="meta") for _ in range(2))
+    counts = []
+    for _ in range(2):
+        with Copies() as copies:
+            for function in (add_noise, training_target):
+                assert function(schedule, z0, eps, torch.zeros(2, dtype=torch.long, device="meta")).is_meta
+        counts.append(copies.count)
+    assert counts == [1, 0]
+    assert schedule.alphas_cumprod.device.type == "cpu"
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noising_reference_is_what_diffusers_computes(prediction):
     pytest.importorskip("diffusers", reason="diffusers is not installed: nothing to recompute the reference with")
@@ -206,3 +231,10 @@ def test_a_schedule_bas_cannot_honour_is_refused(change, message):
 def test_more_steps_than_the_model_knows_are_refused(steps, sampler):
     with pytest.raises(InputError, match="denoising steps"):
         sampling_timesteps(NoiseSchedule(), steps, sampler)
+
+
+@pytest.mark.parametrize(("steps", "sampler", "offset"), [(50, "ddim", 40), (999, "dpmpp_2m", 1)])
+def test_a_timestep_twice_is_refused(steps, sampler, offset):
+    """Of an offset that pushes evenly spaced timesteps beyond the last: a step from a timestep to itself divides 0."""
+    with pytest.raises(InputError, match=f"shifted by {offset} leave the 1000 timesteps"):
+        sampling_timesteps(NoiseSchedule(steps_offset=offset, timestep_spacing="leading"), steps, sampler)

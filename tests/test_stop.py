@@ -10,7 +10,8 @@ import termios
 import threading
 
 import pytest
-from faults import before_step, resume
+import torch
+from faults import before_step, heard, resume
 from kills import child
 from tiny import file_hashes
 
@@ -23,10 +24,16 @@ from bas.run_folder import list_checkpoints
 # --- Signals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    with heard():
+        yield
+
+
 @pytest.mark.parametrize("step", [2, 3, 4, 6])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_finishes_the_step_saves_and_ends(bench, tmp_path, monkeypatch, whole, name, step):
-    number, before = getattr(signal, name), signal.getsignal(signal.SIGINT)  # ignored in a shell's background jobs
+    number, before = getattr(signal, name), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         before_step(patch, step, lambda *args: os.kill(os.getpid(), number))
         with pytest.raises(
@@ -72,7 +79,8 @@ def stubborn(bench, run):
 
     before_step(pytest.MonkeyPatch(), 3, lambda *args: os.kill(os.getpid(), signal.SIGINT))
     run_folder.write_json = again
-    bas.train(bench.config(run, checkpointing_steps=0))
+    with heard():
+        bas.train(bench.config(run, checkpointing_steps=0))
 
 
 def test_a_second_signal_ends_the_process_at_once_and_harms_nothing(bench, tmp_path, whole):
@@ -91,13 +99,32 @@ def lose_terminal(bench, run):
     os.dup2(line, sys.stderr.fileno())
     os.close(line)
     before_step(pytest.MonkeyPatch(), 3, lambda *args: os.close(terminal))
-    os._exit(main(command(bench, run)))
+    with heard():
+        os._exit(main(command(bench, run)))
 
 
 def test_a_lost_terminal_saves_and_ends(bench, tmp_path, whole):
     assert child(lose_terminal, bench, tmp_path / "run") == 128 + signal.SIGHUP
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000003"]
     assert file_hashes(resume(bench, tmp_path / "run")) == whole
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_is_ignored_from_the_start_stays_so(bench, tmp_path, monkeypatch, whole, name):
+    """As nohup ignores SIGHUP, so that a training outlives its terminal; also when another one asks to stop."""
+    number, other = getattr(signal, name), signal.SIGTERM if name != "SIGTERM" else signal.SIGINT
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            before_step(patch, 2, lambda *args: os.kill(os.getpid(), number))
+            assert file_hashes(bas.train(bench.config(tmp_path / "run"))) == whole
+        with Interrupts() as interrupts:
+            for each in (number, other, number):
+                os.kill(os.getpid(), each)
+            assert interrupts.asked == other
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_thread_leaves_signals_alone():
@@ -111,6 +138,21 @@ def test_a_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert seen == [(before, None)]
+
+
+def count_threads():
+    os._exit(torch.get_num_threads())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_child_sums_in_the_order_of_its_parent(threads):
+    """Else what it trains is compared with other bits on a machine of more cores than the tests take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert child(count_threads) == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- Nobody reads the output ------------------------------------------------------------------------------------------
@@ -153,10 +195,22 @@ def test_training_goes_on_when_nobody_reads_its_progress(bench, tmp_path, whole,
     assert file_hashes(tmp_path / "run") == whole
 
 
-def test_a_file_that_cannot_be_written_is_one_line(bench, tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.safetensors")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.png"), "out.png: No space left on device"),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
+        (OSError("image file is truncated"), "image file is truncated"),
+    ],
+)
+def test_what_the_system_refuses_cannot_be_written_or_read_in_one_line(
+    bench, tmp_path, capsys, monkeypatch, error, told
+):
+    """With the file, if the error names it; nobody knows here what was done with it."""
 
-    monkeypatch.setattr("bas.commands.export.run", full)
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("bas.commands.export.run", fail)
     assert main(["export", str(bench.model), str(tmp_path / "out.safetensors")]) == 1
-    assert capsys.readouterr().err == "bas: out.safetensors cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == f"bas: {told}\n"

@@ -5,9 +5,10 @@ import os
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from faults import before_step, full_disk, resume, training, unprivileged
+from faults import before_step, full_disk, opened, resume, training, unprivileged
 from kills import child
 from tiny import file_hashes, refused
 
@@ -151,12 +152,9 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
 def closed(tmp_path_factory):
     """A folder that anybody may read and nobody but its owner may write to; its owner is root or may not either."""
     folder = tmp_path_factory.mktemp("closed")
-    for parent in (folder, *folder.parents):
-        if parent.owner() == folder.owner() and parent != Path(parent.anchor):
-            parent.chmod(0o755 | parent.stat().st_mode)
-    folder.chmod(0o555)
-    yield folder
-    folder.chmod(0o755)
+    with opened(folder):
+        folder.chmod(0o555)
+        yield folder
 
 
 def test_a_read_only_folder_is_refused(closed):
@@ -200,7 +198,22 @@ def test_out_of_memory_keeps_the_last_checkpoint(bench, tmp_path, monkeypatch, w
     assert file_hashes(resume(bench, run)) == whole
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError()])
+def too_much(make):
+    """The error that a library itself raises when it is asked for more memory than any machine has."""
+    try:
+        make(10**17)
+    except (RuntimeError, MemoryError) as error:
+        return error
+
+
+WITHOUT_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+    MemoryError(),
+    *(too_much(make) for make in (bytes, torch.empty, np.empty)),
+]
+
+
+@pytest.mark.parametrize("error", WITHOUT_MEMORY, ids=lambda error: type(error).__name__)
 def test_a_command_without_memory_is_one_line(bench, monkeypatch, capsys, error):
     def fail(*args):
         raise error

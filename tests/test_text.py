@@ -172,6 +172,12 @@ def test_a_misspelt_handle_names_the_known_ones(tower, tokenizer, prompt, named)
     assert str(error.value) == f"unknown handle {named} in {prompt!r}; known handles: <toy>, <bowl-2>"
 
 
+def test_a_prompt_that_is_no_text_is_refused(tokenizer):
+    """A byte of a shell that is no character reaches Python as half of one, which the tokenizer cannot take."""
+    with pytest.raises(InputError, match=r"'a photo of \\udce9' is not UTF-8"):
+        tokenize(tokenizer, ["a photo of \udce9"])
+
+
 def test_a_handle_is_no_other_one_that_begins_alike(tower, tokenizer):
     """<asset1> and <asset10> are two tokens, and knowing one is not knowing the other."""
     add_handles(tower, tokenizer, ("<asset1>",), (None,), seed=0)

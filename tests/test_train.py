@@ -380,18 +380,19 @@ def test_gradient_checkpointing_changes_nothing(bench):
             assert torch.allclose(ours[name], value, rtol=1e-6, atol=1e-9), name
 
 
-def test_bf16_comes_close_to_fp32(bench):
+def test_fp16_comes_close_to_fp32(bench):
+    """Under autocast, as fp16 trains; how close bf16 comes, whose weights are rounded, is in test_masters.py."""
     config = bench.config(train_batch_size=2)
     prepared = bench.prepared(config)
     models, batch = prepared[0], draw(prepared, config)
     exact, parts = gradients(models, batch, config), training.training_step(models, batch, config)[1]
-    with autocast(torch.device("cpu"), "bf16"):
+    with autocast(torch.device("cpu"), "fp16"):
         rough, rough_parts = gradients(models, batch, config), training.training_step(models, batch, config)[1]
     for name, value in parts.items():
         assert rough_parts[name].dtype == torch.float32
-        assert rough_parts[name].item() == pytest.approx(value.item(), rel=0.03), name
+        assert rough_parts[name].item() == pytest.approx(value.item(), rel=1e-3), name
     ours, theirs = (torch.cat([g.flatten() for g in found.values()]) for found in (rough, exact))
-    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9999
     assert all(g.dtype == torch.float32 for g in rough.values())
 
 
@@ -416,6 +417,7 @@ def test_runs_of_many_kinds_end_well(bench, tmp_path, flags, size, sides):
     tensors, handles, _ = read_concepts(run)
     assert tensors["masks"].shape == (2, sides[1], sides[0])
     assert handles == ["<asset0>", "<asset1>"]
+    assert bas.load(run).resolution == min(sides)  # at which its pictures are drawn
     assert all(torch.tensor(row["loss"]).isfinite() for row in metrics(run))
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,7 +100,7 @@ def why_not(bench: Bench, setting: Setting, group: str) -> str:
 
 def measure(bench: Bench, save: Callable[[list[Line]], None]) -> None:
     """All lines, those left out among them; `save` sees them after each new one."""
-    from bench_goals import unmeasured
+    from bench_goals import failure, unmeasured
     from bench_rows import MEASURES  # imports diffusers: only now
 
     lines: list[Line] = []
@@ -116,9 +116,8 @@ def measure(bench: Bench, save: Callable[[list[Line]], None]) -> None:
                     for line in MEASURES[group](bench, setting, tuple(lines)):
                         lines.append(line)
                         save(lines)
-                except Exception as error:  # memory, a compiler, a program: the other rows still count
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    lines += unmeasured(setting, group, f"failed: {reason[:100]}")
+                except Exception as error:  # the other groups still count
+                    lines += unmeasured(setting, group, failure(error))
                     save(lines)
                 print(f"    {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
@@ -152,7 +151,7 @@ def describe(bench: Bench) -> dict:
     """The result's frame, without any line."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else 0
     return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": {
             "name": machine_name(),
             "cores": os.cpu_count(),
@@ -202,6 +201,7 @@ def main(given: list[str] | None = None) -> None:
         print(markdown(json.loads(arguments.markdown.read_text(encoding="utf-8"))), end="")
         return
     torch.set_num_threads(arguments.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the reference is float32
     began = time.perf_counter()
     with TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(arguments, Path(folder))

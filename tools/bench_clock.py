@@ -104,12 +104,13 @@ def child(task: dict, threads: int, environment: dict[str, str] | None = None) -
 
 
 def run_command(command: list[str], threads: int, environment: dict[str, str] | None = None) -> tuple[float, str]:
-    """Seconds from start to end of a program, and its output. Raises RuntimeError when it fails."""
+    """Seconds from start to end of a program, and its output. RuntimeError, its last line first, when it fails."""
     paths = os.pathsep.join([str(Path(bas.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), **(environment or {})}
     began = time.perf_counter()
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if done.returncode:
-        raise RuntimeError(f"{command[1:3]} ended with {done.returncode}: {done.stderr.strip()[-400:]}")
+        errors = done.stderr.strip()[-400:] or "no word"
+        raise RuntimeError(f"{errors.splitlines()[-1]}: code {done.returncode} of {command[1:3]}\n{errors}")
     return seconds, done.stdout

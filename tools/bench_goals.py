@@ -55,6 +55,12 @@ NAMES = {
 }
 
 
+def failure(error: Exception) -> str:
+    """Why something was not measured, in one line: memory, a compiler, a program."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"failed: {reason[:100]}"
+
+
 def unmeasured(setting, group: str, reason: str) -> list[Line]:
     """The lines of a group that this run leaves out, and why."""
     mode = "bf16" if setting.device == "cuda" else ""

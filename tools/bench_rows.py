@@ -1,13 +1,15 @@
 """Rows of the bench about training: steps, memory, start-up, scaling; and which function measures which group."""
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from bench_bas import BasSide, Mode, chosen_modes, mode_named
 from bench_clock import child, interleave
 from bench_fidelity import Reference, fidelity, official_gradients
-from bench_goals import line
+from bench_goals import failure, line
 from bench_material import Material
 from bench_pictures import pictures
 from bench_programs import STEPS, commands, imports, loading, scenes
@@ -24,7 +26,21 @@ def steps(bench, setting, _lines) -> Iterator[Line]:
         reference = official_gradients(material, phase)
         # On a GPU one mode at a time stands beside the official side: all together would not fit.
         for group in [[mode] for mode in modes] if setting.device == "cuda" else [modes]:
-            yield from step_lines(bench, setting, material, reference, group, phase)
+            yield from tried_step_lines(bench, setting, material, reference, group, phase)
+
+
+def tried_step_lines(
+    bench, setting, material: Material, reference: Reference, modes: list[Mode], phase: int
+) -> list[Line]:
+    """The lines of `step_lines`. When that fails, those of each mode by itself, and why one fails even then."""
+    try:
+        return step_lines(bench, setting, material, reference, modes, phase)
+    except Exception as error:
+        reason = failure(error)
+    gc.collect()  # a side that failed holds its error, whose traceback holds the side
+    if len(modes) == 1:
+        return [line(setting, f"phase-{phase} step", modes[0].name, note=reason)]
+    return [found for mode in modes for found in tried_step_lines(bench, setting, material, reference, [mode], phase)]
 
 
 def step_lines(bench, setting, material: Material, reference: Reference, modes: list[Mode], phase: int) -> list[Line]:
@@ -32,14 +48,14 @@ def step_lines(bench, setting, material: Material, reference: Reference, modes: 
     loop = OfficialLoop(Path(material.model), list(material.words), material.device)
     loop.begin(phase)
     official = loop.stepper(read_scene(Path(material.scene), Path(material.class_images)))
-    sides = {mode.name: BasSide(material, mode, phase, bench.fresh("run")) for mode in modes}
     calls: dict[str, Callable] = {"official": official}
     if bench.compile:
         calls["compiled"] = with_compiled_unet(loop, official)
-    calls |= {name: side.step for name, side in sides.items()}
-    seconds = {name: Stat.of(v) for name, v in interleave(calls, setting.device, bench.rounds, bench.budget).items()}
-    for side in sides.values():
-        side.close()
+    with ExitStack() as sides:
+        for mode in modes:
+            calls[mode.name] = sides.enter_context(closing(BasSide(material, mode, phase, bench.fresh("run")))).step
+        found = interleave(calls, setting.device, bench.rounds, bench.budget)
+    seconds = {name: Stat.of(values) for name, values in found.items()}
     return [
         line(
             setting,
@@ -84,23 +100,28 @@ def memory(bench, setting, _lines) -> Iterator[Line]:
         official = run("official", compiled=False)
         compiled = run("official", compiled=True) if bench.compile else {}
         for mode in chosen_modes(setting.device, phase, bench.quick, bench.compile):
-            ours = run("bas", mode=mode.name)
-            for row, key, unit in (
-                (f"peak memory, phase {phase}", "peak", "GB"),
-                (f"start-up, phase {phase}", "start", "s"),
-            ):
+            rows = (f"peak memory, phase {phase}", "peak", "GB"), (f"start-up, phase {phase}", "start", "s")
+            try:
+                ours = run("bas", mode=mode.name)
+            except Exception as error:
+                yield from (line(setting, row, mode.name, note=failure(error)) for row, *_ in rows)
+                continue
+            for row, key, unit in rows:
                 ratio = share(official[key], ours[key]) if key == "peak" else None
                 sides = {"official": official[key], "compiled": compiled.get(key), "bas": ours[key]}
                 yield line(setting, row, mode.name, unit=unit, ratio=ratio, **sides)
 
 
 def job(_bench, setting, lines: list[Line]) -> Iterator[Line]:
-    """400 + 400 steps, counted from the medians of the lines above."""
+    """400 + 400 steps, counted from the medians of the lines above; or why a mode has none."""
     first, second = (
         {other.mode: other for other in lines if other.setting == setting.name and other.row == f"phase-{phase} step"}
         for phase in (1, 2)
     )
-    for mode in (mode for mode in second if mode in first and second[mode].bas):
+    for mode in (mode for mode in second if mode in first):
+        if not (first[mode].bas and second[mode].bas):
+            yield line(setting, "400 + 400 steps", mode, note=first[mode].note or second[mode].note)
+            continue
         total = {}
         for side in ("official", "compiled", "bas"):
             both = getattr(first[mode], side), getattr(second[mode], side)

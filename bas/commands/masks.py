@@ -2,12 +2,13 @@
 
 import argparse
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from bas.batches import check_scene
 from bas.checkpoint import glance
 from bas.config import InputError, ProposalConfig, TrainConfig
 from bas.drafts import open_draft, write_draft
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 # The settings of training that decide what the model sees of a scene.
 SETTINGS = (
     *("pretrained_model_name_or_path", "handles", "placeholder_token", "initializer_tokens", "num_of_assets"),
-    *("background_handle", "resolution", "center_crop", "attention_grid"),
+    *("background_handle", "close_ups", "resolution", "center_crop", "attention_grid"),
 )
 
 
@@ -76,12 +77,13 @@ def write_proposals(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Print the table; warnings go to the log."""
+    """Print the table; warnings go to the log. Raises InputError for what training would refuse, once it is drawn."""
     target = picture_path(args.output_path) if args.output_path else None
     explicit = given(args, TrainConfig) | {"instance_data_dir": args.scene}
-    scene = load_scene(TrainConfig(**explicit))
     model = find(explicit.get("pretrained_model_name_or_path"))
-    view = view_scene(scene, glance(model), TrainConfig.resolve(explicit, read_model_row(model)))
+    config = TrainConfig.resolve(explicit, read_model_row(model))
+    scene, models = load_scene(config), glance(model)
+    view = view_scene(scene, models, config)
     size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
     print(f"{args.scene}: {len(scene)} concepts; the picture is {size} pixels, {photo} for {model.name}\n")
     print(table(view))
@@ -91,3 +93,4 @@ def check(args: argparse.Namespace) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         sheet(view).save(target)
         print(f"\n{target}")
+    check_scene(models, scene, replace(config, lambda_attention=0))  # what attention misses is among the warnings

@@ -14,6 +14,7 @@ from bas.dry_run import dry_run, memory_advice
 from bas.flags import Parser, add_fields, given
 from bas.hub import find, read_model_row
 from bas.info import as_text
+from bas.machine import is_out_of_memory
 from bas.many import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
 from bas.ranks import Ranks, announce
 from bas.report import write_report
@@ -23,8 +24,8 @@ from bas.train import train
 log = logging.getLogger(__name__)
 
 EXAMPLES = (
-    "bas train my_scene --initializer_tokens creature bowl stone --output_dir runs/creature",
-    "bas train my_scene --config runs/creature/config.toml --output_dir runs/again --dry_run",
+    "bas train my_scene --weights sd21-base --initializer_tokens creature bowl stone --output_dir runs/creature",
+    "bas train my_scene --weights sd21-base --config runs/creature/config.toml --output_dir runs/again --dry_run",
     "bas train my_scenes --output_dir runs",
 )
 
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
     config = TrainConfig.resolve({**explicit, "instance_data_dir": names[0]}, row)
     ranks = Ranks.from_environment()
+    if ranks.first and config.pretrained_model_name_or_path is None:
+        log.info("no --weights: the base is the miniature that ships, which knows no photographs")
     if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
         many_scenes(config, find_scenes(names), ranks, args.dry_run)
     else:
@@ -71,11 +74,14 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
         return
     try:
         folder = train(config)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         raise RunError(memory_advice(config, used)) from error
     handles = read_concepts(folder)[1]
-    print(f"{write_report(folder)} shows how it went")
+    if page := try_report(folder):
+        print(f"{page} shows how it went")
     print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')
 
 
@@ -109,5 +115,14 @@ def say(outcome: Outcome, count: str) -> None:
     elif outcome.earlier:
         announce(f"{count} {outcome.folder} was finished before")
     else:
-        write_report(Path(outcome.folder))
+        try_report(Path(outcome.folder))
         announce(f"{count} {outcome.folder} is ready")
+
+
+def try_report(run: Path) -> Path | None:
+    """Write the page of a finished run; where that fails, say so, as the run itself is whole."""
+    try:
+        return write_report(run)
+    except (InputError, OSError) as error:
+        log.warning("%s has no page: %s; `bas report` writes it anew", run, error)
+        return None

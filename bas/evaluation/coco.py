@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from bas.config import CocoConfig, InputError, positive
-from bas.files import write_json
+from bas.files import read_content, write_json
 from bas.images import MAX_PIXELS, read_image
-from bas.mask_sources import entries, read_content, segmentation_mask
+from bas.mask_sources import entries, segmentation_mask
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@
 A cell counts once its cell.json is there. One that was cut off is done anew, or goes on from a checkpoint of its run.
 """
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from bas.evaluation.drawing import Request, draw, look
 from bas.files import read_json, write_json
 from bas.gallery import subsets
 from bas.interrupts import Interrupted
-from bas.run_folder import METRICS
+from bas.run_folder import CHECKPOINTS, METRICS
 from bas.scene import load_scene, subset_prompt
 from bas.train import trained
 
@@ -139,4 +140,5 @@ def fill_cell(cell: Cell, base: Base, sampling: SampleConfig, segments: bool = F
     seconds = {"training": trained_at - began, "drawing": time.monotonic() - trained_at}
     note["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     write_json(cell.folder / CELL, note)
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)  # of a training that was interrupted
     return note

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bas.base import Base
-from bas.checkpoint import load
+from bas.checkpoint import glance, load
 from bas.config import InputError, RunError, SampleConfig
 from bas.dry_run import matrix_speed, plan_run, unet_operations
 from bas.evaluation.page import page
@@ -21,8 +21,9 @@ from bas.evaluation.plot import scatter_png
 from bas.evaluation.protocol import CELL, Cell, fill_cell
 from bas.evaluation.scores import Scorer, Segments, read_rows, score_cell
 from bas.evaluation.tables import markdown, summarise
-from bas.files import read_json, write_text
-from bas.machine import DTYPES
+from bas.files import read_json, replacing, write_text
+from bas.machine import DTYPES, is_out_of_memory
+from bas.sample import check_request
 from bas.train import check_input
 
 RESULTS, TABLES, SCATTER, PAGE = "results.jsonl", "tables.md", "scatter.png", "index.html"
@@ -59,8 +60,10 @@ class Bench:
 def evaluate_each(cells: list[Cell], bench: Bench) -> Iterator[Outcome]:
     """Fill and score cells, one after another; yields what became of each. A cell that fails stops no other.
 
-    Raises InputError, before anything is trained, when the metrics' models are not here; Interrupted after a signal.
+    Raises InputError, before anything is trained, for what cannot be drawn, and when the metrics' models are not here;
+    Interrupted after a signal.
     """
+    check_request(glance(bench.path), [], bench.sampling)
     scorer, segments = bench.make_scorer() if any(not read_rows(cell) for cell in cells) else (None, None)
     for cell in cells:
         if read_rows(cell):
@@ -70,10 +73,12 @@ def evaluate_each(cells: list[Cell], bench: Bench) -> Iterator[Outcome]:
             if not cell.finished:
                 fill_cell(cell, bench.base, bench.sampling, segments == "files")
             score_cell(cell, scorer, bench.size(), segments)
-        except torch.OutOfMemoryError:
-            yield Outcome(cell, error=f"{bench.device} is out of memory")
         except (InputError, RunError, OSError) as error:
             yield Outcome(cell, error=str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Outcome(cell, error=f"{bench.device} is out of memory")
         else:
             yield Outcome(cell)
 
@@ -88,7 +93,8 @@ def write_results(folder: Path, cells: list[Cell], facts: dict[str, str]) -> lis
     facts = {"cells": f"{len(scored)} of {len(cells)}", "pictures": str(pictures), **facts}
     write_text(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / TABLES, markdown(rows, facts))
-    scatter_png(summarise(rows)).save(folder / SCATTER)
+    with replacing(folder / SCATTER) as temporary:
+        scatter_png(summarise(rows)).save(temporary, "PNG")
     write_text(folder / PAGE, page(rows, [cell for cell, _ in scored], facts))
     return [folder / name for name in (RESULTS, TABLES, SCATTER, PAGE)]
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from bas.config import MAX_CHANNELS, InputError, number, positive
+from bas.config import MAX_CHANNELS, InputError, is_utf8, number, positive
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -178,6 +178,8 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     """
     known = known_handles(tokenizer)
     for prompt in prompts:
+        if not is_utf8(prompt):
+            raise InputError(f"{prompt!r} is not UTF-8: write the prompt anew")
         unknown = [name for name in BRACKETED.findall(prompt) if name not in tokenizer.get_added_vocab()]
         rest = BRACKETED.sub(" ", prompt)
         unknown += [part for name in known for part in (name[:-1], name[1:]) if part in rest]
