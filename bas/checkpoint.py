@@ -316,11 +316,8 @@ def _file_hash(path: Path) -> str:
         known = {}
     if isinstance(entry := known.get(key), dict) and entry.get("state") == state:
         return entry["sha256"]
-    hasher = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            hasher.update(chunk)
-    digest = hasher.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known | {key: {"state": state, "sha256": digest}})

@@ -223,11 +223,8 @@ def _step(checkpoint: Path) -> int:
 
 
 def _describe(path: Path) -> dict:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def list_checkpoints(run: Path) -> list[Path]:
