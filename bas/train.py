@@ -322,7 +322,9 @@ def start(
         check_resumable(checkpoint, facts, note["facts"])
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    base = base or Base(path, load(path, device=device))
+    if base is None:
+        tell_of_miniature(config)
+        base = Base(path, load(path, device=device))
     models = base.fresh()
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.resolution:  # from now on what it was trained for: pictures are drawn at that size
@@ -363,6 +365,12 @@ def start(
     if config.report_to == "tensorboard":
         run.events = EventLog(folder, run.done)
     return run
+
+
+def tell_of_miniature(config: TrainConfig) -> None:
+    """Say so where no base is named: nobody shall wait for a photograph's concepts in vain."""
+    if config.pretrained_model_name_or_path is None:
+        log.info("the base is the miniature that ships, which knows no photographs")
 
 
 def train_phase(run: Run, phase: Phase, begin: int) -> None:

@@ -19,7 +19,7 @@ from bas.many import Outcome, find_scenes, holds_scenes, is_finished, settings_o
 from bas.ranks import Ranks, announce
 from bas.report import write_report
 from bas.run_folder import read_concepts
-from bas.train import train
+from bas.train import tell_of_miniature, train
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
     row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
     config = TrainConfig.resolve({**explicit, "instance_data_dir": names[0]}, row)
     ranks = Ranks.from_environment()
-    if ranks.first and config.pretrained_model_name_or_path is None:
-        log.info("no --weights: the base is the miniature that ships, which knows no photographs")
     if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
-        many_scenes(config, find_scenes(names), ranks, args.dry_run)
+        scenes = find_scenes(names)
+        if ranks.first:
+            tell_of_miniature(config)
+        many_scenes(config, scenes, ranks, args.dry_run)
     else:
         one_scene(config, args.dry_run)
 
