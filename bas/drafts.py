@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from bas.config import InputError
-from bas.files import read_json, replacing, write_json
+from bas.files import read_json, reading, replacing, write_json
 from bas.images import read_image
 from bas.mask_sources import NUMBERED, find_source, list_sources, read_source
+from bas.pictures import save_picture
 from bas.scene import match_size, read_notes
 
 
@@ -31,24 +32,25 @@ def open_draft(source: Path, output_dir: Path | None) -> Draft:
     folder beside it that bears its name. Raises InputError for a folder that holds another picture, or masks of
     another source, which mask0.png cannot stand beside.
     """
-    if source.stem == "img" and source.is_file():
-        source = source.parent
-    folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
-    pictures = _pictures_in(source) if source.is_dir() else [source]
-    if len(pictures) != 1:
-        raise InputError(f"{source} needs exactly one picture named img.jpg, img.png, ...")
-    picture_path, picture = pictures[0], read_image(pictures[0])
-    if folder.is_file():
-        raise InputError(f"{folder} is a file: name another --output_dir")
-    for present in _pictures_in(folder):
-        if not present.samefile(picture_path) and present.read_bytes() != picture_path.read_bytes():
-            raise InputError(f"{folder} holds another picture, {present.name}: name another --output_dir")
-    others = [files[0].name for files in _sources(folder) if files[0].name != "mask0.png"]
-    if others:
-        raise InputError(f"{folder} has its masks in {others[0]}, beside which no mask0.png can be: name --output_dir")
-    draft = Draft(picture_path, picture, source if source.is_dir() else None, folder)
-    read_concepts(draft)
-    return draft
+    with reading(source):
+        if source.stem == "img" and source.is_file():
+            source = source.parent
+        folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
+        pictures = _pictures_in(source) if source.is_dir() else [source]
+        if len(pictures) != 1:
+            raise InputError(f"{source} needs exactly one picture named img.jpg, img.png, ...")
+        picture_path, picture = pictures[0], read_image(pictures[0])
+        if folder.is_file():
+            raise InputError(f"{folder} is a file: name another --output_dir")
+        for present in _pictures_in(folder):
+            if not present.samefile(picture_path) and present.read_bytes() != picture_path.read_bytes():
+                raise InputError(f"{folder} holds another picture, {present.name}: name another --output_dir")
+        others = [files[0].name for files in _sources(folder) if files[0].name != "mask0.png"]
+        if others:
+            raise InputError(f"{folder} has its masks in {others[0]}, not in mask0.png: name another --output_dir")
+        draft = Draft(picture_path, picture, source if source.is_dir() else None, folder)
+        read_concepts(draft)
+        return draft
 
 
 def read_concepts(draft: Draft) -> list[dict]:
@@ -78,8 +80,7 @@ def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) ->
         with replacing(folder / f"img{draft.picture_path.suffix.lower()}") as temporary:
             shutil.copyfile(draft.picture_path, temporary)
     for i, mask in enumerate(masks):
-        with replacing(folder / f"mask{i}.png") as temporary:
-            mask.save(temporary, format="PNG")
+        save_picture(mask, folder / f"mask{i}.png")
     for path in folder.iterdir():
         if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
             path.unlink()

@@ -163,6 +163,7 @@ OTHERS = [
     ("masks {black} --weights {model}", "black/mask1.png is black all over"),
     ("masks {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
     ("masks {long} --weights {model}", "xxx cannot be read: File name too long"),
+    ("masks {long} --auto sam", "xxx cannot be read: File name too long"),
     ("masks {scene} --weights {model} --points 1,2", "--points goes with --auto"),
     ("masks {scene}/img.png --auto clipseg --output_dir {new}", "--auto clipseg needs --words, one per concept"),
     ("masks {scene}/img.png --auto clipseg --points 1,2 --output_dir {new}", "--points is for --auto sam, not clipseg"),

@@ -154,7 +154,7 @@ def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_
     with refused(f"{other} holds another picture, img.png: name another --output_dir"):
         open_draft(photo, other)
     np.save(other / "masks.npy", (soft() > 9)[None])
-    with refused(f"{other} has its masks in masks.npy, beside which no mask0.png can be: name --output_dir"):
+    with refused(f"{other} has its masks in masks.npy, not in mask0.png: name another --output_dir"):
         open_draft(other, None)
     with refused(f"{photo} is a file: name another --output_dir"):
         open_draft(other, photo)
