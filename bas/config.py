@@ -4,7 +4,7 @@ The settings are the single source of the command line: each field is a flag, it
 own configurations stand in bas/models/config.py.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 # Far above any model of this family, and any use of bas: a larger number is a broken file or a slip.
@@ -65,6 +65,11 @@ def knob(default: Any, gloss: str, **extra) -> Any:
     """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names), `choices`
     and `bare`, the value of the flag alone."""
     return field(default=default, metadata={"help": gloss, **extra})
+
+
+def flag_of(setting: Field) -> str:
+    """How a setting is called on the command line: by its shorter flag, or the one that switches it off."""
+    return setting.metadata.get("flag", [f"--{setting.name}"])[0]
 
 
 def _in_range(settings: Any, name: str, least: int, most: int = MAX_COUNT) -> None:
@@ -302,9 +307,12 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}: expected 0 or more, below 1")
         for f in fields(self):
-            choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in choices:
-                raise InputError(f"--{f.name} is {getattr(self, f.name)!r}: expected one of {', '.join(choices)}")
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and value not in choices:
+                raise InputError(f"--{f.name} is {value!r}: expected one of {', '.join(choices)}")
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not is_utf8(text):  # as the files of a run are
+                    raise InputError(f"{flag_of(f)} {text!r} is not UTF-8: rename it")
         if self.method in METHODS:
             differs = [name for name, value in PLAIN.items() if getattr(self, name) != value]
             if differs:

@@ -19,8 +19,9 @@ from bas.dry_run import memory_advice
 from bas.files import read_json, reading
 from bas.machine import is_out_of_memory
 from bas.methods import read_scene
+from bas.resuming import check_resumable, facts_of
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS
-from bas.train import check_machine, check_resumable, facts_of, train
+from bas.train import check_machine, train
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,12 @@ Phase 1 trains the new handles alone; phase 2 trains the UNet and the text encod
 loop and the same `training_step`: a phase is a row of data (`TrainConfig.phases`).
 """
 
-import hashlib
 import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from bas.batches import Batch, Material, check_scene, draw_batch, prepare
 from bas.capture import CapturedStep
 from bas.checkpoint import Models, glance, load, save_model, weights_hash
 from bas.compilation import choose_compilation, compile_unet
-from bas.config import InputError, Phase, RunError, TrainConfig, is_utf8
+from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
 from bas.files import write_json, write_text
 from bas.hub import find
@@ -38,6 +37,7 @@ from bas.optimizer import adamw8bit, build_optimizer, set_rate
 from bas.parts import cross_attention, keys_and_values
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
+from bas.resuming import check_resumable, facts_of
 from bas.room import require_room
 from bas.run_folder import (
     CHECKPOINTS,
@@ -61,35 +61,6 @@ from bas.tensorboard import EventLog, writer_class
 from bas.times import Times
 
 log = logging.getLogger(__name__)
-
-# A resumed run may change where it runs, where things lie and how it is watched; every other setting stays as it was.
-FREE_ON_RESUME = {
-    "device",
-    "instance_data_dir",
-    "pretrained_model_name_or_path",
-    "output_dir",
-    "class_data_dir",
-    "sample_batch_size",
-    "log_steps",
-    "report_to",
-    "img_log_steps",
-    "preview_inference_steps",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "save_precision",
-}
-
-FLAGS = {f.name: f.metadata.get("flag", [f"--{f.name}"])[0] for f in fields(TrainConfig)}
-SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how a refusal names it
-    "handles": "handles",
-    "words": "initial words",
-    "scene": "scene",
-    "base": "base",
-    "precision": "--mixed_precision ({precision} there)",
-    "schedule": "noise schedule",
-    "class_images": "class images",
-}
 
 KEPT = "The last whole checkpoint is kept"
 OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
@@ -277,7 +248,6 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
 
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
-    check_text(config)
     scene = read_scene(config)
     base, device, precision = check_machine(config)
     models = glance(base)
@@ -285,25 +255,6 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     if config.img_log_steps:
         sampling_timesteps(models.schedule, config.preview_inference_steps)
     return scene, base, device, precision
-
-
-def check_text(config: TrainConfig) -> None:
-    """Raises InputError for a path or a word that the files of a run, which are UTF-8, cannot hold."""
-    for name, value in asdict(config).items():
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and not is_utf8(text):
-                raise InputError(f"{FLAGS[name]} {text!r} is not UTF-8: rename it")
-
-
-def facts_of(scene: Scene) -> dict:
-    """What a resumed run must share of its scene: handles, initial words, and the sha256 of all pictures and masks."""
-    digest = hashlib.sha256()
-    shots = [(scene.picture, dict(enumerate(scene.masks))), *((shot.picture, shot.masks) for shot in scene.shots)]
-    for picture, masks in shots:
-        digest.update(repr((picture.size, sorted(masks))).encode() + picture.tobytes())
-        for i in sorted(masks):
-            digest.update(masks[i].tobytes())
-    return {"handles": list(scene.handles), "words": list(scene.words), "scene": digest.hexdigest()}
 
 
 def start(
@@ -493,20 +444,6 @@ def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[f"trained.{name}"])
-
-
-def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
-    """Raises InputError unless the checkpoint was made with these settings, and with all else that both know of."""
-    known = [what for what in SAME_ON_RESUME if what in facts and what in noted]
-    free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # what it came to is compared
-    ours, theirs = ({k: v for k, v in f["config"].items() if k not in free} for f in (facts, noted))
-    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
-    differs = [FLAGS[name] for name in ours if ours[name] != theirs.get(name)]
-    differs += [SAME_ON_RESUME[what].format(**noted) for what in known if facts[what] != noted[what]]
-    if differs:
-        raise InputError(
-            f"{checkpoint} was made with another {', '.join(differs)}: resume with the same, or start anew"
-        )
 
 
 def finish(run: Run) -> None:

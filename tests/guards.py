@@ -60,7 +60,7 @@ GUARDS = (
     ),
     Guard(
         "other settings are refused on resume",
-        "train.py",
+        "resuming.py",
         "differs = [FLAGS[name] for name in ours if ours[name] != theirs.get(name)]",
         "differs = []",
         "test_resume.py::test_other_settings_handles_or_weights_are_refused_by_name",
