@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -194,7 +195,7 @@ def parse(text: str, form: str, picture: Image.Image) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    inside = all(0 <= value <= side for value, side in zip(values, picture.size * 2, strict=False))
+    inside = all(0 <= value <= side for value, side in zip(values, cycle(picture.size)))
     if len(values) != len(form.split(",")) or not inside:
         raise InputError(f"{text!r}: expected {form} in pixels, inside {picture.width}x{picture.height}")
     return values
