@@ -17,8 +17,6 @@ from bas.flags import Parser, value_type
 
 CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
-# Of the settings that a run notes, those that are not only shown again.
-USED_AGAIN = ("phase1_train_steps", "phase2_train_steps", "pretrained_model_name_or_path", "attention_grid")
 
 Kinds = dict[str, tuple[type, bool]]  # the type of one value, and whether there are several
 
@@ -65,8 +63,8 @@ def check_facts(file: Path, facts: object) -> dict:
         raise InputError(f"{file} does not hold what bas notes of a run: it was changed, or something else wrote it")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     config = defaults | facts["config"]
-    given = {name: config[name] for name in USED_AGAIN if config[name] != defaults[name]}
-    check_settings(file, given, setting_kinds(TrainConfig))
+    changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
+    check_settings(file, changed, setting_kinds(TrainConfig))
     return facts | {"config": config}
 
 
