@@ -109,8 +109,8 @@ def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path
     overlays = [heat(m, attention.picture, c) for m, c in zip(attention.maps, colours, strict=True)]
     for i, (values, overlay) in enumerate(zip(attention.maps, overlays, strict=True)):
         np.save(folder / f"map{i}.npy", values, allow_pickle=False)
-        overlay.save(folder / f"map{i}.png")
+        save_picture(overlay, folder / f"map{i}.png")
     write_json(folder / "maps.json", {f"map{i}": name for i, name in enumerate(attention.names)})
     labels = ["picture", *attention.names]
-    grid([[attention.picture, *overlays]], [labels], CELL).save(folder / "sheet.png")
+    save_picture(grid([[attention.picture, *overlays]], [labels], CELL), folder / "sheet.png")
     return folder / "sheet.png"

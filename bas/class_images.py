@@ -7,7 +7,6 @@ after a hash of exactly these, so that any run with the same base and settings f
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from bas.config import InputError, SampleConfig, TrainConfig
 from bas.files import read_json, write_json
 from bas.machine import autocast
 from bas.models.vae import Posterior
+from bas.pictures import save_picture
 from bas.progress import Progress
 from bas.sample import decode, generate, to_pictures
 from bas.scene import pixels, read_image
@@ -123,9 +123,7 @@ def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfi
         texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
         pictures = to_pictures(decode(models, generate(texts, seeds, models, settings)))
         for i, picture in zip(batch, pictures, strict=True):
-            unfinished = folder / f".{i:05d}.tmp"
-            picture.save(unfinished, format="PNG")
-            os.replace(unfinished, folder / f"{i:05d}.png")
+            save_picture(picture, folder / f"{i:05d}.png")
         bar.show(found + start + len(batch))
 
 

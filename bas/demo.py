@@ -7,7 +7,7 @@ from bas.checkpoint import load
 from bas.config import SampleConfig, TrainConfig
 from bas.hub import find, read_model_row
 from bas.machine import pick_device
-from bas.pictures import grid, heat, tint_masks
+from bas.pictures import grid, heat, save_picture, tint_masks
 from bas.preview import scene_attention
 from bas.run_folder import CONCEPTS, METRICS
 from bas.sample import sample, to_pictures
@@ -51,5 +51,5 @@ def demo(output_dir: Path, device: str | None = None) -> Path:
     seen = ["the photograph", "and its masks", *(f"attention of {h}" for h in handles)]
     labels = [seen, *prompts]
     sheet = grid(rows, labels, CELL, title="one picture in, one handle per concept out")
-    sheet.save(output_dir / PICTURE)
+    save_picture(sheet, output_dir / PICTURE)
     return output_dir / PICTURE

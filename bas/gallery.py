@@ -13,7 +13,6 @@ from PIL import Image
 
 from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
-from bas.files import replacing
 from bas.pictures import grid, save_picture
 from bas.progress import Progress
 from bas.sample import sample_each
@@ -99,6 +98,5 @@ def draw(models: Models, prompts: list[str], folder: Path, config: SampleConfig)
 
 def save_grid(rows: list[list[Image.Image]], labels: list[list[str]], title: str, folder: Path) -> Path:
     """Write FOLDER/grid.png and return its path."""
-    with replacing(folder / GRID) as temporary:
-        grid(rows, labels, CELL, title).save(temporary, "PNG")
+    save_picture(grid(rows, labels, CELL, title), folder / GRID)
     return folder / GRID

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
 from bas.config import InputError
+from bas.files import replacing
 
 # One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).
 CONCEPT_COLOURS = (
@@ -99,17 +100,21 @@ def picture_path(name: str) -> Path:
     return path
 
 
-def save_picture(picture: Image.Image, path: Path, settings: dict) -> None:
-    """Write a picture with the settings that made it: the PNG text `bas`, or the EXIF user comment of other formats."""
-    note = json.dumps(settings)
-    if path.suffix.lower() == ".png":
-        info = PngImagePlugin.PngInfo()
-        info.add_text("bas", note)
-        picture.save(path, pnginfo=info)
-    else:
-        exif = Image.Exif()
-        exif[ExifTags.Base.UserComment] = note
-        picture.save(path, exif=exif, quality=95)
+def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a picture, whole or not at all, in the format that its name ends in.
+
+    `settings`, those that made it, become the PNG text `bas`, or the EXIF user comment of other formats.
+    """
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    options = {} if kind == "PNG" else {"quality": 95}
+    if settings and kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("bas", json.dumps(settings))
+    elif settings:
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.UserComment] = json.dumps(settings)
+    with replacing(path) as temporary:
+        picture.save(temporary, format=kind, **options)
 
 
 def save_pictures(pictures: list[Image.Image], notes: list[dict], target: Path) -> list[Path]:

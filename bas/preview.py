@@ -15,10 +15,10 @@ from torch import Tensor
 from bas.batches import attention_grid, encode_images, handle_positions
 from bas.checkpoint import Models
 from bas.config import SampleConfig, TrainConfig
-from bas.files import replacing, write_json
+from bas.files import write_json
 from bas.losses import average_maps, handle_maps
 from bas.models.text import encode_ids, tokenize
-from bas.pictures import grid, heat, tint_masks
+from bas.pictures import grid, heat, save_picture, tint_masks
 from bas.sample import sample, standard_normal, to_pictures
 from bas.scene import Scene, subset_prompt
 from bas.schedulers import add_noise
@@ -64,11 +64,11 @@ def write_preview(
     separate = folder / PICTURES / f"step-{step:06d}"
     separate.mkdir(parents=True, exist_ok=True)
     for place, picture in zip([*layers, "all"][: len(prompts)], drawn, strict=True):
-        write_picture(picture, separate / f"sample-{place}.png")
+        save_picture(picture, separate / f"sample-{place}.png")
     for place, picture in enumerate(looks):
-        write_picture(picture, separate / f"attention-{place}.png")
+        save_picture(picture, separate / f"attention-{place}.png")
     path = folder / "previews" / f"step-{step:06d}.png"
-    write_picture(sheet, path)
+    save_picture(sheet, path)
     return path
 
 
@@ -86,15 +86,9 @@ def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> Non
 def write_shot(folder: Path, image: Tensor, masks: dict[int, Tensor]) -> None:
     """One photograph as img.png, with masks by concept as maskN.png. image: (3, H, W) in [-1, 1]; masks: (H, W) each"""
     folder.mkdir(exist_ok=True)
-    write_picture(to_pictures(image[None] / 2 + 0.5)[0], folder / "img.png")
+    save_picture(to_pictures(image[None] / 2 + 0.5)[0], folder / "img.png")
     for i, mask in masks.items():
-        write_picture(Image.fromarray((mask * 255).round().to(torch.uint8).numpy()), folder / f"mask{i}.png")
-
-
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a .png file, whole or not at all."""
-    with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+        save_picture(Image.fromarray((mask * 255).round().to(torch.uint8).numpy()), folder / f"mask{i}.png")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from bas.machine import pick_device
 from bas.mask_proposals import METHODS, propose
 from bas.mask_sources import list_sources
 from bas.masks import sheet, table, view_scene, warnings
-from bas.pictures import picture_path
+from bas.pictures import picture_path, save_picture
 from bas.scene import load_scene
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,6 @@ def check(args: argparse.Namespace) -> None:
         log.warning("%s", line)
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sheet(view).save(target)
+        save_picture(sheet(view), target)
         print(f"\n{target}")
     check_scene(models, scene, replace(config, lambda_attention=0))  # what attention misses is among the warnings

@@ -20,6 +20,7 @@ from bas.config import CocoConfig, InputError, positive
 from bas.files import read_content, write_json
 from bas.images import MAX_PIXELS, read_image
 from bas.mask_sources import entries, segmentation_mask
+from bas.pictures import save_picture
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +197,8 @@ def write_scene(choice: Choice, images: Path, folder: Path) -> None:
         stated = f"{choice.picture['width']}x{choice.picture['height']}"
         raise InputError(f"{path} is {photo.width}x{photo.height}, but annotated at {stated}: it is another picture")
     folder.mkdir(parents=True)
-    photo.crop(choice.box).save(folder / "img.png")
+    save_picture(photo.crop(choice.box), folder / "img.png")
     for i, thing in enumerate(choice.things):
-        Image.fromarray(thing.mask.astype(np.uint8) * 255).save(folder / f"mask{i}.png")
+        save_picture(Image.fromarray(thing.mask.astype(np.uint8) * 255), folder / f"mask{i}.png")
     concepts = [{"handle": f"<asset{i}>", "word": thing.word} for i, thing in enumerate(choice.things)]
     write_json(folder / "scene.json", {"concepts": concepts})

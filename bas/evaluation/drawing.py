@@ -96,7 +96,7 @@ def save_segments(run: Run, request: Request, average: Tensor, size: tuple[int, 
     maps = handle_maps(average[None].cpu(), positions)[0].numpy()
     for concept, values in zip(request.concepts, maps, strict=True):
         inside = segment_by_attention(values, size)
-        Image.fromarray((255 * inside).astype(np.uint8)).save(segment_path(picture, concept))
+        save_picture(Image.fromarray((255 * inside).astype(np.uint8)), segment_path(picture, concept))
 
 
 def segment_path(picture: Path, concept: int) -> Path:

@@ -21,8 +21,9 @@ from bas.evaluation.plot import scatter_png
 from bas.evaluation.protocol import CELL, Cell, fill_cell
 from bas.evaluation.scores import Scorer, Segments, read_rows, score_cell
 from bas.evaluation.tables import markdown, summarise
-from bas.files import read_json, replacing, write_text
+from bas.files import read_json, write_text
 from bas.machine import DTYPES, is_out_of_memory
+from bas.pictures import save_picture
 from bas.sample import check_request
 from bas.train import check_input
 
@@ -93,8 +94,7 @@ def write_results(folder: Path, cells: list[Cell], facts: dict[str, str]) -> lis
     facts = {"cells": f"{len(scored)} of {len(cells)}", "pictures": str(pictures), **facts}
     write_text(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / TABLES, markdown(rows, facts))
-    with replacing(folder / SCATTER) as temporary:
-        scatter_png(summarise(rows)).save(temporary, "PNG")
+    save_picture(scatter_png(summarise(rows)), folder / SCATTER)
     write_text(folder / PAGE, page(rows, [cell for cell, _ in scored], facts))
     return [folder / name for name in (RESULTS, TABLES, SCATTER, PAGE)]
 
