@@ -18,13 +18,14 @@ from PIL import Image, ImageOps
 from bas.batches import encode_images
 from bas.checkpoint import Models, cache_dir
 from bas.config import InputError, SampleConfig, TrainConfig
-from bas.files import read_json, write_json
+from bas.files import read_json, reading, write_json
+from bas.images import open_picture, read_image
 from bas.machine import autocast
 from bas.models.vae import Posterior
 from bas.pictures import save_picture
 from bas.progress import Progress
 from bas.sample import decode, generate, to_pictures
-from bas.scene import pixels, read_image
+from bas.scene import pixels
 from bas.schedulers import NoiseSchedule
 
 try:
@@ -59,8 +60,6 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / digest, True
     folder = Path(config.class_data_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--class_data_dir {folder} is not a folder")
     noted = folder / KEY_FILE
     if not noted.exists():
         return folder, not _pictures(folder)
@@ -69,6 +68,19 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
     if differs:
         raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
     return folder, True
+
+
+def check_class_folder(config: TrainConfig) -> None:
+    """InputError for a --class_data_dir that can be no folder, or whose pictures cannot be read."""
+    if config.class_data_dir is None:
+        return
+    folder = Path(config.class_data_dir)
+    with reading(folder):
+        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not present.is_dir():
+            raise InputError(f"--class_data_dir {folder}: {present} is not a folder")
+        for path in _pictures(folder)[: config.num_class_images]:
+            open_picture(path)
 
 
 def class_images(

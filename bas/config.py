@@ -30,11 +30,16 @@ class RunError(RuntimeError):
 # --------------------------------------------------------------------------------------------------------------
 
 
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """The value. InputError unless it is a whole number from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
+    return value
+
+
 def positive(name: str, value: Any, most: int = MAX_CHANNELS) -> int:
     """The value. InputError unless it is a whole number from 1 to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise InputError(f"{name} is {value!r}: expected a whole number from 1 to {most}")
-    return value
+    return whole(name, value, 1, most)
 
 
 def number(name: str, value: Any, least: float = -1000, most: float = 1000) -> float:

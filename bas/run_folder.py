@@ -86,11 +86,13 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
 
 
 def refuse_used_folder(folder: Path, resuming: bool) -> None:
-    """InputError when the folder holds a finished run, or an unfinished one that is not to be resumed."""
+    """InputError when the folder holds a finished run, an unfinished one that is not to be resumed, or a model."""
     if (folder / CONCEPTS).exists():
         raise InputError(f"{folder} already holds a finished run: choose another --output_dir or remove it")
     if not resuming and (folder / METRICS).exists():
         raise InputError(f"{folder} holds an unfinished run: add --resume_from_checkpoint latest, or remove the folder")
+    if not (folder / METRICS).exists() and (folder / "unet").exists():
+        raise InputError(f"{folder} holds a model: choose another --output_dir")
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------------
@@ -193,7 +195,8 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], note: dict
         write_tensors(temporary / STATE, tensors)
         write_json(temporary / NOTE, note)
         write_json(temporary / MANIFEST, {name: _describe(temporary / name) for name in (STATE, NOTE)})
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            _remove(folder)
         os.replace(temporary, folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its room is needed
@@ -214,7 +217,7 @@ def drop_later(run: Path, step: int) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """The manifest goes first, so that one that is cut off in the middle does not count."""
-    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bas.config import InputError, TrainConfig
+from bas.config import MAX_SIDE, InputError, TrainConfig
 from bas.files import read_content, reading
 from bas.images import read_image, read_mask
 from bas.mask_sources import FoundMask, find_source, read_number, read_source
@@ -47,8 +47,7 @@ class Shot:
 
         Of the N = `count` concepts those that the photograph does not show have masks of 0.
         """
-        scale = max(width / self.picture.width, height / self.picture.height)
-        size = (max(width, round(self.picture.width * scale)), max(height, round(self.picture.height * scale)))
+        size = cover(self.picture.size, (width, height))
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
         box = (left, top, left + width, top + height)
         masks = torch.zeros(count, height, width)
@@ -276,14 +275,22 @@ def fit(picture: Image.Image, size: tuple[int, int], resampling: Image.Resamplin
     return picture if picture.size == size else picture.resize(size, resampling)
 
 
+def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """The (W, H) of a picture scaled to just cover another. InputError where a side would pass MAX_SIDE."""
+    scale = max(part / side for part, side in zip(least, size, strict=True))
+    width, height = (max(part, round(side * scale)) for part, side in zip(least, size, strict=True))
+    if max(width, height) > MAX_SIDE:
+        raise InputError(f"a picture of {size[0]}x{size[1]} would become {width}x{height} for the model: crop it")
+    return width, height
+
+
 def frame(
     size: tuple[int, int], resolution: int, multiple: int, square: bool
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """How to bring a (W, H) picture to the model: the size to resize it to, then the box to cut from its middle."""
     if resolution % multiple:
         raise InputError(f"--resolution {resolution}: this model takes multiples of {multiple} pixels")
-    scale = resolution / min(size)
-    resized = tuple(max(resolution, round(side * scale)) for side in size)
+    resized = cover(size, (resolution, resolution))
     kept = (resolution, resolution) if square else tuple(side // multiple * multiple for side in resized)
     left, top = ((side - part) // 2 for side, part in zip(resized, kept, strict=True))
     return resized, (left, top, left + kept[0], top + kept[1])

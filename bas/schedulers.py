@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bas.config import InputError, number, positive, switch
+from bas.config import InputError, positive, switch, whole
 
 BETA_SCHEDULES = ("scaled_linear", "linear")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -32,7 +32,7 @@ class NoiseSchedule:
 
     def __post_init__(self):
         positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
-        number("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
+        whole("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
         switch("scheduler set_alpha_to_one", self.set_alpha_to_one)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(

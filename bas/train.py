@@ -22,6 +22,7 @@ from bas.base import Base
 from bas.batches import Batch, Material, check_scene, draw_batch, prepare
 from bas.capture import CapturedStep
 from bas.checkpoint import Models, glance, load, save_model, weights_hash
+from bas.class_images import check_class_folder
 from bas.compilation import choose_compilation, compile_unet
 from bas.config import InputError, Phase, RunError, TrainConfig
 from bas.config_file import CONFIG, to_toml
@@ -249,6 +250,8 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
     scene = read_scene(config)
+    if any(phase.prior for phase in config.phases):
+        check_class_folder(config)
     base, device, precision = check_machine(config)
     models = glance(base)
     check_scene(models, scene, config)
@@ -362,14 +365,12 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
 
         if step % config.log_steps == 0 or step == end or (models.device.type == "cpu" and bar.due()):
             bar.show(step - begin, read_metrics(run))
-        if config.checkpointing_steps and step % config.checkpointing_steps == 0:
+        asked = run.interrupts.asked
+        if asked or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
             save_state(run, step, trained, optimizer, scaler)
-        if run.interrupts.asked:
-            save_state(run, step, trained, optimizer, scaler)
+        if asked:
             where = f"after step {step} of {sum(p.steps for p in config.phases)}"
-            raise Interrupted(
-                f"stopped {where}, saved in {run.folder}; --resume_from_checkpoint latest goes on", run.interrupts.asked
-            )
+            raise Interrupted(f"stopped {where}, saved in {run.folder}; --resume_from_checkpoint latest goes on", asked)
         if config.img_log_steps and step % config.img_log_steps == 0:
             with autocast(models.device, run.precision):
                 sheet = write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
@@ -395,7 +396,8 @@ def read_metrics(run: Run) -> dict[str, float]:
     for row in rows:
         where = f"{row['phase']} step {row['step']}"
         if not is_finite(row, run.precision):
-            name = next(name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value))
+            wrong = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+            name = next((name for name in wrong if name not in ("loss", "grad_norm")), wrong[0])  # the cause, not a sum
             raise RunError(
                 f"{where}: {name} is {row[name]}. {KEPT} in {run.folder}: "
                 "lower the learning rate, or use --mixed_precision no"

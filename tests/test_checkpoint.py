@@ -238,7 +238,8 @@ def test_the_published_configurations_are_understood():
     assert (config.heads, config.sample_size, config.use_linear_projection) == ((5, 10, 20, 20), 96, True)
     vae = {"act_fn": "silu", "latent_channels": 4, "sample_size": 768, "block_out_channels": [128, 256, 512, 512]}
     vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    assert VAEConfig.from_json(vae) == VAEConfig(sample_size=768)
+    for advice in ({}, {"force_upcast": True}, {"force_upcast": False}):
+        assert VAEConfig.from_json(vae | advice) == VAEConfig(sample_size=768)
     schedule = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     schedule |= {"beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True}
     schedule |= {"steps_offset": 1, "trained_betas": None, "clip_sample": False, "prediction_type": "v_prediction"}

@@ -12,7 +12,7 @@ from tiny import refused, write_class_images
 
 import bas
 from bas.checkpoint import cache_dir, load
-from bas.class_images import cache_key, class_images, find_folder
+from bas.class_images import cache_key, check_class_folder, class_images, find_folder
 from bas.config import SampleConfig, TrainConfig
 
 
@@ -167,8 +167,8 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
 def test_a_file_is_no_folder_and_a_broken_picture_is_named(models, bench, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("--class_data_dir", "not a folder"):
-        class_images(models, bench.config(class_data_dir=str(tmp_path / "file")), "base", (32, 32))
+        check_class_folder(bench.config(class_data_dir=str(tmp_path / "file")))
     folder = write_class_images(tmp_path / "mine")
     (folder / "0.png").write_bytes(b"nothing")
     with refused("0.png", "not a readable"):
-        class_images(models, bench.config(class_data_dir=str(folder)), "base", (32, 32))
+        check_class_folder(bench.config(class_data_dir=str(folder)))

@@ -47,6 +47,8 @@ def place(tmp_path_factory):
     speck.putpixel((5, 5), 255)
     speck.save(folder / "speck.png")
     spoil("tiny", "mask1.png", speck)
+    for path in shutil.copytree(bench.scene, folder / "strip").glob("*.png"):
+        Image.open(path).resize((600, 1)).save(path)
     (folder / "run").mkdir()
     (folder / "file").touch()
     (folder / "settings").mkdir()
@@ -78,6 +80,10 @@ TRAIN = [
     ("train {scene} --weights {model} --handles <a> <b> c.", "handle '<c.>': expected <name>"),
     ("train {scene} --weights {model} --num_of_assets 2", "--num_of_assets is 2, but"),
     ("train {scene} --weights {model} --output_dir {file}", "cannot write to --output_dir"),
+    ("train {scene} --weights {model} --output_dir {model}", "model holds a model: choose another --output_dir"),
+    ("train {scene} --weights {model} --class_data_dir {file}", "--class_data_dir"),
+    ("train {scene} --weights {model} --class_data_dir {file}/new", "file is not a folder"),
+    ("train {scene} --weights {model} --class_data_dir {text}", "text/img.png is not a readable PNG"),
     ("train {scene} --weights {model} --output_dir {run} --resume_from_checkpoint {none}", "none"),
     ("train {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
     ("train {scene} --weights {model} --attention_grid 5", "no cross-attention on 5 rows"),
@@ -89,6 +95,7 @@ TRAIN = [
     ("train {scene} --weights {model} --class_prompt a \udce9", "--class_prompt '\\udce9' is not UTF-8"),
     ("train {scene} --weights ~nobody-of-this-name/m", "~nobody-of-this-name/m does not exist, and is no known model"),
     ("train {tiny} --weights {model}", "the mask of <asset1> vanishes on the latents' grid: paint it larger"),
+    ("train {strip} --weights {model}", "a picture of 600x1 would become 19200x32 for the model: crop it"),
     ("train {crowd} --weights {model}", "37 concepts: a prompt of this model has room for 36 handles: use fewer masks"),
     ("train {crowd} --weights {model} --close_ups", "--close_ups: 37 concepts have 137438953470 sets to show"),
     ("train {long} --weights {model}", "xxx cannot be read: File name too long"),
@@ -183,7 +190,7 @@ OTHERS = [
 ]
 CASES = [*TRAIN, *SAMPLE, *((f"edit {{taught}} {rest}", message) for rest, message in EDIT), *OTHERS]
 NAMES = ("scene", "model", "taught", "file", "run", "none", "settings")
-NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", "two", "tiny", "crowd")
+NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", "two", "tiny", "crowd", "strip")
 
 
 def arguments(line: str, place: Path, new: Path) -> list[str]:

@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from faults import before_step, heard, resume
+from faults import before_step, heard, resume, training
 from kills import child
 from tiny import file_hashes
 
@@ -67,6 +67,23 @@ def test_the_command_ends_with_the_code_that_shells_expect(bench, tmp_path, monk
     before_step(monkeypatch, 1, lambda *args: os.kill(os.getpid(), getattr(signal, name)))
     assert main(command(bench, tmp_path / "run")) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("bas: stopped after step 1 of 6, saved in ")
+
+
+def test_a_stop_at_a_checkpoint_saves_its_step_once(bench, tmp_path, monkeypatch, whole):
+    """A second save of the same step would have to remove the first before it takes its place."""
+    saved, original = [], training.save_checkpoint
+
+    def counted(run, step, *args):
+        saved.append(step)
+        return original(run, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", counted)
+        before_step(patch, 4, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
+            bas.train(bench.config(tmp_path / "run", checkpointing_steps=2))
+    assert saved == [2, 4]
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
 def stubborn(bench, run):

@@ -612,7 +612,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(bench, tmp_path, monkeypatch, st
 
     monkeypatch.setattr(training, "training_step", spoilt)
     phase = "phase1" if step < 4 else "phase2"
-    with pytest.raises(RunError, match=rf"{phase} step {step}: (loss|attention) is nan"):
+    with pytest.raises(RunError, match=rf"{phase} step {step}: attention is nan"):
         bas.train(bench.config(tmp_path / "run", checkpointing_steps=1))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == [f"step-{step - 1:06d}"]
     assert not (tmp_path / "run" / "concepts.safetensors").exists()

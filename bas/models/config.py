@@ -142,7 +142,7 @@ class VAEConfig:
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
         "mid_block_add_attention": (True,),
-        "force_upcast": (True,),  # advice to run SDXL's VAE in float32
+        "force_upcast": (True, False),  # advice to run SDXL's VAE in float32
     }
 
     @classmethod
