@@ -210,7 +210,7 @@ def draw_batch(
         chosen = [shown[i] for i in draw_subset(len(shown), config.subset_sampling, generator)]
         view = views[int(torch.rand((), generator=generator) < config.flip_probability)]
         means.append(view.posterior.mean)
-        deviations.append((0.5 * view.posterior.logvar).exp())
+        deviations.append(view.posterior.deviation)
         row, places = subset_tokens(material, models, chosen)
         ids.append(row)
         unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True))
@@ -221,7 +221,7 @@ def draw_batch(
     if phase.prior:
         index = torch.randint(len(material.class_ids), (config.train_batch_size,), generator=generator)
         means += material.class_posterior.mean[index]
-        deviations += (0.5 * material.class_posterior.logvar[index]).exp()
+        deviations += material.class_posterior.deviation[index]
         ids += material.class_ids[index]
     mean, deviation = torch.stack(means), torch.stack(deviations)
     return Batch(

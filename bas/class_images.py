@@ -1,4 +1,4 @@
-"""Class images for the prior preservation loss (METHOD: `L_prior`, after Ruiz et al. 2023): made once, then cached.
+"""Class images for the prior preservation loss (Ruiz et al. 2023), L_prior of the official code: made once, then cached.
 
 They depend on the weights, the prompts, the size and the sampling settings, not on the scene. The folder is named
 after a hash of exactly these, so that any run with the same base and settings finds them.

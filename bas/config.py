@@ -112,9 +112,7 @@ class TrainConfig:
     """Settings of `bas train`. Flags that users know from the official train.py keep their names and defaults."""
 
     # What to learn from, and where to put it
-    instance_data_dir: str = knob(
-        "", "the scene: a folder with img.* and mask0.png, mask1.png, ...", positional="SCENE"
-    )
+    instance_data_dir: str = knob("", "the scene: a folder with img.* and mask0.png, mask1.png, ...")
     pretrained_model_name_or_path: str | None = knob(
         None,
         "base model: a folder, a single .safetensors file or a known name (default: the shipped miniature)",

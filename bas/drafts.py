@@ -12,7 +12,7 @@ from bas.files import read_json, reading, replacing, write_json
 from bas.images import read_image
 from bas.mask_sources import NUMBERED, find_source, list_sources, read_source
 from bas.pictures import save_picture
-from bas.scene import match_size, read_notes
+from bas.scene import find_picture, match_size, pictures_in, read_notes
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,22 @@ def open_draft(source: Path, output_dir: Path | None) -> Draft:
         if source.stem == "img" and source.is_file():
             source = source.parent
         folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
-        pictures = _pictures_in(source) if source.is_dir() else [source]
-        if len(pictures) != 1:
-            raise InputError(f"{source} needs exactly one picture named img.jpg, img.png, ...")
-        picture_path, picture = pictures[0], read_image(pictures[0])
+        picture_path = find_picture(source) if source.is_dir() else source
+        picture = read_image(picture_path)
         if folder.is_file():
             raise InputError(f"{folder} is a file: name another --output_dir")
-        for present in _pictures_in(folder):
+        for present in pictures_in(folder) if folder.is_dir() else ():
             if not present.samefile(picture_path) and present.read_bytes() != picture_path.read_bytes():
                 raise InputError(f"{folder} holds another picture, {present.name}: name another --output_dir")
         others = [files[0].name for files in _sources(folder) if files[0].name != "mask0.png"]
         if others:
             raise InputError(f"{folder} has its masks in {others[0]}, not in mask0.png: name another --output_dir")
         draft = Draft(picture_path, picture, source if source.is_dir() else None, folder)
-        read_concepts(draft)
+        concepts_to_edit(draft)
         return draft
 
 
-def read_concepts(draft: Draft) -> list[dict]:
+def concepts_to_edit(draft: Draft) -> list[dict]:
     """Handle, word and mask, uint8 (H, W) or None, of each concept as it is on disk; one without a mask to begin."""
     origin = next((place for place in (draft.folder, draft.source) if place and _sources(place)), None)
     if origin is None:
@@ -76,7 +74,7 @@ def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) ->
     folder.mkdir(parents=True, exist_ok=True)
     notes = folder / "scene.json"
     kept = read_json(notes) if notes.exists() else {}
-    if not _pictures_in(folder):
+    if not pictures_in(folder):
         with replacing(folder / f"img{draft.picture_path.suffix.lower()}") as temporary:
             shutil.copyfile(draft.picture_path, temporary)
     for i, mask in enumerate(masks):
@@ -85,11 +83,6 @@ def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) ->
         if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
             path.unlink()
     write_json(notes, kept | {"concepts": concepts})
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    """The pictures img.* of a folder: a scene has one."""
-    return [path for path in folder.glob("img.*") if path.is_file()]
 
 
 def _sources(folder: Path) -> list[list[Path]]:

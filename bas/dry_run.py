@@ -88,7 +88,7 @@ def dry_run(config: TrainConfig) -> dict:
         },
         "memory": {phase.name: sum_of(parts) for phase, parts in plan.memory.items()},
         "estimated by": MEMORY_RULE,
-        "warning": memory_warning(plan.peak, device),
+        "warning": memory_warning(plan.peak, device, config),
         "time": {name: clock(value) for name, value in seconds.items()},
         "counted by": TIME_RULE.format(speed=speed / 1e12),
         "files": {name: human_size(size) for name, size in files.items()},
@@ -186,7 +186,7 @@ def phase_cost(models: Models, material: Material, phase: Phase, config: TrainCo
     return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
 
 
-def phase_memory(weights: int, cost: Cost, precision: str, optimizer: str = "adamw") -> dict[str, int]:
+def phase_memory(weights: int, cost: Cost, precision: str, optimizer: str) -> dict[str, int]:
     """Bytes by what they are for."""
     masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
     return {
@@ -204,7 +204,7 @@ def sum_of(parts: dict[str, int]) -> str:
     return f"{human_size(sum(parts.values()))} = {summands}"
 
 
-def memory_warning(needed: int, device: torch.device) -> str | None:
+def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> str | None:
     """One line when the device has less memory than the estimate."""
     if device.type == "cuda":
         held = torch.cuda.get_device_properties(device).total_memory
@@ -212,7 +212,8 @@ def memory_warning(needed: int, device: torch.device) -> str | None:
         held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return None
-    advice = "try --gradient_checkpointing, --no_train_text_encoder, or --phase2_train_steps 0"
+    untried = [flag for flag, changes in SAVINGS if replace(config, **changes) != config]
+    advice = f"try, in this order: {', '.join(untried)}"
     return f"{device} has {human_size(held)}, less than the estimate: {advice}" if held < needed else None
 
 

@@ -25,7 +25,7 @@ from bas.machine import pick_device, pick_precision
 from bas.parts import COMPONENTS, Models, match
 from bas.refuse import other_kind
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_concepts, read_note
-from bas.scene import find_files, numbered_folders
+from bas.scene import find_files, numbered_folders, pictures_in
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
 EXTRAS = ("tensorboard", "bitsandbytes")
@@ -51,7 +51,7 @@ def _describe_folder(path: Path, hashes: bool) -> dict:
         return _describe_run(path, hashes)
     if (path / SETTINGS).exists():
         return _describe_unfinished(path)
-    if any((path / component).is_dir() for component in COMPONENTS) or not any(path.glob("img.*")):
+    if any((path / component).is_dir() for component in COMPONENTS) or not pictures_in(path):
         facts = describe_model(path, hashes)
         return {"what": _folder_kind(path, facts)} | facts
     return _describe_scene(path)
@@ -71,13 +71,13 @@ def _folder_kind(path: Path, facts: dict) -> str:
 
 def _describe_run(path: Path, hashes: bool) -> dict:
     """A finished run: its model, and what concepts.safetensors notes of how it came about."""
-    tensors, handles, note = read_concepts(path)
+    tensors, note = read_concepts(path)
     config = note["config"]
     _, rows, columns = tensors["masks"].shape
     return {
         "what": "a finished run of bas",
         **describe_model(path, hashes),
-        "handles": handles,
+        "handles": note["handles"],
         "trained at": f"{columns}x{rows} pixels",
         "steps": f"{config['phase1_train_steps']} + {config['phase2_train_steps']}",
         "scene": config["instance_data_dir"],

@@ -21,6 +21,7 @@ from bas.machine import is_out_of_memory
 from bas.methods import read_scene
 from bas.resuming import check_resumable, facts_of
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS
+from bas.scene import pictures_in
 from bas.train import check_machine, train
 
 log = logging.getLogger(__name__)
@@ -36,15 +37,10 @@ class Outcome:
     earlier: bool = False  # whether it was finished before
 
 
-def is_scene(folder: Path) -> bool:
-    """Whether a folder has a picture img.* of its own."""
-    return any(path.stem == "img" and path.is_file() for path in folder.iterdir())
-
-
 def holds_scenes(folder: Path) -> bool:
     """Whether a folder is no scene itself, but has scenes in it."""
     with reading(folder):
-        return folder.is_dir() and not is_scene(folder) and any(is_scene(path) for path in subfolders(folder))
+        return folder.is_dir() and not pictures_in(folder) and any(map(pictures_in, subfolders(folder)))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -68,10 +64,10 @@ def scenes_in(folder: Path) -> list[Path]:
     """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ...")
-    if is_scene(folder):
+    if pictures_in(folder):
         return [folder]
     inside = subfolders(folder)
-    found = [path for path in inside if is_scene(path)]
+    found = [path for path in inside if pictures_in(path)]
     if not found:
         raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
     if left := [path.name for path in inside if path not in found]:

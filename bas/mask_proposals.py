@@ -173,7 +173,7 @@ METHODS = {
         "facebook/mask2former-swin-tiny-coco-panoptic",
         "mask2former",
         "Mask2FormerForUniversalSegmentation",
-        "Mask2FormerImageProcessor",
+        "Mask2FormerImageProcessorPil",
         mask2former,
     ),
 }

@@ -19,9 +19,9 @@ from typing import Any
 from PIL import Image
 
 from bas.config import InputError
-from bas.drafts import Draft, read_concepts, write_draft
+from bas.drafts import Draft, concepts_to_edit, write_draft
 from bas.mask_sources import MAX_LABELS
-from bas.models.text import HANDLE
+from bas.models.text import check_name
 from bas.pictures import CONCEPT_COLOURS
 
 PAGE = Path(__file__).parent / "assets" / "paint.html"
@@ -54,8 +54,7 @@ def save_scene(draft: Draft, concepts: Any) -> str:
 def _check_names(concept: Any) -> dict:
     """Handle and initial word of one concept, checked."""
     handle, word = (concept.get("handle"), concept.get("word")) if isinstance(concept, dict) else (None, None)
-    if not isinstance(handle, str) or not HANDLE.fullmatch(handle):
-        raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
+    check_name(handle)
     if word is not None and not (isinstance(word, str) and len(word) <= 100):
         raise InputError(f"the initial word of {handle} is no short text")
     return {"handle": handle, "word": word or None}
@@ -214,7 +213,7 @@ def describe(draft: Draft) -> dict:
     """What the page needs to begin: sizes, colours, and the concepts with their masks as data URLs."""
     concepts = [
         {**concept, "mask": _data_url(Image.fromarray(concept["mask"])) if concept["mask"] is not None else None}
-        for concept in read_concepts(draft)
+        for concept in concepts_to_edit(draft)
     ]
     width, height = draft.picture.size
     name = str(draft.folder)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from bas.config import InputError
-from bas.models.text import encode_ids, tokenize
+from bas.models.text import HANDLE, encode_ids, tokenize
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 STRONGEST = 5.0  # far beyond where pictures fall apart
-STRENGTH = re.compile(r"\(\s*(<[A-Za-z0-9_-]{1,32}>)\s*:\s*([^()]*?)\s*\)")
-LOOKS_LIKE = re.compile(r"\([^()]*<[A-Za-z0-9_-]{1,32}>[^()]*:[^()]*\)")
+STRENGTH = re.compile(rf"\(\s*({HANDLE.pattern})\s*:\s*([^()]*?)\s*\)")
+LOOKS_LIKE = re.compile(rf"\([^()]*{HANDLE.pattern}[^()]*:[^()]*\)")
 
 
 def read_strengths(prompt: str) -> tuple[str, dict[str, float]]:

@@ -8,9 +8,9 @@ from bas.checkpoint import outline
 from bas.config import InputError, Phase, TrainConfig
 from bas.files import human_size
 from bas.machine import DTYPES
+from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, cross_attention, keys_and_values
 
-STATE_BYTES = 12  # in a checkpoint, for every number that is trained: itself and Adam's two moments, float32
 METRICS_LINE = 220  # bytes, roughly
 
 
@@ -34,7 +34,7 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
     weights = DTYPES[config.save_precision].itemsize * sum(numbers[name] for name in (*COMPONENTS, "embedding"))
     files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
     if config.checkpointing_steps and config.checkpointing_steps <= steps:
-        one = STATE_BYTES * max(trained(phase) for phase in config.phases)
+        one = (4 + ADAM_BYTES[config.optimizer]) * max(trained(phase) for phase in config.phases)
         files["checkpoints, while training"] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
     return files
 

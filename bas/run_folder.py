@@ -272,15 +272,14 @@ def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str]
     write_tensors(run / CONCEPTS, tensors, metadata)
 
 
-def read_concepts(run: Path) -> tuple[dict[str, Tensor], list[str], dict]:
-    """Tensors, handles and note of a run's concepts file. Raises InputError for a file that is something else."""
+def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a run's concepts file and the run's facts. Raises InputError for a file that is something else."""
     path = run / CONCEPTS
     tensors, metadata = read_tensors(path)
     ours = metadata.get("bas") == "concepts-1" and {"handles", "masks"} <= tensors.keys()
     if not ours or tensors["masks"].ndim != 3:
         raise InputError(f"{path} was not written by bas")
-    note = read_note(path, metadata)
-    return tensors, note["handles"], note
+    return tensors, read_note(path, metadata)
 
 
 def read_note(path: Path, metadata: dict[str, str]) -> dict:

@@ -23,7 +23,7 @@ from bas.config import MAX_SIDE, InputError, TrainConfig
 from bas.files import read_content, reading
 from bas.images import read_image, read_mask
 from bas.mask_sources import FoundMask, find_source, read_number, read_source
-from bas.models.text import HANDLE
+from bas.models.text import HANDLE, check_name
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,18 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
     return find_picture(folder), find_source(folder)
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures img.* of a folder: a scene has one."""
+    return sorted(path for path in folder.iterdir() if path.stem == "img" and path.is_file())
+
+
 def find_picture(folder: Path) -> Path:
     """The one picture img.* of a folder."""
-    images = sorted(p for p in folder.iterdir() if p.stem == "img" and p.is_file())
-    if len(images) != 1:
-        found = ", ".join(p.name for p in images) or "none"
+    pictures = pictures_in(folder)
+    if len(pictures) != 1:
+        found = ", ".join(path.name for path in pictures) or "none"
         raise InputError(f"{folder} needs exactly one picture named img.jpg, img.png, ...; found {found}")
-    return images[0]
+    return pictures[0]
 
 
 def read_shots(folder: Path, count: int) -> tuple[Shot, ...]:
@@ -169,8 +174,7 @@ def name_concepts(
         if len(values) != count:
             raise InputError(f"{flag} gives {len(values)} names, but {folder} has {count} masks")
     for handle in handles:
-        if not HANDLE.fullmatch(handle):
-            raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
+        check_name(handle)
     if len(set(handles)) != count:
         raise InputError(f"the handles {' '.join(handles)} are not all different")
     return tuple(handles), tuple(words)

@@ -4,7 +4,7 @@ Notation of the papers: a_t is the cumulative product of the alphas, z_t = sqrt(
 In the sampling steps t and prev_t are whole numbers; prev_t < 0 stands for the end, beyond timestep 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Literal
 
@@ -29,6 +29,7 @@ class NoiseSchedule:
     steps_offset: int = 0
     timestep_spacing: str | None = None  # None: each sampler's custom, "leading" for DDIM and DDPM, else "linspace"
     set_alpha_to_one: bool = False  # whether DDIM ends at a = 1 or at a of timestep 0, as Stable Diffusion does
+    alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,) float32, from the betas
 
     def __post_init__(self):
         positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
@@ -54,8 +55,6 @@ class NoiseSchedule:
         ) ** (1 / root)
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - betas, dim=0))
 
-    alphas_cumprod: Tensor = None  # (T,) float32, filled in from the betas
-
     @classmethod
     def from_json(cls, config: dict) -> "NoiseSchedule":
         """Read a scheduler_config.json; settings that would change the arithmetic in unknown ways are refused."""
@@ -68,7 +67,7 @@ class NoiseSchedule:
         for key, inert in refused.items():
             if config.get(key, inert) not in (inert, None):
                 raise InputError(f"scheduler {key} is {config[key]!r}: bas does not do that")
-        names = set(cls.__dataclass_fields__) - {"alphas_cumprod"}
+        names = {f.name for f in fields(cls) if f.init}
         return cls(**{key: value for key, value in config.items() if key in names and value is not None})
 
     def to_json(self) -> dict:
@@ -93,20 +92,20 @@ class NoiseSchedule:
 
 
 @cache
-def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """A schedule's table on a device, copied there once: a step waits for a copy, and a CUDA graph cannot hold one."""
-    return table.to(device)
+def _table(schedule: NoiseSchedule, device: torch.device) -> Tensor:
+    """Its a_t on a device, copied there once: a step waits for a copy, and a CUDA graph cannot hold one. (T,)"""
+    return schedule.alphas_cumprod.to(device)
 
 
-def _per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] with one axis per axis of `like`, on its device."""
-    values = _on_device(table, like.device).to(like.dtype)
+def _per_sample(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
+    """a_t with one axis per axis of `like`, on its device."""
+    values = _table(schedule, like.device).to(like.dtype)
     return values[t].view(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t from clean latents and noise (Ho et al. 2020, eq. 4). z0, eps: (b, c, h, w); t: (b,) -> (b, c, h, w)"""
-    a = _per_sample(schedule.alphas_cumprod, t, z0)
+    a = _per_sample(schedule, t, z0)
     return a**0.5 * z0 + (1 - a) ** 0.5 * eps
 
 
@@ -114,7 +113,7 @@ def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor)
     """What the model is asked for: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). (b, c, h, w)"""
     if schedule.prediction_type == "epsilon":
         return eps
-    a = _per_sample(schedule.alphas_cumprod, t, z0)
+    a = _per_sample(schedule, t, z0)
     return a**0.5 * eps - (1 - a) ** 0.5 * z0
 
 

@@ -95,8 +95,8 @@ def test_a_run_learns_it_and_draws_a_concept_at_it(bench, tmp_path):
         with_prior_preservation=False,
     )
     run = bas.train(config)
-    tensors, handles, note = read_concepts(run)
-    assert handles == ["<asset0>", "<asset1>", "<asset2>", "<bg>"]
+    tensors, note = read_concepts(run)
+    assert note["handles"] == ["<asset0>", "<asset1>", "<asset2>", "<bg>"]
     assert note["config"]["background_handle"] == "bg"
     assert torch.equal(tensors["masks"][3], 255 - tensors["masks"][:3].amax(dim=0))
     assert len(load_file(run / "concepts.safetensors")["handles"]) == 4

@@ -416,6 +416,7 @@ def test_both_sides_save_the_concepts_of_each_scene(scenes_row, monkeypatch):
     assert [folder.name for folder in (first, second)] == ["scene0", "scene1"]
     for official in (first, second):
         handles = ["<asset0>", "<asset1>", "<asset2>"]
-        assert list(load(official).handles) == read_concepts(ours / official.name)[1] == handles
+        _, note = read_concepts(ours / official.name)
+        assert list(load(official).handles) == note["handles"] == handles
     class_images = Path(named(commands[0], "--class_data_dir"))
     assert sorted(path.name for path in class_images.glob("[!.]*")) == ["class0.jpg", "class1.jpg"]

@@ -132,12 +132,18 @@ def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
 def test_memory_by_its_rule():
     cost = Cost(trained=1000, kept=600, operations=1)
     parts = {"weights": 5000, "gradients": 4000, "optimizer": 8000, "kept for backward": 600}
-    assert phase_memory(5000, cost, "no") == parts
-    assert phase_memory(5000, cost, "fp16") == parts | {"kept for backward": 300}
-    assert phase_memory(5000, cost, "bf16") == parts | {"masters": 4000}
+    assert phase_memory(5000, cost, "no", "adamw") == parts
+    assert phase_memory(5000, cost, "fp16", "adam") == parts | {"kept for backward": 300}
+    assert phase_memory(5000, cost, "bf16", "adamw8bit") == parts | {"masters": 4000, "optimizer": 2000}
     assert sum_of({"a": 1500, "b": 500}) == "2.0 kB = 1.5 kB a + 500 bytes b"
-    assert memory_warning(1000, torch.device("cpu")) is None
-    assert "less than the estimate: try --gradient_checkpointing" in memory_warning(10**18, torch.device("cpu"))
+
+
+def test_too_little_memory_is_told_with_what_is_left_to_try():
+    cpu = torch.device("cpu")
+    assert memory_warning(1000, cpu, TrainConfig()) is None
+    assert "estimate: try, in this order: --gradient_checkpointing, " in memory_warning(10**18, cpu, TrainConfig())
+    tried = TrainConfig(gradient_checkpointing=True, mixed_precision="bf16")
+    assert "estimate: try, in this order: --optimizer adamw8bit, " in memory_warning(10**18, cpu, tried)
 
 
 def test_the_speed_of_a_matrix_product_is_measured():

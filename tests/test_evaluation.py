@@ -111,7 +111,7 @@ def test_every_row_is_the_same_training_but_for_what_it_says(explicit):
 
 
 def test_ablations_are_four():
-    """METHOD: without phase 1, the masked loss, the attention loss, union sampling."""
+    """The paper's: without phase 1, the masked loss, the attention loss, union sampling."""
     changes = {name: row.settings for name, row in COMPARED.items() if row.kind == "ablation"}
     assert changes == {
         "no-phase1": {"phase1_train_steps": 0},

@@ -84,7 +84,7 @@ def test_every_head_counts_once_whatever_its_layer():
 
 
 def test_the_middle_of_the_unet_is_left_out():
-    """METHOD: down and up blocks only; other places on request."""
+    """As in the official code, down and up blocks only; other places on request."""
     maps = [AttentionMap(place, torch.full((1, 2, 2, 2, 3), value)) for place, value in (("down", 1.0), ("mid", 100.0))]
     assert average_maps(maps).max() == 1
     assert average_maps(maps, places=("mid",)).min() == 100

@@ -358,7 +358,7 @@ def test_a_missing_package_is_named(tmp_path, picture, monkeypatch):
     def no_scipy(*args, **kwargs):
         raise ImportError("\nMask2FormerLoss requires the scipy library but it was not found.\nInstall it.\n")
 
-    monkeypatch.setattr(hf.Mask2FormerImageProcessor, "from_pretrained", no_scipy)
+    monkeypatch.setattr(hf.Mask2FormerImageProcessorPil, "from_pretrained", no_scipy)
     (tmp_path / "config.json").write_text('{"model_type": "mask2former"}')
     with refused("mask2former needs one more package: Mask2FormerLoss requires the scipy library"):
         propose("mask2former", picture, settings(tmp_path), CPU)

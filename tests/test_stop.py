@@ -69,7 +69,7 @@ def test_the_command_ends_with_the_code_that_shells_expect(bench, tmp_path, monk
     assert capsys.readouterr().err.splitlines()[-1].startswith("bas: stopped after step 1 of 6, saved in ")
 
 
-def test_a_stop_at_a_checkpoint_saves_its_step_once(bench, tmp_path, monkeypatch, whole):
+def test_a_signal_at_a_checkpoint_saves_its_step_once(bench, tmp_path, monkeypatch, whole):
     """A second save of the same step would have to remove the first before it takes its place."""
     saved, original = [], training.save_checkpoint
 

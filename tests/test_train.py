@@ -414,9 +414,9 @@ def test_runs_of_many_kinds_end_well(bench, tmp_path, flags, size, sides):
     scene = write_scene(tmp_path / "scene", concepts=2, size=size)
     choices = {"instance_data_dir": str(scene), "phase1_train_steps": 1, "phase2_train_steps": 1}
     run = bas.train(bench.config(tmp_path / "run", **choices, **flags))
-    tensors, handles, _ = read_concepts(run)
+    tensors, note = read_concepts(run)
     assert tensors["masks"].shape == (2, sides[1], sides[0])
-    assert handles == ["<asset0>", "<asset1>"]
+    assert note["handles"] == ["<asset0>", "<asset1>"]
     assert bas.load(run).resolution == min(sides)  # at which its pictures are drawn
     assert all(torch.tensor(row["loss"]).isfinite() for row in metrics(run))
 
@@ -507,8 +507,8 @@ def test_a_seed_decides_and_watching_changes_nothing(bench, tmp_path):
 def test_concepts_file_says_what_was_learnt(bench, tmp_path):
     config = bench.config(tmp_path / "run", handles=("<toy>", "<Bowl>", "<x-1>"))
     run = bas.train(config)
-    tensors, handles, note = read_concepts(run)
-    assert handles == ["<toy>", "<Bowl>", "<x-1>"]
+    tensors, note = read_concepts(run)
+    assert note["handles"] == ["<toy>", "<Bowl>", "<x-1>"]
     assert torch.equal(tensors["handles"], changed(bench, run)[1])
     _, masks = bas.scene.load_scene(config).tensors(32, 8)
     assert torch.equal(tensors["masks"], (masks * 255).round().to(torch.uint8))

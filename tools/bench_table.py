@@ -28,7 +28,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a row of SPEED's goals, on one model, with bas in one mode."""
+    """One line of the table: a row of bench_goals.GOALS, on one model, with bas in one mode."""
 
     row: str
     setting: str  # model and device

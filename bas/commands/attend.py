@@ -44,5 +44,6 @@ def run(args: argparse.Namespace) -> None:
 def trained_grid(path: Path) -> int | None:
     """The rows of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
     if (path / CONCEPTS).is_file():
-        return read_concepts(path)[2]["config"]["attention_grid"]
+        _, note = read_concepts(path)
+        return note["config"]["attention_grid"]
     return (read_model_row(path) or {}).get("attention_grid")

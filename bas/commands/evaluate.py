@@ -85,10 +85,10 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan, fill and score this process's cells; the first process then writes the results."""
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
-    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **given_training(args)}
+    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **given(args, TrainConfig)}
     explicit = {name: value for name, value in explicit.items() if name not in PER_CELL}
     base = find(explicit.get("pretrained_model_name_or_path"))
-    row, sampling = read_model_row(base), SampleConfig(**given_drawing(args))
+    row, sampling = read_model_row(base), SampleConfig(**given(args, SampleConfig))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
     scenes = find_scenes(args.scenes)
     if args.first_scenes is not None:
@@ -129,16 +129,6 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(1)
     if failed:
         raise RunError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
-
-
-def given_training(args: argparse.Namespace) -> dict:
-    """The settings of training that were given as flags."""
-    return {name: value for name, value in given(args, TrainConfig).items() if name in TRAINING}
-
-
-def given_drawing(args: argparse.Namespace) -> dict:
-    """The settings of drawing that were given as flags."""
-    return {name: value for name, value in given(args, SampleConfig).items() if name in DRAWING}
 
 
 def in_range(flag: str, value: int, most: int) -> int:

@@ -80,10 +80,10 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
             raise
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         raise RunError(memory_advice(config, used)) from error
-    handles = read_concepts(folder)[1]
+    _, note = read_concepts(folder)
     if page := try_report(folder):
         print(f"{page} shows how it went")
-    print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {handles[0]} at the beach"')
+    print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {note["handles"][0]} at the beach"')
 
 
 def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:

@@ -123,7 +123,7 @@ class Metrics:
         return cls(PromptSimilarity(str(towers), device), ObjectSimilarity(device))
 
 
-def class_prompt(prompt: str, names: dict[str, str]) -> str:
+def in_words(prompt: str, names: dict[str, str]) -> str:
     """A prompt as CLIP can read it: each handle replaced by its class name. names: by handle"""
     for handle, name in names.items():
         prompt = prompt.replace(handle, name)

@@ -24,7 +24,7 @@ from bas.run_folder import CHECKPOINTS, METRICS
 from bas.scene import load_scene, subset_prompt
 from bas.train import trained
 
-PLAN, CELLS, CELL = "plan.json", "cells", "cell.json"
+PLAN, CELLS, CELL, RUN = "plan.json", "cells", "cell.json", "run"
 SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one cell ever draws
 
 
@@ -71,7 +71,7 @@ def plan_cells(
         for scene in scenes:
             for method, config in configs.items():
                 name = scene.resolve().name
-                run = folder / CELLS / name / method / f"seed-{seed}" / "run"
+                run = folder / CELLS / name / method / f"seed-{seed}" / RUN
                 training = replace(
                     config,
                     instance_data_dir=str(scene),

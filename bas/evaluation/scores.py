@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from bas.evaluation.drawing import photograph, segment_path
-from bas.evaluation.metrics import class_prompt, leakage
+from bas.evaluation.metrics import Identity, in_words, leakage
 from bas.evaluation.protocol import CELL, Cell
 from bas.evaluation.segments import read_segments
 from bas.files import read_json, write_text
@@ -26,20 +26,11 @@ Find = Callable[[list[Image.Image], str], list[np.ndarray]]  # where a class of 
 Segments = Find | Literal["files"] | None  # a model, the files beside the pictures, or the whole pictures
 
 
-class Scorer(Protocol):
+class Scorer(Identity, Protocol):
     """`bas.evaluation.metrics.Metrics`, or what stands in for it."""
 
     def prompt_similarity(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
         """One value for each picture and its prompt."""
-
-    def identity_similarity(
-        self,
-        pictures: list[Image.Image],
-        image: Image.Image,
-        mask: np.ndarray,
-        segments: list[np.ndarray] | None = None,
-    ) -> list[float]:
-        """One value for each picture: how much it shows what `image` shows under `mask`."""
 
 
 def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
@@ -50,7 +41,7 @@ def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segm
     handles, words = note["handles"], [word or NAMELESS for word in note["words"]]
     entries = note["pictures"]
     pictures = [read_picture(cell.folder / entry["file"]) for entry in entries]
-    texts = [class_prompt(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
+    texts = [in_words(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
 
     common = {"scene": cell.scene, "method": cell.method, "seed": cell.seed}
     rows = [{"row": "picture", **common, **entry, "text": text} for entry, text in zip(entries, texts, strict=True)]

@@ -19,7 +19,9 @@ from PIL import Image
 from bas import __version__
 from bas.config import InputError, StudyConfig
 from bas.evaluation.black import blacken
-from bas.evaluation.metrics import class_prompt
+from bas.evaluation.metrics import in_words
+from bas.evaluation.protocol import CELL, CELLS, RUN
+from bas.evaluation.scores import NAMELESS
 from bas.files import read_json, write_json, write_text
 from bas.images import read_image, read_mask
 from bas.preview import SCENE
@@ -29,7 +31,7 @@ TEMPLATE = Path(__file__).parents[1] / "assets" / "study.html"
 KEY = "key.json"
 SIDE = 512  # pixels of a picture on a page
 MARGIN = 0.06  # around a cut-out thing, as a share of its larger side
-CELLS, CELL = "cells/*/*/seed-*", "cell.json"  # what `bas evaluate` leaves
+EVALUATED = f"{CELLS}/*/*/seed-*/{CELL}"  # what `bas evaluate` leaves
 METHOD = "bas"  # whose cells hold the photograph as it is: the baselines train on pictures pasted together
 FIELDS = ("method", "scene", "prompt", "word", "picture", "reference", "mask")  # of a line in a list of pictures
 
@@ -56,12 +58,12 @@ class Item:
 def read_items(source: Path) -> list[Item]:
     """The pictures of a study: a folder of `bas evaluate`, or a .jsonl list of them. InputError for anything else."""
     if source.is_dir():
-        cells = sorted(path.parent for path in source.glob(f"{CELLS}/{CELL}"))
+        cells = sorted(path.parent for path in source.glob(EVALUATED))
         if not cells:
-            raise InputError(f"{source} is no evaluation: it has no {CELLS}/{CELL}")
+            raise InputError(f"{source} is no evaluation: it has no {EVALUATED}")
         shown: dict[str, Path] = {}  # where each scene's photograph is taken from, for all methods
         for cell in sorted(cells, key=lambda cell: cell.parent.name != METHOD):
-            shown.setdefault(cell.parents[1].name, cell / "run" / SCENE)
+            shown.setdefault(cell.parents[1].name, cell / RUN / SCENE)
         return [item for cell in cells for item in read_cell(cell, shown[cell.parents[1].name])]
     return list(read_list(source))
 
@@ -73,14 +75,14 @@ def read_cell(cell: Path, reference: Path) -> Iterator[Item]:
     """
     note = read_json(cell / CELL)
     try:
-        words = [word or "thing" for word in note["words"]]
+        words = [word or NAMELESS for word in note["words"]]
         names = dict(zip(note["handles"], words, strict=True))
         for picture in note["pictures"]:
             for concept in picture["concepts"]:
                 yield Item(
                     method=note["method"],
                     scene=note["scene"],
-                    prompt=class_prompt(picture["prompt"], names),
+                    prompt=in_words(picture["prompt"], names),
                     word=words[concept],
                     picture=cell / picture["file"],
                     reference=reference / "img.png",

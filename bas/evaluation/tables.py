@@ -50,7 +50,7 @@ class Ordering:
     claim: str
 
 
-ORDERINGS = (  # section 4.1 and figure 5; METHOD: shape of the identity/prompt plane
+ORDERINGS = (  # paper, section 4.1 and figure 5
     Ordering("db-m", "bas", "identity_similarity", "DB-m keeps identity best"),
     Ordering("bas", "db-m", "prompt_similarity", "DB-m follows prompts worse than the method"),
     Ordering("ti-m", "bas", "prompt_similarity", "TI-m follows prompts best"),

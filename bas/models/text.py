@@ -100,12 +100,17 @@ class HandleEmbedding(nn.Module):
         return torch.where((ids >= base)[..., None], handles, words)
 
 
+def check_name(handle: object) -> None:
+    """InputError unless it is a handle's name."""
+    if not (isinstance(handle, str) and HANDLE.fullmatch(handle)):
+        raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
+
+
 def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:
     """Raises InputError for a malformed name, or one that the vocabulary already holds."""
     vocabulary = tokenizer.get_vocab()
     for handle in handles:
-        if not HANDLE.fullmatch(handle):
-            raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
+        check_name(handle)
         if handle in vocabulary:
             raise InputError(f"handle {handle} is already a token of this model: choose another name")
 

@@ -19,9 +19,14 @@ class Posterior(NamedTuple):
     mean: Tensor  # (b, c, h, w)
     logvar: Tensor  # (b, c, h, w), clamped to [-30, 20]
 
+    @property
+    def deviation(self) -> Tensor:
+        """The standard deviation, (b, c, h, w)."""
+        return (0.5 * self.logvar).exp()
+
     def sample(self, noise: Tensor) -> Tensor:
         """One draw, given standard normal noise of the mean's shape."""
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        return self.mean + self.deviation * noise
 
 
 class SpatialAttention(nn.Module):
