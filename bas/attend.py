@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from bas.batches import attention_grid
-from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
 from bas.files import write_json
 from bas.losses import average_maps, handle_maps
 from bas.models.text import known_handles, tokenize
 from bas.models.unet import AttentionMap
+from bas.parts import Models
 from bas.pictures import grid, heat, save_picture
 from bas.prompts import read_strengths
 from bas.sample import check_request, decode, generate, latent_shape, to_pictures

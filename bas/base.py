@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bas.checkpoint import Models, weights_hash
+from bas.checkpoint import weights_hash
 from bas.class_images import class_images
 from bas.config import TrainConfig
 from bas.models.vae import Posterior
+from bas.parts import Models
 
 TRAINED = ("unet", "text_encoder")  # the networks that a training can change
 

@@ -5,16 +5,17 @@ from one CPU generator: a seed means the same on every device, and its state is 
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-from bas.checkpoint import Models
 from bas.config import InputError, Phase, TrainConfig
 from bas.losses import resize_mask
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
+from bas.parts import Models
 from bas.scene import Scene, draw_subset, subset_prompt
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class View:
-    """The photograph as it is, or mirrored, with what the losses need of its masks. All on the CPU."""
+    """A photograph as it is, or mirrored, with what the losses need of its masks. All on the CPU."""
 
     posterior: Posterior  # (c, h, w) each
     latent_masks: Tensor  # (N, h, w)
@@ -53,16 +54,23 @@ class View:
 
 
 @dataclass(frozen=True)
+class Photograph:
+    """A photograph both ways, and which concepts it shows."""
+
+    views: tuple[View, View]  # as it is, mirrored
+    shown: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Material:
     """Everything that the steps of a run draw from."""
 
-    views: tuple[View, View]  # the photograph as it is, mirrored
+    photographs: tuple[Photograph, ...]  # the first shows all concepts
     handle_ids: tuple[int, ...]  # N token ids
     handles: tuple[str, ...]  # N names
     class_posterior: Posterior | None  # (M, c, h, w) each: the class images
     class_ids: Tensor | None  # (M, 77): their prompts
     scaling_factor: float  # of the VAE
-    shots: tuple[tuple[tuple[View, View], list[int]], ...] = ()  # further photographs, and the concepts each shows
     prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
 
 
@@ -95,8 +103,10 @@ def encode_images(models: Models, images: Tensor) -> Posterior:
     return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
 
 
-def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainConfig) -> tuple[View, View]:
-    """Both flips of the scene, encoded. Neither encoder nor nearest resizing commutes with flipping."""
+def prepare_photograph(
+    models: Models, image: Tensor, masks: Tensor, shown: Iterable[int], config: TrainConfig
+) -> Photograph:
+    """Both flips of a photograph, encoded. Neither encoder nor nearest resizing commutes with flipping."""
     views = []
     for flip in (False, True):
         pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)
@@ -104,7 +114,7 @@ def prepare_views(models: Models, image: Tensor, masks: Tensor, config: TrainCon
         h, w = posterior.mean.shape[-2:]
         grid = attention_grid(models, (h, w), config.attention_grid)
         views.append(View(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid)))
-    return tuple(views)
+    return Photograph(tuple(views), tuple(shown))
 
 
 def check_scene(models: Models, scene: Scene, config: TrainConfig) -> None:
@@ -145,28 +155,33 @@ def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: 
             log.warning("the mask of %s is too small for the attention loss: paint it larger", handle)
 
 
-def prepare(models: Models, scene: Scene, image: Tensor, masks: Tensor, config: TrainConfig, class_images) -> Material:
+def prepare(
+    models: Models,
+    scene: Scene,
+    image: Tensor,
+    masks: Tensor,
+    config: TrainConfig,
+    class_posterior: Posterior | None,
+) -> Material:
     """Encode and tokenize once what all steps share.
 
-    image: (3, H, W) in [-1, 1]; masks: (N, H, W); class_images: posterior (M, c, h, w) of the class images or None.
+    image: (3, H, W) in [-1, 1]; masks: (N, H, W); class_posterior: (M, c, h, w) each, of the class images.
     """
     class_ids = None
-    if class_images is not None:
+    if class_posterior:
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
-        class_ids = prompts[torch.arange(len(class_images.mean)) % len(prompts)]
-    views = prepare_views(models, image, masks, config)
-    shots = []
+        class_ids = prompts[torch.arange(len(class_posterior.mean)) % len(prompts)]
+    photographs = [prepare_photograph(models, image, masks, range(len(scene)), config)]
     for shot in scene.shots:
-        shown = sorted(shot.masks)
-        shots.append((prepare_views(models, *shot.tensors(*image.shape[1:], len(scene)), config), shown))
+        picture, layers = shot.tensors(*image.shape[1:], len(scene))
+        photographs.append(prepare_photograph(models, picture, layers, sorted(shot.masks), config))
     return Material(
-        views=views,
+        photographs=tuple(photographs),
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
         handles=scene.handles,
-        class_posterior=class_images,
+        class_posterior=class_posterior,
         class_ids=class_ids,
         scaling_factor=models.vae.config.scaling_factor,
-        shots=tuple(shots),
     )
 
 
@@ -181,10 +196,10 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
     return places
 
 
-def draw_shot(material: Material, generator: torch.Generator) -> tuple[tuple[View, View], list[int]]:
-    """One of the photographs, all equally likely, and the concepts that it shows; a single one costs no draw."""
-    shots = [(material.views, list(range(len(material.handles)))), *material.shots]
-    return shots[int(torch.randint(len(shots), (), generator=generator))] if len(shots) > 1 else shots[0]
+def draw_photograph(material: Material, generator: torch.Generator) -> Photograph:
+    """One of the photographs, all equally likely; a single one costs no draw."""
+    count = len(material.photographs)
+    return material.photographs[int(torch.randint(count, (), generator=generator)) if count > 1 else 0]
 
 
 def subset_tokens(material: Material, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
@@ -206,9 +221,10 @@ def draw_batch(
     count = len(material.handles)
     means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
     for _ in range(config.train_batch_size):
-        views, shown = draw_shot(material, generator)
-        chosen = [shown[i] for i in draw_subset(len(shown), config.subset_sampling, generator)]
-        view = views[int(torch.rand((), generator=generator) < config.flip_probability)]
+        photograph = draw_photograph(material, generator)
+        drawn = draw_subset(len(photograph.shown), config.subset_sampling, generator)
+        chosen = [photograph.shown[i] for i in drawn]
+        view = photograph.views[int(torch.rand((), generator=generator) < config.flip_probability)]
         means.append(view.posterior.mean)
         deviations.append(view.posterior.deviation)
         row, places = subset_tokens(material, models, chosen)
@@ -220,8 +236,9 @@ def draw_batch(
         present.append(torch.tensor([1.0] * len(chosen) + [0.0] * (count - len(chosen))))
     if phase.prior:
         index = torch.randint(len(material.class_ids), (config.train_batch_size,), generator=generator)
-        means += material.class_posterior.mean[index]
-        deviations += material.class_posterior.deviation[index]
+        posterior = Posterior(*(part[index] for part in material.class_posterior))
+        means += posterior.mean
+        deviations += posterior.deviation
         ids += material.class_ids[index]
     mean, deviation = torch.stack(means), torch.stack(deviations)
     return Batch(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor
 from bas.config import InputError
 from bas.files import (
     PICKLE_ADVICE,
+    cache_dir,
     read_json,
     read_tensors,
     refuse_large_description,
@@ -116,9 +116,7 @@ def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> 
     return {prefix + name: tensor for name, tensor in bare.items() if name != "embeddings.position_ids"}
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Reading a folder
-# --------------------------------------------------------------------------------------------------------------
+# --- Reading a folder ---------------------------------------------------------------------------------------------
 
 
 def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
@@ -222,9 +220,7 @@ def _new_vae_name(name: str) -> str:
     return f"{head}.attentions.0.{OLD_VAE_ATTENTION[layer]}.{kind}" if layer in OLD_VAE_ATTENTION else name
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------------------------
 
 
 def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -282,14 +278,7 @@ def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "tokenizer.json").unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Telling weights apart
-# --------------------------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Where bas keeps what it can make again: $BAS_CACHE, or ~/.cache/bas."""
-    return Path(os.environ.get("BAS_CACHE") or Path.home() / ".cache" / "bas")
+# --- Telling weights apart ----------------------------------------------------------------------------------------
 
 
 def weights_hash(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Class images for the prior preservation loss (Ruiz et al. 2023), L_prior of the official code: made once, then cached.
+"""Class images for the prior preservation loss (Ruiz et al. 2023), L_prior of the official code: made once, and cached.
 
 They depend on the weights, the prompts, the size and the sampling settings, not on the scene. The folder is named
 after a hash of exactly these, so that any run with the same base and settings finds them.
@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageOps
 
 from bas.batches import encode_images
-from bas.checkpoint import Models, cache_dir
 from bas.config import InputError, SampleConfig, TrainConfig
-from bas.files import read_json, reading, write_json
+from bas.files import cache_dir, read_json, reading, write_json
 from bas.images import open_picture, read_image
 from bas.machine import autocast
 from bas.models.vae import Posterior
+from bas.parts import Models
 from bas.pictures import save_picture
 from bas.progress import Progress
 from bas.sample import decode, generate, to_pictures

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from bas.checkpoint import cache_dir
+from bas.files import cache_dir
 from bas.models.attention import TransformerBlock
 from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from bas.batches import Material, View, attention_grid, draw_batch
+from bas.batches import Material, Photograph, View, attention_grid, draw_batch
 from bas.checkpoint import outline
 from bas.config import Phase, SampleConfig, TrainConfig
 from bas.files import human_size
@@ -153,7 +153,7 @@ def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainCon
         empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models, (h, w), config.attention_grid))
     )
     return Material(
-        views=(view, view),
+        photographs=(Photograph((view, view), tuple(range(len(scene)))),),
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
         handles=scene.handles,
         class_posterior=Posterior(empty.mean[None], empty.logvar[None]),
@@ -224,7 +224,7 @@ def class_image_operations(models: Models, material: Material, config: TrainConf
 
 def unet_operations(models: Models, material: Material) -> int:
     """Operations of the UNet's forward pass over one picture of this size."""
-    z = material.views[0].posterior.mean[None].to("meta")
+    z = material.photographs[0].views[0].posterior.mean[None].to("meta")
     context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from bas.batches import encode_images
-from bas.checkpoint import Models
 from bas.config import EditConfig, InputError
 from bas.config_file import read_toml
 from bas.files import read_content
 from bas.images import read_mask
 from bas.models.unet import AttentionMap
+from bas.parts import Models
 from bas.prompts import encode_prompts
 from bas.sample import check_request, decode, denoise, latent_shape, standard_normal, to_pictures, walk
 from bas.scene import fit, match_size, pixels

@@ -232,3 +232,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
                 pass
         except SafetensorError as error:  # a full disk, say, which the library wraps
             raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def cache_dir() -> Path:
+    """Where bas keeps what it can make again: $BAS_CACHE, or ~/.cache/bas."""
+    return Path(os.environ.get("BAS_CACHE") or Path.home() / ".cache" / "bas")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
+from bas.parts import Models
 from bas.pictures import grid, save_picture
 from bas.progress import Progress
 from bas.sample import sample_each

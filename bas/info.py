@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from bas import __version__
-from bas.checkpoint import cache_dir, outline, weights_hash
+from bas.checkpoint import outline, weights_hash
 from bas.config import InputError
 from bas.config_file import check_facts
-from bas.files import human_size, read_json, read_tensors, reading
+from bas.files import cache_dir, human_size, read_json, read_tensors, reading
 from bas.hub import SHIPPED, find, manifest
 from bas.images import open_picture
 from bas.machine import pick_device, pick_precision

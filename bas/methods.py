@@ -33,7 +33,7 @@ def collect(scene: Scene, count: int, seed: int) -> Scene:
     Of several photographs one is drawn for each picture, then a subset of what it shows.
     """
     generator = torch.Generator().manual_seed(seed)
-    sources = [(scene.picture, dict(enumerate(scene.masks))), *((shot.picture, shot.masks) for shot in scene.shots)]
+    sources = scene.photographs
     first = paste(scene.picture, scene.masks, generator)
     shots = []
     for i in range(1, count):

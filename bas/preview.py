@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from bas.batches import attention_grid, encode_images, handle_positions
-from bas.checkpoint import Models
 from bas.config import SampleConfig, TrainConfig
 from bas.files import write_json
 from bas.losses import average_maps, handle_maps
 from bas.models.text import encode_ids, tokenize
+from bas.parts import Models
 from bas.pictures import grid, heat, save_picture, tint_masks
 from bas.sample import sample, standard_normal, to_pictures
 from bas.scene import Scene, subset_prompt

@@ -40,8 +40,7 @@ SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how 
 def facts_of(scene: Scene) -> dict:
     """What a resumed run must share of its scene: handles, initial words, and the sha256 of all pictures and masks."""
     digest = hashlib.sha256()
-    shots = [(scene.picture, dict(enumerate(scene.masks))), *((shot.picture, shot.masks) for shot in scene.shots)]
-    for picture, masks in shots:
+    for picture, masks in scene.photographs:
         digest.update(repr((picture.size, sorted(masks))).encode() + picture.tobytes())
         for i in sorted(masks):
             digest.update(masks[i].tobytes())

@@ -9,10 +9,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from bas.checkpoint import Models
 from bas.config import InputError, SampleConfig
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
+from bas.parts import Models
 from bas.prompts import encode_prompts, read_strengths
 from bas.schedulers import (
     clean_and_noise,

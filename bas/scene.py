@@ -71,6 +71,11 @@ class Scene:
         """The number of concepts N."""
         return len(self.handles)
 
+    @property
+    def photographs(self) -> list[tuple[Image.Image, dict[int, np.ndarray]]]:
+        """Its picture and the further ones, each with its masks by concept."""
+        return [(self.picture, dict(enumerate(self.masks))), *((shot.picture, shot.masks) for shot in self.shots)]
+
     def tensors(self, resolution: int, multiple: int, square: bool = False) -> tuple[Tensor, Tensor]:
         """Resize and crop picture and masks together. -> image (3, H, W) in [-1, 1], masks (N, H, W) in [0, 1]
 

@@ -21,7 +21,7 @@ from bas import __version__
 from bas.base import Base
 from bas.batches import Batch, Material, check_scene, draw_batch, prepare
 from bas.capture import CapturedStep
-from bas.checkpoint import Models, glance, load, save_model, weights_hash
+from bas.checkpoint import glance, load, save_model, weights_hash
 from bas.class_images import check_class_folder
 from bas.compilation import choose_compilation, compile_unet
 from bas.config import InputError, Phase, RunError, TrainConfig
@@ -35,7 +35,7 @@ from bas.masters import Exact, Masters, lower, restore
 from bas.methods import read_scene
 from bas.models.text import add_handles, encode_ids
 from bas.optimizer import adamw8bit, build_optimizer, set_rate
-from bas.parts import cross_attention, keys_and_values
+from bas.parts import Models, cross_attention, keys_and_values
 from bas.preview import write_preview, write_scene
 from bas.progress import Progress
 from bas.resuming import check_resumable, facts_of

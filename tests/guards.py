@@ -122,12 +122,19 @@ GUARDS = (
         "if False:",
         "test_train.py::test_run_folder_must_be_free",
     ),
+    Guard(
+        "a base model is not written over",
+        "run_folder.py",
+        'if not (folder / METRICS).exists() and (folder / "unet").exists():',
+        "if False:",
+        "test_early.py::test_wrong_input_is_found_before_weights_are_read",
+    ),
     # Signals and readers
     Guard(
         "a signal saves and ends",
         "train.py",
-        "if run.interrupts.asked:",
-        "if False:",
+        "asked = run.interrupts.asked",
+        "asked = None",
         "test_stop.py::test_the_command_ends_with_the_code_that_shells_expect",
     ),
     Guard(
@@ -155,8 +162,8 @@ GUARDS = (
     Guard(
         "a loss that is not finite stops the run",
         "train.py",
-        "        if not is_finite(row, run.precision):\n            name",
-        "        if False:\n            name",
+        "        if not is_finite(row, run.precision):\n            wrong",
+        "        if False:\n            wrong",
         "test_numbers.py::test_a_number_that_is_not_finite_stops_the_run_within_its_step",
     ),
     Guard(

@@ -53,7 +53,9 @@ def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
     image, masks = load_scene(bench.config()).tensors(32, models.size_multiple)
     with torch.no_grad():
         straight, mirrored = (models.vae.encode(pixels[None]) for pixels in (image, image.flip(-1)))
-    for view, posterior, layers in zip(material.views, (straight, mirrored), (masks, masks.flip(-1)), strict=True):
+    for view, posterior, layers in zip(
+        material.photographs[0].views, (straight, mirrored), (masks, masks.flip(-1)), strict=True
+    ):
         assert torch.equal(view.posterior.mean, posterior.mean[0])
         assert torch.equal(view.posterior.logvar, posterior.logvar[0])
         assert torch.equal(view.latent_masks, resize_mask(layers, 16, 16))
@@ -64,18 +66,19 @@ def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
 def test_flip_probability_moves_picture_and_masks_together(bench, prepared):
     """0 never, 1 always, 1/2 in half of the draws; latents and masks always come from the same view."""
     _, material = prepared
-    silent = torch.full_like(material.views[0].posterior.logvar, -80.0)  # a posterior without spread
-    views = tuple(replace(view, posterior=view.posterior._replace(logvar=silent)) for view in material.views)
-    quiet = replace(material, views=views)
+    (photograph,) = material.photographs
+    silent = torch.full_like(photograph.views[0].posterior.logvar, -80.0)  # a posterior without spread
+    views = tuple(replace(view, posterior=view.posterior._replace(logvar=silent)) for view in photograph.views)
+    quiet = replace(material, photographs=(replace(photograph, views=views),))
     flips = []
     for seed in range(60):
         batch = draw(bench, (prepared[0], quiet), seed)
         chosen = chosen_in(material, batch, 0)
-        latents = [view.posterior.mean * material.scaling_factor for view in material.views]
+        latents = [view.posterior.mean * material.scaling_factor for view in material.photographs[0].views]
         matches = [torch.allclose(batch.z0[0], z0, atol=1e-6) for z0 in latents]
         assert sum(matches) == 1
         flips.append(matches[1])
-        view = material.views[matches.index(True)]
+        view = material.photographs[0].views[matches.index(True)]
         assert torch.equal(batch.union[0, 0], view.latent_masks[chosen].amax(dim=0))
         assert torch.equal(batch.masks[0, : len(chosen)], view.attention_masks[chosen])
     assert 15 < sum(flips) < 45
@@ -83,7 +86,7 @@ def test_flip_probability_moves_picture_and_masks_together(bench, prepared):
         batches = [draw(bench, prepared, seed, flip_probability=probability) for seed in range(10)]
         for batch in batches:
             chosen = chosen_in(material, batch, 0)
-            assert torch.equal(batch.union[0, 0], material.views[view].latent_masks[chosen].amax(dim=0))
+            assert torch.equal(batch.union[0, 0], material.photographs[0].views[view].latent_masks[chosen].amax(dim=0))
 
 
 @pytest.mark.parametrize("phase", [0, 1])
@@ -104,8 +107,8 @@ def test_rows_of_a_batch_hold_subsets_of_different_sizes(bench, prepared, phase)
         assert batch.present[row].tolist() == [1.0] * len(chosen) + [0.0] * (3 - len(chosen))
         ids = batch.input_ids[row, batch.positions[row, : len(chosen)]]
         assert ids.tolist() == [material.handle_ids[i] for i in chosen]
-        assert torch.equal(batch.masks[row, : len(chosen)], material.views[0].attention_masks[chosen])
-        assert torch.equal(batch.union[row, 0], material.views[0].latent_masks[chosen].amax(dim=0))
+        assert torch.equal(batch.masks[row, : len(chosen)], material.photographs[0].views[0].attention_masks[chosen])
+        assert torch.equal(batch.union[row, 0], material.photographs[0].views[0].latent_masks[chosen].amax(dim=0))
     assert len(sizes) > 1
 
 
@@ -134,7 +137,7 @@ def test_latents_are_posterior_samples_times_the_scaling_factor(bench, prepared)
     """(z0 / 0.18215 - mean) / deviation is standard normal, drawn anew for each row."""
     _, material = prepared
     batch = draw(bench, prepared, phase=0, train_batch_size=40, flip_probability=0.0)
-    posterior = material.views[0].posterior
+    posterior = material.photographs[0].views[0].posterior
     normal = (batch.z0 / 0.18215 - posterior.mean) / (0.5 * posterior.logvar).exp()
     for values in (normal, batch.eps):
         assert abs(values.mean()) < 0.02

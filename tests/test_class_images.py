@@ -11,9 +11,10 @@ from PIL import Image
 from tiny import refused, write_class_images
 
 import bas
-from bas.checkpoint import cache_dir, load
+from bas.checkpoint import load
 from bas.class_images import cache_key, check_class_folder, class_images, find_folder
 from bas.config import SampleConfig, TrainConfig
+from bas.files import cache_dir
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from conftest import NetworkBlocked, pytest_collection_modifyitems, pytest_report_header
 from promises import PROMISES, table
 
-from bas.checkpoint import cache_dir
+from bas.files import cache_dir
 
 
 @pytest.mark.parametrize("address", [("127.0.0.1", 80), ("203.0.113.1", 443)])

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bas.batches import draw_batch
-from bas.checkpoint import cache_dir, outline
+from bas.checkpoint import outline
 from bas.cli import main
 from bas.config import InputError, TrainConfig
 from bas.dry_run import (
@@ -31,7 +31,7 @@ from bas.dry_run import (
     plan_run,
     sum_of,
 )
-from bas.files import human_size
+from bas.files import cache_dir, human_size
 from bas.models.config import VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.models.unet import UNet

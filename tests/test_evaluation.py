@@ -90,9 +90,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The plan
-# --------------------------------------------------------------------------------------------------------------
+# --- The plan -----------------------------------------------------------------------------------------------------
 
 
 def test_every_row_is_the_same_training_but_for_what_it_says(explicit):
@@ -157,9 +155,7 @@ def test_estimates(bench, scenes, explicit, done, tmp_path):
     assert measured_seconds(done[1]) == pytest.approx(sum(n["training"] + n["drawing"] for n in notes) / 4)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Cells
-# --------------------------------------------------------------------------------------------------------------
+# --- Cells --------------------------------------------------------------------------------------------------------
 
 
 def test_a_cell_draws_what_a_run_of_its_own_draws(bench, scenes, explicit, done, tmp_path):
@@ -345,9 +341,7 @@ def test_a_cell_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, mon
         write_results(tmp_path, cells[1::2], FACTS)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Tables, plot, page
-# --------------------------------------------------------------------------------------------------------------
+# --- Tables, plot, page -------------------------------------------------------------------------------------------
 
 
 def row(method: str, scene: str, prompt: float, identity: float) -> dict:
@@ -438,9 +432,7 @@ def test_the_page_shows_the_pictures_behind_each_point(done):
     assert page(rows_of(folder), cells, {"cells": "4 of 4", "pictures": str(pictures), **FACTS}) == text
 
 
-# --------------------------------------------------------------------------------------------------------------
-# One command
-# --------------------------------------------------------------------------------------------------------------
+# --- One command --------------------------------------------------------------------------------------------------
 
 
 def words(bench, explicit: dict, scenes: list[Path], folder: Path, *more: str) -> list[str]:

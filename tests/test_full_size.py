@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bas.checkpoint import Models, save_model
+from bas.checkpoint import save_model
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
+from bas.parts import Models
 from bas.schedulers import NoiseSchedule
 from bas.single_file import clip_tokenizer
 

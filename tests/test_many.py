@@ -55,9 +55,7 @@ def words(bench, output: Path, *more: str) -> list[str]:
     return ["train", *more, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The base stays as it was
-# --------------------------------------------------------------------------------------------------------------
+# --- The base stays as it was -------------------------------------------------------------------------------------
 
 
 def test_each_scene_equals_the_same_trained_alone(bench, scenes, alone, tmp_path, monkeypatch):
@@ -104,9 +102,7 @@ def test_fresh_models_are_what_was_read(bench, left):
     assert again.handles == ()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# One command
-# --------------------------------------------------------------------------------------------------------------
+# --- One command --------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_scene_is_reported_and_the_others_are_trained(bench, scenes, alone, tmp_path, capsys, caplog):
@@ -234,9 +230,7 @@ def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Several processes
-# --------------------------------------------------------------------------------------------------------------
+# --- Several processes --------------------------------------------------------------------------------------------
 
 
 def test_parts_share_everything_once():

@@ -33,9 +33,7 @@ def baseline(bench, run, method: str, **changes) -> TrainConfig:
     return TrainConfig.resolve({name: value for name, value in values.items() if name not in plain})
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Rows
-# --------------------------------------------------------------------------------------------------------------
+# --- Rows ---------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_the_methods():
@@ -64,9 +62,7 @@ def test_a_baseline_has_the_plain_loss():
         TrainConfig(method="ti")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What they learn from
-# --------------------------------------------------------------------------------------------------------------
+# --- What they learn from -----------------------------------------------------------------------------------------
 
 
 def inside(masks: list[np.ndarray]) -> np.ndarray:
@@ -79,7 +75,7 @@ def test_a_collection_holds_the_concepts_on_plain_colours(bench):
     collection = collect(scene, 40, seed=3)
     assert (collection.handles, collection.words, len(collection.shots)) == (scene.handles, scene.words, 39)
     photo, colours, shown = np.asarray(scene.picture), [], []
-    views = [(collection.picture, dict(enumerate(collection.masks))), *((s.picture, s.masks) for s in collection.shots)]
+    views = collection.photographs
     for picture, masks in views:
         union, pixels = inside(list(masks.values())), np.asarray(picture)
         assert np.array_equal(pixels[union == 1], photo[union == 1])
@@ -152,9 +148,7 @@ def test_naive_baselines_see_no_close_ups(bench, tmp_path):
     assert len(read_scene(baseline(bench, "run", "db-m", **choices)).shots) == 3
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What they train
-# --------------------------------------------------------------------------------------------------------------
+# --- What they train ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,7 @@ def resume(bench, run, **changes):
     return bas.train(bench.config(run, resume_from_checkpoint="latest", **changes))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The same bits
-# --------------------------------------------------------------------------------------------------------------
+# --- The same bits ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [3, 4, 5])
@@ -166,9 +164,7 @@ def test_kill_9(bench, tmp_path):
     assert file_hashes(resume(bench, run, **flags)) == file_hashes(whole)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# A save is whole or absent
-# --------------------------------------------------------------------------------------------------------------
+# --- A save is whole or absent ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("writer", ["write_tensors", "write_json", "sync"])
@@ -217,9 +213,7 @@ def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
         bas.train(bench.config(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "step-000009")))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What must be the same
-# --------------------------------------------------------------------------------------------------------------
+# --- What must be the same ----------------------------------------------------------------------------------------
 
 
 def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, cut_off, monkeypatch):

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny import refused, write_scene
 
 import bas
-from bas.batches import draw_batch, draw_shot
+from bas.batches import draw_batch, draw_photograph
 from bas.config import TrainConfig
 from bas.losses import resize_mask
 from bas.scene import load_scene
@@ -89,9 +89,9 @@ def test_one_photograph_alone_costs_no_draw(bench):
     _, material = bench.prepared(bench.config(with_prior_preservation=False))
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    views, shown = draw_shot(material, generator)
-    assert views is material.views
-    assert shown == [0, 1, 2]
+    (only,) = material.photographs
+    assert draw_photograph(material, generator) is only
+    assert only.shown == (0, 1, 2)
     assert torch.equal(generator.get_state(), before)
 
 

@@ -67,9 +67,7 @@ def metrics(run) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What each phase trains
-# --------------------------------------------------------------------------------------------------------------
+# --- What each phase trains ---------------------------------------------------------------------------------------
 
 
 def test_phase1_moves_the_handles_and_nothing_else(bench, tmp_path):
@@ -127,9 +125,7 @@ def test_phases_are_rows_of_the_plan():
     assert [phase.lr for phase in scaled] == pytest.approx([3e-3, 1.2e-5])
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The loss
-# --------------------------------------------------------------------------------------------------------------
+# --- The loss -----------------------------------------------------------------------------------------------------
 
 
 class FixedUNet:
@@ -253,9 +249,7 @@ def test_single_subsets_show_one_concept(bench):
     assert (draw(bench.prepared(config), config).present.sum(dim=1) == 1).all()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# One optimizer step
-# --------------------------------------------------------------------------------------------------------------
+# --- One optimizer step -------------------------------------------------------------------------------------------
 
 
 def take_step(models, batches, config, phase):
@@ -361,9 +355,7 @@ def test_exact_phase1_prior_cannot_reach_the_handles_but_the_clipping(bench, tmp
     assert changed(bench, run)[0] == set()
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Sizes, precision, memory
-# --------------------------------------------------------------------------------------------------------------
+# --- Sizes, precision, memory -------------------------------------------------------------------------------------
 
 
 def test_gradient_checkpointing_changes_nothing(bench):
@@ -421,9 +413,7 @@ def test_runs_of_many_kinds_end_well(bench, tmp_path, flags, size, sides):
     assert all(torch.tensor(row["loss"]).isfinite() for row in metrics(run))
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Learning rates, optimizers
-# --------------------------------------------------------------------------------------------------------------
+# --- Learning rates, optimizers -----------------------------------------------------------------------------------
 
 
 COURSES = TrainConfig.__dataclass_fields__["lr_scheduler"].metadata["choices"]
@@ -471,9 +461,7 @@ def test_presets_choose_the_optimizer(preset, kind, group):
     assert config.with_prior_preservation == (preset == "official")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# The run folder
-# --------------------------------------------------------------------------------------------------------------
+# --- The run folder -----------------------------------------------------------------------------------------------
 
 
 def test_metrics_have_one_line_per_step(bench, tmp_path):
@@ -563,9 +551,7 @@ def test_folder_trained_by_the_official_code_opens(bench, tmp_path):
     assert picture.size == (32, 32)
 
 
-# --------------------------------------------------------------------------------------------------------------
-# What is refused, and when
-# --------------------------------------------------------------------------------------------------------------
+# --- What is refused, and when ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

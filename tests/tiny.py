@@ -17,13 +17,14 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from bas.batches import Material, prepare
-from bas.checkpoint import Models, load, save_model
+from bas.checkpoint import load, save_model
 from bas.class_images import class_images
 from bas.config import InputError, TrainConfig
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE
+from bas.parts import Models
 from bas.scene import load_scene
 from bas.schedulers import NoiseSchedule
 

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bas.checkpoint import Models, load, save_model
+from bas.checkpoint import load, save_model
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
+from bas.parts import Models
 from bas.schedulers import NoiseSchedule
 from bas.single_file import clip_tokenizer
 

@@ -25,11 +25,12 @@ from mini_world_shapes import CONCEPT_SHAPES
 from PIL import Image
 from torch import Tensor
 
-from bas.checkpoint import Models, load
+from bas.checkpoint import load
 from bas.evaluation.black import blacken, blacken_each
 from bas.evaluation.metrics import MINI_CLIP, PromptSimilarity
 from bas.evaluation.objects import ObjectSimilarity
 from bas.hub import find
+from bas.parts import Models
 from bas.sample import to_pictures
 
 SEED = 31_337  # trials are drawn from (SEED, i)
