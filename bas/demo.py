@@ -10,7 +10,7 @@ from bas.machine import pick_device
 from bas.pictures import grid, heat, save_picture, tint_masks
 from bas.preview import scene_attention
 from bas.run_folder import CONCEPTS, METRICS
-from bas.sample import sample, to_pictures
+from bas.sample import sample, to_picture
 from bas.scene import load_scene, subset_prompt
 from bas.train import train
 
@@ -36,7 +36,7 @@ def demo(output_dir: Path, device: str | None = None) -> Path:
     models = load(output_dir, device=pick_device(device))
     scene = load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    (photo,) = to_pictures(image[None] / 2 + 0.5)
+    photo = to_picture(image)
 
     handles = scene.handles
     layers = dict(enumerate(masks.numpy()))

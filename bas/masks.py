@@ -17,7 +17,7 @@ from bas.losses import resize_mask
 from bas.models.text import check_handles, word_pieces
 from bas.parts import Models
 from bas.pictures import grid, tint_masks
-from bas.sample import to_pictures
+from bas.sample import to_picture
 from bas.scene import Scene
 
 CELL = 256  # pixels of one picture on the sheet
@@ -95,7 +95,7 @@ def _view_photo(
         )
         for i in shown
     )
-    (photo,) = to_pictures(image[None] / 2 + 0.5)
+    photo = to_picture(image)
     return SceneView(name, photo, masks.numpy()[list(shown)], concepts)
 
 

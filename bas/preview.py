@@ -19,7 +19,7 @@ from bas.losses import average_maps, handle_maps
 from bas.models.text import encode_ids, tokenize
 from bas.parts import Models
 from bas.pictures import grid, heat, save_picture, tint_masks
-from bas.sample import sample, standard_normal, to_pictures
+from bas.sample import sample, standard_normal, to_picture
 from bas.scene import Scene, subset_prompt
 from bas.schedulers import add_noise
 
@@ -41,7 +41,7 @@ def write_preview(
 
     Returns the sheet's path. image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1].
     """
-    (photo,) = to_pictures(image[None] / 2 + 0.5)
+    photo = to_picture(image)
     prompts = [subset_prompt([handle]) for handle in handles]
     if len(handles) > 1:
         prompts.append(subset_prompt(handles))
@@ -86,7 +86,7 @@ def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> Non
 def write_shot(folder: Path, image: Tensor, masks: dict[int, Tensor]) -> None:
     """One photograph as img.png, with masks by concept as maskN.png. image: (3, H, W) in [-1, 1]; masks: (H, W) each"""
     folder.mkdir(exist_ok=True)
-    save_picture(to_pictures(image[None] / 2 + 0.5)[0], folder / "img.png")
+    save_picture(to_picture(image), folder / "img.png")
     for i, mask in masks.items():
         save_picture(Image.fromarray((mask * 255).round().to(torch.uint8).numpy()), folder / f"mask{i}.png")
 

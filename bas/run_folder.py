@@ -38,6 +38,7 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"  # held while a process writes to the folder
 SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"
+SUBFOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "scene", "previews", CHECKPOINTS)
 STATE, NOTE = "state.safetensors", "state.json"
 MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut off and does not count
 
@@ -79,20 +80,22 @@ def _is_at(file: IO, path: Path) -> bool:
 
 
 def prepare_folder(folder: Path, resuming: bool) -> None:
-    """Make a locked folder ready: clear what a killed run left half-written. Raises InputError if it holds a run."""
+    """Make a locked folder ready: clear what a killed run left half-written. Raises as `refuse_used_folder` does."""
     refuse_used_folder(folder, resuming)
-    for leftover in folder.rglob(".*.tmp"):
+    inside = (path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp"))
+    for leftover in (*folder.glob(".*.[0-9]*.tmp"), *inside):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def refuse_used_folder(folder: Path, resuming: bool) -> None:
-    """InputError when the folder holds a finished run, an unfinished one that is not to be resumed, or a model."""
+    """InputError for a folder with a finished run, an unfinished one that is not to be resumed, or anything else."""
     if (folder / CONCEPTS).exists():
         raise InputError(f"{folder} already holds a finished run: choose another --output_dir or remove it")
     if not resuming and (folder / METRICS).exists():
         raise InputError(f"{folder} holds an unfinished run: add --resume_from_checkpoint latest, or remove the folder")
-    if not (folder / METRICS).exists() and (folder / "unet").exists():
-        raise InputError(f"{folder} holds a model: choose another --output_dir")
+    is_run = (folder / SETTINGS).exists() or (folder / METRICS).exists()
+    if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"--output_dir {folder} is not empty: name a new folder")
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------------

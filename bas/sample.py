@@ -170,6 +170,11 @@ def decode(models: Models, latents: Tensor) -> Tensor:
     return (vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
 
 
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1], as a scene has its photograph -> an 8-bit RGB picture"""
+    return to_pictures(image[None] / 2 + 0.5)[0]
+
+
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """(b, 3, H, W) in [0, 1] -> 8-bit RGB pictures"""
     array = (rearrange(images, "b c h w -> b h w c") * 255).round().to(torch.uint8).cpu().numpy()

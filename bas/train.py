@@ -34,6 +34,7 @@ from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_preci
 from bas.masters import Exact, Masters, lower, restore
 from bas.methods import read_scene
 from bas.models.text import add_handles, encode_ids
+from bas.models.unet import UNet
 from bas.optimizer import adamw8bit, build_optimizer, set_rate
 from bas.parts import Models, cross_attention, keys_and_values
 from bas.preview import write_preview, write_scene
@@ -268,9 +269,13 @@ def start(
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
     require_room(folder, path, config)
-    base_hash = base.hash if base else weights_hash(path)
-    facts = {"config": asdict(config), **facts_of(scene), "base": base_hash, "precision": precision}
-    facts["version"] = __version__
+    facts = {
+        "config": asdict(config),
+        **facts_of(scene),
+        "base": base.hash if base else weights_hash(path),
+        "precision": precision,
+        "version": __version__,
+    }
     saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
@@ -279,14 +284,8 @@ def start(
     if base is None:
         tell_of_miniature(config)
         base = Base(path, load(path, device=device))
-    models = base.fresh()
-    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
-    if config.resolution:  # from now on what it was trained for: pictures are drawn at that size
-        latent_side = config.resolution // models.vae.config.factor
-        models.unet.config = replace(models.unet.config, sample_size=latent_side)
+    models = teach_names(base, scene, config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
-    models.handles = scene.handles
     exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
     class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
@@ -299,26 +298,55 @@ def start(
     write_text(folder / CONFIG, to_toml(asdict(config)))
     write_scene(folder, scene, image, masks)
     material = prepare(models, scene, image, masks, config, class_posterior)
-    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
-    if config.compile == "auto":
-        log.info("compile auto: %s, %s", compilation, reason)
-    compile_unet(models.unet, compilation)
-    if config.fused_kernels:
-        from bas.kernels import install  # imports triton, which not every machine has
-
-        install(models.unet)
+    speed_up(models.unet, config, device)
 
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
         generator.set_state(saved["generator"])
         drop_later(folder, note["step"])
-    metrics = MetricsLog(folder / METRICS, note.get("metrics", 0))
-    run = Run(config, folder, scene, models, precision, image, masks, material, facts, generator, metrics)
-    run.exact = exact
-    run.done, run.saved, run.scaler_state = note.get("step", 0), saved, note.get("scaler", {})
-    if config.report_to == "tensorboard":
-        run.events = EventLog(folder, run.done)
-    return run
+    done = note.get("step", 0)
+    return Run(
+        config=config,
+        folder=folder,
+        scene=scene,
+        models=models,
+        precision=precision,
+        image=image,
+        masks=masks,
+        material=material,
+        facts=facts,
+        generator=generator,
+        metrics=MetricsLog(folder / METRICS, note.get("metrics", 0)),
+        done=done,
+        saved=saved,
+        scaler_state=note.get("scaler", {}),
+        exact=exact,
+        events=EventLog(folder, done) if config.report_to == "tensorboard" else None,
+    )
+
+
+def teach_names(base: Base, scene: Scene, config: TrainConfig) -> Models:
+    """Fresh models of the base that have the scene's handles and draw at the size that they are trained at."""
+    models = base.fresh()
+    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+    if config.resolution:
+        latent_side = config.resolution // models.vae.config.factor
+        models.unet.config = replace(models.unet.config, sample_size=latent_side)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    models.handles = scene.handles
+    return models
+
+
+def speed_up(unet: UNet, config: TrainConfig, device: torch.device) -> None:
+    """Compile the UNet or give it fused kernels, as the settings ask."""
+    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
+    if config.compile == "auto":
+        log.info("compile auto: %s, %s", compilation, reason)
+    compile_unet(unet, compilation)
+    if config.fused_kernels:
+        from bas.kernels import install  # imports triton, which not every machine has
+
+        install(unet)
 
 
 def tell_of_miniature(config: TrainConfig) -> None:

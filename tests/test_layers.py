@@ -22,14 +22,19 @@ def test_layer_equals_diffusers(name):
 
 @pytest.mark.parametrize(("dim", "cosines_first", "shift"), SINUSOIDS)
 def test_time_features_equal_stored_reference(dim, cosines_first, shift):
+    """Of angles up to 999 radians, which float32 rounds to 3e-5, so that another processor's logarithm shows."""
     ours = timestep_embedding(SINUSOID_TIMESTEPS, dim, cosines_first, shift)
-    torch.testing.assert_close(ours, STORED[f"sinusoid.{dim}.{cosines_first}.{shift}"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, STORED[f"sinusoid.{dim}.{cosines_first}.{shift}"], atol=1e-4, rtol=0)
 
 
-def test_time_features_reference_is_what_diffusers_computes():
+def test_time_features_equal_diffusers():
     pytest.importorskip("diffusers", reason="diffusers is not installed: nothing to recompute the reference with")
-    for key, value in sinusoids().items():
-        torch.testing.assert_close(STORED[key], value, atol=1e-6, rtol=0)
+    live = sinusoids()
+    for dim, cosines_first, shift in SINUSOIDS:
+        key = f"sinusoid.{dim}.{cosines_first}.{shift}"
+        ours = timestep_embedding(SINUSOID_TIMESTEPS, dim, cosines_first, shift)
+        torch.testing.assert_close(ours, live[key], atol=1e-6, rtol=0)
+        torch.testing.assert_close(STORED[key], live[key], atol=1e-4, rtol=0)
 
 
 def test_time_features_by_hand():

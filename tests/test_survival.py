@@ -18,7 +18,7 @@ from bas.cli import main
 from bas.config import InputError, RunError
 from bas.files import new_folder
 from bas.room import free_room
-from bas.run_folder import list_checkpoints, locked
+from bas.run_folder import list_checkpoints, locked, prepare_folder
 
 # --- Two runs in one folder -------------------------------------------------------------------------------------------
 
@@ -134,6 +134,19 @@ def test_a_write_that_claims_success_is_looked_at_on_the_disk(bench, tmp_path, m
     assert sizes
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
     assert file_hashes(resume(bench, run)) == whole
+
+
+def test_only_leftovers_of_a_run_are_cleared(tmp_path):
+    """A killed run's half-written files go; files of like names that are not its own stay."""
+    theirs = [tmp_path / "notes" / ".draft.tmp", tmp_path / ".cache.tmp" / "kept"]
+    ours = [tmp_path / ".settings.json.71.tmp", tmp_path / "checkpoints" / ".step-000003.tmp" / "state.json"]
+    ours += [tmp_path / "scene" / "close-up-0" / ".mask0.png.71.tmp", tmp_path / "unet" / ".a.safetensors.9.tmp"]
+    for path in (*theirs, *ours, tmp_path / "settings.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    prepare_folder(tmp_path, resuming=True)
+    assert [path.exists() for path in (*theirs, *ours)] == [True] * len(theirs) + [False] * len(ours)
+    assert not ours[1].parent.exists()
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from bas.hub import find, read_model_row
 from bas.pictures import grid
 from bas.preview import scene_attention
 from bas.run_folder import CONCEPTS
-from bas.sample import sample, to_pictures
+from bas.sample import sample, to_picture
 from bas.scene import load_scene, subset_prompt
 from bas.train import train
 
@@ -37,7 +37,7 @@ def measure(run: Path, config: TrainConfig, recogniser, pictures_per_prompt: int
     iou = attention_iou(scene_attention(models, scene.handles, image, config), masks)
     settings = SampleConfig(num_images=pictures_per_prompt, batch_size=16, seed=1000)
     alone = sample(models, [subset_prompt([handle]) for handle in scene.handles], settings)
-    (photo,), identity = to_pictures(image[None] / 2 + 0.5), ObjectSimilarity()
+    photo, identity = to_picture(image), ObjectSimilarity()
     found = [identity.identity_similarity(alone, photo, mask) for mask in masks.numpy()]
     alike = np.array(found).T.reshape(len(masks), pictures_per_prompt, len(masks))  # drawn by i, picture, like object j
     places = [place for place in PLACES if place != "wall"]

@@ -17,7 +17,7 @@ from bas.evaluation.metrics import Identity, in_words, leakage
 from bas.evaluation.protocol import CELL, Cell
 from bas.evaluation.segments import read_segments
 from bas.files import read_json, write_text
-from bas.sample import to_pictures
+from bas.sample import to_picture
 
 ROWS = "rows.jsonl"  # of a cell
 NAMELESS = "thing"  # what CLIP reads for a concept without a word
@@ -37,7 +37,7 @@ def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segm
     """Score what was drawn, and write the cell's rows; returns them. size: the model's resolution and size multiple."""
     note = read_json(cell.folder / CELL)
     _, image, masks = photograph(cell.training, *size)
-    (photo,), layers = to_pictures(image[None] / 2 + 0.5), list(masks.numpy())
+    photo, layers = to_picture(image), list(masks.numpy())
     handles, words = note["handles"], [word or NAMELESS for word in note["words"]]
     entries = note["pictures"]
     pictures = [read_picture(cell.folder / entry["file"]) for entry in entries]
