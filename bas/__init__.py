@@ -1,6 +1,7 @@
 """Break-A-Scene in plain PyTorch: several concepts out of one photograph (Avrahami et al., SIGGRAPH Asia 2023).
 
-models = bas.load("runs/creature")
+run = bas.train(bas.train_config("my_scene", pretrained_model_name_or_path="sd21-base", output_dir="runs/creature"))
+models = bas.load(run)
 pictures = bas.sample(models, "a photo of <asset0> at the beach", seed=1)
 """
 
@@ -11,8 +12,15 @@ from types import ModuleType
 __version__ = "0.1.0"
 
 # Read on first use: `import bas` and `bas --help` need not wait for PyTorch.
-_HOMES = {"load": "bas.checkpoint", "sample": "bas.sample", "train": "bas.train", "TrainConfig": "bas.config"}
-__all__ = ["TrainConfig", "load", "sample", "train"]
+_HOMES = {
+    "load": "bas.hub",
+    "sample": "bas.sample",
+    "train": "bas.train",
+    "train_config": "bas.hub",
+    "SampleConfig": "bas.config",
+    "TrainConfig": "bas.config",
+}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):

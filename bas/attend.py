@@ -17,12 +17,14 @@ from torch import Tensor
 from bas.batches import attention_grid
 from bas.config import InputError, SampleConfig
 from bas.files import write_json
+from bas.hub import read_model_row
 from bas.losses import average_maps, handle_maps
 from bas.models.text import known_handles, tokenize
 from bas.models.unet import AttentionMap
 from bas.parts import Models
 from bas.pictures import grid, heat, save_picture
 from bas.prompts import read_strengths
+from bas.run_folder import CONCEPTS, read_concepts
 from bas.sample import check_request, decode, generate, latent_shape, to_pictures
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ def attend(
 ) -> Attention:
     """Draw one picture and keep the attention of each handle of the prompt, with `words` that of every word.
 
-    rows: of the maps; None is a quarter of the latent's rows. Raises InputError as `plan_maps` does.
+    rows: of the maps; None is as the model was trained, else a quarter of the latent's rows. Raises InputError as
+    `plan_maps` does.
     """
     places, size = plan_maps(models, prompt, config, rows, words)
     averages: list[Tensor] = []
@@ -77,7 +80,16 @@ def plan_maps(
     places = find_places(models.tokenizer, ids.tolist(), words)
     if not places:
         raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
+    rows = rows or (trained_grid(models.source) if models.source else None)
     return places, attention_grid(models, latent_shape(models, config)[1:], rows)
+
+
+def trained_grid(path: Path) -> int | None:
+    """The rows of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
+    if (path / CONCEPTS).is_file():
+        _, note = read_concepts(path)
+        return note["config"]["attention_grid"]
+    return (read_model_row(path) or {}).get("attention_grid")
 
 
 def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[str, list[int]]:

@@ -87,9 +87,12 @@ def attention_grid(models: Models, latent: tuple[int, int], rows: int | None) ->
     ]
     grids = [(h >> level, w >> level) for level in levels]
     if grid not in grids:
-        known = ", ".join(str(rows) for rows, _ in grids)
+        known = " or ".join(str(rows) for rows, _ in grids)
+        side = h * models.vae.config.factor
+        other = f"; or is it another model, as this one was trained at {models.resolution} pixels, not at {side}?"
         raise InputError(
             f"no cross-attention on {grid[0]} rows for the attention loss to read: use --attention_grid {known}"
+            + (other if side != models.resolution else "")
         )
     return grid
 

@@ -36,6 +36,7 @@ from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.parts import COMPONENTS, TEXT_PREFIX, Models, Parts, fill
 from bas.refuse import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
+from bas.run_folder import METRICS
 from bas.schedulers import NoiseSchedule
 from bas.single_file import read_single_file
 
@@ -174,6 +175,8 @@ def _refuse_folder(folder: Path) -> None:
         raise InputError(f"{folder} holds {kind}, one part of a model: give the folder of the whole model")
     if single:
         raise InputError(f"{folder} is not a diffusers folder: give a file in it, as {folder / single[0]}")
+    if (folder / METRICS).is_file():
+        raise InputError(f"{folder} is an unfinished run: train on with --resume_from_checkpoint latest")
     raise InputError(f"{folder} is not a model: it has neither model_index.json nor unet, vae and text_encoder")
 
 

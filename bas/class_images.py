@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from bas.batches import encode_images
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.files import cache_dir, read_json, reading, write_json
-from bas.images import open_picture, read_image
+from bas.images import SUFFIXES, open_picture, read_image
 from bas.machine import autocast
 from bas.models.vae import Posterior
 from bas.parts import Models
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 KEY_FILE = "key.json"
 LOCK = ".lock"  # held while class images are made
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:

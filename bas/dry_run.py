@@ -25,7 +25,7 @@ from bas.models.vae import Posterior
 from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, match
 from bas.progress import clock
-from bas.room import count_numbers, files_to_come, free_room
+from bas.room import WHILE_TRAINING, count_numbers, files_to_come, free_room
 from bas.run_folder import refuse_used_folder
 from bas.scene import Scene
 from bas.train import KEPT, check_input, trainable_parameters, training_step
@@ -64,14 +64,19 @@ class Plan:
         return max(sum(parts.values()) for parts in self.memory.values())
 
 
-def dry_run(config: TrainConfig) -> dict:
-    """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start."""
+def dry_run(config: TrainConfig, runs: int = 1) -> dict:
+    """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start.
+
+    `runs` such runs, one after another, are what the disk has to hold.
+    """
     scene, base, device, precision = check_input(config)
     refuse_used_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
     plan = plan_run(config, scene, base, precision)
     speed = matrix_speed(device, DTYPES[precision])
     files, free = files_to_come(plan.numbers, config), free_room(Path(config.output_dir))
-    verdict = "enough" if free > sum(files.values()) else "NOT ENOUGH"
+    passing = files.get(WHILE_TRAINING, 0)
+    needed = passing + runs * (sum(files.values()) - passing)
+    verdict = "enough" if free > needed else "NOT ENOUGH"
     seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in plan.costs.items()}
     if any(phase.prior for phase in config.phases):
         seconds = {
@@ -92,7 +97,7 @@ def dry_run(config: TrainConfig) -> dict:
         "time": {name: clock(value) for name, value in seconds.items()},
         "counted by": TIME_RULE.format(speed=speed / 1e12),
         "files": {name: human_size(size) for name, size in files.items()},
-        "disk": f"{verdict}: {human_size(sum(files.values()))} of {human_size(free)} free",
+        "disk": f"{verdict}: {human_size(needed)} of {human_size(free)} free",
         "checked": CHECKED,
     }
 
@@ -153,7 +158,7 @@ def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainCon
         empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models, (h, w), config.attention_grid))
     )
     return Material(
-        photographs=(Photograph((view, view), tuple(range(len(scene)))),),
+        photographs=(Photograph((view, view), tuple(range(len(scene.handles)))),),
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
         handles=scene.handles,
         class_posterior=Posterior(empty.mean[None], empty.logvar[None]),

@@ -9,10 +9,14 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
+from bas import checkpoint
 from bas.checkpoint import STEMS, component_files
 from bas.config import InputError, TrainConfig
 from bas.config_file import check_settings, setting_kinds
 from bas.files import read_json, reading
+from bas.parts import Models
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,25 @@ MODEL_ROW = "bas.json"  # in a model folder: the training settings that suit thi
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 CONFIGS = ("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "scheduler", "tokenizer")), "tokenizer/*.txt")
+
+
+def load(
+    model: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction_type: str | None = None,
+) -> Models:
+    """`bas.checkpoint.load` of a path, a known name or a hub id; without one, of the shipped miniature."""
+    return checkpoint.load(find(model), device, dtype, prediction_type)
+
+
+def train_config(scene: str | Path, **settings) -> TrainConfig:
+    """The settings of a training as `bas train SCENE` has them: those given, over those that suit the base model.
+
+    InputError for a setting that does not exist or is out of range, and for a base model that is not here.
+    """
+    row = read_model_row(find(settings.get("pretrained_model_name_or_path")))
+    return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, row)
 
 
 def manifest() -> dict[str, dict]:
@@ -51,7 +74,7 @@ def find(name: str | Path | None) -> Path:
     for hub_id in _hub_ids(name):
         if index := cached(hub_id, "model_index.json"):
             return index.parent
-    raise InputError(f"{name} is neither a path nor downloaded yet: run `bas download {name}`")
+    raise InputError(f"{name} is no path here and no model that was downloaded: `bas download {name}` fetches one")
 
 
 def cached(hub_id: str, file: str) -> Path | None:

@@ -6,13 +6,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bas.config import InputError
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
 ONE = np.float32(1 / 255)  # the value 1 of 255
 
@@ -30,7 +31,11 @@ def open_picture(path: Path) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything
-        reason = "it is empty" if path.stat().st_size == 0 else (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if path.stat().st_size == 0:
+            reason = "it is empty"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "it is none of these, or damaged; convert it to one of them"
         raise InputError(f"{path} is not a readable {', '.join(FORMATS)} picture: {reason}") from error
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from shlex import quote
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -110,7 +111,7 @@ def _describe_scene(path: Path) -> dict:
     return {
         "what": "a scene to train on",
         "loads": False,
-        "problem": f"it is no model; train on it with: bas train {path}",
+        "problem": f"it is no model; train on it with: bas train {quote(str(path))}",
         "picture": f"{picture.name}, {opened.width}x{opened.height} pixels",
         "masks": [mask.name for mask in masks],
         "further pictures": [shot.name for shot in numbered_folders(path)],

@@ -36,6 +36,8 @@ def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "u
     chosen = [m.probs for m in maps if m.place in places]
     if not chosen:
         raise ValueError(f"no attention map from {' or '.join(places)} was returned on this grid")
+    if len(grids := {tuple(probs.shape[2:4]) for probs in chosen}) > 1:
+        raise ValueError(f"maps on several grids cannot be averaged: ask the UNet for one of {sorted(grids)}")
     heads = sum(probs.shape[1] for probs in chosen)
     return sum(reduce(probs, "b heads h w k -> b h w k", "sum") for probs in chosen) / heads
 

@@ -21,7 +21,7 @@ from bas.machine import is_out_of_memory
 from bas.methods import read_scene
 from bas.resuming import check_resumable, facts_of
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS
-from bas.scene import pictures_in
+from bas.scene import pictures_in, require_scene_folder
 from bas.train import check_machine, train
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,7 @@ def find_scenes(names: list[str]) -> list[Path]:
 
 def scenes_in(folder: Path) -> list[Path]:
     """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ...")
+    require_scene_folder(folder)
     if pictures_in(folder):
         return [folder]
     inside = subfolders(folder)
@@ -99,6 +98,7 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
                 yield Outcome(**names, earlier=True)
                 continue
             base = base or Base(path, load(path, device=device), keep=True)
+            log.info("training on %s", scene)
             train(settings, base)
         except (InputError, RunError, OSError) as error:
             yield Outcome(**names, error=str(error))

@@ -47,8 +47,9 @@ def list_sources(folder: Path) -> list[list[Path]]:
     for kind, files in numbered.items():
         missing = [f"{kind}{i}.png" for i in range(max(files) + 1) if i not in files]
         if missing:
-            last = f"{kind}{max(files)}.png"
-            raise InputError(f"{folder} has {kind}s up to {last} but lacks {', '.join(missing[:5])}")
+            last, lacked = f"{kind}{max(files)}.png", ", ".join(missing[:5])
+            first = "" if 0 in files else "; numbers begin with 0"
+            raise InputError(f"{folder} has {kind}s up to {last} but lacks {lacked}{first}")
     sources = [[files[i] for i in range(len(files))] for _, files in sorted(numbered.items(), reverse=True)]
     return sources + [[folder / name] for name in READERS if (folder / name).is_file()]
 

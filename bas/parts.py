@@ -33,7 +33,7 @@ BROKEN = "holds broken weights"
 SHOWN = 20  # problems listed in an error before the rest is only counted
 
 
-@dataclass
+@dataclass(repr=False)
 class Models:
     """A whole text-to-image model, ready to use."""
 
@@ -44,6 +44,12 @@ class Models:
     schedule: NoiseSchedule
     handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
     source: Path | None = None  # where it was read from
+
+    def __repr__(self) -> str:
+        networks = {name: network for name in COMPONENTS if (network := getattr(self, name))}
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        parts = ", ".join(f"{name} of {size:,} weights" for name, size in sizes.items())
+        return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
         """Move or convert all three networks, in place."""

@@ -25,6 +25,14 @@ STRENGTH = re.compile(rf"\(\s*({HANDLE.pattern})\s*:\s*([^()]*?)\s*\)")
 LOOKS_LIKE = re.compile(rf"\([^()]*{HANDLE.pattern}[^()]*:[^()]*\)")
 
 
+def bare_handles(prompt: str, handles: tuple[str, ...]) -> list[str]:
+    """The handles of whose names a prompt holds the mere word, where it holds no handle at all."""
+    if any(handle in prompt for handle in handles):
+        return []
+    words = set(re.findall(r"[\w-]+", prompt))
+    return [handle for handle in handles if handle[1:-1] in words]
+
+
 def read_strengths(prompt: str) -> tuple[str, dict[str, float]]:
     """A prompt without its strengths, and the strengths by handle.
 

@@ -14,6 +14,7 @@ import string
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import TypeVar
 
 import numpy as np
@@ -73,12 +74,13 @@ def page(run: Path) -> str:
     sessions = read_json(run / TIMES).get("sessions", []) if (run / TIMES).exists() else []
     handles, finished = facts["handles"], (run / CONCEPTS).exists()
     photo, masks = readable(run / SCENE / "img.png"), readable_masks(run / SCENE, len(handles))
+    command = f'bas sample {quote(str(run))} --prompt "a photo of {handles[0]} at the beach"'
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{', '.join(handles)}: a run of bas"),
         heading=escape(run.resolve().name),
         handles="".join(chip(name, i) for i, name in enumerate(handles)),
         tiles=tiles(facts, rows, sessions, finished),
-        command=escape(f'bas sample {run} --prompt "a photo of {handles[0]} at the beach"') if finished else "",
+        command=escape(command) if finished else "",
         scene=scene_section(run / SCENE, photo, masks, handles),
         learning=learning_section(run, photo, masks, handles),
         charts=charts(rows),

@@ -11,6 +11,7 @@ from bas.machine import DTYPES
 from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, cross_attention, keys_and_values
 
+WHILE_TRAINING = "checkpoints, while training"
 METRICS_LINE = 220  # bytes, roughly
 
 
@@ -35,7 +36,7 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
     files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
     if config.checkpointing_steps and config.checkpointing_steps <= steps:
         one = (4 + ADAM_BYTES[config.optimizer]) * max(trained(phase) for phase in config.phases)
-        files["checkpoints, while training"] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
+        files[WHILE_TRAINING] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
     return files
 
 

@@ -1,5 +1,6 @@
 """From a prompt to pictures: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from bas.config import InputError, SampleConfig
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
 from bas.parts import Models
-from bas.prompts import encode_prompts, read_strengths
+from bas.prompts import bare_handles, encode_prompts, read_strengths
 from bas.schedulers import (
     clean_and_noise,
     ddim_step,
@@ -22,6 +23,8 @@ from bas.schedulers import (
     previous_timestep,
     sampling_timesteps,
 )
+
+log = logging.getLogger(__name__)
 
 
 def sample(
@@ -43,6 +46,9 @@ def check_request(models: Models, prompts: list[str], config: SampleConfig) -> N
     walk(models, config)
     for prompt in (*prompts, config.negative_prompt):
         tokenize(models.tokenizer, [read_strengths(prompt)[0]])
+    for prompt in prompts:
+        if bare := bare_handles(prompt, models.handles):
+            log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
 
 
 def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:
@@ -68,7 +74,10 @@ def generate(
     on_step: OnStep | None = None,
     return_maps: ReturnMaps = False,
 ) -> Tensor:
-    """One clean latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them"""
+    """One clean latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them
+
+    `on_step` and `return_maps` as in `denoise`.
+    """
     context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

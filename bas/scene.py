@@ -13,6 +13,7 @@ import logging
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from bas.config import MAX_SIDE, InputError, TrainConfig
 from bas.files import read_content, reading
-from bas.images import read_image, read_mask
+from bas.images import SUFFIXES, read_image, read_mask
 from bas.mask_sources import FoundMask, find_source, read_number, read_source
 from bas.models.text import HANDLE, check_name
 
@@ -31,6 +32,7 @@ MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond i
 MOST_IN_CLOSE_UPS = 8  # concepts: their sets, of which each has a close-up, double with each one
 CLOSE_UP_SHARE = 0.7  # of a close-up's side, which its concepts take up at the most
 WIDEST_CLOSE_UP = 0.9  # of the picture's side: a wider one would show no more than the picture
+FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
 
 
@@ -92,9 +94,16 @@ class Scene:
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
     """The picture img.* of a scene folder and the files of its one source of masks, checked for gaps."""
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: a scene is a folder with img.jpg and mask0.png, mask1.png, ...")
+    require_scene_folder(folder)
     return find_picture(folder), find_source(folder)
+
+
+def require_scene_folder(path: Path) -> None:
+    """InputError unless it is a folder."""
+    if not path.is_dir():
+        advice = f"; `bas paint {quote(str(path))}` makes one of a picture" if path.is_file() else ""
+        kind = "a scene is a folder with img.jpg and mask0.png, mask1.png, ..."
+        raise InputError(f"{path} is not a folder: {kind}{advice}")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -106,7 +115,9 @@ def find_picture(folder: Path) -> Path:
     """The one picture img.* of a folder."""
     pictures = pictures_in(folder)
     if len(pictures) != 1:
-        found = ", ".join(path.name for path in pictures) or "none"
+        others = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not read_number(path)]
+        none = f"none, but {', '.join(sorted(others)[:3])}: rename the one you mean" if others else "none"
+        found = ", ".join(path.name for path in pictures) or none
         raise InputError(f"{folder} needs exactly one picture named img.jpg, img.png, ...; found {found}")
     return pictures[0]
 
@@ -331,6 +342,9 @@ def _check_coverage(path: Path, mask: np.ndarray) -> None:
         raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a map of labels?")
     if mask.min() == 1:
         raise InputError(f"{path} is white all over: leave out what is not the concept")
+    if mask.max() < FAINT_MASK:
+        value, weight = 255 * mask.max(), 100 * mask.max() ** 2
+        log.warning("%s is %.0f of 255 at most, so its concept weighs %.0f %%: paint it white", path, value, weight)
     if mask.mean() > 0.95:
         log.warning("%s covers %.0f %% of the picture: is it inverted?", path, 100 * mask.mean())
 

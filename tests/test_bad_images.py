@@ -77,7 +77,7 @@ def test_the_content_counts_not_the_extension(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["GIF", "PPM", "ICO", "TGA", "PCX", "DDS", "SGI"])
 def test_other_formats_are_refused_under_any_name(tmp_path, kind):
     path = save(tmp_path / "img.png", RGB, format=kind)
-    with refused(f"{path} {UNREADABLE}cannot identify image file"):
+    with refused(f"{path} {UNREADABLE}it is none of these, or damaged; convert it"):
         read_image(path)
 
 
@@ -364,7 +364,19 @@ def test_a_mask_just_light_enough_keeps_its_values(scene, caplog):
     mask[8:24, 8:20] = 26
     save(scene / "mask1.png", mask)
     assert np.array_equal(load(scene).masks[1], mask.astype(np.float32) / 255)
-    assert not caplog.messages
+    assert "mask1.png is 26 of 255 at most, so its concept weighs 1 %: paint it white" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("colour", "told"), [("red", "76 of 255 at most, so its concept weighs 9 %"), ("#e6e6e6", None), ("white", None)]
+)
+def test_a_mask_in_a_colour_is_told_how_little_it_weighs(scene, caplog, colour, told):
+    """The weight by eq. 1, in which a mask stands squared."""
+    mask = Image.new("RGB", (40, 32))
+    mask.paste(colour, (8, 8, 20, 24))
+    mask.save(scene / "mask1.png")
+    load(scene)
+    assert (f"mask1.png is {told}" in caplog.text) if told else not caplog.messages
 
 
 def test_a_soft_mask_below_one_of_255_is_not_taken_for_zeros_and_ones(tmp_path, caplog):

@@ -50,6 +50,8 @@ def place(tmp_path_factory):
     for path in shutil.copytree(bench.scene, folder / "strip").glob("*.png"):
         Image.open(path).resize((600, 1)).save(path)
     (folder / "run").mkdir()
+    (folder / "stopped").mkdir()
+    (folder / "stopped" / "metrics.jsonl").touch()
     (folder / "file").touch()
     (folder / "settings").mkdir()
     (folder / "settings" / "settings.json").write_text("{")
@@ -102,6 +104,10 @@ TRAIN = [
     ("train {long} --weights {model}", "xxx cannot be read: File name too long"),
     ("train {scene} {long} --weights {model}", "xxx cannot be read: File name too long"),
     ("train {scene} --config {long}", "xxx is not a file"),
+    (
+        "train {scene}/img.png --weights {model}",
+        "img.png is not a folder: a scene is a folder with img.jpg and mask0.png",
+    ),
     ("train {none} --weights {model}", "none is not a folder: a scene is a folder with img.jpg and mask0.png"),
     ("train {text} --weights {model}", "text/img.png is not a readable PNG, JPEG, WEBP, BMP, TIFF picture"),
     ("train {truncated} --weights {model}", "truncated/mask1.png is not a readable PNG, JPEG, WEBP, BMP, TIFF"),
@@ -115,6 +121,7 @@ TRAIN = [
 ]
 SAMPLE = [
     ("sample {taught}", "say what to draw"),
+    ("sample {stopped} --prompt a", "stopped is an unfinished run: train on with --resume_from_checkpoint latest"),
     ("sample {taught} --prompt <asset2>", f"unknown handle <asset2> in '<asset2>'; {HANDLES}"),
     ("sample {taught} --prompt bowl asset0>", f"unknown handle asset0> in 'asset0>'; {HANDLES}"),
     ("sample {taught} --prompt bowl --negative_prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
@@ -190,7 +197,7 @@ OTHERS = [
     ("info {none}", "none does not exist, and is no known model"),
 ]
 CASES = [*TRAIN, *SAMPLE, *((f"edit {{taught}} {rest}", message) for rest, message in EDIT), *OTHERS]
-NAMES = ("scene", "model", "taught", "file", "run", "none", "settings")
+NAMES = ("scene", "model", "taught", "file", "run", "none", "settings", "stopped")
 NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", "two", "tiny", "crowd", "strip")
 
 

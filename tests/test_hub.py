@@ -6,13 +6,15 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 from families import UNET_FILE, tiny
 from huggingface_hub.errors import RepositoryNotFoundError
 from tiny import refused
 
+import bas
 from bas import hub
 from bas.checkpoint import save_model
-from bas.config import InputError
+from bas.config import InputError, TrainConfig
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -43,11 +45,10 @@ def test_a_path_is_itself(tmp_path, monkeypatch):
 
 
 def test_names_that_are_not_here_say_what_to_run(tmp_path):
-    with pytest.raises(
-        InputError, match=r"^sd21-base is neither a path nor downloaded yet: run `bas download sd21-base`$"
-    ):
+    expected = "^sd21-base is no path here and no model that was downloaded: `bas download sd21-base` fetches one$"
+    with pytest.raises(InputError, match=expected):
         hub.find("sd21-base")
-    with pytest.raises(InputError, match=r"run `bas download someone/model`$"):
+    with pytest.raises(InputError, match=r"`bas download someone/model` fetches one$"):
         hub.find("someone/model")
     with pytest.raises(
         InputError, match=r"^no/such/folder does not exist, and is no known model: those are mini, sd15, "
@@ -76,6 +77,28 @@ def test_the_default_is_the_shipped_miniature(tmp_path, monkeypatch):
         hub.find(None)
     (tmp_path / "mini").mkdir()
     assert hub.find(None) == hub.find("mini") == hub.download("mini") == tmp_path / "mini"
+
+
+def test_a_model_is_opened_by_name(tmp_path, monkeypatch, cached):
+    """In Python as on the command line; a wrong name says what is known, not that a file is missing."""
+    folder = cached("stabilityai/stable-diffusion-2-1-base")
+    models = bas.load("stabilityai/stable-diffusion-2-1-base", dtype=torch.float16)
+    assert (models.source, models.unet.conv_in.weight.dtype) == (folder, torch.float16)
+    weights = sum(p.numel() for p in models.unet.parameters())
+    assert repr(models).startswith(f"<Models from {folder}: unet of {weights:,} weights, vae of ")
+    assert repr(models).endswith("; handles: none>")
+    with refused("no/such/folder does not exist, and is no known model: those are mini, sd15"):
+        bas.load("no/such/folder")
+    assert bas.load().source == hub.find("mini")
+
+
+def test_settings_suit_the_model_as_on_the_command_line(tmp_path):
+    config = bas.train_config("my_scene", learning_rate=1e-5)
+    row = hub.read_model_row(hub.find("mini"))
+    assert (config.instance_data_dir, config.learning_rate) == ("my_scene", 1e-5)
+    assert row["attention_grid"] == config.attention_grid != TrainConfig().attention_grid
+    with refused("unknown training settings: rate"):
+        bas.train_config("my_scene", rate=1)
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -90,6 +90,12 @@ def test_the_middle_of_the_unet_is_left_out():
     assert average_maps(maps, places=("mid",)).min() == 100
 
 
+def test_maps_of_several_grids_are_not_averaged():
+    maps = [AttentionMap("down", torch.ones(1, 2, side, side, 3)) for side in (4, 2)]
+    with pytest.raises(ValueError, match=r"ask the UNet for one of \[\(2, 2\), \(4, 4\)\]"):
+        average_maps(maps)
+
+
 def test_no_map_at_all_is_an_error():
     with pytest.raises(ValueError, match="no attention map"):
         average_maps([AttentionMap("mid", torch.ones(1, 2, 2, 2, 3))])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -223,11 +224,39 @@ def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monk
 
 
 def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
-    assert main([*words(bench, tmp_path / "out", str(scenes)), "--dry_run"]) == 0
-    output = capsys.readouterr().out
-    assert "3, of which 0 are finished" in output
-    assert "phase2" in output
+    """What all of them leave on the disk, too."""
+
+    def needed(*more: str) -> int:
+        assert main([*words(bench, tmp_path / "out", *more), "--dry_run"]) == 0
+        output = capsys.readouterr().out
+        assert "phase2" in output
+        size, unit = re.search(r"disk +enough: ([0-9.]+) (kB|MB) of", output).groups()
+        return float(size) * {"kB": 1e3, "MB": 1e6}[unit]
+
+    assert needed(str(scenes)) == pytest.approx(3 * needed(str(scenes / "bee")), rel=0.1)
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys):
+    """What would be refused in its turn, perhaps hours later, is listed."""
+    folder = shutil.copytree(scenes, tmp_path / "scenes")
+    Image.new("L", (32, 32)).save(folder / "bee" / "mask0.png")
+    bas.train(bench.config(tmp_path / "out" / "cat", instance_data_dir=str(folder / "cat")))
+    capsys.readouterr()
+    assert main([*words(bench, tmp_path / "out", str(folder)), "--dry_run"]) == 2
+    output, errors = capsys.readouterr()
+    assert "3, of which 1 are finished" in output
+    assert re.search(r"refused +\S*bee: \S*mask0.png is black all over", output)
+    assert "phase2" in output
+    assert errors == "bas: 1 of 3 scenes cannot be trained, as listed under refused\n"
+
+
+def test_no_scene_at_all_is_refused(monkeypatch, tmp_path, capsys):
+    """As an empty variable gives it: it does not mean all scenes that lie around."""
+    monkeypatch.chdir(write_scene(tmp_path / "scenes" / "one").parents[1])
+    for names in ([], [""], ["scenes", ""]):
+        assert main(["train", *names]) == 2
+        assert "name a scene folder: bas train SCENE" in capsys.readouterr().err
 
 
 # --- Several processes --------------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, caplog):
 def test_pictures_are_whole_or_absent(tmp_path, monkeypatch):
     """A kill while one is saved leaves none under its name."""
 
-    def cut_short(picture, path, kind):
+    def cut_short(picture, path, **options):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 

@@ -11,7 +11,7 @@ from bas import machine
 from bas.commands.model import open_model
 from bas.config import SampleConfig
 from bas.prompts import encode_prompts
-from bas.sample import decode, generate, guided_output, sample
+from bas.sample import check_request, decode, generate, guided_output, sample
 
 PROMPT = "a photo of <asset1> at the beach"
 FAST = {"num_inference_steps": 4}
@@ -110,6 +110,14 @@ def test_unknown_handles_are_named_with_the_known_ones(models, bench):
         sample(models, "a photo of <asset7> and <asset1>", **FAST)
     with refused("<asset9>"):
         sample(models, PROMPT, negative_prompt="<asset9>", **FAST)
+
+
+def test_a_handle_without_brackets_is_told(models, caplog):
+    """Only where the prompt names no handle: beside one, the word may well be meant."""
+    check_request(models, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig())
+    assert caplog.messages == [
+        "'a photo of asset1, at the beach' names no handle: for the concept write <asset1>, with < >"
+    ]
 
 
 def test_long_prompts_are_cut_with_a_warning_but_never_a_handle(models, caplog):

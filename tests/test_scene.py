@@ -360,7 +360,7 @@ def test_two_concepts_need_two_masks(scene):
 def test_missing_numbers_are_named(scene):
     (scene / "mask2.png").rename(scene / "mask4.png")
     (scene / "mask0.png").rename(scene / "mask6.png")
-    with refused("lacks mask0.png, mask2.png, mask3.png, mask5.png"):
+    with refused("lacks mask0.png, mask2.png, mask3.png, mask5.png; numbers begin with 0"):
         load(scene)
 
 
@@ -372,8 +372,14 @@ def test_scene_needs_a_folder_one_picture_and_a_mask(scene, tmp_path):
         load(scene)
     for name in ("img.jpg", "img.png"):
         (scene / name).unlink()
-    with refused("exactly one picture", "found none"):
+    with refused("exactly one picture named img.jpg, img.png, ...; found none"):
         load(scene)
+    Image.fromarray(RGB).save(scene / "IMG.JPG")
+    with refused("found none, but IMG.JPG: rename the one you mean"):
+        load(scene)
+    (scene / "IMG.JPG").unlink()
+    with refused("my photo.png is not a folder", "`bas paint '", "my photo.png'` makes one of a picture"):
+        load(save(tmp_path / "my photo.png", RGB))
     save(scene / "img.png", RGB)
     for path in scene.glob("mask*"):
         path.unlink()

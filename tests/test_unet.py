@@ -9,6 +9,7 @@ from make_reference_measure import fill, uniform
 from make_reference_models import TIMESTEPS, UNETS
 
 from bas.config import InputError
+from bas.models.attention import SpatialTransformer
 from bas.models.config import UNetConfig
 from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet
@@ -45,6 +46,15 @@ def test_maps_come_in_execution_order_with_place_and_grid():
     down = [("down", grid) for grid in ((16, 24), (8, 12), (4, 6)) for _ in range(2)]
     up = [("up", grid) for grid in ((4, 6), (8, 12), (16, 24)) for _ in range(3)]
     assert grids == [*down, ("mid", (2, 3)), *up]
+    transformers = [
+        name for name, module in filled("unet-sd1").named_modules() if isinstance(module, SpatialTransformer)
+    ]
+    assert sorted(m.layer for m in maps) == sorted(transformers)
+    assert [m.layer for m in (maps[0], maps[6], maps[-1])] == [
+        "down_blocks.0.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.3.attentions.2",
+    ]
 
 
 @pytest.mark.parametrize("name", ["unet-sd1", "unet-sd2"])

@@ -2,15 +2,12 @@
 
 import argparse
 from dataclasses import asdict, fields
-from pathlib import Path
 
 from bas.attend import attend, plan_maps, write_attention
 from bas.commands.model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
-from bas.hub import read_model_row
-from bas.run_folder import CONCEPTS, read_concepts
 
 EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1> at the beach" --output_dir attention',)
 
@@ -33,17 +30,9 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw, write the maps, and print where the sheet is."""
     config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
-    rows = args.attention_grid or trained_grid(path)
+    rows = args.attention_grid
     folder = new_folder(args.output_dir)
     models = open_model(args, lambda models: plan_maps(models, args.prompt, config, rows, args.words))
     attention = attend(models, args.prompt, config, rows, args.words)
     settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
     print(write_attention(attention, models.handles, folder, settings))
-
-
-def trained_grid(path: Path) -> int | None:
-    """The rows of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
-    if (path / CONCEPTS).is_file():
-        _, note = read_concepts(path)
-        return note["config"]["attention_grid"]
-    return (read_model_row(path) or {}).get("attention_grid")

@@ -5,6 +5,7 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -12,14 +13,14 @@ from bas.config import InputError, RunError, TrainConfig
 from bas.config_file import add_config, read_config, setting_kinds
 from bas.dry_run import dry_run, memory_advice
 from bas.flags import Parser, add_fields, given
-from bas.hub import find, read_model_row
+from bas.hub import train_config
 from bas.info import as_text
 from bas.machine import is_out_of_memory
 from bas.many import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
 from bas.ranks import Ranks, announce
 from bas.report import write_report
 from bas.run_folder import read_concepts
-from bas.train import tell_of_miniature, train
+from bas.train import check_input, tell_of_miniature, train
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,9 @@ def run(args: argparse.Namespace) -> None:
     if args.scenes and "instance_data_dir" in flags and [named] != args.scenes:
         raise InputError(f"two scenes: {args.scenes[0]} and --instance_data_dir {named}")
     names = args.scenes or ([named] if named else [])
-    if not names:
+    if not all(names or [""]):
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
-    row = read_model_row(find(explicit.get("pretrained_model_name_or_path")))
-    config = TrainConfig.resolve({**explicit, "instance_data_dir": names[0]}, row)
+    config = train_config(names[0], **explicit)
     ranks = Ranks.from_environment()
     if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
         scenes = find_scenes(names)
@@ -83,16 +83,23 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
     _, note = read_concepts(folder)
     if page := try_report(folder):
         print(f"{page} shows how it went")
-    print(f'{folder} is ready. Try: bas sample {folder} --prompt "a photo of {note["handles"][0]} at the beach"')
+    command = f'bas sample {quote(str(folder))} --prompt "a photo of {note["handles"][0]} at the beach"'
+    print(f"{folder} is ready. Try: {command}")
 
 
 def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
     """Train this process's share of the scenes; the first process then lists what failed. RunError if anything did."""
     if dry:
-        left = [settings for settings in (settings_of(scene, config) for scene in scenes) if not is_finished(settings)]
-        facts = {"scenes": f"{len(scenes)}, of which {len(scenes) - len(left)} are finished"}
-        print(as_text(facts | (dry_run(left[0]) if left else {})))
+        left, failed = to_train(config, scenes)
+        finished = len(scenes) - len(left) - len(failed)
+        facts = {"scenes": f"{len(scenes)}, of which {finished} are finished", "refused": failed}
+        print(as_text(facts | (dry_run(left[0], len(left)) if left else {})))
+        if failed:
+            raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under refused")
         return
+    if ranks.first:
+        names = ", ".join(scene.resolve().name for scene in scenes)
+        log.info("%d scenes, each into its folder of %s: %s", len(scenes), config.output_dir, names)
     config = replace(config, device=ranks.device(config.device))
     share, failed = ranks.part(scenes), []
     with ranks.connected() as gather:
@@ -107,6 +114,20 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
         log.error("%s: %s", scene, error)
     if failed:
         raise RunError(f"{len(failed)} of {len(scenes)} scenes failed; the same command tries them again")
+
+
+def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig], dict[str, str]]:
+    """The settings of the scenes that are not finished and can be trained, and what is wrong with others, by scene."""
+    left, failed = [], {}
+    for scene in scenes:
+        settings = settings_of(scene, config)
+        try:
+            if not is_finished(settings):
+                check_input(settings)
+                left.append(settings)
+        except InputError as error:
+            failed[str(scene)] = str(error)
+    return left, failed
 
 
 def say(outcome: Outcome, count: str) -> None:

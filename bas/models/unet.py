@@ -20,6 +20,7 @@ class AttentionMap(NamedTuple):
 
     place: str  # "down", "mid" or "up"
     probs: Tensor  # (b, heads, h, w, k) float32; each cell's k values sum to 1
+    layer: str = ""  # its name in the UNet, as "up_blocks.1.attentions.0"
 
 
 class UNetOutput(NamedTuple):
@@ -38,6 +39,7 @@ class Stage(nn.Module):
 
     place: str
     gradient_checkpointing = False
+    name = ""  # in the UNet
 
     def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int):
         super().__init__()
@@ -70,7 +72,7 @@ class Stage(nn.Module):
         with_probs = return_maps if isinstance(return_maps, bool) else tuple(x.shape[-2:]) == tuple(return_maps)
         x, probs = self.run(self.attentions[i], x, context, with_probs)
         if probs is not None:
-            maps.append(AttentionMap(self.place, probs))
+            maps.append(AttentionMap(self.place, probs, f"{self.name}.attentions.{i}"))
         return x
 
 
@@ -162,6 +164,9 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(range(config.levels)))
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        for name, module in self.named_modules():
+            if isinstance(module, Stage):
+                module.name = name
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, context: Tensor, return_maps: ReturnMaps = False
@@ -170,7 +175,8 @@ class UNet(nn.Module):
 
         Computes in the precision of its weights.
 
-        Returns the prediction (b, c, h, w) and the attention maps that `return_maps` asks for.
+        Returns the prediction (b, c, h, w) and the attention maps that `return_maps` asks for: True for all, (h, w)
+        for those of the layers on that grid, which may be none.
         """
         features = timestep_embedding(
             timesteps, self.conv_in.out_channels, self.config.flip_sin_to_cos, self.config.freq_shift
