@@ -245,6 +245,22 @@ def test_python_of_the_readme_runs(desk, trained):
     assert [picture.size for picture in names["pictures"]] == [(64, 64)] * 2
 
 
+def test_python_for_notebooks_runs():
+    (code,) = blocks(ROOT / "docs" / "reading.md", "python")
+    names: dict = {}
+    exec(code, names)
+    models, ids = names["models"], names["models"].tokenizer(names["prompt"]).input_ids
+    assert models.tokenizer.convert_ids_to_tokens(ids)[6] == "star</w>"
+    assert names["star"].shape == (1, 1, 16, 16)
+    shapes = {m.layer: tuple(m.probs.shape) for m in names["maps"]}
+    assert shapes["up_blocks.1.attentions.0"] == (1, 4, 8, 8, 77)
+    assert len(shapes) == len(names["maps"])
+    assert [maps.shape for maps in names["seen"]] == [(1, 16, 16, 77)] * 10
+    assert names["picture"].size == (64, 64)
+    assert not names["latents"].clone().is_inference()
+    models.unet.get_submodule("mid_block.resnets.0")
+
+
 def test_json_of_the_pages_is_json():
     texts = [block for page in PAGES for block in blocks(page, "json")]
     assert len(texts) >= 3
