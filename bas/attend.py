@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from bas.batches import attention_grid
 from bas.config import InputError, SampleConfig
 from bas.files import write_json
 from bas.hub import read_model_row
-from bas.losses import average_maps, handle_maps
+from bas.losses import handle_maps
 from bas.models.text import known_handles, tokenize
-from bas.models.unet import AttentionMap
 from bas.parts import Models
 from bas.pictures import grid, heat, save_picture
 from bas.prompts import read_strengths
 from bas.run_folder import CONCEPTS, read_concepts
-from bas.sample import check_request, decode, generate, latent_shape, to_pictures
+from bas.sample import check_request, decode, generate_with_maps, latent_shape, to_pictures
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -52,15 +50,8 @@ def attend(
     `plan_maps` does.
     """
     places, size = plan_maps(models, prompt, config, rows, words)
-    averages: list[Tensor] = []
-
-    def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
-        averages.append(average_maps(maps))
-        return z
-
-    latents = generate([prompt], [config.seed], models, config, collect, size)
+    latents, average = generate_with_maps([prompt], [config.seed], models, config, size)
     (picture,) = to_pictures(decode(models, latents))
-    average = torch.stack(averages).mean(dim=0)
     columns = [
         handle_maps(average, torch.tensor([positions], device=average.device))[0].mean(dim=0)
         for positions in places.values()

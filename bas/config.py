@@ -81,6 +81,14 @@ def _in_range(settings: Any, name: str, least: int, most: int = MAX_COUNT) -> No
         raise InputError(f"--{name} is {value}: expected {expected}")
 
 
+def _check_choices(settings: Any) -> None:
+    """InputError for a setting that is none of its choices."""
+    for f in fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata.get("choices")
+        if choices and value not in choices:
+            raise InputError(f"--{f.name} is {value!r}: expected one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True)
 class Phase:
     """One row of the training plan."""
@@ -92,7 +100,7 @@ class Phase:
     prior: bool  # whether class images take part in each step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One row of METHODS: a baseline of the paper (section 4.1), trained in one phase with the plain diffusion loss."""
 
@@ -101,6 +109,46 @@ class Method:
     prior: bool  # whether class images take part, as far as --no_prior_preservation lets them
     collection: bool  # whether it learns from concepts pasted on plain colours, or from the photograph as it is
     factor: float = 1.0  # of the rate
+
+
+# `official` is the default of every field below; `paper` holds what the paper's text states instead.
+PRESETS: dict[str, dict] = {
+    "official": {},
+    "paper": {
+        "optimizer": "adam",
+        "adam_beta2": 0.99,
+        "with_prior_preservation": False,
+    },
+}
+
+# Adam adds its decay to the gradient, where AdamW's 1e-2 would outweigh the clipped gradient itself: the paper's 1e-8.
+OPTIMIZERS: dict[str, dict] = {"adam": {"adam_weight_decay": 1e-8}}
+
+# The baselines. Each takes as many steps as both phases together, so that all see the same number of examples; their
+# rates are those of the phase that trains the same, which by default are the usual ones of the methods: 5e-4 for
+# Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for Custom Diffusion (Kumari et al.
+# 2023), all as their diffusers examples have them.
+EVERYTHING = ("handles", "embedding", "unet", "text_encoder")
+METHODS: dict[str, Method] = {
+    "ti-m": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=True),
+    "db-m": Method(trains=EVERYTHING, rate="learning_rate", prior=True, collection=True),
+    "cd-m": Method(
+        trains=("handles", "cross_attention_kv"), rate="learning_rate", factor=5.0, prior=True, collection=True
+    ),
+    "ti": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=False),
+    "db": Method(trains=EVERYTHING, rate="learning_rate", prior=True, collection=False),
+}
+PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False}
+
+# How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the
+# moments' precision; the training of the UNet outside its cross-attention, and with it some likeness.
+LEAN = {"mixed_precision": "bf16", "gradient_checkpointing": True}
+CARDS: dict[str, dict] = {
+    "any": {},
+    "24gb": LEAN,
+    "16gb": LEAN | {"optimizer": "adamw8bit"},
+    "12gb": LEAN | {"unet_layers": "cross_attention"},
+}
 
 
 @dataclass(frozen=True)
@@ -134,12 +182,10 @@ class TrainConfig:
     method: str = knob(
         "bas",
         "Break-A-Scene, or a baseline: Textual Inversion, DreamBooth, Custom Diffusion; -m learns from masked concepts",
-        choices=("bas", "ti-m", "db-m", "cd-m", "ti", "db"),
+        choices=("bas", *METHODS),
     )
     collection_size: int = knob(30, "pictures that a -m method learns from: concepts pasted on plain colours")
-    preset: str = knob(
-        "official", "settings of the official code, or those the paper states", choices=("official", "paper")
-    )
+    preset: str = knob("official", "settings of the official code, or those the paper states", choices=tuple(PRESETS))
     phase1_train_steps: int = knob(400, "steps that train the handles alone; 0 leaves phase 1 out")
     phase2_train_steps: int = knob(400, "steps that train the UNet and the text encoder as well")
     initial_learning_rate: float = knob(5e-4, "learning rate of phase 1")
@@ -229,7 +275,7 @@ class TrainConfig:
         "any",
         "settings with which Stable Diffusion 2.1 at 512x512 should fit, by counting: 24gb recomputes activations; "
         "16gb also keeps 8-bit moments (an extra); 12gb recomputes and trains only cross-attention of the UNet",
-        choices=("any", "12gb", "16gb", "24gb"),
+        choices=tuple(CARDS),
     )
     allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
@@ -305,10 +351,9 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}: expected 0 or more, below 1")
+        _check_choices(self)
         for f in fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and value not in choices:
-                raise InputError(f"--{f.name} is {value!r}: expected one of {', '.join(choices)}")
+            value = getattr(self, f.name)
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and not is_utf8(text):  # as the files of a run are
                     raise InputError(f"{flag_of(f)} {text!r} is not UTF-8: rename it")
@@ -349,58 +394,15 @@ class TrainConfig:
 
         The optimizer that comes out of them brings its own defaults (OPTIMIZERS).
         """
-        preset = explicit.get("preset", cls.preset)
-        if preset not in PRESETS:
-            raise InputError(f"--preset is {preset!r}: expected one of {', '.join(PRESETS)}")
-        card = explicit.get("card", cls.card)
-        if card not in CARDS:
-            raise InputError(f"--card is {card!r}: expected one of {', '.join(CARDS)}")
+        preset = PRESETS.get(explicit.get("preset"), {})
+        card = CARDS.get(explicit.get("card"), {})
         method = PLAIN if explicit.get("method") in METHODS else {}
-        merged = {**(model_row or {}), **PRESETS[preset], **CARDS[card], **method, **explicit}
+        merged = {**(model_row or {}), **preset, **card, **method, **explicit}
         merged = OPTIMIZERS.get(merged.get("optimizer"), {}) | merged
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
-
-
-# `official` is the default of every field above; `paper` holds what the paper's text states instead.
-PRESETS: dict[str, dict] = {
-    "official": {},
-    "paper": {
-        "optimizer": "adam",
-        "adam_beta2": 0.99,
-        "with_prior_preservation": False,
-    },
-}
-
-# Adam adds its decay to the gradient, where AdamW's 1e-2 would outweigh the clipped gradient itself: the paper's 1e-8.
-OPTIMIZERS: dict[str, dict] = {"adam": {"adam_weight_decay": 1e-8}}
-
-# The baselines. Each takes as many steps as both phases together, so that all see the same number of examples; their
-# rates are those of the phase that trains the same, which by default are the usual ones of the methods: 5e-4 for
-# Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for Custom Diffusion (Kumari et al.
-# 2023), all as their diffusers examples have them.
-EVERYTHING = ("handles", "embedding", "unet", "text_encoder")
-METHODS: dict[str, Method] = {
-    "ti-m": Method(("handles",), "initial_learning_rate", False, True),
-    "db-m": Method(EVERYTHING, "learning_rate", True, True),
-    "cd-m": Method(("handles", "cross_attention_kv"), "learning_rate", True, True, factor=5.0),
-    "ti": Method(("handles",), "initial_learning_rate", False, False),
-    "db": Method(EVERYTHING, "learning_rate", True, False),
-}
-PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False}
-
-
-# How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the
-# moments' precision; the training of the UNet outside its cross-attention, and with it some likeness.
-LEAN = {"mixed_precision": "bf16", "gradient_checkpointing": True}
-CARDS: dict[str, dict] = {
-    "any": {},
-    "24gb": LEAN,
-    "16gb": LEAN | {"optimizer": "adamw8bit"},
-    "12gb": LEAN | {"unet_layers": "cross_attention"},
-}
 
 
 # --- Sampling -----------------------------------------------------------------------------------------------------
@@ -435,11 +437,7 @@ class SampleConfig:
             raise InputError(f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more")
         if not 0 <= self.eta <= 1:
             raise InputError(f"--eta is {self.eta}: expected 0 to 1")
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"--sampler is {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
-
-
-SAMPLERS = ("ddim", "ddpm", "dpmpp_2m")
+        _check_choices(self)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The parts are fixed by position, so nothing is negotiated; the processes speak t
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from bas.config import InputError
+from bas.config import InputError, RunError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Gather = Callable[[list], list]
@@ -61,6 +64,18 @@ class Ranks:
         device = f"cuda:{self.local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
         return device
+
+    def conclude(self, failed: list[list[str]], total: int, what: str) -> None:
+        """End a command of whose work these items, a name and an error each, failed: the first process lists them.
+
+        RunError if any did; in the other processes SystemExit, for one line is enough.
+        """
+        if failed and not self.first:
+            sys.exit(1)
+        for name, error in failed:
+            log.error("%s: %s", name, error)
+        if failed:
+            raise RunError(f"{len(failed)} of {total} {what} failed; the same command tries them again")
 
     @contextmanager
     def connected(self) -> Iterator[Gather]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import InputError, SampleConfig
+from bas.losses import average_maps
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
 from bas.parts import Models
@@ -83,6 +84,23 @@ def generate(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = standard_normal(latent_shape(models, config), generators).to(models.device)
     return denoise(models, z, context, negative, config, generators, on_step, return_maps=return_maps)
+
+
+def generate_with_maps(
+    prompts: list[str], seeds: list[int], models: Models, config: SampleConfig, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`generate`, and where each token of the prompts was looked for: maps averaged over steps, heads and layers.
+
+    grid: (gh, gw), of the layers to average. -> latents (b, c, h, w), maps (b, gh, gw, 77)
+    """
+    averages: list[Tensor] = []
+
+    def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
+        averages.append(average_maps(maps))
+        return z
+
+    latents = generate(prompts, seeds, models, config, collect, grid)
+    return latents, torch.stack(averages).mean(dim=0)
 
 
 def denoise(

@@ -12,7 +12,10 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
     ("nobody reads the output", r"test_stop::.*(pipe|full_disk|nobody_reads|cannot_be_written)"),
-    ("one run a folder, and nothing that is there is written over", r"second_of_two|racing|must_be_free|only_leftovers"),
+    (
+        "one run a folder, and nothing that is there is written over",
+        r"second_of_two|racing|must_be_free|only_leftovers",
+    ),
     (
         "a full or read-only disk loses nothing, and is told before weights are read",
         r"test_survival::.*(full_disk|disk_that|read_only|sees_it)|test_dry_run::.*disk",

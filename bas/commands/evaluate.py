@@ -2,13 +2,12 @@
 
 import argparse
 import logging
-import sys
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
 from bas.checkpoint import weights_hash
-from bas.config import InputError, RunError, SampleConfig, TrainConfig
+from bas.config import InputError, SampleConfig, TrainConfig
 from bas.config_file import add_config, read_config, setting_kinds
 from bas.evaluation.baselines import COMPARED, PAPER
 from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
@@ -123,12 +122,7 @@ def run(args: argparse.Namespace) -> None:
         shown |= {"metrics": measured["kind"], "segments": measured["segments"]}
         for path in write_results(folder, cells, shown):
             print(path)
-        for name, error in failed:
-            log.error("%s: %s", name, error)
-    if failed and not ranks.first:
-        sys.exit(1)
-    if failed:
-        raise RunError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again")
+    ranks.conclude(failed, len(cells), "cells")
 
 
 def in_range(flag: str, value: int, most: int) -> int:

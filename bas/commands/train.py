@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -108,12 +107,7 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
             if outcome.error:
                 failed.append([outcome.scene, outcome.error])
         failed = gather(failed)
-    if failed and not ranks.first:
-        sys.exit(1)
-    for scene, error in failed:
-        log.error("%s: %s", scene, error)
-    if failed:
-        raise RunError(f"{len(failed)} of {len(scenes)} scenes failed; the same command tries them again")
+    ranks.conclude(failed, len(scenes), "scenes")
 
 
 def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig], dict[str, str]]:

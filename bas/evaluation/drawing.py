@@ -17,13 +17,12 @@ from bas.config import SampleConfig, TrainConfig
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.segments import segment_by_attention
 from bas.interrupts import Interrupted
-from bas.losses import average_maps, handle_maps
+from bas.losses import handle_maps
 from bas.machine import autocast
 from bas.models.text import tokenize
-from bas.models.unet import AttentionMap
 from bas.pictures import save_picture
 from bas.preview import scene_attention
-from bas.sample import decode, generate, latent_shape, to_pictures
+from bas.sample import decode, generate, generate_with_maps, latent_shape, to_pictures
 from bas.scene import Scene, load_scene
 from bas.train import Run
 
@@ -75,17 +74,13 @@ def draw_together(
     run: Run, batch: tuple[Request, ...], sampling: SampleConfig, segments: bool
 ) -> tuple[list[Image.Image], Tensor | None]:
     """Pictures, and with `segments` the attention maps (b, gh, gw, 77), averaged over steps, heads and layers."""
-    models, averages, grid = run.models, [], False
-
-    def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
-        averages.append(average_maps(maps))
-        return z
-
-    if segments:
-        grid = attention_grid(models, latent_shape(models, sampling)[1:], run.config.attention_grid)
+    models = run.models
     prompts, seeds = [request.prompt for request in batch], [request.noise for request in batch]
-    latents = generate(prompts, seeds, models, sampling, collect if segments else None, grid)
-    return to_pictures(decode(models, latents)), torch.stack(averages).mean(dim=0) if segments else None
+    if not segments:
+        return to_pictures(decode(models, generate(prompts, seeds, models, sampling))), None
+    grid = attention_grid(models, latent_shape(models, sampling)[1:], run.config.attention_grid)
+    latents, average = generate_with_maps(prompts, seeds, models, sampling, grid)
+    return to_pictures(decode(models, latents)), average
 
 
 def save_segments(run: Run, request: Request, average: Tensor, size: tuple[int, int], picture: Path) -> None:

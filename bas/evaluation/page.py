@@ -7,7 +7,7 @@ from bas import __version__
 from bas.evaluation.baselines import COMPARED
 from bas.evaluation.plot import scatter_svg
 from bas.evaluation.protocol import Cell
-from bas.evaluation.tables import COLUMNS, HEADINGS, ORDERINGS, Interval, compare, option_changes, summarise, verdict
+from bas.evaluation.tables import COLUMNS, HEADINGS, Interval, checked_orderings, option_changes, summarise, verdict
 from bas.pictures import tint_masks
 from bas.report import escape, picture, spread
 from bas.scene import load_scene
@@ -57,11 +57,10 @@ def comparison(heading: str, titles: list[str], lines: list[list[str]]) -> str:
 
 def orderings(rows: list[dict]) -> str:
     """The paper's claims with what was measured; nothing when none can be checked."""
-    lines = []
-    for ordering in ORDERINGS:
-        if difference := compare(rows, ordering.more, ordering.less, ordering.column):
-            measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
-            lines.append([escape(ordering.claim), escape(measured), shown(difference), verdict(difference)])
+    lines = [
+        [escape(claim), escape(measured), shown(difference), verdict(difference)]
+        for claim, measured, difference in checked_orderings(rows)
+    ]
     return comparison("The paper’s orderings", ["claim", "measured", "difference", "verdict"], lines)
 
 

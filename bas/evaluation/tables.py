@@ -157,14 +157,22 @@ def method_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def checked_orderings(rows: list[dict]) -> list[tuple[str, str, Interval]]:
+    """The claim, what was measured and the difference of each of the paper's orderings that these rows can check."""
+    return [
+        (ordering.claim, f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}", difference)
+        for ordering in ORDERINGS
+        if (difference := compare(rows, ordering.more, ordering.less, ordering.column))
+    ]
+
+
 def ordering_table(rows: list[dict]) -> list[str]:
     """A line for each of the paper's orderings that can be checked; nothing when none can."""
-    checked = [(o, difference) for o in ORDERINGS if (difference := compare(rows, o.more, o.less, o.column))]
-    lines = head(["claim", "measured", "difference", "verdict"]) if checked else []
-    for ordering, difference in checked:
-        measured = f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}"
-        lines.append(line([ordering.claim, measured, str(difference), verdict(difference)]))
-    return lines
+    lines = [
+        line([claim, measured, str(difference), verdict(difference)])
+        for claim, measured, difference in checked_orderings(rows)
+    ]
+    return [*head(["claim", "measured", "difference", "verdict"]), *lines] if lines else []
 
 
 def option_table(rows: list[dict]) -> list[str]:
