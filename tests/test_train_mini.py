@@ -14,13 +14,14 @@ from mini_world_drawing import draw
 from mini_world_layouts import compose
 from safetensors.torch import load_file, save_file
 from train_mini_clip import clip_config
-from train_mini_files import save_weights, write_json
+from train_mini_files import save_weights
 from train_mini_folder import export
 from train_mini_presets import PRESETS, Preset, Recipe
 from train_mini_world import load_world, make_world
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import bas
+from bas.files import write_json
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
 from bas.models.vae import VAE

@@ -57,6 +57,14 @@ def test_maps_come_in_execution_order_with_place_and_grid():
     ]
 
 
+def test_one_timestep_stands_for_all():
+    unet, (latents, _, context) = filled("unet-sd1"), inputs("sd1")
+    with torch.no_grad():
+        each = unet(latents, torch.full((len(latents),), 500), context).sample
+        for one in (500, torch.tensor(500), torch.tensor([500])):
+            assert torch.equal(unet(latents, one, context).sample, each)
+
+
 @pytest.mark.parametrize("name", ["unet-sd1", "unet-sd2"])
 def test_maps_are_those_asked_for(name):
     """False none, True all, a grid only that grid; the prediction is the same in every case."""

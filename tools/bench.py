@@ -26,10 +26,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 from bench_clock import ceilings, free_bytes
+from bench_goals import NAMES, failure, unmeasured
 from bench_material import MODELS, Material, make_material, make_model
 from bench_table import Line, markdown, text_table
 
-GROUPS = ("imports", "steps", "memory", "job", "pictures", "scaling", "loading", "commands", "scenes")
+GROUPS = tuple(NAMES)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def why_not(bench: Bench, setting: Setting, group: str) -> str:
 
 def measure(bench: Bench, save: Callable[[list[Line]], None]) -> None:
     """All lines, those left out among them; `save` sees them after each new one."""
-    from bench_goals import failure, unmeasured
     from bench_rows import MEASURES  # imports diffusers: only now
 
     lines: list[Line] = []

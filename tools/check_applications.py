@@ -56,6 +56,7 @@ STRENGTHS = (0, 0.5, 1, 1.3)
 ELSEWHERE = PLACES["snow"][0]  # where handles of several strengths are drawn: no photograph shows it
 FINER = 4  # times the miniature's pixels, of the photographs' sides: close-ups stay sharp
 CELL = 128
+HELD_OUT = 300  # scenes that show how well places are read
 
 
 def moved(layout: Layout, background: str, seed: int, *spots: tuple[float, float, float]) -> Layout:
@@ -170,11 +171,11 @@ def check_strength(learnt: Learnt, count: int, sheet: Path) -> dict:
     return {f"{strength:g}": likeness(learnt, row) for strength, row in zip(STRENGTHS, rows, strict=True)}
 
 
-def places_read(recogniser: Recogniser, count: int = 300) -> float:
+def places_read(recogniser: Recogniser) -> float:
     """The share of held-out scenes of one thing or two whose place the recogniser names: the ceiling."""
-    scenes = [labelled_scene(1_000_000 + i) for i in range(count)]
-    seen = [reading.place for reading in read_pictures(recogniser, [scene[0] for scene in scenes])]
-    return sum(place == tuple(PLACES)[scene[3]] for place, scene in zip(seen, scenes, strict=True)) / count
+    scenes = [labelled_scene(1_000_000 + i) for i in range(HELD_OUT)]
+    seen = [reading.place for reading in read_pictures(recogniser, [scene.image for scene in scenes])]
+    return sum(place == tuple(PLACES)[scene.place] for place, scene in zip(seen, scenes, strict=True)) / HELD_OUT
 
 
 # --- The table ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing import Pool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 import bas
 
 SEED = 90_210  # scenes here are drawn from (SEED, i): none of them is a training scene
+BATCH = 64  # scenes of a step of the recogniser's training
 SIDE = 64  # the recogniser reads pictures of this size
 SHAPE_NAMES, COLOUR_NAMES, PLACE_NAMES = (tuple(names) for names in (SHAPES, COLOURS, PLACES))
 NOTHING = len(SHAPES)  # the shape class of cells without an object
@@ -61,8 +63,17 @@ class Recogniser(nn.Module):
         return shapes, colours, self.places(joined.mean(dim=(2, 3)))
 
 
-def labelled_scene(index: int):
-    """Scene `index`: picture, shape and colour of each of 16 x 16 cells (where an object covers half of it), place."""
+class Labelled(NamedTuple):
+    """A scene to learn reading from."""
+
+    image: np.ndarray  # (H, W, 3) uint8
+    shapes: np.ndarray  # (16, 16): the shape of each cell of which an object covers half
+    colours: np.ndarray  # (16, 16): and its colour
+    place: int
+
+
+def labelled_scene(index: int) -> Labelled:
+    """Scene `index`, with what there is to read in it."""
     scene = render_scene(np.random.default_rng((SEED, index)), SIDE, two_colours=0)
     shapes = np.full((16, 16), NOTHING, dtype=np.int64)
     colours = np.full((16, 16), -1, dtype=np.int64)  # -1: no colour to learn
@@ -70,7 +81,7 @@ def labelled_scene(index: int):
         covered = mask.reshape(16, 4, 16, 4).mean(axis=(1, 3)) > 0.5
         shapes[covered] = SHAPE_NAMES.index(thing.shape)
         colours[covered] = COLOUR_NAMES.index(thing.colour)
-    return scene.image, shapes, colours, PLACE_NAMES.index(scene.background), scene.layout
+    return Labelled(scene.image, shapes, colours, PLACE_NAMES.index(scene.background))
 
 
 def to_tensor(images) -> Tensor:
@@ -86,23 +97,23 @@ def blemish(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + amount * (blurred - x) + 0.06 * torch.randn(x.shape, generator=generator)
 
 
-def train_recogniser(path: Path, scenes: int, epochs: int, batch: int = 64) -> Recogniser:
+def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
     """The recogniser, trained on `scenes` fresh scenes, or read from `path` where it was trained before."""
     recogniser = Recogniser()
     if path.exists():
         recogniser.load_state_dict(torch.load(path, weights_only=True))
         return recogniser.eval()
     with Pool() as pool:
-        images, shapes, colours, places, _ = zip(*pool.map(labelled_scene, range(scenes), chunksize=64), strict=True)
+        images, shapes, colours, places = zip(*pool.map(labelled_scene, range(scenes), chunksize=64), strict=True)
     images, places = to_tensor(images), torch.tensor(places)
     shapes, colours = torch.from_numpy(np.stack(shapes)), torch.from_numpy(np.stack(colours))
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(recogniser.parameters(), 2e-3)
-    steps = epochs * scenes // batch
+    steps = epochs * scenes // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
-        i = torch.randint(scenes, (batch,), generator=generator)
+        i = torch.randint(scenes, (BATCH,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             seen_shapes, seen_colours, seen_places = recogniser(blemish(images[i], generator))
         loss = F.cross_entropy(seen_shapes.float(), shapes[i]) + F.cross_entropy(seen_places.float(), places[i])

@@ -47,9 +47,9 @@ def render_scene(rng, size: int = 64, count=None, background=None, two_colours: 
     return realise(layout, describe(layout, rng), size)
 
 
-def render_concepts(rng, size: int = 64, count: int = 3, background=None) -> Scene:
+def render_concepts(rng, size: int = 64, count: int = 3) -> Scene:
     """One scene of concept objects; its caption names what training has no words for."""
-    layout = compose_concepts(rng, count, background)
+    layout = compose_concepts(rng, count)
     return realise(layout, describe(layout), size)
 
 

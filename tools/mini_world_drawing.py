@@ -9,6 +9,8 @@ from mini_world_places import BACKGROUNDS
 from mini_world_shapes import CONCEPT_SHAPES, DETAILS, SHAPES
 from PIL import Image
 
+GAP = 2  # pixels between the pictures of a sheet
+
 
 def paint(thing: Thing, x, y, size):
     """Colour (h, w, 3) and coverage (h, w) of one thing at picture coordinates x, y in 0..1."""
@@ -54,12 +56,12 @@ def draw(layout: Layout, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8), masks
 
 
-def contact_sheet(images, columns: int = 8, gap: int = 2) -> Image.Image:
+def contact_sheet(images, columns: int = 8) -> Image.Image:
     """Pictures (N, H, W, 3) uint8 of one size as a grid, in reading order, on white."""
     height, width = images[0].shape[:2]
     rows = -(-len(images) // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, dtype=np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        top, left = i // columns * (height + GAP), i % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = image
     return Image.fromarray(sheet)

@@ -94,13 +94,13 @@ def compose(rng, count=None, background=None, two_colours: float = TWO_COLOURS) 
     return Layout(placed, background, int(rng.integers(2**31)))
 
 
-def compose_concepts(rng, count=3, background=None) -> Layout:
+def compose_concepts(rng, count: int) -> Layout:
     """Decide a scene of `count` concept objects: unseen shapes, each with two colours in an unseen marking."""
     things = []
     for shape in rng.permutation(tuple(CONCEPT_SHAPES))[:count]:
         first, second = rng.permutation(tuple(COLOURS))[:2]
         things.append(Thing(str(shape), str(first), choose(rng, MARKINGS), str(second)))
-    background = choose(rng, PLACES) if background is None else background
+    background = choose(rng, PLACES)
     return Layout(place_things(rng, things), background, int(rng.integers(2**31)))
 
 

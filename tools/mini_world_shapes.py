@@ -29,9 +29,9 @@ def polar(x, y):
     return np.hypot(x, y), np.arctan2(y, x)
 
 
-def star_points(tips, inner, outer=1.0):
+def star_points(tips, inner):
     angles = np.arange(2 * tips) * np.pi / tips - np.pi / 2
-    radii = np.where(np.arange(2 * tips) % 2 == 0, outer, inner)
+    radii = np.where(np.arange(2 * tips) % 2 == 0, 1.0, inner)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 

@@ -258,9 +258,9 @@ class OfficialLoop:
 # --- The commands -------------------------------------------------------------------------------------------------
 
 
-def open_pipeline(weights: Path, device: str, dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """diffusers' pipeline, quiet; half precision on a GPU unless `dtype` says otherwise."""
-    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+def open_pipeline(weights: Path, device: str) -> StableDiffusionPipeline:
+    """diffusers' pipeline, quiet; half precision on a GPU."""
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     pipeline = StableDiffusionPipeline.from_pretrained(weights, torch_dtype=dtype, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

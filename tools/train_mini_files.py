@@ -1,26 +1,20 @@
-"""What the stages of the miniature's training write: weights, JSON, and pictures of the loss over time."""
+"""What the stages of the miniature's training write: weights, and pictures of the loss over time."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+
+from bas.files import write_tensors
 
 
 def save_weights(module, path: Path, dtype=torch.float32) -> None:
     """The module's state dict as a safetensors file, floating-point tensors in `dtype`."""
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, f"{path}.part", metadata={"format": "pt"})
-    os.replace(f"{path}.part", path)
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_tensors(path, state)
 
 
 def plot_losses(log: Path) -> None:

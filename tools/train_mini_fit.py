@@ -6,6 +6,7 @@ import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -89,17 +90,12 @@ def twin_of(module):
     return twin
 
 
-class swapped:
+@contextmanager
+def swapped(parameters, others):
     """Within the block, `parameters` hold the values of `others`."""
-
-    def __init__(self, parameters, others):
-        self.parameters, self.others = parameters, others
-
-    def __enter__(self):
-        self.kept = [p.detach().clone() for p in self.parameters]
-        for p, other in zip(self.parameters, self.others, strict=True):
-            p.data.copy_(other)
-
-    def __exit__(self, *_):
-        for p, kept in zip(self.parameters, self.kept, strict=True):
-            p.data.copy_(kept)
+    kept = [p.detach().clone() for p in parameters]
+    torch._foreach_copy_([p.data for p in parameters], others)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in parameters], kept)

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from train_mini_clip import load_clip
-from train_mini_files import save_weights, write_json
+from train_mini_files import save_weights
 from train_mini_presets import SCHEDULE, Preset
 from train_mini_vae import load_vae
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel
 
-from bas.checkpoint import load
+from bas.checkpoint import MODEL_INDEX, load
+from bas.files import write_json
 from bas.models.unet import UNet
 
 
@@ -45,6 +46,7 @@ def export(preset: Preset, run: Path, folder: Path) -> None:
     write_json(folder / "unet/config.json", preset.unet.to_json())
     save_weights(vae, folder / "vae/diffusion_pytorch_model.safetensors", torch.float16)
     write_json(folder / "vae/config.json", vae.config.to_json())
+    (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler/scheduler_config.json", SCHEDULE.to_json())
 
     text_encoder = CLIPTextModel(clip.config.text_config)
@@ -58,14 +60,4 @@ def export(preset: Preset, run: Path, folder: Path) -> None:
     prepare.save_pretrained(folder / "clip")
     for place in ("tokenizer", "clip"):
         shutil.copytree(run / "tokenizer", folder / place, dirs_exist_ok=True)
-    modules = {
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-    }
-    flags = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.20.0", "requires_safety_checker": False}
-    write_json(folder / "model_index.json", flags | modules)
+    write_json(folder / "model_index.json", MODEL_INDEX)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from train_mini_files import write_json
 from train_mini_fit import fit
 from train_mini_presets import SEED, Preset, Recipe
 from train_mini_world import load_world, to_pictures, to_tensor
 
+from bas.files import write_json
 from bas.models.vae import VAE
 
 

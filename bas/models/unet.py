@@ -169,15 +169,16 @@ class UNet(nn.Module):
                 module.name = name
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, context: Tensor, return_maps: ReturnMaps = False
+        self, latents: Tensor, timesteps: Tensor | int, context: Tensor, return_maps: ReturnMaps = False
     ) -> UNetOutput:
-        """latents: (b, c, h, w), h and w multiples of 2^(levels-1); timesteps: (b,); context: (b, k, d).
+        """latents: (b, c, h, w), h and w multiples of 2^(levels-1); timesteps: (b,) or one; context: (b, k, d).
 
         Computes in the precision of its weights.
 
         Returns the prediction (b, c, h, w) and the attention maps that `return_maps` asks for: True for all, (h, w)
         for those of the layers on that grid, which may be none.
         """
+        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
         features = timestep_embedding(
             timesteps, self.conv_in.out_channels, self.config.flip_sin_to_cos, self.config.freq_shift
         )
