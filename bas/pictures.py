@@ -69,6 +69,11 @@ def concept_colour(index: int) -> tuple[int, int, int]:
     return CONCEPT_COLOURS[index % len(CONCEPT_COLOURS)]
 
 
+def as_hex(colour: tuple[int, int, int]) -> str:
+    """A colour as pages write it, #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
 def tint_masks(picture: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
     """The photograph with masks (H, W) in 0..1, by concept index, tinted in their concepts' colours."""
     canvas = np.asarray(picture.convert("RGB"), dtype=np.float32)

@@ -28,7 +28,7 @@ from bas.files import human_size, read_json, write_text
 from bas.gallery import GRID
 from bas.hub import SHIPPED
 from bas.images import read_image, read_mask
-from bas.pictures import concept_colour, tint_masks
+from bas.pictures import as_hex, concept_colour, tint_masks
 from bas.preview import PICTURES, SCENE
 from bas.progress import clock
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS, read_rows
@@ -96,8 +96,7 @@ def page(run: Path) -> str:
 
 def chip(name: str, index: int) -> str:
     """A handle with the colour that it has in every picture."""
-    colour = "#{:02x}{:02x}{:02x}".format(*concept_colour(index))
-    return f'<span class="chip"><i style="background:{colour}"></i>{escape(name)}</span>'
+    return f'<span class="chip"><i style="background:{as_hex(concept_colour(index))}"></i>{escape(name)}</span>'
 
 
 T = TypeVar("T")

@@ -67,7 +67,7 @@ def test_a_background_that_cannot_be_is_refused(scene):
 def test_the_background_counts_as_a_concept(tmp_path, caplog):
     folder = write_scene(tmp_path, concepts=4)
     with caplog.at_level(logging.WARNING):
-        load(folder)
+        assert len(load(folder)) == 5
     assert "5 concepts" in caplog.text
 
 

@@ -20,7 +20,6 @@ import bas
 from bas.base import Base
 from bas.checkpoint import load
 from bas.cli import main
-from bas.config import TrainConfig
 from bas.many import find_scenes, train_each
 from bas.models.text import add_handles
 from bas.ranks import Ranks
@@ -45,15 +44,6 @@ def alone(bench, scenes, tmp_path_factory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("alone")
     configs = {p.name: bench.config(folder / p.name, instance_data_dir=str(p)) for p in sorted(scenes.iterdir())}
     return {name: file_hashes(bas.train(config)) for name, config in configs.items()}
-
-
-def words(bench, output: Path, *more: str) -> list[str]:
-    """The command line of the bench's short training, without scenes."""
-    config = bench.config(output)
-    defaults = vars(TrainConfig())
-    changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
-    del changed["instance_data_dir"]
-    return ["train", *more, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))]
 
 
 # --- The base stays as it was -------------------------------------------------------------------------------------
@@ -110,7 +100,7 @@ def test_a_failed_scene_is_reported_and_the_others_are_trained(bench, scenes, al
     """Exit code 1; the same command again trains what failed, once it is mended, and nothing else."""
     spoilt = write_scene(tmp_path / "all" / "bad", concepts=2)
     (spoilt / "mask1.png").write_bytes((spoilt / "mask0.png").read_bytes())
-    line = words(bench, tmp_path / "out", str(scenes / "ant"), str(tmp_path / "all"), str(scenes / "cat"))
+    line = bench.command(tmp_path / "out", str(scenes / "ant"), str(tmp_path / "all"), str(scenes / "cat"))
     assert main(line) == 1
     output, errors = capsys.readouterr()
     assert [text.split()[-3] for text in output.splitlines()] == [str(tmp_path / "out" / n) for n in ("ant", "cat")]
@@ -171,9 +161,9 @@ def test_a_page_that_cannot_be_written_ends_nothing(bench, scenes, tmp_path, mon
 
     monkeypatch.setattr("bas.commands.train.write_report", full)
     chosen = [str(scenes / name) for name in ("ant", "bee")]
-    assert main(words(bench, tmp_path / "out", *chosen)) == 0
+    assert main(bench.command(tmp_path / "out", *chosen)) == 0
     assert [line.split("/out/")[1] for line in capsys.readouterr().out.splitlines()] == ["ant is ready", "bee is ready"]
-    assert main(words(bench, tmp_path / "alone", chosen[0])) == 0
+    assert main(bench.command(tmp_path / "alone", chosen[0])) == 0
     assert "alone is ready" in capsys.readouterr().out
     told = [f"{tmp_path / name} has no page: " for name in ("out/ant", "out/bee", "alone")]
     assert [line for line in caplog.messages if "page" in line] == [
@@ -227,7 +217,7 @@ def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
     """What all of them leave on the disk, too."""
 
     def needed(*more: str) -> int:
-        assert main([*words(bench, tmp_path / "out", *more), "--dry_run"]) == 0
+        assert main([*bench.command(tmp_path / "out", *more), "--dry_run"]) == 0
         output = capsys.readouterr().out
         assert "phase2" in output
         size, unit = re.search(r"disk +enough: ([0-9.]+) (kB|MB) of", output).groups()
@@ -243,7 +233,7 @@ def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys):
     Image.new("L", (32, 32)).save(folder / "bee" / "mask0.png")
     bas.train(bench.config(tmp_path / "out" / "cat", instance_data_dir=str(folder / "cat")))
     capsys.readouterr()
-    assert main([*words(bench, tmp_path / "out", str(folder)), "--dry_run"]) == 2
+    assert main([*bench.command(tmp_path / "out", str(folder)), "--dry_run"]) == 2
     output, errors = capsys.readouterr()
     assert "3, of which 1 are finished" in output
     assert re.search(r"refused +\S*bee: \S*mask0.png is black all over", output)
@@ -297,7 +287,7 @@ def test_two_processes_train_every_scene_once(bench, scenes, tmp_path):
     """Started by torchrun: a failed scene of one process ends both with code 1 after all are trained."""
     broken = write_scene(tmp_path / "broken")
     (broken / "mask0.png").write_text("nothing")
-    line = words(bench, tmp_path / "out", str(scenes), str(broken))
+    line = bench.command(tmp_path / "out", str(scenes), str(broken))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bas"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bas.__file__).parents[1])}
     process = subprocess.run([*launcher, *line], env=environment, capture_output=True, text=True, timeout=300)

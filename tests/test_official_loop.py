@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny import Bench
 
 from bas.checkpoint import load
-from bas.scene import pixels, read_image
+from bas.images import read_image
+from bas.scene import pixels
 
 pytest.importorskip("diffusers", reason="the port of the official loop runs on diffusers")
 from official_loop import Example, OfficialLoop, main, read_scene

@@ -19,13 +19,14 @@ from torch import Tensor
 from bas.batches import Batch, encode_images, handle_positions
 from bas.checkpoint import load
 from bas.config import InputError, SampleConfig, TrainConfig
+from bas.images import read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.masters import Masters
 from bas.models.text import add_handles, encode_ids, tokenize
 from bas.parts import Models
 from bas.prompts import encode_prompts
 from bas.sample import decode, denoise, walk
-from bas.scene import load_scene, pixels, read_image, subset_prompt
+from bas.scene import load_scene, pixels, subset_prompt
 from bas.schedulers import add_noise, ddim_step
 from bas.train import build_optimizer, optimizer_step, trainable_parameters, training_step
 

@@ -46,26 +46,10 @@ def test_a_signal_finishes_the_step_saves_and_ends(bench, tmp_path, monkeypatch,
     assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
-def command(bench, run):
-    """The command line of the standard run."""
-    flags = {
-        "output_dir": run,
-        "weights": bench.model,
-        "class_data_dir": bench.class_images,
-        "num_class_images": 2,
-        "phase1_train_steps": 3,
-        "phase2_train_steps": 3,
-        "img_log_steps": 0,
-        "checkpointing_steps": 0,
-        "device": "cpu",
-    }
-    return ["train", str(bench.scene), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-
-
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_the_command_ends_with_the_code_that_shells_expect(bench, tmp_path, monkeypatch, capsys, name, code):
     before_step(monkeypatch, 1, lambda *args: os.kill(os.getpid(), getattr(signal, name)))
-    assert main(command(bench, tmp_path / "run")) == code
+    assert main(bench.command(tmp_path / "run")) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("bas: stopped after step 1 of 6, saved in ")
 
 
@@ -117,7 +101,7 @@ def lose_terminal(bench, run):
     os.close(line)
     before_step(pytest.MonkeyPatch(), 3, lambda *args: os.close(terminal))
     with heard():
-        os._exit(main(command(bench, run)))
+        os._exit(main(bench.command(run)))
 
 
 def test_a_lost_terminal_saves_and_ends(bench, tmp_path, whole):

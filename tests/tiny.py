@@ -141,6 +141,17 @@ class Bench:
         }
         return TrainConfig(**values | changes)
 
+    def command(self, run: Path | str, *scenes: str) -> list[str]:
+        """The command line of `config(run)`, on its scene or on others."""
+        config, defaults = vars(self.config(run)), vars(TrainConfig())
+        changed = {name: value for name, value in config.items() if value != defaults[name]}
+        own = changed.pop("instance_data_dir")
+        return [
+            "train",
+            *(scenes or [own]),
+            *(word for name, value in changed.items() for word in (f"--{name}", str(value))),
+        ]
+
     def prepared(self, config: TrainConfig) -> tuple[Models, Material]:
         """Models with handles and the material of the steps, as `bas.train.start` makes them."""
         models, scene = load(config.pretrained_model_name_or_path), load_scene(config)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from bas.scene import pixels, read_image, read_mask
+from bas.images import read_image, read_mask
+from bas.scene import pixels
 
 CLASS_PROMPT = "a photo at the beach"
 CLASS_BATCH = 4  # class images generated at once

@@ -51,14 +51,13 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the masks, or propose them."""
-    of_auto = [f.name for f in fields(ProposalConfig)] + ["output_dir", "device"]
-    for name in (*SETTINGS, "output_path") if args.auto else of_auto:
-        if getattr(args, name, None) is not None:
-            raise InputError(f"--{name} does not go with --auto" if args.auto else f"--{name} goes with --auto")
-    if args.auto:
-        write_proposals(args)
-    else:
-        check(args)
+    flags = {name for name, value in vars(args).items() if value is not None}
+    of_auto = {*(f.name for f in fields(ProposalConfig)), "output_dir", "device"}
+    if args.auto and (wrong := flags & {*SETTINGS, "output_path"}):
+        raise InputError(f"--{min(wrong)} does not go with --auto")
+    if not args.auto and (wrong := flags & of_auto):
+        raise InputError(f"--{min(wrong)} goes with --auto")
+    (write_proposals if args.auto else check)(args)
 
 
 def write_proposals(args: argparse.Namespace) -> None:

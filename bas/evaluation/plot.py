@@ -11,12 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bas.evaluation.baselines import COMPARED
 from bas.evaluation.tables import Interval
-from bas.pictures import INK, PAPER, concept_colour
+from bas.pictures import INK, PAPER, as_hex, concept_colour
 
 WIDTH, HEIGHT = 960, 640
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 30, 80  # margins
 RADIUS = 7
 QUIET = (150, 150, 150)
+FIRST_COLOUR = 4  # of the concepts' colours, for the first method: a dark blue
 X, Y = "prompt_similarity", "identity_similarity"
 TITLES = {X: "prompt similarity", Y: "identity similarity"}
 
@@ -84,7 +85,7 @@ def layout(summary: dict[str, dict[str, Interval]]) -> tuple[Axis, Axis, list[Po
 def colour_of(method: str) -> tuple[int, int, int]:
     """Methods in colours that everyone can tell apart; ablations and options of `bas` in greys."""
     methods = [name for name, row in COMPARED.items() if row.kind == "method"]
-    return concept_colour((methods.index(method) + 4) % 7) if method in methods else (110, 110, 110)
+    return concept_colour(FIRST_COLOUR + methods.index(method)) if method in methods else (110, 110, 110)
 
 
 def label_places(points: list[Point], height: float) -> list[tuple[float, float]]:
@@ -148,7 +149,7 @@ def scatter_svg(summary: dict[str, dict[str, Interval]]) -> str:
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 24, f"{TITLES[X]} →", "middle"))
     parts.append(text(8, 20, f"{TITLES[Y]} ↑", "start"))
     for point, (left, top) in zip(points, label_places(points, 20), strict=True):
-        colour = "#{:02x}{:02x}{:02x}".format(*point.colour)
+        colour = as_hex(point.colour)
         bars = []
         if point.across:
             bars.append(f"M{point.across[0]:.1f} {point.y:.1f}H{point.across[1]:.1f}")
