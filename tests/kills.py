@@ -22,7 +22,7 @@ import torch
 from tiny import Bench, file_hashes
 
 import bas
-from bas import checkpoint, class_images, run_folder
+from bas import checkpoint, files, run_folder
 from bas.config import TrainConfig
 
 training = import_module("bas.train")  # the module: bas.train is its function
@@ -107,7 +107,7 @@ def remove_one(folder: Path, *args) -> None:
 
 def in_class_images(done: int) -> None:
     """Before the second class image takes its place."""
-    patch(class_images.os, "replace", lambda source, target: Path(target).name == "00001.png")
+    patch(files.os, "replace", lambda source, target: Path(target).name == "00001.png")
 
 
 def in_preview(done: int) -> None:
