@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from bas.checkpoint import load
-from bas.config import SampleConfig, TrainConfig
-from bas.hub import find, read_model_row
+from bas.config import SampleConfig
+from bas.hub import find, train_config
 from bas.machine import pick_device
 from bas.pictures import grid, heat, save_picture, tint_masks
 from bas.preview import scene_attention
@@ -25,10 +25,8 @@ CELL = 160
 
 def demo(output_dir: Path, device: str | None = None) -> Path:
     """Train on the shipped scene, or go on where the folder's run stopped, and draw the picture; returns its path."""
-    base, resume = find(None), "latest" if (output_dir / METRICS).exists() else None
-    explicit = {"instance_data_dir": str(base / SCENE), "output_dir": str(output_dir), "device": device}
-    explicit["resume_from_checkpoint"] = resume
-    config = TrainConfig.resolve(explicit, read_model_row(base))
+    resume = "latest" if (output_dir / METRICS).exists() else None
+    config = train_config(find(None) / SCENE, output_dir=str(output_dir), device=device, resume_from_checkpoint=resume)
     if (output_dir / CONCEPTS).exists():
         log.info("%s holds a finished run: only the picture is drawn", output_dir)
     else:

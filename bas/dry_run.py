@@ -93,7 +93,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
         },
         "memory": {phase.name: sum_of(parts) for phase, parts in plan.memory.items()},
         "estimated by": MEMORY_RULE,
-        "warning": memory_warning(plan.peak, device, config),
+        "warning": memory_warning(plan.peak, device, replace(config, mixed_precision=precision)),
         "time": {name: clock(value) for name, value in seconds.items()},
         "counted by": TIME_RULE.format(speed=speed / 1e12),
         "files": {name: human_size(size) for name, size in files.items()},
@@ -218,7 +218,7 @@ def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> st
     else:
         return None
     untried = [flag for flag, changes in SAVINGS if replace(config, **changes) != config]
-    advice = f"try, in this order: {', '.join(untried)}"
+    advice = f"try, in this order: {', '.join(untried) or 'a smaller --resolution'}"
     return f"{device} has {human_size(held)}, less than the estimate: {advice}" if held < needed else None
 
 

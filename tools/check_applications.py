@@ -32,7 +32,7 @@ from bas.config import SampleConfig, TrainConfig
 from bas.edit import Region, edit
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.objects import ObjectSimilarity
-from bas.hub import find, read_model_row
+from bas.hub import find, train_config
 from bas.parts import Models
 from bas.pictures import grid
 from bas.preview import scene_attention
@@ -91,11 +91,11 @@ def learn(folder: Path, base: Path, layouts: tuple[Layout, ...], steps: list[int
     side = load(base).resolution
     for i, layout in enumerate(layouts):
         save_scene(realise(layout, describe(layout), FINER * side), folder / "scene" / (str(i) if i else ""))
-    run, explicit = folder / "run", {"instance_data_dir": str(folder / "scene"), "output_dir": str(folder / "run")}
-    explicit |= {"pretrained_model_name_or_path": str(base), "img_log_steps": 0, "checkpointing_steps": 0, **changes}
+    run = folder / "run"
+    settings = {"output_dir": str(run), "pretrained_model_name_or_path": str(base), "img_log_steps": 0, **changes}
     if steps:
-        explicit |= dict(zip(("phase1_train_steps", "phase2_train_steps"), steps, strict=True))
-    config = TrainConfig.resolve(explicit, read_model_row(base))
+        settings |= dict(zip(("phase1_train_steps", "phase2_train_steps"), steps, strict=True))
+    config = train_config(folder / "scene", checkpointing_steps=0, **settings)
     if not (run / CONCEPTS).exists():
         shutil.rmtree(run, ignore_errors=True)
         train(config)

@@ -19,7 +19,7 @@ from bas.config import SampleConfig, TrainConfig
 from bas.demo import SCENE
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.objects import ObjectSimilarity
-from bas.hub import find, read_model_row
+from bas.hub import find, train_config
 from bas.pictures import grid
 from bas.preview import scene_attention
 from bas.run_folder import CONCEPTS
@@ -64,13 +64,11 @@ def main() -> None:
     parser.add_argument("--scene", default=SCENE, help="scene folder inside the shipped model's (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=8, help="pictures of each handle alone")
     args = parser.parse_args()
-    base = find(None)
     recogniser = train_recogniser(args.output_dir / "recogniser.pt", scenes=24_000, epochs=5)
     scores = {}
     for name, changed in VARIANTS.items():
         run = args.output_dir / name.replace(" ", "_")
-        explicit = {"instance_data_dir": str(base / args.scene), "output_dir": str(run), "img_log_steps": 0, **changed}
-        config = TrainConfig.resolve(explicit, read_model_row(base))
+        config = train_config(find(None) / args.scene, output_dir=str(run), img_log_steps=0, **changed)
         if not (run / CONCEPTS).exists():
             train(config)
         scores[name] = measure(run, config, recogniser, args.pictures)

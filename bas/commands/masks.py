@@ -13,7 +13,7 @@ from bas.checkpoint import glance
 from bas.config import InputError, ProposalConfig, TrainConfig
 from bas.drafts import open_draft, write_draft
 from bas.flags import Parser, add_fields, given
-from bas.hub import find, read_model_row
+from bas.hub import find, train_config
 from bas.machine import pick_device
 from bas.mask_proposals import METHODS, propose
 from bas.mask_sources import list_sources
@@ -78,9 +78,8 @@ def write_proposals(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Print the table; warnings go to the log. Raises InputError for what training would refuse, once it is drawn."""
     target = picture_path(args.output_path) if args.output_path else None
-    explicit = given(args, TrainConfig) | {"instance_data_dir": args.scene}
-    model = find(explicit.get("pretrained_model_name_or_path"))
-    config = TrainConfig.resolve(explicit, read_model_row(model))
+    config = train_config(args.scene, **given(args, TrainConfig))
+    model = find(config.pretrained_model_name_or_path)
     scene, models = load_scene(config), glance(model)
     view = view_scene(scene, models, config)
     size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.scenes and "instance_data_dir" in flags and [named] != args.scenes:
         raise InputError(f"two scenes: {args.scenes[0]} and --instance_data_dir {named}")
     names = args.scenes or ([named] if named else [])
-    if not all(names or [""]):
+    if not names or "" in names:
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
     config = train_config(names[0], **explicit)
     ranks = Ranks.from_environment()
