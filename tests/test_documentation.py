@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -175,8 +176,8 @@ def desk(tmp_path, monkeypatch) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bas.paint.Server.serve_forever", leave)
-    row = hub.read_model_row(MINI) | {"phase1_train_steps": 1, "phase2_train_steps": 1, "num_class_images": 1}
-    monkeypatch.setattr(import_module("bas.demo"), "read_model_row", lambda _folder: row)  # its flags are few
+    short = {"phase1_train_steps": 1, "phase2_train_steps": 1, "num_class_images": 1}  # the demo's flags are few
+    monkeypatch.setattr(import_module("bas.demo"), "train_config", partial(hub.train_config, **short))
     return tmp_path
 
 

@@ -413,28 +413,7 @@ def test_runs_of_many_kinds_end_well(bench, tmp_path, flags, size, sides):
     assert all(torch.tensor(row["loss"]).isfinite() for row in metrics(run))
 
 
-# --- Learning rates, optimizers -----------------------------------------------------------------------------------
-
-
-COURSES = TrainConfig.__dataclass_fields__["lr_scheduler"].metadata["choices"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "warmup"), [(kind, n) for kind in COURSES for n in (0, 3) if (kind, n) != ("constant", 3)]
-)
-def test_learning_rate_follows_diffusers(kind, warmup):
-    optimization = pytest.importorskip("diffusers.optimization", reason="diffusers is not installed")
-    config = TrainConfig(lr_scheduler=kind, lr_warmup_steps=warmup, lr_num_cycles=3, lr_power=2.0)
-    phase = Phase("phase", 10, 2e-6, ("handles",), False)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=phase.lr)
-    cycles = {"num_cycles": 3} if kind == "cosine_with_restarts" else {}
-    schedule = optimization.get_scheduler(
-        kind, optimizer, num_warmup_steps=warmup, num_training_steps=10, power=2.0, **cycles
-    )
-    for step in range(10):
-        assert training.learning_rate(config, phase, step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
-        optimizer.step()
-        schedule.step()
+# --- The run folder -----------------------------------------------------------------------------------------------
 
 
 def test_each_phase_has_its_own_course(bench, tmp_path):
@@ -444,24 +423,6 @@ def test_each_phase_has_its_own_course(bench, tmp_path):
     assert [row["lr"] for row in rows] == pytest.approx([0, 5e-4, 2.5e-4, 0, 2e-6, 1e-6])
     one = bench.config(tmp_path / "one", **flags | {"phase1_train_steps": 1, "phase2_train_steps": 0})
     assert torch.equal(changed(bench, bas.train(one))[1], initial_handles(bench, one))
-
-
-@pytest.mark.parametrize(
-    ("preset", "kind", "group"),
-    [
-        ("official", torch.optim.AdamW, {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}),
-        ("paper", torch.optim.Adam, {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 1e-8}),
-    ],
-)
-def test_presets_choose_the_optimizer(preset, kind, group):
-    config = TrainConfig.resolve({"preset": preset})
-    optimizer = training.build_optimizer([torch.nn.Parameter(torch.zeros(2))], config)
-    assert type(optimizer) is kind
-    assert {name: optimizer.param_groups[0][name] for name in group} == group
-    assert config.with_prior_preservation == (preset == "official")
-
-
-# --- The run folder -----------------------------------------------------------------------------------------------
 
 
 def test_metrics_have_one_line_per_step(bench, tmp_path):
