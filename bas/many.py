@@ -61,10 +61,12 @@ def find_scenes(names: list[str]) -> list[Path]:
 
 
 def scenes_in(folder: Path) -> list[Path]:
-    """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none."""
+    """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none, or a run."""
     require_scene_folder(folder)
     if pictures_in(folder):
         return [folder]
+    if (folder / SETTINGS).exists():
+        raise InputError(f"{folder} holds a run, not scenes: name the scene that it was trained on, see its {SETTINGS}")
     inside = subfolders(folder)
     found = [path for path in inside if pictures_in(path)]
     if not found:

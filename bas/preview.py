@@ -19,11 +19,12 @@ from bas.losses import average_maps, handle_maps
 from bas.models.text import encode_ids, tokenize
 from bas.parts import Models
 from bas.pictures import grid, heat, save_picture, tint_masks
+from bas.run_folder import PREVIEWS, SCENE
 from bas.sample import sample, standard_normal, to_picture
 from bas.scene import Scene, subset_prompt
 from bas.schedulers import add_noise
 
-PICTURES, SCENE = Path("previews/pictures"), Path("scene")  # folders of a run
+PICTURES = f"{PREVIEWS}/pictures"  # of a run folder: each cell of the sheets by itself
 CELL = 192  # pixels of one picture on the sheet
 LOOK_AT = 0.5  # the share of the noise schedule at which attention is looked at
 
@@ -67,7 +68,7 @@ def write_preview(
         save_picture(picture, separate / f"sample-{place}.png")
     for place, picture in enumerate(looks):
         save_picture(picture, separate / f"attention-{place}.png")
-    path = folder / "previews" / f"step-{step:06d}.png"
+    path = folder / PREVIEWS / f"step-{step:06d}.png"
     save_picture(sheet, path)
     return path
 

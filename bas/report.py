@@ -29,9 +29,9 @@ from bas.gallery import GRID
 from bas.hub import SHIPPED
 from bas.images import read_image, read_mask
 from bas.pictures import as_hex, concept_colour, tint_masks
-from bas.preview import PICTURES, SCENE
+from bas.preview import PICTURES
 from bas.progress import clock
-from bas.run_folder import CONCEPTS, METRICS, SETTINGS, read_rows
+from bas.run_folder import CONCEPTS, METRICS, SCENE, SETTINGS, read_rows
 from bas.times import TIMES
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from torch import Tensor
 from bas.config import InputError
 from bas.config_file import check_facts
 from bas.files import read_json, read_tensors, sync, write_json, write_tensors
+from bas.parts import COMPONENTS
 
 try:
     import fcntl
@@ -38,7 +39,8 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"  # held while a process writes to the folder
 SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"
-SUBFOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "scene", "previews", CHECKPOINTS)
+SCENE, PREVIEWS = "scene", "previews"  # what the training saw, and what it drew meanwhile
+SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
 STATE, NOTE = "state.safetensors", "state.json"
 MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut off and does not count
 

@@ -189,6 +189,10 @@ def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
     (tmp_path / "empty").mkdir()
     with refused("empty", "no scene"):
         find_scenes([str(tmp_path / "empty")])
+    write_scene(tmp_path / "run" / "scene")
+    (tmp_path / "run" / "settings.json").touch()
+    with refused("run holds a run, not scenes"):
+        find_scenes([str(tmp_path / "run")])
     with refused("nowhere", "not a folder"):
         find_scenes([str(scenes), "nowhere"])
     with refused("two scenes are called ant"):
@@ -214,12 +218,13 @@ def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monk
 
 
 def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
-    """What all of them leave on the disk, too."""
+    """What all of them leave on the disk, too; the rest is said to be of the first."""
 
     def needed(*more: str) -> int:
         assert main([*bench.command(tmp_path / "out", *more), "--dry_run"]) == 0
         output = capsys.readouterr().out
         assert "phase2" in output
+        assert ("3, of which 0 are finished; below is" in output) == (str(scenes) in more)
         size, unit = re.search(r"disk +enough: ([0-9.]+) (kB|MB) of", output).groups()
         return float(size) * {"kB": 1e3, "MB": 1e6}[unit]
 
@@ -235,7 +240,7 @@ def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys):
     capsys.readouterr()
     assert main([*bench.command(tmp_path / "out", str(folder)), "--dry_run"]) == 2
     output, errors = capsys.readouterr()
-    assert "3, of which 1 are finished" in output
+    assert "3, of which 1 are finished\n" in output
     assert re.search(r"refused +\S*bee: \S*mask0.png is black all over", output)
     assert "phase2" in output
     assert errors == "bas: 1 of 3 scenes cannot be trained, as listed under refused\n"

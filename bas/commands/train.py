@@ -91,7 +91,8 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
     if dry:
         left, failed = to_train(config, scenes)
         finished = len(scenes) - len(left) - len(failed)
-        facts = {"scenes": f"{len(scenes)}, of which {finished} are finished", "refused": failed}
+        below = f"; below is {left[0].instance_data_dir} alone, but for the disk" if len(left) > 1 else ""
+        facts = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "refused": failed}
         print(as_text(facts | (dry_run(left[0], len(left)) if left else {})))
         if failed:
             raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under refused")
