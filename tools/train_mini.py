@@ -32,6 +32,8 @@ from train_mini_unet import train_unet
 from train_mini_vae import encode_world, train_decoder, train_vae
 from train_mini_world import make_world
 
+from bas.machine import pick_device
+
 
 def fast_attention(device) -> None:
     """On a CPU the fused attention's backward pass takes most of a step; plain matrix products take a quarter of it."""
@@ -64,6 +66,7 @@ def main():
     )
     parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
     parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
     args = parser.parse_args()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]
@@ -73,7 +76,7 @@ def main():
         preset = replace(preset, **{recipe: replace(getattr(preset, recipe), **changed)})
     if args.start_from:
         adopt(args.run_dir, args.start_from, with_clip=args.stage != "clip")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     fast_attention(device)
     for stage, run_stage in STAGES.items():
         if args.stage in (stage, "all"):

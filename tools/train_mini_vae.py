@@ -31,7 +31,7 @@ def reconstruct(run: Path, device, recipe: Recipe):
     held_out = len(images) - 512
 
     def loss_of(vae, draw):
-        rng, noise = np.random.default_rng((SEED, draw)), torch.Generator(device).manual_seed(draw)
+        rng, noise = np.random.default_rng((SEED, draw)), torch.Generator().manual_seed(draw)
         chosen = np.sort(rng.choice(held_out, recipe.batch, replace=False))
         x = to_tensor(images[chosen], device)
         covered = torch.from_numpy(covers[chosen]).to(device)[:, None] / 255
@@ -39,7 +39,7 @@ def reconstruct(run: Path, device, recipe: Recipe):
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(x)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            decoded = vae.decode(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise, device=device))
+            decoded = vae.decode(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=noise).to(device))
         decoded = decoded.float()
         pixels = (weight * (decoded - x).abs()).mean()
         squares = (weight * (decoded - x).square()).mean()  # holds whole areas of a wrong colour dear
