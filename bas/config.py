@@ -354,6 +354,8 @@ class TrainConfig:
         _check_choices(self)
         for f in fields(self):
             value = getattr(self, f.name)
+            if value == "" and f.default != "":  # a variable of the shell that is not set
+                raise InputError(f"{flag_of(f)} is empty: leave it out, or say what it shall be")
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and not is_utf8(text):  # as the files of a run are
                     raise InputError(f"{flag_of(f)} {text!r} is not UTF-8: rename it")

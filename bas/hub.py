@@ -57,9 +57,11 @@ def manifest() -> dict[str, dict]:
 def find(name: str | Path | None) -> Path:
     """Where a model lies on this machine. `name`: a path, a known name, a hub id, or None for the shipped miniature.
 
-    The network is never asked. InputError when the model is not here, saying how to get it.
+    The network is never asked. InputError when the model is not here, saying how to get it; and for an empty name.
     """
-    name = str(name or SHIPPED)
+    if name == "":
+        raise InputError("the model's name is empty: leave it out for the miniature")
+    name = str(SHIPPED if name is None else name)
     path = Path(os.path.expanduser(name))  # unlike the method of Path, no error for a user who is not known
     if os.path.lexists(path):  # False, not an error, for names that no path can have
         return path

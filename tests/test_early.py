@@ -76,6 +76,8 @@ TRAIN = [
     ("train {scene} --weights {model} --phase1_train_steps -1", "--phase1_train_steps is -1: expected 0 or more"),
     ("train {scene} --weights {model} --phase1_train_steps 0 --phase2_train_steps 0", "both phases have 0 steps"),
     ("train {scene} --weights {model} --device abacus", "--device abacus cannot be used here"),
+    ("train {scene} --weights {unset}", "the model's name is empty"),
+    ("train {scene} --weights {model} --class_data_dir {unset}", "--class_data_dir is empty: leave it out"),
     ("train {scene} --weights {file}", "file holds 0 bytes, no model"),
     ("train {scene} --weights {scene}", "scene is not a model"),
     ("train {scene} --weights {model} --handles <a> <b>", "--handles gives 2 names, but"),
@@ -121,6 +123,7 @@ TRAIN = [
 ]
 SAMPLE = [
     ("sample {taught}", "say what to draw"),
+    ("sample {unset} --prompt bowl", "the model's name is empty"),
     ("sample {stopped} --prompt a", "stopped is an unfinished run: train on with --resume_from_checkpoint latest"),
     ("sample {taught} --prompt <asset2>", f"unknown handle <asset2> in '<asset2>'; {HANDLES}"),
     ("sample {taught} --prompt bowl asset0>", f"unknown handle asset0> in 'asset0>'; {HANDLES}"),
@@ -203,7 +206,7 @@ NAMES += ("text", "truncated", "black", "wide", "same", "both", "gap", "notes", 
 
 def arguments(line: str, place: Path, new: Path) -> list[str]:
     """A line of a case as the shell would give it. new: a path where nothing is yet."""
-    paths = {name: place / name for name in NAMES} | {"folder": place, "new": new, "long": "x" * 300}
+    paths = {name: place / name for name in NAMES} | {"folder": place, "new": new, "long": "x" * 300, "unset": ""}
     return [word.format(**paths).replace("\\x20", " ") for word in line.split()]
 
 

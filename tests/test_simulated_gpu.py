@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import Bench
+from torch.utils import backend_registration
 
 from bas.cli import main
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch takes no device that is written in Python",
+)
 TESTS = Path(__file__).parent
 ROUNDING = 1e-5  # relative: attention takes another path where there is no fused kernel
 MODEL = "--weights {model} --class_data_dir '{class_images}' --num_class_images 2 --mixed_precision no"

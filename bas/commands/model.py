@@ -46,7 +46,7 @@ def find_model(args: argparse.Namespace) -> Path:
     """Where the model lies. Raises InputError if two are named, or the one that is named is not here."""
     if args.run and args.model_path and args.run != args.model_path:
         raise InputError(f"two models: {args.run} and --model_path {args.model_path}")
-    return find(args.model_path or args.run)
+    return find(args.run if args.model_path is None else args.model_path)
 
 
 def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> Models:

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
     settings = read_config(args.config, setting_kinds(SampleConfig) | REQUEST)
     prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
     args.prompt = args.prompt or list(prompt or ())
-    args.model_path = args.model_path or (None if args.run else model)
+    if args.model_path is None and args.run is None:
+        args.model_path = model
     if not args.prompt:
         raise InputError('say what to draw: --prompt "a photo of <asset0> at the beach"')
     config = SampleConfig(**{**settings, **given(args, SampleConfig)})
