@@ -119,6 +119,33 @@ def test_every_kind_of_training_stays_on_its_device(bench, tmp_path):
     assert len(list((tmp_path / "made").glob("*.png"))) == 2
 
 
+RESUMED = """
+import os, signal, sys
+from pathlib import Path
+import pytest, simulated_gpu
+from faults import before_step, heard, resume
+from tiny import Bench, file_hashes
+import bas
+from bas.interrupts import Interrupted
+
+bench = Bench(Path(sys.argv[1]))
+for precision in ("no", "bf16"):
+    settings = {"device": "gpu", "mixed_precision": precision}
+    whole, stopped = (bench.folder / f"{name} {precision}" for name in ("whole", "stopped"))
+    bas.train(bench.config(whole, **settings))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heard():
+        before_step(patch, 5, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        bas.train(bench.config(stopped, **settings))
+    print(precision, file_hashes(resume(bench, stopped, **settings)) == file_hashes(whole))
+"""
+
+
+def test_a_stopped_training_goes_on_on_its_device(tmp_path):
+    """To the same bits, as on the CPU: weights, masters and the optimizer's state find their way back."""
+    done = simulate("-c", RESUMED, str(tmp_path))
+    assert done.stdout.splitlines() == ["no True", "bf16 True"], done.stderr
+
+
 MINIATURE = """
 import shutil, sys
 from dataclasses import replace
