@@ -16,9 +16,11 @@ from bas.losses import resize_mask
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
 from bas.parts import Models
-from bas.scene import Scene, draw_subset, subset_prompt
+from bas.scene import LARGE_OVERLAP, Scene, draw_subset, overlaps, subset_prompt
 
 log = logging.getLogger(__name__)
+
+SHARED = "their handles will share what is there"
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,12 @@ def prepare_photograph(
     return Photograph(tuple(views), tuple(shown))
 
 
-def check_scene(models: Models, scene: Scene, config: TrainConfig) -> None:
-    """Raises InputError for what training would refuse of a scene on this model. Reads no weight.
+def check_scene(models: Models, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
+    """The (rows, columns) of pixels that a scene is trained at. Reads no weight.
 
-    That is a size, a grid, a handle, more handles than fit a prompt, a word, a class prompt, or a mask of which no cell
-    of the latents sees anything.
+    Raises InputError for what training would refuse of it on this model: a size, a grid, a handle, more handles than
+    fit a prompt, a word, a class prompt, or a mask of which no cell of the latents sees anything. With `warn`, what is
+    likely to disappoint is said: masks that the attention loss does not see, and such as share much of the photograph.
     """
     if len(scene) > (most := most_handles(models)):
         raise InputError(f"{len(scene)} concepts: a prompt of this model has room for {most} handles: use fewer masks")
@@ -134,10 +137,16 @@ def check_scene(models: Models, scene: Scene, config: TrainConfig) -> None:
         word_pieces(models.tokenizer, word)
     if any(phase.prior for phase in config.phases):
         tokenize(models.tokenizer, list(config.class_prompt))
-    check_grids(models, masks, dict(enumerate(scene.handles)), config)
+    check_grids(models, masks, dict(enumerate(scene.handles)), config, warn)
+    for i, handle in enumerate(scene.handles if warn else ()):
+        for j, share in overlaps(masks.numpy(), i).items():
+            if share >= LARGE_OVERLAP:
+                other = scene.handles[j]
+                log.warning("%.0f %% of the mask of %s lies in that of %s: %s", 100 * share, handle, other, SHARED)
     for shot in scene.shots:
         names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in sorted(shot.masks)}
-        check_grids(models, shot.tensors(*image.shape[1:], len(scene))[1], names, config)
+        check_grids(models, shot.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
+    return tuple(image.shape[1:])
 
 
 def most_handles(models: Models) -> int:
@@ -146,15 +155,15 @@ def most_handles(models: Models) -> int:
     return 1 + (models.tokenizer.model_max_length - one) // (two - one)
 
 
-def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: TrainConfig) -> None:
-    """Raises InputError for a mask that no cell of the latents sees; warns of one that no attention cell sees."""
+def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: TrainConfig, warn: bool) -> None:
+    """Raises InputError for a mask (of (N, H, W)) that no cell of the latents sees; warns as `check_scene` says."""
     latent = tuple(side // models.vae.config.factor for side in masks.shape[-2:])
     grid = attention_grid(models, latent, config.attention_grid)
     for i, handle in handles.items():
         flips = torch.stack([masks[i], masks[i].flip(-1)])
         if (resize_mask(flips, *latent).amax(dim=(1, 2)) == 0).any():
             raise InputError(f"the mask of {handle} vanishes on the latents' grid: paint it larger, or crop less")
-        if config.lambda_attention and (resize_mask(flips, *grid).amax(dim=(1, 2)) == 0).any():
+        if warn and config.lambda_attention and (resize_mask(flips, *grid).amax(dim=(1, 2)) == 0).any():
             log.warning("the mask of %s is too small for the attention loss: paint it larger", handle)
 
 

@@ -59,18 +59,25 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / digest, True
     folder = Path(config.class_data_dir)
-    noted = folder / KEY_FILE
-    if not noted.exists():
+    if not (folder / KEY_FILE).exists():
         return folder, not _pictures(folder)
-    made_with = read_json(noted)
-    differs = [name for name in key if made_with.get(name) != key[name]]
-    if differs:
-        raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
+    _refuse_others(folder, key)
     return folder, True
 
 
-def check_class_folder(config: TrainConfig) -> None:
-    """InputError for a --class_data_dir that can be no folder, or whose pictures cannot be read."""
+def _refuse_others(folder: Path, key: dict) -> None:
+    """InputError for class images that were made with something else than `key` has."""
+    made_with = read_json(folder / KEY_FILE)
+    differs = [name for name in key if made_with.get(name) != key[name]]
+    if differs:
+        raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
+
+
+def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple[int, int]) -> None:
+    """InputError for a --class_data_dir that `class_images` would refuse, as far as can be told without the weights.
+
+    That is one that can be no folder, whose pictures cannot be read, or that were made with other settings.
+    """
     if config.class_data_dir is None:
         return
     folder = Path(config.class_data_dir)
@@ -80,6 +87,10 @@ def check_class_folder(config: TrainConfig) -> None:
             raise InputError(f"--class_data_dir {folder}: {present} is not a folder")
         for path in _pictures(folder)[: config.num_class_images]:
             open_picture(path)
+        keyed = (folder / KEY_FILE).exists()
+    if keyed:
+        key = cache_key(config, "", schedule, SampleConfig(height=size[0], width=size[1], seed=config.seed))
+        _refuse_others(folder, {name: value for name, value in key.items() if name != "base"})
 
 
 def class_images(

@@ -15,7 +15,9 @@ from bas.models.unet import UNet
 # Steps from which on compiling pays on a GPU. Published figures for large denoisers: about 30 s for the repeated blocks
 # and 70 s for the whole network before the first step, against some 10 ms of a step saved. Not measured here.
 STEPS_TO_PAY = {"whole": 10_000, "regional": 3_000}
-SHAPES = 64  # kinds of a module that may be compiled: SD's UNets hold 14 shapes of residual blocks, 4 of transformers
+# Kinds of a module that may be compiled, then dynamo raises: SD's UNets hold 14 shapes of residual blocks and 4 of
+# transformers, which each phase's batch and each size of a scene that one process trains on makes anew.
+SHAPES = 4096
 
 
 def choose_compilation(wanted: str, steps: int, device: torch.device) -> tuple[str, str]:
@@ -35,8 +37,8 @@ def compile_unet(unet: UNet, kind: str, backend: str = "inductor") -> None:
     if kind == "no":
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-    # Blocks of one shape share their code; each further shape, as that of phase 2's batch, counts as compiled anew.
-    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):  # blocks of one shape share their code
+        setattr(torch._dynamo.config, limit, max(SHAPES, getattr(torch._dynamo.config, limit)))
     blocks = [module for module in unet.modules() if isinstance(module, (ResnetBlock, TransformerBlock))]
     for module in [unet] if kind == "whole" else blocks:
         module.compile(fullgraph=True, dynamic=False, backend=backend)

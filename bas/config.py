@@ -153,7 +153,7 @@ CARDS: dict[str, dict] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `bas train`. Flags that users know from the official train.py keep their names and defaults."""
+    """Settings of `bas train`. Those of the official train.py keep their names, and defaults that decide the result."""
 
     # What to learn from, and where to put it
     instance_data_dir: str = knob("", "the scene: a folder with img.* and mask0.png, mask1.png, ...")

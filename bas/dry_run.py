@@ -26,9 +26,9 @@ from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, match
 from bas.progress import clock
 from bas.room import WHILE_TRAINING, count_numbers, files_to_come, free_room
-from bas.run_folder import refuse_used_folder
+from bas.run_folder import find_checkpoint, refuse_used_folder, what_is_kept
 from bas.scene import Scene
-from bas.train import KEPT, check_input, trainable_parameters, training_step
+from bas.train import ANEW, check_input, trainable_parameters, training_step
 
 CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
 MEMORY_RULE = (
@@ -67,10 +67,12 @@ class Plan:
 def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start.
 
+    That is but for a disk without room, which is among the facts, and a checkpoint that was made with something else.
     `runs` such runs, one after another, are what the disk has to hold.
     """
     scene, base, device, precision = check_input(config)
     refuse_used_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
+    find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
     plan = plan_run(config, scene, base, precision)
     speed = matrix_speed(device, DTYPES[precision])
     files, free = files_to_come(plan.numbers, config), free_room(Path(config.output_dir))
@@ -117,7 +119,8 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> P
         models.text_encoder.bfloat16()
     costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
     weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
-    memory = {phase: phase_memory(weights, cost, precision, config.optimizer) for phase, cost in costs.items()}
+    copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
+    memory = {phase: phase_memory(weights, cost, precision, config, copied) for phase, cost in costs.items()}
     return Plan(models, image, material, numbers, costs, memory)
 
 
@@ -129,6 +132,7 @@ SAVINGS = (  # what to try when memory runs out, the least harm to the result fi
     ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
     ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
 )
+GOES_ON = ("--gradient_checkpointing",)  # with these a run that is there goes on, the others are of a new one
 
 
 def memory_advice(config: TrainConfig, used: int | None) -> str:
@@ -141,11 +145,13 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
 
     needed = peak({})
     saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
-    options = [f"{flag} (about {human_size(size)} less)" for flag, size in saved.items() if size > 0.01 * needed]
+    options = {flag: f"{flag} (about {human_size(size)} less)" for flag, size in saved.items() if size > 0.01 * needed}
+    going_on = [options.pop(flag) + ", --resume_from_checkpoint latest" for flag in GOES_ON if flag in options]
+    anew = f"{ANEW} {', '.join(options.values()) or 'a smaller --resolution'}"
     seen = f", {human_size(used)} of it used at most" if used else ""
     return (
-        f"{device} is out of memory: the run takes at least {human_size(needed)}{seen}. {KEPT}; try, in this order: "
-        + (", ".join(options) or "a smaller --resolution")
+        f"{device} is out of memory: the run takes at least {human_size(needed)}{seen}; "
+        f"{what_is_kept(Path(config.output_dir))}; try, in this order: {'; '.join([*going_on, anew])}"
     )
 
 
@@ -191,14 +197,17 @@ def phase_cost(models: Models, material: Material, phase: Phase, config: TrainCo
     return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
 
 
-def phase_memory(weights: int, cost: Cost, precision: str, optimizer: str) -> dict[str, int]:
-    """Bytes by what they are for."""
+def phase_memory(weights: int, cost: Cost, precision: str, config: TrainConfig, copied: int) -> dict[str, int]:
+    """Bytes by what they are for. copied: how many weights autocast rounds, and keeps so until the backward pass."""
     masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
+    copies = {"fp16 copies": 2 * copied} if precision == "fp16" and not config.gradient_checkpointing else {}
+    adding = precision == "bf16" and config.gradient_accumulation_steps > 1  # one pass's own beside the masters' sum
     return {
         "weights": weights,
         **masters,
-        "gradients": 4 * cost.trained,
-        "optimizer": ADAM_BYTES[optimizer] * cost.trained,
+        **copies,
+        "gradients": (6 if adding else 4) * cost.trained,
+        "optimizer": ADAM_BYTES[config.optimizer] * cost.trained,
         "kept for backward": cost.kept // 2 if precision == "fp16" else cost.kept,
     }
 

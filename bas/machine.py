@@ -61,7 +61,8 @@ def gpu_multiplies_bf16(device: torch.device) -> bool:
 @cache
 def warn_of_emulation(device: torch.device) -> None:
     """Say, once for each GPU, that bf16 costs time on it."""
-    log.warning("%s (%s) only emulates bf16, slowly: fp16 is faster there", device, torch.cuda.get_device_name(device))
+    name = torch.cuda.get_device_name(device)
+    log.warning("%s (%s) only emulates bf16, slowly and in more memory than is counted: use fp16 there", device, name)
 
 
 def cpu_multiplies_bf16() -> bool:
@@ -75,9 +76,19 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, DTYPES[precision], enabled=DTYPES[precision] != torch.float32)
 
 
+OUT_OF_MEMORY = (  # what PyTorch has no class of its own for: the machine's memory, and CUDA's beside its allocator
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, the device's or the machine's; for the latter PyTorch has no class of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether memory ran out, the device's or the machine's."""
+    told = any(text in str(error) for text in OUT_OF_MEMORY)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @contextmanager

@@ -11,18 +11,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from bas.batches import attention_grid
+from bas.batches import SHARED, attention_grid
 from bas.config import TrainConfig
 from bas.losses import resize_mask
 from bas.models.text import check_handles, word_pieces
 from bas.parts import Models
 from bas.pictures import grid, tint_masks
 from bas.sample import to_picture
-from bas.scene import Scene
+from bas.scene import LARGE_OVERLAP, Scene, overlaps
 
 CELL = 256  # pixels of one picture on the sheet
-SHOWN_OVERLAP = 0.005  # shares below it round to nothing in the table
-LARGE_OVERLAP = 0.1  # two handles that share more of a mask are drawn to the same place
 TITLES = ("", "handle", "word", "pieces", "coverage", "loss grid", "attention grid", "overlaps")
 
 
@@ -91,7 +89,7 @@ def _view_photo(
             latent=latent[i],
             attention=attention[i],
             vanishes=tuple(name for name, size in grids.items() if _vanishes(masks[i], size)),
-            overlaps=_overlaps(masks.numpy(), i),
+            overlaps=overlaps(masks.numpy(), i),
         )
         for i in shown
     )
@@ -102,12 +100,6 @@ def _view_photo(
 def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
     """Whether nothing is left of a mask (H, W) on a grid, as it is or mirrored, as half of the steps see it."""
     return any(resize_mask(view, *size).max() == 0 for view in (mask, mask.flip(-1)))
-
-
-def _overlaps(masks: np.ndarray, i: int) -> dict[int, float]:
-    """The share of mask i that lies in each other mask. masks: (N, H, W)"""
-    shares = np.minimum(masks, masks[i]).sum(axis=(1, 2)) / max(masks[i].sum(), 1e-6)
-    return {j: float(share) for j, share in enumerate(shares) if j != i and share >= SHOWN_OVERLAP}
 
 
 def warnings(view: SceneView) -> list[str]:
@@ -122,7 +114,7 @@ def warnings(view: SceneView) -> list[str]:
         for j, share in concept.overlaps.items():
             if share >= LARGE_OVERLAP:
                 other = f"mask {j} ({handles[j]})"
-                lines.append(f"{share:.0%} of {name} lies in {other}: their handles will share what is there")
+                lines.append(f"{share:.0%} of {name} lies in {other}: {SHARED}")
         if view.name:
             continue
         if len(concept.pieces) > 1:

@@ -48,6 +48,7 @@ def write_preview(
         prompts.append(subset_prompt(handles))
     settings = SampleConfig(
         num_inference_steps=config.preview_inference_steps,
+        batch_size=1 if config.cuda_graphs else SampleConfig.batch_size,  # a graph keeps the memory of a step
         height=image.shape[1],
         width=image.shape[2],
         seed=config.seed,

@@ -58,8 +58,8 @@ class Ranks:
         return items[self.rank :: self.world]
 
     def device(self, name: str | None) -> str | None:
-        """The device asked for; when none is and processes share a machine's GPUs, the one of this process."""
-        if name is not None or self.world == 1 or not torch.cuda.is_available():
+        """The device asked for; where that is any GPU and processes share a machine's, the one of this process."""
+        if name not in (None, "cuda") or self.world == 1 or not torch.cuda.is_available():
             return name
         device = f"cuda:{self.local % torch.cuda.device_count()}"
         torch.cuda.set_device(device)

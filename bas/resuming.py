@@ -7,9 +7,10 @@ from pathlib import Path
 from bas.config import InputError, TrainConfig, flag_of
 from bas.scene import Scene
 
-# Where it runs, where things lie and how it is watched; every other setting stays as it was.
+# Where it runs, where things lie, how it is watched and what spares memory; every other setting stays as it was.
 FREE_ON_RESUME = {
     "device",
+    "gradient_checkpointing",  # computes the same numbers again
     "instance_data_dir",
     "pretrained_model_name_or_path",
     "output_dir",
@@ -26,6 +27,7 @@ FREE_ON_RESUME = {
 }
 
 FLAGS = {f.name: flag_of(f) for f in fields(TrainConfig)}
+DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how a refusal names it
     "handles": "handles",
     "words": "initial words",
@@ -47,13 +49,17 @@ def facts_of(scene: Scene) -> dict:
     return {"handles": list(scene.handles), "words": list(scene.words), "scene": digest.hexdigest()}
 
 
+def _plain(value: object) -> object:
+    """A setting as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
     """Raises InputError unless the checkpoint was made with these settings, and with all else that both know of."""
     known = [what for what in SAME_ON_RESUME if what in facts and what in noted]
     free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # what it came to is compared
-    ours, theirs = ({k: v for k, v in f["config"].items() if k not in free} for f in (facts, noted))
-    ours = {k: list(v) if isinstance(v, tuple) else v for k, v in ours.items()}
-    differs = [FLAGS[name] for name in ours if ours[name] != theirs.get(name)]
+    ours, theirs = facts["config"], DEFAULTS | noted["config"]  # an earlier version knew fewer settings
+    differs = [FLAGS[name] for name in ours if name not in free and _plain(ours[name]) != _plain(theirs[name])]
     differs += [SAME_ON_RESUME[what].format(**noted) for what in known if facts[what] != noted[what]]
     if differs:
         raise InputError(

@@ -10,6 +10,7 @@ from bas.files import human_size
 from bas.machine import DTYPES
 from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, cross_attention, keys_and_values
+from bas.run_folder import CHECKPOINTS
 
 WHILE_TRAINING = "checkpoints, while training"
 METRICS_LINE = 220  # bytes, roughly
@@ -26,7 +27,7 @@ def count_numbers(models: Models) -> dict[str, int]:
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
-    """Bytes of each kind of file in the run folder."""
+    """Bytes of each kind of file that the run folder has yet to hold: a run that goes on has checkpoints already."""
 
     def trained(phase: Phase) -> int:
         return sum(numbers.get(name, 0) for name in phase.trains)
@@ -36,7 +37,8 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
     files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
     if config.checkpointing_steps and config.checkpointing_steps <= steps:
         one = (4 + ADAM_BYTES[config.optimizer]) * max(trained(phase) for phase in config.phases)
-        files[WHILE_TRAINING] = one * (config.checkpoints_total_limit + 1)  # the new before the old goes
+        held = sum(path.stat().st_size for path in (Path(config.output_dir) / CHECKPOINTS).rglob("*.safetensors"))
+        files[WHILE_TRAINING] = max(0, one * (config.checkpoints_total_limit + 1) - held)  # the new before the old goes
     return files
 
 

@@ -42,6 +42,7 @@ CHECKPOINTS = "checkpoints"
 SCENE, PREVIEWS = "scene", "previews"  # what the training saw, and what it drew meanwhile
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
 STATE, NOTE = "state.safetensors", "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: files of their own, so that only one lies in the host's memory at a time
 MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut off and does not count
 
 
@@ -87,6 +88,10 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
     inside = (path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp"))
     for leftover in (*folder.glob(".*.[0-9]*.tmp"), *inside):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for checkpoint in sorted((folder / CHECKPOINTS).glob("step-*")):
+        if not (checkpoint / MANIFEST).exists():
+            log.warning("%s was cut off while it was written or removed: it does not count, and is cleared", checkpoint)
+            shutil.rmtree(checkpoint)
 
 
 def refuse_used_folder(folder: Path, resuming: bool) -> None:
@@ -197,9 +202,11 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], note: dict
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        write_tensors(temporary / STATE, tensors)
+        files = _by_file(tensors)
+        for name, part in files.items():
+            write_tensors(temporary / name, part)
         write_json(temporary / NOTE, note)
-        write_json(temporary / MANIFEST, {name: _describe(temporary / name) for name in (STATE, NOTE)})
+        write_json(temporary / MANIFEST, {name: _describe(temporary / name) for name in (*files, NOTE)})
         if folder.exists():
             _remove(folder)
         os.replace(temporary, folder)
@@ -211,6 +218,15 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], note: dict
     for old in [*others, folder][:-keep]:
         _remove(old)
     return folder
+
+
+def _by_file(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by the file that holds them."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind = key.rpartition(".")[2] if key.startswith("optimizer.") else None
+        files.setdefault(f"{kind}.safetensors" if kind in MOMENTS else STATE, {})[key] = tensor
+    return files
 
 
 def drop_later(run: Path, step: int) -> None:
@@ -241,6 +257,12 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in whole if path.name.removeprefix("step-").isdecimal()), key=_step)
 
 
+def what_is_kept(run: Path) -> str:
+    """What a run that ends with an error leaves, for the line that says so."""
+    whole = list_checkpoints(run)
+    return f"{whole[-1]} is kept" if whole else "no checkpoint was saved yet"
+
+
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
     """The checkpoint that --resume_from_checkpoint names; None where `latest` finds none, which it says.
 
@@ -261,10 +283,13 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and note of a checkpoint, checked against its manifest. Raises InputError for a damaged one."""
+    tensors: dict[str, Tensor] = {}
     for name, expected in read_json(folder / MANIFEST).items():
         if not (folder / name).is_file() or _describe(folder / name) != expected:
             raise InputError(f"checkpoint {folder} is damaged: {name} is not what was written")
-    return read_tensors(folder / STATE)[0], read_json(folder / NOTE)
+        if name != NOTE:
+            tensors |= read_tensors(folder / name)[0]
+    return tensors, read_json(folder / NOTE)
 
 
 # --- The concepts file --------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor
 from bas.config import MAX_SIDE, InputError, TrainConfig
 from bas.files import read_content, reading
 from bas.images import SUFFIXES, read_image, read_mask
-from bas.mask_sources import FoundMask, find_source, read_number, read_source
+from bas.mask_sources import READERS, FoundMask, find_source, read_number, read_source
 from bas.models.text import HANDLE, check_name
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ MOST_IN_CLOSE_UPS = 8  # concepts: their sets, of which each has a close-up, dou
 CLOSE_UP_SHARE = 0.7  # of a close-up's side, which its concepts take up at the most
 WIDEST_CLOSE_UP = 0.9  # of the picture's side: a wider one would show no more than the picture
 FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
+SHOWN_OVERLAP = 0.005  # of a mask, that lies in another; less rounds to nothing in a table
+LARGE_OVERLAP = 0.1  # two handles that share more of a mask are drawn to the same place
 DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
 
 
@@ -134,11 +136,16 @@ def numbered_folders(folder: Path) -> list[Path]:
 
 
 def read_shot(folder: Path, count: int) -> Shot:
-    """One further photograph. Raises InputError without a picture or a mask, and for a mask of no known concept."""
+    """One further photograph. Raises InputError without a picture or a mask, for another kind of mask than maskN.png,
+    and for a mask of no known concept."""
     image_path = find_picture(folder)
     picture, masks = read_image(image_path), {}
     for path in sorted(folder.iterdir()):
         kind, number = read_number(path) or (None, None)
+        if kind == "cutout" or path.name in READERS:
+            raise InputError(
+                f"{path} would not be read: a further photograph has its masks as mask0.png, mask1.png, ..."
+            )
         if kind == "mask":
             if number >= count:
                 raise InputError(
@@ -234,6 +241,12 @@ def read_folder(folder: Path, config: TrainConfig) -> Scene:
             if np.array_equal(mask, earlier):
                 raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
     return Scene(picture, masks, handles, words, read_shots(folder, len(masks)))
+
+
+def overlaps(masks: np.ndarray, i: int) -> dict[int, float]:
+    """The share of mask i that lies in each other mask, from SHOWN_OVERLAP on. masks: (N, H, W) in 0..1"""
+    shares = np.minimum(masks, masks[i]).sum(axis=(1, 2)) / max(masks[i].sum(), 1e-6)
+    return {j: float(share) for j, share in enumerate(shares) if j != i and share >= SHOWN_OVERLAP}
 
 
 def with_background(scene: Scene, name: str) -> Scene:

@@ -56,6 +56,7 @@ from bas.run_folder import (
     restore_optimizer,
     save_checkpoint,
     save_concepts,
+    what_is_kept,
 )
 from bas.scene import Scene
 from bas.schedulers import add_noise, sampling_timesteps, training_target
@@ -64,9 +65,8 @@ from bas.times import Times
 
 log = logging.getLogger(__name__)
 
-KEPT = "The last whole checkpoint is kept"
+ANEW = "begin anew, in another --output_dir, with"  # for what a checkpoint cannot make good
 OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
-
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
 
 
@@ -201,7 +201,8 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator["Run"]:
         except OSError as error:
             reason = error.strerror or error
             raise RunError(
-                f"writing to {run.folder} failed: {reason}. {KEPT}: make room, then --resume_from_checkpoint latest"
+                f"writing to {run.folder} failed: {reason}; {what_is_kept(run.folder)}: "
+                "make room, then --resume_from_checkpoint latest"
             ) from error
 
 
@@ -251,11 +252,11 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
     scene = read_scene(config)
-    if any(phase.prior for phase in config.phases):
-        check_class_folder(config)
     base, device, precision = check_machine(config)
     models = glance(base)
-    check_scene(models, scene, config)
+    size = check_scene(models, scene, config)
+    if any(phase.prior for phase in config.phases):
+        check_class_folder(replace(config, mixed_precision=precision), models.schedule, size)
     if config.img_log_steps:
         sampling_timesteps(models.schedule, config.preview_inference_steps)
     return scene, base, device, precision
@@ -289,8 +290,11 @@ def start(
     exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
     class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
-        with autocast(device, precision):
-            settings = replace(config, mixed_precision=precision)
+        settings = replace(config, mixed_precision=precision)
+        with (
+            autocast(device, precision),
+            torch.compiler.set_stance("force_eager"),
+        ):  # an earlier scene may have compiled
             class_posterior, facts["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
     if checkpoint:
         check_resumable(checkpoint, facts, note["facts"])
@@ -404,7 +408,7 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
                 sheet = write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
             if run.events:
                 run.events.add_sheet(sheet, step)
-    refuse_infinite(trained, f"at the end of {phase.name}")
+    refuse_infinite(run, trained, f"at the end of {phase.name}")
     if run.precision == "fp16" and run.done < end:
         tell_overflows(run.folder, phase)
 
@@ -427,13 +431,14 @@ def read_metrics(run: Run) -> dict[str, float]:
             wrong = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
             name = next((name for name in wrong if name not in ("loss", "grad_norm")), wrong[0])  # the cause, not a sum
             raise RunError(
-                f"{where}: {name} is {row[name]}. {KEPT} in {run.folder}: "
-                "lower the learning rate, or use --mixed_precision no"
+                f"{where}: {name} is {row[name]}; {what_is_kept(run.folder)}; {ANEW} a lower learning rate "
+                "or --mixed_precision no"
             )
         run.overflows = 0 if math.isfinite(row["grad_norm"]) else run.overflows + 1
         if run.overflows == OVERFLOWS:
             raise RunError(
-                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row. {KEPT}: use --mixed_precision bf16 or no"
+                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row; {what_is_kept(run.folder)}; "
+                f"{ANEW} --mixed_precision bf16 or no"
             )
     newest = rows[-1] if rows else {}
     return {name: value for name, value in newest.items() if name not in ("phase", "step", "lr", "grad_norm")}
@@ -454,19 +459,22 @@ def save_state(
 ) -> None:
     """Save all that a resumed run needs to go on as if nothing had happened."""
     read_metrics(run)
-    refuse_infinite(trained, f"after step {step}")
+    refuse_infinite(run, trained, f"after step {step}")
     tensors = {f"trained.{name}": parameter for name, parameter in trained.items()}
     tensors |= optimizer_tensors(optimizer) | {"generator": run.generator.get_state()}
     note = {"step": step, "metrics": run.metrics.length, "scaler": scaler.state_dict(), "facts": run.facts}
     save_checkpoint(run.folder, step, tensors, note, run.config.checkpoints_total_limit)
 
 
-def refuse_infinite(trained: dict[str, nn.Parameter], when: str) -> None:
+def refuse_infinite(run: Run, trained: dict[str, nn.Parameter], when: str) -> None:
     """RunError naming a weight that is not finite: a finite loss and gradient can still step there."""
     finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()]).tolist()
     if not all(finite):
         name = list(trained)[finite.index(False)]
-        raise RunError(f"{when} {name} is not finite, so nothing is saved. {KEPT}: lower the learning rate")
+        raise RunError(
+            f"{when} {name} is not finite, so nothing is saved; {what_is_kept(run.folder)}; "
+            f"{ANEW} a lower learning rate"
+        )
 
 
 def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:

@@ -47,6 +47,23 @@ def test_all_handles_must_fit_one_prompt(bench, tmp_path, concepts):
         check_scene(load(bench.model), load_scene(config), config)
 
 
+def test_masks_that_lie_in_each_other_are_told(bench, tmp_path, caplog):
+    """Not those that touch, as here at their soft edges."""
+    scene = write_scene(tmp_path / "scene", concepts=2)
+    config = bench.config(instance_data_dir=str(scene))
+    models = load(bench.model)
+    assert check_scene(models, load_scene(config), config) == (32, 32)
+    assert caplog.messages == []
+    small = np.array(Image.open(scene / "mask0.png"))
+    small[:, :8] = 0
+    Image.fromarray(small).save(scene / "mask1.png")
+    check_scene(models, load_scene(config), config, warn=False)
+    assert caplog.messages == []
+    check_scene(models, load_scene(config), config)
+    share, rest = "their handles will share what is there", "of the mask of <asset{}> lies in that of <asset{}>"
+    assert caplog.messages == [f"48 % {rest.format(0, 1)}: {share}", f"100 % {rest.format(1, 0)}: {share}"]
+
+
 def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
     """The posterior of the flipped pixels, not the flipped posterior: the encoder isn't symmetric."""
     models, material = prepared

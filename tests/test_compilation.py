@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from tiny import UNET, WIDTH
+from tiny import UNET, WIDTH, refused
+from torch._dynamo.utils import counters
 
+import bas
 from bas.cli import main
 from bas.compilation import STEPS_TO_PAY, choose_compilation, compile_unet
-from bas.config import TrainConfig
+from bas.config import InputError, TrainConfig
 from bas.flags import Parser, add_fields
 from bas.models.attention import TransformerBlock
 from bas.models.layers import ResnetBlock
@@ -94,3 +96,28 @@ def test_compiled_training_has_no_graph_break_and_the_same_gradients(kind, graph
     assert list(unet.state_dict()) == keys
     for ours, theirs in zip(compiled, plain, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_sizes_follow_one_another_without_end():
+    """As when one process trains on scenes of many shapes: more of them than the compiler takes by itself."""
+    block = ResnetBlock(8, 8, 16, groups=4, eps=1e-5)
+    compile_unet(torch.nn.ModuleList([block]), "regional", backend="eager")
+    counters.clear()
+    for side in range(4, 80):
+        block(torch.zeros(1, 8, side, 4), torch.zeros(1, 16))
+    assert counters["stats"]["unique_graphs"] == 76
+
+
+def test_class_images_are_not_compiled(bench, tmp_path, monkeypatch):
+    """A later scene's would go through the UNet that an earlier one compiled, in batches of their own size."""
+    stances = []
+
+    def stop(*args):
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        raise InputError("seen")
+
+    monkeypatch.setattr("bas.base.class_images", stop)
+    with refused("seen"):
+        bas.train(bench.config(tmp_path / "run"))
+    assert stances == ["force_eager"]

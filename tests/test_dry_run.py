@@ -1,6 +1,8 @@
 """bas train --dry_run: what it counts without weights is what a real step does; it writes nothing, refuses the same."""
 
+import os
 import re
+import signal
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from faults import before_step
 from safetensors.torch import load_file
 from test_full_size import SD2_TEXT, SD21_BASE
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +35,7 @@ from bas.dry_run import (
     sum_of,
 )
 from bas.files import cache_dir, human_size
+from bas.interrupts import Interrupted
 from bas.models.config import VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.models.unet import UNet
@@ -118,23 +122,32 @@ def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
     numbers = count_numbers(models)
     networks = (models.unet, models.vae, models.text_encoder)
     weights = 4 * sum(p.numel() for network in networks for p in network.parameters())
-    files = files_to_come(numbers, settings)
+    expected = files_to_come(numbers, settings)
     run.done = 2
     run.saved = {f"trained.{name}": p.detach() for name, p in trainable_parameters(run.models, phase).items()}
     train_phase(run, replace(phase, steps=1), 2)
-    (state,) = run.folder.glob("checkpoints/*/state.safetensors")
-    held = sum(tensor.nbytes for tensor in load_file(state).values())
-    assert 2 * held == pytest.approx(files["checkpoints, while training"], rel=0.02)  # step counts, the generator
-    assert files["tuned model"] == weights
+    files = list(run.folder.glob("checkpoints/*/*.safetensors"))
+    assert sorted(path.name for path in files) == ["exp_avg.safetensors", "exp_avg_sq.safetensors", "state.safetensors"]
+    held = sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+    assert 2 * held == pytest.approx(expected["checkpoints, while training"], rel=0.02)  # step counts, the generator
+    assert expected["tuned model"] == weights
     assert files_to_come(numbers, replace(settings, save_precision="bf16"))["tuned model"] == weights // 2
 
 
 def test_memory_by_its_rule():
     cost = Cost(trained=1000, kept=600, operations=1)
     parts = {"weights": 5000, "gradients": 4000, "optimizer": 8000, "kept for backward": 600}
-    assert phase_memory(5000, cost, "no", "adamw") == parts
-    assert phase_memory(5000, cost, "fp16", "adam") == parts | {"kept for backward": 300}
-    assert phase_memory(5000, cost, "bf16", "adamw8bit") == parts | {"masters": 4000, "optimizer": 2000}
+    plain = TrainConfig()
+    assert phase_memory(5000, cost, "no", plain, 1200) == parts
+    sixteen = parts | {"kept for backward": 300}
+    assert phase_memory(5000, cost, "fp16", replace(plain, optimizer="adam"), 1200) == sixteen | {"fp16 copies": 2400}
+    assert phase_memory(5000, cost, "fp16", replace(plain, gradient_checkpointing=True), 1200) == sixteen
+    masters = parts | {"masters": 4000}
+    tiny_moments = masters | {"optimizer": 2000}
+    assert phase_memory(5000, cost, "bf16", replace(plain, optimizer="adamw8bit"), 1200) == tiny_moments
+    twice = replace(plain, gradient_accumulation_steps=2)
+    assert phase_memory(5000, cost, "bf16", twice, 1200) == masters | {"gradients": 6000}
+    assert phase_memory(5000, cost, "no", twice, 1200) == parts
     assert sum_of({"a": 1500, "b": 500}) == "2.0 kB = 1.5 kB a + 500 bytes b"
 
 
@@ -209,6 +222,11 @@ def test_what_train_would_refuse_is_refused(changes, message, scene, model, tmp_
         dry_run(config(scene, model, tmp_path / "run", **changes))
 
 
+def test_a_checkpoint_that_is_not_there_is_refused(scene, model, tmp_path):
+    with pytest.raises(InputError, match="step-000009: there is no whole checkpoint there"):
+        dry_run(config(scene, model, tmp_path / "run", resume_from_checkpoint=str(tmp_path / "step-000009")))
+
+
 def test_a_used_folder_is_refused(scene, model, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="holds an unfinished run"):
@@ -236,8 +254,9 @@ def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_p
     assert main(words) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"bas: cpu is out of memory: the run takes at least [\d.]+ [kM]B\. The last whole checkpoint is kept; "
-        r"try, in this order: --gradient_checkpointing \(about .+ less\), --mixed_precision bf16 \(about .+ less\), "
+        r"bas: cpu is out of memory: the run takes at least [\d.]+ [kM]B; no checkpoint was saved yet; "
+        r"try, in this order: --gradient_checkpointing \(about .+ less\), --resume_from_checkpoint latest; "
+        r"begin anew, in another --output_dir, with --mixed_precision bf16 \(about .+ less\), "
         r"--optimizer adamw8bit \(about .+ less\), --no_train_text_encoder \(about .+ less\), "
         r"--unet_layers cross_attention \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
         line,
@@ -267,6 +286,21 @@ def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tm
         train(settings)
     monkeypatch.setattr("bas.room.free_room", lambda folder: needed)
     require_room(tmp_path, model, settings)
+
+
+def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monkeypatch):
+    """Stopped after two of the checkpoints that were counted, it takes the last, the model and the metrics."""
+    settings = bench.config(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2)
+    before = sum(files_to_come(count_numbers(outline(bench.model)[0]), settings).values())
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(settings)
+    held = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+    assert held > 0
+    monkeypatch.setattr("bas.room.free_room", lambda folder: before - held)
+    train(replace(settings, resume_from_checkpoint="latest"))
+    assert (tmp_path / "run" / "concepts.safetensors").exists()
 
 
 # --- At the size of Stable Diffusion 2.1 ------------------------------------------------------------------------------
@@ -324,7 +358,7 @@ def test_a_card_holds_what_its_settings_take(card, gib, counted):
         models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
         weights = sum(p.nbytes for part in (models.unet, models.vae, models.text_encoder) for p in part.parameters())
         cost = phase_cost(models, material, config.phases[1], config)
-        return sum(phase_memory(weights, cost, config.mixed_precision, config.optimizer).values())
+        return sum(phase_memory(weights, cost, config.mixed_precision, config, 0).values())
 
     assert peak(TrainConfig.resolve({"card": card})) / 2**30 == pytest.approx(counted, abs=0.06)
     assert counted < 0.9 * gib

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bas import machine
-from bas.machine import CPU_BF16_WEIGHTS, pick_device, pick_precision
+from bas.machine import CPU_BF16_WEIGHTS, is_out_of_memory, pick_device, pick_precision
 from bas.parts import fill
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -61,8 +61,26 @@ def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(has_bf16):
 
 def test_bf16_that_is_emulated_is_taken_with_one_warning(has_bf16, caplog):
     assert [pick_precision("bf16", GPU) for _ in range(3)] == ["bf16"] * 3
-    warning = "cuda:1 (Tesla T4) only emulates bf16, slowly: fp16 is faster there"
+    warning = "cuda:1 (Tesla T4) only emulates bf16, slowly and in more memory than is counted: use fp16 there"
     assert [record.message for record in caplog.records] == ([] if has_bf16 else [warning])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known(error, told):
+    """PyTorch's own allocator has a class for it; what else takes memory on a GPU only says so."""
+    assert is_out_of_memory(error) == told
 
 
 def test_what_is_asked_for_is_taken():

@@ -264,6 +264,19 @@ def test_parts_share_everything_once():
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [(None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")]
+)
+def test_processes_of_a_machine_share_its_gpus(monkeypatch, name, given):
+    """The sixth of them gets the second of two, unless another one is named."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert Ranks(5, 6, local=5).device(name) == given
+    assert chosen == ([given] if given == "cuda:1" else [])
+
+
 def test_lists_are_gathered_in_order_and_as_often_as_asked(monkeypatch):
     """Two processes' places, here of two threads, in one store: a second call sees nothing of the first."""
     store = dist.HashStore()

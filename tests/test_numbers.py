@@ -67,7 +67,8 @@ def test_a_number_that_is_not_finite_stops_the_run_within_its_step(bench, tmp_pa
             bas.train(bench.config(run, checkpointing_steps=1, log_steps=100))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "last whole checkpoint is kept" in str(caught.value)
+    kept = f"step-{step - 1:06d} is kept; " if step > 1 else "; no checkpoint was saved yet; "
+    assert f"{kept}begin anew, in another --output_dir, with a lower learning rate" in str(caught.value)
     assert [path.name for path in list_checkpoints(run)] == ([f"step-{step - 1:06d}"] if step > 1 else [])
     assert not (run / "concepts.safetensors").exists()
     assert file_hashes(resume(bench, run, checkpointing_steps=1)) == whole
@@ -104,7 +105,7 @@ def test_fp16_that_always_overflows_stops(tmp_path):
             def flush(self):
                 return rows_with(norms)
 
-        return training.Run(*[None] * 2, *[None] * 1, None, "fp16", *[None] * 5, Log())
+        return training.Run(None, tmp_path, None, None, "fp16", *[None] * 5, Log())
 
     overflow, fine = [float("inf")] * (training.OVERFLOWS - 1), [1.0]
     run = run_of(overflow + fine + overflow)

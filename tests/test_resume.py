@@ -188,7 +188,7 @@ def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypa
     assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["state.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json"])
 def test_damaged_checkpoint_is_refused(bench, tmp_path, cut_off, name):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
     path = tmp_path / "run" / "checkpoints" / "step-000002" / name
@@ -206,6 +206,19 @@ def test_limit_keeps_the_newest_checkpoints(bench, tmp_path, cut_off):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2), 5)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-000003", "step-000004"]
+
+
+def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(bench, tmp_path, cut_off, uninterrupted, caplog):
+    """As a kill leaves it in the middle of its removal: the tensors without the manifest."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 4)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000002")
+    (checkpoints / "step-000002" / "manifest.json").unlink()
+    assert file_hashes(resume(bench, tmp_path / "run", checkpointing_steps=4)) == uninterrupted
+    told = (
+        f"{checkpoints / 'step-000002'} was cut off while it was written or removed: it does not count, and is cleared"
+    )
+    assert told in caplog.messages
 
 
 def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
@@ -272,13 +285,22 @@ def test_what_auto_came_to_is_compared(bench, tmp_path, cut_off, monkeypatch, un
     assert file_hashes(resume(bench, tmp_path / "run", mixed_precision="no")) == uninterrupted
 
 
-def forget(checkpoint: Path, *facts: str) -> None:
-    """Leave these facts out of a checkpoint, as one of an earlier version does."""
+def test_what_only_spares_memory_may_change(bench, tmp_path, cut_off, uninterrupted):
+    """The first thing to try when memory ran out. Numbers that are computed again are the same."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    assert file_hashes(resume(bench, tmp_path / "run", gradient_checkpointing=True)) == uninterrupted
+
+
+def forget(checkpoint: Path, *facts: str, settings: tuple[str, ...] = ()) -> None:
+    """Leave these facts and settings out of a checkpoint, as one of an earlier version does."""
     note = json.loads((checkpoint / "state.json").read_text())
     for fact in facts:
         del note["facts"][fact]
+    for setting in settings:
+        del note["facts"]["config"][setting]
     run_folder.write_json(checkpoint / "state.json", note)
-    manifest = {name: run_folder._describe(checkpoint / name) for name in ("state.safetensors", "state.json")}
+    names = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = {name: run_folder._describe(checkpoint / name) for name in names}
     run_folder.write_json(checkpoint / "manifest.json", manifest)
 
 
@@ -287,4 +309,13 @@ def test_a_checkpoint_that_notes_less_is_held_to_what_it_notes(bench, tmp_path, 
     forget(tmp_path / "run" / "checkpoints" / "step-000004", "scene", "words", "precision")
     with refused("another --mixed_precision"):
         resume(bench, tmp_path / "run", mixed_precision="bf16")
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_is_its_default(bench, tmp_path, cut_off, uninterrupted):
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    unknown = ("close_ups", "attention_loss", "class_prompt")
+    forget(tmp_path / "run" / "checkpoints" / "step-000004", settings=unknown)
+    with refused("made with another --close_ups: resume"):
+        resume(bench, tmp_path / "run", close_ups=True)
     assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted

@@ -43,6 +43,7 @@ def official_gradients(material: Material, phase: int) -> Reference:
     loss.backward()
     unet = {name: p.grad.cpu() for name, p in loop.unet.named_parameters() if p.grad is not None}
     handles = loop.embedding.grad[-len(concepts) :].cpu()
+    parts = {name: part.detach().cpu() for name, part in parts.items()}  # not the graph, which holds the weights
     return Reference(example, *(x.cpu() for x in (latents, noise, t)), parts, handles, unet)
 
 

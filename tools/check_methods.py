@@ -3,10 +3,12 @@
     python tools/check_methods.py --output_dir /tmp/methods                     all of it
     python tools/check_methods.py --output_dir /tmp/methods --first_scenes 1 --seeds 0        a part of it
     python tools/check_methods.py --markdown                                    the tables of the recorded run
+    python tools/check_methods.py --scatter docs/pictures/comparison.png        its plot, of the paper's methods
 
-Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and drawing: what
+Twelve scenes of two to four concepts that the miniature never saw, two seeds, shortened training and drawing: what
 `bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
-run that docs/comparison.md shows; on the same machine and the same miniature every number is the same.
+run that docs/comparison.md shows; on the same machine and the same miniature every number is the same. `--record` adds
+to a recorded run of the same miniature, and takes the place of one of another.
 """
 
 import argparse
@@ -22,10 +24,12 @@ import numpy as np
 from mini_world import render_concepts, save_scene
 
 from bas.evaluation.baselines import PAPER
+from bas.evaluation.plot import scatter_png
 from bas.evaluation.protocol import CELL, CELLS, PLAN
 from bas.evaluation.scores import ROWS
-from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, value_of
+from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
 from bas.files import read_json
+from bas.pictures import save_picture
 
 RECORDED = Path(__file__).parents[1] / "docs" / "comparison.json"
 SCENES, SIDE = 12, 256  # how many, and their pixels
@@ -77,10 +81,23 @@ def name_of(cell: dict) -> tuple:
     return cell["scene"], cell["method"], cell["seed"]
 
 
+def merged(run: dict, recorded: dict) -> dict:
+    """A run, with what the recorded one has beside it where both are of the same miniature."""
+    if recorded["base"] != run["base"]:
+        return run
+    cells = {name_of(cell): cell for cell in (*recorded["cells"], *run["cells"])}
+    return run | {"cells": [cells[name] for name in sorted(cells)]}
+
+
+def rows_of(cells: list[dict]) -> list[dict]:
+    """The means of cells as the rows that the tables and the plot read."""
+    return [cell | {"row": kind} for cell in cells for kind in ("picture", "cell")]
+
+
 def markdown(run: dict) -> str:
     """The tables of a run, as docs/comparison.md shows them."""
     cells = run["cells"]
-    rows = [cell | {"row": kind} for cell in cells for kind in ("picture", "cell")]
+    rows = rows_of(cells)
     scenes, methods, seeds = (len({cell[key] for cell in cells}) for key in ("scene", "method", "seed"))
     pictures, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
     counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {pictures} pictures"
@@ -94,27 +111,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation; the same one goes on")
     parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help=f"write the result to docs/{RECORDED.name}")
     parser.add_argument("--markdown", action="store_true", help="print the recorded run; run nothing")
+    parser.add_argument("--scatter", type=Path, help="draw the recorded run's plot into this file; run nothing")
     args = parser.parse_args()
+    if args.scatter:
+        cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
+        save_picture(scatter_png(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
+        return
     if args.markdown:
         print(markdown(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")
         return
     if args.output_dir is None:
-        parser.error("--output_dir is needed, or --markdown")
+        parser.error("--output_dir is needed, or --markdown, or --scatter")
     evaluation = args.output_dir / "evaluation"
     evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
     run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch")}
     run["base"] = read_json(evaluation / PLAN)["base"]
     run["cells"] = condense(evaluation)
     print(markdown(run))
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     if args.record:
-        RECORDED.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        RECORDED.write_text(json.dumps(merged(run, recorded), indent=1) + "\n", encoding="utf-8")
     else:
-        recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
         apart = differences(run["cells"], recorded["cells"])
         print(
             f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart, default=0):.2g}"

@@ -30,7 +30,7 @@ def fit(stage: str, module: nn.Module, loss_of, recipe: Recipe, run: Path, previ
     average = [p.detach().clone() for p in parameters]
     step, before, checkpoint = 0, 0.0, run / f"{stage}.ckpt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=parameters[0].device, weights_only=True)
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, before = state["average"], state["step"], state["seconds"]

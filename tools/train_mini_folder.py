@@ -39,7 +39,7 @@ def export(preset: Preset, run: Path, folder: Path) -> None:
     if (run / "unet.safetensors").exists():
         unet.load_state_dict(load_file(run / "unet.safetensors"))
     else:
-        state = torch.load(run / "unet.ckpt", weights_only=True)
+        state = torch.load(run / "unet.ckpt", map_location="cpu", weights_only=True)
         for p, mean in zip(unet.parameters(), state["average"], strict=True):
             p.data.copy_(mean)
     save_weights(unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)

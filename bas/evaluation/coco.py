@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,9 @@ def read_annotations(path: Path, dropped: tuple[str, ...]) -> Annotations:
         sides = [positive(f"{path} image {i}: {name}", row.get(name), MAX_PIXELS) for name in ("width", "height")]
         if sides[0] * sides[1] > MAX_PIXELS or not isinstance(row.get("file_name"), str):
             raise InputError(f"{path} image {i} has no file_name, or more than 100 megapixels")
+        name = PurePath(row["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{path} image {i}: {row['file_name']!r:.60} leads out of the folder of the pictures")
         images[str(row.get("id"))] = row
     by_image: dict[str, list[dict]] = {}
     for row in entries(content, "annotations", path):
