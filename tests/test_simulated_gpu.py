@@ -46,7 +46,7 @@ def commands(bench: Bench, folder: Path, device: str) -> list[list[str]]:
 def simulate(*words: str) -> subprocess.CompletedProcess:
     """Python with these words, in a process that can import `simulated_gpu` and the tools."""
     paths = os.pathsep.join(map(str, (TESTS, TESTS.parent / "tools", TESTS.parent)))
-    environment = os.environ | {"PYTHONPATH": paths}
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # the tensors are tiny
     return subprocess.run([sys.executable, *words], env=environment, text=True, capture_output=True, check=False)
 
 
