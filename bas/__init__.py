@@ -29,6 +29,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'bas' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
 class _Package(ModuleType):
     """Python binds an imported submodule to its name in the package; here `train` and `sample` stay the functions."""
 

@@ -42,14 +42,15 @@ class Attention:
 
 @torch.inference_mode()
 def attend(
-    models: Models, prompt: str, config: SampleConfig, rows: int | None = None, words: bool = False
+    models: Models, prompt: str, config: SampleConfig, side: int | None = None, words: bool = False
 ) -> Attention:
     """Draw one picture and keep the attention of each handle of the prompt, with `words` that of every word.
 
-    rows: of the maps; None is as the model was trained, else a quarter of the latent's rows. Raises InputError as
+    side: cells along the shorter side of the maps; None is as the model was trained, else a quarter of the latent's.
+    Raises InputError as
     `plan_maps` does.
     """
-    places, size = plan_maps(models, prompt, config, rows, words)
+    places, size = plan_maps(models, prompt, config, side, words)
     latents, average = generate_with_maps([prompt], [config.seed], models, config, size)
     (picture,) = to_pictures(decode(models, latents))
     columns = [
@@ -60,7 +61,7 @@ def attend(
 
 
 def plan_maps(
-    models: Models, prompt: str, config: SampleConfig, rows: int | None, words: bool
+    models: Models, prompt: str, config: SampleConfig, side: int | None, words: bool
 ) -> tuple[dict[str, list[int]], tuple[int, int]]:
     """Token positions by name, and (gh, gw) of the maps. Reads no weight.
 
@@ -71,12 +72,12 @@ def plan_maps(
     places = find_places(models.tokenizer, ids.tolist(), words)
     if not places:
         raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
-    rows = rows or (trained_grid(models.source) if models.source else None)
-    return places, attention_grid(models, latent_shape(models, config)[1:], rows)
+    side = side or (trained_grid(models.source) if models.source else None)
+    return places, attention_grid(models, latent_shape(models, config)[1:], side)
 
 
 def trained_grid(path: Path) -> int | None:
-    """The rows of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
+    """The `side` of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
     if (path / CONCEPTS).is_file():
         _, note = read_concepts(path)
         return note["config"]["attention_grid"]

@@ -76,25 +76,26 @@ class Material:
     prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
 
 
-def attention_grid(models: Models, latent: tuple[int, int], rows: int | None) -> tuple[int, int]:
-    """The (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or `rows` rows.
+def attention_grid(models: Models, latent: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """The (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or as asked.
 
-    Raises InputError when the UNet has no cross-attention outside its middle on that grid.
+    side: cells along the shorter side. Raises InputError when the UNet has no cross-attention outside its middle on
+    that grid.
     """
     h, w = latent
-    grid = (rows, round(rows * w / h)) if rows else (h // 4, w // 4)
+    grid = (round(side * h / min(latent)), round(side * w / min(latent))) if side else (h // 4, w // 4)
     config = models.unet.config
     levels = [
         level for level in range(config.levels) if config.down_has_attention(level) or config.up_has_attention(level)
     ]
     grids = [(h >> level, w >> level) for level in levels]
     if grid not in grids:
-        known = " or ".join(str(rows) for rows, _ in grids)
-        side = h * models.vae.config.factor
-        other = f"; or is it another model, as this one was trained at {models.resolution} pixels, not at {side}?"
+        known = " or ".join(str(min(known)) for known in grids)
+        pixels = min(latent) * models.vae.config.factor
+        other = f"; or is it another model, as this one was trained at {models.resolution} pixels, not at {pixels}?"
         raise InputError(
-            f"no cross-attention on {grid[0]} rows for the attention loss to read: use --attention_grid {known}"
-            + (other if side != models.resolution else "")
+            f"no cross-attention on {min(grid)} cells along the shorter side: use --attention_grid {known}"
+            + (other if pixels != models.resolution else "")
         )
     return grid
 

@@ -85,6 +85,8 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
         present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not present.is_dir():
             raise InputError(f"--class_data_dir {folder}: {present} is not a folder")
+        if (folder / "mask0.png").exists():
+            raise InputError(f"--class_data_dir {folder} is a scene: name a folder of class images, or a new one")
         for path in _pictures(folder)[: config.num_class_images]:
             open_picture(path)
         keyed = (folder / KEY_FILE).exists()

@@ -4,6 +4,7 @@ The settings are the single source of the command line: each field is a flag, it
 own configurations stand in bas/models/config.py.
 """
 
+import os
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -74,8 +75,10 @@ def flag_of(setting: Field) -> str:
 
 
 def _in_range(settings: Any, name: str, least: int, most: int = MAX_COUNT) -> None:
-    """InputError unless this setting is from `least` to `most`, or None."""
+    """InputError unless this setting is a whole number from `least` to `most`, or None."""
     value = getattr(settings, name)
+    if value is not None and type(value) is not int:
+        raise InputError(f"--{name} is {value!r}: expected a whole number")
     if value is not None and not least <= value <= most:
         expected = f"{least} or more" if value < least else f"{most} or less"
         raise InputError(f"--{name} is {value}: expected {expected}")
@@ -213,7 +216,7 @@ class TrainConfig:
         choices=("mse", "cross_entropy"),
     )
     attention_grid: int | None = knob(
-        None, "rows of the attention maps that the loss reads (default: a quarter of the latent rows)"
+        None, "cells along the shorter side of the maps that the loss reads (default: a quarter of the latent's)"
     )
     subset_sampling: str = knob(
         "union",
@@ -354,6 +357,11 @@ class TrainConfig:
         _check_choices(self)
         for f in fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, f.name, value)
+            if isinstance(f.default, tuple) and not isinstance(value, tuple | list):
+                raise InputError(f"{flag_of(f)} is {value!r}: expected several, as a tuple")
             if value == "" and f.default != "":  # a variable of the shell that is not set
                 raise InputError(f"{flag_of(f)} is empty: leave it out, or say what it shall be")
             for text in value if isinstance(value, tuple) else (value,):

@@ -33,6 +33,7 @@ class Region:
 
     mask: np.ndarray  # (H, W) float32 in [0, 1] at the picture's size, 1 where it may change
     prompt: str
+    file: Path | None = None  # that the mask was read from
 
 
 # --- Reading the regions ------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def read_region(mask: Path, prompt: str, image: Path, picture: Image.Image) -> R
     layer = match_size(read_mask(mask), mask, picture, image)
     if layer.max() == 0:
         raise InputError(f"{mask} is black all over: paint white what shall change")
-    return Region(layer, prompt)
+    return Region(layer, prompt, mask)
 
 
 def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
@@ -52,7 +53,7 @@ def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
     In a file that ends in .toml they are tables [[regions]]. Mask files are named relative to the list. Raises
     InputError for anything else.
     """
-    rows = read_toml(path).get("regions") if path.suffix == ".toml" else read_content(path)
+    rows = read_toml(path).get("regions") if path.suffix.lower() == ".toml" else read_content(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f'--regions {path} is not a list [{{"mask": ..., "prompt": ...}}, ...]')
     for row in rows:

@@ -40,7 +40,10 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection[str] | None = None) -> None:
-    """One flag per dataclass field, or per one in `only`. Flags not given stay out, so that presets can fill them."""
+    """One flag per dataclass field, or per one in `only`. Flags not given stay out, so that presets can fill them.
+
+    What a model's own settings, a preset or a file switch on, `--no_` before the name switches off.
+    """
     for f in fields(settings):
         if only is not None and f.name not in only:
             continue
@@ -51,6 +54,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection
             parser.add_argument(*f.metadata["flag"], action="store_false", help=gloss, **common)
         elif f.type is bool:
             parser.add_argument(*names, action="store_true", help=gloss, **common)
+            parser.add_argument(f"--no_{f.name}", action="store_false", help=argparse.SUPPRESS, **common)
         else:
             kind, many = value_type(f.type)
             shown = " ".join(f.default) if many else f.default

@@ -43,9 +43,14 @@ def load(
 def train_config(scene: str | Path, **settings) -> TrainConfig:
     """The settings of a training as `bas train SCENE` has them: those given, over those that suit the base model.
 
+    `weights` is short for `pretrained_model_name_or_path`, as on the command line.
+
     InputError for a setting that does not exist or is out of range, and for a base model that is not here.
     """
-    row = read_model_row(find(settings.get("pretrained_model_name_or_path")))
+    if "weights" in settings:
+        settings["pretrained_model_name_or_path"] = settings.pop("weights")
+    base = settings.get("pretrained_model_name_or_path")
+    row = read_model_row(find(None if base is None else str(base)))
     return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, row)
 
 
@@ -76,6 +81,8 @@ def find(name: str | Path | None) -> Path:
     for hub_id in _hub_ids(name):
         if index := cached(hub_id, "model_index.json"):
             return index.parent
+    if path.parent != Path() and path.parent.is_dir():
+        raise InputError(f"{name} does not exist: {path.parent} holds no {path.name}")
     raise InputError(f"{name} is no path here and no model that was downloaded: `bas download {name}` fetches one")
 
 

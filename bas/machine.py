@@ -26,7 +26,10 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.empty(0, device=name).device  # "cuda" with its number
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0] if name.startswith("cuda") else "expected cpu, cuda or cuda:N"
+        raise InputError(f"--device {name} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise InputError("--device meta cannot be used here: it computes nothing")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

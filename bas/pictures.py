@@ -105,6 +105,12 @@ def picture_path(name: str) -> Path:
     return path
 
 
+def keep_inputs(target: Path, *inputs: Path) -> None:
+    """InputError when a picture would be written over a file that the command reads."""
+    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
+        raise InputError(f"--output_path {target} is what the command reads: name another file")
+
+
 def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
     """Write a picture, whole or not at all, in the format that its name ends in.
 

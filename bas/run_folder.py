@@ -95,7 +95,12 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
 
 
 def refuse_used_folder(folder: Path, resuming: bool) -> None:
-    """InputError for a folder with a finished run, an unfinished one that is not to be resumed, or anything else."""
+    """InputError for a folder with a finished run, an unfinished one that is not to be resumed, or anything else.
+
+    And for what is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot write to --output_dir {folder}: it is a file")
     if (folder / CONCEPTS).exists():
         raise InputError(f"{folder} already holds a finished run: choose another --output_dir or remove it")
     if not resuming and (folder / METRICS).exists():

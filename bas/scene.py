@@ -9,6 +9,7 @@ img.* and mask0.png, mask1.png, ... A mask has the number of its concept in the 
 where one is missing, that photograph does not show the concept. Each is cut to the shape of the first.
 """
 
+import difflib
 import logging
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -174,6 +175,9 @@ def read_notes(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
         notes = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
         if not all(name is None or isinstance(name, str) for note in notes for name in note):
             raise TypeError("a handle or a word is no text")
+        for key in sorted({key for c in content["concepts"] for key in c} - {"handle", "word"}):
+            if near := difflib.get_close_matches(key, ("handle", "word"), n=1):  # other notes are the user's own
+                raise TypeError(f"unknown {key}; did you mean {near[0]}?")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: {error}') from error
     if len(notes) != count:
@@ -190,7 +194,7 @@ def name_concepts(
         raise InputError(f"--num_of_assets is {config.num_of_assets}, but {folder} has {count} masks")
     noted_handles, noted_words = read_notes(folder, found)
     pattern = config.placeholder_token.strip("<>")
-    noted = tuple(handle or f"<{pattern}{i}>" for i, handle in enumerate(noted_handles))
+    noted = tuple(bracketed(handle or f"{pattern}{i}") for i, handle in enumerate(noted_handles))
     handles = tuple(map(bracketed, config.handles)) or noted
     words = config.initializer_tokens or tuple(noted_words)
     for flag, values in (("--handles", handles), ("--initializer_tokens", words)):

@@ -356,7 +356,9 @@ def speed_up(unet: UNet, config: TrainConfig, device: torch.device) -> None:
 def tell_of_miniature(config: TrainConfig) -> None:
     """Say so where no base is named: nobody shall wait for a photograph's concepts in vain."""
     if config.pretrained_model_name_or_path is None:
-        log.info("the base is the miniature that ships, which knows no photographs")
+        log.info(
+            "the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"
+        )
 
 
 def train_phase(run: Run, phase: Phase, begin: int) -> None:

@@ -78,9 +78,9 @@ def test_all_words_share_what_is_left_of_the_special_tokens(models):
 
 
 def test_another_grid_on_request(models):
-    assert attend(models, PROMPT, FAST, rows=8).maps.shape == (2, 8, 8)
-    with refused("5 rows", "--attention_grid 16 or 8 or 4"):
-        attend(models, PROMPT, FAST, rows=5)
+    assert attend(models, PROMPT, FAST, side=8).maps.shape == (2, 8, 8)
+    with refused("5 cells", "--attention_grid 16 or 8 or 4"):
+        attend(models, PROMPT, FAST, side=5)
 
 
 def test_a_prompt_without_a_handle_needs_words(models):

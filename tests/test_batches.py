@@ -211,7 +211,8 @@ def test_attention_grid_is_a_quarter_of_the_latents_or_as_asked(prepared):
     assert attention_grid(models, (16, 16), None) == (4, 4)
     assert attention_grid(models, (16, 24), None) == (4, 6)
     assert attention_grid(models, (16, 24), 8) == (8, 12)
-    with refused("no cross-attention on 5 rows", "--attention_grid 16 or 8 or 4"):
+    assert attention_grid(models, (24, 16), 8) == (12, 8)  # cells along the shorter side, whichever that is
+    with refused("no cross-attention on 5 cells", "--attention_grid 16 or 8 or 4"):
         attention_grid(models, (16, 16), 5)
 
 

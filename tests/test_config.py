@@ -1,11 +1,13 @@
 """Settings: their limits, the layers they come from, the presets."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from tiny import refused
 
 from bas.config import PRESETS, SampleConfig, TrainConfig
+from bas.flags import Parser, add_fields
 
 OFFICIAL = {  # defaults of the official train.py, by its own names
     "num_class_images": 100,
@@ -162,3 +164,25 @@ def test_a_card_lies_between_the_preset_and_the_flags():
     )
     with refused("--card is '8gb'", "any, 24gb, 16gb, 12gb"):
         TrainConfig.resolve({"card": "8gb"})
+
+
+def test_settings_from_python_are_taken_as_those_of_flags():
+    """Paths as their text; what is no whole number, or one text where several are expected, is refused."""
+    config = TrainConfig(output_dir=Path("runs") / "a", class_data_dir=Path("b"))
+    assert (config.output_dir, config.class_data_dir) == (str(Path("runs") / "a"), "b")
+    for wrong in ({"phase2_train_steps": 0.5}, {"phase1_train_steps": True}):
+        with refused("expected a whole number"):
+            TrainConfig(**wrong)
+    with refused("--handles is 'ab': expected several, as a tuple"):
+        TrainConfig(handles="ab")
+
+
+def test_what_a_base_switches_on_a_flag_switches_off():
+    parser = Parser()
+    add_fields(parser, TrainConfig, only=("close_ups", "with_prior_preservation"))
+    assert vars(parser.parse_args(["--no_close_ups", "--no_prior_preservation"])) == {
+        "close_ups": False,
+        "with_prior_preservation": False,
+    }
+    resolved = TrainConfig.resolve({"close_ups": False}, {"close_ups": True, "normalize_masked_loss": True})
+    assert (resolved.close_ups, resolved.normalize_masked_loss) == (False, True)

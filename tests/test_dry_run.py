@@ -211,7 +211,7 @@ def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, ca
     [
         ({"phase1_train_steps": 0, "phase2_train_steps": 0}, "both phases have 0 steps"),
         ({"resolution": 33}, "this model takes multiples of 8 pixels"),
-        ({"attention_grid": 3}, "no cross-attention on 3 rows"),
+        ({"attention_grid": 3}, "no cross-attention on 3 cells"),
         ({"handles": ("<a>",)}, "--handles gives 1 names"),
         ({"handles": ("a photo", "<a>")}, "handle '<a photo>': expected <name>"),
         ({"device": "nowhere"}, "--device nowhere cannot be used here"),

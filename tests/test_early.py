@@ -88,10 +88,11 @@ TRAIN = [
     ("train {scene} --weights {model} --output_dir {scene}", "scene is not empty: name a new folder"),
     ("train {scene} --weights {model} --class_data_dir {file}", "--class_data_dir"),
     ("train {scene} --weights {model} --class_data_dir {file}/new", "file is not a folder"),
-    ("train {scene} --weights {model} --class_data_dir {text}", "text/img.png is not a readable PNG"),
+    ("train {scene} --weights {model} --class_data_dir {text}", "text is a scene: name a folder of class images"),
+    ("train {scene} --weights {model} --device meta", "--device meta cannot be used here: it computes nothing"),
     ("train {scene} --weights {model} --output_dir {run} --resume_from_checkpoint {none}", "none"),
     ("train {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
-    ("train {scene} --weights {model} --attention_grid 5", "no cross-attention on 5 rows"),
+    ("train {scene} --weights {model} --attention_grid 5", "no cross-attention on 5 cells"),
     ("train {scene} --weights {model} --initializer_tokens a a \\x20", "the initial word ' ' holds no token"),
     ("train {scene} --weights {taught}", "handle <asset0> is already a token of this model: choose another name"),
     ("train {scene} --weights {model} --class_prompt <dog>", "unknown handle <dog> in '<dog>'"),
@@ -153,7 +154,7 @@ SAMPLE = [
     ("explore {taught} --output_dir {new} --eta 2", "--eta is 2.0: expected 0 to 1"),
     ("attend {taught} --output_dir {new} --prompt bowl", "'bowl' holds no handle: name one, or ask for all --words"),
     ("attend {taught} --output_dir {new} --prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
-    ("attend {taught} --output_dir {new} --prompt <asset0> --attention_grid 5", "no cross-attention on 5 rows"),
+    ("attend {taught} --output_dir {new} --prompt <asset0> --attention_grid 5", "no cross-attention on 5 cells"),
     ("attend {taught} --output_dir {new} --prompt <asset0> --height 9", "--height 9: this model takes multiples of 8"),
     ("attend {taught} --output_dir {new} --prompt <asset0> --negative_prompt <toy>", "unknown handle <toy> in '<toy>'"),
 ]
@@ -175,6 +176,14 @@ EDIT = [
     ),
     ("--init_image {scene}/img.png --regions {folder}/list.json", "black.png is black all over"),
     ("--init_image {scene}/img.png --regions {none}", "none is not a file"),
+    (
+        "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --output_path {scene}/img.png",
+        "img.png is what the command reads: name another file",
+    ),
+    (
+        "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --output_path {scene}/mask0.png",
+        "mask0.png is what the command reads: name another file",
+    ),
     ("--init_image {scene}/img.png --regions {long}", "xxx is not a file"),
 ]
 OTHERS = [
@@ -182,6 +191,7 @@ OTHERS = [
     ("masks {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
     ("masks {long} --weights {model}", "xxx cannot be read: File name too long"),
     ("masks {long} --auto sam", "xxx cannot be read: File name too long"),
+    ("masks {scene} --weights {model} --output_path {scene}/mask0.png", "mask0.png is what the command reads"),
     ("masks {scene} --weights {model} --points 1,2", "--points goes with --auto"),
     ("masks {scene}/img.png --auto clipseg --output_dir {new}", "--auto clipseg needs --words, one per concept"),
     ("masks {scene}/img.png --auto clipseg --points 1,2 --output_dir {new}", "--points is for --auto sam, not clipseg"),

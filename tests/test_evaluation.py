@@ -466,3 +466,13 @@ def test_two_processes_share_an_evaluation(bench, scenes, explicit, tmp_path):
     assert process.stdout.count("seed 0:") == 4
     assert process.stdout.count("index.html") == 1
     assert sum(row["row"] == "cell" for row in rows_of(tmp_path / "out")) == 4
+
+
+def test_a_folder_of_something_else_is_no_place_for_an_evaluation(tmp_path):
+    """Nor is it touched; one that holds a plan is gone on with."""
+    (tmp_path / "mine.txt").write_text("mine")
+    with refused("is not empty: name a new folder"):
+        agree_on(tmp_path, FACTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    agree_on(tmp_path / "new", FACTS)
+    agree_on(tmp_path / "new", FACTS)

@@ -56,6 +56,14 @@ def test_names_that_are_not_here_say_what_to_run(tmp_path):
         hub.find("no/such/folder")
 
 
+def test_a_run_that_is_mistyped_is_not_one_to_download(tmp_path, monkeypatch):
+    """runs/creatur has the form of a hub id; but there is a folder runs here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with refused("runs/creatur does not exist: runs holds no creatur"):
+        hub.find("runs/creatur")
+
+
 def test_a_dangling_link_is_a_path(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert hub.find(tmp_path / "link") == tmp_path / "link"
@@ -97,6 +105,7 @@ def test_settings_suit_the_model_as_on_the_command_line(tmp_path):
     row = hub.read_model_row(hub.find("mini"))
     assert (config.instance_data_dir, config.learning_rate) == ("my_scene", 1e-5)
     assert row["attention_grid"] == config.attention_grid != TrainConfig().attention_grid
+    assert bas.train_config("my_scene", weights=hub.find("mini")).pretrained_model_name_or_path == str(hub.find("mini"))
     with refused("unknown training settings: rate"):
         bas.train_config("my_scene", rate=1)
 

@@ -143,3 +143,8 @@ def test_wrong_input_does_not_wait_for_the_code_of_networks(tmp_path):
     assert all(name in line for name, line in zip(mistakes, (black_mask, handle, size), strict=True))
     assert "bas: the prompt is too long" in too_long
     assert json.loads(done.stdout) == {stage: [] for stage in ("imports", *mistakes)}
+
+
+def test_what_the_package_offers_is_listed():
+    """For those who ask a shell to complete `bas.`, though nothing is imported before it is used."""
+    assert {"load", "sample", "train", "train_config", "TrainConfig", "SampleConfig"} <= {*dir(bas)}

@@ -213,7 +213,7 @@ def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monk
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert main(["train", str(scenes), *named]) == 0
-    told = ["the base is the miniature that ships, which knows no photographs"]
+    told = ["the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"]
     assert caplog.messages == (told if rank == "0" else [])
 
 

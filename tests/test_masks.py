@@ -199,7 +199,7 @@ def test_a_mask_too_small_for_the_attention_grid_is_told_once(model, tmp_path, c
     [
         (["--output_path", "m.pdf"], "name a .png, .jpg or .webp file"),
         (["--resolution", "33"], "--resolution 33: this model takes multiples of"),
-        (["--attention_grid", "5"], "no cross-attention on 5 rows"),
+        (["--attention_grid", "5"], "no cross-attention on 5 cells"),
         (["--initializer_tokens", " ", "a", "a"], "the initial word ' ' holds no token"),
         (["--handles", "<a>", "<b>"], "--handles gives 2 names, but"),
     ],

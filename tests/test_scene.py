@@ -565,3 +565,16 @@ def test_close_ups_of_many_concepts_are_refused_not_counted_for_ever(tmp_path):
     with refused("--close_ups: 9 concepts have 510 sets to show: expected 8 concepts or fewer, or close_ups = false"):
         load(write_scene(tmp_path / "nine", concepts=9, size=(90, 32)), close_ups=True)
     assert len(load(write_scene(tmp_path / "eight", concepts=8, size=(80, 32)), close_ups=True)) == 8
+
+
+def test_notes_name_handles_with_or_without_brackets(tmp_path):
+    """Other notes are the user's own, but for a slip of the pen."""
+    folder = write_scene(tmp_path / "scene", concepts=2)
+    notes = {"concepts": [{"handle": "toy", "word": "bowl"}, {"handle": "<cat>"}]}
+    (folder / "scene.json").write_text(json.dumps(notes))
+    scene = load_scene(TrainConfig(str(folder)))
+    assert (scene.handles, scene.words) == (("<toy>", "<cat>"), ("bowl", None))
+    notes["concepts"][1] |= {"wrod": "cat", "mask": "mask1.png"}
+    (folder / "scene.json").write_text(json.dumps(notes))
+    with refused("scene.json", "unknown wrod; did you mean word?"):
+        load_scene(TrainConfig(str(folder)))

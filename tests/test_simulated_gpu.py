@@ -1,4 +1,4 @@
-"""Every command on a GPU that is simulated: nothing is left on the wrong device, and the numbers are the CPU's."""
+"""Training and what follows on a GPU that is simulated: nothing is left on the wrong device, and the numbers are the CPU's."""
 
 import json
 import os

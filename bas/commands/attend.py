@@ -21,7 +21,7 @@ def configure(parser: Parser) -> None:
         "--attention_grid",
         type=int,
         metavar="INT",
-        help="rows of the maps (default: as in training, else a quarter of the latent rows)",
+        help="cells along the shorter side of the maps (default: as in training, else a quarter of the latent's)",
     )
     parser.add_argument("--output_dir", default="attention", help="new folder to write (default: %(default)s)")
     add_fields(parser, SampleConfig, {f.name for f in fields(SampleConfig)} - {"num_images", "batch_size"})
@@ -30,9 +30,9 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw, write the maps, and print where the sheet is."""
     config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
-    rows = args.attention_grid
+    side = args.attention_grid
     folder = new_folder(args.output_dir)
-    models = open_model(args, lambda models: plan_maps(models, args.prompt, config, rows, args.words))
-    attention = attend(models, args.prompt, config, rows, args.words)
+    models = open_model(args, lambda models: plan_maps(models, args.prompt, config, side, args.words))
+    attention = attend(models, args.prompt, config, side, args.words)
     settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
     print(write_attention(attention, models.handles, folder, settings))

@@ -10,7 +10,7 @@ from bas.config import EditConfig, InputError
 from bas.edit import check_edit, edit, read_region, read_regions
 from bas.flags import Parser, add_fields, given
 from bas.images import read_image
-from bas.pictures import picture_path, save_pictures
+from bas.pictures import keep_inputs, picture_path, save_pictures
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         regions = read_regions(Path(args.regions), image, picture)
     else:
         regions = [read_region(Path(args.mask), args.prompt, image, picture)]
+    keep_inputs(target, image, *(region.file for region in regions))
     models = open_model(args, lambda models: check_edit(models, picture, regions, config))
     pictures = edit(models, picture, regions, config)
 

@@ -18,7 +18,7 @@ from bas.machine import pick_device
 from bas.mask_proposals import METHODS, propose
 from bas.mask_sources import list_sources
 from bas.masks import sheet, table, view_scene, warnings
-from bas.pictures import picture_path, save_picture
+from bas.pictures import keep_inputs, picture_path, save_picture
 from bas.scene import load_scene
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,8 @@ def write_proposals(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Print the table; warnings go to the log. Raises InputError for what training would refuse, once it is drawn."""
     target = picture_path(args.output_path) if args.output_path else None
+    if target:
+        keep_inputs(target, *Path(args.scene).glob("*"))
     config = train_config(args.scene, **given(args, TrainConfig))
     model = find(config.pretrained_model_name_or_path)
     scene, models = load_scene(config), glance(model)

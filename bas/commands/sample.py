@@ -22,7 +22,7 @@ EXAMPLES = (
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)
-    parser.add_argument("--prompt", nargs="+", help="one prompt or several, each in quotes")
+    parser.add_argument("--prompt", nargs="+", action="extend", help="one prompt or several, each in quotes")
     parser.add_argument(
         "--output_path", default="result.png", help="picture to write; several get a number each (default: %(default)s)"
     )
