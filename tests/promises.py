@@ -49,7 +49,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_early|test_cli::.*(wrong_lines|debug|exit_code|130)|test_train::test_wrong_input",
     ),
     (
-        "on a GPU nothing is left on the CPU, and the numbers are the CPU's: training and what follows on a simulated one",
+        "on a GPU nothing is left on the CPU, and the numbers are the CPU's: all tried on a simulated one",
         r"test_simulated_gpu",
     ),
     ("no test touches the network or the home folder; their order does not matter", r"test_conftest"),

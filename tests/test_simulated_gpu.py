@@ -1,4 +1,4 @@
-"""Training and what follows on a GPU that is simulated: nothing is left on the wrong device, and the numbers are the CPU's."""
+"""On a GPU that is simulated, nothing is left on the wrong device, and the numbers are those of the CPU."""
 
 import json
 import os
