@@ -1,6 +1,7 @@
 """Pictures for people: grids with labels, masks and attention maps laid over the photograph."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -128,10 +129,11 @@ def save_picture(picture: Image.Image, path: Path, settings: dict | None = None)
         picture.save(temporary, format=kind, **options)
 
 
-def save_pictures(pictures: list[Image.Image], notes: list[dict], target: Path) -> list[Path]:
-    """One picture under the name given, several with a number each; returns the paths."""
+def save_pictures(pictures: Iterable[Image.Image], notes: list[dict], target: Path) -> Iterator[Path]:
+    """Save each picture as it comes, with its note: one under the name given, several with a number. -> their paths"""
     target.parent.mkdir(parents=True, exist_ok=True)
-    paths = [target] if len(pictures) == 1 else [target.with_stem(f"{target.stem}-{i}") for i in range(len(pictures))]
-    for picture, note, path in zip(pictures, notes, paths, strict=True):
+    digits = len(str(len(notes) - 1))
+    for i, (picture, note) in enumerate(zip(pictures, notes, strict=True)):
+        path = target if len(notes) == 1 else target.with_stem(f"{target.stem}-{i:0{digits}}")
         save_picture(picture, path, note)
-    return paths
+        yield path

@@ -100,12 +100,24 @@ def test_settings_travel_with_the_picture(tmp_path, name):
 
 def test_several_pictures_are_numbered(tmp_path):
     target = tmp_path / "new" / "out.png"
-    assert save_pictures([RED], [{}], target) == [target]
-    paths = save_pictures([RED, BLUE], [{"i": 0}, {"i": 1}], target)
+    assert list(save_pictures([RED], [{}], target)) == [target]
+    paths = list(save_pictures([RED, BLUE], [{"i": 0}, {"i": 1}], target))
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
     with Image.open(paths[1]) as picture:
         assert picture.size == (16, 8)
         assert json.loads(picture.text["bas"]) == {"i": 1}
+
+
+def test_each_picture_is_saved_as_it_comes_and_names_sort_as_numbers(tmp_path):
+    """What is drawn when the rest is stopped is there."""
+
+    def drawn():
+        for i in range(11):
+            assert len(list(tmp_path.iterdir())) == i
+            yield RED
+
+    names = [path.name for path in save_pictures(drawn(), [{}] * 11, tmp_path / "x.png")]
+    assert names == [f"x-{i:02}.png" for i in range(11)] == sorted(names)
 
 
 @pytest.mark.parametrize("name", ["picture", "picture.gif", "x.txt", ".png"])

@@ -1,13 +1,17 @@
 """Sampling: one seed one picture, guidance as defined, sizes, samplers, prompts."""
 
 import argparse
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import refused, taught
 
 from bas import machine
+from bas.cli import main
 from bas.commands.model import open_model
 from bas.config import SampleConfig
 from bas.prompts import encode_prompts
@@ -153,3 +157,16 @@ def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, mon
         assert {weight.dtype for network in networks for weight in network.parameters()} == {dtype}
         pictures[precision] = numbers(sample(models, "a bowl", num_images=2, num_inference_steps=2, guidance_scale=1.0))
     assert 0 < np.abs(pictures["auto"] - pictures["fp32"]).mean() < 1
+
+
+def test_prompts_given_one_by_one_add_up(bench, tmp_path, capsys):
+    """Each picture's path is printed, in the order of the prompts."""
+    words = ["sample", bench.model, "--prompt", "a", "--prompt", "bowl", "stone", "--num_inference_steps", "1"]
+    assert main([*map(str, words), "--output_path", str(tmp_path / "x.png")]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in paths] == ["x-0.png", "x-1.png", "x-2.png"]
+    prompts = []
+    for path in paths:
+        with Image.open(path) as picture:
+            prompts.append(json.loads(picture.text["bas"])["prompt"])
+    assert prompts == ["a", "bowl", "stone"]

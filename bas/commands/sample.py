@@ -8,7 +8,7 @@ from bas.config import InputError, SampleConfig
 from bas.config_file import add_config, read_config, setting_kinds
 from bas.flags import Parser, add_fields, given
 from bas.pictures import grid, picture_path, save_pictures
-from bas.sample import check_request, sample
+from bas.sample import check_request, sample_each
 
 REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
 
@@ -43,15 +43,16 @@ def run(args: argparse.Namespace) -> None:
     config = SampleConfig(**{**settings, **given(args, SampleConfig)})
     target, name = picture_path(args.output_path), find_model(args).name
     models = open_model(args, lambda models: check_request(models, args.prompt, config))
-    pictures = sample(models, args.prompt, config)
+    pictures = sample_each(models, args.prompt, config)
 
     jobs = [(prompt, config.seed + i) for prompt in args.prompt for i in range(config.num_images)]
     notes = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
     if args.grid:
         rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]
         labels = [[f"{jobs[i][0]}, seed {jobs[i][1]}" for i in row] for row in rows]
+        pictures = list(pictures)
         cell = max(192, min(512, pictures[0].width))
         pictures = [grid([[pictures[i] for i in row] for row in rows], labels, cell)]
         notes = [asdict(config) | {"prompts": args.prompt, "model": name}]
     for path in save_pictures(pictures, notes, target):
-        print(path)
+        print(path, flush=True)
