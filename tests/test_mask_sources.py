@@ -219,7 +219,7 @@ def test_neighbours_share_no_pixel_and_leave_none_out():
         ({"box": [0, 0, 1e308, 2]}, "concept 0: [0, 0, 1e+308, 2] lies beyond any picture: give pixels"),
         ({"box": [0, 0, 2, 2], "word": 3}, 'concept 0: "word" is 3, not a text'),
         ({"box": [20, 20, 30, 30]}, "regions.json concept 0 is black all over"),
-        ({"box": [0, 0, 2, 2], "handle": "toy"}, "handle 'toy': expected <name>"),
+        ({"box": [0, 0, 2, 2], "handle": "a toy"}, "handle '<a toy>': expected <name>"),
     ],
 )
 def test_regions_that_are_none(folder, concept, message):
