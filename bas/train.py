@@ -193,7 +193,11 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator["Run"]:
             with Interrupts() as run.interrupts:
                 begin = 0
                 for phase in config.phases:
-                    train_phase(run, phase, begin)
+                    try:
+                        train_phase(run, phase, begin)
+                    except Interrupted:
+                        times.note(phase.name, run.folder, run.models.device)  # as far as it came
+                        raise
                     times.note(phase.name, run.folder, run.models.device)
                     begin += phase.steps
                 yield run

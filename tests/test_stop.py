@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -67,6 +68,8 @@ def test_a_signal_at_a_checkpoint_saves_its_step_once(bench, tmp_path, monkeypat
         with pytest.raises(Interrupted, match="stopped after step 4 of 6"):
             bas.train(bench.config(tmp_path / "run", checkpointing_steps=2))
     assert saved == [2, 4]
+    (session,) = json.loads((tmp_path / "run" / "times.json").read_text())["sessions"]
+    assert [stage["stage"] for stage in session["stages"]] == ["preparation", "phase1", "phase2"]
     assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
