@@ -88,7 +88,7 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
     inside = (path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp"))
     for leftover in (*folder.glob(".*.[0-9]*.tmp"), *inside):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for checkpoint in sorted((folder / CHECKPOINTS).glob("step-*")):
+    for checkpoint in _checkpoints(folder):
         if not (checkpoint / MANIFEST).exists():
             log.warning("%s was cut off while it was written or removed: it does not count, and is cleared", checkpoint)
             shutil.rmtree(checkpoint)
@@ -258,8 +258,13 @@ def _describe(path: Path) -> dict:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, by step."""
-    whole = [path.parent for path in (run / CHECKPOINTS).glob(f"step-*/{MANIFEST}")]
-    return sorted((path for path in whole if path.name.removeprefix("step-").isdecimal()), key=_step)
+    return [path for path in _checkpoints(run) if (path / MANIFEST).exists()]
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, by step; what only bears a like name is somebody else's."""
+    folders = (path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir())
+    return sorted((path for path in folders if path.name.removeprefix("step-").isdecimal()), key=_step)
 
 
 def what_is_kept(run: Path) -> str:

@@ -208,17 +208,50 @@ def test_limit_keeps_the_newest_checkpoints(bench, tmp_path, cut_off):
     assert names == ["step-000003", "step-000004"]
 
 
-def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(bench, tmp_path, cut_off, uninterrupted, caplog):
-    """As a kill leaves it in the middle of its removal: the tensors without the manifest."""
+def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(
+    bench, tmp_path, cut_off, uninterrupted, caplog, monkeypatch
+):
+    """As a kill leaves it in the middle of its removal: the tensors without the manifest. Other folders stay."""
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 4)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000002")
     (checkpoints / "step-000002" / "manifest.json").unlink()
+    (checkpoints / "step-of-mine").mkdir()
+    original, kept = run_folder.prepare_folder, []
+
+    def prepare(folder, resuming):
+        original(folder, resuming)
+        kept.extend(sorted(path.name for path in checkpoints.iterdir()))
+
+    monkeypatch.setattr(training, "prepare_folder", prepare)
     assert file_hashes(resume(bench, tmp_path / "run", checkpointing_steps=4)) == uninterrupted
     told = (
         f"{checkpoints / 'step-000002'} was cut off while it was written or removed: it does not count, and is cleared"
     )
     assert told in caplog.messages
+    assert kept == ["step-000003", "step-of-mine"]
+
+
+def test_only_whole_checkpoints_are_listed(tmp_path):
+    for name in ("step-000001", "step-000002", "step-of-mine"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.safetensors").touch()
+    (tmp_path / "checkpoints" / "step-000001" / "manifest.json").touch()
+    assert [path.name for path in run_folder.list_checkpoints(tmp_path)] == ["step-000001"]
+
+
+def test_a_checkpoint_of_one_file_goes_on(bench, tmp_path, cut_off, uninterrupted):
+    """As earlier versions wrote it, moments and all."""
+    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
+    tensors = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    save_file(tensors, checkpoint / "state.safetensors")
+    manifest = {name: run_folder._describe(checkpoint / name) for name in ("state.safetensors", "state.json")}
+    run_folder.write_json(checkpoint / "manifest.json", manifest)
+    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
 
 
 def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):

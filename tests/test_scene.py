@@ -578,3 +578,12 @@ def test_notes_name_handles_with_or_without_brackets(tmp_path):
     (folder / "scene.json").write_text(json.dumps(notes))
     with refused("scene.json", "unknown wrod; did you mean word?"):
         load_scene(TrainConfig(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["cutout0.png", "labels.png", "regions.json"])
+def test_a_further_photograph_has_no_other_source_of_masks(tmp_path, name):
+    """It would not be read; in the first photograph it is a second source, and refused as well."""
+    folder = write_scene(tmp_path / "scene", concepts=2)
+    (write_scene(folder / "1", concepts=2) / name).touch()
+    with refused(name, "would not be read"):
+        load_scene(TrainConfig(str(folder)))

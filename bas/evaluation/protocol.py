@@ -109,9 +109,8 @@ def agree_on(folder: Path, facts: dict) -> None:
             raise InputError(f"{folder} holds an evaluation with another {', '.join(differs)}: name a new --output_dir")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    if (
-        any(not entry.name.startswith(".") for entry in folder.iterdir()) and not path.exists()
-    ):  # another process's plan
+    used = any(not entry.name.startswith(".") for entry in folder.iterdir())
+    if used and not path.exists():  # which another process may have written meanwhile
         raise InputError(f"--output_dir {folder} is not empty: name a new folder")
     write_json(path, facts)
 
