@@ -159,7 +159,7 @@ def test_sampling_takes_prompts_and_model_from_the_file(tmp_path, monkeypatch):
         calls.append((models, prompts, config))
         raise InputError("far enough")
 
-    monkeypatch.setattr(sample_command, "sample", record)
+    monkeypatch.setattr(sample_command, "sample_each", record)
     monkeypatch.setattr(sample_command, "open_model", lambda args, check: args.model_path or args.run)
     monkeypatch.setattr(sample_command, "find_model", lambda args: tmp_path)
     for words in ([], ["b", "--seed", "6"], ["--model_path", "c", "--prompt", "z"]):

@@ -231,7 +231,7 @@ def test_a_command_without_memory_is_one_line(bench, monkeypatch, capsys, error)
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("bas.commands.sample.sample", fail)
+    monkeypatch.setattr("bas.commands.sample.sample_each", fail)
     words = ["sample", str(bench.model), "--prompt", "a bowl", "--device", "cpu"]
     assert main(words) == 1
     advice = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
@@ -244,6 +244,6 @@ def test_another_error_is_no_lack_of_memory(bench, monkeypatch):
     def fail(*args):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("bas.commands.sample.sample", fail)
+    monkeypatch.setattr("bas.commands.sample.sample_each", fail)
     with pytest.raises(RuntimeError, match="something else"):
         main(["sample", str(bench.model), "--prompt", "a bowl", "--device", "cpu"])
