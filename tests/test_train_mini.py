@@ -3,7 +3,9 @@
 import pickle
 import shutil
 import sys
+import threading
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from mini_world_layouts import compose
 from safetensors.torch import load_file, save_file
 from train_mini_clip import clip_config
 from train_mini_files import save_weights
+from train_mini_fit import batches, fit
 from train_mini_folder import export
 from train_mini_presets import PRESETS, Preset, Recipe
+from train_mini_vae import reconstruct
 from train_mini_world import load_world, make_world
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -24,7 +28,7 @@ import bas
 from bas.files import write_json
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
-from bas.models.vae import VAE
+from bas.models.vae import VAE, Posterior
 
 MINI = Path(__file__).parents[1] / "weights" / "mini"
 ONE_STEP = Recipe(minutes=1e-9, batch=2, lr=1e-2, ema=0.9)
@@ -95,6 +99,79 @@ def test_the_world_is_drawn_once_with_what_things_cover(tmp_path):
         assert (image == wanted).all()
         assert np.abs(cover / 255 - masks.sum(0)).max() <= 0.5 / 255 + 1e-6
     assert covers.max() == 255
+
+
+def test_batches_are_drawn_ahead_and_come_in_order():
+    """The third and fourth are drawn while the second is still being drawn; a late one is waited for."""
+    third_is_drawn, drawn = threading.Event(), []
+
+    def draw(i):
+        if i == 6:
+            assert third_is_drawn.wait(10)
+        drawn.append(i)
+        if i == 7:
+            third_is_drawn.set()
+        return i
+
+    stream = batches(draw, 5)
+    assert [next(stream) for _ in range(40)] == list(range(5, 45))
+    assert drawn.index(7) < drawn.index(6)
+    stream.close()
+    assert sorted(drawn) == list(range(5, 5 + len(drawn)))
+    with pytest.raises(ZeroDivisionError):
+        list(batches(lambda i: 1 // (2 - i), 0))
+
+
+def test_a_stage_that_goes_on_takes_the_next_batch(tmp_path, monkeypatch):
+    """Stopped behind its checkpoint and started again, it sees every batch once and ends where a whole one ends."""
+    clock = count(0, 50)  # seconds: each look at it is 50 later, so a checkpoint is due in every third step
+    monkeypatch.setattr("train_mini_fit.time.monotonic", lambda: next(clock))
+    recipe, seen = Recipe(minutes=10, batch=1, lr=0.1, ema=0.9), []
+
+    def ended(run, stop_at=None):
+        run.mkdir(exist_ok=True)
+        module = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(module.weight)
+
+        def loss_of(module, batch):
+            if len(seen) == stop_at:
+                raise KeyboardInterrupt
+            seen.append(int(batch))
+            return (module(batch.view(1, 1)) - 1).square().mean(), {}
+
+        fit("toy", module, lambda i: torch.tensor(float(i)), loss_of, recipe, run)
+        return module.weight.item()
+
+    whole = ended(tmp_path / "whole")
+    steps = seen.copy()
+    assert steps == list(range(12))
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        ended(tmp_path / "stopped", stop_at=6)
+    assert ended(tmp_path / "stopped") == pytest.approx(whole, abs=1e-6)
+    assert seen == steps
+
+
+@pytest.mark.parametrize(("cover", "weight"), [(0, 1.0), (51, 1.6), (255, 4.0)])
+def test_pixels_of_things_weigh_more_in_the_loss_of_the_vae(tmp_path, cover, weight):
+    """One for the background, four for a thing: on pictures off by 0.5 everywhere, so that no edge is wrong."""
+    grey = np.full((514, 8, 8, 3), 255, dtype=np.uint8)  # +1 once scaled
+    np.save(tmp_path / "images.npy", grey)
+    np.save(tmp_path / "covers.npy", np.full((514, 8, 8), cover, dtype=np.uint8))
+    (tmp_path / "layouts.pkl").write_bytes(pickle.dumps([None] * 514))
+
+    class HalfWhite:
+        def encode(self, x):
+            return Posterior(torch.zeros(len(x), 4, 4, 4), torch.zeros(len(x), 4, 4, 4))
+
+        def decode(self, z):
+            return torch.full((len(z), 3, 8, 8), 0.5)
+
+    draw, loss_of, _, _ = reconstruct(tmp_path, torch.device("cpu"), ONE_STEP)
+    loss, parts = loss_of(HalfWhite(), draw(0))
+    assert parts["pixels"].item() == pytest.approx(weight * 0.5)
+    assert loss.item() == pytest.approx(weight * (0.5 + 4 * 0.25))
+    assert parts["psnr"].item() == pytest.approx(12.0412, abs=1e-4)  # 10 log10(4 / 0.25)
 
 
 def test_the_unet_trains_and_clip_stays(run, monkeypatch):

@@ -45,27 +45,32 @@ def train_clip(preset: Preset, run: Path, device) -> None:
     images, layouts = load_world(run)
     held_out = len(images) - 512
 
-    def similarity(chosen, rng):
-        """Cosines (b, b) of pictures against captions worded with `rng`, or complete without it."""
-        x = to_tensor(images[chosen], device)
-        captions = [describe(layouts[i], rng) for i in chosen]
-        ids = tokenize(tokenizer, captions, 40).to(device)  # causal: the tokens after the end change nothing
+    def pairs(chosen, rng):
+        """Pictures, and token ids of captions worded with `rng`, or complete without it."""
+        captions = [describe(layouts[k], rng) for k in chosen]
+        return images[chosen], tokenize(tokenizer, captions, 40)  # causal: the tokens after the end change nothing
+
+    def similarity(pictures, ids):
+        """Cosines (b, b) of pictures against captions."""
+        x, ids = to_tensor(pictures, device), ids.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             seen = clip.visual_projection(clip.vision_model(x).pooler_output)
             told = clip.text_projection(clip.text_model(ids).pooler_output)
         return F.normalize(seen.float(), dim=-1) @ F.normalize(told.float(), dim=-1).T
 
-    def loss_of(clip, draw):
-        rng = np.random.default_rng((SEED, draw))
-        cosines = similarity(np.sort(rng.choice(held_out, recipe.batch, replace=False)), rng)
-        logits = cosines * clip.logit_scale.exp().clamp(max=100)
+    def draw(i):
+        rng = np.random.default_rng((SEED, i))
+        return pairs(np.sort(rng.choice(held_out, recipe.batch, replace=False)), rng)
+
+    def loss_of(clip, batch):
+        logits = similarity(*batch) * clip.logit_scale.exp().clamp(max=100)
         target = torch.arange(len(logits), device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return loss, {"matched": (logits.argmax(1) == target).float().mean().item()}
+        return loss, {"matched": (logits.argmax(1) == target).float().mean()}
 
-    fit("clip", clip, loss_of, recipe, run)
+    fit("clip", clip, draw, loss_of, recipe, run)
     with torch.no_grad():
-        cosines = similarity(np.arange(held_out, len(images)), None)
+        cosines = similarity(*pairs(np.arange(held_out, len(images)), None))
     matched = (cosines.argmax(1).cpu() == torch.arange(512)).float().mean()
     print(f"clip: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")
 

@@ -5,8 +5,11 @@ import json
 import math
 import os
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,12 +17,29 @@ from torch import nn
 from train_mini_files import plot_losses, save_weights
 from train_mini_presets import Recipe
 
+PREPARING = 4  # threads that draw batches; what they call leaves Python most of the time
+AHEAD = 8  # batches that are drawn, or being drawn, before they are asked for
 
-def fit(stage: str, module: nn.Module, loss_of, recipe: Recipe, run: Path, preview=None, preview_minutes=2.0):
+
+def batches(draw: Callable, first: int) -> Iterator:
+    """draw(first), draw(first + 1), ... in this order, each drawn while the ones before it are trained on."""
+    with ThreadPoolExecutor(PREPARING) as pool:
+        try:
+            yield draw(first)  # alone: a tokenizer sets itself up in its first call, which no other may cross
+            waiting = deque(pool.submit(draw, i) for i in range(first + 1, first + AHEAD))
+            for i in count(first + AHEAD):
+                waiting.append(pool.submit(draw, i))
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def fit(stage: str, module: nn.Module, draw, loss_of, recipe: Recipe, run: Path, preview=None, preview_minutes=2.0):
     """Train `module` for `recipe.minutes`, then leave its averaged weights in it and in run/<stage>.safetensors.
 
-    `loss_of(module, draw)` returns the loss and a dict of numbers to log; all its randomness comes from `draw`, so a
-    run that was interrupted goes on from its checkpoint (every two minutes) as if nothing had happened.
+    `draw(i)` is batch i, on the CPU, drawn ahead so that a GPU need not wait. `loss_of(module, batch)` returns the loss
+    and a dict of 0-dim tensors to log. All randomness is that of `draw`, so a run that was interrupted goes on from its
+    checkpoint (every two minutes) as if nothing had happened.
     """
     if recipe.workers > 1:
         torch.set_num_threads(1)
@@ -34,18 +54,19 @@ def fit(stage: str, module: nn.Module, loss_of, recipe: Recipe, run: Path, previ
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, before = state["average"], state["step"], state["seconds"]
+    drawn = batches(draw, recipe.workers * step)
     start, saved, shown, seconds = time.monotonic(), before, before, before
     while seconds < 60 * recipe.minutes:
         warm_up = min(1.0, (step + 1) / 100)
         lr = recipe.lr * warm_up * 0.5 * (1 + math.cos(math.pi * seconds / (60 * recipe.minutes)))
         optimizer.param_groups[0]["lr"] = lr
 
-        def work(k, step=step):
-            loss, parts = loss_of(twins[k], recipe.workers * step + k)
+        def work(twin, batch):
+            loss, parts = loss_of(twin, batch)
             (loss / recipe.workers).backward()
-            return loss.item(), parts
+            return {"loss": loss.detach(), **parts}
 
-        (loss, parts), *_ = workers.map(work, range(recipe.workers))
+        numbers, *_ = workers.map(work, twins, [next(drawn) for _ in twins])
         for twin in twins[1:]:
             for p, q in zip(parameters, trainable(twin), strict=True):
                 p.grad += q.grad
@@ -58,7 +79,8 @@ def fit(stage: str, module: nn.Module, loss_of, recipe: Recipe, run: Path, previ
         step += 1
         seconds = before + time.monotonic() - start
         if step == 1 or step % 25 == 0:
-            line = {"step": step, "seconds": round(seconds, 1), "lr": lr, "loss": loss, **parts}
+            numbers = {name: value.item() for name, value in numbers.items()}
+            line = {"step": step, "seconds": round(seconds, 1), "lr": lr, **numbers}
             with open(run / f"{stage}.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
         if seconds - saved > 120:
@@ -71,6 +93,7 @@ def fit(stage: str, module: nn.Module, loss_of, recipe: Recipe, run: Path, previ
                 shown = seconds
                 with torch.no_grad(), swapped(parameters, average):
                     preview(step)
+    drawn.close()
     for p, mean in zip(parameters, average, strict=True):
         p.data.copy_(mean)
     save_weights(module, run / f"{stage}.safetensors")

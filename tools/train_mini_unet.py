@@ -43,31 +43,35 @@ def train_unet(preset: Preset, run: Path, device) -> None:
     if device.type == "cuda":
         unet.compile()
 
-    def encode(captions: list[str]) -> Tensor:
-        """-> (b, 77, d)"""
+    def encode(ids: Tensor) -> Tensor:
+        """(b, 77) -> (b, 77, d)"""
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            return clip.text_model(tokenize(tokenizer, captions).to(device)).last_hidden_state
+            return clip.text_model(ids).last_hidden_state
 
-    def loss_of(unet, draw):
-        rng, generator = np.random.default_rng((SEED, draw)), torch.Generator().manual_seed(draw)
+    def draw(i):
+        rng, generator = np.random.default_rng((SEED, i)), torch.Generator().manual_seed(i)
         chosen = rng.integers(len(layouts), size=recipe.batch)
-        captions = [describe(layouts[i], rng) if rng.random() > 0.1 else "" for i in chosen]
+        captions = [describe(layouts[k], rng) if rng.random() > 0.1 else "" for k in chosen]
         mean, deviation = latents[torch.from_numpy(chosen)].float().unbind(1)
         z0 = vae.config.scaling_factor * (mean + deviation * torch.randn(mean.shape, generator=generator))
         eps = torch.randn(z0.shape, generator=generator)
         t = torch.multinomial(importance, recipe.batch, replacement=True, generator=generator)
-        z = add_noise(schedule, z0, eps, t)
+        weight = 1 + 2 * objects[torch.from_numpy(chosen)].float()
+        target = training_target(schedule, z0, eps, t)
+        return add_noise(schedule, z0, eps, t), t, tokenize(tokenizer, captions), target, weight
+
+    def loss_of(unet, batch):
+        z, t, ids, target, weight = (tensor.to(device) for tensor in batch)
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = unet(z.to(device), t.to(device), encode(captions)).sample
-        error = (predicted.float() - training_target(schedule, z0, eps, t).to(device)).square().mean(dim=1)
-        weight = 1 + 2 * objects[torch.from_numpy(chosen)].float().to(device)
-        return (weight * error).sum() / weight.sum(), {"mse": error.mean().item()}
+            predicted = unet(z, t, encode(ids)).sample
+        error = (predicted.float() - target).square().mean(dim=1)
+        return (weight * error).sum() / weight.sum(), {"mse": error.mean().detach()}
 
     def preview(step):
-        pictures = sample(unet, vae, schedule, encode(["", *PREVIEW_PROMPTS]))
+        pictures = sample(unet, vae, schedule, encode(tokenize(tokenizer, ["", *PREVIEW_PROMPTS]).to(device)))
         contact_sheet(pictures).save(run / f"unet_{step:06d}.png")
 
-    fit("unet", unet, loss_of, recipe, run, preview, preview_minutes=recipe.minutes / 10)
+    fit("unet", unet, draw, loss_of, recipe, run, preview, preview_minutes=recipe.minutes / 10)
 
 
 PREVIEW_PROMPTS = [

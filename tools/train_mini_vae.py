@@ -1,7 +1,6 @@
 """The stages of the miniature's VAE: the whole of it, the scenes through its encoder, its decoder once more."""
 
 import json
-import math
 from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
@@ -25,17 +24,19 @@ def edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruct(run: Path, device, recipe: Recipe):
-    """The loss of a VAE as `fit` wants it, a preview of held-out scenes, and a function that measures their PSNR."""
+    """Batches and the loss of a VAE as `fit` wants them, a preview of held-out scenes, and a measure of their PSNR."""
     images, _ = load_world(run)
     covers = np.load(run / "covers.npy", mmap_mode="r")
     held_out = len(images) - 512
 
-    def loss_of(vae, draw):
-        rng, noise = np.random.default_rng((SEED, draw)), torch.Generator().manual_seed(draw)
-        chosen = np.sort(rng.choice(held_out, recipe.batch, replace=False))
-        x = to_tensor(images[chosen], device)
-        covered = torch.from_numpy(covers[chosen]).to(device)[:, None] / 255
-        weight = 1 + 3 * covered  # backgrounds are learnt soon, objects are not
+    def draw(i):
+        chosen = np.sort(np.random.default_rng((SEED, i)).choice(held_out, recipe.batch, replace=False))
+        return images[chosen], torch.from_numpy(covers[chosen]), torch.Generator().manual_seed(i)
+
+    def loss_of(vae, batch):
+        pictures, covered, noise = batch
+        x = to_tensor(pictures, device)
+        weight = 1 + 3 * (covered.to(device)[:, None] / 255)  # backgrounds are learnt soon, objects are not
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(x)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -44,10 +45,10 @@ def reconstruct(run: Path, device, recipe: Recipe):
         pixels = (weight * (decoded - x).abs()).mean()
         squares = (weight * (decoded - x).square()).mean()  # holds whole areas of a wrong colour dear
         outline = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(x), strict=True))
-        psnr = -10 * math.log10((decoded - x).square().mean().item() / 4)
+        psnr = -10 * ((decoded - x).detach().square().mean() / 4).log10()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         loss = pixels + 4 * squares + 0.5 * outline + 2e-4 * kl
-        return loss, {"pixels": pixels.item(), "kl": kl.item(), "psnr": psnr}
+        return loss, {"pixels": pixels.detach(), "kl": kl.detach(), "psnr": psnr}
 
     def preview(vae):
         x = to_tensor(images[held_out : held_out + 16], device)
@@ -63,7 +64,7 @@ def reconstruct(run: Path, device, recipe: Recipe):
         error = (decoded.clamp(-1, 1) - x).square().mean(dim=(1, 2, 3)) / 4
         return (-10 * error.log10()).mean().item(), means.std().item()
 
-    return loss_of, preview, measure
+    return draw, loss_of, preview, measure
 
 
 def train_vae(preset: Preset, run: Path, device) -> None:
@@ -72,8 +73,8 @@ def train_vae(preset: Preset, run: Path, device) -> None:
         return
     torch.manual_seed(SEED)
     vae, recipe = VAE(preset.vae).to(device), preset.vae_recipe
-    loss_of, preview, measure = reconstruct(run, device, recipe)
-    fit("vae", vae, loss_of, recipe, run, lambda step: preview(vae))
+    draw, loss_of, preview, measure = reconstruct(run, device, recipe)
+    fit("vae", vae, draw, loss_of, recipe, run, lambda step: preview(vae))
     psnr, deviation = measure(vae)
     config = replace(preset.vae, scaling_factor=round(1 / deviation, 5))
     print(f"vae: {psnr:.2f} dB on 512 held-out scenes, scaling {config.scaling_factor}")
@@ -122,7 +123,7 @@ def train_decoder(preset: Preset, run: Path, device) -> None:
     vae, recipe = load_vae(preset, run, device), preset.decoder_recipe
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    loss_of, preview, measure = reconstruct(run, device, recipe)
+    draw, loss_of, preview, measure = reconstruct(run, device, recipe)
     before, _ = measure(vae)
-    fit("decoder", vae, loss_of, recipe, run, lambda step: preview(vae))
+    fit("decoder", vae, draw, loss_of, recipe, run, lambda step: preview(vae))
     print(f"decoder: {before:.2f} dB before, {measure(vae)[0]:.2f} dB after on 512 held-out scenes")

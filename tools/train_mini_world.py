@@ -48,7 +48,8 @@ def load_world(run: Path):
 
 def to_tensor(images: np.ndarray, device) -> Tensor:
     """(b, H, W, 3) uint8 -> (b, 3, H, W) float32 in [-1, 1]"""
-    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = images if images.flags.writeable else np.array(images)  # what is mapped from disk is read-only
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(images: Tensor) -> np.ndarray:
