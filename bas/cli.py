@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 
 from bas import __version__
-from bas.config import InputError, RunError
+from bas.config import InputError, RunError, did_you_mean
 from bas.flags import Parser
 from bas.interrupts import Interrupted
 
@@ -41,7 +41,7 @@ COMMANDS = {
 
 
 def build_parser(chosen: str | None) -> Parser:
-    """The command line, with the flags of the chosen command; the others are only listed."""
+    """The command line, with the flags of the chosen command, if it is one; the others are only listed."""
     parser = Parser(prog="bas", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"bas {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -75,7 +75,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def attempt(argv: list[str]) -> int:
     """Run one command; what goes wrong is told in one line. Returns the exit code."""
-    args = build_parser(next((word for word in argv if word in COMMANDS), None)).parse_args(argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(command)
+    if command and command not in COMMANDS:
+        parser.error(f"unknown command {command}{did_you_mean(command, COMMANDS)}")
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="bas: %(message)s", stream=sys.stderr)
     for noisy in ("transformers", "huggingface_hub", "PIL", "torch"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -4,7 +4,9 @@ The settings are the single source of the command line: each field is a flag, it
 own configurations stand in bas/models/config.py.
 """
 
+import difflib
 import os
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
@@ -51,6 +53,12 @@ def number(name: str, value: Any, least: float = -1000, most: float = 1000) -> f
 def is_utf8(text: str) -> bool:
     """Whether a text can be written to a file; one from the command line may hold bytes that are no characters."""
     return text.encode(errors="ignore").decode() == text
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the nearest known one, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def switch(name: str, value: Any) -> bool:

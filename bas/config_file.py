@@ -4,14 +4,13 @@ Flags win over the first two, where a key that is no setting is an error. Each r
 RUN/config.toml, which can be given to --config again.
 """
 
-import difflib
 import json
 import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
-from bas.config import InputError, TrainConfig
+from bas.config import InputError, TrainConfig, did_you_mean
 from bas.files import read_bytes
 from bas.flags import Parser, value_type
 
@@ -71,8 +70,7 @@ def check_facts(file: Path, facts: object) -> dict:
 def _checked(file: Path, name: str, value: object, kinds: Kinds) -> object:
     """The value as its setting takes it. Raises InputError for an unknown name or a value of another kind."""
     if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1)
-        raise InputError(f"{file}: unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise InputError(f"{file}: unknown setting {name}{did_you_mean(name, kinds)}")
     kind, many = kinds[name]
     values = value if many and isinstance(value, list) else [value]
     if many != isinstance(value, list) or not all(_is_a(entry, kind) for entry in values):

@@ -18,6 +18,7 @@ from bas.batches import Material, Photograph, View, attention_grid, draw_batch
 from bas.checkpoint import outline
 from bas.config import Phase, SampleConfig, TrainConfig
 from bas.files import human_size
+from bas.finite import ANEW
 from bas.losses import resize_mask
 from bas.machine import DTYPES
 from bas.models.text import add_handles, tokenize
@@ -26,9 +27,10 @@ from bas.optimizer import ADAM_BYTES
 from bas.parts import COMPONENTS, Models, match
 from bas.progress import clock
 from bas.room import WHILE_TRAINING, count_numbers, files_to_come, free_room
+from bas.run import check_input
 from bas.run_folder import find_checkpoint, refuse_used_folder, what_is_kept
 from bas.scene import Scene
-from bas.train import ANEW, check_input, trainable_parameters, training_step
+from bas.train import trainable_parameters, training_step
 
 CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
 MEMORY_RULE = (
@@ -36,6 +38,8 @@ MEMORY_RULE = (
     "size in fp16); the allocator, work space of kernels and recomputed blocks come on top"
 )
 TIME_RULE = "counted operations at {speed:.3g} TFLOP/s, a matrix product here just now: a lower bound, expect more"
+
+TOO_LITTLE = "NOT ENOUGH"  # how the facts of a disk without room begin
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     files, free = files_to_come(plan.numbers, config), free_room(Path(config.output_dir))
     passing = files.get(WHILE_TRAINING, 0)
     needed = passing + runs * (sum(files.values()) - passing)
-    verdict = "enough" if free > needed else "NOT ENOUGH"
+    verdict = "enough" if free >= needed else TOO_LITTLE
     seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in plan.costs.items()}
     if any(phase.prior for phase in config.phases):
         seconds = {

@@ -1,11 +1,12 @@
 """Command-line flags made from dataclass fields, and a parser whose errors are one line."""
 
 import argparse
-import difflib
 import types
 import typing
 from collections.abc import Collection
 from dataclasses import fields
+
+from bas.config import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,8 +19,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse, but a flag that this command doesn't have is an error here, where its flags are known."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            near = difflib.get_close_matches(rest[0], self._option_string_actions, n=1)
-            self.error(f"unknown argument {rest[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            self.error(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")
         return namespace, rest
 
     def error(self, message: str) -> typing.NoReturn:

@@ -20,9 +20,10 @@ from bas.files import read_json, reading
 from bas.machine import is_out_of_memory
 from bas.methods import read_scene
 from bas.resuming import check_resumable, facts_of
+from bas.run import check_machine
 from bas.run_folder import CONCEPTS, METRICS, SETTINGS
 from bas.scene import pictures_in, require_scene_folder
-from bas.train import check_machine, train
+from bas.train import train
 
 log = logging.getLogger(__name__)
 

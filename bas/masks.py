@@ -110,7 +110,7 @@ def warnings(view: SceneView) -> list[str]:
         name = f"{where_it_is}mask {concept.number} ({concept.handle})"
         for where in concept.vanishes:
             h, w = (concept.latent if where == "loss grid" else concept.attention).shape
-            lines.append(f"{name} vanishes on the {where} of {h}x{w} cells: make it larger, or raise --resolution")
+            lines.append(f"{name} vanishes on the {where} of {w}x{h} cells: make it larger, or raise --resolution")
         for j, share in concept.overlaps.items():
             if share >= LARGE_OVERLAP:
                 other = f"mask {j} ({handles[j]})"
@@ -152,7 +152,7 @@ def sheet(view: SceneView) -> Image.Image:
         ]
         for kind, masks in kinds:
             h, w = next(iter(masks.values())).shape
-            size = f"{kind}, {h}x{w} cells" if kind else f"{w}x{h} pixels"
+            size = f"{kind}, {w}x{h} cells" if kind else f"{w}x{h} pixels"
             title = f"picture {photo.name}: all, {size}" if photo.name else f"all, {size}"
             rows.append([_overlay(photo.photo, masks), *(_overlay(photo.photo, {i: m}) for i, m in masks.items())])
             labels.append([title, *(f"{handles[i]}: {mask.mean():.1%}" for i, mask in masks.items())])

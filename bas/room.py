@@ -14,6 +14,7 @@ from bas.run_folder import CHECKPOINTS
 
 WHILE_TRAINING = "checkpoints, while training"
 METRICS_LINE = 220  # bytes, roughly
+MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
 
 
 def count_numbers(models: Models) -> dict[str, int]:
@@ -57,5 +58,5 @@ def require_room(folder: Path, base: Path, config: TrainConfig) -> None:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
         raise InputError(
             f"--output_dir {folder} has {human_size(free)} of room, the run takes {human_size(sum(files.values()))} "
-            f"({parts}): make room, or try --checkpointing_steps 0 or --save_precision fp16"
+            f"({parts}): {MAKE_ROOM}"
         )

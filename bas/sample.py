@@ -42,14 +42,29 @@ def sample(
 
 
 def check_request(models: Models, prompts: list[str], config: SampleConfig) -> None:
-    """Raises InputError for handles, strengths, sizes and steps that `sample` would refuse. Reads no weight."""
+    """Raises InputError for handles, strengths, sizes and steps that `sample` would refuse. Reads no weight.
+
+    Warns of what is likely a slip: a handle without its brackets, a setting that changes nothing.
+    """
     latent_shape(models, config)
     walk(models, config)
     for prompt in (*prompts, config.negative_prompt):
         tokenize(models.tokenizer, [read_strengths(prompt)[0]])
+    for setting, reason in without_effect(config).items():
+        log.warning("--%s has no effect: %s", setting, reason)
     for prompt in prompts:
         if bare := bare_handles(prompt, models.handles):
             log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
+
+
+def without_effect(config: SampleConfig) -> dict[str, str]:
+    """Settings that were given but change nothing, by name, each with its reason."""
+    unused = {}
+    if config.eta and config.sampler != "ddim":
+        unused["eta"] = f"it is the noise of --sampler ddim, and this one is {config.sampler}"
+    if config.negative_prompt and config.guidance_scale == 1:
+        unused["negative_prompt"] = "--guidance_scale 1 turns guidance off"
+    return unused
 
 
 def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:

@@ -9,7 +9,6 @@ img.* and mask0.png, mask1.png, ... A mask has the number of its concept in the 
 where one is missing, that photograph does not show the concept. Each is cut to the shape of the first.
 """
 
-import difflib
 import logging
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bas.config import MAX_SIDE, InputError, TrainConfig
+from bas.config import MAX_SIDE, InputError, TrainConfig, did_you_mean
 from bas.files import read_content, reading
 from bas.images import SUFFIXES, read_image, read_mask
 from bas.mask_sources import READERS, FoundMask, find_source, read_number, read_source
@@ -176,8 +175,8 @@ def read_notes(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
         if not all(name is None or isinstance(name, str) for note in notes for name in note):
             raise TypeError("a handle or a word is no text")
         for key in sorted({key for c in content["concepts"] for key in c} - {"handle", "word"}):
-            if near := difflib.get_close_matches(key, ("handle", "word"), n=1):  # other notes are the user's own
-                raise TypeError(f"unknown {key}; did you mean {near[0]}?")
+            if near := did_you_mean(key, ("handle", "word")):  # other notes are the user's own
+                raise TypeError(f"unknown {key}{near}")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: {error}') from error
     if len(notes) != count:

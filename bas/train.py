@@ -4,69 +4,44 @@ Phase 1 trains the new handles alone; phase 2 trains the UNet and the text encod
 loop and the same `training_step`: a phase is a row of data (`TrainConfig.phases`).
 """
 
-import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bas import __version__
 from bas.base import Base
-from bas.batches import Batch, Material, check_scene, draw_batch, prepare
+from bas.batches import Batch, draw_batch
 from bas.capture import CapturedStep
-from bas.checkpoint import glance, load, save_model, weights_hash
-from bas.class_images import check_class_folder
-from bas.compilation import choose_compilation, compile_unet
-from bas.config import InputError, Phase, RunError, TrainConfig
-from bas.config_file import CONFIG, to_toml
-from bas.files import write_json, write_text
-from bas.hub import find
+from bas.checkpoint import save_model
+from bas.config import Phase, RunError, TrainConfig
+from bas.finite import is_finite, read_metrics, refuse_infinite, tell_overflows
 from bas.interrupts import Interrupted, Interrupts
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
-from bas.machine import DTYPES, autocast, deterministic, pick_device, pick_precision
-from bas.masters import Exact, Masters, lower, restore
-from bas.methods import read_scene
-from bas.models.text import add_handles, encode_ids
-from bas.models.unet import UNet
-from bas.optimizer import adamw8bit, build_optimizer, set_rate
+from bas.machine import DTYPES, autocast, deterministic
+from bas.masters import Masters, restore
+from bas.models.text import encode_ids
+from bas.optimizer import build_optimizer, set_rate
 from bas.parts import Models, cross_attention, keys_and_values
-from bas.preview import write_preview, write_scene
+from bas.preview import write_preview
 from bas.progress import Progress
-from bas.resuming import check_resumable, facts_of
-from bas.room import require_room
+from bas.run import Run, check_input, start
 from bas.run_folder import (
     CHECKPOINTS,
-    METRICS,
-    SETTINGS,
-    MetricsLog,
-    drop_later,
-    find_checkpoint,
-    load_checkpoint,
     locked,
     optimizer_tensors,
-    prepare_folder,
-    read_rows,
     restore_optimizer,
     save_checkpoint,
     save_concepts,
     what_is_kept,
 )
-from bas.scene import Scene
-from bas.schedulers import add_noise, sampling_timesteps, training_target
-from bas.tensorboard import EventLog, writer_class
+from bas.schedulers import add_noise, training_target
 from bas.times import Times
 
-log = logging.getLogger(__name__)
-
-ANEW = "begin anew, in another --output_dir, with"  # for what a checkpoint cannot make good
-OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
 
 
@@ -180,7 +155,7 @@ def train(config: TrainConfig, base: Base | None = None) -> Path:
 
 
 @contextmanager
-def trained(config: TrainConfig, base: Base | None = None) -> Iterator["Run"]:
+def trained(config: TrainConfig, base: Base | None = None) -> Iterator[Run]:
     """Both phases of one scene. Within the block the run's models are the tuned ones, and its folder is held.
 
     A signal that comes while the block runs is noted in `run.interrupts`. Raises as `train` does.
@@ -208,161 +183,6 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator["Run"]:
                 f"writing to {run.folder} failed: {reason}; {what_is_kept(run.folder)}: "
                 "make room, then --resume_from_checkpoint latest"
             ) from error
-
-
-@dataclass
-class Run:
-    """What a run holds from its start to its end."""
-
-    config: TrainConfig
-    folder: Path
-    scene: Scene
-    models: Models
-    precision: str  # "no", "fp16" or "bf16"
-    image: Tensor  # (3, H, W) in [-1, 1]
-    masks: Tensor  # (N, H, W) in [0, 1]
-    material: Material
-    facts: dict  # settings, scene, hash of the base, version: what a resumed run must share
-    generator: torch.Generator  # the source of every random draw of the steps
-    metrics: MetricsLog
-    done: int = 0  # steps that a checkpoint brings along
-    saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
-    scaler_state: dict = field(default_factory=dict)  # and its loss scale
-    exact: Exact = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits
-    events: EventLog | None = None  # for TensorBoard, when asked for
-    interrupts: Interrupts = field(default_factory=Interrupts)
-    overflows: int = 0  # steps in a row that fp16 left out
-
-
-def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
-    """Base, device and precision: what is wrong with them, and with settings that no scene can make good."""
-    if not config.phases:
-        raise InputError("both phases have 0 steps: there is nothing to train")
-    base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device, glance(base).unet)
-    if config.exact_phase1 and precision == "fp16":
-        raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
-    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
-        raise InputError("--cuda_graphs needs a CUDA device, --mixed_precision no or bf16, --optimizer adamw or adam")
-    if config.fused_kernels and (device.type != "cuda" or config.compile != "no" or not find_spec("triton")):
-        raise InputError("--fused_kernels needs a CUDA device, the package triton, and --compile no")
-    if config.optimizer == "adamw8bit":
-        adamw8bit()
-    if config.report_to == "tensorboard":
-        writer_class()
-    return base, device, precision
-
-
-def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
-    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
-    scene = read_scene(config)
-    base, device, precision = check_machine(config)
-    models = glance(base)
-    size = check_scene(models, scene, config)
-    if any(phase.prior for phase in config.phases):
-        check_class_folder(replace(config, mixed_precision=precision), models.schedule, size)
-    if config.img_log_steps:
-        sampling_timesteps(models.schedule, config.preview_inference_steps)
-    return scene, base, device, precision
-
-
-def start(
-    config: TrainConfig, scene: Scene, path: Path, device: torch.device, precision: str, base: Base | None = None
-) -> Run:
-    """Load the base unless it is in memory, and compute what all steps share. The rest is what `check_input` found."""
-    folder = Path(config.output_dir)
-    prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
-    checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
-    require_room(folder, path, config)
-    facts = {
-        "config": asdict(config),
-        **facts_of(scene),
-        "base": base.hash if base else weights_hash(path),
-        "precision": precision,
-        "version": __version__,
-    }
-    saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
-    if checkpoint:
-        check_resumable(checkpoint, facts, note["facts"])
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    if base is None:
-        tell_of_miniature(config)
-        base = Base(path, load(path, device=device))
-    models = teach_names(base, scene, config)
-    image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
-    class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
-    if any(phase.prior for phase in config.phases):
-        settings = replace(config, mixed_precision=precision)
-        with (
-            autocast(device, precision),
-            torch.compiler.set_stance("force_eager"),
-        ):  # an earlier scene may have compiled
-            class_posterior, facts["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
-    if checkpoint:
-        check_resumable(checkpoint, facts, note["facts"])
-    write_json(folder / SETTINGS, facts)
-    write_text(folder / CONFIG, to_toml(asdict(config)))
-    write_scene(folder, scene, image, masks)
-    material = prepare(models, scene, image, masks, config, class_posterior)
-    speed_up(models.unet, config, device)
-
-    generator = torch.Generator().manual_seed(config.seed)
-    if checkpoint:
-        generator.set_state(saved["generator"])
-        drop_later(folder, note["step"])
-    done = note.get("step", 0)
-    return Run(
-        config=config,
-        folder=folder,
-        scene=scene,
-        models=models,
-        precision=precision,
-        image=image,
-        masks=masks,
-        material=material,
-        facts=facts,
-        generator=generator,
-        metrics=MetricsLog(folder / METRICS, note.get("metrics", 0)),
-        done=done,
-        saved=saved,
-        scaler_state=note.get("scaler", {}),
-        exact=exact,
-        events=EventLog(folder, done) if config.report_to == "tensorboard" else None,
-    )
-
-
-def teach_names(base: Base, scene: Scene, config: TrainConfig) -> Models:
-    """Fresh models of the base that have the scene's handles and draw at the size that they are trained at."""
-    models = base.fresh()
-    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
-    if config.resolution:
-        latent_side = config.resolution // models.vae.config.factor
-        models.unet.config = replace(models.unet.config, sample_size=latent_side)
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
-    models.handles = scene.handles
-    return models
-
-
-def speed_up(unet: UNet, config: TrainConfig, device: torch.device) -> None:
-    """Compile the UNet or give it fused kernels, as the settings ask."""
-    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
-    if config.compile == "auto":
-        log.info("compile auto: %s, %s", compilation, reason)
-    compile_unet(unet, compilation)
-    if config.fused_kernels:
-        from bas.kernels import install  # imports triton, which not every machine has
-
-        install(unet)
-
-
-def tell_of_miniature(config: TrainConfig) -> None:
-    """Say so where no base is named: nobody shall wait for a photograph's concepts in vain."""
-    if config.pretrained_model_name_or_path is None:
-        log.info(
-            "the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"
-        )
 
 
 def train_phase(run: Run, phase: Phase, begin: int) -> None:
@@ -419,43 +239,6 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         tell_overflows(run.folder, phase)
 
 
-def tell_overflows(folder: Path, phase: Phase) -> None:
-    """Warn of the steps of a phase that its gradient scaler left out, counted from the metrics of all its sessions."""
-    norms = [row["grad_norm"] for row in read_rows(folder / METRICS) if row["phase"] == phase.name]
-    if left_out := sum(not math.isfinite(norm) for norm in norms):
-        log.warning("%s: fp16 overflowed in %d of %d steps, which changed nothing", phase.name, left_out, len(norms))
-
-
-def read_metrics(run: Run) -> dict[str, float]:
-    """Write the pending metrics and return the newest losses. Raises RunError if a number is not finite."""
-    rows = run.metrics.flush()
-    if run.events:
-        run.events.add(rows)
-    for row in rows:
-        where = f"{row['phase']} step {row['step']}"
-        if not is_finite(row, run.precision):
-            wrong = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-            name = next((name for name in wrong if name not in ("loss", "grad_norm")), wrong[0])  # the cause, not a sum
-            raise RunError(
-                f"{where}: {name} is {row[name]}; {what_is_kept(run.folder)}; {ANEW} a lower learning rate "
-                "or --mixed_precision no"
-            )
-        run.overflows = 0 if math.isfinite(row["grad_norm"]) else run.overflows + 1
-        if run.overflows == OVERFLOWS:
-            raise RunError(
-                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row; {what_is_kept(run.folder)}; "
-                f"{ANEW} --mixed_precision bf16 or no"
-            )
-    newest = rows[-1] if rows else {}
-    return {name: value for name, value in newest.items() if name not in ("phase", "step", "lr", "grad_norm")}
-
-
-def is_finite(row: dict, precision: str) -> bool:
-    """Whether training can go on after this step. In fp16 the gradient may overflow: the scaler leaves the step out."""
-    names = row.keys() - ({"phase", "grad_norm"} if precision == "fp16" else {"phase"})
-    return all(math.isfinite(row[name]) for name in names)
-
-
 def save_state(
     run: Run,
     step: int,
@@ -470,17 +253,6 @@ def save_state(
     tensors |= optimizer_tensors(optimizer) | {"generator": run.generator.get_state()}
     note = {"step": step, "metrics": run.metrics.length, "scaler": scaler.state_dict(), "facts": run.facts}
     save_checkpoint(run.folder, step, tensors, note, run.config.checkpoints_total_limit)
-
-
-def refuse_infinite(run: Run, trained: dict[str, nn.Parameter], when: str) -> None:
-    """RunError naming a weight that is not finite: a finite loss and gradient can still step there."""
-    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()]).tolist()
-    if not all(finite):
-        name = list(trained)[finite.index(False)]
-        raise RunError(
-            f"{when} {name} is not finite, so nothing is saved; {what_is_kept(run.folder)}; "
-            f"{ANEW} a lower learning rate"
-        )
 
 
 def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:

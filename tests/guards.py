@@ -32,7 +32,7 @@ GUARDS = (
     ),
     Guard(
         "the random generator goes on where it was",
-        "train.py",
+        "run.py",
         'generator.set_state(saved["generator"])',
         "pass",
         "test_resume.py::test_resumed_run_equals_an_uninterrupted_one",
@@ -120,7 +120,7 @@ GUARDS = (
         "run_folder.py",
         "if (folder / CONCEPTS).exists():",
         "if False:",
-        "test_train.py::test_run_folder_must_be_free",
+        "test_run.py::test_run_folder_must_be_free",
     ),
     Guard(
         "a folder with other files is left alone",
@@ -161,7 +161,7 @@ GUARDS = (
     # Numbers and memory
     Guard(
         "a loss that is not finite stops the run",
-        "train.py",
+        "finite.py",
         "        if not is_finite(row, run.precision):\n            wrong",
         "        if False:\n            wrong",
         "test_numbers.py::test_a_number_that_is_not_finite_stops_the_run_within_its_step",
@@ -175,7 +175,7 @@ GUARDS = (
     ),
     Guard(
         "fp16 may not overflow for ever",
-        "train.py",
+        "finite.py",
         "if run.overflows == OVERFLOWS:",
         "if False:",
         "test_numbers.py::test_fp16_that_always_overflows_stops",

@@ -23,7 +23,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     ("out of memory: advice with numbers, the checkpoint kept", r"memory_is|savings|without_memory|memory_keeps"),
     (
         "a number that is not finite stops the run within its step and is named",
-        r"test_numbers::.*(not_finite|went_wrong|bad_step)|test_train::.*not_finite|dead_map|dead_padding",
+        r"test_numbers::.*(not_finite|went_wrong|bad_step)|dead_map|dead_padding",
     ),
     ("fp16 may overflow: such steps change nothing and are counted", r"test_numbers::.*fp16"),
     (
@@ -46,7 +46,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     ),
     (
         "wrong input is found before weights are read: one line, exit code 2",
-        r"test_early|test_cli::.*(wrong_lines|debug|exit_code|130)|test_train::test_wrong_input",
+        r"test_early|test_cli::.*(wrong_lines|debug|exit_code|130)|test_run::test_wrong_input",
     ),
     (
         "on a GPU nothing is left on the CPU, and the numbers are the CPU's: all tried on a simulated one",

@@ -14,8 +14,8 @@ from bas.batches import attention_grid, check_scene, draw_batch, handle_position
 from bas.checkpoint import load
 from bas.losses import resize_mask
 from bas.models.text import tokenize
+from bas.run import check_input
 from bas.scene import load_scene
-from bas.train import check_input
 
 
 @pytest.fixture(scope="module")

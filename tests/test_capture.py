@@ -13,6 +13,8 @@ from bas.batches import draw_batch
 from bas.capture import WARM_UP, CapturedStep, Inputs
 from bas.config import TrainConfig
 from bas.masters import Masters
+from bas.optimizer import build_optimizer, set_rate
+from bas.run import check_input
 
 training = import_module("bas.train")  # the module: bas.train is its function
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and there is none here")
@@ -78,17 +80,17 @@ def test_the_rate_of_a_captured_step_is_a_tensor():
     """`set_rate` writes into it, so a replay sees the new one; without capture it is a number."""
     weight = torch.nn.Parameter(torch.zeros(2))
     for graphs in (True, False):
-        optimizer = training.build_optimizer([weight], TrainConfig(cuda_graphs=graphs))
+        optimizer = build_optimizer([weight], TrainConfig(cuda_graphs=graphs))
         group = optimizer.param_groups[0]
         held = group["lr"]
-        training.set_rate(optimizer, 0.5)
+        set_rate(optimizer, 0.5)
         assert group["lr"] == 0.5
         assert (group["lr"] is held) == torch.is_tensor(held) == group["capturable"] == graphs
 
 
 def test_cuda_graphs_need_a_gpu(bench, tmp_path):
     with refused("--cuda_graphs needs a CUDA device"):
-        training.check_input(bench.config(tmp_path / "run", cuda_graphs=True))
+        check_input(bench.config(tmp_path / "run", cuda_graphs=True))
 
 
 @ON_GPU
@@ -102,7 +104,7 @@ def test_a_replayed_step_has_the_bits_of_a_plain_one(bench):
         phase = config.phases[1]
         weights = training.trainable_parameters(models, phase)
         clipped = Masters(weights, {})
-        optimizer = training.build_optimizer(weights.values(), config)
+        optimizer = build_optimizer(weights.values(), config)
         scaler = torch.amp.GradScaler("cuda", enabled=False)
 
         def step(batches, models=models, optimizer=optimizer, scaler=scaler, clipped=clipped):
@@ -111,7 +113,7 @@ def test_a_replayed_step_has_the_bits_of_a_plain_one(bench):
         if captured:
             step = CapturedStep(step)
         for i, batch in enumerate(drawn((models, material), config, WARM_UP + 2)):
-            training.set_rate(optimizer, 1e-4 * (i + 1))
+            set_rate(optimizer, 1e-4 * (i + 1))
             step([batch.to(models.device)])
         ends.append([weight.detach().clone() for weight in weights.values()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -3,7 +3,6 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -76,7 +75,7 @@ def test_the_key_holds_what_auto_came_to(bench, tmp_path, asked, monkeypatch):
     bas.train(config)
     assert json.loads((folder / "key.json").read_text())["precision"] == "no"
     bas.train(replace(config, output_dir=str(tmp_path / "second"), mixed_precision="no"))
-    monkeypatch.setattr(import_module("bas.train"), "pick_precision", lambda *args: "bf16")
+    monkeypatch.setattr("bas.run.pick_precision", lambda *args: "bf16")
     with refused("keyed holds class images made with another precision"):
         bas.train(replace(config, output_dir=str(tmp_path / "third")))
 

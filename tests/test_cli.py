@@ -99,7 +99,7 @@ def test_wrong_lines_are_refused_in_one_line(bench, tmp_path, failure):
     scene, model = bench.scene, ["--weights", bench.model]
     cases = [
         ([], "COMMAND"),
-        (["trian"], "trian"),
+        (["trian"], "unknown command trian; did you mean train?"),
         (["train", scene, "--phase1_steps", "3"], "did you mean --phase1_train_steps?"),
         (["train", scene, "--learning_rat", "3"], "did you mean --learning_rate?"),
         (["train", scene, "--phase1_train_steps", "many"], "many"),

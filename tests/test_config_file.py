@@ -12,7 +12,7 @@ from bas.commands import train as train_command
 from bas.config import InputError, SampleConfig, TrainConfig
 from bas.config_file import read_config, setting_kinds, to_toml
 from bas.flags import Parser
-from bas.train import check_input, start
+from bas.run import check_input, start
 
 ODD = 'quote " backslash \\ line\nend \x7f \x01 é 🦊'
 

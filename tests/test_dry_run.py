@@ -42,10 +42,11 @@ from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.parts import Models
 from bas.room import count_numbers, files_to_come, require_room
+from bas.run import check_input, start
 from bas.scene import load_scene
 from bas.schedulers import NoiseSchedule
 from bas.single_file import clip_tokenizer
-from bas.train import check_input, start, train, train_phase, trainable_parameters, training_step
+from bas.train import train, train_phase, trainable_parameters, training_step
 
 training = import_module("bas.train")  # the module: bas.train is its function
 FLAGS = ("--num_class_images", "1", "--device", "cpu")
@@ -206,6 +207,21 @@ def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, ca
     assert sorted(cache_dir().rglob("*")) == before
 
 
+@pytest.mark.parametrize("scenes", [1, 2])
+def test_a_disk_without_room_is_told_and_refused(scene, model, tmp_path, monkeypatch, capsys, scenes):
+    """The facts are printed, then the exit code says what `bas train` would say."""
+    monkeypatch.setattr("bas.dry_run.free_room", lambda folder: 1000)
+    folders = [str(scene), *(str(tiny.write_scene(tmp_path / f"scene{i}")) for i in range(1, scenes))]
+    words = ["train", *folders, "--weights", str(model), "--output_dir", str(tmp_path / "run"), "--dry_run", *FLAGS]
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert re.search(r"^disk +NOT ENOUGH: .+ of 1.0 kB free$", told.out, re.M)
+    assert told.err.splitlines()[-1] == (
+        f"bas: --output_dir {tmp_path / 'run'} has too little room, as listed under disk: "
+        "make room, or try --checkpointing_steps 0 or --save_precision fp16"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -280,7 +296,7 @@ def test_the_savings_are_differences_of_what_is_counted(scene, model, tmp_path, 
 def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tmp_path, monkeypatch):
     settings = config(scene, model, tmp_path / "run")
     needed = sum(files_to_come(count_numbers(outline(model)[0]), settings).values())
-    monkeypatch.setattr(training, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.run.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("bas.room.free_room", lambda folder: needed - 1)
     with pytest.raises(InputError, match=r"has .* of room, the run takes .*: make room, or try"):
         train(settings)

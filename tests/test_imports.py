@@ -37,6 +37,7 @@ MAY_IMPORT = {
 ONLY_FROM = {
     "bas.cli": {"bas.__main__"},
     "bas.commands": {"bas.cli", "bas.commands"},
+    "bas.run": {"bas.train", "bas.finite", "bas.commands", "bas.evaluation", "bas.dry_run", "bas.many"},
     "bas.train": {"bas.commands", "bas.evaluation", "bas.demo", "bas.dry_run", "bas.many"},
 }
 # For tests and tools alone, or not used on purpose.

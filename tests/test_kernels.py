@@ -80,7 +80,7 @@ def test_a_unet_with_the_kernels_has_the_same_gradients():
 
 
 def test_without_a_gpu_the_flag_is_refused(bench, tmp_path):
-    from bas.train import check_input
+    from bas.run import check_input
 
     with refused("--fused_kernels needs a CUDA device"):
         check_input(bench.config(tmp_path / "run", device="cpu", fused_kernels=True))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import WEIGHTS, refused, write_scene
 
 import bas
-from bas.batches import draw_batch
+from bas.batches import draw_batch, prepare
 from bas.checkpoint import outline
 from bas.config import METHODS, Phase, TrainConfig
 from bas.methods import collect, read_scene
@@ -110,7 +110,7 @@ def test_prompt_and_picture_of_a_collection_agree(bench):
     scene = read_scene(config)
     models, _ = bench.prepared(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple)
-    material = training.prepare(models, scene, image, masks, config, None)
+    material = prepare(models, scene, image, masks, config, None)
     handles = dict(zip(scene.handles, material.handle_ids, strict=True))
     phase = Phase("x", 1, 0.0, ("handles",), False)
     batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(0))

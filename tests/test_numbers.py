@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
 from bas.config import RunError
+from bas.finite import OVERFLOWS, is_finite, read_metrics
 from bas.interrupts import Interrupted
 from bas.machine import deterministic
+from bas.run import Run
 from bas.run_folder import list_checkpoints, read_rows
 
 # --- Numbers that are not finite --------------------------------------------------------------------------------------
@@ -88,6 +90,42 @@ def test_the_term_that_went_wrong_is_named(bench, tmp_path, monkeypatch, term):
         bas.train(bench.config(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_loss_that_is_not_finite_ends_the_run(bench, tmp_path, monkeypatch, step):
+    """Named by phase, step and term; the last good checkpoint stays, and no finished run is pretended."""
+    original, count = training.training_step, iter(range(1, 100))
+
+    def spoilt(*args):
+        loss, parts = original(*args)
+        if next(count) == step:
+            parts["attention"] = parts["attention"] * float("nan")
+            loss = loss + parts["attention"]
+        return loss, parts
+
+    monkeypatch.setattr(training, "training_step", spoilt)
+    phase = "phase1" if step < 4 else "phase2"
+    with pytest.raises(RunError, match=rf"{phase} step {step}: attention is nan"):
+        bas.train(bench.config(tmp_path / "run", checkpointing_steps=1))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == [f"step-{step - 1:06d}"]
+    assert not (tmp_path / "run" / "concepts.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(bench, tmp_path, monkeypatch):
+    """The loss is still sound, but the weights are gone: no checkpoint of them may replace the last good one."""
+    original, count = training.training_step, iter(range(1, 100))
+
+    def spoilt(models, batch, config):
+        loss, parts = original(models, batch, config)
+        if next(count) == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss, parts
+
+    monkeypatch.setattr(training, "training_step", spoilt)
+    with pytest.raises(RunError, match="phase1 step 2: grad_norm is nan"):
+        bas.train(bench.config(tmp_path / "run", checkpointing_steps=1))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
+
+
 def rows_with(norms):
     return [{"phase": "phase1", "step": i, "lr": 1e-3, "loss": 1.0, "grad_norm": norm} for i, norm in enumerate(norms)]
 
@@ -95,8 +133,8 @@ def rows_with(norms):
 @pytest.mark.parametrize(("precision", "stops"), [("fp16", False), ("bf16", True), ("no", True)])
 def test_only_fp16_may_leave_steps_out(precision, stops):
     (row,) = rows_with([float("inf")])
-    assert training.is_finite(row, precision) is not stops
-    assert not training.is_finite({**row, "loss": float("nan")}, precision)
+    assert is_finite(row, precision) is not stops
+    assert not is_finite({**row, "loss": float("nan")}, precision)
 
 
 def test_fp16_that_always_overflows_stops(tmp_path):
@@ -105,14 +143,14 @@ def test_fp16_that_always_overflows_stops(tmp_path):
             def flush(self):
                 return rows_with(norms)
 
-        return training.Run(None, tmp_path, None, None, "fp16", *[None] * 5, Log())
+        return Run(None, tmp_path, None, None, "fp16", *[None] * 5, Log())
 
-    overflow, fine = [float("inf")] * (training.OVERFLOWS - 1), [1.0]
+    overflow, fine = [float("inf")] * (OVERFLOWS - 1), [1.0]
     run = run_of(overflow + fine + overflow)
-    training.read_metrics(run)
-    assert run.overflows == training.OVERFLOWS - 1
-    with pytest.raises(RunError, match=f"phase1 step {training.OVERFLOWS - 1}: fp16 overflowed in 25 steps in a row"):
-        training.read_metrics(run_of([*overflow, float("inf")]))
+    read_metrics(run)
+    assert run.overflows == OVERFLOWS - 1
+    with pytest.raises(RunError, match=f"phase1 step {OVERFLOWS - 1}: fp16 overflowed in 25 steps in a row"):
+        read_metrics(run_of([*overflow, float("inf")]))
 
 
 def test_metrics_of_a_stopped_run_end_with_the_bad_step(bench, tmp_path, monkeypatch):

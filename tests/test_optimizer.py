@@ -8,7 +8,8 @@ from tiny import refused
 
 from bas.config import Phase, TrainConfig
 from bas.optimizer import build_optimizer
-from bas.train import check_input, learning_rate
+from bas.run import check_input
+from bas.train import learning_rate
 
 
 def test_without_the_extra_8_bit_moments_are_refused_in_one_line(bench, tmp_path, monkeypatch):

@@ -23,12 +23,14 @@ from bas.images import read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.masters import Masters
 from bas.models.text import add_handles, encode_ids, tokenize
+from bas.optimizer import build_optimizer
 from bas.parts import Models
 from bas.prompts import encode_prompts
+from bas.run import check_input, start
 from bas.sample import decode, denoise, walk
 from bas.scene import load_scene, pixels, subset_prompt
 from bas.schedulers import add_noise, ddim_step
-from bas.train import build_optimizer, optimizer_step, trainable_parameters, training_step
+from bas.train import optimizer_step, trainable_parameters, training_step
 
 training = import_module("bas.train")  # the module: bas.train is its function
 OFFICIAL = Path(__file__).parent / "reference" / "official"
@@ -342,7 +344,7 @@ def whole_run(tmp_path_factory):
         run_folder, class_images = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("class_images")
         copytree(OFFICIAL / "class_images", class_images, dirs_exist_ok=True)  # training leaves a lock there
         config = replace(CONFIG, class_data_dir=str(class_images), output_dir=str(run_folder))
-        run = training.start(config, *training.check_input(config))
+        run = start(config, *check_input(config))
         for begin, phase in zip((0, 3), CONFIG.phases, strict=True):
             training.train_phase(run, phase, begin)
     return run, steps

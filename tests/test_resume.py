@@ -223,7 +223,7 @@ def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(
         original(folder, resuming)
         kept.extend(sorted(path.name for path in checkpoints.iterdir()))
 
-    monkeypatch.setattr(training, "prepare_folder", prepare)
+    monkeypatch.setattr("bas.run.prepare_folder", prepare)
     assert file_hashes(resume(bench, tmp_path / "run", checkpointing_steps=4)) == uninterrupted
     told = (
         f"{checkpoints / 'step-000002'} was cut off while it was written or removed: it does not count, and is cleared"
@@ -264,7 +264,7 @@ def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
 
 def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, cut_off, monkeypatch):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
-    monkeypatch.setattr(training, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.run.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     other = shutil.copytree(bench.model, tmp_path / "other")
     weights = load_file(other / WEIGHTS[0])
     weights["conv_in.bias"][0] += 1
@@ -302,7 +302,7 @@ def other_scene(bench, folder: Path, kind: str) -> Path:
 )
 def test_another_scene_is_refused(bench, tmp_path, cut_off, monkeypatch, kind, told):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
-    monkeypatch.setattr(training, "load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.run.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     scene = other_scene(bench, tmp_path / "scene", kind)
     with refused(f"step-000002 was made with another {told}: resume with the same, or start anew"):
         resume(bench, tmp_path / "run", instance_data_dir=str(scene))
@@ -312,7 +312,7 @@ def test_what_auto_came_to_is_compared(bench, tmp_path, cut_off, monkeypatch, un
     """On a machine where it would be another precision, the run goes on once the first one is named."""
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
     for here in ("fp16", "bf16"):
-        monkeypatch.setattr(training, "pick_precision", lambda name, *args, here=here: here if name == "auto" else name)
+        monkeypatch.setattr("bas.run.pick_precision", lambda name, *args, here=here: here if name == "auto" else name)
         with refused("step-000002 was made with another --mixed_precision (no there)"):
             resume(bench, tmp_path / "run")
     assert file_hashes(resume(bench, tmp_path / "run", mixed_precision="no")) == uninterrupted

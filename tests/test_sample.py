@@ -124,6 +124,21 @@ def test_a_handle_without_brackets_is_told(models, caplog):
     ]
 
 
+def test_settings_without_effect_are_told(models, caplog):
+    settings = {"sampler": "dpmpp_2m", "eta": 0.5, "guidance_scale": 1.0, "negative_prompt": "a stone"}
+    check_request(models, [PROMPT], SampleConfig(**settings))
+    assert caplog.messages == [
+        "--eta has no effect: it is the noise of --sampler ddim, and this one is dpmpp_2m",
+        "--negative_prompt has no effect: --guidance_scale 1 turns guidance off",
+    ]
+    (first,) = sample(models, PROMPT, **FAST | settings)
+    (second,) = sample(models, PROMPT, **FAST | settings | {"eta": 0.0, "negative_prompt": ""})
+    assert first.tobytes() == second.tobytes()
+    caplog.clear()
+    check_request(models, [PROMPT], SampleConfig(eta=0.5, negative_prompt="a stone"))
+    assert caplog.messages == []
+
+
 def test_long_prompts_are_cut_with_a_warning_but_never_a_handle(models, caplog):
     words = "a photo of the bowl at the beach and " * 10
     sample(models, words, **FAST)

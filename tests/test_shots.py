@@ -10,8 +10,8 @@ import bas
 from bas.batches import draw_batch, draw_photograph
 from bas.config import TrainConfig
 from bas.losses import resize_mask
+from bas.run import check_input
 from bas.scene import load_scene
-from bas.train import check_input
 
 
 def add_shot(scene, name, boxes, size=(32, 32), seed=1):

@@ -153,7 +153,7 @@ class Bench:
         ]
 
     def prepared(self, config: TrainConfig) -> tuple[Models, Material]:
-        """Models with handles and the material of the steps, as `bas.train.start` makes them."""
+        """Models with handles and the material of the steps, as `bas.run.start` makes them."""
         models, scene = load(config.pretrained_model_name_or_path), load_scene(config)
         image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
         posterior = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench_material import Material
 
 from bas.config import TrainConfig
+from bas.run import Run, check_input, start
 
 training = import_module("bas.train")  # the module: bas.train is its function
 
@@ -87,10 +88,10 @@ def configure(material: Material, mode: Mode, phase: int, run: Path) -> TrainCon
     )
 
 
-def start(config: TrainConfig) -> training.Run:
+def start_new(config: TrainConfig) -> Run:
     """A run before its first step, in a new folder."""
     Path(config.output_dir).mkdir(parents=True)
-    return training.start(config, *training.check_input(config))
+    return start(config, *check_input(config))
 
 
 class StopLoop(Exception):
@@ -114,7 +115,7 @@ class BasSide:
     def loop(self) -> None:
         """The start of a run and, from the first permission on, the phase."""
         try:
-            self.run = start(self.config)
+            self.run = start_new(self.config)
             self.note, self.run.metrics.add = self.run.metrics.add, self.hold
             self.stepped.release()
             self.go.acquire()

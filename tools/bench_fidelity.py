@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_bas import Mode, configure, start, training
+from bench_bas import Mode, configure, start_new, training
 from bench_material import Material
 from official_loop import Example, OfficialLoop, read_scene
 from torch import Tensor
@@ -68,7 +68,7 @@ def to_batch(reference: Reference, handle_ids: list[int], with_prior: bool) -> B
 def fidelity(reference: Reference, material: Material, mode: Mode, phase: int, run: Path) -> dict[str, float]:
     """Relative errors of loss, handle gradient and UNet gradient of a mode against the reference, and cosines."""
     config = configure(material, mode, phase, run)
-    side = start(config)
+    side = start_new(config)
     models, plan = side.models, config.phases[0]
     trained = training.trainable_parameters(models, plan)
     batch = to_batch(reference, list(side.material.handle_ids), plan.prior).to(models.device)

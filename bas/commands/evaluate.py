@@ -22,7 +22,7 @@ from bas.info import as_text
 from bas.many import find_scenes
 from bas.progress import clock
 from bas.ranks import Ranks, announce
-from bas.train import check_machine
+from bas.run import check_machine
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 
 from bas.config import InputError, RunError, TrainConfig
 from bas.config_file import add_config, read_config, setting_kinds
-from bas.dry_run import dry_run, memory_advice
+from bas.dry_run import TOO_LITTLE, dry_run, memory_advice
 from bas.flags import Parser, add_fields, given
 from bas.hub import train_config
 from bas.info import as_text
@@ -18,8 +18,10 @@ from bas.machine import is_out_of_memory
 from bas.many import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
 from bas.ranks import Ranks, announce
 from bas.report import write_report
+from bas.room import MAKE_ROOM
+from bas.run import check_input, tell_of_miniature
 from bas.run_folder import read_concepts
-from bas.train import check_input, tell_of_miniature, train
+from bas.train import train
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
 def one_scene(config: TrainConfig, dry: bool) -> None:
     """Train one scene into --output_dir itself."""
     if dry:
-        print(as_text(dry_run(config)))
+        facts = dry_run(config)
+        print(as_text(facts))
+        refuse_full_disk(facts, config)
         return
     try:
         folder = train(config)
@@ -93,9 +97,11 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
         finished = len(scenes) - len(left) - len(failed)
         below = f"; below is {left[0].instance_data_dir} alone, but for the disk" if len(left) > 1 else ""
         facts = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "refused": failed}
-        print(as_text(facts | (dry_run(left[0], len(left)) if left else {})))
+        facts |= dry_run(left[0], len(left)) if left else {}
+        print(as_text(facts))
         if failed:
             raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under refused")
+        refuse_full_disk(facts, config)
         return
     if ranks.first:
         names = ", ".join(scene.resolve().name for scene in scenes)
@@ -109,6 +115,12 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
                 failed.append([outcome.scene, outcome.error])
         failed = gather(failed)
     ranks.conclude(failed, len(scenes), "scenes")
+
+
+def refuse_full_disk(facts: dict, config: TrainConfig) -> None:
+    """InputError where a dry run found too little room, as `train` itself would refuse it."""
+    if facts.get("disk", "").startswith(TOO_LITTLE):
+        raise InputError(f"--output_dir {config.output_dir} has too little room, as listed under disk: {MAKE_ROOM}")
 
 
 def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig], dict[str, str]]:

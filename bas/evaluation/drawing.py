@@ -22,9 +22,9 @@ from bas.machine import autocast
 from bas.models.text import tokenize
 from bas.pictures import save_picture
 from bas.preview import scene_attention
+from bas.run import Run
 from bas.sample import decode, generate, generate_with_maps, latent_shape, to_pictures
 from bas.scene import Scene, load_scene
-from bas.train import Run
 
 
 @dataclass(frozen=True)

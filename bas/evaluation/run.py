@@ -24,8 +24,8 @@ from bas.evaluation.tables import markdown, summarise
 from bas.files import read_json, write_text
 from bas.machine import DTYPES, is_out_of_memory
 from bas.pictures import save_picture
+from bas.run import check_input
 from bas.sample import check_request
-from bas.train import check_input
 
 RESULTS, TABLES, SCATTER, PAGE = "results.jsonl", "tables.md", "scatter.png", "index.html"
 
