@@ -5,7 +5,7 @@
     python tools/check_methods.py --markdown                                    the tables of the recorded run
     python tools/check_methods.py --scatter docs/pictures/comparison.png        its plot, of the paper's methods
 
-Twelve scenes of two to four concepts that the miniature never saw, two seeds, shortened training and drawing: what
+Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and drawing: what
 `bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
 run that docs/comparison.md shows; on the same machine and the same miniature every number is the same. `--record` adds
 to a recorded run of the same miniature, and takes the place of one of another.
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation; the same one goes on")
     parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help=f"write the result to docs/{RECORDED.name}")
