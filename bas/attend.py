@@ -23,7 +23,7 @@ from bas.parts import Models
 from bas.pictures import grid, heat, save_picture
 from bas.prompts import read_strengths
 from bas.run_folder import CONCEPTS, read_concepts
-from bas.sample import check_request, decode, generate_with_maps, latent_shape, to_pictures
+from bas.sample import check_settings, decode, generate_with_maps, latent_shape, to_pictures
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -47,8 +47,7 @@ def attend(
     """Draw one picture and keep the attention of each handle of the prompt, with `words` that of every word.
 
     side: cells along the shorter side of the maps; None is as the model was trained, else a quarter of the latent's.
-    Raises InputError as
-    `plan_maps` does.
+    Raises InputError as `plan_maps` does.
     """
     places, size = plan_maps(models, prompt, config, side, words)
     latents, average = generate_with_maps([prompt], [config.seed], models, config, size)
@@ -67,7 +66,7 @@ def plan_maps(
 
     Raises InputError for a prompt without a handle, unknown handles, and a grid without cross-attention.
     """
-    check_request(models, [], config)
+    check_settings(models, config)
     (ids,) = tokenize(models.tokenizer, [read_strengths(prompt)[0]])
     places = find_places(models.tokenizer, ids.tolist(), words)
     if not places:

@@ -46,15 +46,21 @@ def check_request(models: Models, prompts: list[str], config: SampleConfig) -> N
 
     Warns of what is likely a slip: a handle without its brackets, a setting that changes nothing.
     """
-    latent_shape(models, config)
-    walk(models, config)
-    for prompt in (*prompts, config.negative_prompt):
+    check_settings(models, config)
+    for prompt in prompts:
         tokenize(models.tokenizer, [read_strengths(prompt)[0]])
     for setting, reason in without_effect(config).items():
         log.warning("--%s has no effect: %s", setting, reason)
     for prompt in prompts:
         if bare := bare_handles(prompt, models.handles):
             log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
+
+
+def check_settings(models: Models, config: SampleConfig) -> None:
+    """The part of `check_request` that no prompt takes part in, without its warnings."""
+    latent_shape(models, config)
+    walk(models, config)
+    tokenize(models.tokenizer, [read_strengths(config.negative_prompt)[0]])
 
 
 def without_effect(config: SampleConfig) -> dict[str, str]:

@@ -97,9 +97,9 @@ def test_scenes_are_those_of_the_world_and_stay(tmp_path):
 
 
 def test_the_recorded_run_is_whole():
-    """Twelve scenes of two to four concepts, the paper's ten methods, three seeds; three pictures a subset."""
+    """Twelve scenes of two to four concepts, ten methods and three options, three seeds; three pictures a subset."""
     cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
-    for method in PAPER:
+    for method in (*PAPER, "cross-entropy", "no-close-ups", "uniform"):
         mine = [cell for cell in cells if cell["method"] == method]
         assert {(cell["scene"], cell["seed"]) for cell in mine} == {
             (f"world-{i}", seed) for i in range(check_methods.SCENES) for seed in range(3)

@@ -37,6 +37,7 @@ MAY_IMPORT = {
 ONLY_FROM = {
     "bas.cli": {"bas.__main__"},
     "bas.commands": {"bas.cli", "bas.commands"},
+    "bas.finite": {"bas.train", "bas.dry_run"},
     "bas.run": {"bas.train", "bas.finite", "bas.commands", "bas.evaluation", "bas.dry_run", "bas.many"},
     "bas.train": {"bas.commands", "bas.evaluation", "bas.demo", "bas.dry_run", "bas.many"},
 }

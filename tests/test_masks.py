@@ -87,6 +87,17 @@ def test_a_mask_between_the_attention_cells_is_announced(model, tmp_path):
     assert not seen.concepts[1].vanishes
 
 
+def test_cells_are_counted_as_pixels_are_width_first(model, tmp_path):
+    folder = tiny.write_scene(tmp_path / "s", concepts=2, size=(64, 32))
+    speck = np.zeros((32, 64), np.uint8)
+    speck[2:6, 2:6] = 255  # between the cells of the attention grid
+    Image.fromarray(speck).save(folder / "mask0.png")
+    seen = view(model, folder, center_crop=False)
+    assert seen.photo.size == (64, 32)
+    assert seen.concepts[0].attention.shape == (4, 8)
+    assert "vanishes on the attention grid of 8x4 cells" in warnings(seen)[0]
+
+
 def test_a_mask_that_vanishes_only_in_the_mirror_is_announced(model, tmp_path):
     seen = view(model, write(tmp_path / "s", [box((0, 8), (8, 9)), box((8, 32), (0, 32))]))
     assert seen.concepts[0].latent.sum() == 4

@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from mini_world_layouts import compose
 from safetensors.torch import load_file, save_file
 from train_mini_clip import clip_config
 from train_mini_files import save_weights
-from train_mini_fit import batches, fit
+from train_mini_fit import PREPARING, batches, fit
 from train_mini_folder import export
 from train_mini_presets import PRESETS, Preset, Recipe
 from train_mini_vae import reconstruct
@@ -102,7 +103,7 @@ def test_the_world_is_drawn_once_with_what_things_cover(tmp_path):
 
 
 def test_batches_are_drawn_ahead_and_come_in_order():
-    """The third and fourth are drawn while the second is still being drawn; a late one is waited for."""
+    """The third is drawn while the second is still being drawn; a late one is waited for."""
     third_is_drawn, drawn = threading.Event(), []
 
     def draw(i):
@@ -117,16 +118,34 @@ def test_batches_are_drawn_ahead_and_come_in_order():
     assert [next(stream) for _ in range(40)] == list(range(5, 45))
     assert drawn.index(7) < drawn.index(6)
     stream.close()
-    assert sorted(drawn) == list(range(5, 5 + len(drawn)))
     with pytest.raises(ZeroDivisionError):
         list(batches(lambda i: 1 // (2 - i), 0))
 
 
-def test_a_stage_that_goes_on_takes_the_next_batch(tmp_path, monkeypatch):
+def test_batches_that_nobody_asks_for_are_not_drawn():
+    """Once closed, only what was being drawn is drawn to its end."""
+    go_on, started = threading.Event(), []
+
+    def draw(i):
+        started.append(i)
+        if i > 1:
+            assert go_on.wait(10)
+        return i
+
+    stream = batches(draw, 0)
+    assert [next(stream), next(stream)] == [0, 1]
+    threading.Timer(1, go_on.set).start()  # by then those that wait for a thread are called off
+    stream.close()
+    assert set(started) <= set(range(2 + PREPARING))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stage_that_goes_on_takes_the_next_batch(tmp_path, monkeypatch, workers):
     """Stopped behind its checkpoint and started again, it sees every batch once and ends where a whole one ends."""
     clock = count(0, 50)  # seconds: each look at it is 50 later, so a checkpoint is due in every third step
-    monkeypatch.setattr("train_mini_fit.time.monotonic", lambda: next(clock))
-    recipe, seen = Recipe(minutes=10, batch=1, lr=0.1, ema=0.9), []
+    monkeypatch.setattr("train_mini_fit.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the whole process
+    recipe, seen = Recipe(minutes=10, batch=1, lr=0.1, ema=0.9, workers=workers), []
 
     def ended(run, stop_at=None):
         run.mkdir(exist_ok=True)
@@ -143,13 +162,12 @@ def test_a_stage_that_goes_on_takes_the_next_batch(tmp_path, monkeypatch):
         return module.weight.item()
 
     whole = ended(tmp_path / "whole")
-    steps = seen.copy()
-    assert steps == list(range(12))
+    assert sorted(seen) == list(range(12 * workers))
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
-        ended(tmp_path / "stopped", stop_at=6)
+        ended(tmp_path / "stopped", stop_at=6 * workers)
     assert ended(tmp_path / "stopped") == pytest.approx(whole, abs=1e-6)
-    assert seen == steps
+    assert sorted(seen) == list(range(12 * workers))
 
 
 @pytest.mark.parametrize(("cover", "weight"), [(0, 1.0), (51, 1.6), (255, 4.0)])

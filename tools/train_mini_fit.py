@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -22,16 +22,19 @@ AHEAD = 8  # batches that are drawn, or being drawn, before they are asked for
 
 
 def batches(draw: Callable, first: int) -> Iterator:
-    """draw(first), draw(first + 1), ... in this order, each drawn while the ones before it are trained on."""
-    with ThreadPoolExecutor(PREPARING) as pool:
-        try:
-            yield draw(first)  # alone: a tokenizer sets itself up in its first call, which no other may cross
-            waiting = deque(pool.submit(draw, i) for i in range(first + 1, first + AHEAD))
-            for i in count(first + AHEAD):
-                waiting.append(pool.submit(draw, i))
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """draw(first), draw(first + 1), ... in this order. Later ones are drawn while those before them are trained on.
+
+    The first is drawn alone: a tokenizer sets itself up in its first call, which no other may cross.
+    """
+    pool = ThreadPoolExecutor(PREPARING)
+    try:
+        yield draw(first)
+        waiting = deque(pool.submit(draw, i) for i in range(first + 1, first + AHEAD))
+        for i in count(first + AHEAD):
+            waiting.append(pool.submit(draw, i))
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def fit(stage: str, module: nn.Module, draw, loss_of, recipe: Recipe, run: Path, preview=None, preview_minutes=2.0):
@@ -54,46 +57,45 @@ def fit(stage: str, module: nn.Module, draw, loss_of, recipe: Recipe, run: Path,
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, before = state["average"], state["step"], state["seconds"]
-    drawn = batches(draw, recipe.workers * step)
+
+    def work(twin, batch):
+        loss, parts = loss_of(twin, batch)
+        (loss / recipe.workers).backward()
+        return {"loss": loss.detach(), **parts}
+
     start, saved, shown, seconds = time.monotonic(), before, before, before
-    while seconds < 60 * recipe.minutes:
-        warm_up = min(1.0, (step + 1) / 100)
-        lr = recipe.lr * warm_up * 0.5 * (1 + math.cos(math.pi * seconds / (60 * recipe.minutes)))
-        optimizer.param_groups[0]["lr"] = lr
-
-        def work(twin, batch):
-            loss, parts = loss_of(twin, batch)
-            (loss / recipe.workers).backward()
-            return {"loss": loss.detach(), **parts}
-
-        numbers, *_ = workers.map(work, twins, [next(drawn) for _ in twins])
-        for twin in twins[1:]:
-            for p, q in zip(parameters, trainable(twin), strict=True):
-                p.grad += q.grad
-                q.grad = None
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = min(recipe.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        step += 1
-        seconds = before + time.monotonic() - start
-        if step == 1 or step % 25 == 0:
-            numbers = {name: value.item() for name, value in numbers.items()}
-            line = {"step": step, "seconds": round(seconds, 1), "lr": lr, **numbers}
-            with open(run / f"{stage}.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
-        if seconds - saved > 120:
-            saved = seconds
-            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"average": average, "step": step, "seconds": seconds}, f"{checkpoint}.part")
-            os.replace(f"{checkpoint}.part", checkpoint)
-            plot_losses(run / f"{stage}.jsonl")
-            if preview and seconds - shown >= 60 * preview_minutes:
-                shown = seconds
-                with torch.no_grad(), swapped(parameters, average):
-                    preview(step)
-    drawn.close()
+    with closing(batches(draw, recipe.workers * step)) as drawn:
+        while seconds < 60 * recipe.minutes:
+            warm_up = min(1.0, (step + 1) / 100)
+            lr = recipe.lr * warm_up * 0.5 * (1 + math.cos(math.pi * seconds / (60 * recipe.minutes)))
+            optimizer.param_groups[0]["lr"] = lr
+            numbers, *_ = workers.map(work, twins, [next(drawn) for _ in twins])
+            for twin in twins[1:]:
+                for p, q in zip(parameters, trainable(twin), strict=True):
+                    p.grad += q.grad
+                    q.grad = None
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(recipe.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            step += 1
+            seconds = before + time.monotonic() - start
+            if step == 1 or step % 25 == 0:
+                numbers = {name: value.item() for name, value in numbers.items()}
+                line = {"step": step, "seconds": round(seconds, 1), "lr": lr, **numbers}
+                with open(run / f"{stage}.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
+            if seconds - saved > 120:
+                saved = seconds
+                state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state | {"average": average, "step": step, "seconds": seconds}, f"{checkpoint}.part")
+                os.replace(f"{checkpoint}.part", checkpoint)
+                plot_losses(run / f"{stage}.jsonl")
+                if preview and seconds - shown >= 60 * preview_minutes:
+                    shown = seconds
+                    with torch.no_grad(), swapped(parameters, average):
+                        preview(step)
     for p, mean in zip(parameters, average, strict=True):
         p.data.copy_(mean)
     save_weights(module, run / f"{stage}.safetensors")

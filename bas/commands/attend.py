@@ -8,6 +8,8 @@ from bas.commands.model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.files import new_folder
 from bas.flags import Parser, add_fields, given
+from bas.parts import Models
+from bas.sample import check_request
 
 EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1> at the beach" --output_dir attention',)
 
@@ -32,7 +34,12 @@ def run(args: argparse.Namespace) -> None:
     config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
     side = args.attention_grid
     folder = new_folder(args.output_dir)
-    models = open_model(args, lambda models: plan_maps(models, args.prompt, config, side, args.words))
+
+    def check(models: Models) -> None:
+        check_request(models, [args.prompt], config)
+        plan_maps(models, args.prompt, config, side, args.words)
+
+    models = open_model(args, check)
     attention = attend(models, args.prompt, config, side, args.words)
     settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
     print(write_attention(attention, models.handles, folder, settings))

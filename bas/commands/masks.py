@@ -85,7 +85,8 @@ def check(args: argparse.Namespace) -> None:
     scene, models = load_scene(config), glance(model)
     view = view_scene(scene, models, config)
     size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
-    print(f"{args.scene}: {len(scene)} concepts; the picture is {size} pixels, {photo} for {model.name}\n")
+    concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
+    print(f"{args.scene}: {concepts}; the picture is {size} pixels, {photo} for {model.name}\n")
     print(table(view))
     for line in warnings(view):
         log.warning("%s", line)

@@ -118,7 +118,7 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
 
 
 def refuse_full_disk(facts: dict, config: TrainConfig) -> None:
-    """InputError where a dry run found too little room, as `train` itself would refuse it."""
+    """InputError where a dry run found too little room for all that is to be trained."""
     if facts.get("disk", "").startswith(TOO_LITTLE):
         raise InputError(f"--output_dir {config.output_dir} has too little room, as listed under disk: {MAKE_ROOM}")
 
