@@ -121,3 +121,12 @@ def test_the_command(models, tmp_path, capsys):
     with Image.open(out / "picture.png") as picture:
         assert json.loads(picture.text["bas"])["prompt"] == "a photo of (<asset1>:1.5)"
     assert main(argv) == 2
+
+
+def test_a_setting_without_effect_is_told_once(models, tmp_path, caplog):
+    """Though the request is checked before weights are read, and once more when it is drawn."""
+    save_model(models, tmp_path / "run")
+    argv = ["attend", str(tmp_path / "run"), "--prompt", "a photo of <asset1>", "--output_dir", str(tmp_path / "maps")]
+    settings = ["--sampler", "ddpm", "--eta", "0.5", "--num_inference_steps", "2", "--device", "cpu"]
+    assert main([*argv, *settings]) == 0
+    assert sum("--eta has no effect" in message for message in caplog.messages) == 1
