@@ -6,15 +6,17 @@ import check_applications as check
 import numpy as np
 import pytest
 from mini_world_drawing import draw
+from mini_world_layouts import DEMO_SCENES
 from PIL import Image
 
 SIDE = 64
+SHORE = DEMO_SCENES["shore"]
 
 
 @pytest.fixture
 def learnt():
     """A run that never was: the looks and handles, no model."""
-    image, masks = draw(check.SCENE, SIDE)
+    image, masks = draw(SHORE, SIDE)
     models = SimpleNamespace(handles=("<a>", "<b>", "<bg>"))
     return check.Learnt(models, None, Image.fromarray(image), masks, ("<a>", "<b>"))
 
@@ -55,7 +57,7 @@ def test_an_edit_is_measured_inside_and_outside(learnt, tmp_path, monkeypatch):
         """The first result shows the thing in the region; the second changed one pixel elsewhere."""
         top, left = (int(places.min()) for places in np.nonzero(regions[0].mask))
         good = np.array(photo)
-        paste(good, check.SCENE, 0, top, left)
+        paste(good, SHORE, 0, top, left)
         good[regions[0].mask == 0] = np.asarray(photo)[regions[0].mask == 0]
         bad = good.copy()
         bad[-1, 0] = 255 - bad[-1, 0]
@@ -98,9 +100,9 @@ def test_strengths_are_measured_for_both_things(learnt, tmp_path, monkeypatch):
         drawn = []
         for prompt in prompts:
             picture = np.full((SIDE, SIDE, 3), 128, np.uint8)
-            paste(picture, check.SCENE, 1, 36, 30)
+            paste(picture, SHORE, 1, 36, 30)
             if float(prompt.partition(":")[2].partition(")")[0]) >= 1:
-                paste(picture, check.SCENE, 0, 2, 2)
+                paste(picture, SHORE, 0, 2, 2)
             drawn += [Image.fromarray(picture)] * config.num_images
         return drawn
 

@@ -99,6 +99,7 @@ def blemish(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
     """The recogniser, trained on `scenes` fresh scenes, or read from `path` where it was trained before."""
+    torch.manual_seed(SEED)
     recogniser = Recogniser()
     if path.exists():
         recogniser.load_state_dict(torch.load(path, weights_only=True))
@@ -107,7 +108,6 @@ def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
         images, shapes, colours, places = zip(*pool.map(labelled_scene, range(scenes), chunksize=64), strict=True)
     images, places = to_tensor(images), torch.tensor(places)
     shapes, colours = torch.from_numpy(np.stack(shapes)), torch.from_numpy(np.stack(colours))
-    torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(recogniser.parameters(), 2e-3)
     steps = epochs * scenes // BATCH

@@ -71,10 +71,10 @@ def draw_edit(model: Path, work: Path) -> None:
 
 def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
     """What went in and what comes out: photographs, their masks, below them four pictures of each prompt."""
-    single = work / name / "drawn.png"
-    run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", single)
-    drawn = [Image.open(single.with_stem(f"drawn-{i}")) for i in range(4 * len(prompts))]
-    rows = [[read_image(folder / "img.png"), with_masks(folder)] for folder in photographs]
+    folder = work / name
+    run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", folder / "drawn.png")
+    drawn = [Image.open(path) for path in sorted(folder.glob("drawn-*.png"))]
+    rows = [[read_image(scene / "img.png"), with_masks(scene)] for scene in photographs]
     labels = [[which, "and its masks"] for which in ("the photograph", *["a further one"] * (len(photographs) - 1))]
     rows += [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
     labels += [[prompt] * 4 for prompt in prompts]
