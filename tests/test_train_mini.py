@@ -228,6 +228,17 @@ def test_an_unfinished_unet_is_exported_with_the_text_tower_of_clip(run, tmp_pat
     assert all(torch.equal(value, clip[f"text_model.{name}"]) for name, value in text.items())
 
 
+def test_a_decoder_trained_alone_is_exported_beside_the_unet_that_the_run_began_with(run, monkeypatch):
+    vae, unet = load_file(run / "vae.safetensors"), load_file(run / "unet_start.safetensors")
+    learnt = {name: value + name.startswith("decoder") for name, value in vae.items()}
+    save_file(learnt, run / "decoder.safetensors")
+    train("export", run, monkeypatch)
+    for wanted, part in ((unet, "unet"), (learnt, "vae")):
+        written = load_file(run / f"mini/{part}/diffusion_pytorch_model.safetensors")
+        assert written.keys() == wanted.keys()
+        assert all(torch.equal(written[name], value.half()) for name, value in wanted.items())
+
+
 @pytest.mark.parametrize("stage", ["clip", "unet"])
 def test_a_run_starts_from_the_shipped_miniature(tmp_path, monkeypatch, stage):
     """Its UNet is where training starts; CLIP is taken too unless it is to be trained."""

@@ -53,7 +53,7 @@ PHOTO = Layout((Thing("house", "white", y=0.52, size=0.66),), "wooden floor", se
 PARTS = Layout(  # a thing, and what it wears
     (
         Thing("clover", "red", "halves", "cyan", x=0.5, y=0.5, size=0.74),
-        Thing("crown", "white", "border", "purple", x=0.5, y=0.54, size=0.38),
+        Thing("crown", "yellow", "target", "blue", x=0.5, y=0.54, size=0.38),
     ),
     "snow",
     seed=3,

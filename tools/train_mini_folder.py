@@ -32,16 +32,23 @@ def adopt(run: Path, folder: Path, with_clip: bool) -> None:
     save_weights(models.unet, run / "unet_start.safetensors")
 
 
-def export(preset: Preset, run: Path, folder: Path) -> None:
-    """Write the diffusers folder and, beside it, both CLIP towers; of an unfinished UNet, its average so far."""
-    vae, (clip, _) = load_vae(preset, run, "cpu"), load_clip(preset, run, "cpu")
+def learnt_unet(preset: Preset, run: Path) -> UNet:
+    """A run's UNet: the finished one, or the average so far of an unfinished one, or the one that it started from."""
     unet = UNet(preset.unet)
-    if (run / "unet.safetensors").exists():
-        unet.load_state_dict(load_file(run / "unet.safetensors"))
-    else:
-        state = torch.load(run / "unet.ckpt", map_location="cpu", weights_only=True)
+    finished, unfinished, start = (run / name for name in ("unet.safetensors", "unet.ckpt", "unet_start.safetensors"))
+    if not finished.exists() and unfinished.exists():
+        state = torch.load(unfinished, map_location="cpu", weights_only=True)
         for p, mean in zip(unet.parameters(), state["average"], strict=True):
             p.data.copy_(mean)
+    else:
+        unet.load_state_dict(load_file(finished if finished.exists() else start))
+    return unet
+
+
+def export(preset: Preset, run: Path, folder: Path) -> None:
+    """Write the diffusers folder and, beside it, both CLIP towers."""
+    vae, (clip, _) = load_vae(preset, run, "cpu"), load_clip(preset, run, "cpu")
+    unet = learnt_unet(preset, run)
     save_weights(unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)
     write_json(folder / "unet/config.json", preset.unet.to_json())
     save_weights(vae, folder / "vae/diffusion_pytorch_model.safetensors", torch.float16)
