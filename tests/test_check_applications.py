@@ -15,7 +15,7 @@ SHORE = DEMO_SCENES["shore"]
 
 @pytest.fixture
 def learnt():
-    """A run that never was: the looks and handles, no model."""
+    """A run that never was, of the shipped shore: its looks and handles, no model."""
     image, masks = draw(SHORE, SIDE)
     models = SimpleNamespace(handles=("<a>", "<b>", "<bg>"))
     return check.Learnt(models, None, Image.fromarray(image), masks, ("<a>", "<b>"))
@@ -66,7 +66,7 @@ def test_an_edit_is_measured_inside_and_outside(learnt, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "edit", edited)
     clean = check.check_edit(learnt, 1, tmp_path / "sheet.png")
     assert clean["outside"] == 0
-    assert clean["after"] > 0.75 > 0.45 > clean["before"]
+    assert clean["after"] > 0.75 > 0.45 > clean["before"]  # the house is unlike a gear
     assert check.check_edit(learnt, 2, tmp_path / "sheet.png")["outside"] == 1
 
 

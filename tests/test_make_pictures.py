@@ -3,7 +3,9 @@
 import json
 
 import make_pictures
+import numpy as np
 import pytest
+from PIL import Image
 from tiny import taught, write_model, write_scene
 
 from bas.checkpoint import save_model
@@ -46,4 +48,9 @@ def test_the_edit_shows_each_handle_in_the_same_box(tmp_path, sheets):
     ((pictures,), (labels,)) = sheets[0]
     assert len(pictures) == len(labels) == 5
     assert [settings(picture)["prompts"] for picture in pictures[2:]] == [[label] for label in labels[2:]]
+    where = np.asarray(Image.open(tmp_path / "where.png"))
+    assert 0.3 < (where == 255).mean() < 0.8
+    for picture in pictures[2:]:
+        assert np.array_equal(np.asarray(picture)[where == 0], np.asarray(pictures[0])[where == 0])
+        assert not np.array_equal(np.asarray(picture)[where == 255], np.asarray(pictures[0])[where == 255])
     assert [label.split()[3] for label in labels[2:]] == ["<asset0>", "<asset1>", "<asset2>"]

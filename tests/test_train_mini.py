@@ -239,6 +239,18 @@ def test_a_decoder_trained_alone_is_exported_beside_the_unet_that_the_run_began_
         assert all(torch.equal(written[name], value.half()) for name, value in wanted.items())
 
 
+def test_a_run_from_nothing_is_not_mixed_with_a_miniature(run, monkeypatch):
+    """Its latents belong to its own VAE; and what has no UNet at all is not written."""
+    (run / "unet_start.safetensors").unlink()
+    vae = (run / "vae.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run from nothing, with another VAE: name a new --run_dir"):
+        train("unet", run, monkeypatch, start_from=MINI)
+    assert (run / "vae.safetensors").read_bytes() == vae
+    with pytest.raises(SystemExit, match="has no UNet yet: run the stage unet first"):
+        train("export", run, monkeypatch)
+    assert not (run / "mini").exists()
+
+
 @pytest.mark.parametrize("stage", ["clip", "unet"])
 def test_a_run_starts_from_the_shipped_miniature(tmp_path, monkeypatch, stage):
     """Its UNet is where training starts; CLIP is taken too unless it is to be trained."""

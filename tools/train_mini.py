@@ -14,7 +14,7 @@ Stages, each resumable and each skipped once its result stands in the run folder
 A stage lasts a fixed wall-clock time, and its learning rate reaches zero exactly then, however fast the machine.
 
     python tools/train_mini.py all --preset cpu --run_dir runs/mini --output_dir weights/mini
-    python tools/train_mini.py all --run_dir runs/more --start_from weights/mini --output_dir runs/more/mini
+    python tools/train_mini.py all --run_dir runs/onward --start_from weights/mini --output_dir runs/onward/mini
 
 With `--start_from` the world, its latents, the UNet and the decoder are left to do, and `clip` where it is named first.
 """
@@ -62,7 +62,7 @@ def main():
     parser.add_argument(
         "--start_from",
         type=Path,
-        help="a miniature whose VAE and CLIP stay and whose UNet trains on; with the stage clip, CLIP begins anew",
+        help="a miniature to go on from, in a new folder: UNet or decoder trains on; the stage clip begins anew",
     )
     parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
     parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")

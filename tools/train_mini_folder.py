@@ -17,12 +17,14 @@ from bas.models.unet import UNet
 
 
 def adopt(run: Path, folder: Path, with_clip: bool) -> None:
-    """Start from a miniature in a diffusers folder: its tokenizer, VAE and CLIP stay, its UNet trains on.
+    """Put a miniature's tokenizer, VAE, UNet and, `with_clip`, CLIP into a new run folder, to go on from.
 
-    A run folder that has started is left alone. Without `with_clip` CLIP's place stays free.
+    A folder that has started from one is left alone; one that trains from nothing is refused with SystemExit.
     """
     if (run / "unet_start.safetensors").exists():
         return
+    if (run / "vae.safetensors").exists():
+        raise SystemExit(f"{run} holds a run from nothing, with another VAE: name a new --run_dir")
     shutil.copytree(folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
     shutil.copy(folder / "vae/config.json", run / "vae.json")
     models = load(folder, "cpu")
@@ -32,7 +34,7 @@ def adopt(run: Path, folder: Path, with_clip: bool) -> None:
     save_weights(models.unet, run / "unet_start.safetensors")
 
 
-def learnt_unet(preset: Preset, run: Path) -> UNet:
+def unet_of(preset: Preset, run: Path) -> UNet:
     """A run's UNet: the finished one, or the average so far of an unfinished one, or the one that it started from."""
     unet = UNet(preset.unet)
     finished, unfinished, start = (run / name for name in ("unet.safetensors", "unet.ckpt", "unet_start.safetensors"))
@@ -40,15 +42,17 @@ def learnt_unet(preset: Preset, run: Path) -> UNet:
         state = torch.load(unfinished, map_location="cpu", weights_only=True)
         for p, mean in zip(unet.parameters(), state["average"], strict=True):
             p.data.copy_(mean)
-    else:
+    elif finished.exists() or start.exists():
         unet.load_state_dict(load_file(finished if finished.exists() else start))
+    else:
+        raise SystemExit(f"{run} has no UNet yet: run the stage unet first")
     return unet
 
 
 def export(preset: Preset, run: Path, folder: Path) -> None:
     """Write the diffusers folder and, beside it, both CLIP towers."""
     vae, (clip, _) = load_vae(preset, run, "cpu"), load_clip(preset, run, "cpu")
-    unet = learnt_unet(preset, run)
+    unet = unet_of(preset, run)
     save_weights(unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)
     write_json(folder / "unet/config.json", preset.unet.to_json())
     save_weights(vae, folder / "vae/diffusion_pytorch_model.safetensors", torch.float16)
