@@ -239,16 +239,26 @@ def test_a_decoder_trained_alone_is_exported_beside_the_unet_that_the_run_began_
         assert all(torch.equal(written[name], value.half()) for name, value in wanted.items())
 
 
-def test_a_run_from_nothing_is_not_mixed_with_a_miniature(run, monkeypatch):
-    """Its latents belong to its own VAE; and what has no UNet at all is not written."""
-    (run / "unet_start.safetensors").unlink()
-    vae = (run / "vae.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="holds a run from nothing, with another VAE: name a new --run_dir"):
-        train("unet", run, monkeypatch, start_from=MINI)
-    assert (run / "vae.safetensors").read_bytes() == vae
-    with pytest.raises(SystemExit, match="has no UNet yet: run the stage unet first"):
-        train("export", run, monkeypatch)
-    assert not (run / "mini").exists()
+@pytest.mark.parametrize(
+    ("stage", "missing", "start_from", "line"),
+    [
+        ("unet", "unet_start", MINI, "{run} holds a run from nothing, with another VAE: name a new --run_dir"),
+        ("export", "unet_start", None, "{run} has no UNet yet: run the stage unet first"),
+        ("export", "vae", None, "{run}/vae.safetensors: run the stages before export in {run} first"),
+        ("unet", "clip", None, "{run}/clip.safetensors: run the stages before unet in {run} first"),
+    ],
+)
+def test_what_cannot_go_on_says_so_in_one_line(run, monkeypatch, capsys, stage, missing, start_from, line):
+    """Latents belong to the VAE that made them, and a stage to those before it: exit code 2, and nothing is written."""
+    (run / f"{missing}.safetensors").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        train(stage, run, monkeypatch, start_from=start_from)
+    assert stopped.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("train_mini.py: ")
+    assert line.format(run=run) in told.replace('"', "")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("stage", ["clip", "unet"])

@@ -32,6 +32,7 @@ from train_mini_unet import train_unet
 from train_mini_vae import encode_world, train_decoder, train_vae
 from train_mini_world import make_world
 
+from bas.config import InputError
 from bas.machine import pick_device
 
 
@@ -53,21 +54,8 @@ STAGES = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "export", "all"))
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/mini"), help="checkpoints, logs, previews")
-    parser.add_argument("--output_dir", type=Path, default=Path("weights/mini"), help="where `export` writes")
-    parser.add_argument(
-        "--start_from",
-        type=Path,
-        help="a miniature to go on from, in a new folder: UNet or decoder trains on; the stage clip begins anew",
-    )
-    parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
-    parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
-    args = parser.parse_args()
+def work(args: argparse.Namespace) -> None:
+    """The stages that were asked for, one after another."""
     args.run_dir.mkdir(parents=True, exist_ok=True)
     preset = PRESETS[args.preset]
     changed = {name: value for name in ("minutes", "lr") if (value := getattr(args, name))}
@@ -83,6 +71,30 @@ def main():
             run_stage(preset, args.run_dir, device)
     if args.stage in ("export", "all"):
         export(preset, args.run_dir, args.output_dir)
+
+
+def main() -> None:
+    """Read the command line and work; exit code 2 and one line where something is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*STAGES, "export", "all"))
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/mini"), help="checkpoints, logs, previews")
+    parser.add_argument("--output_dir", type=Path, default=Path("weights/mini"), help="where `export` writes")
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="a miniature to go on from, in a new folder: UNet or decoder trains on; the stage clip begins anew",
+    )
+    parser.add_argument("--minutes", type=float, help="length of this stage instead of the preset's")
+    parser.add_argument("--lr", type=float, help="highest learning rate of this stage instead of the preset's")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    args = parser.parse_args()
+    try:
+        work(args)
+    except InputError as error:
+        parser.exit(2, f"train_mini.py: {error}\n")
+    except FileNotFoundError as error:
+        parser.exit(2, f"train_mini.py: {error}: run the stages before {args.stage} in {args.run_dir} first\n")
 
 
 if __name__ == "__main__":

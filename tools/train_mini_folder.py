@@ -12,6 +12,7 @@ from train_mini_vae import load_vae
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel
 
 from bas.checkpoint import MODEL_INDEX, load
+from bas.config import InputError
 from bas.files import write_json
 from bas.models.unet import UNet
 
@@ -19,15 +20,15 @@ from bas.models.unet import UNet
 def adopt(run: Path, folder: Path, with_clip: bool) -> None:
     """Put a miniature's tokenizer, VAE, UNet and, `with_clip`, CLIP into a new run folder, to go on from.
 
-    A folder that has started from one is left alone; one that trains from nothing is refused with SystemExit.
+    A folder that has started from one is left alone; InputError for one that trains from nothing, and for no miniature.
     """
     if (run / "unet_start.safetensors").exists():
         return
     if (run / "vae.safetensors").exists():
-        raise SystemExit(f"{run} holds a run from nothing, with another VAE: name a new --run_dir")
+        raise InputError(f"{run} holds a run from nothing, with another VAE: name a new --run_dir")
+    models = load(folder, "cpu")
     shutil.copytree(folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
     shutil.copy(folder / "vae/config.json", run / "vae.json")
-    models = load(folder, "cpu")
     save_weights(models.vae, run / "vae.safetensors")
     if with_clip:
         save_weights(CLIPModel.from_pretrained(folder / "clip"), run / "clip.safetensors")
@@ -35,17 +36,21 @@ def adopt(run: Path, folder: Path, with_clip: bool) -> None:
 
 
 def unet_of(preset: Preset, run: Path) -> UNet:
-    """A run's UNet: the finished one, or the average so far of an unfinished one, or the one that it started from."""
+    """A run's UNet: the finished one, or the average so far of an unfinished one, or the one that it started from.
+
+    Raises InputError where there is none yet.
+    """
     unet = UNet(preset.unet)
-    finished, unfinished, start = (run / name for name in ("unet.safetensors", "unet.ckpt", "unet_start.safetensors"))
-    if not finished.exists() and unfinished.exists():
-        state = torch.load(unfinished, map_location="cpu", weights_only=True)
+    names = "unet.safetensors", "unet.ckpt", "unet_start.safetensors"
+    newest = next((run / name for name in names if (run / name).exists()), None)
+    if newest is None:
+        raise InputError(f"{run} has no UNet yet: run the stage unet first")
+    if newest.suffix == ".ckpt":
+        state = torch.load(newest, map_location="cpu", weights_only=True)
         for p, mean in zip(unet.parameters(), state["average"], strict=True):
             p.data.copy_(mean)
-    elif finished.exists() or start.exists():
-        unet.load_state_dict(load_file(finished if finished.exists() else start))
     else:
-        raise SystemExit(f"{run} has no UNet yet: run the stage unet first")
+        unet.load_state_dict(load_file(newest))
     return unet
 
 

@@ -85,8 +85,8 @@ def load_vae(preset: Preset, run: Path, device) -> VAE:
     """The trained autoencoder, as it is by now, with its scaling factor."""
     scaling_factor = json.loads((run / "vae.json").read_text())["scaling_factor"]
     vae = VAE(replace(preset.vae, scaling_factor=scaling_factor))
-    newest = next(path for path in (run / "decoder.safetensors", run / "vae.safetensors") if path.exists())
-    vae.load_state_dict(load_file(newest))
+    decoder = run / "decoder.safetensors"
+    vae.load_state_dict(load_file(decoder if decoder.exists() else run / "vae.safetensors"))
     return vae.to(device).requires_grad_(False)
 
 
