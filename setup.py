@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["bas", "bas.*"]), "bas.weights"],
     package_dir={"bas.weights": "weights"},
-    package_data={"bas": ["py.typed", "assets/**/*"], "bas.weights": ["**/*"]},
+    package_data={"bas": ["py.typed", "web/templates/*", "pretrained/clip_vocabulary/*"], "bas.weights": ["**/*"]},
     install_requires=[
         "torch>=2.10",
         "transformers>=5.3",
@@ -39,5 +39,5 @@ setup(
         "triton": ['triton>=3.4; sys_platform == "linux"'],
         "test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11", "scipy>=1.11", "pycocotools>=2.0.8"],
     },
-    entry_points={"console_scripts": ["bas = bas.cli:main"]},
+    entry_points={"console_scripts": ["bas = bas.cli.entry:main"]},
 )

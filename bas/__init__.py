@@ -6,21 +6,26 @@ pictures = bas.sample(models, "a photo of <asset0> at the beach", seed=1)
 """
 
 import importlib
-import sys
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bas.config import SampleConfig, TrainConfig
+    from bas.pretrained.hub import load, train_config
+    from bas.sampling.sampler import sample
+    from bas.training.loop import train
 
 __version__ = "0.1.0"
+__all__ = ["SampleConfig", "TrainConfig", "load", "sample", "train", "train_config"]
 
 # Read on first use: `import bas` and `bas --help` need not wait for PyTorch.
 _HOMES = {
-    "load": "bas.hub",
-    "sample": "bas.sample",
-    "train": "bas.train",
-    "train_config": "bas.hub",
+    "load": "bas.pretrained.hub",
+    "sample": "bas.sampling.sampler",
+    "train": "bas.training.loop",
+    "train_config": "bas.pretrained.hub",
     "SampleConfig": "bas.config",
     "TrainConfig": "bas.config",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
@@ -31,14 +36,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
-
-
-class _Package(ModuleType):
-    """Python binds an imported submodule to its name in the package; here `train` and `sample` stay the functions."""
-
-    def __setattr__(self, name: str, value):
-        if name not in _HOMES:
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

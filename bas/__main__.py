@@ -2,6 +2,6 @@
 
 import sys
 
-from bas.cli import main
+from bas.cli.entry import main
 
 sys.exit(main())

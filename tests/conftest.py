@@ -31,7 +31,7 @@ def pytest_report_header(config):
 def pytest_terminal_summary(terminalreporter, config):
     """The table of promises, as --promises asks. A test that could not be set up has not held."""
     if config.getoption("promises"):
-        from promises import table
+        from tests.helpers.promises import table
 
         stats = terminalreporter.stats
         ran = {kind: stats.get(kind, []) for kind in ("passed", "failed", "error")}
@@ -105,7 +105,7 @@ def no_network():
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory):
     """The tiny model, a scene and class images, shared by all tests: read only."""
-    from tiny import Bench
+    from tests.helpers.tiny import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))
 
@@ -113,9 +113,8 @@ def bench(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(bench, tmp_path_factory) -> dict[str, str]:
     """The hashes of the standard run of 3 + 3 steps: what every run must end with that was disturbed."""
-    from tiny import file_hashes
-
     import bas
+    from tests.helpers.tiny import file_hashes
 
     return file_hashes(bas.train(bench.config(tmp_path_factory.mktemp("whole") / "run")))
 
@@ -123,9 +122,10 @@ def whole(bench, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> Path:
     """A tiny SD 1 folder that tests must not change."""
-    from families import tiny  # not above: bas may be imported only once the home folder is the tests' own
-
-    from bas.checkpoint import save_model
+    from bas.pretrained.folder import save_model
+    from tests.helpers.families import (
+        tiny,  # not above: bas may be imported only once the home folder is the tests' own
+    )
 
     folder = tmp_path_factory.mktemp("saved") / "model"
     save_model(tiny("sd1"), folder)

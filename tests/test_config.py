@@ -4,10 +4,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from tiny import refused
 
+from bas.cli.flags import Parser, add_fields
 from bas.config import PRESETS, SampleConfig, TrainConfig
-from bas.flags import Parser, add_fields
+from tests.helpers.tiny import refused
 
 OFFICIAL = {  # defaults of the official train.py, by its own names
     "num_class_images": 100,

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from make_reference_measure import uniform
 
 from bas.losses import attention_cross_entropy, attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.models.unet import AttentionMap
+from tools.reference.measure import uniform
 
 # --- Masks --------------------------------------------------------------------------------------------------------
 

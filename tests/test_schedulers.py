@@ -2,18 +2,6 @@
 
 import pytest
 import torch
-from make_reference import REFERENCE
-from make_reference_measure import uniform
-from make_reference_schedulers import (
-    LATENTS,
-    RUNS,
-    TRAINING_TIMESTEPS,
-    Run,
-    diffusers_timesteps,
-    diffusers_training_pairs,
-    diffusers_trajectory,
-    made_up_model,
-)
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,6 +16,18 @@ from bas.schedulers import (
     previous_timestep,
     sampling_timesteps,
     training_target,
+)
+from tools.reference.cases import REFERENCE
+from tools.reference.measure import uniform
+from tools.reference.schedulers import (
+    LATENTS,
+    RUNS,
+    TRAINING_TIMESTEPS,
+    Run,
+    diffusers_timesteps,
+    diffusers_training_pairs,
+    diffusers_trajectory,
+    made_up_model,
 )
 
 STORED = load_file(REFERENCE / "schedulers.safetensors")

@@ -1,9 +1,9 @@
 """Make the pictures of the documentation anew: train on scenes of the miniature's world, run the real commands.
 
-    python tools/make_pictures.py --work_dir DIR
+    python -m tools.make_pictures --work_dir DIR
 
 Writes docs/pictures/*.png. Four runs stay in the work folder, so that a second call only draws; three of them are those
-of `check_applications.py --output_dir DIR/applications`, in either order.
+of `tools.checks.applications --output_dir DIR/applications`, in either order.
 """
 
 import argparse
@@ -11,17 +11,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from check_applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
-from mini_world import realise, save_scene
-from mini_world_captions import describe
-from mini_world_places import PLACES
 from PIL import Image
 
-from bas.cli import main as bas
-from bas.demo import PICTURE
-from bas.hub import find
-from bas.images import read_image, read_mask
-from bas.pictures import grid, tint_masks
+from bas.cli.commands.demo import PICTURE
+from bas.cli.entry import main as bas
+from bas.io.figures import grid, tint_masks
+from bas.io.images import read_image, read_mask
+from bas.pretrained.hub import find
+from tools.checks.applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
+from tools.mini_world.captions import describe
+from tools.mini_world.places import PLACES
+from tools.mini_world.scenes import realise, save_scene
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 PHOTO_SIDE = 64  # pixels: a photograph of the miniature's own size comes back untouched outside the mask
@@ -83,7 +83,9 @@ def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: 
 
 def main() -> None:
     """Learn what is not learnt yet, draw everything, and put it into docs/pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.make_pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for runs and single pictures")
     parser.add_argument("--steps", type=int, nargs=2, help="of both phases, for the runs of applications (a trial)")
     args = parser.parse_args()

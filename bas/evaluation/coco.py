@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from bas.config import CocoConfig, InputError, positive
-from bas.files import read_content, write_json
-from bas.images import MAX_PIXELS, read_image
-from bas.mask_sources import entries, segmentation_mask
-from bas.pictures import save_picture
+from bas.data.mask_formats import entries, segmentation_mask
+from bas.io.figures import save_picture
+from bas.io.files import read_content, write_json
+from bas.io.images import MAX_PIXELS, read_image
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bas.evaluation.black import blacken, blacken_each
-from bas.evaluation.objects import ObjectSimilarity
-from bas.frozen import find_frozen, load_frozen
-from bas.hub import find
+from bas.evaluation.masking import blacken, blacken_each
+from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.losses import resize_mask
 from bas.models.text import load_tokenizer
+from bas.pretrained.helper_models import find_frozen, load_frozen
+from bas.pretrained.hub import find
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

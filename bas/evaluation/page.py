@@ -4,15 +4,15 @@ import string
 from pathlib import Path
 
 from bas import __version__
+from bas.data.scene import load_scene
 from bas.evaluation.baselines import COMPARED
 from bas.evaluation.plot import scatter_svg
 from bas.evaluation.protocol import Cell
 from bas.evaluation.tables import COLUMNS, HEADINGS, Interval, checked_orderings, option_changes, summarise, verdict
-from bas.pictures import tint_masks
-from bas.report import escape, picture, spread
-from bas.scene import load_scene
+from bas.io.figures import tint_masks
+from bas.web.report import escape, picture, spread
 
-TEMPLATE = Path(__file__).parents[1] / "assets" / "evaluation.html"
+TEMPLATE = Path(__file__).parents[1] / "web" / "templates" / "evaluation.html"
 SIDE = 160  # pixels of a picture on the page
 MOST = 8  # pictures of a method and a scene on the page; of more, these many at even distances
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bas.evaluation.baselines import COMPARED
 from bas.evaluation.tables import Interval
-from bas.pictures import INK, PAPER, as_hex, concept_colour
+from bas.io.figures import INK, PAPER, as_hex, concept_colour
 
 WIDTH, HEIGHT = 960, 640
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 30, 80  # margins

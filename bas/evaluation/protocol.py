@@ -13,16 +13,16 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bas.base import Base
 from bas.config import InputError, SampleConfig, TrainConfig
+from bas.data.scene import load_scene, subset_prompt
 from bas.evaluation.baselines import training_of
-from bas.evaluation.drawing import Request, draw, look
-from bas.files import read_json, write_json
-from bas.gallery import subsets
-from bas.interrupts import Interrupted
-from bas.run_folder import CHECKPOINTS, METRICS
-from bas.scene import load_scene, subset_prompt
-from bas.train import trained
+from bas.evaluation.generation import Request, draw, look
+from bas.io.files import read_json, write_json
+from bas.runtime.signals import Interrupted
+from bas.sampling.gallery import subsets
+from bas.training.base_model import Base
+from bas.training.loop import trained
+from bas.training.run_folder import CHECKPOINTS, METRICS
 
 PLAN, CELLS, CELL, RUN = "plan.json", "cells", "cell.json", "run"
 SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one cell ever draws
@@ -123,7 +123,7 @@ def fill_cell(cell: Cell, base: Base, sampling: SampleConfig, segments: bool = F
 
     With `segments`, where each handle looked while a picture was drawn is kept beside it.
 
-    Raises as `bas.train.train` does; after a signal Interrupted, and the same command goes on.
+    Raises as `bas.training.loop.train` does; after a signal Interrupted, and the same command goes on.
     """
     began = time.monotonic()
     try:

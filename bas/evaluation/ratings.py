@@ -10,7 +10,7 @@ import numpy as np
 
 from bas.config import InputError
 from bas.evaluation.study import KEY
-from bas.files import read_json
+from bas.io.files import read_json
 
 QUESTIONS = {"identity": "the same thing", "prompt": "what the text says"}
 CONFIDENCE = 0.95

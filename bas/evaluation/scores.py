@@ -12,12 +12,12 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from bas.evaluation.drawing import photograph, segment_path
+from bas.evaluation.generation import photograph, segment_path
 from bas.evaluation.metrics import Identity, in_words, leakage
 from bas.evaluation.protocol import CELL, Cell
 from bas.evaluation.segments import read_segments
-from bas.files import read_json, write_text
-from bas.sample import to_picture
+from bas.io.files import read_json, write_text
+from bas.sampling.sampler import to_picture
 
 ROWS = "rows.jsonl"  # of a cell
 NAMELESS = "thing"  # what CLIP reads for a concept without a word

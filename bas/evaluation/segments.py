@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bas.config import InputError
-from bas.files import read_json
-from bas.frozen import find_frozen, load_frozen
-from bas.images import read_mask
+from bas.io.files import read_json
+from bas.io.images import read_mask
+from bas.pretrained.helper_models import find_frozen, load_frozen
 
 MASKFORMER = "facebook/maskformer-swin-base-coco"  # hub id
 KINDS = {  # model_type of its config.json: class names in transformers
@@ -72,9 +72,10 @@ def read_segments(paths: list[Path], pictures: list[Image.Image]) -> list[np.nda
 
 
 def segment_by_attention(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A handle's map (gh, gw), of `bas.attend`, as a segment at the picture's size (H, W): 1 above half its maximum.
+    """A handle's map (gh, gw) as a segment at the picture's size (H, W): 1 above half its maximum.
 
-    The map is enlarged first, bilinearly, so that the segment's border is not a cell's.
+    The map is one of `bas.sampling.attention_maps`. It is enlarged first, bilinearly, so that the segment's
+    border is not a cell's.
     """
     large = F.interpolate(torch.from_numpy(attention)[None, None].float(), size, mode="bilinear")[0, 0]
     return (large > LOOKED * large.max()).float().numpy()

@@ -18,16 +18,16 @@ from PIL import Image
 
 from bas import __version__
 from bas.config import InputError, StudyConfig
-from bas.evaluation.black import blacken
+from bas.evaluation.masking import blacken
 from bas.evaluation.metrics import in_words
 from bas.evaluation.protocol import CELL, CELLS, RUN
 from bas.evaluation.scores import NAMELESS
-from bas.files import read_json, write_json, write_text
-from bas.images import read_image, read_mask
-from bas.preview import SCENE
-from bas.report import data_uri, embedded_json, escape
+from bas.io.files import read_json, write_json, write_text
+from bas.io.images import read_image, read_mask
+from bas.training.preview import SCENE
+from bas.web.report import data_uri, embedded_json, escape
 
-TEMPLATE = Path(__file__).parents[1] / "assets" / "study.html"
+TEMPLATE = Path(__file__).parents[1] / "web" / "templates" / "study.html"
 KEY = "key.json"
 SIDE = 512  # pixels of a picture on a page
 MARGIN = 0.06  # around a cut-out thing, as a share of its larger side

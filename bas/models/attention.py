@@ -69,7 +69,7 @@ def gate(both: Tensor) -> Tensor:
 class GEGLU(nn.Module):
     """A linear layer whose one half gates the other (Shazeer 2020)."""
 
-    gate = staticmethod(gate)  # `bas.kernels` has a faster one
+    gate = staticmethod(gate)  # `bas.models.kernels` has a faster one
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()

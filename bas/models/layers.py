@@ -48,7 +48,7 @@ class ResnetBlock(nn.Module):
     `time_dim=None` leaves the time path out (the VAE's blocks).
     """
 
-    norm_silu = staticmethod(norm_silu)  # `bas.kernels` has a faster one
+    norm_silu = staticmethod(norm_silu)  # `bas.models.kernels` has a faster one
 
     def __init__(self, c_in: int, c_out: int, time_dim: int | None, groups: int, eps: float):
         super().__init__()

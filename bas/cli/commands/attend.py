@@ -1,0 +1,45 @@
+"""Draw a picture and show where each handle looked: overlays, and the maps as .npy."""
+
+import argparse
+from dataclasses import asdict, fields
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.cli.open_model import add_model, find_model, open_model
+from bas.config import SampleConfig
+from bas.io.files import new_folder
+from bas.pretrained.loading import Models
+from bas.sampling.attention_maps import attend, plan_maps, write_attention
+from bas.sampling.sampler import check_request
+
+EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1> at the beach" --output_dir attention',)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    add_model(parser)
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to draw")
+    parser.add_argument("--words", action="store_true", help="maps of every word, not of the handles alone")
+    parser.add_argument(
+        "--attention_grid",
+        type=int,
+        metavar="INT",
+        help="cells along the shorter side of the maps (default: as in training, else a quarter of the latent's)",
+    )
+    parser.add_argument("--output_dir", default="attention", help="new folder to write (default: %(default)s)")
+    add_fields(parser, SampleConfig, {f.name for f in fields(SampleConfig)} - {"num_images", "batch_size"})
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, write the maps, and print where the sheet is."""
+    config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
+    side = args.attention_grid
+    folder = new_folder(args.output_dir)
+
+    def check(models: Models) -> None:
+        check_request(models, [args.prompt], config)
+        plan_maps(models, args.prompt, config, side, args.words)
+
+    models = open_model(args, check)
+    attention = attend(models, args.prompt, config, side, args.words)
+    settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
+    print(write_attention(attention, models.handles, folder, settings))

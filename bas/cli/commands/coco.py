@@ -1,0 +1,33 @@
+"""Build the paper's data set from COCO: scene folders of squares with large things of distinct classes."""
+
+import argparse
+from pathlib import Path
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.config import CocoConfig, InputError
+from bas.evaluation.coco import choose_scenes, read_annotations, write_scenes
+from bas.io.files import new_folder
+
+EXAMPLES = ("bas coco annotations/instances_val2017.json --images val2017 --output_dir coco_scenes",)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("annotations", metavar="ANNOTATIONS", help="COCO's instances_*.json")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures that it names")
+    parser.add_argument("--output_dir", default="coco_scenes", help="new folder to write (default: %(default)s)")
+    add_fields(parser, CocoConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Choose, write, and print where the manifest is."""
+    config, images = CocoConfig(**given(args, CocoConfig)), Path(args.images)
+    if not images.is_dir():
+        raise InputError(f"--images {images} is not a folder")
+    folder = new_folder(args.output_dir)
+    annotations = read_annotations(Path(args.annotations), config.dropped)
+    chosen = choose_scenes(annotations, config)
+    manifest = write_scenes(annotations, chosen, images, folder, config)
+    for choice in chosen:
+        print(f"{choice.picture['file_name']}  " + ", ".join(f"{t.word} {t.share:.0%}" for t in choice.things))
+    print(f"\n{manifest}: {len(chosen)} scenes")

@@ -1,0 +1,191 @@
+"""Repeat the paper's comparison: every method on every scene, every subset in every context, drawn and scored."""
+
+import argparse
+import logging
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.cli.inspection import as_text
+from bas.config import InputError, SampleConfig, TrainConfig
+from bas.evaluation.baselines import COMPARED, PAPER
+from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
+from bas.evaluation.protocol import Cell, agree_on, plan_cells
+from bas.evaluation.runner import Bench, Outcome, counted_seconds, evaluate_each, measured_seconds, write_results
+from bas.evaluation.scores import Scorer, Segments, read_rows
+from bas.evaluation.segments import MASKFORMER, Segmenter
+from bas.io.settings_file import add_config, read_config, setting_kinds
+from bas.pretrained.folder import weights_hash
+from bas.pretrained.hub import find, read_model_row
+from bas.runtime.distributed import Ranks, announce
+from bas.runtime.progress import clock
+from bas.sampling.gallery import CONTEXTS
+from bas.training.multi_scene import find_scenes
+from bas.training.setup import check_machine
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "bas evaluate my_scenes --dry_run",
+    "bas evaluate my_scenes --methods bas db-m ti-m --seeds 0 1 2 --output_dir evaluation",
+)
+PER_CELL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
+TRAINING = (  # the flags of training that stand beside those below; --config takes all
+    *("pretrained_model_name_or_path", "phase1_train_steps", "phase2_train_steps", "resolution", "num_class_images"),
+    *("class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
+)
+DRAWING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed"}
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("scenes", metavar="SCENE", nargs="+", help="scene folders, or folders of scene folders")
+    parser.add_argument("--output_dir", default="evaluation", help="folder of the evaluation (default: %(default)s)")
+    add_config(parser)
+    rows = ", ".join(f"{name} ({row.gloss})" for name, row in COMPARED.items())
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        default=PAPER,
+        help=f"what to compare (default: all of the paper): {rows}",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training and drawing (default: 0)")
+    parser.add_argument("--first_scenes", type=int, metavar="INT", help="only the first so many scenes")
+    parser.add_argument(
+        "--prompts", type=int, default=len(CONTEXTS), metavar="INT", help="contexts, of the paper's ten (default: all)"
+    )
+    parser.add_argument(
+        "--metrics",
+        choices=("auto", "photographs", "miniature"),
+        default="auto",
+        help="CLIP and DINO, or the miniature's own measures (default: those that suit the base)",
+    )
+    parser.add_argument("--clip", default=CLIP, help="folder or hub id of the CLIP model (default: %(default)s)")
+    parser.add_argument("--dino", default=DINO, help="folder or hub id of the DINO model (default: %(default)s)")
+    parser.add_argument(
+        "--segmenter",
+        default=MASKFORMER,
+        help="folder or hub id of the model that finds concepts in pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--segments",
+        choices=("auto", "model", "attention", "none"),
+        default="auto",
+        help="what of a picture identity is measured on: what the --segmenter finds, where the handle looked, or all "
+        "of it (default: the model for photographs, all for the miniature, whose measure searches)",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="count and estimate; write nothing")
+    add_fields(parser, TrainConfig, TRAINING)
+    add_fields(parser, SampleConfig, DRAWING)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, fill and score this process's cells; the first process then writes the results."""
+    ranks, folder = Ranks.from_environment(), Path(args.output_dir)
+    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **given(args, TrainConfig)}
+    explicit = {name: value for name, value in explicit.items() if name not in PER_CELL}
+    base = find(explicit.get("pretrained_model_name_or_path"))
+    row, sampling = read_model_row(base), SampleConfig(**given(args, SampleConfig))
+    contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
+    scenes = find_scenes(args.scenes)
+    if args.first_scenes is not None:
+        scenes = scenes[: in_range("--first_scenes", args.first_scenes, len(scenes))]
+    explicit["device"] = ranks.device(explicit.get("device"))
+    methods, seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
+    cells = plan_cells(folder, scenes, methods, seeds, contexts, explicit, row)
+    _, device, _ = check_machine(cells[0].training)
+    measured = measures(args, base)
+    print_plan(cells, sampling, scenes, ranks, args.dry_run)
+    if args.dry_run:
+        return
+
+    training = {name: value for name, value in explicit.items() if name not in ("device", "class_data_dir")}
+    facts = {
+        "base": weights_hash(base),
+        "contexts": list(contexts),
+        "metrics": measured,
+        "sampling": asdict(sampling),
+    }
+    agree_on(folder, facts | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
+    bench = Bench(base, device, sampling, partial(make_scorer, measured, base, str(device)))
+    share, failed = ranks.part(cells), []
+    with ranks.connected() as gather:
+        for i, outcome in enumerate(evaluate_each(share, bench), start=1):
+            say(outcome, f"[{i}/{len(share)}]", share[i:])
+            if outcome.error:
+                failed.append([title(outcome.cell), outcome.error])
+        failed = gather(failed)
+    if ranks.first:
+        shown = {"base": base.name, "scenes": str(len(scenes)), "seeds": " ".join(map(str, seeds))}
+        shown |= {"metrics": measured["kind"], "segments": measured["segments"]}
+        for path in write_results(folder, cells, shown):
+            print(path)
+    ranks.conclude(failed, len(cells), "cells")
+
+
+def in_range(flag: str, value: int, most: int) -> int:
+    """The value. InputError unless it is from 1 to `most`."""
+    if not 1 <= value <= most:
+        raise InputError(f"{flag} is {value}: expected 1 to {most}")
+    return value
+
+
+def measures(args: argparse.Namespace, base: Path) -> dict[str, str]:
+    """What all rows of a folder are measured with."""
+    kind = args.metrics if args.metrics != "auto" else ("miniature" if (base / MINI_CLIP).is_dir() else "photographs")
+    segments = args.segments if args.segments != "auto" else ("none" if kind == "miniature" else "model")
+    models = {"clip": args.clip, "dino": args.dino} if kind == "photographs" else {}
+    if segments == "model":
+        models["segmenter"] = args.segmenter
+    return {"kind": kind, "segments": segments, **models}
+
+
+def make_scorer(measured: dict[str, str], base: Path, device: str) -> tuple[Scorer, Segments]:
+    """The metrics, and where concepts are looked for. measured: as `measures` tells"""
+    if measured["kind"] == "miniature":
+        scorer = Metrics.miniature(device, base if (base / MINI_CLIP).is_dir() else None)
+    else:
+        scorer = Metrics.photographs(device, measured["clip"], measured["dino"])
+    if measured["segments"] == "model":
+        return scorer, Segmenter(measured["segmenter"], device).segments
+    return scorer, "files" if measured["segments"] == "attention" else None
+
+
+def print_plan(cells: list[Cell], sampling: SampleConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
+    """What there is to do, and how long it may take."""
+    left = [cell for cell in cells if not read_rows(cell)]
+    seconds = measured_seconds(cells)
+    if seconds is not None:
+        estimate = f"{clock(seconds * len(left) / ranks.world)}, as the finished cells took"
+    elif dry:
+        counted = counted_seconds(left, sampling) / ranks.world
+        estimate = f"more than {clock(counted)}, counted operations at the speed of a matrix product here just now"
+    else:
+        estimate = "not known before the first cell is finished (--dry_run counts)"
+    pictures = sum(len(cell.requests) for cell in cells)
+    facts = {
+        "scenes": str(len(scenes)),
+        "methods": ", ".join(dict.fromkeys(cell.method for cell in cells)),
+        "cells": f"{len(cells)} trainings, of which {len(cells) - len(left)} are finished",
+        "pictures": f"{pictures}, of which {sum(len(cell.requests) for cell in left)} are left",
+        "time left": estimate,
+    }
+    if ranks.first:
+        print(as_text(facts), flush=True)
+
+
+def say(outcome: Outcome, count: str, left: list[Cell]) -> None:
+    """One line about a cell."""
+    if outcome.error:
+        log.error("%s %s failed: %s", count, title(outcome.cell), outcome.error)
+    elif not outcome.earlier:
+        seconds = measured_seconds([outcome.cell])
+        remaining = clock(seconds * sum(not cell.finished for cell in left))
+        announce(f"{count} {title(outcome.cell)}: {clock(seconds)}, about {remaining} left")
+
+
+def title(cell: Cell) -> str:
+    """A cell's name in messages."""
+    return f"{cell.scene} {cell.method} seed {cell.seed}"

@@ -1,0 +1,37 @@
+"""Draw every combination of a run's concepts in every context: single pictures, and one labelled grid."""
+
+import argparse
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.cli.open_model import add_gallery, add_model, find_model, gallery_folder, open_model, print_gallery
+from bas.config import SampleConfig
+from bas.sampling.gallery import CONTEXTS, combinations_in, explore
+from bas.sampling.sampler import check_request
+
+EXAMPLES = (
+    "bas explore runs/creature",
+    'bas explore runs/creature --contexts "at the beach" "in a box" --output_dir exploration',
+)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    add_model(parser)
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        metavar="TEXT",
+        default=CONTEXTS,
+        help="what follows 'a photo of ...' in each prompt (default: the paper's ten, 'at the beach' and so on)",
+    )
+    add_gallery(parser, "exploration")
+    add_fields(parser, SampleConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, and print where the grid is."""
+    config = SampleConfig(**given(args, SampleConfig))
+    folder = gallery_folder(args, find_model(args), "exploration")
+    contexts = tuple(args.contexts)
+    models = open_model(args, lambda models: check_request(models, combinations_in(models, contexts), config))
+    print_gallery(explore(models, folder, contexts, config))

@@ -1,0 +1,31 @@
+"""Write a model folder as one .safetensors file in the original layout, as other tools read it."""
+
+import argparse
+from pathlib import Path
+
+from bas.cli.flags import Parser
+from bas.config import InputError
+from bas.pretrained.folder import glance, load
+from bas.pretrained.hub import find
+from bas.pretrained.single_file import save_single_file
+
+EXAMPLES = ("bas export my_model model.safetensors",)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("model", metavar="MODEL", help="a model without handles: a folder or a known name")
+    parser.add_argument("output_path", metavar="FILE", help="the .safetensors file to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check what can be checked without weights; then load strictly, rename, write."""
+    target, path = Path(args.output_path), find(args.model)
+    if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"{target}: name a .safetensors file in a folder that is there")
+    if handles := glance(path).handles:
+        raise InputError(
+            f"{path} has the handles {' '.join(handles)}: a single file carries none, use the folder itself"
+        )
+    save_single_file(load(path), target)
+    print(target)

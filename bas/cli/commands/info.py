@@ -1,0 +1,30 @@
+"""Tell what a file or a folder is and whether it would load; without one, what this machine has."""
+
+import argparse
+import json
+
+from bas.cli.flags import Parser
+from bas.cli.inspection import as_text, describe, describe_machine
+from bas.pretrained.hub import find
+
+EXAMPLES = (
+    "bas info",
+    "bas info runs/creature",
+)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("path", metavar="PATH", nargs="?", help="a file, a folder, a known name or a hub id")
+    parser.add_argument("--json", action="store_true", help="the facts as one JSON object, for programs")
+    parser.add_argument("--no_hash", action="store_true", help="leave the hash out: it reads all weights once")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the facts."""
+    if args.path:
+        path = find(args.path)
+        facts = {"path": str(path), **describe(path, hashes=not args.no_hash)}
+    else:
+        facts = describe_machine()
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))

@@ -1,0 +1,97 @@
+"""Check a scene's masks and show what the losses will see of them; or let a model propose masks with --auto."""
+
+import argparse
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.config import InputError, ProposalConfig, TrainConfig
+from bas.data.batches import check_scene
+from bas.data.mask_formats import list_sources
+from bas.data.mask_proposals import METHODS, propose
+from bas.data.mask_report import sheet, table, view_scene, warnings
+from bas.data.scene import load_scene
+from bas.data.scene_writer import open_draft, write_draft
+from bas.io.figures import keep_inputs, picture_path, save_picture
+from bas.pretrained.folder import glance
+from bas.pretrained.hub import find, train_config
+from bas.runtime.device import pick_device
+
+log = logging.getLogger(__name__)
+
+# The settings of training that decide what the model sees of a scene.
+SETTINGS = (
+    *("pretrained_model_name_or_path", "handles", "placeholder_token", "initializer_tokens", "num_of_assets"),
+    *("background_handle", "close_ups", "resolution", "center_crop", "attention_grid"),
+)
+
+
+EXAMPLES = (
+    "bas masks my_scene --initializer_tokens creature bowl stone --output_path masks.png",
+    "bas masks photo.jpg --auto sam --points 120,300 410,350",
+)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "scene", metavar="SCENE", help="folder with a picture img.* and its masks; or a picture, for --auto"
+    )
+    parser.add_argument("--output_path", help="picture to write of the masks as the losses see them")
+    add_fields(parser, TrainConfig, only=SETTINGS)
+    parser.add_argument("--auto", choices=METHODS, help="write a new scene with masks that this kind of model proposes")
+    parser.add_argument("--output_dir", help="scene to write with --auto (default: named after the picture, beside it)")
+    parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda when there is one)")
+    add_fields(parser, ProposalConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the masks, or propose them."""
+    flags = {name for name, value in vars(args).items() if value is not None}
+    of_auto = {*(f.name for f in fields(ProposalConfig)), "output_dir", "device"}
+    if args.auto and (wrong := flags & {*SETTINGS, "output_path"}):
+        raise InputError(f"--{min(wrong)} does not go with --auto")
+    if not args.auto and (wrong := flags & of_auto):
+        raise InputError(f"--{min(wrong)} goes with --auto")
+    (write_proposals if args.auto else check)(args)
+
+
+def write_proposals(args: argparse.Namespace) -> None:
+    """Write a scene with the masks that a model proposes, never over masks that are there."""
+    config = ProposalConfig(**given(args, ProposalConfig))
+    draft = open_draft(Path(args.scene), Path(args.output_dir) if args.output_dir else None)
+    if draft.folder.is_dir() and list_sources(draft.folder):
+        raise InputError(f"{draft.folder} has masks already: name another --output_dir")
+    found = propose(args.auto, draft.picture, config, pick_device(args.device))
+    masks = [Image.fromarray(proposal.mask.astype(np.uint8) * 255) for proposal in found]
+    concepts = [{"handle": f"<asset{i}>", "word": proposal.word} for i, proposal in enumerate(found)]
+    write_draft(draft, masks, concepts)
+    for i, proposal in enumerate(found):
+        print(f"mask{i}.png  <asset{i}>  {proposal.mask.mean():.1%}  {proposal.word or ''}".rstrip())
+    print(f"\n{draft.folder} is ready. Look: bas masks {draft.folder}, or change them: bas paint {draft.folder}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Print the table; warnings go to the log. Raises InputError for what training would refuse, once it is drawn."""
+    target = picture_path(args.output_path) if args.output_path else None
+    if target:
+        keep_inputs(target, *Path(args.scene).glob("*"))
+    config = train_config(args.scene, **given(args, TrainConfig))
+    model = find(config.pretrained_model_name_or_path)
+    scene, models = load_scene(config), glance(model)
+    view = view_scene(scene, models, config)
+    size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
+    concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
+    print(f"{args.scene}: {concepts}; the picture is {size} pixels, {photo} for {model.name}\n")
+    print(table(view))
+    for line in warnings(view):
+        log.warning("%s", line)
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(sheet(view), target)
+        print(f"\n{target}")
+    check_scene(models, scene, config, warn=False)  # `warnings` has said it

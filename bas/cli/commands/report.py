@@ -1,0 +1,19 @@
+"""Write the page of a run, RUN/report.html, anew: from whatever the run folder holds by now."""
+
+import argparse
+from pathlib import Path
+
+from bas.cli.flags import Parser
+from bas.web.report import write_report
+
+EXAMPLES = ("bas report runs/creature",)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument("run", metavar="RUN", help="run folder, finished or still training")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write it, and print where it is."""
+    print(write_report(Path(args.run)))

@@ -1,0 +1,58 @@
+"""Generate pictures from prompts, with a run's handles or with any Stable Diffusion model."""
+
+import argparse
+from dataclasses import asdict
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.cli.open_model import add_model, find_model, open_model
+from bas.config import InputError, SampleConfig
+from bas.io.figures import grid, picture_path, save_pictures
+from bas.io.settings_file import add_config, read_config, setting_kinds
+from bas.sampling.sampler import check_request, sample_each
+
+REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
+
+
+EXAMPLES = (
+    'bas sample runs/creature --prompt "a photo of <asset0> at the beach" --output_path creature.png',
+    'bas sample runs/creature --prompt "a photo of (<asset0>:1.3) and <asset1>" --num_images 4 --grid',
+)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    add_model(parser)
+    parser.add_argument("--prompt", nargs="+", action="extend", help="one prompt or several, each in quotes")
+    parser.add_argument(
+        "--output_path", default="result.png", help="picture to write; several get a number each (default: %(default)s)"
+    )
+    parser.add_argument("--grid", action="store_true", help="all pictures on one labelled sheet, a row per prompt")
+    add_config(parser)
+    add_fields(parser, SampleConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample and write the pictures, each with the settings that made it."""
+    settings = read_config(args.config, setting_kinds(SampleConfig) | REQUEST)
+    prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
+    args.prompt = args.prompt or list(prompt or ())
+    if args.model_path is None and args.run is None:
+        args.model_path = model
+    if not args.prompt:
+        raise InputError('say what to draw: --prompt "a photo of <asset0> at the beach"')
+    config = SampleConfig(**{**settings, **given(args, SampleConfig)})
+    target, name = picture_path(args.output_path), find_model(args).name
+    models = open_model(args, lambda models: check_request(models, args.prompt, config))
+    pictures = sample_each(models, args.prompt, config)
+
+    jobs = [(prompt, config.seed + i) for prompt in args.prompt for i in range(config.num_images)]
+    notes = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
+    if args.grid:
+        rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]
+        labels = [[f"{jobs[i][0]}, seed {jobs[i][1]}" for i in row] for row in rows]
+        pictures = list(pictures)
+        cell = max(192, min(512, pictures[0].width))
+        pictures = [grid([[pictures[i] for i in row] for row in rows], labels, cell)]
+        notes = [asdict(config) | {"prompts": args.prompt, "model": name}]
+    for path in save_pictures(pictures, notes, target):
+        print(path, flush=True)

@@ -1,0 +1,53 @@
+"""Make the pages of a user study from an evaluation's pictures; with --analyse, test what the participants answered."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.config import InputError, StudyConfig
+from bas.evaluation.ratings import as_json, compare, load_stats, read_ratings, tables
+from bas.evaluation.study import read_items, write_study
+from bas.io.files import new_folder, write_json
+
+EXAMPLES = (
+    "bas study evaluation --output_dir study",
+    "bas study study --analyse answers/*.json",
+)
+ANALYSIS = "analysis.json"  # in the study's folder
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder of `bas evaluate`, or a .jsonl list; for --analyse the study's folder"
+    )
+    parser.add_argument("--output_dir", help="new folder to write the pages to (default: study)")
+    parser.add_argument("--analyse", nargs="+", metavar="ANSWERS", help="files that the pages saved")
+    add_fields(parser, StudyConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the pages, or the analysis, and print what there is to know."""
+    if args.analyse:
+        for name in ["output_dir", *(f.name for f in fields(StudyConfig))]:
+            if getattr(args, name, None) is not None:
+                raise InputError(f"--{name} does not go with --analyse")
+        analyse(Path(args.source), [Path(name) for name in args.analyse])
+        return
+    config, items = StudyConfig(**given(args, StudyConfig)), read_items(Path(args.source))
+    folder = new_folder(args.output_dir or "study")
+    for path in write_study(items, folder, config):
+        print(path)
+    print(f"\nSend each page to participants; keep {folder / 'key.json'}. With their answers:")
+    print(f"bas study {folder} --analyse ANSWERS...")
+
+
+def analyse(study: Path, answers: list[Path]) -> None:
+    """Print the tables, and leave all numbers in the study's folder."""
+    load_stats()
+    ratings = read_ratings(study, answers)
+    comparisons = compare(ratings)
+    write_json(study / ANALYSIS, {"ratings": len(ratings)} | as_json(comparisons))
+    print(f"{len(ratings)} ratings of {len({rating.rater for rating in ratings})} participants\n")
+    print(tables(comparisons))

@@ -1,0 +1,157 @@
+"""Learn the concepts of a scene: two phases, then a tuned model in the run folder. Or of many scenes, one by one."""
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+
+import torch
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.cli.inspection import as_text
+from bas.config import InputError, RunError, TrainConfig
+from bas.io.settings_file import add_config, read_config, setting_kinds
+from bas.pretrained.hub import train_config
+from bas.runtime.device import is_out_of_memory
+from bas.runtime.distributed import Ranks, announce
+from bas.training.disk_space import MAKE_ROOM
+from bas.training.dry_run import TOO_LITTLE, dry_run, memory_advice
+from bas.training.loop import train
+from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
+from bas.training.run_folder import read_concepts
+from bas.training.setup import check_input, tell_of_miniature
+from bas.web.report import write_report
+
+log = logging.getLogger(__name__)
+
+EXAMPLES = (
+    "bas train my_scene --weights sd21-base --initializer_tokens creature bowl stone --output_dir runs/creature",
+    "bas train my_scene --weights sd21-base --config runs/creature/config.toml --output_dir runs/again --dry_run",
+    "bas train my_scenes --output_dir runs",
+)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "scenes",
+        metavar="SCENE",
+        nargs="*",
+        help="folder with img.* and mask0.png, mask1.png, ...; several, or a folder of such folders, are trained one "
+        "by one into folders of --output_dir, and torchrun shares them among processes",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
+    )
+    add_fields(parser, TrainConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and say how to sample from the result."""
+    flags = given(args, TrainConfig)
+    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **flags}
+    named = explicit.pop("instance_data_dir", None)
+    if args.scenes and "instance_data_dir" in flags and [named] != args.scenes:
+        raise InputError(f"two scenes: {args.scenes[0]} and --instance_data_dir {named}")
+    names = args.scenes or ([named] if named else [])
+    if not names or "" in names:
+        raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
+    config = train_config(names[0], **explicit)
+    ranks = Ranks.from_environment()
+    if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
+        scenes = find_scenes(names)
+        if ranks.first:
+            tell_of_miniature(config)
+        many_scenes(config, scenes, ranks, args.dry_run)
+    else:
+        one_scene(config, args.dry_run)
+
+
+def one_scene(config: TrainConfig, dry: bool) -> None:
+    """Train one scene into --output_dir itself."""
+    if dry:
+        facts = dry_run(config)
+        print(as_text(facts))
+        refuse_full_disk(facts, config)
+        return
+    try:
+        folder = train(config)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        raise RunError(memory_advice(config, used)) from error
+    _, note = read_concepts(folder)
+    if page := try_report(folder):
+        print(f"{page} shows how it went")
+    command = f'bas sample {quote(str(folder))} --prompt "a photo of {note["handles"][0]} at the beach"'
+    print(f"{folder} is ready. Try: {command}")
+
+
+def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
+    """Train this process's share of the scenes; the first process then lists what failed. RunError if anything did."""
+    if dry:
+        left, failed = to_train(config, scenes)
+        finished = len(scenes) - len(left) - len(failed)
+        below = f"; below is {left[0].instance_data_dir} alone, but for the disk" if len(left) > 1 else ""
+        facts = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "refused": failed}
+        facts |= dry_run(left[0], len(left)) if left else {}
+        print(as_text(facts))
+        if failed:
+            raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under refused")
+        refuse_full_disk(facts, config)
+        return
+    if ranks.first:
+        names = ", ".join(scene.resolve().name for scene in scenes)
+        log.info("%d scenes, each into its folder of %s: %s", len(scenes), config.output_dir, names)
+    config = replace(config, device=ranks.device(config.device))
+    share, failed = ranks.part(scenes), []
+    with ranks.connected() as gather:
+        for i, outcome in enumerate(train_each(config, share), start=1):
+            say(outcome, f"[{i}/{len(share)}]")
+            if outcome.error:
+                failed.append([outcome.scene, outcome.error])
+        failed = gather(failed)
+    ranks.conclude(failed, len(scenes), "scenes")
+
+
+def refuse_full_disk(facts: dict, config: TrainConfig) -> None:
+    """InputError where a dry run found too little room for all that is to be trained."""
+    if facts.get("disk", "").startswith(TOO_LITTLE):
+        raise InputError(f"--output_dir {config.output_dir} has too little room, as listed under disk: {MAKE_ROOM}")
+
+
+def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig], dict[str, str]]:
+    """The settings of the scenes that are not finished and can be trained, and what is wrong with others, by scene."""
+    left, failed = [], {}
+    for scene in scenes:
+        settings = settings_of(scene, config)
+        try:
+            if not is_finished(settings):
+                check_input(settings)
+                left.append(settings)
+        except InputError as error:
+            failed[str(scene)] = str(error)
+    return left, failed
+
+
+def say(outcome: Outcome, count: str) -> None:
+    """One line about a scene, and the page of its run."""
+    if outcome.error:
+        log.error("%s %s failed: %s", count, outcome.scene, outcome.error)
+    elif outcome.earlier:
+        announce(f"{count} {outcome.folder} was finished before")
+    else:
+        try_report(Path(outcome.folder))
+        announce(f"{count} {outcome.folder} is ready")
+
+
+def try_report(run: Path) -> Path | None:
+    """Write the page of a finished run; where that fails, say so, as the run itself is whole."""
+    try:
+        return write_report(run)
+    except (InputError, OSError) as error:
+        log.warning("%s has no page: %s; `bas report` writes it anew", run, error)
+        return None

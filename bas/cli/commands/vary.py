@@ -1,0 +1,26 @@
+"""Draw all concepts of a run together, again and again: one picture for each seed, and a grid of all."""
+
+import argparse
+
+from bas.cli.flags import Parser, add_fields, given
+from bas.cli.open_model import add_gallery, add_model, find_model, gallery_folder, open_model, print_gallery
+from bas.config import VaryConfig
+from bas.sampling.gallery import all_together, vary
+from bas.sampling.sampler import check_request
+
+EXAMPLES = ("bas vary runs/creature --num_images 9",)
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    add_model(parser)
+    add_gallery(parser, "variations")
+    add_fields(parser, VaryConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, and print where the grid is."""
+    config = VaryConfig(**given(args, VaryConfig))
+    folder = gallery_folder(args, find_model(args), "variations")
+    models = open_model(args, lambda models: check_request(models, [all_together(models)], config))
+    print_gallery(vary(models, folder, config))

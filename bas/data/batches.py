@@ -1,0 +1,266 @@
+"""What one training step sees: everything that can be computed once, and the random draws of each step.
+
+The photograph never changes, so its VAE posterior is cached for both flips and only sampled per step. All draws come
+from one CPU generator: a seed means the same on every device, and its state is all that a resumed run needs.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from bas.config import InputError, Phase, TrainConfig
+from bas.data.scene import LARGE_OVERLAP, Scene, draw_subset, overlaps, subset_prompt
+from bas.losses import resize_mask
+from bas.models.text import check_handles, tokenize, word_pieces
+from bas.models.vae import Posterior
+from bas.pretrained.loading import Models
+
+log = logging.getLogger(__name__)
+
+SHARED = "their handles will share what is there"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tensors: B instance rows first, then P class rows. N is the number of concepts of the scene."""
+
+    z0: Tensor  # (B+P, c, h, w) clean latents, scaled
+    eps: Tensor  # (B+P, c, h, w) the noise to add
+    t: Tensor  # (B+P,) timesteps
+    input_ids: Tensor  # (B+P, 77) prompts
+    union: Tensor  # (B, 1, h, w) union of the chosen masks on the latent grid
+    masks: Tensor  # (B, N, gh, gw) the chosen handles' masks on the attention grid
+    positions: Tensor  # (B, N) where the chosen handles stand in the prompt
+    present: Tensor  # (B, N) 1 for a chosen handle, 0 for padding up to N
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; from pinned memory the copy does not wait."""
+        pin = device.type == "cuda"
+        return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order above."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class View:
+    """A photograph as it is, or mirrored, with what the losses need of its masks. All on the CPU."""
+
+    posterior: Posterior  # (c, h, w) each
+    latent_masks: Tensor  # (N, h, w)
+    attention_masks: Tensor  # (N, gh, gw)
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph both ways, and which concepts it shows."""
+
+    views: tuple[View, View]  # as it is, mirrored
+    shown: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything that the steps of a run draw from."""
+
+    photographs: tuple[Photograph, ...]  # the first shows all concepts
+    handle_ids: tuple[int, ...]  # N token ids
+    handles: tuple[str, ...]  # N names
+    class_posterior: Posterior | None  # (M, c, h, w) each: the class images
+    class_ids: Tensor | None  # (M, 77): their prompts
+    scaling_factor: float  # of the VAE
+    prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
+
+
+def attention_grid(models: Models, latent: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """The (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or as asked.
+
+    side: cells along the shorter side. Raises InputError when the UNet has no cross-attention outside its middle on
+    that grid.
+    """
+    h, w = latent
+    grid = (round(side * h / min(latent)), round(side * w / min(latent))) if side else (h // 4, w // 4)
+    config = models.unet.config
+    levels = [
+        level for level in range(config.levels) if config.down_has_attention(level) or config.up_has_attention(level)
+    ]
+    grids = [(h >> level, w >> level) for level in levels]
+    if grid not in grids:
+        known = " or ".join(str(min(known)) for known in grids)
+        pixels = min(latent) * models.vae.config.factor
+        other = f"; or is it another model, as this one was trained at {models.resolution} pixels, not at {pixels}?"
+        raise InputError(
+            f"no cross-attention on {min(grid)} cells along the shorter side: use --attention_grid {known}"
+            + (other if pixels != models.resolution else "")
+        )
+    return grid
+
+
+@torch.inference_mode()
+def encode_images(models: Models, images: Tensor) -> Posterior:
+    """VAE posterior of pictures (b, 3, H, W) in [-1, 1], one at a time to keep memory flat. -> on the CPU, float32"""
+    vae = models.vae
+    dtype, device = vae.post_quant_conv.weight.dtype, models.device
+    parts = [vae.encode(image[None].to(device, dtype)) for image in images]
+    return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
+
+
+def prepare_photograph(
+    models: Models, image: Tensor, masks: Tensor, shown: Iterable[int], config: TrainConfig
+) -> Photograph:
+    """Both flips of a photograph, encoded. Neither encoder nor nearest resizing commutes with flipping."""
+    views = []
+    for flip in (False, True):
+        pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)
+        posterior = encode_images(models, pixels[None])
+        h, w = posterior.mean.shape[-2:]
+        grid = attention_grid(models, (h, w), config.attention_grid)
+        views.append(View(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid)))
+    return Photograph(tuple(views), tuple(shown))
+
+
+def check_scene(models: Models, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
+    """The (rows, columns) of pixels that a scene is trained at. Reads no weight.
+
+    Raises InputError for what training would refuse of it on this model: a size, a grid, a handle, more handles than
+    fit a prompt, a word, a class prompt, or a mask of which no cell of the latents sees anything. With `warn`, what is
+    likely to disappoint is said: masks that the attention loss does not see, and such as share much of the photograph.
+    """
+    if len(scene) > (most := most_handles(models)):
+        raise InputError(f"{len(scene)} concepts: a prompt of this model has room for {most} handles: use fewer masks")
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    check_handles(models.tokenizer, scene.handles)
+    for word in filter(None, scene.words):
+        word_pieces(models.tokenizer, word)
+    if any(phase.prior for phase in config.phases):
+        tokenize(models.tokenizer, list(config.class_prompt))
+    check_grids(models, masks, dict(enumerate(scene.handles)), config, warn)
+    for i, handle in enumerate(scene.handles if warn else ()):
+        for j, share in overlaps(masks.numpy(), i).items():
+            if share >= LARGE_OVERLAP:
+                other = scene.handles[j]
+                log.warning("%.0f %% of the mask of %s lies in that of %s: %s", 100 * share, handle, other, SHARED)
+    for shot in scene.shots:
+        names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in sorted(shot.masks)}
+        check_grids(models, shot.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
+    return tuple(image.shape[1:])
+
+
+def most_handles(models: Models) -> int:
+    """How many handles a training prompt can name within the tokens that the model reads."""
+    one, two = (len(models.tokenizer(subset_prompt([""] * count)).input_ids) + count for count in (1, 2))
+    return 1 + (models.tokenizer.model_max_length - one) // (two - one)
+
+
+def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: TrainConfig, warn: bool) -> None:
+    """Raises InputError for a mask (of (N, H, W)) that no cell of the latents sees; warns as `check_scene` says."""
+    latent = tuple(side // models.vae.config.factor for side in masks.shape[-2:])
+    grid = attention_grid(models, latent, config.attention_grid)
+    for i, handle in handles.items():
+        flips = torch.stack([masks[i], masks[i].flip(-1)])
+        if (resize_mask(flips, *latent).amax(dim=(1, 2)) == 0).any():
+            raise InputError(f"the mask of {handle} vanishes on the latents' grid: paint it larger, or crop less")
+        if warn and config.lambda_attention and (resize_mask(flips, *grid).amax(dim=(1, 2)) == 0).any():
+            log.warning("the mask of %s is too small for the attention loss: paint it larger", handle)
+
+
+def prepare(
+    models: Models,
+    scene: Scene,
+    image: Tensor,
+    masks: Tensor,
+    config: TrainConfig,
+    class_posterior: Posterior | None,
+) -> Material:
+    """Encode and tokenize once what all steps share.
+
+    image: (3, H, W) in [-1, 1]; masks: (N, H, W); class_posterior: (M, c, h, w) each, of the class images.
+    """
+    class_ids = None
+    if class_posterior:
+        prompts = tokenize(models.tokenizer, list(config.class_prompt))
+        class_ids = prompts[torch.arange(len(class_posterior.mean)) % len(prompts)]
+    photographs = [prepare_photograph(models, image, masks, range(len(scene)), config)]
+    for shot in scene.shots:
+        picture, layers = shot.tensors(*image.shape[1:], len(scene))
+        photographs.append(prepare_photograph(models, picture, layers, sorted(shot.masks), config))
+    return Material(
+        photographs=tuple(photographs),
+        handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
+        handles=scene.handles,
+        class_posterior=class_posterior,
+        class_ids=class_ids,
+        scaling_factor=models.vae.config.scaling_factor,
+    )
+
+
+def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
+    """Where these handles stand in one prompt. ids: (77,). Raises InputError for one that is missing or doubled."""
+    places = []
+    for handle_id in handle_ids:
+        found = (ids == handle_id).nonzero().flatten().tolist()
+        if len(found) != 1:
+            raise InputError(f"a training prompt holds a handle {len(found)} times: each must stand there once")
+        places += found
+    return places
+
+
+def draw_photograph(material: Material, generator: torch.Generator) -> Photograph:
+    """One of the photographs, all equally likely; a single one costs no draw."""
+    count = len(material.photographs)
+    return material.photographs[int(torch.randint(count, (), generator=generator)) if count > 1 else 0]
+
+
+def subset_tokens(material: Material, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
+    """The prompt of these concepts, (77,) ids, and where their handles stand in it; computed once for each subset."""
+    subset = tuple(chosen)
+    if subset not in material.prompts:
+        ids = tokenize(models.tokenizer, [subset_prompt([material.handles[i] for i in chosen])])[0]
+        material.prompts[subset] = ids, handle_positions(ids, [material.handle_ids[i] for i in chosen])
+    return material.prompts[subset]
+
+
+def draw_batch(
+    material: Material, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
+) -> Batch:
+    """Draw one batch (paper, section 3): for each row a subset, a flip, a posterior sample, a timestep and noise.
+
+    Of several photographs one is drawn first, then a subset of the concepts that it shows.
+    """
+    count = len(material.handles)
+    means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
+    for _ in range(config.train_batch_size):
+        photograph = draw_photograph(material, generator)
+        drawn = draw_subset(len(photograph.shown), config.subset_sampling, generator)
+        chosen = [photograph.shown[i] for i in drawn]
+        view = photograph.views[int(torch.rand((), generator=generator) < config.flip_probability)]
+        means.append(view.posterior.mean)
+        deviations.append(view.posterior.deviation)
+        row, places = subset_tokens(material, models, chosen)
+        ids.append(row)
+        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True))
+        padded = chosen + [i for i in range(count) if i not in chosen]
+        masks.append(view.attention_masks[padded])
+        positions.append(torch.tensor(places + [0] * (count - len(chosen))))
+        present.append(torch.tensor([1.0] * len(chosen) + [0.0] * (count - len(chosen))))
+    if phase.prior:
+        index = torch.randint(len(material.class_ids), (config.train_batch_size,), generator=generator)
+        posterior = Posterior(*(part[index] for part in material.class_posterior))
+        means += posterior.mean
+        deviations += posterior.deviation
+        ids += material.class_ids[index]
+    mean, deviation = torch.stack(means), torch.stack(deviations)
+    return Batch(
+        z0=(mean + deviation * torch.randn(mean.shape, generator=generator)) * material.scaling_factor,
+        eps=torch.randn(mean.shape, generator=generator),
+        t=torch.randint(models.schedule.num_train_timesteps, (len(mean),), generator=generator),
+        input_ids=torch.stack(ids),
+        union=torch.stack(unions),
+        masks=torch.stack(masks),
+        positions=torch.stack(positions),
+        present=torch.stack(present),
+    )

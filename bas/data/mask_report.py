@@ -1,0 +1,167 @@
+"""What a scene's masks are to the losses: their size on the grids where they act, and where they meet.
+
+Reconstruction (paper, eq. 1) sees the masks on the latent grid, attention (eq. 2) on a quarter of it. Nearest
+neighbour takes one pixel per cell, so a thin or small concept can vanish there; this module says so beforehand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from bas.config import TrainConfig
+from bas.data.batches import SHARED, attention_grid
+from bas.data.scene import LARGE_OVERLAP, Scene, overlaps
+from bas.io.figures import grid, tint_masks
+from bas.losses import resize_mask
+from bas.models.text import check_handles, word_pieces
+from bas.pretrained.loading import Models
+from bas.sampling.sampler import to_picture
+
+CELL = 256  # pixels of one picture on the sheet
+TITLES = ("", "handle", "word", "pieces", "coverage", "loss grid", "attention grid", "overlaps")
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """One concept in one photograph, as the model will see it."""
+
+    number: int  # of the concept
+    handle: str
+    word: str | None
+    pieces: tuple[str, ...]  # of the word, as the tokenizer cuts it
+    coverage: float  # share of the picture
+    latent: np.ndarray  # (h, w) the mask on the loss grid
+    attention: np.ndarray  # (gh, gw) the mask on the attention grid
+    vanishes: tuple[str, ...]  # grids on which nothing is left of it, in the picture or its mirror image
+    overlaps: dict[int, float]  # other concept -> share of this mask that lies in the other
+
+
+@dataclass(frozen=True)
+class SceneView:
+    """A photograph with the concepts that it shows, as the model will see it; the first one with the further ones."""
+
+    name: str  # of a further photograph's folder; nothing for the first
+    photo: Image.Image  # resized and cropped as for training
+    masks: np.ndarray  # (N, H, W) the same, one for each of its concepts
+    concepts: tuple[MaskView, ...]
+    further: tuple["SceneView", ...] = ()
+
+
+def view_scene(scene: Scene, models: Models, config: TrainConfig) -> SceneView:
+    """Bring a scene to a model as training does. The networks' shapes are enough: no weight is read.
+
+    Raises InputError for what training would refuse: a size, a grid, a handle or a word.
+    """
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    check_handles(models.tokenizer, scene.handles)
+    further = []
+    for shot in scene.shots:
+        other, layers = shot.tensors(*image.shape[1:], len(scene))
+        further.append(_view_photo(shot.name, other, layers, sorted(shot.masks), scene, models, config))
+    first = _view_photo("", image, masks, range(len(scene)), scene, models, config)
+    return replace(first, further=tuple(further))
+
+
+def _view_photo(
+    name: str,
+    image: Tensor,
+    masks: Tensor,
+    shown: Sequence[int],
+    scene: Scene,
+    models: Models,
+    config: TrainConfig,
+) -> SceneView:
+    """One photograph. image: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
+    pieces = [word_pieces(models.tokenizer, word) if word else [] for word in scene.words]
+    h, w = (side // models.vae.config.factor for side in image.shape[-2:])
+    grids = {"loss grid": (h, w), "attention grid": attention_grid(models, (h, w), config.attention_grid)}
+    latent, attention = (resize_mask(masks, *size).numpy() for size in grids.values())
+    concepts = tuple(
+        MaskView(
+            number=i,
+            handle=scene.handles[i],
+            word=scene.words[i],
+            pieces=tuple(p.removesuffix("</w>") for p in models.tokenizer.convert_ids_to_tokens(pieces[i])),
+            coverage=float(masks[i].mean()),
+            latent=latent[i],
+            attention=attention[i],
+            vanishes=tuple(name for name, size in grids.items() if _vanishes(masks[i], size)),
+            overlaps=overlaps(masks.numpy(), i),
+        )
+        for i in shown
+    )
+    photo = to_picture(image)
+    return SceneView(name, photo, masks.numpy()[list(shown)], concepts)
+
+
+def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
+    """Whether nothing is left of a mask (H, W) on a grid, as it is or mirrored, as half of the steps see it."""
+    return any(resize_mask(view, *size).max() == 0 for view in (mask, mask.flip(-1)))
+
+
+def warnings(view: SceneView) -> list[str]:
+    """What is possible but likely to disappoint, one line each; of words only where the first photograph is told."""
+    lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
+    where_it_is = f"picture {view.name}: " if view.name else ""
+    for concept in view.concepts:
+        name = f"{where_it_is}mask {concept.number} ({concept.handle})"
+        for where in concept.vanishes:
+            h, w = (concept.latent if where == "loss grid" else concept.attention).shape
+            lines.append(f"{name} vanishes on the {where} of {w}x{h} cells: make it larger, or raise --resolution")
+        for j, share in concept.overlaps.items():
+            if share >= LARGE_OVERLAP:
+                other = f"mask {j} ({handles[j]})"
+                lines.append(f"{share:.0%} of {name} lies in {other}: {SHARED}")
+        if view.name:
+            continue
+        if len(concept.pieces) > 1:
+            lines.append(f"'{concept.word}' is {len(concept.pieces)} pieces: {concept.handle} starts from their mean")
+        if concept.word is None:
+            lines.append(f"{concept.handle} has no initial word: it starts from a random row; name one in scene.json")
+    return lines + [line for other in view.further for line in warnings(other)]
+
+
+def table(view: SceneView) -> str:
+    """One aligned row per concept, a further table for each further photograph.
+
+    Cells are counted by the mask's value, so soft edges count in part.
+    """
+    rows = [TITLES]
+    for c in view.concepts:
+        cells = [f"{grid.sum():.4g} of {grid.size}" for grid in (c.latent, c.attention)]
+        overlaps = ", ".join(f"{share:.0%} in {j}" for j, share in c.overlaps.items()) or "-"
+        pieces = "|".join(c.pieces) or "-"
+        rows.append((str(c.number), c.handle, c.word or "-", pieces, f"{c.coverage:.1%}", *cells, overlaps))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return lines + "".join(f"\n\npicture {other.name}\n{table(other)}" for other in view.further)
+
+
+def sheet(view: SceneView) -> Image.Image:
+    """A picture of it all: each mask over its photograph as it was given, on the loss grid, on the attention grid."""
+    rows, labels = [], []
+    for photo in (view, *view.further):
+        handles = {c.number: c.handle for c in photo.concepts}
+        kinds = [
+            ("", dict(zip(handles, photo.masks, strict=True))),
+            ("loss grid", {c.number: c.latent for c in photo.concepts}),
+            ("attention grid", {c.number: c.attention for c in photo.concepts}),
+        ]
+        for kind, masks in kinds:
+            h, w = next(iter(masks.values())).shape
+            size = f"{kind}, {w}x{h} cells" if kind else f"{w}x{h} pixels"
+            title = f"picture {photo.name}: all, {size}" if photo.name else f"all, {size}"
+            rows.append([_overlay(photo.photo, masks), *(_overlay(photo.photo, {i: m}) for i, m in masks.items())])
+            labels.append([title, *(f"{handles[i]}: {mask.mean():.1%}" for i, mask in masks.items())])
+    return grid(rows, labels, CELL)
+
+
+def _overlay(photo: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
+    """Masks of any grid over the photograph, each cell a sharp square, large enough to see it."""
+    scale = -(-CELL // min(photo.size))
+    size = (photo.width * scale, photo.height * scale)
+    cells = {i: np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for i, mask in masks.items()}
+    return tint_masks(photo.resize(size, Image.Resampling.BICUBIC), cells)

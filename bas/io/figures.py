@@ -1,0 +1,139 @@
+"""Pictures for people: grids with labels, masks and attention maps laid over the photograph."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+
+from bas.config import InputError
+from bas.io.files import replacing
+
+# One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).
+CONCEPT_COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+)
+PAPER, INK = (255, 255, 255), (30, 30, 30)
+MARGIN = 8
+
+
+def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, title: str = "") -> Image.Image:
+    """Rows of pictures, each scaled to fit a square cell, its label below; rows may differ in length."""
+    font = ImageFont.load_default(size=max(11, cell // 14))
+    line = sum(font.getmetrics())
+    wrapped = [[wrap(text, font, cell) for text in row] for row in labels]
+    heights = [cell + line * max(len(lines) for lines in row) + 2 * MARGIN for row in wrapped]
+    top = line + 2 * MARGIN if title else MARGIN
+    width = MARGIN + max(len(row) for row in rows) * (cell + MARGIN)
+    sheet = Image.new("RGB", (width, top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, font)
+    for pictures, texts, height in zip(rows, wrapped, heights, strict=True):
+        for column, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+            left = MARGIN + column * (cell + MARGIN)
+            sheet.paste(enlarge(picture, cell), (left, top))
+            draw.multiline_text((left, top + cell + 2), "\n".join(lines), INK, font, spacing=0)
+        top += height
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Break a label into lines that fit the width in pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines or [""]
+
+
+def enlarge(picture: Image.Image, cell: int) -> Image.Image:
+    """Scale to fit a square cell, keeping the shape, on paper colour."""
+    scale = cell / max(picture.size)
+    resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    fitted = picture.convert("RGB").resize([max(1, round(side * scale)) for side in picture.size], resampling)
+    framed = Image.new("RGB", (cell, cell), PAPER)
+    framed.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
+    return framed
+
+
+def concept_colour(index: int) -> tuple[int, int, int]:
+    """The colour of one concept in every picture of a run."""
+    return CONCEPT_COLOURS[index % len(CONCEPT_COLOURS)]
+
+
+def as_hex(colour: tuple[int, int, int]) -> str:
+    """A colour as pages write it, #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def tint_masks(picture: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
+    """The photograph with masks (H, W) in 0..1, by concept index, tinted in their concepts' colours."""
+    canvas = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    for index, mask in masks.items():
+        alpha = 0.5 * mask[..., None]
+        canvas = canvas * (1 - alpha) + np.array(concept_colour(index), dtype=np.float32) * alpha
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def heat(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
+    """A concept's attention map (h, w), scaled to its maximum, as its colour over the darkened photograph."""
+    peak = values.max()
+    scaled = values / peak if peak > 0 else np.zeros_like(values)
+    light = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+    alpha = np.asarray(light, dtype=np.float32)[..., None] / 255
+    base = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.35
+    glow = np.array(concept_colour(index), dtype=np.float32)
+    return Image.fromarray((base * (1 - alpha) + glow * alpha).round().astype(np.uint8))
+
+
+def picture_path(name: str) -> Path:
+    """A path for a picture to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
+    path = Path(name)
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--output_path {name}: name a .png, .jpg or .webp file")
+    if path.is_dir() or not existing.is_dir():
+        raise InputError(f"--output_path {name}: {path if path.is_dir() else existing} is in the way")
+    return path
+
+
+def keep_inputs(target: Path, *inputs: Path) -> None:
+    """InputError when a picture would be written over a file that the command reads."""
+    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
+        raise InputError(f"--output_path {target} is what the command reads: name another file")
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write a picture, whole or not at all, in the format that its name ends in.
+
+    `settings`, those that made it, become the PNG text `bas`, or the EXIF user comment of other formats.
+    """
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    options = {} if kind == "PNG" else {"quality": 95}
+    if settings and kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("bas", json.dumps(settings))
+    elif settings:
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.UserComment] = json.dumps(settings)
+    with replacing(path) as temporary:
+        picture.save(temporary, format=kind, **options)
+
+
+def save_pictures(pictures: Iterable[Image.Image], notes: list[dict], target: Path) -> Iterator[Path]:
+    """Save each picture as it comes, with its note: one under the name given, several with a number. -> their paths"""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digits = len(str(len(notes) - 1))
+    for i, (picture, note) in enumerate(zip(pictures, notes, strict=True)):
+        path = target if len(notes) == 1 else target.with_stem(f"{target.stem}-{i:0{digits}}")
+        save_picture(picture, path, note)
+        yield path

@@ -1,0 +1,318 @@
+"""Models on disk: found out by content, read strictly, saved whole.
+
+Two layouts are read and written: a diffusers folder (here) and the original single file (single_file.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bas.config import InputError
+from bas.io.files import (
+    PICKLE_ADVICE,
+    cache_dir,
+    read_json,
+    read_tensors,
+    refuse_large_description,
+    replacing,
+    require_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from bas.models.config import UNetConfig, VAEConfig
+from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
+from bas.models.unet import UNet
+from bas.models.vae import VAE
+from bas.pretrained.loading import COMPONENTS, TEXT_PREFIX, Models, Parts, fill
+from bas.pretrained.single_file import read_single_file
+from bas.pretrained.unsupported import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
+from bas.schedulers import NoiseSchedule
+from bas.training.run_folder import METRICS
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+log = logging.getLogger(__name__)
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+VARIANTS = ("", ".fp16", ".bf16")  # in the order of preference; other variants hold other weights (non_ema)
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prediction_type: str | None = None,
+) -> Models:
+    """Open a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
+
+    `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. On the CPU, weights that need no
+    conversion stay memory-mapped. InputError when anything is missing, unexpected or of another kind.
+    """
+    models, tensors = outline(Path(path), prediction_type)
+    for component in COMPONENTS:
+        fill(getattr(models, component), tensors[component], f"{path} ({component})", device, dtype)
+    return models
+
+
+def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
+    """A model whose networks are on the meta device, with shapes but no weights, and the tensors to fill them with.
+
+    The tensors are memory-mapped: what is not used is not read.
+    """
+    parts = _read_parts(path, prediction_type)
+    models = _without_tower(parts, path)
+    with torch.device("meta"):
+        models.text_encoder = build_text_encoder(parts.text_encoder)
+    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, parts.tensors["text_encoder"])}
+    return models, tensors
+
+
+def glance(path: Path) -> Models:
+    """As `outline`, but without the text tower, which is None: enough to check a request, and sooner there.
+
+    What makes `outline` an InputError makes this one too. The tower's code takes longer to import than PyTorch.
+    """
+    return _without_tower(_read_parts(path, None), path)
+
+
+def _without_tower(parts: Parts, path: Path) -> Models:
+    """UNet and VAE on the meta device, the tokenizer and the schedule."""
+    with torch.device("meta"):
+        networks = UNet(parts.unet), VAE(parts.vae)
+    return Models(*networks, None, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path)
+
+
+def _read_parts(path: Path, prediction_type: str | None) -> Parts:
+    """A folder or a single file taken apart, its parts checked each and against each other."""
+    with _blaming(path):
+        folder = path.is_dir()
+        parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
+    with _blaming(path / "text_encoder" / "config.json" if folder else path):
+        text_config(parts.text_encoder)
+    parts.check(str(path))
+    # A tokenizer that states no length would pad prompts to any.
+    parts.tokenizer.model_max_length = int(
+        min(parts.tokenizer.model_max_length, parts.text_encoder["max_position_embeddings"])
+    )
+    return parts
+
+
+def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the text tower as the installed transformers names them; its position counter is no weight."""
+    prefix = TEXT_PREFIX if next(iter(text_encoder.state_dict())).startswith(TEXT_PREFIX) else ""
+    bare = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
+    return {prefix + name: tensor for name, tensor in bare.items() if name != "embeddings.position_ids"}
+
+
+# --- Reading a folder ---------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
+    index = folder / "model_index.json"
+    if index.exists():
+        refuse_pipeline(read_json(index), folder)
+    elif not all((folder / component).is_dir() for component in COMPONENTS):
+        _refuse_folder(folder)
+    configs = {component: read_json(folder / component / "config.json") for component in COMPONENTS}
+    refuse_channels(configs["unet"].get("in_channels"), folder)
+    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    if prediction_type:
+        schedule["prediction_type"] = prediction_type
+    with _blaming(folder / "unet" / "config.json"):
+        unet = UNetConfig.from_json(configs["unet"])
+    with _blaming(folder / "vae" / "config.json"):
+        vae = VAEConfig.from_json(configs["vae"])
+    with _blaming(folder / "scheduler" / "scheduler_config.json"):
+        noise_schedule = NoiseSchedule.from_json(schedule)
+    tokenizer = _read_tokenizer(folder / "tokenizer")
+    tensors = {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS}
+    tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
+    return Parts(unet, vae, configs["text_encoder"], tensors, tokenizer, noise_schedule)
+
+
+def _read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a model folder, from that folder alone."""
+    with _blaming(folder):
+        for path in folder.glob("*"):
+            refuse_large_description(path)
+        if (config := folder / "tokenizer_config.json").is_file():
+            refuse_tokenizer(read_json(config), config)
+        return load_tokenizer(folder)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Whatever a malformed description makes its reader raise becomes an InputError that names the file."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises nothing more specific
+        if isinstance(error, InputError) and str(path) in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be used: {reason}") from error
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Say what a folder is that is not a model's."""
+    files = sorted(path.name for path in folder.iterdir())
+    refuse_other_kinds(files, folder)
+    single = [name for name in files if name.endswith(".safetensors")]
+    if (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("_class_name", "a single network")
+        raise InputError(f"{folder} holds {kind}, one part of a model: give the folder of the whole model")
+    if single:
+        raise InputError(f"{folder} is not a diffusers folder: give a file in it, as {folder / single[0]}")
+    if (folder / METRICS).is_file():
+        raise InputError(f"{folder} is an unfinished run: train on with --resume_from_checkpoint latest")
+    raise InputError(f"{folder} is not a model: it has neither model_index.json nor unet, vae and text_encoder")
+
+
+def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of one network, from one file or from the shards of an index."""
+    tensors = {}
+    for path in component_files(folder, stem):
+        found, _ = read_tensors(path)
+        if twice := tensors.keys() & found.keys():
+            raise InputError(f"{path} repeats {min(twice)!r} of another shard: download the model again")
+        tensors |= found
+    return tensors
+
+
+def component_files(folder: Path, stem: str) -> list[Path]:
+    """The weight files of one network: full precision if it is there. InputError when there are only pickles."""
+    for variant in VARIANTS:
+        path = folder / f"{stem}{variant}.safetensors"
+        if path.exists() or path.is_symlink():
+            return [path]
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.exists():
+            return _shards(index)
+    if any(folder.glob("*.bin")):
+        raise InputError(f"{folder} holds only pickled weights (.bin): {PICKLE_ADVICE}")
+    raise InputError(f"{folder} holds no {stem}.safetensors: the model is incomplete, download it again")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index.json names, each of them beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map: copy or download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name):
+            raise InputError(f"{index} names a shard {name!r}: expected a .safetensors file beside it")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def _new_vae_name(name: str) -> str:
+    """Files from before diffusers 0.18 name the VAE's attention layers differently."""
+    head, _, rest = name.partition(".attentions.0.")
+    layer, _, kind = rest.rpartition(".")
+    return f"{head}.attentions.0.{OLD_VAE_ATTENTION[layer]}.{kind}" if layer in OLD_VAE_ATTENTION else name
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the whole model as a folder that diffusers opens. Every file is whole or absent; model_index.json is last.
+
+    Handles become ordinary rows of the token embedding and added tokens of the tokenizer.
+    """
+    folder = Path(folder)
+    for name in (*COMPONENTS, "tokenizer", "scheduler"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    parts = Parts.of(models, dtype)
+    write_json(folder / "unet" / "config.json", parts.unet.to_json())
+    write_json(folder / "vae" / "config.json", parts.vae.to_json())
+    write_json(folder / "text_encoder" / "config.json", parts.text_encoder)
+    write_json(folder / "scheduler" / "scheduler_config.json", parts.schedule.to_json())
+    _write_tokenizer(models.tokenizer, folder / "tokenizer")
+    parts.tensors["text_encoder"] = {TEXT_PREFIX + k: v for k, v in parts.tensors["text_encoder"].items()}
+    for component, tensors in parts.tensors.items():
+        write_tensors(folder / component / f"{STEMS[component]}.safetensors", tensors)
+    write_json(folder / "model_index.json", MODEL_INDEX)
+
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.12.1",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """The files that every version of transformers reads: vocabulary, merges, special tokens, added tokens."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    special = {f"{name}_token": str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    added = {token: i for token, i in tokenizer.get_added_vocab().items() if token not in model["vocab"]}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length, **special}
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    decoder = {
+        str(i): {flag: getattr(tokenizer.added_tokens_decoder[i], flag) for flag in flags}
+        for i in sorted(added.values())
+    }
+    with replacing(folder / "vocab.json") as temporary:
+        temporary.write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "added_tokens.json", added)
+    write_json(folder / "tokenizer_config.json", config | ({"added_tokens_decoder": decoder} if decoder else {}))
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+
+
+# --- Telling weights apart ----------------------------------------------------------------------------------------
+
+
+def weights_hash(path: str | Path) -> str:
+    """The sha256, in hex, that stands for the weights at `path`: a single file's own; else over a folder's files'.
+
+    Hashes are remembered by file, size and time of change, so a model of gigabytes is read once.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        require_file(path)
+        return _file_hash(path)
+    files = [file for component in COMPONENTS for file in component_files(path / component, STEMS[component])]
+    lines = sorted(f"{file.relative_to(path).as_posix()} {_file_hash(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file's content, looked up where it is known."""
+    memory, key, stat = cache_dir() / "hashes.json", str(path.resolve()), path.stat()
+    state = [stat.st_size, stat.st_mtime_ns]
+    try:
+        known = read_json(memory)
+    except InputError:
+        known = {}
+    if isinstance(entry := known.get(key), dict) and entry.get("state") == state:
+        return entry["sha256"]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known | {key: {"state": state, "sha256": digest}})
+    except OSError as error:
+        log.warning("cannot remember the hash of %s in %s: %s", path, memory, error.strerror)
+    return digest

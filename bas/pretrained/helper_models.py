@@ -1,0 +1,51 @@
+"""Models of transformers that are only looked through: found on this machine, read strictly from safetensors.
+
+A name is a folder or a hub id that was downloaded before; the network is never asked, and no code of a model is run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bas.config import InputError
+from bas.io.files import read_json
+from bas.pretrained.hub import HUB_ID, cached
+
+
+def find_frozen(name: str, flag: str) -> Path:
+    """The folder of a model: a path, or a hub id that was downloaded before. `flag` is named when it is not here."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if HUB_ID.fullmatch(name):
+        if config := cached(name, "config.json"):
+            return config.parent
+        raise InputError(f"{name} is not downloaded yet: run `hf download {name}`, or name a folder with {flag}")
+    raise InputError(f"{flag} {name} is neither a folder nor a hub id such as owner/model")
+
+
+def load_frozen(folder: Path, kind: str, model: str, processor: str, **options: Any) -> tuple[torch.nn.Module, Any]:
+    """The model and its processor, strictly: the right kind, from safetensors, no weight missing.
+
+    kind: the model_type that its config.json must state; model, processor: class names in transformers; options: of
+    the model. Raises InputError for anything else.
+    """
+    found = read_json(folder / "config.json").get("model_type")
+    if found != kind:
+        raise InputError(f"{folder} is a model of type {found}: this method needs {kind}")
+    import transformers  # here: what is wrong with the input is told before, without waiting for it
+
+    transformers.logging.disable_progress_bar()  # it would stand among the lines of the command's own progress
+    try:
+        prepare = getattr(transformers, processor).from_pretrained(str(folder), local_files_only=True)
+        network, report = getattr(transformers, model).from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except ImportError as error:  # Mask2Former's loss, which is built with the model, needs scipy
+        raise InputError(f"{kind} needs one more package: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    if report["missing_keys"]:
+        raise InputError(f"{folder} lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first")
+    return network.eval(), prepare

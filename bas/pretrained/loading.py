@@ -1,0 +1,209 @@
+"""A model as networks and as parts on disk, whatever the layout, and the strict way from one to the other."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bas.config import InputError
+from bas.io.files import WEIGHT_TYPES
+from bas.models.config import UNetConfig, VAEConfig
+from bas.models.text import merged_state_dict
+from bas.models.unet import UNet
+from bas.models.vae import VAE
+from bas.schedulers import NoiseSchedule
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
+TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embedding
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
+)
+WORKERS = 4  # threads that convert weights: most of that time is the system's, handing out memory
+WORTH_THREADS = 2**26  # bytes of a network
+BROKEN = "holds broken weights"
+SHOWN = 20  # problems listed in an error before the rest is only counted
+
+
+@dataclass(repr=False)
+class Models:
+    """A whole text-to-image model, ready to use."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPTextModel | None  # None in what `glance` returns
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
+    source: Path | None = None  # where it was read from
+
+    def __repr__(self) -> str:
+        networks = {name: network for name in COMPONENTS if (network := getattr(self, name))}
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+        parts = ", ".join(f"{name} of {size:,} weights" for name, size in sizes.items())
+        return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
+        """Move or convert all three networks, in place."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def size_multiple(self) -> int:
+        """Both sides of a picture must be a multiple of this many pixels."""
+        return self.vae.config.factor * 2 ** (self.unet.config.levels - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of the square pictures that the model was trained for."""
+        return self.unet.config.sample_size * self.vae.config.factor
+
+
+def cross_attention(unet: UNet) -> dict[str, nn.Parameter]:
+    """The weights of the UNet's cross-attention layers, by name."""
+    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+
+
+def keys_and_values(unet: UNet) -> dict[str, nn.Parameter]:
+    """What the UNet reads the prompt with: the to_k and to_v weights of its cross-attention layers, by name."""
+    return {name: p for name, p in cross_attention(unet).items() if ".to_k." in name or ".to_v." in name}
+
+
+@dataclass
+class Parts:
+    """What a folder or a single file holds, under our names, before any module exists."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: dict  # the config.json of the text tower
+    tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+
+    @classmethod
+    def of(cls, models: Models, dtype: torch.dtype) -> Parts:
+        """A model taken apart to be saved: handles are rows of the embedding, the text tower's keys have no prefix."""
+        text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
+        states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
+        config = {name: getattr(models.text_encoder.config, name) for name in TEXT_FIELDS}
+        config |= {"vocab_size": len(text["embeddings.token_embedding.weight"])}
+        return cls(
+            models.unet.config,
+            models.vae.config,
+            {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config},
+            {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()},
+            models.tokenizer,
+            models.schedule,
+        )
+
+    def check(self, source: str) -> None:
+        """InputError when the parts don't belong together."""
+        width, tokens = self.text_encoder.get("hidden_size"), self.text_encoder.get("vocab_size")
+        if self.unet.cross_attention_dim != width:
+            raise InputError(
+                f"{source}: the UNet reads text of width {self.unet.cross_attention_dim}, the text encoder gives "
+                f"{width}: they belong to different models"
+            )
+        if self.unet.in_channels != self.vae.latent_channels:
+            raise InputError(
+                f"{source}: the UNet has {self.unet.in_channels} latent channels, the VAE "
+                f"{self.vae.latent_channels}: they belong to different models"
+            )
+        if len(self.tokenizer) != tokens:
+            raise InputError(
+                f"{source}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder {tokens} rows: "
+                "they belong to different models"
+            )
+        if (last := max(self.tokenizer.get_vocab().values())) >= tokens:
+            raise InputError(
+                f"{source}: the tokenizer's numbers go up to {last}, the text encoder has {tokens} rows: "
+                "they belong to different models"
+            )
+
+
+def fill(
+    module: nn.Module, tensors: dict[str, Tensor], source: str, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
+
+    `tensors` is emptied on the way, so that a file's pages leave memory as soon as they are converted. InputErrors as
+    `match` raises them; another lists every weight that is no finite number.
+    """
+    given = match(module, tensors, source)
+    tensors.clear()
+    device = torch.empty(0, device=device).device  # "cuda" with its number: each thread has a current GPU of its own
+
+    def convert(name: str) -> Tensor | None:
+        tensor = given.pop(name)
+        return tensor.to(device=device, dtype=dtype) if _is_finite(tensor) else None
+
+    names, large = list(given), sum(tensor.nbytes for tensor in given.values()) >= WORTH_THREADS
+    with ThreadPoolExecutor(WORKERS) as pool:
+        weights = dict(zip(names, (pool.map if large else map)(convert, names), strict=True))
+    broken = [name for name in names if weights[name] is None]
+    _refuse([f"{name} holds values that are not finite numbers" for name in broken], source, BROKEN)
+    module.load_state_dict(weights, strict=True, assign=True)
+    _fill_position_ids(module, device)
+    module.eval()
+
+
+def match(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors in the shapes of a module, which may be on the meta device. No weight is read.
+
+    One InputError lists every missing, unexpected or wrong-shaped key; another every tensor that is no weight.
+    """
+    wanted = module.state_dict()
+    given = {name: _reshaped(tensor, wanted.get(name)) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is unexpected" for name in given if name not in wanted]
+    problems += [
+        f"{name} is {list(given[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    _refuse(problems, source, "does not hold the weights that its configuration describes")
+    foreign = {name: given[name].dtype for name in wanted if given[name].dtype not in WEIGHT_TYPES.values()}
+    kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in foreign.items()}
+    _refuse([f"{name} is {kind}, not fp16, bf16 or fp32" for name, kind in kinds.items()], source, BROKEN)
+    return {name: given[name] for name in wanted}
+
+
+def _reshaped(tensor: Tensor, wanted: Tensor | None) -> Tensor:
+    """1x1 convolutions of the original layout as linear layers, where the module has those: (c, c, 1, 1) -> (c, c)"""
+    if wanted is not None and wanted.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+        return tensor[:, :, 0, 0]
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers."""
+    low_and_high = torch.stack(tensor.aminmax())  # one pass without a temporary; not-a-number propagates
+    return bool(low_and_high.isfinite().all())
+
+
+def _refuse(problems: list[str], source: str, what: str) -> None:
+    if problems:
+        rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise InputError(f"{source} {what} ({len(problems)}): {'; '.join(problems[:SHOWN])}{rest}")
+
+
+def _fill_position_ids(module: nn.Module, device: torch.device | str) -> None:
+    """The text tower's table 0, 1, 2 ... is not part of the file: on the meta device it was never computed."""
+    for owner in module.modules():
+        buffer = owner._buffers.get("position_ids")
+        if buffer is not None:
+            owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)

@@ -1,0 +1,264 @@
+"""Original single files (CompVis, Stability AI): UNet, VAE and text tower in one .safetensors, without any config.
+
+The shapes tell the widths, levels and layers; the family tells the rest: SD 1 has OpenAI's text tower and 8 heads
+everywhere, SD 2 has open_clip's and heads of 64 features.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bas.config import InputError
+from bas.io.files import read_tensors, write_tensors
+from bas.models.config import UNetConfig, VAEConfig
+from bas.models.text import load_tokenizer
+from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
+from bas.pretrained.loading import Models, Parts
+from bas.pretrained.unsupported import refuse_channels, refuse_incomplete
+from bas.schedulers import NoiseSchedule
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+log = logging.getLogger(__name__)
+
+CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
+SD_STEPS_OFFSET = 1  # what the scheduler_config.json of every Stable Diffusion says
+
+# ModelSpec, a convention for the metadata of .safetensors files: how it names prediction types.
+SPEC = "modelspec."
+SPEC_PREDICTION = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+# The rule of thumb other tools go by (ComfyUI's, for one): in v-prediction SD 2 models this bias spreads wider.
+V_PREDICTION_BIAS = "1.transformer_blocks.0.norm1.bias"  # of the last output block
+V_PREDICTION_SPREAD = 0.09
+
+
+class _Shapes:
+    """The shapes of a file's matrices and convolutions; asking for a missing one is an InputError."""
+
+    def __init__(self, tensors: dict[str, Tensor], path: Path):
+        self.tensors, self.path = tensors, path
+
+    def __call__(self, name: str) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise InputError(f"{self.path} lacks {name}: it is damaged, download it again")
+        shape = tuple(self.tensors[name].shape)
+        if len(shape) < 2:
+            raise InputError(f"{self.path}: {name} is {list(shape)}, no matrix: it is damaged, download it again")
+        return shape
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def count(self, pattern: str) -> int:
+        """How many of the names pattern.format(0), pattern.format(1), ... there are before the first gap."""
+        return sum(1 for _ in takewhile(lambda i: pattern.format(i) in self.tensors, count()))
+
+
+def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
+    """A single file in parts, under our names. InputError when it is anything but a whole SD 1.x or 2.x model."""
+    tensors, metadata = read_tensors(path)
+    refuse_incomplete(tensors, path)
+    shapes = _Shapes(tensors, path)
+    refuse_channels(shapes(f"{UNET}input_blocks.0.0.weight")[1], path)
+    prediction_type, reason = _prediction_type(tensors, metadata, prediction_type)
+    log.info("%s: prediction type %s, %s", path, prediction_type, reason)
+    unet, vae, text = infer_configs(tensors, metadata, prediction_type, path)
+    return Parts(
+        unet,
+        vae,
+        text,
+        from_original(tensors, unet, vae),
+        clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors)),
+        NoiseSchedule(prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET),
+    )
+
+
+def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
+    """CLIP's tokenizer from the package: SD 1 pads with the end of text, SD 2 with `!` (id 0)."""
+    tokenizer = load_tokenizer(CLIP_VOCABULARY)
+    if pad_with_exclamation_mark:
+        tokenizer.add_special_tokens({"pad_token": "!"})
+    return tokenizer
+
+
+def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the original layout. InputError when it cannot tell what this model is: its readers see only shapes."""
+    path, parts = Path(path), Parts.of(models, dtype)
+    if len(parts.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
+        raise InputError("a single file carries no tokenizer, so no handles and no vocabulary but CLIP's: use a folder")
+    sd2 = parts.text_encoder["hidden_act"] == "gelu"
+    tensors = to_original(parts.tensors, parts.unet, parts.vae, open_clip=sd2)
+    resolution = parts.unet.sample_size * parts.vae.factor
+    prediction_type = parts.schedule.prediction_type
+    metadata = {
+        f"{SPEC}sai_model_spec": "1.0.0",
+        f"{SPEC}architecture": _architecture(sd2, prediction_type),
+        f"{SPEC}prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+        f"{SPEC}resolution": f"{resolution}x{resolution}",
+    }
+    seen = infer_configs(tensors, metadata, prediction_type, path)
+    if lost := _differences(parts, *seen):
+        raise InputError(f"the single-file layout cannot express this model's {', '.join(lost)}: save a folder instead")
+    write_tensors(path, tensors, metadata)
+
+
+def _architecture(sd2: bool, prediction_type: str) -> str:
+    """The model's name in ModelSpec."""
+    if not sd2:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+
+
+def _differences(parts: Parts, unet: UNetConfig, vae: VAEConfig, text: dict) -> list[str]:
+    """Settings that a reader of the single file would take to be others than they are."""
+    given = {
+        "unet": vars(replace(parts.unet, attention_head_dim=parts.unet.heads, num_attention_heads=None)),
+        "vae": vars(parts.vae),
+        "text encoder": parts.text_encoder,
+        "scheduler": vars(parts.schedule),
+    }
+    read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(NoiseSchedule())}
+    # These say nothing about the arithmetic, or are given in the metadata, or are free for the user to choose.
+    silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
+    silent |= {"prediction_type", "steps_offset", "timestep_spacing", "alphas_cumprod"}
+    silent_of = {"vae": {"sample_size"}}
+    return [
+        f"{part} {name} ({given[part][name]})"
+        for part in given
+        for name in read[part].keys() & given[part].keys() - silent - silent_of.get(part, set())
+        if given[part][name] != read[part][name]
+    ]
+
+
+# --- What the shapes tell -----------------------------------------------------------------------------------------
+
+
+def _is_sd2(tensors: dict[str, Tensor]) -> bool:
+    return any(name.startswith(OPEN_CLIP) for name in tensors)
+
+
+def infer_configs(
+    tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: str, path: Path
+) -> tuple[UNetConfig, VAEConfig, dict]:
+    """The configurations of UNet, VAE and text tower that a single file leaves unsaid."""
+    shapes, sd2 = _Shapes(tensors, path), _is_sd2(tensors)
+    said = re.fullmatch(r"(\d{2,5})x\1", metadata.get(f"{SPEC}resolution", ""))
+    resolution = int(said[1]) if said else 768 if sd2 and prediction_type == "v_prediction" else 512
+    vae = _infer_vae(shapes, resolution)
+    unet = _infer_unet(shapes, resolution // vae.factor, sd2)
+    return unet, vae, _infer_open_clip(shapes) if sd2 else _infer_clip(shapes)
+
+
+def _infer_unet(shapes: _Shapes, sample_size: int, sd2: bool) -> UNetConfig:
+    levels: list[list[str]] = [[]]  # the input blocks with a residual block, level by level
+    for stage in count(1):
+        block = f"{UNET}input_blocks.{stage}"
+        if f"{block}.0.op.weight" in shapes:
+            levels.append([])
+        elif f"{block}.0.in_layers.2.weight" in shapes:
+            levels[-1].append(block)
+        else:
+            break
+    if not all(levels):
+        raise InputError(f"{shapes.path} lacks input blocks of its UNet: it is damaged, download it again")
+    widths = tuple(shapes(f"{blocks[0]}.0.in_layers.2.weight")[0] for blocks in levels)
+    attends = [f"{blocks[0]}.1.proj_in.weight" in shapes for blocks in levels]
+    middle = f"{UNET}middle_block.1"
+    return UNetConfig(
+        sample_size=sample_size,
+        in_channels=shapes(f"{UNET}input_blocks.0.0.weight")[1],
+        out_channels=shapes(f"{UNET}out.2.weight")[0],
+        block_out_channels=widths,
+        layers_per_block=len(levels[0]),
+        down_block_types=tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attends)),
+        attention_head_dim=tuple(max(width // 64, 1) if sd2 else 8 for width in widths),
+        cross_attention_dim=shapes(f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
+        use_linear_projection=len(shapes(f"{middle}.proj_in.weight")) == 2,
+    )
+
+
+def _infer_vae(shapes: _Shapes, resolution: int) -> VAEConfig:
+    convolution = f"{VAE}encoder.down.{{}}.block.0.conv1.weight"
+    levels = shapes.count(convolution)
+    return VAEConfig(
+        in_channels=shapes(f"{VAE}encoder.conv_in.weight")[1],
+        out_channels=shapes(f"{VAE}decoder.conv_out.weight")[0],
+        latent_channels=shapes(f"{VAE}post_quant_conv.weight")[0],
+        block_out_channels=tuple(shapes(convolution.format(i))[0] for i in range(levels)),
+        layers_per_block=shapes.count(f"{VAE}encoder.down.0.block.{{}}.conv1.weight"),
+        sample_size=resolution,
+    )
+
+
+def _infer_clip(shapes: _Shapes) -> dict:
+    """OpenAI's text tower; some files leave the inner prefix out."""
+    inner = "text_model." if f"{CLIP}text_model.final_layer_norm.weight" in shapes else ""
+    layer = f"{CLIP}{inner}encoder.layers.{{}}.mlp.fc1.weight"
+    return _text_config(
+        shapes(f"{CLIP}{inner}embeddings.token_embedding.weight"),
+        positions=shapes(f"{CLIP}{inner}embeddings.position_embedding.weight")[0],
+        hidden=shapes(layer.format(0))[0],
+        layers=shapes.count(layer),
+        activation="quick_gelu",
+    )
+
+
+def _infer_open_clip(shapes: _Shapes) -> dict:
+    """open_clip's text tower as far as SD 2 reads it."""
+    layer = f"{OPEN_CLIP}transformer.resblocks.{{}}.mlp.c_fc.weight"
+    return _text_config(
+        shapes(f"{OPEN_CLIP}token_embedding.weight"),
+        positions=shapes(f"{OPEN_CLIP}positional_embedding")[0],
+        hidden=shapes(layer.format(0))[0],
+        layers=min(shapes.count(layer), OPEN_CLIP_LAYERS),
+        activation="gelu",
+    )
+
+
+def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers: int, activation: str) -> dict:
+    """A text tower's config.json; the token ids are the last two of CLIP's vocabulary."""
+    rows, width = embedding[:2]
+    return {
+        "model_type": "clip_text_model",
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(width // 64, 1),
+        "max_position_embeddings": positions,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 0 if activation == "gelu" else 49407,
+    }
+
+
+def _prediction_type(tensors: dict[str, Tensor], metadata: dict[str, str], asked_for: str | None) -> tuple[str, str]:
+    """What the UNet predicts, and how that is known."""
+    if asked_for:
+        return asked_for, "as asked for"
+    if (said := metadata.get(f"{SPEC}prediction_type")) in SPEC_PREDICTION:
+        return SPEC_PREDICTION[said], f"as the file's metadata says ({said})"
+    if not _is_sd2(tensors):
+        return "epsilon", "as every Stable Diffusion 1.x"
+    blocks = (re.match(rf"{re.escape(UNET)}output_blocks\.(\d+)\.", name) for name in tensors)
+    last = max((int(block[1]) for block in blocks if block), default=0)
+    bias = tensors.get(f"{UNET}output_blocks.{last}.{V_PREDICTION_BIAS}")
+    spread = bias.float().std(correction=0).item() if bias is not None else 0.0
+    guess = "v_prediction" if spread > V_PREDICTION_SPREAD else "epsilon"
+    return guess, (
+        f"guessed from a bias that spreads by {spread:.3f} (above {V_PREDICTION_SPREAD}: v_prediction); "
+        "if pictures come out as noise or washed out, ask for the other one"
+    )

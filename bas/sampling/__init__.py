@@ -1,0 +1,1 @@
+"""From prompts to images: the denoising loop and what is built on it."""

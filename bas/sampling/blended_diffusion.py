@@ -1,0 +1,160 @@
+"""Local editing by example: Blended Latent Diffusion (Avrahami, Fried and Lischinski 2023) with learnt concepts.
+
+Inside the mask the latents follow the prompt; outside they are, after every step, those of the picture itself, noised
+to the level that the step has reached (algorithm 1 there). At the end the pixels outside are put back untouched.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from bas.config import EditConfig, InputError
+from bas.data.batches import encode_images
+from bas.data.scene import fit, match_size, pixels
+from bas.io.files import read_content
+from bas.io.images import read_mask
+from bas.io.settings_file import read_toml
+from bas.models.unet import AttentionMap
+from bas.pretrained.loading import Models
+from bas.sampling.prompt_strength import encode_prompts
+from bas.sampling.sampler import check_request, decode, denoise, latent_shape, standard_normal, to_pictures, walk
+from bas.schedulers import add_noise
+
+
+@dataclass(frozen=True)
+class Region:
+    """One place to edit, and what shall be there."""
+
+    mask: np.ndarray  # (H, W) float32 in [0, 1] at the picture's size, 1 where it may change
+    prompt: str
+    file: Path | None = None  # that the mask was read from
+
+
+# --- Reading the regions ------------------------------------------------------------------------------------------
+
+
+def read_region(mask: Path, prompt: str, image: Path, picture: Image.Image) -> Region:
+    """A region from its mask file, brought to the picture's size. Raises InputError for a mask that marks nothing."""
+    layer = match_size(read_mask(mask), mask, picture, image)
+    if layer.max() == 0:
+        raise InputError(f"{mask} is black all over: paint white what shall change")
+    return Region(layer, prompt, mask)
+
+
+def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
+    """The regions of a JSON file, in order: [{"mask": "mask0.png", "prompt": "a photo of <asset0>"}, ...]
+
+    In a file that ends in .toml they are tables [[regions]]. Mask files are named relative to the list. Raises
+    InputError for anything else.
+    """
+    rows = read_toml(path).get("regions") if path.suffix.lower() == ".toml" else read_content(path)
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f'--regions {path} is not a list [{{"mask": ..., "prompt": ...}}, ...]')
+    for row in rows:
+        if not isinstance(row, dict) or row.keys() != {"mask", "prompt"} or {*map(type, row.values())} != {str}:
+            raise InputError(f'--regions {path}: {json.dumps(row)[:60]} is not {{"mask": FILE, "prompt": TEXT}}')
+    return [read_region(path.parent / row["mask"], row["prompt"], image, picture) for row in rows]
+
+
+# --- Editing ------------------------------------------------------------------------------------------------------
+
+
+def edit(
+    models: Models, picture: Image.Image, regions: list[Region], config: EditConfig | None = None, **overrides
+) -> list[Image.Image]:
+    """Edit the regions one after another, each in the result of the one before. -> `num_images` pictures of its size
+
+    Result i depends on seed + i alone, and editing two regions at once equals editing one in the other's result.
+    Raises InputError for unknown handles, sizes the model cannot take, and masks too small for its grid.
+    """
+    config = replace(config or EditConfig(), **overrides)
+    seeds = [config.seed + i for i in range(config.num_images)]
+    results = []
+    for first in range(0, len(seeds), config.batch_size):
+        batch = seeds[first : first + config.batch_size]
+        pictures = [picture] * len(batch)
+        for region in regions:
+            pictures = edit_region(models, pictures, region, batch, config)
+        results += pictures
+    return results
+
+
+def check_edit(models: Models, picture: Image.Image, regions: list[Region], config: EditConfig) -> None:
+    """Raises InputError for what `edit` would refuse. Reads no weight."""
+    width, height = working_size(models, picture.size, config)
+    factor = models.vae.config.factor
+    check_request(models, [region.prompt for region in regions], replace(config, width=width, height=height))
+    for region in regions:
+        latent_mask(region.mask, (height // factor, width // factor))
+
+
+@torch.inference_mode()
+def edit_region(
+    models: Models, pictures: list[Image.Image], region: Region, seeds: list[int], config: EditConfig
+) -> list[Image.Image]:
+    """Edit one region of pictures of one size, each with its own seed, all with the region's prompt."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    width, height = working_size(models, pictures[0].size, config)
+    images = [pixels(fit(picture, (width, height), Image.Resampling.BICUBIC)) for picture in pictures]
+    source = (encode_images(models, torch.stack(images)).mean * models.vae.config.scaling_factor).to(models.device)
+    inside = latent_mask(region.mask, source.shape[-2:]).to(models.device)
+
+    def blend(_i: int, prev_t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+        return torch.where(inside, z, noised(models, source, prev_t, generators))
+
+    context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(pictures))
+    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(pictures))
+    timesteps = walk(models, config)
+    start = int(len(timesteps) * config.blending_start_percentage)
+    z = noised(models, source, timesteps[start], generators)
+    z = denoise(models, z, context, negative, config, generators, blend, start)
+    drawn = [fit(result, pictures[0].size, Image.Resampling.LANCZOS) for result in to_pictures(decode(models, z))]
+    if not config.composite:
+        return drawn
+    return [composite(old, new, region.mask) for old, new in zip(pictures, drawn, strict=True)]
+
+
+def noised(models: Models, source: Tensor, t: int, generators: list[torch.Generator]) -> Tensor:
+    """Clean latents (b, c, h, w) brought to timestep t by fresh noise; t < 0 is the end, where they stay clean."""
+    if t < 0:
+        return source
+    eps = standard_normal(source.shape[1:], generators).to(source.device)
+    return add_noise(models.schedule, source, eps, torch.full((len(source),), t))
+
+
+def latent_mask(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
+    """The latent cells that may change: those at least half inside. mask: (H, W) -> (1, 1, h, w) bool
+
+    Raises InputError when no cell is, because the mask is too small or too thin.
+    """
+    inside = F.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], grid) >= 0.5
+    if not inside.any():
+        raise InputError(
+            f"a mask covers no cell of the {grid[1]}x{grid[0]} grid that the model edits on: paint it larger"
+        )
+    return inside
+
+
+def composite(old: Image.Image, new: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The new picture inside the mask, the old one outside, mixed where the mask is soft; exactly the old at 0."""
+    weight = mask[..., None]
+    mixed = np.asarray(new, np.float32) * weight + np.asarray(old, np.float32) * (1 - weight)
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def working_size(models: Models, size: tuple[int, int], config: EditConfig) -> tuple[int, int]:
+    """The (W, H) at which a picture of this (W, H) is edited: the flags', or the nearest size the model takes.
+
+    The shorter side is what the model was trained for; both are rounded to its multiple, so nothing is cut off.
+    """
+    multiple, scale = models.size_multiple, models.resolution / min(size)
+    width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
+    width, height = config.width or width, config.height or height
+    latent_shape(models, replace(config, width=width, height=height))  # refuses what the model cannot take
+    return width, height

@@ -1,0 +1,102 @@
+"""Galleries of a run: all its concepts under new seeds, and every combination of them in many contexts.
+
+These are the paper's image variations and entangled scene decomposition (section 4), and the prompts of its
+evaluation (appendix).
+"""
+
+import math
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image
+
+from bas.config import InputError, SampleConfig
+from bas.data.scene import subset_prompt
+from bas.io.figures import grid, save_picture
+from bas.pretrained.loading import Models
+from bas.runtime.progress import Progress
+from bas.sampling.sampler import sample_each
+
+CONTEXTS = (  # what stands behind "a photo of <asset0> and <asset1>" in the paper's evaluation
+    "at the beach",
+    "in the jungle",
+    "in the snow",
+    "in the street",
+    "on top of a pink fabric",
+    "on top of a wooden floor",
+    "with a city in the background",
+    "with a mountain in the background",
+    "with the Eiffel tower in the background",
+    "floating on top of water",
+)
+GRID = "grid.png"
+CELL = 192  # pixels of one picture on the grid
+
+
+def subsets(handles: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Every non-empty subset of the handles, single ones first."""
+    return [subset for size in range(1, len(handles) + 1) for subset in combinations(handles, size)]
+
+
+def vary(models: Models, folder: Path, config: SampleConfig) -> Path:
+    """All concepts of a run together, `num_images` times, as single files and on one near-square grid.
+
+    Returns the grid's path. Raises InputError for a model without handles.
+    """
+    prompt = all_together(models)
+    pictures = draw(models, [prompt], folder, config)
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
+    labels = [[f"seed {config.seed + i}" for i in row] for row in rows]
+    return save_grid([[pictures[i] for i in row] for row in rows], labels, prompt, folder)
+
+
+def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: SampleConfig) -> Path:
+    """Every non-empty subset of a run's concepts in every context, as single files and on a grid, a row per subset.
+
+    Returns the grid's path. Raises InputError for a model without handles.
+    """
+    prompts = combinations_in(models, contexts)
+    pictures = draw(models, prompts, folder, config)
+    texts = [prompt for prompt in prompts for _ in range(config.num_images)]
+    columns = len(contexts) * config.num_images
+    begins = range(0, len(pictures), columns)
+    cut = [[column[i : i + columns] for i in begins] for column in (pictures, texts)]
+    return save_grid(*cut, f"{len(prompts) // len(contexts)} combinations in {len(contexts)} contexts", folder)
+
+
+def combinations_in(models: Models, contexts: tuple[str, ...]) -> list[str]:
+    """The prompts of `explore`, context by context within each subset."""
+    return [f"{subset_prompt(subset)} {context}" for subset in subsets(handles_of(models)) for context in contexts]
+
+
+def all_together(models: Models) -> str:
+    """The prompt of `vary`."""
+    return subset_prompt(handles_of(models))
+
+
+def handles_of(models: Models) -> tuple[str, ...]:
+    """The concepts that a model was taught. Raises InputError if there are none."""
+    if not models.handles:
+        raise InputError(f"{models.source} has no handles: give the folder of a finished `bas train`")
+    return models.handles
+
+
+def draw(models: Models, prompts: list[str], folder: Path, config: SampleConfig) -> list[Image.Image]:
+    """Sample and save each picture, with its settings, as soon as it is there: FOLDER/0000.png, 0001.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
+    bar, pictures = Progress("gallery", len(jobs), unit="pictures"), []
+    for (prompt, seed), picture in zip(jobs, sample_each(models, prompts, config), strict=True):
+        name = f"{len(pictures):04d}.png"
+        save_picture(picture, folder / name, asdict(config) | {"prompt": prompt, "seed": seed})
+        pictures.append(picture)
+        bar.show(len(pictures))
+    return pictures
+
+
+def save_grid(rows: list[list[Image.Image]], labels: list[list[str]], title: str, folder: Path) -> Path:
+    """Write FOLDER/grid.png and return its path."""
+    save_picture(grid(rows, labels, CELL, title), folder / GRID)
+    return folder / GRID

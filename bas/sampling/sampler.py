@@ -1,0 +1,229 @@
+"""From a prompt to pictures: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from bas.config import InputError, SampleConfig
+from bas.losses import average_maps
+from bas.models.text import tokenize
+from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
+from bas.pretrained.loading import Models
+from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_strengths
+from bas.schedulers import (
+    clean_and_noise,
+    ddim_step,
+    ddpm_step,
+    dpmpp_2m_step,
+    previous_timestep,
+    sampling_timesteps,
+)
+
+log = logging.getLogger(__name__)
+
+
+def sample(
+    models: Models, prompts: str | list[str], config: SampleConfig | None = None, **overrides
+) -> list[Image.Image]:
+    """Generate `num_images` pictures for each prompt, prompt by prompt.
+
+    Settings come from `config`, single ones can be given by name: `sample(models, "a photo of <asset0>", seed=3)`.
+    Picture i of each prompt depends on seed + i alone, not on the batch it is made in.
+    Raises InputError for unknown handles and for sizes the model cannot take.
+    """
+    config = replace(config or SampleConfig(), **overrides)
+    return list(sample_each(models, [prompts] if isinstance(prompts, str) else list(prompts), config))
+
+
+def check_request(models: Models, prompts: list[str], config: SampleConfig) -> None:
+    """Raises InputError for handles, strengths, sizes and steps that `sample` would refuse. Reads no weight.
+
+    Warns of what is likely a slip: a handle without its brackets, a setting that changes nothing.
+    """
+    check_settings(models, config)
+    for prompt in prompts:
+        tokenize(models.tokenizer, [read_strengths(prompt)[0]])
+    for setting, reason in without_effect(config).items():
+        log.warning("--%s has no effect: %s", setting, reason)
+    for prompt in prompts:
+        if bare := bare_handles(prompt, models.handles):
+            log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
+
+
+def check_settings(models: Models, config: SampleConfig) -> None:
+    """The part of `check_request` that no prompt takes part in, without its warnings."""
+    latent_shape(models, config)
+    walk(models, config)
+    tokenize(models.tokenizer, [read_strengths(config.negative_prompt)[0]])
+
+
+def without_effect(config: SampleConfig) -> dict[str, str]:
+    """Settings that were given but change nothing, by name, each with its reason."""
+    unused = {}
+    if config.eta and config.sampler != "ddim":
+        unused["eta"] = f"it is the noise of --sampler ddim, and this one is {config.sampler}"
+    if config.negative_prompt and config.guidance_scale == 1:
+        unused["negative_prompt"] = "--guidance_scale 1 turns guidance off"
+    return unused
+
+
+def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:
+    """The pictures of `sample`, one by one, as soon as their batch is done."""
+    jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
+    for start in range(0, len(jobs), config.batch_size):
+        batch = jobs[start : start + config.batch_size]
+        latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config)
+        yield from to_pictures(decode(models, latents))
+
+
+# Sees (i, prev_t, z, maps): the latents after step i, now at timestep prev_t (below 0 at the end), and the attention
+# maps of the prompt in this step, those that were asked for. Returns the latents to go on with.
+OnStep = Callable[[int, int, Tensor, list[AttentionMap]], Tensor]
+
+
+@torch.inference_mode()
+def generate(
+    prompts: list[str],
+    seeds: list[int],
+    models: Models,
+    config: SampleConfig,
+    on_step: OnStep | None = None,
+    return_maps: ReturnMaps = False,
+) -> Tensor:
+    """One clean latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them
+
+    `on_step` and `return_maps` as in `denoise`.
+    """
+    context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
+    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    z = standard_normal(latent_shape(models, config), generators).to(models.device)
+    return denoise(models, z, context, negative, config, generators, on_step, return_maps=return_maps)
+
+
+def generate_with_maps(
+    prompts: list[str], seeds: list[int], models: Models, config: SampleConfig, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`generate`, and where each token of the prompts was looked for: maps averaged over steps, heads and layers.
+
+    grid: (gh, gw), of the layers to average. -> latents (b, c, h, w), maps (b, gh, gw, 77)
+    """
+    averages: list[Tensor] = []
+
+    def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
+        averages.append(average_maps(maps))
+        return z
+
+    latents = generate(prompts, seeds, models, config, collect, grid)
+    return latents, torch.stack(averages).mean(dim=0)
+
+
+def denoise(
+    models: Models,
+    z: Tensor,
+    context: Tensor,
+    negative: Tensor,
+    config: SampleConfig,
+    generators: list[torch.Generator],
+    on_step: OnStep | None = None,
+    start: int = 0,
+    return_maps: ReturnMaps = False,
+) -> Tensor:
+    """Walk z from noise to a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d).
+
+    `start` skips that many of the noisiest steps; `on_step` sees and may change the latents after each of the others,
+    beside the attention maps that `return_maps` asks for.
+    """
+    schedule = models.schedule
+    timesteps = walk(models, config)
+    last = None
+    for i, t in list(enumerate(timesteps))[start:]:
+        prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
+        output, maps = guided_output(models, z, t, context, negative, config.guidance_scale, return_maps)
+        if config.sampler == "dpmpp_2m":
+            z0, _ = clean_and_noise(schedule, z, output, t)
+            z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
+        else:
+            ancestral = config.sampler == "ddpm"
+            noise = standard_normal(z.shape[1:], generators).to(z.device) if ancestral or config.eta > 0 else None
+            if ancestral:
+                z = ddpm_step(schedule, z, output, t, prev_t, noise)
+            else:
+                z = ddim_step(schedule, z, output, t, prev_t, config.eta, noise)
+        if on_step is not None:
+            z = on_step(i, prev_t, z, maps)
+    return z
+
+
+def guided_output(
+    models: Models,
+    z: Tensor,
+    t: int,
+    context: Tensor,
+    negative: Tensor,
+    scale: float,
+    return_maps: ReturnMaps = False,
+) -> UNetOutput:
+    """The UNet's prediction, pushed away from the negative prompt by the guidance scale, and the prompt's own maps.
+
+    -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) each, those that `return_maps` asks for
+    """
+    dtype = models.unet.conv_in.weight.dtype
+    timesteps = torch.full((len(z),), t, device=z.device)
+    if scale == 1:
+        output, maps = models.unet(z.to(dtype), timesteps, context.to(dtype), return_maps)
+        return UNetOutput(output.float(), maps)
+    both = torch.cat([negative, context]).to(dtype)
+    output, maps = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both, return_maps)
+    unconditional, conditional = output.float().chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
+
+
+def walk(models: Models, config: SampleConfig) -> list[int]:
+    """The timesteps of a sampling run, noisiest first. Raises InputError for more than the model was trained with."""
+    schedule = models.schedule
+    if config.steps_offset is not None:
+        schedule = replace(schedule, steps_offset=config.steps_offset)
+    return sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
+
+
+def latent_shape(models: Models, config: SampleConfig) -> tuple[int, int, int]:
+    """(c, h, w) of the latents for the picture size asked for. Raises InputError for a size the model cannot take."""
+    sides = []
+    for name in ("height", "width"):
+        side = getattr(config, name) or models.resolution
+        if side < models.size_multiple or side % models.size_multiple:
+            raise InputError(f"--{name} {side}: this model takes multiples of {models.size_multiple} pixels")
+        sides.append(side // models.vae.config.factor)
+    return models.unet.config.in_channels, *sides
+
+
+def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """Noise drawn on the CPU, one generator per picture, so that a seed means the same on every device. (b, *shape)"""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+@torch.inference_mode()
+def decode(models: Models, latents: Tensor) -> Tensor:
+    """Latents (b, c, h, w) as the UNet sees them -> pictures (b, 3, H, W) float32 in [0, 1]"""
+    vae = models.vae
+    z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
+    return (vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1], as a scene has its photograph -> an 8-bit RGB picture"""
+    return to_pictures(image[None] / 2 + 0.5)[0]
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(b, 3, H, W) in [0, 1] -> 8-bit RGB pictures"""
+    array = (rearrange(images, "b c h w -> b h w c") * 255).round().to(torch.uint8).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]

@@ -1,0 +1,64 @@
+"""A base model in memory: read once, then trained on one scene after another, each time from the weights it had."""
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bas.config import TrainConfig
+from bas.models.vae import Posterior
+from bas.pretrained.folder import weights_hash
+from bas.pretrained.loading import Models
+from bas.training.class_images import class_images
+
+TRAINED = ("unet", "text_encoder")  # the networks that a training can change
+
+
+class Base:
+    """The models at `path`, and with `keep` a copy of what training changes, in the host's memory.
+
+    Weights are restored in place, so that a later scene computes with the same addresses as the first, and so the same
+    bits; only those that a training left in another precision get new ones.
+    """
+
+    def __init__(self, path: Path, models: Models, keep: bool = False):
+        self.path, self.hash, self.models = path, weights_hash(path), models
+        self.embedding, self.tokenizer = models.text_encoder.get_input_embeddings(), deepcopy(models.tokenizer)
+        self.kept = {name: self._copy(name) for name in TRAINED} if keep else {}
+        self.encoded: dict[tuple, tuple[Posterior, str]] = {}
+
+    def _copy(self, network: str) -> dict[str, Tensor]:
+        state = getattr(self.models, network).state_dict()
+        return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+
+    def fresh(self) -> Models:
+        """The models as they were read, without handles and gradients, whatever was done with them since."""
+        if self.kept:
+            self.models.text_encoder.set_input_embeddings(self.embedding)
+        for name, state in self.kept.items():
+            network = getattr(self.models, name)
+            put_back(network, state)
+            network.zero_grad(set_to_none=True)
+        return replace(self.models, tokenizer=deepcopy(self.tokenizer))
+
+    def class_images(self, config: TrainConfig, size: tuple[int, int]) -> tuple[Posterior, str]:
+        """`class_images.class_images` of fresh models, computed once for all scenes of one size and settings."""
+        made_with = (config.class_prompt, config.num_class_images, config.class_data_dir, config.mixed_precision)
+        key = (size, config.seed, *made_with)
+        if key not in self.encoded:
+            self.encoded[key] = class_images(self.models, config, self.hash, size)
+        return self.encoded[key]
+
+
+@torch.no_grad()
+def put_back(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a network's weights the values and the precision of `state`."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if name not in state:  # a table that is no weight
+            continue
+        if tensor.dtype == state[name].dtype:
+            tensor.copy_(state[name])
+        else:
+            tensor.data = state[name].to(tensor.device, copy=True)

@@ -1,0 +1,155 @@
+"""Class images for the prior preservation loss (Ruiz et al. 2023), L_prior of the official code: made once, and cached.
+
+They depend on the weights, the prompts, the size and the sampling settings, not on the scene. The folder is named
+after a hash of exactly these, so that any run with the same base and settings finds them.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from bas.config import InputError, SampleConfig, TrainConfig
+from bas.data.batches import encode_images
+from bas.data.scene import pixels
+from bas.io.figures import save_picture
+from bas.io.files import cache_dir, read_json, reading, write_json
+from bas.io.images import SUFFIXES, open_picture, read_image
+from bas.models.vae import Posterior
+from bas.pretrained.loading import Models
+from bas.runtime.device import autocast
+from bas.runtime.progress import Progress
+from bas.sampling.sampler import decode, generate, to_pictures
+from bas.schedulers import NoiseSchedule
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = logging.getLogger(__name__)
+
+KEY_FILE = "key.json"
+LOCK = ".lock"  # held while class images are made
+
+
+def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:
+    """Everything that a generated class image depends on, image i taking prompt i (cyclic) and seed + i."""
+    chosen = asdict(settings)
+    del chosen["batch_size"], chosen["num_images"]
+    prompts = list(config.class_prompt)
+    return {
+        "base": base_hash,
+        "schedule": schedule.to_json(),
+        "prompts": prompts,
+        "precision": config.mixed_precision,
+        **chosen,
+    }
+
+
+def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
+    """Where the class images live, and whether they are ours to key. Raises InputError if another run made them."""
+    if config.class_data_dir is None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        return cache_dir() / "class_images" / digest, True
+    folder = Path(config.class_data_dir)
+    if not (folder / KEY_FILE).exists():
+        return folder, not _pictures(folder)
+    _refuse_others(folder, key)
+    return folder, True
+
+
+def _refuse_others(folder: Path, key: dict) -> None:
+    """InputError for class images that were made with something else than `key` has."""
+    made_with = read_json(folder / KEY_FILE)
+    differs = [name for name in key if made_with.get(name) != key[name]]
+    if differs:
+        raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
+
+
+def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple[int, int]) -> None:
+    """InputError for a --class_data_dir that `class_images` would refuse, as far as can be told without the weights.
+
+    That is one that can be no folder, whose pictures cannot be read, or that were made with other settings.
+    """
+    if config.class_data_dir is None:
+        return
+    folder = Path(config.class_data_dir)
+    with reading(folder):
+        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not present.is_dir():
+            raise InputError(f"--class_data_dir {folder}: {present} is not a folder")
+        if (folder / "mask0.png").exists():
+            raise InputError(f"--class_data_dir {folder} is a scene: name a folder of class images, or a new one")
+        for path in _pictures(folder)[: config.num_class_images]:
+            open_picture(path)
+        keyed = (folder / KEY_FILE).exists()
+    if keyed:
+        key = cache_key(config, "", schedule, SampleConfig(height=size[0], width=size[1], seed=config.seed))
+        _refuse_others(folder, {name: value for name, value in key.items() if name != "base"})
+
+
+def class_images(
+    models: Models,
+    config: TrainConfig,
+    base_hash: str,
+    size: tuple[int, int],
+) -> tuple[Posterior, str]:
+    """The VAE posteriors of `num_class_images` class images of (rows, columns) pixels, generating what is missing.
+
+    -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the pictures' files.
+    """
+    settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
+    key = cache_key(config, base_hash, models.schedule, settings)
+    folder, keyed = find_folder(config, key)
+    folder.mkdir(parents=True, exist_ok=True)
+    with taking_turns(folder):
+        if keyed and not (folder / KEY_FILE).exists():
+            write_json(folder / KEY_FILE, key)
+        found = len(_pictures(folder))
+        if found < config.num_class_images:
+            log.info("generating %d class images into %s", config.num_class_images - found, folder)
+            _generate_missing(models, config, settings, folder, found)
+    chosen = _pictures(folder)[: config.num_class_images]
+    images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
+    content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
+    with autocast(models.device, "no"):  # in float32 like the photograph, whatever precision drew them
+        return encode_images(models, torch.stack([pixels(image) for image in images])), content
+
+
+@contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """One process at a time: a second one waits, and finds what the first has made. Without locks, none waits."""
+    try:
+        file = (folder / LOCK).open("a")
+    except OSError:  # a folder that is only read from
+        yield
+        return
+    with file:
+        if fcntl:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:
+    total, prompts = config.num_class_images, config.class_prompt
+    bar = Progress("class images", total, found, unit="images")
+    missing = [i for i in range(total) if not (folder / f"{i:05d}.png").exists()][: total - found]
+    for start in range(0, len(missing), config.sample_batch_size):
+        batch = missing[start : start + config.sample_batch_size]
+        texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
+        pictures = to_pictures(decode(models, generate(texts, seeds, models, settings)))
+        for i, picture in zip(batch, pictures, strict=True):
+            save_picture(picture, folder / f"{i:05d}.png")
+        bar.show(found + start + len(batch))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []

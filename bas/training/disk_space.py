@@ -1,0 +1,62 @@
+"""The room that a training takes on disk: counted from the base's headers, before its weights are read."""
+
+import os
+import shutil
+from pathlib import Path
+
+from bas.config import InputError, Phase, TrainConfig
+from bas.io.files import human_size
+from bas.pretrained.folder import outline
+from bas.pretrained.loading import COMPONENTS, Models, cross_attention, keys_and_values
+from bas.runtime.device import DTYPES
+from bas.training.optimizer import ADAM_BYTES
+from bas.training.run_folder import CHECKPOINTS
+
+WHILE_TRAINING = "checkpoints, while training"
+METRICS_LINE = 220  # bytes, roughly
+MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
+
+
+def count_numbers(models: Models) -> dict[str, int]:
+    """How many weights each group has that a phase may train (`Phase.trains`), and the VAE. The groups overlap."""
+    groups = {name: getattr(models, name).parameters() for name in COMPONENTS}
+    groups["cross_attention"] = cross_attention(models.unet).values()
+    groups["cross_attention_kv"] = keys_and_values(models.unet).values()
+    numbers = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    rows = models.text_encoder.get_input_embeddings().weight.numel()
+    return {**numbers, "text_encoder": numbers["text_encoder"] - rows, "embedding": rows}
+
+
+def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
+    """Bytes of each kind of file that the run folder has yet to hold: a run that goes on has checkpoints already."""
+
+    def trained(phase: Phase) -> int:
+        return sum(numbers.get(name, 0) for name in phase.trains)
+
+    steps = sum(phase.steps for phase in config.phases)
+    weights = DTYPES[config.save_precision].itemsize * sum(numbers[name] for name in (*COMPONENTS, "embedding"))
+    files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
+    if config.checkpointing_steps and config.checkpointing_steps <= steps:
+        one = (4 + ADAM_BYTES[config.optimizer]) * max(trained(phase) for phase in config.phases)
+        held = sum(path.stat().st_size for path in (Path(config.output_dir) / CHECKPOINTS).rglob("*.safetensors"))
+        files[WHILE_TRAINING] = max(0, one * (config.checkpoints_total_limit + 1) - held)  # the new before the old goes
+    return files
+
+
+def free_room(folder: Path) -> int:
+    """Bytes that the disk of a folder, which need not exist yet, has left. InputError where it is read-only."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to --output_dir {folder}: {existing} is read-only for you")
+    return shutil.disk_usage(existing).free
+
+
+def require_room(folder: Path, base: Path, config: TrainConfig) -> None:
+    """InputError when the disk of the run folder has less room than the run's files will take."""
+    files, free = files_to_come(count_numbers(outline(base)[0]), config), free_room(folder)
+    if sum(files.values()) > free:
+        parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
+        raise InputError(
+            f"--output_dir {folder} has {human_size(free)} of room, the run takes {human_size(sum(files.values()))} "
+            f"({parts}): {MAKE_ROOM}"
+        )

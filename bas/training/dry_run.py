@@ -1,0 +1,270 @@
+"""What a training would do and take, without reading weights or writing anything: `bas train --dry_run`.
+
+One step of each phase runs on the meta device, where tensors have shapes but no values. That counts exactly what is
+trained, what a step keeps for its backward pass, and its floating-point operations (2 per multiply-add).
+"""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from bas.config import Phase, SampleConfig, TrainConfig
+from bas.data.batches import Material, Photograph, View, attention_grid, draw_batch
+from bas.data.scene import Scene
+from bas.io.files import human_size
+from bas.losses import resize_mask
+from bas.models.text import add_handles, tokenize
+from bas.models.vae import Posterior
+from bas.pretrained.folder import outline
+from bas.pretrained.loading import COMPONENTS, Models, match
+from bas.runtime.device import DTYPES
+from bas.runtime.progress import clock
+from bas.training.disk_space import WHILE_TRAINING, count_numbers, files_to_come, free_room
+from bas.training.loop import trainable_parameters, training_step
+from bas.training.nonfinite import ANEW
+from bas.training.optimizer import ADAM_BYTES
+from bas.training.run_folder import find_checkpoint, refuse_used_folder, what_is_kept
+from bas.training.setup import check_input
+
+CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
+MEMORY_RULE = (
+    "weights, masters, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half "
+    "size in fp16); the allocator, work space of kernels and recomputed blocks come on top"
+)
+TIME_RULE = "counted operations at {speed:.3g} TFLOP/s, a matrix product here just now: a lower bound, expect more"
+
+TOO_LITTLE = "NOT ENOUGH"  # how the facts of a disk without room begin
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one phase takes."""
+
+    trained: int  # numbers that are trained
+    kept: int  # bytes that a step keeps for its backward pass, in the precision of the weights
+    operations: int  # of one optimizer step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be, with shapes but no values."""
+
+    models: Models
+    image: Tensor
+    material: Material
+    numbers: dict[str, int]  # weights by network
+    costs: dict[Phase, Cost]
+    memory: dict[Phase, dict[str, int]]  # bytes by what they are for
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that takes most."""
+        return max(sum(parts.values()) for parts in self.memory.values())
+
+
+def dry_run(config: TrainConfig, runs: int = 1) -> dict:
+    """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start.
+
+    That is but for a disk without room, which is among the facts, and a checkpoint that was made with something else.
+    `runs` such runs, one after another, are what the disk has to hold.
+    """
+    scene, base, device, precision = check_input(config)
+    refuse_used_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
+    find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
+    plan = plan_run(config, scene, base, precision)
+    speed = matrix_speed(device, DTYPES[precision])
+    files, free = files_to_come(plan.numbers, config), free_room(Path(config.output_dir))
+    passing = files.get(WHILE_TRAINING, 0)
+    needed = passing + runs * (sum(files.values()) - passing)
+    verdict = "enough" if free >= needed else TOO_LITTLE
+    seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in plan.costs.items()}
+    if any(phase.prior for phase in config.phases):
+        seconds = {
+            "class images": class_image_operations(plan.models, plan.material, config) / speed,
+            **seconds,
+        }
+    return {
+        "scene": f"{config.instance_data_dir}, trained at {plan.image.shape[2]}x{plan.image.shape[1]} pixels",
+        "handles": ", ".join(f"{h} from {w!r}" if w else h for h, w in zip(scene.handles, scene.words, strict=True)),
+        "base": f"{base}, {plan.models.schedule.prediction_type}",
+        "device": f"{device}, mixed precision {precision}",
+        "steps": {
+            p.name: f"{p.steps}, training {c.trained:,} numbers ({', '.join(p.trains)})" for p, c in plan.costs.items()
+        },
+        "memory": {phase.name: sum_of(parts) for phase, parts in plan.memory.items()},
+        "estimated by": MEMORY_RULE,
+        "warning": memory_warning(plan.peak, device, replace(config, mixed_precision=precision)),
+        "time": {name: clock(value) for name, value in seconds.items()},
+        "counted by": TIME_RULE.format(speed=speed / 1e12),
+        "files": {name: human_size(size) for name, size in files.items()},
+        "disk": f"{verdict}: {human_size(needed)} of {human_size(free)} free",
+        "checked": CHECKED,
+    }
+
+
+def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> Plan:
+    """Lay out the run of this scene on this base, and count each phase."""
+    models, tensors = outline(base)
+    for component in COMPONENTS:
+        match(getattr(models, component), tensors[component], f"{base} ({component})")
+    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    numbers = count_numbers(models)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    material = blank_material(models, scene, masks, config)
+    if precision == "bf16":  # as `bas.training.master_weights.lower` does
+        models.unet.bfloat16()
+        models.text_encoder.bfloat16()
+    costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
+    weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
+    copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
+    memory = {phase: phase_memory(weights, cost, precision, config, copied) for phase, cost in costs.items()}
+    return Plan(models, image, material, numbers, costs, memory)
+
+
+SAVINGS = (  # what to try when memory runs out, the least harm to the result first
+    ("--gradient_checkpointing", {"gradient_checkpointing": True}),
+    ("--mixed_precision bf16", {"mixed_precision": "bf16"}),
+    ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+    ("--no_train_text_encoder", {"train_text_encoder": False}),
+    ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
+    ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
+)
+GOES_ON = ("--gradient_checkpointing",)  # with these a run that is there goes on, the others are of a new one
+
+
+def memory_advice(config: TrainConfig, used: int | None) -> str:
+    """One line for a run that is out of memory: what it used at most, and what each flag that is left would save."""
+    scene, base, device, precision = check_input(config)
+
+    def peak(changes: dict) -> int:
+        changed = replace(config, **changes)
+        return plan_run(changed, scene, base, changes.get("mixed_precision", precision)).peak
+
+    needed = peak({})
+    saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
+    options = {flag: f"{flag} (about {human_size(size)} less)" for flag, size in saved.items() if size > 0.01 * needed}
+    going_on = [options.pop(flag) + ", --resume_from_checkpoint latest" for flag in GOES_ON if flag in options]
+    anew = f"{ANEW} {', '.join(options.values()) or 'a smaller --resolution'}"
+    seen = f", {human_size(used)} of it used at most" if used else ""
+    return (
+        f"{device} is out of memory: the run takes at least {human_size(needed)}{seen}; "
+        f"{what_is_kept(Path(config.output_dir))}; try, in this order: {'; '.join([*going_on, anew])}"
+    )
+
+
+def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> Material:
+    """Material of the right shapes without the VAE's work: empty latents, the real masks and prompts."""
+    factor, channels = models.vae.config.factor, models.vae.config.latent_channels
+    h, w = (side // factor for side in masks.shape[-2:])
+    empty = Posterior(torch.zeros(channels, h, w), torch.zeros(channels, h, w))
+    view = View(
+        empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models, (h, w), config.attention_grid))
+    )
+    return Material(
+        photographs=(Photograph((view, view), tuple(range(len(scene.handles)))),),
+        handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
+        handles=scene.handles,
+        class_posterior=Posterior(empty.mean[None], empty.logvar[None]),
+        class_ids=tokenize(models.tokenizer, list(config.class_prompt[:1])),
+        scaling_factor=models.vae.config.scaling_factor,
+    )
+
+
+def phase_cost(models: Models, material: Material, phase: Phase, config: TrainConfig) -> Cost:
+    """One step on the meta device, counted."""
+    trained = trainable_parameters(models, phase)
+    weights = {p.untyped_storage()._cdata for component in COMPONENTS for p in getattr(models, component).parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Attention is spelt out on the meta device; the fused kernels of a real one keep no query x key matrix.
+        if tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2] > side:
+            return tensor
+        kept[tensor.untyped_storage()._cdata] = tensor  # holding it, so that no other takes its address
+        return tensor
+
+    batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(config.seed))
+    side = max(batch.z0.shape[-2:])
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss, _ = training_step(models, batch.to(torch.device("meta")), config)
+        loss.backward()
+    bytes_kept = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    operations = counter.get_total_flops() * config.gradient_accumulation_steps
+    return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
+
+
+def phase_memory(weights: int, cost: Cost, precision: str, config: TrainConfig, copied: int) -> dict[str, int]:
+    """Bytes by what they are for. copied: how many weights autocast rounds, and keeps so until the backward pass."""
+    masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
+    copies = {"fp16 copies": 2 * copied} if precision == "fp16" and not config.gradient_checkpointing else {}
+    adding = precision == "bf16" and config.gradient_accumulation_steps > 1  # one pass's own beside the masters' sum
+    return {
+        "weights": weights,
+        **masters,
+        **copies,
+        "gradients": (6 if adding else 4) * cost.trained,
+        "optimizer": ADAM_BYTES[config.optimizer] * cost.trained,
+        "kept for backward": cost.kept // 2 if precision == "fp16" else cost.kept,
+    }
+
+
+def sum_of(parts: dict[str, int]) -> str:
+    """Sizes and their sum: 3.2 GB = 1.1 GB weights + ..."""
+    summands = " + ".join(f"{human_size(size)} {name}" for name, size in parts.items())
+    return f"{human_size(sum(parts.values()))} = {summands}"
+
+
+def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> str | None:
+    """One line when the device has less memory than the estimate."""
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return None
+    untried = [flag for flag, changes in SAVINGS if replace(config, **changes) != config]
+    advice = f"try, in this order: {', '.join(untried) or 'a smaller --resolution'}"
+    return f"{device} has {human_size(held)}, less than the estimate: {advice}" if held < needed else None
+
+
+def class_image_operations(models: Models, material: Material, config: TrainConfig) -> int:
+    """Operations of generating all class images: guided denoising, without the VAE."""
+    return 2 * SampleConfig().num_inference_steps * config.num_class_images * unet_operations(models, material)
+
+
+def unet_operations(models: Models, material: Material) -> int:
+    """Operations of the UNet's forward pass over one picture of this size."""
+    z = material.photographs[0].views[0].posterior.mean[None].to("meta")
+    context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)
+    return counter.get_total_flops()
+
+
+def matrix_speed(device: torch.device, dtype: torch.dtype, least: float = 0.2) -> float:
+    """Floating-point operations a second of a matrix product, over at least so many seconds.
+
+    A GPU shows what it can do in large products only, and with several of them between two waits for the last one.
+    """
+    side, at_once = (8192, 8) if device.type == "cuda" else (1024, 1)
+    a = torch.randn(side, side, device=device).to(dtype)
+
+    def multiply() -> None:
+        for _ in range(at_once):
+            product = a @ a
+        product.sum().item()  # waits for the device
+
+    multiply()
+    began, rounds = time.monotonic(), 0
+    while time.monotonic() - began < least:
+        multiply()
+        rounds += 1
+    return 2 * side**3 * at_once * rounds / (time.monotonic() - began)

@@ -1,0 +1,123 @@
+"""Many scenes, each trained alone into a run folder of its own, from one base that stays in memory.
+
+    OUT/NAME/    the run of the scene folder called NAME
+
+What is finished is left as it is, what is unfinished goes on from its checkpoint, and a scene that fails does not keep
+the others from being trained.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from bas.config import InputError, RunError, TrainConfig
+from bas.data.collages import read_scene
+from bas.data.scene import pictures_in, require_scene_folder
+from bas.io.files import read_json, reading
+from bas.pretrained.folder import load
+from bas.runtime.device import is_out_of_memory
+from bas.training.base_model import Base
+from bas.training.dry_run import memory_advice
+from bas.training.loop import train
+from bas.training.resume import check_resumable, facts_of
+from bas.training.run_folder import CONCEPTS, METRICS, SETTINGS
+from bas.training.setup import check_machine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one scene."""
+
+    scene: str
+    folder: str
+    error: str | None = None  # why it could not be trained
+    earlier: bool = False  # whether it was finished before
+
+
+def holds_scenes(folder: Path) -> bool:
+    """Whether a folder is no scene itself, but has scenes in it."""
+    with reading(folder):
+        return folder.is_dir() and not pictures_in(folder) and any(map(pictures_in, subfolders(folder)))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, but for hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def find_scenes(names: list[str]) -> list[Path]:
+    """The scene folders among these folders, and in those that hold scene folders. Raises InputError for others."""
+    scenes = []
+    for folder in map(Path, names):
+        with reading(folder):
+            scenes += scenes_in(folder)
+    twice = [name for name, count in Counter(scene.resolve().name for scene in scenes).items() if count > 1]
+    if twice:
+        raise InputError(f"two scenes are called {twice[0]}: their runs need different names, so rename one")
+    return scenes
+
+
+def scenes_in(folder: Path) -> list[Path]:
+    """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none, or a run."""
+    require_scene_folder(folder)
+    if pictures_in(folder):
+        return [folder]
+    if (folder / SETTINGS).exists():
+        raise InputError(f"{folder} holds a run, not scenes: name the scene that it was trained on, see its {SETTINGS}")
+    inside = subfolders(folder)
+    found = [path for path in inside if pictures_in(path)]
+    if not found:
+        raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
+    if left := [path.name for path in inside if path not in found]:
+        log.warning("%s: no scene in %s, which have no img.*", folder, ", ".join(left))
+    return found
+
+
+def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
+    """The settings of one scene's run, which goes on where there is something to go on from."""
+    folder = Path(config.output_dir) / scene.resolve().name
+    resume = "latest" if (folder / METRICS).exists() else None
+    return replace(config, instance_data_dir=str(scene), output_dir=str(folder), resume_from_checkpoint=resume)
+
+
+def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
+    """Train the scenes one after another into folders of `config.output_dir`; yields what became of each.
+
+    Raises InputError for what is wrong with the base, the machine or the settings; Interrupted after a signal.
+    """
+    if config.resume_from_checkpoint not in (None, "latest"):
+        raise InputError("--resume_from_checkpoint: with several scenes each goes on by itself; leave it out")
+    path, device, _ = check_machine(config)
+    base = None
+    for scene in scenes:
+        settings = settings_of(scene, config)
+        names = {"scene": str(scene), "folder": settings.output_dir}
+        try:
+            if is_finished(settings):
+                yield Outcome(**names, earlier=True)
+                continue
+            base = base or Base(path, load(path, device=device), keep=True)
+            log.info("training on %s", scene)
+            train(settings, base)
+        except (InputError, RunError, OSError) as error:
+            yield Outcome(**names, error=str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Outcome(**names, error=memory_advice(settings, None))
+        else:
+            yield Outcome(**names)
+
+
+def is_finished(settings: TrainConfig) -> bool:
+    """Whether the run is there already. Raises InputError when it was made with other settings or of another scene."""
+    folder = Path(settings.output_dir)
+    if not (folder / CONCEPTS).exists():
+        return False
+    facts = {"config": asdict(settings), **facts_of(read_scene(settings))}
+    check_resumable(folder, facts, read_json(folder / SETTINGS))
+    return True

@@ -1,0 +1,65 @@
+"""Numbers that are not finite: which of them end a run, and what it says then."""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bas.config import Phase, RunError
+from bas.training.run_folder import METRICS, read_rows, what_is_kept
+from bas.training.setup import Run
+
+log = logging.getLogger(__name__)
+
+ANEW = "begin anew, in another --output_dir, with"  # for what a checkpoint cannot make good
+OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
+
+
+def read_metrics(run: Run) -> dict[str, float]:
+    """Write the pending metrics and return the newest losses. Raises RunError if a number is not finite."""
+    rows = run.metrics.flush()
+    if run.events:
+        run.events.add(rows)
+    for row in rows:
+        where = f"{row['phase']} step {row['step']}"
+        if not is_finite(row, run.precision):
+            wrong = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+            name = next((name for name in wrong if name not in ("loss", "grad_norm")), wrong[0])  # the cause, not a sum
+            raise RunError(
+                f"{where}: {name} is {row[name]}; {what_is_kept(run.folder)}; {ANEW} a lower learning rate "
+                "or --mixed_precision no"
+            )
+        run.overflows = 0 if math.isfinite(row["grad_norm"]) else run.overflows + 1
+        if run.overflows == OVERFLOWS:
+            raise RunError(
+                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row; {what_is_kept(run.folder)}; "
+                f"{ANEW} --mixed_precision bf16 or no"
+            )
+    newest = rows[-1] if rows else {}
+    return {name: value for name, value in newest.items() if name not in ("phase", "step", "lr", "grad_norm")}
+
+
+def is_finite(row: dict, precision: str) -> bool:
+    """Whether training can go on after this step. In fp16 the gradient may overflow: the scaler leaves the step out."""
+    names = row.keys() - ({"phase", "grad_norm"} if precision == "fp16" else {"phase"})
+    return all(math.isfinite(row[name]) for name in names)
+
+
+def refuse_infinite(run: Run, trained: dict[str, nn.Parameter], when: str) -> None:
+    """RunError naming a weight that is not finite: a finite loss and gradient can still step there."""
+    finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()]).tolist()
+    if not all(finite):
+        name = list(trained)[finite.index(False)]
+        raise RunError(
+            f"{when} {name} is not finite, so nothing is saved; {what_is_kept(run.folder)}; "
+            f"{ANEW} a lower learning rate"
+        )
+
+
+def tell_overflows(folder: Path, phase: Phase) -> None:
+    """Warn of the steps of a phase that its gradient scaler left out, counted from the metrics of all its sessions."""
+    norms = [row["grad_norm"] for row in read_rows(folder / METRICS) if row["phase"] == phase.name]
+    if left_out := sum(not math.isfinite(norm) for norm in norms):
+        log.warning("%s: fp16 overflowed in %d of %d steps, which changed nothing", phase.name, left_out, len(norms))

@@ -1,0 +1,198 @@
+"""What a run is made of: the checks before weights are read, and all that its steps share."""
+
+import logging
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bas import __version__
+from bas.config import InputError, TrainConfig
+from bas.data.batches import Material, check_scene, prepare
+from bas.data.collages import read_scene
+from bas.data.scene import Scene
+from bas.io.files import write_json, write_text
+from bas.io.settings_file import CONFIG, to_toml
+from bas.models.compile import choose_compilation, compile_unet
+from bas.models.text import add_handles
+from bas.models.unet import UNet
+from bas.pretrained.folder import glance, load, weights_hash
+from bas.pretrained.hub import find
+from bas.pretrained.loading import Models
+from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
+from bas.runtime.signals import Interrupts
+from bas.schedulers import sampling_timesteps
+from bas.training.base_model import Base
+from bas.training.class_images import check_class_folder
+from bas.training.disk_space import require_room
+from bas.training.master_weights import Exact, lower
+from bas.training.optimizer import adamw8bit
+from bas.training.preview import write_scene
+from bas.training.resume import check_resumable, facts_of
+from bas.training.run_folder import (
+    METRICS,
+    SETTINGS,
+    MetricsLog,
+    drop_later,
+    find_checkpoint,
+    load_checkpoint,
+    prepare_folder,
+)
+from bas.training.tensorboard import EventLog, writer_class
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What a run holds from its start to its end."""
+
+    config: TrainConfig
+    folder: Path
+    scene: Scene
+    models: Models
+    precision: str  # "no", "fp16" or "bf16"
+    image: Tensor  # (3, H, W) in [-1, 1]
+    masks: Tensor  # (N, H, W) in [0, 1]
+    material: Material
+    facts: dict  # settings, scene, hash of the base, version: what a resumed run must share
+    generator: torch.Generator  # the source of every random draw of the steps
+    metrics: MetricsLog
+    done: int = 0  # steps that a checkpoint brings along
+    saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
+    scaler_state: dict = field(default_factory=dict)  # and its loss scale
+    exact: Exact = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits
+    events: EventLog | None = None  # for TensorBoard, when asked for
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    overflows: int = 0  # steps in a row that fp16 left out
+
+
+def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
+    """Base, device and precision: what is wrong with them, and with settings that no scene can make good."""
+    if not config.phases:
+        raise InputError("both phases have 0 steps: there is nothing to train")
+    base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
+    precision = pick_precision(config.mixed_precision, device, glance(base).unet)
+    if config.exact_phase1 and precision == "fp16":
+        raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
+        raise InputError("--cuda_graphs needs a CUDA device, --mixed_precision no or bf16, --optimizer adamw or adam")
+    if config.fused_kernels and (device.type != "cuda" or config.compile != "no" or not find_spec("triton")):
+        raise InputError("--fused_kernels needs a CUDA device, the package triton, and --compile no")
+    if config.optimizer == "adamw8bit":
+        adamw8bit()
+    if config.report_to == "tensorboard":
+        writer_class()
+    return base, device, precision
+
+
+def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
+    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
+    scene = read_scene(config)
+    base, device, precision = check_machine(config)
+    models = glance(base)
+    size = check_scene(models, scene, config)
+    if any(phase.prior for phase in config.phases):
+        check_class_folder(replace(config, mixed_precision=precision), models.schedule, size)
+    if config.img_log_steps:
+        sampling_timesteps(models.schedule, config.preview_inference_steps)
+    return scene, base, device, precision
+
+
+def start(
+    config: TrainConfig, scene: Scene, path: Path, device: torch.device, precision: str, base: Base | None = None
+) -> Run:
+    """Load the base unless it is in memory, and compute what all steps share. The rest is what `check_input` found."""
+    folder = Path(config.output_dir)
+    prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
+    checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+    require_room(folder, path, config)
+    facts = {
+        "config": asdict(config),
+        **facts_of(scene),
+        "base": base.hash if base else weights_hash(path),
+        "precision": precision,
+        "version": __version__,
+    }
+    saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+    if checkpoint:
+        check_resumable(checkpoint, facts, note["facts"])
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if base is None:
+        tell_of_miniature(config)
+        base = Base(path, load(path, device=device))
+    models = teach_names(base, scene, config)
+    image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
+    exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
+    class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
+    if any(phase.prior for phase in config.phases):
+        settings = replace(config, mixed_precision=precision)
+        # Uncompiled, though an earlier scene may have compiled the base's modules.
+        with autocast(device, precision), torch.compiler.set_stance("force_eager"):
+            class_posterior, facts["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
+    if checkpoint:
+        check_resumable(checkpoint, facts, note["facts"])
+    write_json(folder / SETTINGS, facts)
+    write_text(folder / CONFIG, to_toml(asdict(config)))
+    write_scene(folder, scene, image, masks)
+    material = prepare(models, scene, image, masks, config, class_posterior)
+    speed_up(models.unet, config, device)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    if checkpoint:
+        generator.set_state(saved["generator"])
+        drop_later(folder, note["step"])
+    done = note.get("step", 0)
+    return Run(
+        config=config,
+        folder=folder,
+        scene=scene,
+        models=models,
+        precision=precision,
+        image=image,
+        masks=masks,
+        material=material,
+        facts=facts,
+        generator=generator,
+        metrics=MetricsLog(folder / METRICS, note.get("metrics", 0)),
+        done=done,
+        saved=saved,
+        scaler_state=note.get("scaler", {}),
+        exact=exact,
+        events=EventLog(folder, done) if config.report_to == "tensorboard" else None,
+    )
+
+
+def teach_names(base: Base, scene: Scene, config: TrainConfig) -> Models:
+    """Fresh models of the base that have the scene's handles and draw at the size that they are trained at."""
+    models = base.fresh()
+    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+    if config.resolution:
+        latent_side = config.resolution // models.vae.config.factor
+        models.unet.config = replace(models.unet.config, sample_size=latent_side)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    models.handles = scene.handles
+    return models
+
+
+def speed_up(unet: UNet, config: TrainConfig, device: torch.device) -> None:
+    """Compile the UNet or give it fused kernels, as the settings ask."""
+    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
+    if config.compile == "auto":
+        log.info("compile auto: %s, %s", compilation, reason)
+    compile_unet(unet, compilation)
+    if config.fused_kernels:
+        from bas.models.kernels import install  # imports triton, which not every machine has
+
+        install(unet)
+
+
+def tell_of_miniature(config: TrainConfig) -> None:
+    """Say so where no base is named: nobody shall wait for a photograph's concepts in vain."""
+    if config.pretrained_model_name_or_path is None:
+        log.info(
+            "the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"
+        )

@@ -1,0 +1,59 @@
+"""How long each stage of a run took and how much memory it held at most: RUN/times.json, a session per start."""
+
+import importlib.metadata
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from bas import __version__
+from bas.io.files import read_json, write_json
+
+try:
+    import resource  # not on Windows: there the process's memory stays unknown
+except ImportError:
+    resource = None
+
+TIMES = "times.json"
+
+
+class Times:
+    """The clock of one session. Created before the first stage; `note` ends a stage and writes the file."""
+
+    def __init__(self):
+        self.session = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {
+                "bas": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": importlib.metadata.version("transformers"),
+            },
+            "stages": [],
+        }
+        self.began = time.monotonic()
+
+    def note(self, stage: str, folder: Path, device: torch.device) -> None:
+        """The stage that ends now, into FOLDER/times.json beside the sessions before this one."""
+        now, path = time.monotonic(), folder / TIMES
+        self.session["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.session["stages"].append({"stage": stage, "seconds": round(now - self.began, 3), **peak_memory(device)})
+        self.began = now
+        sessions = read_json(path)["sessions"] if path.exists() else []
+        earlier = [session for session in sessions if session["started"] != self.session["started"]]
+        write_json(path, {"sessions": [*earlier, self.session]})
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Most bytes held: on the GPU since the last call, by the process since its start. What is unknown is left out."""
+    peaks = {}
+    if device.type == "cuda":
+        peaks["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+        peaks["process_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peaks

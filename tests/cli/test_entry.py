@@ -1,0 +1,182 @@
+"""The command line: the official lines work, wrong input is one line and exit code 2, help tells every flag."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+import bas
+from bas.cli.entry import COMMANDS, main
+from bas.config import RunError, SampleConfig, TrainConfig
+from tests.helpers.tiny import write_class_images
+
+
+@pytest.fixture
+def failure(capsys):
+    """`failure(*words)` runs a command that must fail: its exit code and its one line of error."""
+
+    def run(*words) -> tuple[int, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+        output, line = capsys.readouterr()
+        assert output == ""
+        assert line.startswith("bas")
+        assert line.count("\n") == 1
+        return code, line
+
+    return run
+
+
+# --- The main path ------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_the_official_readme(bench, tmp_path, capsys):
+    """Training and inference as that README writes them, beside the model's name and fewer steps."""
+    run = tmp_path / "outputs" / "creature"
+    prior = write_class_images(tmp_path / "prior_images", count=100, size=(8, 8))
+    train = f"""train --instance_data_dir {bench.scene} --num_of_assets 3 --initializer_tokens creature bowl stone
+        --class_data_dir {prior} --phase1_train_steps 2 --phase2_train_steps 2 --output_dir {run}
+        --pretrained_model_name_or_path {bench.model}"""
+    assert main(train.split()) == 0
+    assert f'bas sample {run} --prompt "a photo of <asset0> at the beach"' in capsys.readouterr().out
+    settings = json.loads((run / "settings.json").read_text())["config"]
+    assert settings["initializer_tokens"] == ["creature", "bowl", "stone"]
+    assert (settings["phase1_train_steps"], settings["num_of_assets"]) == (2, 3)
+
+    picture = tmp_path / "result.jpg"
+    prompt = "a photo of <asset0> at the beach"
+    assert main(["sample", "--model_path", str(run), "--prompt", prompt, "--output_path", str(picture)]) == 0
+    assert capsys.readouterr().out.split() == [str(picture)]
+    with Image.open(picture) as opened:
+        assert (opened.format, opened.size) == ("JPEG", (32, 32))
+        note = json.loads(opened.getexif()[ExifTags.Base.UserComment])
+    assert (note["prompt"], note["seed"], note["num_inference_steps"]) == (prompt, 0, 50)
+
+
+def test_python_calls(bench, tmp_path):
+    """The same from Python."""
+    run = bas.train(bas.TrainConfig(**vars(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=1))))
+    models = bas.load(run)
+    pictures = bas.sample(models, ["a photo of <asset0>", "a bowl"], num_images=2, num_inference_steps=2, seed=1)
+    assert [picture.size for picture in pictures] == [(32, 32)] * 4
+    assert all(callable(getattr(bas, name)) for name in bas.__all__)
+
+
+def test_several_pictures_and_a_grid(bench, tmp_path, capsys):
+    """A file per picture, prompt by prompt, that says how it was made; or one sheet."""
+    line = ["sample", str(bench.model), "--num_inference_steps", "2", "--num_images", "2", "--seed", "5"]
+    prompts = ["--prompt", "a bowl", "a stone"]
+    assert main([*line, *prompts, "--output_path", str(tmp_path / "a" / "out.png")]) == 0
+    paths = [Path(name) for name in capsys.readouterr().out.split()]
+    assert [path.name for path in paths] == [f"out-{i}.png" for i in range(4)]
+    notes = [json.loads(Image.open(path).text["bas"]) for path in paths]
+    assert [(n["prompt"], n["seed"]) for n in notes] == [("a bowl", 5), ("a bowl", 6), ("a stone", 5), ("a stone", 6)]
+    names = {f.name for f in fields(SampleConfig)}
+    settings = {name: value for name, value in notes[3].items() if name in names} | {"num_images": 1}
+    (again,) = bas.sample(bas.load(bench.model), "a stone", SampleConfig(**settings))
+    with Image.open(paths[3]) as picture:
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(again)).max() <= 1
+    assert main([*line, *prompts, "--grid", "--output_path", str(tmp_path / "grid.webp")]) == 0
+    assert [path.name for path in tmp_path.glob("grid*")] == ["grid.webp"]
+
+
+# --- Wrong input --------------------------------------------------------------------------------------------------
+
+
+def test_wrong_lines_are_refused_in_one_line(bench, tmp_path, failure):
+    scene, model = bench.scene, ["--weights", bench.model]
+    cases = [
+        ([], "COMMAND"),
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["train", scene, "--phase1_steps", "3"], "did you mean --phase1_train_steps?"),
+        (["train", scene, "--learning_rat", "3"], "did you mean --learning_rate?"),
+        (["train", scene, "--phase1_train_steps", "many"], "many"),
+        (["train", scene, "--phase1_train_steps", "-1", *model], "--phase1_train_steps is -1"),
+        (["train", scene, "--optimizer", "sgd"], "sgd"),
+        (["train", *model], "name a scene folder"),
+        (["train", scene, "--instance_data_dir", "other", *model], "two scenes"),
+        (["train", tmp_path / "none", *model, "--output_dir", tmp_path / "run"], "is not a folder"),
+        (["train", scene, "--weights", "no-model"], "no-model"),
+        (["train", scene, *model, "--num_of_assets", "2"], "3 masks"),
+        (["train", scene, *model, "--device", "abacus"], "--device abacus"),
+        (["train", scene, *model, "--resolution", "33", "--output_dir", tmp_path / "r"], "multiples of 8"),
+        (["train", scene, *model, "--adam_beta1", "1"], "--adam_beta1 is 1.0"),
+        (["sample", bench.model], "--prompt"),
+        (["sample", bench.model, "--prompt", "x", "--output_path", "x.txt"], ".png, .jpg or .webp"),
+        (["sample", bench.model, "--model_path", "other", "--prompt", "x"], "two models"),
+        (["sample", bench.model, "--prompt", "<asset0>"], "this is a base model"),
+        (["sample", bench.model, "--prompt", "x", "--height", "31"], "--height 31"),
+        (["sample", bench.model, "--prompt", "x", "--num_inference_steps", "0"], "--num_inference_steps is 0"),
+        (["sample", tmp_path, "--prompt", "x"], "is not a model"),
+    ]
+    for words, expected in cases:
+        code, line = failure(*words)
+        assert code == 2, words
+        assert expected in line, (words, line)
+
+
+def test_debug_shows_the_trace(bench, tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        main(["train", str(tmp_path / "none"), "--weights", str(bench.model), "--debug"])
+
+
+def test_failed_training_has_its_own_exit_code(bench, failure, monkeypatch):
+    def fail(config):
+        raise RunError("phase1 step 3: loss is nan")
+
+    monkeypatch.setattr(import_module("bas.cli.commands.train"), "train", fail)
+    assert failure("train", bench.scene, "--weights", bench.model) == (1, "bas: phase1 step 3: loss is nan\n")
+
+
+# --- Help ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    assert f"usage: bas {command}" in output
+    assert "--debug" in output
+
+
+def test_help_tells_every_setting(capsys):
+    """By its flag, with its default where that says something."""
+    for command, settings in (("train", TrainConfig), ("sample", SampleConfig)):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        output = " ".join(capsys.readouterr().out.split())
+        for f in fields(settings):
+            flags = f.metadata.get("flag", ()) if f.type is bool and f.default else [f"--{f.name}"]
+            assert all(flag in output for flag in flags), f.name
+
+
+def test_package_and_help_do_without_torch():
+    """Both answer at once, and on a machine where PyTorch is broken."""
+    shown = "from bas.cli.entry import build_parser; build_parser(None).print_help()"
+    code = f"import sys; {shown}; assert 'torch' not in sys.modules"
+    root = Path(bas.__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "train" in result.stdout
+
+
+def test_ctrl_c_ends_with_one_line_and_130(monkeypatch, capsys):
+    """An interrupt is no crash: no trace, and the exit code that shells use for it."""
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bas.cli.commands.info.run", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err.strip() == "bas: interrupted"

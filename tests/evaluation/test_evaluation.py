@@ -1,0 +1,478 @@
+"""The evaluation: what is planned, drawn and scored, that it resumes and is shared, and what its tables say."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+import bas
+from bas.cli.entry import main
+from bas.config import RunError, SampleConfig, TrainConfig
+from bas.evaluation import generation, runner
+from bas.evaluation.baselines import COMPARED, PAPER, training_of
+from bas.evaluation.page import page
+from bas.evaluation.plot import Point, label_places, layout, overlap, scatter_png
+from bas.evaluation.protocol import agree_on, fill_cell, plan_cells
+from bas.evaluation.runner import Bench, counted_seconds, evaluate_each, measured_seconds, write_results
+from bas.evaluation.scores import score_cell, summary_of_handles
+from bas.evaluation.segments import segment_by_attention
+from bas.evaluation.tables import Interval, compare, interval, markdown, student, summarise, verdict
+from bas.pretrained.folder import load
+from bas.runtime.signals import Interrupted
+from bas.sampling.attention_maps import attend
+from bas.sampling.gallery import CONTEXTS
+from tests.helpers.faults import before_step, heard
+from tests.helpers.tiny import refused, write_scene
+
+SAMPLING = SampleConfig(num_inference_steps=2, batch_size=4)
+FACTS = {"base": "tiny"}
+
+
+class Stand:
+    """Stands in for the metrics: red is what follows prompts, and likeness is that of the mean colours."""
+
+    def prompt_similarity(self, pictures, prompts):
+        return [np.asarray(picture)[..., 0].mean() / 255 for picture in pictures]
+
+    def identity_similarity(self, pictures, image, mask, segments=None):
+        wanted = np.asarray(image)[mask > 0.5].mean(axis=0)
+        places = segments or [np.ones(np.asarray(picture).shape[:2]) for picture in pictures]
+        means = [np.asarray(p)[place > 0.5].mean(axis=0) for p, place in zip(pictures, places, strict=True)]
+        return [1 - np.abs(mean - wanted).mean() / 255 for mean in means]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> list[Path]:
+    """Two scenes, of 1 and 2 concepts."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    return [write_scene(folder / name, concepts=i) for i, name in enumerate(("ant", "bee"), start=1)]
+
+
+@pytest.fixture(scope="module")
+def explicit(bench) -> dict:
+    """The bench's short training, as flags that hold for every method."""
+    config, plain = vars(bench.config()), vars(TrainConfig())
+    kept = {name: value for name, value in config.items() if value != plain[name]}
+    return {name: kept[name] for name in kept if name not in ("instance_data_dir", "output_dir", "img_log_steps")}
+
+
+def planned(folder: Path, scenes: list[Path], explicit: dict, methods=("bas", "ti-m"), seeds=(0,)):
+    """A plan with two contexts."""
+    return plan_cells(folder, scenes, methods, seeds, CONTEXTS[:2], explicit, None)
+
+
+def workplace(bench, **changes) -> Bench:
+    """What the cells share, with the stand-in for metrics."""
+    return Bench(bench.model, torch.device("cpu"), SAMPLING, lambda: (Stand(), None), **changes)
+
+
+@pytest.fixture(scope="module")
+def done(bench, scenes, explicit, tmp_path_factory):
+    """A finished evaluation of two scenes and two methods: its folder and cells."""
+    folder = tmp_path_factory.mktemp("done") / "out"
+    cells = planned(folder, scenes, explicit)
+    outcomes = list(evaluate_each(cells, workplace(bench)))
+    assert [(outcome.error, outcome.earlier) for outcome in outcomes] == [(None, False)] * 4
+    write_results(folder, cells, FACTS)
+    return folder, cells
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+# --- The plan -----------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_the_same_training_but_for_what_it_says(explicit):
+    """Settings that hold for all reach every row, also where a baseline has none of its own of that kind."""
+    plain = training_of("bas", explicit, None)
+    for name, row in COMPARED.items():
+        config = training_of(name, explicit | {"lambda_attention": 0.2, "initial_learning_rate": 7e-4}, None)
+        assert config.initial_learning_rate == 7e-4
+        assert config.num_class_images == plain.num_class_images
+        for setting, value in row.settings.items():
+            assert getattr(config, setting) == value
+        assert config.lambda_attention == (0.0 if row.settings.get("method") or name == "no-attention" else 0.2)
+    assert len(PAPER) == 10
+    with refused("--methods dreambooth", "db-m"):
+        training_of("dreambooth", {}, None)
+
+
+def test_ablations_are_four():
+    """The paper's: without phase 1, the masked loss, the attention loss, union sampling."""
+    changes = {name: row.settings for name, row in COMPARED.items() if row.kind == "ablation"}
+    assert changes == {
+        "no-phase1": {"phase1_train_steps": 0},
+        "no-mask": {"apply_masked_loss": False},
+        "no-attention": {"lambda_attention": 0.0},
+        "single": {"subset_sampling": "single"},
+    }
+
+
+def test_cells_draw_every_subset_in_every_context(scenes, explicit, tmp_path):
+    cells = planned(tmp_path, scenes, explicit, seeds=(0, 3))
+    assert [(c.scene, c.method, c.seed) for c in cells] == [
+        (scene, method, seed) for seed in (0, 3) for scene in ("ant", "bee") for method in ("bas", "ti-m")
+    ]
+    asked = [(request.prompt, request.concepts) for request in cells[2].requests]
+    assert asked == [
+        (f"a photo of {names} {context}", concepts)
+        for names, concepts in (("<asset0>", (0,)), ("<asset1>", (1,)), ("<asset0> and <asset1>", (0, 1)))
+        for context in ("at the beach", "in the jungle")
+    ]
+    assert [request.noise for request in cells[2].requests] == list(range(6))
+    assert cells[2].requests == cells[3].requests
+    assert [cell.training.seed for cell in cells] == [0] * 4 + [3] * 4
+    noises = [request.noise for cell in (cells[2], cells[6]) for request in cell.requests]
+    assert len(set(noises)) == 12
+
+
+def test_a_folder_holds_one_kind_of_evaluation(tmp_path):
+    facts = {"base": "abc", "contexts": ["x"], "sampling": {"eta": 0.0, "seed": 1}}
+    agree_on(tmp_path / "out", facts)
+    agree_on(tmp_path / "out", facts)
+    with refused("another contexts, sampling eta", "new --output_dir"):
+        agree_on(tmp_path / "out", facts | {"contexts": ["y"], "sampling": {"eta": 1.0, "seed": 1}})
+
+
+def test_estimates(bench, scenes, explicit, done, tmp_path):
+    """Counted: twice the scenes take twice as long. Measured: the mean of what is finished."""
+    cells = planned(tmp_path, scenes[:1], explicit, methods=("ti",))
+    assert measured_seconds(cells) is None
+    assert counted_seconds(cells, SAMPLING) > 0
+    assert counted_seconds([], SAMPLING) == 0
+    notes = [json.loads((cell.folder / "cell.json").read_text())["seconds"] for cell in done[1]]
+    assert measured_seconds(done[1]) == pytest.approx(sum(n["training"] + n["drawing"] for n in notes) / 4)
+
+
+# --- Cells --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_draws_what_a_run_of_its_own_draws(bench, scenes, explicit, done, tmp_path):
+    """The same bits as `bas train` and `bas sample`, though other cells were trained from the base before."""
+    cell = done[1][3]
+    assert (cell.scene, cell.method) == ("bee", "ti-m")
+    folder = bas.train(replace(cell.training, output_dir=str(tmp_path / "run")))
+    models = load(folder)
+    for i in (0, 5):
+        request = cell.requests[i]
+        (expected,) = bas.sample(models, request.prompt, replace(SAMPLING, seed=request.noise))
+        with Image.open(cell.folder / f"{i:04d}.png") as picture:
+            assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1
+            assert json.loads(picture.text["bas"])["prompt"] == request.prompt
+
+
+def test_tuned_weights_are_not_kept(done):
+    assert not list(done[0].rglob("*.safetensors"))
+
+
+def test_rows_hold_what_was_measured(scenes, done):
+    folder, cells = done
+    rows = rows_of(folder)
+    pictures = [row for row in rows if row["row"] == "picture"]
+    assert len(pictures) == 2 * (2 + 6)
+    assert all((row["seed"], row["scene"]) == (0, "bee") for row in pictures[-6:])
+    last = pictures[-1]
+    assert last["prompt"] == "a photo of <asset0> and <asset1> in the jungle"
+    assert last["text"] == "a photo of thing and thing in the jungle"
+    with Image.open(cells[3].folder / last["file"]) as picture:
+        assert last["prompt_similarity"] == pytest.approx(np.asarray(picture)[..., 0].mean() / 255)
+        photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask1.png"))
+        (likeness,) = Stand().identity_similarity([picture], photo, mask / 255)
+    assert last["identity"].keys() == {"<asset0>", "<asset1>"}
+    assert last["identity"]["<asset1>"] == pytest.approx(likeness)
+    assert last["identity_similarity"] == pytest.approx(np.mean(list(last["identity"].values())))
+    cell = rows[-1]
+    assert cell["row"] == "cell"
+    assert all(0 <= value <= 1 for value in cell["attention_iou"].values())
+    alone = [row["identity"]["<asset0>"] for row in pictures[-6:] if row["concepts"] == [0]]
+    assert cell["draws"]["<asset0>"]["<asset0>"] == pytest.approx(np.mean(alone))
+
+
+def test_metrics_that_are_not_here_are_found_before_anything_is_trained(bench, scenes, explicit, tmp_path, capsys):
+    assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path), "--segments", "none"]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_leakage_of_handles_by_hand():
+    """Handle 1 draws concept 0 more than its own; one handle alone can confuse nothing."""
+    found = summary_of_handles(["<a>", "<b>"], [0.5, 0.25], np.array([[0.9, 0.2], [0.6, 0.4]]))
+    assert found["leakage"] == pytest.approx(0.4)
+    assert found["confused"] == 0.5
+    assert found["draws"]["<b>"] == {"<a>": 0.6, "<b>": 0.4}
+    alone = summary_of_handles(["<a>"], [0.5], np.array([[0.9]]))
+    assert (alone["leakage"], alone["confused"]) == (None, None)
+
+
+def test_segments_are_those_of_the_concepts_word(done):
+    """Each concept's own pictures are asked for, by its word, and identity is measured there."""
+    asked = []
+
+    def segments(pictures, word):
+        asked.append((len(pictures), word))
+        place = np.zeros((32, 32))
+        place[:4] = 1
+        return [place] * len(pictures)
+
+    before = rows_of(done[0])[-7:-1]
+    rows = score_cell(done[1][3], Stand(), (32, 8), segments)
+    assert asked == [(4, "thing"), (4, "thing")]
+    assert all(a["identity"] != b["identity"] for a, b in zip(rows[:-1], before, strict=True))
+    score_cell(done[1][3], Stand(), (32, 8))
+
+
+def test_segments_of_the_handles_attention_lie_beside_the_pictures(bench, scenes, explicit, done, tmp_path):
+    """Of the same pictures, one file for each concept of a prompt, where `bas attend` sees its handle look."""
+    (cell,) = planned(tmp_path, scenes[1:], explicit, methods=("bas",))
+    bench_with_files = replace(workplace(bench), make_scorer=lambda: (Stand(), "files"))
+    assert [outcome.error for outcome in evaluate_each([cell], bench_with_files)] == [None]
+    same = done[1][2]
+    assert (same.scene, same.method) == (cell.scene, cell.method)
+    names = sorted(path.name for path in cell.folder.glob("*-mask*.png"))
+    assert names == [
+        *("0000-mask0.png", "0001-mask0.png", "0002-mask1.png", "0003-mask1.png"),
+        *("0004-mask0.png", "0004-mask1.png", "0005-mask0.png", "0005-mask1.png"),
+    ]
+    for i in range(6):
+        pair = [np.asarray(Image.open(c.folder / f"{i:04d}.png")).astype(int) for c in (cell, same)]
+        assert np.abs(pair[0] - pair[1]).max() <= 1
+    models = load(bas.train(replace(cell.training, output_dir=str(tmp_path / "run"), resume_from_checkpoint=None)))
+    request = cell.requests[4]
+    seen = attend(models, request.prompt, replace(SAMPLING, seed=request.noise))
+    for k in range(2):
+        expected = segment_by_attention(seen.maps[k], (32, 32))
+        found = np.asarray(Image.open(cell.folder / f"0004-mask{k}.png")) / 255
+        assert np.abs(found - expected).mean() < 0.01
+    here, whole = (json.loads((c.folder / "rows.jsonl").read_text().splitlines()[4]) for c in (cell, same))
+    with Image.open(cell.folder / "0004.png") as picture:
+        photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask0.png"))
+        place = np.asarray(Image.open(cell.folder / "0004-mask0.png")) / 255
+        (likeness,) = Stand().identity_similarity([picture], photo, mask / 255, [place])
+    assert here["identity"]["<asset0>"] == pytest.approx(likeness)
+    assert here["identity"] != whole["identity"]
+
+
+def test_what_is_finished_is_left_and_what_is_not_goes_on(bench, scenes, explicit, done, tmp_path, monkeypatch):
+    """A signal while a cell draws ends the evaluation; the same plan again does the rest, with the same results."""
+    cells = planned(tmp_path / "out", scenes, explicit)
+    original, calls = generation.generate, []
+
+    def interrupting(prompts, *args):
+        calls.append(len(prompts))
+        if len(calls) == 3:  # the first batch of the third cell
+            os.kill(os.getpid(), 2)
+        return original(prompts, *args)
+
+    with monkeypatch.context() as patch, heard():
+        patch.setattr(generation, "generate", interrupting)
+        with pytest.raises(Interrupted, match="the same command goes on") as stop:
+            list(evaluate_each(cells, workplace(bench)))
+    assert stop.value.exit_code == 130
+    again = planned(tmp_path / "out", scenes, explicit)
+    assert [cell.finished for cell in again] == [True, True, False, False]
+    assert [outcome.earlier for outcome in evaluate_each(again, workplace(bench))] == [True, True, False, False]
+    write_results(tmp_path / "out", again, FACTS)
+    assert rows_of(tmp_path / "out") == rows_of(done[0])
+
+
+def test_a_cell_that_was_interrupted_leaves_no_checkpoint(bench, scenes, explicit, tmp_path, monkeypatch):
+    """It takes as much room as the model and its optimizer, and what is drawn needs it no more."""
+    with monkeypatch.context() as patch, heard():
+        before_step(patch, 2, lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            list(evaluate_each(planned(tmp_path, scenes[:1], explicit, methods=("ti-m",)), workplace(bench)))
+    assert len(list(tmp_path.rglob("state.safetensors"))) == 1
+    (cell,) = planned(tmp_path, scenes[:1], explicit, methods=("ti-m",))
+    assert [outcome.error for outcome in evaluate_each([cell], workplace(bench))] == [None]
+    assert cell.finished
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_what_cannot_be_drawn_is_found_before_anything_is_trained(bench, scenes, explicit, tmp_path):
+    cells = planned(tmp_path, scenes, explicit)
+    for sampling, reason in (
+        (replace(SAMPLING, num_inference_steps=1001), "1001 denoising steps"),
+        (replace(SAMPLING, height=31), "--height 31"),
+        (replace(SAMPLING, negative_prompt="<toy>"), "unknown handle <toy>"),
+    ):
+        with refused(reason):
+            list(evaluate_each(cells, replace(workplace(bench), sampling=sampling)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cell_that_is_too_large_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
+    def too_large(cell, *args):
+        if cell.method == "ti-m":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return original(cell, *args)
+
+    original = fill_cell
+    monkeypatch.setattr(runner, "fill_cell", too_large)
+    outcomes = list(evaluate_each(planned(tmp_path, scenes[:1], explicit), workplace(bench)))
+    assert [outcome.error for outcome in outcomes] == [None, "cpu is out of memory"]
+
+
+def test_a_cell_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
+    original = fill_cell
+
+    def failing(cell, *args):
+        if cell.method == "ti-m":
+            raise RunError("phase2 step 5: loss is nan")
+        return original(cell, *args)
+
+    monkeypatch.setattr(runner, "fill_cell", failing)
+    cells = planned(tmp_path, scenes, explicit)
+    outcomes = list(evaluate_each(cells, workplace(bench)))
+    assert [outcome.error for outcome in outcomes] == [None, "phase2 step 5: loss is nan"] * 2
+    write_results(tmp_path, cells, FACTS)
+    assert {row["method"] for row in rows_of(tmp_path)} == {"bas"}
+    with pytest.raises(RunError, match="nothing to show"):
+        write_results(tmp_path, cells[1::2], FACTS)
+
+
+# --- Tables, plot, page -------------------------------------------------------------------------------------------
+
+
+def row(method: str, scene: str, prompt: float, identity: float) -> dict:
+    common = {"method": method, "scene": scene, "seed": 0}
+    return {"row": "picture", **common, "prompt_similarity": prompt, "identity_similarity": identity}
+
+
+def test_students_quantiles():
+    for freedom in (1, 2, 11, 30, 31, 49, 500):
+        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=6e-4)
+
+
+def test_a_scene_is_the_unit():
+    """Two scenes of 3 and 1 pictures weigh the same; the interval is Student's over the two."""
+    rows = [row("bas", "a", value, 0.5) for value in (0.1, 0.2, 0.3)] + [row("bas", "b", 0.6, 0.5)]
+    found = summarise(rows)["bas"]["prompt_similarity"]
+    assert found.mean == pytest.approx(0.4)
+    low, high = stats.t.interval(0.95, 1, loc=0.4, scale=stats.sem([0.2, 0.6]))
+    assert (found.low, found.high) == (pytest.approx(low, rel=1e-4), pytest.approx(high, rel=1e-4))
+    assert interval([0.3]) == Interval(0.3)
+
+
+def test_orderings_compare_the_same_scenes():
+    """Scenes differ by far more than methods do; the difference, scene by scene, is what counts."""
+    rows = [row("bas", str(i), 0.1 * i, 0.1 * i) for i in range(8)]
+    rows += [row("db-m", str(i), 0.1 * i - 0.02 - 0.001 * i, 0.1 * i) for i in range(1, 8)]
+    prompts = compare(rows, "bas", "db-m", "prompt_similarity")
+    assert prompts.mean == pytest.approx(0.024)
+    assert verdict(prompts) == "holds"
+    assert verdict(Interval(-0.1, -0.2, -0.05)) == "reversed"
+    assert verdict(compare(rows, "db-m", "bas", "identity_similarity")) == "not shown"
+    assert verdict(Interval(0.1)) == "one scene"
+    assert compare(rows, "bas", "ti-m", "identity_similarity") is None
+    text = markdown(rows, {"base": "tiny"})
+    assert "| DB-m follows prompts worse than the method | prompt similarity: bas − db-m | 0.024 [" in text
+
+
+def test_an_option_is_compared_where_both_were_run():
+    """The method has two seeds, the option one of them: only that one counts."""
+    rows = [row("bas", "a", 0.2, 0.5), row("bas", "a", 0.9, 0.9) | {"seed": 1}, row("bas", "b", 0.4, 0.5)]
+    rows += [row("uniform", "a", 0.3, 0.5), row("uniform", "b", 0.7, 0.4)]
+    assert summarise(rows)["bas"]["prompt_similarity"].mean == pytest.approx((0.55 + 0.4) / 2)
+    low, high = stats.t.interval(0.95, 1, loc=0.2, scale=stats.sem([0.1, 0.3]))
+    text = f"| uniform | every subset equally likely | 0.200 [{low:.3f}, {high:.3f}] | -0.050 ["
+    assert text in markdown(rows, FACTS)
+    assert "option" not in markdown(rows[:3], FACTS)
+
+
+def test_the_plot_puts_more_to_the_right_and_higher_up(done):
+    summary = {
+        "bas": {"prompt_similarity": Interval(0.3, 0.2, 0.4), "identity_similarity": Interval(0.5, 0.4, 0.6)},
+        "ti": {"prompt_similarity": Interval(0.5), "identity_similarity": Interval(0.3)},
+    }
+    x, y, (first, second) = layout(summary)
+    assert first.x < second.x
+    assert first.y < second.y
+    assert second.across is None
+    assert first.across == (x.at(0.2), x.at(0.4))
+    assert (x.at(x.low), x.at(x.high), y.at(y.low)) == (pytest.approx(90), pytest.approx(930), pytest.approx(560))
+    sheet = np.asarray(scatter_png(summary))
+    assert tuple(sheet[round(first.y), round(first.x)]) == first.colour
+    assert tuple(sheet[round(first.y), round(x.at(0.22))]) == first.colour
+    with Image.open(done[0] / "scatter.png") as picture:
+        assert picture.size == (960, 640)
+
+
+def test_labels_of_near_points_lie_on_nothing():
+    """Three points in a row, one nearer than its label is wide, and one far off: each label is at its own, and free."""
+    points = [Point(name, x, 300.0, None, None, (0, 0, 0)) for name, x in (("bas", 300), ("ti", 345), ("db", 390))]
+    points.append(Point("cd-m", 700.0, 100.0, None, None, (0, 0, 0)))
+    places = label_places(points, 20)
+    assert places[3] == (711.0, 78.0)  # to the right, above
+    boxes = [(x, y, x + 12 * len(p.method), y + 20) for (x, y), p in zip(places, points, strict=True)]
+    marks = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in points]
+    assert all(overlap(box, other) == 0 for i, box in enumerate(boxes) for other in boxes[:i] + marks)
+    assert all(abs(x - p.x) < 50 and abs(y - p.y) < 25 for (x, y), p in zip(places, points, strict=True))
+
+
+def test_the_page_shows_the_pictures_behind_each_point(done):
+    """Self-contained; every method links to pictures with their prompts, at most eight for a scene."""
+    folder, cells = done
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert text.count('<a href="#bas">') == text.count('<a href="#ti-m">') == 2
+    assert text.count("<img") == 2 * (2 + 1 + 6 + 1)
+    assert text.count("a photo of &lt;asset1&gt; in the jungle (prompt") == 2 * 2  # caption, and text for the blind
+    assert "http" not in text.replace("http-equiv", "")
+    pictures = sum(row["row"] == "picture" for row in rows_of(folder))
+    assert page(rows_of(folder), cells, {"cells": "4 of 4", "pictures": str(pictures), **FACTS}) == text
+
+
+# --- One command --------------------------------------------------------------------------------------------------
+
+
+def words(bench, explicit: dict, scenes: list[Path], folder: Path, *more: str) -> list[str]:
+    """The command line of a small evaluation on the tiny model, settings of training in a file."""
+    toml = folder.with_suffix(".toml")
+    toml.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in explicit.items()))
+    steps = ("--prompts", "1", "--num_inference_steps", "2", "--batch_size", "4")
+    return ["evaluate", *map(str, scenes), "--output_dir", str(folder), "--config", str(toml), *steps, *more]
+
+
+def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys):
+    assert (
+        main([*words(bench, explicit, scenes, tmp_path / "out"), "--dry_run", "--methods", "ti", "--seeds", "4", "5"])
+        == 0
+    )
+    output = capsys.readouterr().out
+    assert "4 trainings, of which 0 are finished" in output
+    assert "8, of which 8 are left" in output
+    assert "more than 0:" in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_evaluation(bench, scenes, explicit, tmp_path):
+    """Started by torchrun with the miniature's own metrics: every cell once, one set of results."""
+    line = words(bench, explicit, scenes, tmp_path / "out", "--methods", "bas", "ti-m", "--metrics", "miniature")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bas"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bas.__file__).parents[1])}
+    process = subprocess.run([*launcher, *line], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("seed 0:") == 4
+    assert process.stdout.count("index.html") == 1
+    assert sum(row["row"] == "cell" for row in rows_of(tmp_path / "out")) == 4
+
+
+def test_a_folder_of_something_else_is_no_place_for_an_evaluation(tmp_path):
+    """Nor is it touched; one that holds a plan is gone on with."""
+    (tmp_path / "mine.txt").write_text("mine")
+    with refused("is not empty: name a new folder"):
+        agree_on(tmp_path, FACTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    agree_on(tmp_path / "new", FACTS)
+    agree_on(tmp_path / "new", FACTS)

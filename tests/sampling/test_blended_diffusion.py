@@ -1,0 +1,246 @@
+"""Editing by example: what must stay stays to the last bit, what may change changes, at the right noise level."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bas.cli.entry import main
+from bas.config import EditConfig
+from bas.data.scene import pixels
+from bas.io.images import read_image
+from bas.pretrained.folder import save_model
+from bas.sampling import blended_diffusion as editing
+from bas.sampling import sampler as sampling
+from bas.sampling.blended_diffusion import Region, composite, edit, latent_mask, read_region, read_regions, working_size
+from bas.sampling.sampler import decode
+from bas.schedulers import sampling_timesteps
+from tests.helpers.tiny import refused, taught, write_model, write_scene
+
+FAST = {"num_inference_steps": 4, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return taught(write_model(tmp_path_factory.mktemp("edit") / "model"))
+
+
+@pytest.fixture
+def picture():
+    """40x32: not square, and not of a size the model takes."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8))
+
+
+def left_half(width=40, height=32):
+    mask = np.zeros((height, width), np.float32)
+    mask[:, : width // 2] = 1
+    return mask
+
+
+def differing(a, b):
+    """Which pixels of two pictures differ. (H, W) bool"""
+    return (np.asarray(a) != np.asarray(b)).any(axis=-1)
+
+
+def test_pixels_outside_the_mask_are_the_inputs_own(models, picture):
+    mask = left_half()
+    (result,) = edit(models, picture, [Region(mask, "a photo of <asset0>")], **FAST)
+    assert result.size == picture.size
+    changed = differing(result, picture)
+    assert not changed[mask == 0].any()
+    assert changed[mask == 1].mean() > 0.9
+
+
+def test_without_the_composite_the_decoder_shows_outside_too(models, picture):
+    (result,) = edit(models, picture, [Region(left_half(), "a photo of <asset0>")], composite=False, **FAST)
+    assert result.size == picture.size
+    assert differing(result, picture)[left_half() == 0].mean() > 0.9
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
+def test_outside_the_mask_each_step_sees_the_source_at_its_own_noise_level(models, sampler, monkeypatch):
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    source = models.vae.encode(pixels(picture)[None]).mean * models.vae.config.scaling_factor
+    cells = ~latent_mask(left_half(64, 64), (32, 32)).expand_as(source)
+    config = EditConfig(num_inference_steps=8, sampler=sampler, height=64, width=64, blending_start_percentage=0.25)
+    original, seen, noises, ends = sampling.guided_output, [], [], []
+
+    def spy(models, z, t, *args, **kwargs):
+        a = models.schedule.alphas_cumprod[t]
+        noises.append(((z - a**0.5 * source) / (1 - a) ** 0.5)[cells])
+        seen.append(t)
+        return original(models, z, t, *args, **kwargs)
+
+    monkeypatch.setattr(sampling, "guided_output", spy)
+    monkeypatch.setattr(editing, "decode", lambda models, z: ends.append(z) or decode(models, z))
+    edit(models, picture, [Region(left_half(64, 64), "a photo of <asset0>")], config)
+    # The noisiest quarter of eight steps is left out, and what is left over the source is standard normal noise.
+    assert seen == sampling_timesteps(models.schedule, 8, sampler)[2:]
+    for noise in noises:
+        assert abs(noise.mean()) < 0.1
+        assert abs(noise.std() - 1) < 0.1
+    # At the end the source stands there clean, beside something else.
+    assert torch.equal(ends[0][cells], source[cells])
+    assert (ends[0][~cells] != source[~cells]).all()
+
+
+def test_regions_are_edited_in_order_each_in_the_result_of_the_one_before(models, picture):
+    first, second = Region(left_half(), "a photo of <asset0>"), Region(1 - left_half(), "a photo of <asset1>")
+    (both,) = edit(models, picture, [first, second], seed=3, **FAST)
+    (half,) = edit(models, picture, [first], seed=3, **FAST)
+    (whole,) = edit(models, half, [second], seed=3, **FAST)
+    (swapped,) = edit(models, picture, [second, first], seed=3, **FAST)
+    assert both == whole
+    assert both != swapped
+    assert not differing(both, half)[left_half() == 1].any()
+
+
+def test_a_result_depends_on_its_seed_alone(models, picture):
+    region = Region(left_half(), "a photo of <asset0>")
+    three = edit(models, picture, [region], num_images=3, batch_size=2, seed=5, **FAST)
+    (last,) = edit(models, picture, [region], seed=7, **FAST)
+    assert np.abs(np.asarray(three[2], int) - np.asarray(last, int)).max() <= 1
+    assert differing(three[0], three[1]).any()
+
+
+def test_the_prompt_decides_what_comes_inside(models, picture):
+    results = [edit(models, picture, [Region(left_half(), f"a photo of {h}")], **FAST)[0] for h in models.handles[:2]]
+    assert differing(*results)[left_half() == 1].any()
+
+
+def test_skipping_more_steps_keeps_more_of_what_was_there(models, picture):
+    region = Region(left_half(), "a photo of <asset0>")
+    near, far = (
+        edit(models, picture, [region], blending_start_percentage=share, composite=False, **FAST)[0]
+        for share in (0.75, 0.0)
+    )
+    distance = [np.abs(np.asarray(p, float) - np.asarray(picture))[left_half() == 1].mean() for p in (near, far)]
+    assert distance[0] < distance[1]
+
+
+def test_a_soft_mask_mixes_old_and_new():
+    old, new = Image.new("RGB", (3, 1), (100, 0, 7)), Image.new("RGB", (3, 1), (200, 50, 8))
+    mixed = composite(old, new, np.array([[0, 0.25, 1]], np.float32))
+    assert np.asarray(mixed).tolist() == [[[100, 0, 7], [125, 12, 7], [200, 50, 8]]]
+
+
+def test_a_cell_may_change_when_half_of_it_is_inside():
+    mask = np.zeros((4, 8), np.float32)
+    mask[:2, :3] = 1  # cells of 2x2 pixels: one whole, the next just half
+    assert latent_mask(mask, (2, 4))[0, 0].tolist() == [[True, True, False, False], [False] * 4]
+
+
+def test_the_size_to_edit_at_is_the_nearest_the_model_takes(models):
+    assert models.size_multiple == 8
+    assert models.resolution == 32
+    assert working_size(models, (400, 300), EditConfig()) == (40, 32)
+    assert working_size(models, (90, 200), EditConfig()) == (32, 72)
+    assert working_size(models, (90, 200), EditConfig(width=64)) == (64, 72)
+    with refused("--height 30", "multiples of 8"):
+        working_size(models, (90, 200), EditConfig(height=30))
+
+
+# --- Files and the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, picture):
+    picture.save(tmp_path / "photo.png")
+    for name, mask in (("left", left_half()), ("right", 1 - left_half()), ("black", 0 * left_half())):
+        Image.fromarray((mask * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def region_list(folder, rows):
+    (folder / "regions.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    return folder / "regions.json"
+
+
+def test_a_list_of_regions_may_be_toml(files, picture):
+    lines = ["[[regions]]", 'mask = "left.png"', 'prompt = "a <asset0>"'] * 2
+    (files / "regions.toml").write_text("\n".join(lines))
+    regions = read_regions(files / "regions.toml", files / "photo.png", picture)
+    assert [region.prompt for region in regions] == ["a <asset0>"] * 2
+    assert (regions[0].mask == left_half()).all()
+    for text in ("[[regions]", "[[places]]\nmask = 'left.png'", "regions = 3"):
+        (files / "regions.toml").write_text(text)
+        with refused("regions.toml"):
+            read_regions(files / "regions.toml", files / "photo.png", picture)
+
+
+def test_a_list_of_regions_names_masks_beside_it(files, picture):
+    rows = [{"mask": "right.png", "prompt": "a bowl"}, {"mask": "left.png", "prompt": "a <asset0>"}]
+    regions = read_regions(region_list(files, rows), files / "photo.png", picture)
+    assert [region.prompt for region in regions] == ["a bowl", "a <asset0>"]
+    assert (regions[0].mask == 1 - left_half()).all()
+    assert (regions[1].mask == left_half()).all()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    ["{", "[" * 100_000, "[]", "{}", [1], [{"mask": "left.png"}], [{"mask": "left.png", "prompt": 3}],
+     [{"mask": "left.png", "prompt": "a", "seed": 1}]],
+)  # fmt: skip
+def test_a_bad_list_of_regions_is_refused(files, picture, rows):
+    with refused(str(files / "regions.json")):
+        read_regions(region_list(files, rows), files / "photo.png", picture)
+
+
+def test_masks_that_cannot_be_meant_are_refused(files, picture):
+    with refused("black.png", "black all over"):
+        read_region(files / "black.png", "a", files / "photo.png", picture)
+    with refused("gone.png"):
+        read_region(files / "gone.png", "a", files / "photo.png", picture)
+    Image.new("L", (32, 40), 255).save(files / "turned.png")
+    with refused("turned.png is 32x40", "photo.png is 40x32"):
+        read_region(files / "turned.png", "a", files / "photo.png", picture)
+
+
+def test_a_mask_too_small_for_the_grid_is_refused(models, picture):
+    speck = np.zeros((32, 40), np.float32)
+    speck[5, 5] = 1
+    with refused("covers no cell of the 20x16 grid"):
+        edit(models, picture, [Region(speck, "a photo of <asset0>")], **FAST)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_of_steps_outside_0_to_1_is_refused(share):
+    with refused("--blending_start_percentage"):
+        EditConfig(blending_start_percentage=share)
+
+
+def test_the_command_writes_the_edited_picture_with_its_settings(files, models, capsys):
+    run = files / "run"
+    save_model(models, run)
+    steps = ["--num_inference_steps", "4", "--device", "cpu"]
+    where = ["--mask", str(files / "left.png"), "--prompt", "a photo of <asset1>"]
+    target = files / "out" / "edited.png"
+    common = [str(run), "--init_image", str(files / "photo.png"), "--output_path", str(target), *steps]
+    assert main(["edit", *common, *where]) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    with Image.open(target) as result:
+        note = json.loads(result.text["bas"])
+        assert not differing(result, Image.open(files / "photo.png"))[left_half() == 0].any()
+    assert note["prompts"] == ["a photo of <asset1>"]
+    assert note["blending_start_percentage"] == 0.25
+
+    regions = region_list(files, [{"mask": "left.png", "prompt": "a"}, {"mask": "right.png", "prompt": "the"}])
+    assert main(["edit", *common, "--regions", str(regions), "--num_images", "2"]) == 0
+    assert [p.name for p in sorted(target.parent.iterdir())] == ["edited-0.png", "edited-1.png", "edited.png"]
+
+    for wrong in ([], where[:2], where[2:], [*where, "--regions", str(regions)]):
+        assert main(["edit", *common, *wrong]) == 2
+        assert capsys.readouterr().err.startswith("bas: say where and what")
+
+
+def test_a_scene_is_edited_at_its_own_size(models, tmp_path):
+    folder = write_scene(tmp_path, size=(50, 34))
+    photo = read_image(folder / "img.png")
+    region = read_region(folder / "mask1.png", "a photo of <asset0>", folder / "img.png", photo)
+    (result,) = edit(models, photo, [region], **FAST)
+    changed = differing(result, photo)
+    assert not changed[region.mask == 0].any()
+    assert changed[region.mask == 1].mean() > 0.9

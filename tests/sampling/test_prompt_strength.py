@@ -1,0 +1,148 @@
+"""Strengths of handles: how they are written, and what they do to the prompt's token states."""
+
+import pytest
+import torch
+
+from bas.cli.entry import main
+from bas.models.text import encode_ids, tokenize
+from bas.pretrained.folder import save_model
+from bas.sampling.prompt_strength import encode_prompts, read_strengths
+from bas.sampling.sampler import sample
+from tests.helpers.tiny import refused, taught, write_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return taught(write_model(tmp_path_factory.mktemp("prompts") / "model"))
+
+
+@torch.inference_mode()
+def encode(models, *prompts):
+    return encode_prompts(models.text_encoder, models.tokenizer, list(prompts))
+
+
+def place(models, prompt, handle):
+    """Where a handle stands among the prompt's tokens."""
+    (ids,) = tokenize(models.tokenizer, [prompt]).tolist()
+    return ids.index(models.tokenizer.convert_tokens_to_ids(handle))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain", "strengths"),
+    [
+        ("a photo of <toy>", "a photo of <toy>", {}),
+        ("a photo of (<toy>:1.3) and <bowl>", "a photo of <toy> and <bowl>", {"<toy>": 1.3}),
+        ("( <toy> : 0 ), (<bowl>:.5)", "<toy>, <bowl>", {"<toy>": 0, "<bowl>": 0.5}),
+        ("(<toy>:2) on (<toy>:2.0)", "<toy> on <toy>", {"<toy>": 2}),
+        ("a toy (red) at 10:30 (<toy>)", "a toy (red) at 10:30 (<toy>)", {}),
+        ("", "", {}),
+    ],
+)
+def test_strengths_are_read_out_of_a_prompt(prompt, plain, strengths):
+    assert read_strengths(prompt) == (plain, strengths)
+
+
+@pytest.mark.parametrize("text", ["much", "", "-1", "5.1", "inf", "nan", "1,3"])
+def test_a_strength_that_is_no_number_from_0_to_5_is_refused(text):
+    with refused(f"(<toy>:{text})", "number from 0 to 5"):
+        read_strengths(f"a photo of (<toy>:{text})")
+
+
+def test_one_strength_for_one_handle():
+    with refused("<toy> has two strengths, 1.2 and 0.8"):
+        read_strengths("(<toy>:1.2) and (<toy>:0.8)")
+    for prompt in ("(a red <toy>:1.3)", "(<toy> and <bowl>:1.3)"):
+        with refused(prompt, "one handle alone"):
+            read_strengths(prompt)
+
+
+def test_strength_1_changes_nothing(models):
+    plain, one = encode(models, "a photo of <asset0> at the beach", "a photo of (<asset0>:1) at the beach")
+    assert torch.equal(plain, one)
+
+
+def test_strength_0_leaves_no_trace_of_what_was_learnt(models):
+    """Another learnt row must not change a single number, at the handle's place or behind it."""
+    rows = models.text_encoder.get_input_embeddings().handles
+    before = encode(models, "a photo of (<asset0>:0) at the beach", "a photo of <asset0> at the beach")
+    kept = rows.data.clone()
+    rows.data[0] += 1.0
+    after = encode(models, "a photo of (<asset0>:0) at the beach", "a photo of <asset0> at the beach")
+    rows.data.copy_(kept)
+    assert torch.equal(before[0], after[0])
+    here = place(models, "a photo of <asset0> at the beach", "<asset0>")
+    moved = (before[1] - after[1]).abs().amax(dim=-1)
+    assert (moved[:here] == 0).all()
+    assert (moved[here:] > 0).all()
+
+
+def test_a_removed_handle_leaves_an_empty_place(models):
+    here = place(models, "a photo of <asset0>", "<asset0>")
+    removed, plain, empty = encode(models, "a photo of (<asset0>:0)", "a photo of <asset0>", "")
+    assert torch.equal(removed[here], empty[here])
+    assert torch.equal(removed[:here], plain[:here])
+    assert not torch.isclose(removed[here + 1 :], plain[here + 1 :]).all(dim=-1).any()
+
+
+def test_strengths_lie_on_a_line_through_removed_and_plain(models):
+    none, half, one, more = encode(models, *(f"a photo of (<asset0>:{s}) at the beach" for s in (0, 0.5, 1, 1.5)))
+    torch.testing.assert_close(half, (none + one) / 2)
+    torch.testing.assert_close(more, one + (one - none) / 2)
+
+
+def test_each_handle_has_its_own_strength(models):
+    both = "a photo of {} and {}"
+    plain, weak, gone = encode(
+        models,
+        both.format("<asset0>", "<asset1>"),
+        both.format("(<asset0>:0.5)", "<asset1>"),
+        both.format("(<asset0>:0)", "(<asset1>:0)"),
+    )
+    first, second = (place(models, both.format("<asset0>", "<asset1>"), h) for h in ("<asset0>", "<asset1>"))
+    empty = encode(models, "")[0]
+    torch.testing.assert_close(weak[first], (plain[first] + empty[first]) / 2)
+    assert torch.equal(gone[[first, second]], empty[[first, second]])
+    assert not torch.equal(weak[second], empty[second])
+
+
+def test_prompts_in_a_batch_do_not_touch_each_other(models):
+    prompts = ["a photo of (<asset0>:1.5)", "a photo of <asset1>", "the (<asset1>:0) bowl"]
+    together = encode(models, *prompts)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(together[i], encode(models, prompt)[0])
+    plain = encode_ids(models.text_encoder, tokenize(models.tokenizer, [prompts[1]]))
+    torch.testing.assert_close(together[1:2], plain.detach())
+
+
+def test_an_unknown_handle_is_refused_with_a_strength_too(models):
+    with refused("unknown handle <asset7>", "<asset0>, <asset1>"):
+        encode(models, "a photo of (<asset7>:1.3)")
+
+
+def test_sampling_hears_strengths(models):
+    fast = {"num_inference_steps": 2}
+    plain, one, gone = sample(models, [f"a photo of {h}" for h in ("<asset0>", "(<asset0>:1)", "(<asset0>:0)")], **fast)
+    assert plain == one
+    assert plain != gone
+
+
+def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
+    """Files bear numbers, or the name that was given for them."""
+    model, here = tmp_path / "model", tmp_path / "a" / "here"
+    save_model(taught(bench.model), model)
+    before = set(tmp_path.rglob("*"))
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    fast = ["--num_inference_steps", "1"]
+    prompt = "../../photo/../<asset0> /etc/x.png"
+    assert main(["sample", str(model), "--prompt", prompt, "../b", "--output_path", "out.png", *fast]) == 0
+    assert main(["attend", str(model), "--prompt", prompt, "--words", "--output_dir", "maps", *fast]) == 0
+    places = {path.relative_to(tmp_path).parent.as_posix() for path in set(tmp_path.rglob("*")) - before}
+    assert places == {".", "a", "a/here", "a/here/maps"}
+    assert {path.name for path in here.iterdir()} == {"out-0.png", "out-1.png", "maps"}
+    names = {path.name for path in (here / "maps").iterdir()}
+    assert names >= {"map0.npy", "map0.png", "maps.json", "picture.png", "sheet.png"}
+    assert all(name.isascii() and name.replace(".", "").isalnum() for name in names)
+    capsys.readouterr()
+    assert main(["train", str(bench.scene), "--weights", str(bench.model), "--handles", "<..>", "<b>", "<c>"]) == 2
+    assert capsys.readouterr().err == "bas: handle '<..>': expected <name> with 1 to 32 letters, digits, _ or -\n"

@@ -1,0 +1,187 @@
+"""Sampling: one seed one picture, guidance as defined, sizes, samplers, prompts."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bas.cli.entry import main
+from bas.cli.open_model import open_model
+from bas.config import SampleConfig
+from bas.runtime import device as machine
+from bas.sampling.prompt_strength import encode_prompts
+from bas.sampling.sampler import check_request, decode, generate, guided_output, sample
+from tests.helpers.tiny import refused, taught
+
+PROMPT = "a photo of <asset1> at the beach"
+FAST = {"num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def models(bench):
+    """The tiny model with the handles <asset0> and <asset1>."""
+    return taught(bench.model)
+
+
+def latents(models, prompts=(PROMPT,), seeds=(0,), **changes):
+    """Clean latents of prompts and seeds, made in one batch."""
+    return generate(list(prompts), list(seeds), models, SampleConfig(**FAST | changes))
+
+
+def numbers(pictures) -> np.ndarray:
+    """Pictures as one array of whole numbers."""
+    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eta": 0.7}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m"}])
+def test_a_picture_depends_on_its_seed_alone(models, changes):
+    """Three seeds together and each alone, also where every step draws noise."""
+    together = latents(models, [PROMPT] * 3, (4, 5, 6), guidance_scale=2.0, **changes)
+    for i, seed in enumerate((4, 5, 6)):
+        alone = latents(models, seeds=(seed,), guidance_scale=2.0, **changes)[0]
+        assert (together[i] - alone).abs().max() < 1e-5 * alone.abs().max()
+    assert (together[0] - together[1]).abs().max() > 0.1
+    assert together.isfinite().all()
+
+
+def test_samplers_differ_and_repeat(models):
+    choices = [{}, {"eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m"}, {"num_inference_steps": 5}]
+    results = [latents(models, **choice) for choice in choices]
+    for i, one in enumerate(results):
+        assert torch.equal(one, latents(models, **choices[i]))
+        assert all((one - other).abs().max() > 1e-3 for other in results[:i])
+
+
+def test_pictures_come_prompt_by_prompt_and_seed_by_seed(models):
+    """Two prompts, three seeds, batches of four: the same as one call each."""
+    prompts = [PROMPT, "a bowl"]
+    pictures = sample(models, prompts, num_images=3, seed=7, batch_size=4, **FAST)
+    singles = [sample(models, prompt, seed=seed, **FAST)[0] for prompt in prompts for seed in (7, 8, 9)]
+    assert np.abs(numbers(pictures) - numbers(singles)).max() <= 1
+    assert len({picture.tobytes() for picture in pictures}) == 6
+
+
+def test_settings_come_from_a_config_and_by_name(models):
+    config = SampleConfig(**FAST, seed=3)
+    assert numbers(sample(models, PROMPT, config)).tolist() == numbers(sample(models, PROMPT, seed=3, **FAST)).tolist()
+    assert numbers(sample(models, PROMPT, config, seed=4)).tolist() != numbers(sample(models, PROMPT, config)).tolist()
+
+
+def test_guidance_pushes_away_from_the_negative_prompt(models):
+    """negative + scale x (prompt - negative); at 1 it is the prompt's prediction alone, in one pass."""
+    z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500
+    with torch.inference_mode():
+        context, negative = (encode_prompts(models.text_encoder, models.tokenizer, [p]) for p in (PROMPT, "a bowl"))
+        for_prompt, for_negative = (models.unet(z, torch.tensor([t]), c).sample for c in (context, negative))
+        for scale in (0.0, 1.0, 3.0):
+            found = guided_output(models, z, t, context, negative, scale)
+            found = getattr(found, "sample", found)
+            assert (found - (for_negative + scale * (for_prompt - for_negative))).abs().max() < 1e-5
+
+
+def test_guidance_of_one_ignores_the_negative_prompt(models):
+    plain = latents(models, guidance_scale=1.0)
+    assert torch.equal(plain, latents(models, guidance_scale=1.0, negative_prompt="a bowl"))
+    assert (plain - latents(models, guidance_scale=7.5)).abs().max() > 1e-3
+    assert (latents(models) - latents(models, negative_prompt="a bowl")).abs().max() > 1e-3
+    assert (latents(models, negative_prompt=PROMPT) - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_sizes(models):
+    (picture,) = sample(models, PROMPT, height=24, width=40, **FAST)
+    assert picture.size == (40, 24)
+    assert sample(models, PROMPT, **FAST)[0].size == (32, 32)
+    for flags, words in (({"height": 30}, ["--height 30", "multiples of 8"]), ({"width": 4}, ["--width 4"])):
+        with refused(*words):
+            sample(models, PROMPT, **flags)
+
+
+def test_decoded_latents_become_eight_bit_pictures(models):
+    z = latents(models, seeds=(2,))
+    with torch.inference_mode():
+        expected = (models.vae.decode(z / 0.18215) / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(decode(models, z), expected)
+    (picture,) = sample(models, PROMPT, seed=2, **FAST)
+    assert (numbers([picture])[0] == (expected[0].permute(1, 2, 0) * 255).round().numpy()).all()
+
+
+def test_unknown_handles_are_named_with_the_known_ones(models, bench):
+    with refused("<asset7>", "known handles: <asset0>, <asset1>"):
+        sample(models, "a photo of <asset7> and <asset1>", **FAST)
+    with refused("<asset9>"):
+        sample(models, PROMPT, negative_prompt="<asset9>", **FAST)
+
+
+def test_a_handle_without_brackets_is_told(models, caplog):
+    """Only where the prompt names no handle: beside one, the word may well be meant."""
+    check_request(models, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig())
+    assert caplog.messages == [
+        "'a photo of asset1, at the beach' names no handle: for the concept write <asset1>, with < >"
+    ]
+
+
+def test_settings_without_effect_are_told(models, caplog):
+    settings = {"sampler": "dpmpp_2m", "eta": 0.5, "guidance_scale": 1.0, "negative_prompt": "a stone"}
+    check_request(models, [PROMPT], SampleConfig(**settings))
+    assert caplog.messages == [
+        "--eta has no effect: it is the noise of --sampler ddim, and this one is dpmpp_2m",
+        "--negative_prompt has no effect: --guidance_scale 1 turns guidance off",
+    ]
+    (first,) = sample(models, PROMPT, **FAST | settings)
+    (second,) = sample(models, PROMPT, **FAST | settings | {"eta": 0.0, "negative_prompt": ""})
+    assert first.tobytes() == second.tobytes()
+    caplog.clear()
+    check_request(models, [PROMPT], SampleConfig(eta=0.5, negative_prompt="a stone"))
+    assert caplog.messages == []
+
+
+def test_long_prompts_are_cut_with_a_warning_but_never_a_handle(models, caplog):
+    words = "a photo of the bowl at the beach and " * 10
+    sample(models, words, **FAST)
+    assert "too long" in caplog.text
+    with refused("beyond the 77 tokens"):
+        sample(models, words + "<asset0>", **FAST)
+
+
+def test_more_steps_than_timesteps_are_refused(models):
+    with refused("1001 denoising steps"):
+        sample(models, PROMPT, num_inference_steps=1001)
+
+
+def test_half_precision_comes_close(bench, models):
+    exact = latents(models)
+    rough = taught(bench.model).to(dtype=torch.bfloat16)
+    found = latents(rough)
+    assert found.dtype == torch.float32
+    assert torch.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.98
+
+
+def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, monkeypatch):
+    """The rule is the training's. The pictures differ by less than one of 255 levels on average."""
+    monkeypatch.setattr(machine, "CPU_BF16_WEIGHTS", 1)  # the tiny model counts as a large one
+    monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: True)
+    pictures = {}
+    for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
+        words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision)
+        models = open_model(words, lambda models: None)
+        networks = models.unet, models.vae, models.text_encoder
+        assert {weight.dtype for network in networks for weight in network.parameters()} == {dtype}
+        pictures[precision] = numbers(sample(models, "a bowl", num_images=2, num_inference_steps=2, guidance_scale=1.0))
+    assert 0 < np.abs(pictures["auto"] - pictures["fp32"]).mean() < 1
+
+
+def test_prompts_given_one_by_one_add_up(bench, tmp_path, capsys):
+    """Each picture's path is printed, in the order of the prompts."""
+    words = ["sample", bench.model, "--prompt", "a", "--prompt", "bowl", "stone", "--num_inference_steps", "1"]
+    assert main([*map(str, words), "--output_path", str(tmp_path / "x.png")]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [path.name for path in paths] == ["x-0.png", "x-1.png", "x-2.png"]
+    prompts = []
+    for path in paths:
+        with Image.open(path) as picture:
+            prompts.append(json.loads(picture.text["bas"])["prompt"])
+    assert prompts == ["a", "bowl", "stone"]

@@ -1,0 +1,268 @@
+"""On a GPU that is simulated, nothing is left on the wrong device, and the numbers are those of the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from shlex import split
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils import backend_registration
+
+from bas.cli.entry import main
+from tests.helpers.tiny import Bench
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch takes no device that is written in Python",
+)
+ROOT = Path(__file__).parents[2]
+ROUNDING = 1e-5  # relative: attention takes another path where there is no fused kernel
+MODEL = "--weights {model} --class_data_dir '{class_images}' --num_class_images 2 --mixed_precision no"
+FROM_RUN = "{folder}/run --num_inference_steps 2 --precision fp32"
+BOTH = '--prompt "a photo of (<asset0>:1.3) and <asset1>"'
+COMMANDS = (
+    f"train {{scene}} {MODEL} --output_dir {{folder}}/run --phase1_train_steps 3 --phase2_train_steps 3 "
+    "--img_log_steps 3 --preview_inference_steps 2 --checkpointing_steps 2",
+    *(f"sample {FROM_RUN} {BOTH} --sampler {s} --output_path {{folder}}/{s}.png" for s in ("ddim", "ddpm", "dpmpp_2m")),
+    f"vary {FROM_RUN} --num_images 2 --output_dir {{folder}}/vary",
+    f"attend {FROM_RUN} {BOTH} --output_dir {{folder}}/attend",
+    f"edit {FROM_RUN} {BOTH} --init_image {{scene}}/img.png --mask {{scene}}/mask0.png "
+    "--output_path {folder}/edit.png",
+    f"evaluate {{scene}} {MODEL} --output_dir {{folder}}/evaluation --methods bas cd-m --metrics miniature --prompts 1 "
+    "--phase1_train_steps 1 --phase2_train_steps 1 --num_inference_steps 2",
+)
+
+
+def commands(bench: Bench, folder: Path, device: str) -> list[list[str]]:
+    """A training, what can be done with its run, and an evaluation, all into one folder."""
+    places = {"folder": folder, "scene": bench.scene, "model": bench.model, "class_images": bench.class_images}
+    return [split(f"{command} --device {device}".format(**places)) for command in COMMANDS]
+
+
+def simulate(*words: str) -> subprocess.CompletedProcess:
+    """Python with these words, in a process that can import the tests and the tools."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the tensors are tiny
+    return subprocess.run([sys.executable, *words], env=environment, text=True, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folders(bench, tmp_path_factory) -> tuple[Path, Path]:
+    """What the commands wrote on the CPU, and on the simulated GPU."""
+    cpu, gpu = (tmp_path_factory.mktemp(device) for device in ("cpu", "gpu"))
+    assert [main(words) for words in commands(bench, cpu, "cpu")] == [0] * len(COMMANDS)
+    done = simulate("-m", "tests.helpers.simulated_gpu", json.dumps(commands(bench, gpu, "gpu")))
+    assert done.returncode == 0, done.stderr
+    return cpu, gpu
+
+
+def numbers(value) -> list[float]:
+    """The numbers of a structure of lists and dictionaries, in order; times left out."""
+    if isinstance(value, dict):
+        return [number for key in sorted(value) if key != "seconds" for number in numbers(value[key])]
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize(("path", "count"), [("run/metrics.jsonl", 39), ("evaluation/results.jsonl", 30)])
+def test_the_numbers_are_those_of_the_cpu(folders, path, count):
+    """Losses and gradients of both phases, prior and all; the scores of pictures, attention and confusion."""
+    cpu, gpu = ([numbers(json.loads(line)) for line in (f / path).read_text().splitlines()] for f in folders)
+    assert sum(map(len, cpu)) >= count
+    assert [number for row in gpu for number in row] == pytest.approx(
+        [number for row in cpu for number in row], rel=ROUNDING, abs=1e-4 if "evaluation" in path else 0
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("ddim.png", "ddpm.png", "dpmpp_2m.png", "vary/0001.png", "attend/picture.png", "edit.png"),
+        *("run/previews/step-000006.png", "attend/map0.png"),
+    ],
+)
+def test_the_pictures_are_those_of_the_cpu(folders, path):
+    """Up to one step of 255 in each pixel."""
+    cpu, gpu = (np.asarray(Image.open(folder / path), dtype=int) for folder in folders)
+    assert cpu.std() > 5
+    assert np.abs(cpu - gpu).max() <= 1
+
+
+def test_the_maps_are_those_of_the_cpu(folders):
+    cpu, gpu = (np.load(folder / "attend/map1.npy") for folder in folders)
+    assert gpu == pytest.approx(cpu, rel=ROUNDING)
+    assert cpu.std() > 0
+
+
+VARIANTS = (
+    "--mixed_precision bf16 --gradient_checkpointing --gradient_accumulation_steps 2 --train_batch_size 2",
+    "--mixed_precision bf16 --exact_phase1 --attention_loss cross_entropy --close_ups --normalize_masked_loss",
+    "--mixed_precision fp16 --optimizer adam --unet_layers cross_attention --class_data_dir {made}",
+    "--mixed_precision no --background_handle bg --save_precision fp16 --lr_scheduler cosine",
+)
+
+
+def test_every_kind_of_training_stays_on_its_device(bench, tmp_path):
+    """Each way in which a step can be computed, and class images that are drawn on the device first."""
+    lines = [
+        [*bench.command(tmp_path / f"run{i}"), *split(variant.format(made=tmp_path / "made")), "--device", "gpu"]
+        for i, variant in enumerate(VARIANTS)
+    ]
+    done = simulate("-m", "tests.helpers.simulated_gpu", json.dumps(lines))
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"run{i}" / "concepts.safetensors").exists() for i in range(len(VARIANTS))] == [True] * 4
+    assert len(list((tmp_path / "made").glob("*.png"))) == 2
+
+
+RESUMED = """
+import os, signal, sys
+from pathlib import Path
+import pytest, tests.helpers.simulated_gpu
+from tests.helpers.faults import before_step, heard, resume
+from tests.helpers.tiny import Bench, file_hashes
+import bas
+from bas.runtime.signals import Interrupted
+
+bench = Bench(Path(sys.argv[1]))
+for precision in ("no", "bf16"):
+    settings = {"device": "gpu", "mixed_precision": precision}
+    whole, stopped = (bench.folder / f"{name} {precision}" for name in ("whole", "stopped"))
+    bas.train(bench.config(whole, **settings))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heard():
+        before_step(patch, 5, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        bas.train(bench.config(stopped, **settings))
+    print(precision, file_hashes(resume(bench, stopped, **settings)) == file_hashes(whole))
+"""
+
+
+def test_a_stopped_training_goes_on_on_its_device(tmp_path):
+    """To the same bits, as on the CPU: weights, masters and the optimizer's state find their way back."""
+    done = simulate("-c", RESUMED, str(tmp_path))
+    assert done.stdout.splitlines() == ["no True", "bf16 True"], done.stderr
+
+
+MINIATURE = """
+import shutil, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.helpers.simulated_gpu import DEVICE
+from tests.tools.test_train_mini import MINI, SMALLEST
+from tools.train_mini.__main__ import STAGES
+from tools.train_mini.world import make_world
+
+run = Path(sys.argv[1])
+preset = replace(SMALLEST, scenes=520)
+shutil.copytree(MINI / "tokenizer", run / "tokenizer")
+make_world(preset, run)
+for name in ("vae", "clip", "latents", "unet", "decoder"):
+    STAGES[name](preset, run, DEVICE)
+"""
+
+
+def test_the_miniature_is_trained_on_its_device(tmp_path):
+    """A step of every stage, what is measured behind it, and the encoding of the world."""
+    done = simulate("-c", MINIATURE, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "on 512 held-out scenes" in done.stdout
+    made = {path.stem for path in tmp_path.glob("*.safetensors")}
+    assert made == {"vae", "clip", "unet", "decoder"}
+
+
+FROZEN = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
+from tests.helpers.simulated_gpu import DEVICE
+from tests.data.test_mask_proposals import settings, write_clipseg, write_mask2former, write_sam
+from tests.evaluation.test_metrics import half_mask, write_clip, write_dino, write_segmenter
+from bas.config import InputError
+from bas.evaluation.metrics import IdentitySimilarity, PromptSimilarity
+from bas.evaluation.object_similarity import ObjectSimilarity
+from bas.evaluation.segments import Segmenter
+from bas.data.mask_proposals import propose
+
+folder = Path(sys.argv[1])
+small = np.random.default_rng(1).integers(0, 255, (2, 4, 5, 3), dtype=np.uint8)
+pictures = [Image.fromarray(array).resize((40, 30), Image.Resampling.BICUBIC) for array in small]
+torch.manual_seed(0)
+asked = {
+    "sam": settings(write_sam(folder / "sam"), points=("20,10", "30,20"), threshold=0.5),
+    "clipseg": settings(write_clipseg(folder / "clipseg"), words=("bowl", "stone"), threshold=0.4),
+    "mask2former": settings(write_mask2former(folder / "mask2former"), threshold=0.01, min_coverage=0.01),
+}
+clip, dino = write_clip(folder / "clip"), write_dino(folder / "dino")
+write_segmenter("maskformer", folder / "maskformer")
+for device in (torch.device("cpu"), DEVICE):
+    for method, config in asked.items():
+        try:
+            print(method, [(p.word, int(p.mask.sum())) for p in propose(method, pictures[0], config, device)])
+        except InputError as error:  # the random Mask2Former finds nothing, on either device
+            print(method, error)
+    print(np.round(PromptSimilarity(str(clip), device).prompt_similarity(pictures, ["a bowl", "a stone"]), 5))
+    for identity in (IdentitySimilarity(str(dino), device), ObjectSimilarity(device)):
+        print(np.round(identity.identity_similarity(pictures, pictures[0], half_mask()), 5))
+    print([mask.sum() for mask in Segmenter(str(folder / "maskformer"), device).segments(pictures, "dog")])
+"""
+
+
+def test_frozen_models_compute_on_their_device(tmp_path):
+    """Those that propose masks, and those that score pictures: the same on both."""
+    pytest.importorskip("scipy", reason="scipy, without which transformers builds no Mask2Former, is not installed")
+    done = simulate("-c", FROZEN, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 14
+    assert lines[:7] == lines[7:]
+
+
+# --- What is not where it must be ----------------------------------------------------------------------------------
+
+
+MEETINGS = {
+    "x + torch.ones(3)": "aten::add: tensors of gpu:0 and of the CPU, (3,), meet",
+    "torch.stack([x, torch.ones(3)])": "aten::stack: tensors of gpu:0 and of the CPU, (3,), meet",
+    "torch.ones(3)[torch.arange(2, device='gpu')]": "aten::index: tensors of gpu:0 and of the CPU, (3,), meet",
+    "torch.randn(3, device='gpu', generator=torch.Generator())": "aten::normal_: the generator is of the CPU",
+    "x.numpy()": ".numpy() is not supported",
+    "x.resize_(4)": "aten::resize_ changes the size of a tensor",
+    "x[torch.tensor([0, 2])].cpu()": "tensor([1., 1.])",
+    "(x * torch.tensor(2.0)).to('cpu')": "tensor([2., 2., 2.])",
+    "(x.data.zero_().tolist(), x.tolist())": "([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])",
+}
+EACH = """
+import sys, tests.helpers.simulated_gpu, torch
+for code in sys.argv[1:]:
+    x = torch.ones(3, device="gpu")
+    try:
+        print(eval(code))
+    except (RuntimeError, NotImplementedError) as error:
+        print(error)
+"""
+
+
+def test_the_simulation_refuses_what_cuda_refuses():
+    """And nothing else: single numbers and places may come from the CPU."""
+    done = simulate("-c", EACH, *MEETINGS)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(MEETINGS), done.stderr
+    assert [line for line, wanted in zip(lines, MEETINGS.values(), strict=True) if not line.startswith(wanted)] == []
+
+
+def test_a_batch_left_on_the_cpu_ends_the_training(bench, tmp_path):
+    """So the tests above would see it."""
+    words = [*bench.command(tmp_path / "run"), "--device", "gpu", "--mixed_precision", "no"]
+    code = f"""
+from tests.helpers import simulated_gpu
+from bas.data.batches import Batch
+from bas.cli.entry import main
+Batch.to = lambda self, device: self
+main({words})
+"""
+    done = simulate("-c", code)
+    assert done.returncode == 1
+    assert "tensors of gpu:0 and of the CPU" in done.stderr

@@ -1,0 +1,250 @@
+"""What a training does when another one comes, when the disk is full or read-only, and when memory runs out."""
+
+import errno
+import os
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bas
+from bas.cli.entry import main
+from bas.config import InputError, RunError
+from bas.io import files
+from bas.io.files import new_folder
+from bas.training import run_folder
+from bas.training.disk_space import free_room
+from bas.training.run_folder import list_checkpoints, locked, prepare_folder
+from tests.helpers.faults import before_step, full_disk, opened, resume, training, unprivileged
+from tests.helpers.kills import child
+from tests.helpers.tiny import file_hashes, refused
+
+# --- Two runs in one folder -------------------------------------------------------------------------------------------
+
+
+def test_the_second_of_two_runs_is_refused_and_the_first_goes_on(bench, tmp_path, monkeypatch, whole):
+    answers = []
+
+    def race(*args):
+        answers.append(child(expect_refusal, bench, tmp_path / "run"))
+
+    before_step(monkeypatch, 2, race)
+    bas.train(bench.config(tmp_path / "run"))
+    assert answers == [0]
+    assert file_hashes(tmp_path / "run") == whole
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def expect_refusal(bench, run):
+    bas.training.setup.load = lambda *args, **kwargs: pytest.fail("weights were read")
+    for wanted in (None, "latest"):
+        with refused(f"another run is writing to {run}"):
+            bas.train(bench.config(run, resume_from_checkpoint=wanted))
+
+
+def test_of_racing_processes_one_holds_the_folder(tmp_path):
+    """Eight processes at once, twenty times: never two hold it, and the lock of a dead one is free."""
+    held, most = tmp_path / "held", 0
+
+    def hold():
+        with locked(tmp_path / "run"):
+            handle = os.open(held, os.O_CREAT | os.O_EXCL)  # fails where another one holds the folder
+            os.close(handle)
+            held.unlink()
+            os._exit(3)
+
+    for _ in range(20):
+        children = []
+        for _ in range(8):
+            if not (pid := os.fork()):
+                try:
+                    hold()
+                except InputError:
+                    os._exit(4)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+            children.append(pid)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        assert set(ended) <= {3, 4}
+        assert 3 in ended
+        most = max(most, ended.count(4))
+    assert most
+
+
+# --- A full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999])
+def test_a_full_disk_keeps_the_old_checkpoint(bench, tmp_path, monkeypatch, whole, share):
+    run, original = tmp_path / "run", run_folder.write_tensors
+    size = {}
+
+    def write(path, tensors, *rest):
+        if path.parts[-2:] == (".step-000005.tmp", "state.safetensors"):
+            before = list_checkpoints(run)[-1] / "state.safetensors"
+            size["room"] = int(share * before.stat().st_size)
+            with full_disk(size["room"]):
+                return original(path, tensors, *rest)
+        return original(path, tensors, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_tensors", write)
+        with pytest.raises(RunError, match=r"writing to .* failed: .*(large|space).*make room") as caught:
+            bas.train(bench.config(run, checkpointing_steps=1))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000004"]
+    assert file_hashes(resume(bench, run)) == whole
+
+
+def test_a_disk_that_fills_at_the_metrics_or_at_the_end_loses_nothing(bench, tmp_path, monkeypatch, whole):
+    run, no_space = tmp_path / "run", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*args, **kwargs):
+        raise no_space
+
+    for module, name in ((run_folder.MetricsLog, "flush"), (training, "save_model"), (training, "save_concepts")):
+        with monkeypatch.context() as patch:
+            if name == "flush":
+                original, calls = run_folder.MetricsLog.flush, iter(range(100))
+                patch.setattr(module, name, lambda log, f=original, c=calls: refuse() if next(c) == 4 else f(log))
+            else:
+                patch.setattr(module, name, refuse)
+            with pytest.raises(RunError, match=r"No space left on device.*make room"):
+                resume(bench, run, checkpointing_steps=1)
+        assert list_checkpoints(run)
+    assert file_hashes(resume(bench, run, checkpointing_steps=1)) == whole
+
+
+def test_a_write_that_claims_success_is_looked_at_on_the_disk(bench, tmp_path, monkeypatch, whole):
+    """A file that is shorter than its header says never takes the place of a whole one."""
+    run, original, sizes = tmp_path / "run", files.save_file, []
+
+    def cut_short(tensors, path, metadata):
+        original(tensors, path, metadata)
+        if ".step-000003.tmp" in path.parts:
+            sizes.append(path.stat().st_size)
+            os.truncate(path, sizes[0] - 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", cut_short)
+        with pytest.raises(RunError, match=r"safetensors cannot be written: .*make room"):
+            bas.train(bench.config(run, checkpointing_steps=1))
+    assert sizes
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert file_hashes(resume(bench, run)) == whole
+
+
+def test_only_leftovers_of_a_run_are_cleared(tmp_path):
+    """A killed run's half-written files go; files of like names that are not its own stay."""
+    theirs = [tmp_path / "notes" / ".draft.tmp", tmp_path / ".cache.tmp" / "kept"]
+    ours = [tmp_path / ".settings.json.71.tmp", tmp_path / "checkpoints" / ".step-000003.tmp" / "state.json"]
+    ours += [tmp_path / "scene" / "close-up-0" / ".mask0.png.71.tmp", tmp_path / "unet" / ".a.safetensors.9.tmp"]
+    for path in (*theirs, *ours, tmp_path / "settings.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    prepare_folder(tmp_path, resuming=True)
+    assert [path.exists() for path in (*theirs, *ours)] == [True] * len(theirs) + [False] * len(ours)
+    assert not ours[1].parent.exists()
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """Synced, renamed, and the folder synced: else a power cut could leave an empty file of the right name."""
+    order, sync, replace = [], files.sync, os.replace
+    monkeypatch.setattr(files, "sync", lambda path: (order.append(f"sync {path.suffix}"), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
+    files.write_text(tmp_path / "a.txt", "a")
+    assert order == ["sync .tmp", "rename", "sync "]
+
+
+# --- A folder that cannot be written ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closed(tmp_path_factory):
+    """A folder that anybody may read and nobody but its owner may write to; its owner is root or may not either."""
+    folder = tmp_path_factory.mktemp("closed")
+    with opened(folder):
+        folder.chmod(0o555)
+        yield folder
+
+
+def test_a_read_only_folder_is_refused(closed):
+    with unprivileged():
+        with refused(f"cannot write to --output_dir {closed / 'run'}: Permission denied"), locked(closed / "run"):
+            pass
+        with refused(f"cannot write to --output_dir {closed}: Permission denied"), locked(closed):
+            pass
+        with refused(f"cannot write to --output_dir {closed / 'a' / 'b'}: {closed} is read-only for you"):
+            free_room(closed / "a" / "b")
+        with refused(f"cannot write to --output_dir {closed / 'new'}: Permission denied"):
+            new_folder(str(closed / "new"))
+    assert list(closed.iterdir()) == []
+
+
+def test_train_sees_it_before_it_reads_weights(bench, tmp_path, monkeypatch):
+    """The folder turns read-only between two sessions."""
+    run = bas.train(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=0))
+    (run / "concepts.safetensors").unlink()
+    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.disk_space.os.access", lambda path, mode: Path(path) != run)
+    with refused(f"cannot write to --output_dir {run}: {run} is read-only for you"):
+        resume(bench, run, phase1_train_steps=1, phase2_train_steps=0)
+
+
+# --- Out of memory ----------------------------------------------------------------------------------------------------
+
+
+def full(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_out_of_memory_keeps_the_last_checkpoint(bench, tmp_path, monkeypatch, whole, step):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_step(patch, step, full)
+        with pytest.raises(torch.OutOfMemoryError):
+            bas.train(bench.config(run, checkpointing_steps=1))
+    assert [path.name for path in list_checkpoints(run)] == [f"step-{step - 1:06d}"]
+    assert file_hashes(resume(bench, run)) == whole
+
+
+def too_much(make):
+    """The error that a library itself raises when it is asked for more memory than any machine has."""
+    try:
+        make(10**17)
+    except (RuntimeError, MemoryError) as error:
+        return error
+
+
+WITHOUT_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+    MemoryError(),
+    *(too_much(make) for make in (bytes, torch.empty, np.empty)),
+]
+
+
+@pytest.mark.parametrize("error", WITHOUT_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_command_without_memory_is_one_line(bench, monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("bas.cli.commands.sample.sample_each", fail)
+    words = ["sample", str(bench.model), "--prompt", "a bowl", "--device", "cpu"]
+    assert main(words) == 1
+    advice = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
+    assert capsys.readouterr().err == f"bas: out of memory: {advice}\n"
+    with pytest.raises(type(error)):
+        main([*words, "--debug"])
+
+
+def test_another_error_is_no_lack_of_memory(bench, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("bas.cli.commands.sample.sample_each", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["sample", str(bench.model), "--prompt", "a bowl", "--device", "cpu"])

@@ -1,0 +1,76 @@
+"""The recogniser that reads generated pictures: what it learns from, and that its figures can be repeated."""
+
+import math
+
+import numpy as np
+import torch
+
+from tools.checks.mini import (
+    BATCH,
+    COLOUR_NAMES,
+    NOTHING,
+    SEED,
+    SHAPE_NAMES,
+    Reading,
+    labelled_scene,
+    psnr,
+    score,
+    train_recogniser,
+)
+from tools.mini_world.layouts import Layout, Thing
+from tools.mini_world.scenes import render_scene
+
+
+def test_two_trainings_give_the_same_recogniser(tmp_path):
+    """Whatever was drawn from the generator before: its first weights come from the seed too."""
+    first = train_recogniser(tmp_path / "first.pt", BATCH, epochs=1).state_dict()
+    torch.rand(7)
+    second = train_recogniser(tmp_path / "second.pt", BATCH, epochs=1).state_dict()
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    again = train_recogniser(tmp_path / "first.pt", scenes=0, epochs=0).state_dict()  # read from the file
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def test_a_scene_is_labelled_where_its_things_are():
+    """Cells of which a thing covers half have its shape and colour, as the masks say; all others have neither."""
+    for index in range(8):
+        labels = labelled_scene(index)
+        drawn = render_scene(np.random.default_rng((SEED, index)), 64, two_colours=0)
+        assert labels.image.shape == (64, 64, 3)
+        assert np.array_equal(labels.image, drawn.image)
+        for row, column in np.ndindex(16, 16):
+            cell = np.s_[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            here = [thing for thing, mask in zip(drawn.objects, drawn.masks, strict=True) if mask[cell].mean() > 0.5]
+            shape, colour = labels.shapes[row, column], labels.colours[row, column]
+            assert [SHAPE_NAMES[shape]] == [thing.shape for thing in here] if here else shape == NOTHING
+            assert [COLOUR_NAMES[colour]] == [thing.colour for thing in here] if here else colour == -1
+
+
+def test_percentages_by_hand():
+    """One of five readings is right: others miss shape, colour, place or most of the thing; of two pairs one."""
+    star, mug = Thing("star", "red"), Thing("mug", "blue")
+    right = Reading("beach", {"star": 10}, {"star": "red"})
+    readings = [
+        right,
+        Reading("beach", {"mug": 10, "star": 1}, {"mug": "red", "star": "red"}),
+        Reading("beach", {"star": 10}, {"star": "pink"}),
+        Reading("snow", {"star": 10}, {"star": "red"}),
+        Reading("beach", {"star": 4, "mug": 3, "ball": 3}, {"star": "red", "mug": "blue", "ball": "red"}),
+        Reading("snow", {"star": 8, "mug": 2}, {"star": "red", "mug": "blue"}),
+        Reading("snow", {"star": 9, "mug": 1}, {"star": "red", "mug": "blue"}),  # too little of the mug
+    ]
+    layouts = [Layout((star,), "beach", seed=0)] * 5 + [Layout((star, mug), "snow", seed=0)] * 2
+    assert score(layouts, readings) == {
+        "shape": 80.0,
+        "colour": 80.0,
+        "place": 80.0,
+        "all three": 20.0,
+        "both of two": 50.0,
+        "place of two": 100.0,
+    }
+
+
+def test_psnr_of_known_errors():
+    """One level of 255 everywhere is 20 log10 255 = 48.13 dB, ten levels 20 dB less; the mean over both pictures."""
+    picture = np.full((64, 64, 3), 100, np.uint8)
+    assert math.isclose(psnr([picture + 1, picture + 10], [picture] * 2), 20 * math.log10(255) - 10, abs_tol=1e-3)

@@ -1,0 +1,177 @@
+"""Class images: made once for what they depend on, continued where they stopped, taken from the user as they are."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bas
+from bas.config import SampleConfig, TrainConfig
+from bas.io.files import cache_dir
+from bas.pretrained.folder import load
+from bas.training.class_images import cache_key, check_class_folder, class_images, find_folder
+from tests.helpers.tiny import refused, write_class_images
+
+
+@pytest.fixture(scope="module")
+def models(bench):
+    return load(bench.model)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Pictures are drawn from noise instead of being denoised; the list holds (prompt, seed) of each."""
+    jobs = []
+
+    def generate(prompts, seeds, models, settings):
+        jobs.extend(zip(prompts, seeds, strict=True))
+        shape = (4, settings.height // 2, settings.width // 2)
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    monkeypatch.setattr("bas.training.class_images.generate", generate)
+    return jobs
+
+
+def names(folder) -> list[str]:
+    """The pictures in a folder."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
+
+
+def test_cache_key_depends_on_everything_that_decides_a_picture(models):
+    """Each change gives another folder; the scene, the count and the batch size do not matter."""
+    base = {"config": TrainConfig(), "base_hash": "a", "schedule": models.schedule, "settings": SampleConfig(height=32)}
+
+    def folder(**changes):
+        return find_folder(TrainConfig(), cache_key(**base | changes))[0]
+
+    others = [
+        {"base_hash": "b"},
+        {"schedule": replace(models.schedule, prediction_type="v_prediction")},
+        {"schedule": replace(models.schedule, steps_offset=0)},
+        {"config": TrainConfig(class_prompt=("a bowl",))},
+        {"config": TrainConfig(class_prompt=("a photo at the beach", "a bowl"))},
+        {"config": TrainConfig(mixed_precision="bf16")},
+        {"settings": SampleConfig(height=40)},
+        {"settings": SampleConfig(height=32, width=40)},
+        {"settings": SampleConfig(height=32, seed=1)},
+        {"settings": SampleConfig(height=32, num_inference_steps=20)},
+        {"settings": SampleConfig(height=32, guidance_scale=5.0)},
+    ]
+    folders = [folder(), *(folder(**change) for change in others)]
+    assert len(set(folders)) == len(folders)
+    assert all(path.parent == cache_dir() / "class_images" for path in folders)
+    free = TrainConfig(num_class_images=7, instance_data_dir="elsewhere", sample_batch_size=2)
+    assert folder(config=free) == folder(settings=SampleConfig(height=32, batch_size=9, num_images=3)) == folders[0]
+
+
+def test_the_key_holds_what_auto_came_to(bench, tmp_path, asked, monkeypatch):
+    """So images of one arithmetic are never taken for those of another, on a machine where auto is something else."""
+    folder = tmp_path / "keyed"
+    config = bench.config(tmp_path / "first", class_data_dir=str(folder), phase1_train_steps=0, phase2_train_steps=1)
+    bas.train(config)
+    assert json.loads((folder / "key.json").read_text())["precision"] == "no"
+    bas.train(replace(config, output_dir=str(tmp_path / "second"), mixed_precision="no"))
+    monkeypatch.setattr("bas.training.setup.pick_precision", lambda *args: "bf16")
+    with refused("keyed holds class images made with another precision"):
+        bas.train(replace(config, output_dir=str(tmp_path / "third")))
+
+
+def test_images_are_generated_once_and_more_are_added(models, bench, tmp_path, asked):
+    """Seeds count up, prompts take turns, and a larger number keeps the pictures that are there."""
+    prompts = ("a photo at the beach", "a bowl")
+    config = bench.config(class_data_dir=str(tmp_path / "new"), class_prompt=prompts, num_class_images=3, seed=5)
+    first, _ = class_images(models, config, "base", (32, 40))
+    assert asked == [(prompts[0], 5), (prompts[1], 6), (prompts[0], 7)]
+    assert first.mean.shape == (3, 4, 16, 20)
+    again, _ = class_images(models, config, "base", (32, 40))
+    assert len(asked) == 3
+    assert torch.equal(first.mean, again.mean)
+    more, _ = class_images(models, replace(config, num_class_images=5), "base", (32, 40))
+    assert asked[3:] == [(prompts[1], 8), (prompts[0], 9)]
+    assert torch.equal(more.mean[:3], first.mean)
+    fewer, _ = class_images(models, replace(config, num_class_images=2), "base", (32, 40))
+    assert torch.equal(fewer.mean, first.mean[:2])
+
+
+def test_interrupted_generation_continues(models, bench, tmp_path, asked, monkeypatch):
+    """Cut off in the third batch of two, with a half-written file: the rest is made, the pictures are the same."""
+    config = bench.config(class_data_dir=str(tmp_path / "cut"), num_class_images=6, sample_batch_size=2)
+    original, calls = Image.Image.save, iter(range(1, 100))
+
+    def dying(picture, path, **options):
+        if next(calls) == 5:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        original(picture, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            class_images(models, config, "base", (32, 32))
+    assert names(tmp_path / "cut") == [f"{i:05d}.png" for i in range(4)]
+    (tmp_path / "cut" / "00001.png").unlink()
+    asked.clear()
+    resumed, _ = class_images(models, config, "base", (32, 32))
+    assert [seed for _, seed in asked] == [1, 4, 5]
+    whole, _ = class_images(models, replace(config, class_data_dir=str(tmp_path / "whole")), "base", (32, 32))
+    assert torch.equal(resumed.mean, whole.mean)
+
+
+def test_folder_of_the_user_is_taken_as_it_is(models, bench, tmp_path, asked):
+    """No key is written, nothing generated; pictures of another shape are cut to the middle and resized."""
+    folder = write_class_images(tmp_path / "mine", count=3, size=(64, 32))
+    config = bench.config(class_data_dir=str(folder), num_class_images=2)
+    found, _ = class_images(models, config, "any base", (32, 32))
+    assert asked == []
+    assert found.mean.shape == (2, 4, 16, 16)
+    assert names(folder) == ["0.png", "1.png", "2.png"]
+    assert not (folder / "key.json").exists()
+    with torch.no_grad():
+        middle = np.asarray(Image.open(folder / "0.png"))[:, 16:48]
+        pixels = torch.from_numpy(middle.copy()).permute(2, 0, 1).float() / 127.5 - 1
+        assert torch.equal(found.mean[0], models.vae.encode(pixels[None]).mean[0])
+
+
+def test_pictures_of_the_user_are_never_replaced(models, bench, tmp_path, asked):
+    """One of them bears a name that a generated picture would have."""
+    folder = write_class_images(tmp_path / "mine", count=2)
+    (folder / "1.png").rename(folder / "00002.png")
+    mine = (folder / "00002.png").read_bytes()
+    class_images(models, bench.config(class_data_dir=str(folder), num_class_images=4), "base", (32, 32))
+    assert names(folder) == ["0.png", "00000.png", "00001.png", "00002.png"]
+    assert (folder / "00002.png").read_bytes() == mine
+    assert [seed for _, seed in asked] == [0, 1]
+
+
+def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_path, asked):
+    config = bench.config(class_data_dir=str(tmp_path / "keyed"))
+    class_images(models, config, "base", (32, 32))
+    key = json.loads((tmp_path / "keyed" / "key.json").read_text())
+    assert key["base"] == "base"
+    cases = [
+        ((config, "other", (32, 32)), ["another base"]),
+        ((config, "base", (40, 32)), ["another height"]),
+        ((replace(config, class_prompt=("a bowl",), seed=1), "base", (32, 32)), ["prompts, ", "seed"]),
+    ]
+    for args, words in cases:
+        with refused("keyed holds class images made with another", *words):
+            class_images(models, *args)
+        with refused("keyed", *words) if words != ["another base"] else nullcontext():  # which takes the weights
+            check_class_folder(args[0], models.schedule, args[2])
+    (tmp_path / "keyed" / "key.json").write_text("{")
+    with refused("key.json", "not valid JSON"):
+        class_images(models, config, "base", (32, 32))
+
+
+def test_a_file_is_no_folder_and_a_broken_picture_is_named(models, bench, tmp_path):
+    (tmp_path / "file").write_text("")
+    with refused("--class_data_dir", "not a folder"):
+        check_class_folder(bench.config(class_data_dir=str(tmp_path / "file")), models.schedule, (32, 32))
+    folder = write_class_images(tmp_path / "mine")
+    (folder / "0.png").write_bytes(b"nothing")
+    with refused("0.png", "not a readable"):
+        check_class_folder(bench.config(class_data_dir=str(folder)), models.schedule, (32, 32))

@@ -1,0 +1,36 @@
+"""The start of a run: what is wrong with its input is found before weights are read, and its folder must be free."""
+
+import pytest
+
+import bas
+from tests.helpers.tiny import refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"phase1_train_steps": 0, "phase2_train_steps": 0}, ["nothing to train"]),
+        ({"exact_phase1": True, "mixed_precision": "fp16"}, ["--exact_phase1", "bf16"]),
+        ({"num_of_assets": 2}, ["--num_of_assets is 2", "3 masks"]),
+        ({"pretrained_model_name_or_path": "no-such-model"}, ["no-such-model", "no known model"]),
+        ({"device": "nonsense"}, ["--device nonsense"]),
+        ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "no whole checkpoint"]),
+    ],
+)
+def test_wrong_input_is_found_before_weights_are_read(bench, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with refused(*words):
+        bas.train(bench.config(tmp_path / "run", **flags))
+
+
+def test_run_folder_must_be_free(bench, tmp_path, monkeypatch):
+    run = bas.train(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=0))
+    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with refused("already holds a finished run"):
+        bas.train(bench.config(run))
+    (run / "concepts.safetensors").unlink()
+    with refused("unfinished run", "--resume_from_checkpoint latest"):
+        bas.train(bench.config(run))
+    (tmp_path / "file").write_text("in the way")
+    with refused("cannot write to --output_dir"):
+        bas.train(bench.config(tmp_path / "file" / "run"))

@@ -1,0 +1,408 @@
+"""The mask painter: its server without a network, and its page in a real browser."""
+
+import base64
+import io
+import json
+import socket
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bas.cli.entry import main
+from bas.config import TrainConfig
+from bas.data.scene import load_scene
+from bas.data.scene_writer import open_draft
+from bas.web.painter import MAX_BODY, Handler, Server, Studio
+from tests.helpers.browser import Browser
+from tests.helpers.tiny import refused
+
+W, H = 48, 32
+PORT = 8123
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of 48x32 pixels."""
+    Image.new("RGB", (W, H), (90, 120, 60)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def studio(photo):
+    """What the server of `bas paint photo.png` holds."""
+    return Studio(open_draft(photo, None))
+
+
+def ask(studio, method="GET", place="", host=f"127.0.0.1:{PORT}", path=None, body=b"", **headers):
+    """One request over a pair of sockets -> status, headers and body of the answer."""
+    ours, theirs = socket.socketpair()
+    sent = {"Host": host, "Content-Length": str(len(body)), "Content-Type": "application/json"}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    lines = [f"{method} {path or f'/{studio.token}/{place}'} HTTP/1.0", *(f"{k}: {v}" for k, v in sent.items() if v)]
+    with ours, theirs:
+        ours.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        Handler(theirs, ("127.0.0.1", 1), SimpleNamespace(studio=studio, server_address=("127.0.0.1", PORT)))
+        theirs.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: ours.recv(65536), b""))
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    status, *fields = head.decode().split("\r\n")
+    return int(status.split()[1]), dict(field.split(": ", 1) for field in fields), rest
+
+
+def png(mask):
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def soft(shift=0):
+    """A mask with every value from 0 to 255."""
+    return np.roll(np.arange(W * H).reshape(H, W) % 256, shift, axis=1).astype(np.uint8)
+
+
+def save(studio, *concepts, **headers):
+    body = json.dumps({"concepts": list(concepts)}).encode()
+    status, _, answer = ask(studio, "POST", "save", body=body, **headers)
+    return status, json.loads(answer)["message"]
+
+
+# --- The scene folder ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(studio, photo):
+    folder = photo.parent / "photo"
+    first, second = {"handle": "<toy>", "word": "toy"}, {"handle": "<bowl>", "word": None}
+    assert save(studio, first | {"mask": png(soft())}, second | {"mask": png(soft(7))}) == (
+        200,
+        f"Saved 2 masks to {folder}",
+    )
+    assert (folder / "img.png").read_bytes() == photo.read_bytes()
+    assert np.array_equal(np.asarray(Image.open(folder / "mask1.png")), soft(7))
+    assert json.loads((folder / "scene.json").read_text()) == {"concepts": [first, second]}
+    scene = load_scene(TrainConfig(instance_data_dir=str(folder)))
+    assert (scene.handles, scene.words) == (("<toy>", "<bowl>"), ("toy", None))
+    assert np.array_equal(scene.masks[0], soft().astype(np.float32) / 255)
+
+    for again in (studio, Studio(open_draft(photo, None)), Studio(open_draft(folder, None))):
+        content = json.loads(ask(again, place="scene")[2])
+        assert (content["name"], content["width"], content["height"]) == (str(folder), W, H)
+        assert [{k: row[k] for k in ("handle", "word")} for row in content["concepts"]] == [first, second]
+        sent = content["concepts"][1]["mask"].removeprefix("data:image/png;base64,")
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(sent)))), soft(7))
+
+
+def test_masks_of_removed_concepts_go_and_other_notes_stay(studio, photo):
+    folder = photo.parent / "photo"
+    rows = [{"handle": f"<a{i}>", "word": None, "mask": png(soft(i))} for i in range(3)]
+    save(studio, *rows)
+    (folder / "scene.json").write_text(json.dumps({"title": "mine", "concepts": []}))
+    assert save(studio, rows[2]) == (200, f"Saved 1 mask to {folder}")
+    assert sorted(path.name for path in folder.iterdir()) == ["img.png", "mask0.png", "scene.json"]
+    assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(2))
+    notes = json.loads((folder / "scene.json").read_text())
+    assert notes == {"title": "mine", "concepts": [{"handle": "<a2>", "word": None}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"handle": "toy"}, "handle 'toy': expected <name> with 1 to 32 letters, digits, _ or -"),
+        ({"handle": "<../../x>"}, "handle '<../../x>': expected <name>"),
+        ({"handle": None}, "handle None: expected <name>"),
+        ({"word": 3}, "the initial word of <a> is no short text"),
+        ({"word": "x" * 101}, "the initial word of <a> is no short text"),
+        ({"mask": "?"}, "the mask of <a> is no PNG"),
+        ({"mask": None}, "the mask of <a> is no PNG"),
+        ({"mask": png(soft()[:-1])}, "the mask of <a> is not of the picture's size"),
+        ({"mask": png(soft() * 0)}, "nothing is painted for <a>: paint it, or remove it"),
+        ({"mask": png(soft() * 0 + 255)}, "everything is painted for <a>: leave out what is not the concept"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_and_nothing_is_written(studio, photo, changes, message):
+    good = {"handle": "<b>", "word": None, "mask": png(soft())}
+    status, said = save(studio, good, {"handle": "<a>", "word": None, "mask": png(soft(1))} | changes)
+    assert status == 400
+    assert said.startswith(message)
+    assert not (photo.parent / "photo").exists()
+
+
+def test_scenes_that_are_none(studio):
+    row = {"handle": "<a>", "word": None, "mask": png(soft())}
+    assert save(studio, row, row) == (400, "two concepts have the same handle")
+    assert save(studio) == (400, "a scene has 1 to 64 concepts")
+    assert save(studio, 3) == (400, "handle None: expected <name> with 1 to 32 letters, digits, _ or -")
+    for body in (b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000):
+        status, _, answer = ask(studio, "POST", "save", body=body)
+        assert (status, json.loads(answer)) == (400, {"message": "expected a scene as JSON"})
+
+
+def test_a_folder_that_is_spoilt_meanwhile_is_told(studio, photo):
+    save(studio, {"handle": "<a>", "word": None, "mask": png(soft())})
+    (photo.parent / "photo" / "mask0.png").write_text("no picture")
+    status, _, answer = ask(studio, place="scene")
+    assert status == 400
+    assert "mask0.png is not a readable" in json.loads(answer)["message"]
+
+
+def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_path):
+    other = tmp_path / "scene"
+    other.mkdir()
+    Image.new("RGB", (W, H)).save(other / "img.png")
+    with refused(f"{other} holds another picture, img.png: name another --output_dir"):
+        open_draft(photo, other)
+    np.save(other / "masks.npy", (soft() > 9)[None])
+    with refused(f"{other} has its masks in masks.npy, not in mask0.png: name another --output_dir"):
+        open_draft(other, None)
+    with refused(f"{photo} is a file: name another --output_dir"):
+        open_draft(other, photo)
+    with refused(f"{tmp_path} needs exactly one picture named img.jpg"):
+        open_draft(tmp_path, None)
+    with refused("missing.png is not a file"):
+        open_draft(tmp_path / "missing.png", None)
+    studio = Studio(open_draft(other / "img.png", tmp_path / "new"))  # but they can be the start of a new scene
+    (row,) = json.loads(ask(studio, place="scene")[2])["concepts"]
+    assert save(studio, row | {"mask": row["mask"].partition(",")[2]})[0] == 200
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "mask0.png")) > 0, soft() > 9)
+
+
+# --- The server ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_asks_nobody_else(studio):
+    status, headers, page = ask(studio)
+    assert status == 200
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert b"{nonce}" not in page
+    assert b"http" not in page
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; img-src 'self' data:; connect-src 'self'")
+    assert headers["Content-Security-Policy"] != ask(studio)[1]["Content-Security-Policy"]
+    assert (headers["Cache-Control"], headers["Referrer-Policy"]) == ("no-store", "no-referrer")
+
+
+def test_the_picture_is_sent_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (W, H)).save(tmp_path / "turned.jpg", exif=exif)
+    studio = Studio(open_draft(tmp_path / "turned.jpg", None))
+    status, headers, picture = ask(studio, place="image")
+    assert (status, headers["Content-Type"]) == (200, "image/jpeg")
+    assert Image.open(io.BytesIO(picture)).size == (H, W)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("path", ["/", "/wrong/", "/wrong/save", "*", "//", "http://evil/", "/é/"])
+def test_without_the_token_nothing_is_answered(studio, method, path):
+    status, _, answer = ask(studio, method, path=path)
+    assert status == 403
+    assert json.loads(answer) == {"message": "open the address that bas paint printed, token included"}
+
+
+@pytest.mark.parametrize("host", [None, "evil.example", f"evil.example:{PORT}", "127.0.0.1", "127.0.0.1:1", "0.0.0.0"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_other_hosts_are_refused(studio, method, host):
+    status, _, answer = ask(studio, method, "save" if method == "POST" else "", host=host)
+    assert status == 403
+    assert json.loads(answer) == {"message": "this server answers to 127.0.0.1 alone"}
+
+
+def test_localhost_is_this_machine(studio):
+    assert ask(studio, host=f"localhost:{PORT}")[0] == 200
+
+
+@pytest.mark.parametrize("place", ["../../etc/passwd", "%2e%2e/x", "paint.html", "image/", "save", "scene?x"])
+def test_no_path_leads_anywhere_else(studio, place):
+    assert ask(studio, place=place)[0] == 404
+    assert ask(studio, "POST", "image")[0] == 404
+
+
+def test_other_pages_cannot_save(studio):
+    row = {"handle": "<a>", "word": None, "mask": png(soft())}
+    assert save(studio, row, Origin="http://evil.example")[0] == 403
+    assert save(studio, row, Origin="null")[0] == 403
+    assert save(studio, row, Content_Type="text/plain")[0] == 415
+    assert save(studio, row, Content_Type="application/x-www-form-urlencoded")[0] == 415
+    assert save(studio, row, Origin=f"http://127.0.0.1:{PORT}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("length", "status"), [(str(MAX_BODY + 1), 413), ("9" * 30, 413), ("-1", 411), ("a", 411), (None, 411)]
+)
+def test_too_large_or_unmeasured_bodies_stay_unread(studio, length, status):
+    assert ask(studio, "POST", "save", Content_Length=length)[0] == status
+
+
+def test_other_methods_are_unknown(studio):
+    assert ask(studio, "PUT", "save")[0] == 501
+    assert ask(studio, "DELETE", "save")[0] == 501
+
+
+def test_the_server_is_bound_to_loopback_and_a_taken_port_is_one_line(photo):
+    draft = open_draft(photo, None)
+    with Server(draft, 0) as server:
+        host, port = server.server_address
+        assert host == "127.0.0.1"
+        assert server.url == f"http://127.0.0.1:{port}/{server.studio.token}/"
+        assert len(server.studio.token) >= 20
+        with refused(f"--port {port} cannot be used"):
+            Server(draft, port)
+    with refused("--port 99999 cannot be used"):
+        Server(draft, 99999)
+
+
+def test_the_command_prints_the_address_and_ends_with_ctrl_c(photo, monkeypatch, capsys):
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
+    assert main(["paint", str(photo), "--output_dir", str(photo.parent / "new")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Open http://127.0.0.1:")
+    assert f"saving writes {photo.parent / 'new'}. Ctrl+C ends." in printed
+    assert main(["paint", str(photo.parent / "none.png")]) == 2
+    assert capsys.readouterr().err == f"bas: {photo.parent / 'none.png'} is not a file\n"
+
+
+# --- The page in a browser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One headless Chromium for all tests of this file."""
+    chromium = Browser(tmp_path_factory.mktemp("browser"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture
+def page(photo, browser):
+    """The page of `bas paint photo.png` in a browser window, and the server behind it."""
+    with Server(open_draft(photo, None), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        browser.problems.clear()
+        browser.show(900, 600)
+        open_page(browser, server.url)
+        yield browser, server
+        server.shutdown()
+        thread.join()
+    assert browser.problems == []
+
+
+def open_page(browser, url):
+    browser.send("Page.navigate", url=url)
+    browser.wait("document.querySelector('#status')?.textContent.startsWith('Paint')")
+
+
+def on_screen(browser, *points):
+    """Where pixels of the photograph are in the window."""
+    left, top, scale = browser.run("(({left, top, width: w}) => [left, top, w / width])(sheet.getBoundingClientRect())")
+    return [(left + x * scale, top + y * scale) for x, y in points]
+
+
+def saved(browser, folder):
+    """Press s, wait, and read the masks from disk."""
+    browser.run("say('')")
+    browser.press("s")
+    browser.wait("!['', 'Saving …'].includes(document.querySelector('#status').textContent)")
+    assert browser.run("document.querySelector('#status').textContent").startswith("Saved ")
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("mask*.png"))]
+
+
+def distance(start, end):
+    """Each pixel centre's distance from a line, (H, W)."""
+    centres = np.stack(np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5), axis=-1)
+    along = np.subtract(end, start)
+    share = ((centres - start) @ along / max(along @ along, 1e-9)).clip(0, 1)
+    return np.linalg.norm(centres - (np.array(start) + share[..., None] * along), axis=-1)
+
+
+def assert_painted(mask, start, end, size):
+    """White where a round brush went, black elsewhere, with a soft edge of a pixel between."""
+    away = distance(start, end)
+    assert (mask[away <= size / 2 - 0.8] == 255).all()
+    assert (mask[away >= size / 2 + 0.8] == 0).all()
+    assert 0 < ((mask > 0) & (mask < 255)).sum() < 120
+
+
+def test_painting_erasing_undoing_and_saving(page, photo):
+    browser, server = page
+    folder = server.studio.draft.folder
+    size = browser.run("brushSize()")
+    assert size == 4
+    start, end = (10, 8), (38, 22)
+    browser.drag(*on_screen(browser, start, (24, 15), end))
+    (mask,) = saved(browser, folder)
+    assert mask.shape == (H, W)
+    assert_painted(mask, start, end, size)
+
+    browser.press("e")
+    browser.press("]")
+    wider = browser.run("brushSize()")
+    assert wider > size
+    browser.drag(*on_screen(browser, (24, 0), (24, 31)))
+    (erased,) = saved(browser, folder)
+    gone = distance((24, 0), (24, 31))
+    assert (erased[gone <= wider / 2 - 0.8] == 0).all()
+    assert np.array_equal(erased[gone >= wider / 2 + 0.8], mask[gone >= wider / 2 + 0.8])
+
+    browser.press("z", control=True)
+    assert np.array_equal(saved(browser, folder)[0], mask)
+    browser.press("y", control=True)
+    assert np.array_equal(saved(browser, folder)[0], erased)
+
+    browser.run("document.querySelector('#add').click()")
+    browser.press("b")
+    browser.press("[")
+    browser.drag(*on_screen(browser, (6, 26), (20, 26)))
+    browser.run("const put = (i, v) => { const f = document.querySelectorAll('li input')[i]; f.value = v;"
+                "f.dispatchEvent(new Event('input')); }; put(2, '<bowl>'); put(3, 'bowl')")  # fmt: skip
+    first, second = saved(browser, folder)
+    assert np.array_equal(first, erased)
+    assert_painted(second, (6, 26), (20, 26), size)
+    notes = json.loads((folder / "scene.json").read_text())["concepts"]
+    assert notes == [{"handle": "<asset0>", "word": None}, {"handle": "<bowl>", "word": "bowl"}]
+
+    open_page(browser, server.url)  # as loaded, every soft edge is saved again as it was
+    again = saved(browser, folder)
+    assert np.array_equal(again[0], first)
+    assert np.array_equal(again[1], second)
+
+    browser.press("1")
+    browser.drag(*on_screen(browser, (4, 4)))
+    assert browser.run("concepts.indexOf(active)") == 0
+    browser.run("document.querySelectorAll('.remove')[0].click()")
+    (only,) = saved(browser, folder)
+    assert np.array_equal(only, second)
+    browser.press("z", control=True)
+    back, _ = saved(browser, folder)
+    assert_painted(np.where(distance((4, 4), (4, 4)) < 4, back, 0), (4, 4), (4, 4), size)
+
+
+def test_fingers_paint_and_two_of_them_only_zoom(page):
+    browser, server = page
+    browser.show(390, 844, phone=True)
+    open_page(browser, server.url)
+    assert browser.run("document.documentElement.scrollWidth") == 390
+    start, end = (12, 10), (36, 10)
+    browser.touch(*on_screen(browser, start, end))
+    (a, b), (c, d) = on_screen(browser, (10, 24), (20, 24))
+    for fingers in ([(a, b)], [(a, b), (c, d)], [(a - 40, b), (c + 40, d)], []):
+        kind = "touchEnd" if not fingers else "touchMove" if fingers[0][0] != a else "touchStart"
+        points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(fingers)]
+        browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    assert browser.run("zoom") > 1.5
+    (mask,) = saved(browser, server.studio.draft.folder)
+    assert_painted(mask, start, end, browser.run("brushSize()"))
+
+
+def test_what_the_server_refuses_is_said_on_the_page(page):
+    browser, server = page
+    browser.press("s")
+    browser.wait("document.querySelector('#status').className === 'bad'")
+    said = browser.run("document.querySelector('#status').textContent")
+    assert said == "nothing is painted for <asset0>: paint it, or remove it"
+    assert browser.problems.pop().endswith("400 (Bad Request)")
+    assert not server.studio.draft.folder.exists()

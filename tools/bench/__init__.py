@@ -1,0 +1,1 @@
+"""Measures bas against the official training loop, side by side."""

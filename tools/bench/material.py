@@ -1,0 +1,107 @@
+"""What both sides of the bench work on: models of random weights, a scene, class images, all as files."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bas.models.config import UNetConfig, VAEConfig
+from bas.models.text import build_text_encoder
+from bas.models.unet import UNet
+from bas.models.vae import VAE
+from bas.pretrained.folder import load, save_model
+from bas.pretrained.loading import Models
+from bas.pretrained.single_file import clip_tokenizer
+from bas.schedulers import NoiseSchedule
+
+OFFICIAL = Path(__file__).parents[2] / "tests" / "reference" / "official"
+WORDS = ("creature", "bowl", "stone")  # one token each, in CLIP's vocabulary and in the small model's
+
+SD21_UNET = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+SD21_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+}
+
+# What each name means, for the reader of the results.
+MODELS = {
+    "SD 2.1": "full Stable Diffusion 2.1-base: 866 M + 340 M + 84 M random weights",
+    "small SD 2": "UNet of 32, 64, 64, 64 channels with 1, 2, 2, 2 heads, linear projections; VAE of 16, 16, 32, 32; "
+    "text tower of 2 layers, width 32, 542 tokens; 3.2 M random weights",
+    "small SD 1": "the same with 8 heads on every level and 1x1 convolutions as projections",
+}
+
+
+@dataclass(frozen=True)
+class Material:
+    """Where things lie, and the device to work on."""
+
+    model: str
+    scene: str
+    class_images: str
+    words: tuple[str, ...]
+    side: int  # pixels
+    device: str
+
+    def to_json(self) -> dict:
+        """What a process of its own is told."""
+        return asdict(self)
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """One of MODELS as a diffusers folder in float32; returns it."""
+    if name == "small SD 2":
+        return shutil.copytree(OFFICIAL / "model", folder)
+    torch.manual_seed(0)
+    if name == "small SD 1":
+        models = load(OFFICIAL / "model")
+        models.unet = UNet(replace(models.unet.config, attention_head_dim=8, use_linear_projection=False))
+    else:
+        networks = UNet(SD21_UNET), VAE(VAEConfig()), build_text_encoder(SD21_TEXT)
+        models = Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule(steps_offset=1))
+    save_model(models, folder)
+    return folder
+
+
+def make_scene(folder: Path, side: int, concepts: int | None = None) -> Path:
+    """The official example at `side` pixels; with `concepts`, that many rectangles as masks instead of its own."""
+    folder.mkdir(parents=True)
+    Image.open(OFFICIAL / "scene" / "img.jpg").convert("RGB").resize((side, side)).save(folder / "img.png")
+    if concepts is None:
+        masks = [Image.open(path).resize((side, side)) for path in sorted((OFFICIAL / "scene").glob("mask*.png"))]
+    else:
+        masks = []
+        for i in range(concepts):  # four columns, two rows
+            left, top = i % 4 * side // 4, i // 4 * side // 2
+            mask = np.zeros((side, side), np.uint8)
+            mask[top : top + side // 2, left : left + side // 4] = 255
+            masks.append(Image.fromarray(mask))
+    for i, mask in enumerate(masks):
+        mask.save(folder / f"mask{i}.png")
+    return folder
+
+
+def make_class_images(folder: Path, side: int, count: int = 4) -> Path:
+    """The official recording's four class images by turns, `count` files of `side` pixels, as JPEG."""
+    folder.mkdir(parents=True)
+    paths = sorted((OFFICIAL / "class_images").glob("*.*g"))
+    pictures = [Image.open(path).convert("RGB").resize((side, side)) for path in paths]
+    for i in range(count):
+        pictures[i % len(pictures)].save(folder / f"class{i}.jpg")
+    return folder
+
+
+def make_material(folder: Path, model: Path, side: int, device: str, concepts: int | None = None) -> Material:
+    """A scene and class images for a model that is there already."""
+    folder.mkdir(parents=True)
+    scene, images = make_scene(folder / "scene", side, concepts), make_class_images(folder / "class_images", side)
+    words = tuple(WORDS[i % len(WORDS)] for i in range(concepts or len(WORDS)))
+    return Material(str(model), str(scene), str(images), words, side, device)

@@ -1,0 +1,151 @@
+"""Repeats the small evaluation: the paper's six methods and four ablations on scenes of the miniature's world.
+
+    python -m tools.checks.methods --output_dir /tmp/methods                     all of it
+    python -m tools.checks.methods --output_dir /tmp/methods --first_scenes 1 --seeds 0        a part of it
+    python -m tools.checks.methods --markdown                                    the tables of the recorded run
+    python -m tools.checks.methods --scatter docs/pictures/comparison.png        its plot, of the paper's methods
+
+Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and drawing: what
+`bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
+run that docs/comparison.md shows; on the same machine and the same miniature every number is the same. `--record` adds
+to a recorded run of the same miniature, and takes the place of one of another.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from bas.evaluation.baselines import PAPER
+from bas.evaluation.plot import scatter_png
+from bas.evaluation.protocol import CELL, CELLS, PLAN
+from bas.evaluation.scores import ROWS
+from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
+from bas.io.figures import save_picture
+from bas.io.files import read_json
+from tools.mini_world.scenes import render_concepts, save_scene
+
+RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
+SCENES, SIDE = 12, 256  # how many, and their pixels
+SETTINGS = (
+    *("--prompts", "3", "--sampler", "dpmpp_2m", "--num_inference_steps", "15"),
+    *("--phase1_train_steps", "100", "--phase2_train_steps", "200"),
+)
+
+
+def write_scenes(folder: Path, count: int) -> list[Path]:
+    """Scene folders world-0, world-1, ... of 2, 3, 4, 2, ... concepts; those that are there stay."""
+    scenes = [folder / f"world-{i}" for i in range(count)]
+    for i, scene in enumerate(scenes):
+        if not scene.exists():
+            save_scene(render_concepts(np.random.default_rng(i), SIDE, 2 + i % 3), scene)
+    return scenes
+
+
+def evaluate(folder: Path, scenes: list[Path], args: argparse.Namespace) -> None:
+    """`bas evaluate` in as many processes of one thread as asked for. Raises CalledProcessError when it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
+    command = [sys.executable, *(launcher if args.processes > 1 else []), "-m", "bas", "evaluate", *map(str, scenes)]
+    command += ["--output_dir", str(folder), "--methods", *args.methods, "--seeds", *map(str, args.seeds), *SETTINGS]
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def condense(folder: Path) -> list[dict]:
+    """What an evaluation measured: for each cell the mean of each column, and the seconds that it took."""
+    cells = []
+    for path in sorted((folder / CELLS).glob(f"*/*/*/{ROWS}")):
+        rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+        note = json.loads(path.with_name(CELL).read_text(encoding="utf-8"))
+        cell = {key: note[key] for key in ("scene", "method", "seed")}
+        for column, (kind, _, _) in COLUMNS.items():
+            cell[column] = float(np.mean([value_of(row, column) for row in rows if row["row"] == kind]))
+        cells.append(cell | {"pictures": len(note["pictures"]), "seconds": sum(note["seconds"].values())})
+    return cells
+
+
+def differences(cells: list[dict], recorded: list[dict]) -> list[float]:
+    """For each cell that both have, the largest difference in any column."""
+    known = {name_of(cell): cell for cell in recorded}
+    shared = [(cell, known[name_of(cell)]) for cell in cells if name_of(cell) in known]
+    return [max(abs(ours[column] - theirs[column]) for column in COLUMNS) for ours, theirs in shared]
+
+
+def name_of(cell: dict) -> tuple:
+    """What tells a cell from the others."""
+    return cell["scene"], cell["method"], cell["seed"]
+
+
+def merged(run: dict, recorded: dict) -> dict:
+    """A run, with what the recorded one has beside it where both are of the same miniature."""
+    if recorded["base"] != run["base"]:
+        return run
+    cells = {name_of(cell): cell for cell in (*recorded["cells"], *run["cells"])}
+    return run | {"cells": [cells[name] for name in sorted(cells)]}
+
+
+def rows_of(cells: list[dict]) -> list[dict]:
+    """The means of cells as the rows that the tables and the plot read."""
+    return [cell | {"row": kind} for cell in cells for kind in ("picture", "cell")]
+
+
+def markdown(run: dict) -> str:
+    """The tables of a run, as docs/comparison.md shows them."""
+    cells = run["cells"]
+    rows = rows_of(cells)
+    scenes, methods, seeds = (len({cell[key] for cell in cells}) for key in ("scene", "method", "seed"))
+    pictures, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
+    counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {pictures} pictures"
+    head = f"- {run['date']}, torch {run['torch']}; {counts}; {hours:.1f} hours of one thread"
+    tables = method_table(rows), ordering_table(rows), option_table(rows)
+    return "\n".join([head, *(line for table in tables if table for line in ("", *table)), ""])
+
+
+def main() -> None:
+    """Run, compare, print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.checks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation; the same one goes on")
+    parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
+    parser.add_argument("--record", action="store_true", help=f"write the result to docs/{RECORDED.name}")
+    parser.add_argument("--markdown", action="store_true", help="print the recorded run; run nothing")
+    parser.add_argument("--scatter", type=Path, help="draw the recorded run's plot into this file; run nothing")
+    args = parser.parse_args()
+    if args.scatter:
+        cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
+        save_picture(scatter_png(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
+        return
+    if args.markdown:
+        print(markdown(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")
+        return
+    if args.output_dir is None:
+        parser.error("--output_dir is needed, or --markdown, or --scatter")
+    evaluation = args.output_dir / "evaluation"
+    evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
+    run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch")}
+    run["base"] = read_json(evaluation / PLAN)["base"]
+    run["cells"] = condense(evaluation)
+    print(markdown(run))
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    if args.record:
+        RECORDED.write_text(json.dumps(merged(run, recorded), indent=1) + "\n", encoding="utf-8")
+    else:
+        apart = differences(run["cells"], recorded["cells"])
+        print(
+            f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart, default=0):.2g}"
+        )
+        if recorded["base"] != run["base"]:
+            print(f"the recorded run is of another miniature: {recorded['base'][:12]}, here {run['base'][:12]}")
+
+
+if __name__ == "__main__":
+    main()

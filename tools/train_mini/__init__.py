@@ -1,0 +1,1 @@
+"""Trains the miniature Stable Diffusion of `weights/mini` from nothing."""
