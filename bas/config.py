@@ -4,68 +4,14 @@ The settings are the single source of the command line: each field is a flag, it
 own configurations stand in bas/models/config.py.
 """
 
-import difflib
 import os
-from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
-# Far above any model of this family, and any use of bas: a larger number is a broken file or a slip.
-MAX_CHANNELS = 8192
+from bas.errors import MAX_SIDE, InputError, is_utf8
+
 MAX_COUNT = 1_000_000  # steps, pictures, examples
-MAX_SIDE = 16_384  # pixels
 MAX_SEED = 2**62
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: what is wrong and what to do."""
-
-    def __init__(self, message: str):
-        super().__init__("\\n".join(message.splitlines()))  # a file's name may hold line breaks
-
-
-class RunError(RuntimeError):
-    """A run cannot go on, though its input was sound: a loss is not finite, say. The message is one line."""
-
-
-# --- Values -------------------------------------------------------------------------------------------------------
-
-
-def whole(name: str, value: Any, least: int, most: int) -> int:
-    """The value. InputError unless it is a whole number from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
-    return value
-
-
-def positive(name: str, value: Any, most: int = MAX_CHANNELS) -> int:
-    """The value. InputError unless it is a whole number from 1 to `most`."""
-    return whole(name, value, 1, most)
-
-
-def number(name: str, value: Any, least: float = -1000, most: float = 1000) -> float:
-    """The value. InputError unless it is a number from `least` to `most`."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r}: expected a number from {least:g} to {most:g}")
-    return value
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written to a file; one from the command line may hold bytes that are no characters."""
-    return text.encode(errors="ignore").decode() == text
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the nearest known one, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def switch(name: str, value: Any) -> bool:
-    """The value. InputError unless it is true or false."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} is {value!r}: expected true or false")
-    return value
 
 
 # --- Training -----------------------------------------------------------------------------------------------------

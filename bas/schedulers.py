@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bas.config import InputError, positive, switch, whole
+from bas.errors import InputError, check_bool, check_int, check_positive
 
 BETA_SCHEDULES = ("scaled_linear", "linear")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -32,9 +32,9 @@ class NoiseSchedule:
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,) float32, from the betas
 
     def __post_init__(self):
-        positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
-        whole("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
-        switch("scheduler set_alpha_to_one", self.set_alpha_to_one)
+        check_positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
+        check_int("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
+        check_bool("scheduler set_alpha_to_one", self.set_alpha_to_one)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise InputError(
                 f"scheduler betas run from {self.beta_start} to {self.beta_end}: expected 0 < start <= end < 1"

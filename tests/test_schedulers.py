@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.schedulers import (
     NoiseSchedule,
     add_noise,

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from bas import __version__
 from bas.cli.flags import Parser
-from bas.config import InputError, RunError, did_you_mean
+from bas.errors import InputError, RunError, did_you_mean
 from bas.runtime.signals import Interrupted
 
 UNREAD = 141  # 128 + SIGPIPE

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Collection
 from dataclasses import fields
 
-from bas.config import did_you_mean
+from bas.errors import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from bas import __version__
-from bas.config import InputError
 from bas.data.scene import find_files, numbered_folders, pictures_in
+from bas.errors import InputError
 from bas.io.files import cache_dir, human_size, read_json, read_tensors, reading
 from bas.io.images import open_picture
 from bas.io.settings_file import check_facts

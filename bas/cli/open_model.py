@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_machine
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import new_folder
 from bas.pretrained.folder import glance, load
 from bas.pretrained.hub import find

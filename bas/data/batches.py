@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from bas.config import InputError, Phase, TrainConfig
+from bas.config import Phase, TrainConfig
 from bas.data.scene import LARGE_OVERLAP, Scene, draw_subset, overlaps, subset_prompt
+from bas.errors import InputError
 from bas.losses import resize_mask
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import read_content
 from bas.io.images import MAX_PIXELS, has_alpha, open_picture, read_mask
 

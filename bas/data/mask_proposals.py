@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from bas.config import InputError, ProposalConfig
+from bas.config import ProposalConfig
+from bas.errors import InputError
 from bas.pretrained.helper_models import find_frozen, load_frozen
 
 if TYPE_CHECKING:

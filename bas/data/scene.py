@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bas.config import MAX_SIDE, InputError, TrainConfig, did_you_mean
+from bas.config import TrainConfig
 from bas.data.mask_formats import READERS, FoundMask, find_source, read_number, read_source
+from bas.errors import MAX_SIDE, InputError, did_you_mean
 from bas.io.files import read_content, reading
 from bas.io.images import SUFFIXES, read_image, read_mask
 from bas.models.text import HANDLE, check_name

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bas.config import InputError
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
 from bas.data.scene import find_picture, match_size, pictures_in, read_notes
+from bas.errors import InputError
 from bas.io.figures import save_picture
 from bas.io.files import read_json, reading, replacing, write_json
 from bas.io.images import read_image

@@ -5,7 +5,8 @@ Every row goes through the same loop with the same seed; it differs from `bas tr
 
 from dataclasses import dataclass
 
-from bas.config import METHODS, PLAIN, InputError, TrainConfig
+from bas.config import METHODS, PLAIN, TrainConfig
+from bas.errors import InputError
 
 
 @dataclass(frozen=True)

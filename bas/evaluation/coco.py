@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bas.config import CocoConfig, InputError, positive
+from bas.config import CocoConfig
 from bas.data.mask_formats import entries, segmentation_mask
+from bas.errors import InputError, check_positive
 from bas.io.figures import save_picture
 from bas.io.files import read_content, write_json
 from bas.io.images import MAX_PIXELS, read_image
@@ -72,7 +73,7 @@ def read_annotations(path: Path, dropped: tuple[str, ...]) -> Annotations:
     }
     images = {}
     for i, row in enumerate(entries(content, "images", path)):
-        sides = [positive(f"{path} image {i}: {name}", row.get(name), MAX_PIXELS) for name in ("width", "height")]
+        sides = [check_positive(f"{path} image {i}: {name}", row.get(name), MAX_PIXELS) for name in ("width", "height")]
         if sides[0] * sides[1] > MAX_PIXELS or not isinstance(row.get("file_name"), str):
             raise InputError(f"{path} image {i} has no file_name, or more than 100 megapixels")
         name = PurePath(row["file_name"])

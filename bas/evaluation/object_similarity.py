@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.evaluation.masking import blacken_each
 
 GRID = 32  # rows and columns that pictures are averaged to: half of the miniature's pixels

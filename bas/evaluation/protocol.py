@@ -13,8 +13,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bas.config import InputError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
 from bas.data.scene import load_scene, subset_prompt
+from bas.errors import InputError
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, draw, look
 from bas.io.files import read_json, write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.evaluation.study import KEY
 from bas.io.files import read_json
 

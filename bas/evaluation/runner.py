@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bas.config import InputError, RunError, SampleConfig
+from bas.config import SampleConfig
+from bas.errors import InputError, RunError
 from bas.evaluation.page import page
 from bas.evaluation.plot import scatter_png
 from bas.evaluation.protocol import CELL, Cell, fill_cell

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import read_json
 from bas.io.images import read_mask
 from bas.pretrained.helper_models import find_frozen, load_frozen

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from bas import __version__
-from bas.config import InputError, StudyConfig
+from bas.config import StudyConfig
+from bas.errors import InputError
 from bas.evaluation.masking import blacken
 from bas.evaluation.metrics import in_words
 from bas.evaluation.protocol import CELL, CELLS, RUN

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import replacing
 
 # One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).

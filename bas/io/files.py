@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 MAX_TENSORS = 20_000  # ten times the largest file of this family

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bas.config import InputError
+from bas.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from bas.cli.flags import Parser, value_type
-from bas.config import InputError, TrainConfig, did_you_mean
+from bas.config import TrainConfig
+from bas.errors import InputError, did_you_mean
 from bas.io.files import read_bytes
 
 CONFIG = "config.toml"  # of a run

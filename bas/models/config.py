@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from bas.config import InputError, number, positive, switch
+from bas.errors import InputError, check_bool, check_float, check_positive
 
 MAX_LAYERS = 16  # in one level; far above any model of this family
 
@@ -70,12 +70,12 @@ class UNetConfig:
 
     def __post_init__(self):
         for name in ("sample_size", "in_channels", "out_channels", "cross_attention_dim"):
-            positive(f"unet {name}", getattr(self, name))
-        positive("unet layers_per_block", self.layers_per_block, MAX_LAYERS)
+            check_positive(f"unet {name}", getattr(self, name))
+        check_positive("unet layers_per_block", self.layers_per_block, MAX_LAYERS)
         for name in ("use_linear_projection", "flip_sin_to_cos", "upcast_attention"):
-            switch(f"unet {name}", getattr(self, name))
-        number("unet norm_eps", self.norm_eps, 0, 1)
-        number("unet freq_shift", self.freq_shift)
+            check_bool(f"unet {name}", getattr(self, name))
+        check_float("unet norm_eps", self.norm_eps, 0, 1)
+        check_float("unet freq_shift", self.freq_shift)
         if self.in_channels != self.out_channels:
             raise InputError(
                 f"the UNet has {self.in_channels} input channels: that is an inpainting or depth model; "
@@ -84,9 +84,9 @@ class UNetConfig:
         if not 1 <= self.levels <= 8:
             raise InputError(f"unet block_out_channels has {self.levels} levels: expected 1 to 8")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
-            positive("unet block_out_channels", channels)
-            positive("unet attention_head_dim (the number of heads)", heads)
-            if channels % positive("unet norm_num_groups", self.norm_num_groups) or channels % heads:
+            check_positive("unet block_out_channels", channels)
+            check_positive("unet attention_head_dim (the number of heads)", heads)
+            if channels % check_positive("unet norm_num_groups", self.norm_num_groups) or channels % heads:
                 raise InputError(
                     f"unet width {channels} is not divisible by {self.norm_num_groups} groups and {heads} heads"
                 )
@@ -157,12 +157,14 @@ class VAEConfig:
 
     def __post_init__(self):
         for name in ("in_channels", "out_channels", "latent_channels", "sample_size"):
-            positive(f"vae {name}", getattr(self, name))
-        positive("vae layers_per_block", self.layers_per_block, MAX_LAYERS)
+            check_positive(f"vae {name}", getattr(self, name))
+        check_positive("vae layers_per_block", self.layers_per_block, MAX_LAYERS)
         if not 1 <= len(self.block_out_channels) <= 8:
             raise InputError(f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8")
         for channels in self.block_out_channels:
-            if positive("vae block_out_channels", channels) % positive("vae norm_num_groups", self.norm_num_groups):
+            if check_positive("vae block_out_channels", channels) % check_positive(
+                "vae norm_num_groups", self.norm_num_groups
+            ):
                 raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
         if not 0 < self.scaling_factor < 1000:
             raise InputError(f"vae scaling_factor is {self.scaling_factor}: expected a positive number")

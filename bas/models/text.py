@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from bas.config import MAX_CHANNELS, InputError, is_utf8, number, positive
+from bas.errors import MAX_CHANNELS, InputError, check_float, check_positive, is_utf8
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -58,13 +58,15 @@ def text_config(config: dict) -> CLIPTextConfig:
         raise InputError(f"the text encoder is a {config['model_type']!r}: bas needs a CLIP text model")
     chosen = {}
     for name, most in LIMITS.items():
-        chosen[name] = positive(f"text encoder {name}", config.get(name), most)
+        chosen[name] = check_positive(f"text encoder {name}", config.get(name), most)
     chosen["hidden_act"] = config.get("hidden_act", "quick_gelu")
     if chosen["hidden_act"] not in ACTIVATIONS:
         raise InputError(f"text encoder hidden_act is {chosen['hidden_act']!r}: expected one of {ACTIVATIONS}")
     if chosen["hidden_size"] % chosen["num_attention_heads"]:
         raise InputError("text encoder hidden_size is not divisible by num_attention_heads")
-    chosen["layer_norm_eps"] = float(number("text encoder layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1))
+    chosen["layer_norm_eps"] = float(
+        check_float("text encoder layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1)
+    )
     # Token ids outside the vocabulary only matter to the pooled output, which Stable Diffusion does not use.
     ids = {name: config[name] for name in TOKEN_IDS if isinstance(config.get(name), int)}
     chosen |= {name: value for name, value in ids.items() if 0 <= value < chosen["vocab_size"]}

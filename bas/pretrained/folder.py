@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import (
     PICKLE_ADVICE,
     cache_dir,

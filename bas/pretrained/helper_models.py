@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import read_json
 from bas.pretrained.hub import HUB_ID, cached
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
+from bas.errors import InputError
 from bas.io.files import read_json, reading
 from bas.io.settings_file import check_settings, setting_kinds
 from bas.pretrained import folder as model_folder

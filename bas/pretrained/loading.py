@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import WEIGHT_TYPES
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import merged_state_dict

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import read_tensors, write_tensors
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 
 WHOLE_MODEL = "give a whole Stable Diffusion 1.x or 2.x model"
 

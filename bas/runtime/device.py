@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from bas.config import InputError
+from bas.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from bas.config import InputError, RunError
+from bas.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
 

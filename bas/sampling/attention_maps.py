@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bas.config import InputError, SampleConfig
+from bas.config import SampleConfig
 from bas.data.batches import attention_grid
+from bas.errors import InputError
 from bas.io.figures import grid, heat, save_picture
 from bas.io.files import write_json
 from bas.losses import handle_maps

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bas.config import EditConfig, InputError
+from bas.config import EditConfig
 from bas.data.batches import encode_images
 from bas.data.scene import fit, match_size, pixels
+from bas.errors import InputError
 from bas.io.files import read_content
 from bas.io.images import read_mask
 from bas.io.settings_file import read_toml

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from bas.config import InputError, SampleConfig
+from bas.config import SampleConfig
 from bas.data.scene import subset_prompt
+from bas.errors import InputError
 from bas.io.figures import grid, save_picture
 from bas.pretrained.loading import Models
 from bas.runtime.progress import Progress

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.models.text import HANDLE, encode_ids, tokenize
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from bas.config import InputError, SampleConfig
+from bas.config import SampleConfig
+from bas.errors import InputError
 from bas.losses import average_maps
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from bas.config import InputError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import encode_images
 from bas.data.scene import pixels
+from bas.errors import InputError
 from bas.io.figures import save_picture
 from bas.io.files import cache_dir, read_json, reading, write_json
 from bas.io.images import SUFFIXES, open_picture, read_image

@@ -4,7 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-from bas.config import InputError, Phase, TrainConfig
+from bas.config import Phase, TrainConfig
+from bas.errors import InputError
 from bas.io.files import human_size
 from bas.pretrained.folder import outline
 from bas.pretrained.loading import COMPONENTS, Models, cross_attention, keys_and_values

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bas.config import Phase, RunError, TrainConfig
+from bas.config import Phase, TrainConfig
 from bas.data.batches import Batch, draw_batch
+from bas.errors import RunError
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.models.text import encode_ids
 from bas.pretrained.folder import save_model

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from bas.config import InputError, RunError, TrainConfig
+from bas.config import TrainConfig
 from bas.data.collages import read_scene
 from bas.data.scene import pictures_in, require_scene_folder
+from bas.errors import InputError, RunError
 from bas.io.files import read_json, reading
 from bas.pretrained.folder import load
 from bas.runtime.device import is_out_of_memory

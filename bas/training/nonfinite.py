@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bas.config import Phase, RunError
+from bas.config import Phase
+from bas.errors import RunError
 from bas.training.run_folder import METRICS, read_rows, what_is_kept
 from bas.training.setup import Run
 

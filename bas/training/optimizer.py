@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
+from bas.errors import InputError
 
 ADAM_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2}  # of the two moments, for every number that is trained
 

@@ -4,8 +4,9 @@ import hashlib
 from dataclasses import fields
 from pathlib import Path
 
-from bas.config import InputError, TrainConfig, flag_of
+from bas.config import TrainConfig, flag_of
 from bas.data.scene import Scene
+from bas.errors import InputError
 
 # Where it runs, where things lie, how it is watched and what spares memory; every other setting stays as it was.
 FREE_ON_RESUME = {

@@ -22,7 +22,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import read_json, read_tensors, sync, write_json, write_tensors
 from bas.io.settings_file import check_facts
 from bas.pretrained.loading import COMPONENTS

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bas import __version__
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import Material, check_scene, prepare
 from bas.data.collages import read_scene
 from bas.data.scene import Scene
+from bas.errors import InputError
 from bas.io.files import write_json, write_text
 from bas.io.settings_file import CONFIG, to_toml
 from bas.models.compile import choose_compilation, compile_unet

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bas.config import InputError
+from bas.errors import InputError
 
 EVENTS = "tensorboard"  # folder of a run
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
-from bas.config import InputError
 from bas.data.mask_formats import MAX_LABELS
 from bas.data.scene_writer import Draft, concepts_to_edit, write_draft
+from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS
 from bas.models.text import check_name
 

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from bas import __version__
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
+from bas.errors import InputError
 from bas.io.figures import as_hex, concept_colour, tint_masks
 from bas.io.files import human_size, read_json, write_text
 from bas.io.images import read_image, read_mask

@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 
 import bas
 from bas.cli.entry import COMMANDS, main
-from bas.config import RunError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
+from bas.errors import RunError
 from tests.helpers.tiny import write_class_images
 
 

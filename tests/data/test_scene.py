@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
 from bas.data.scene import draw_subset, frame, load_scene, subset_prompt
+from bas.errors import InputError
 from bas.io.images import read_image, read_mask
 from tests.helpers.faults import opened, unprivileged
 from tests.helpers.tiny import refused, write_scene

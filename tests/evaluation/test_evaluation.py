@@ -16,7 +16,8 @@ from scipy import stats
 
 import bas
 from bas.cli.entry import main
-from bas.config import RunError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
+from bas.errors import RunError
 from bas.evaluation import generation, runner
 from bas.evaluation.baselines import COMPARED, PAPER, training_of
 from bas.evaluation.page import page

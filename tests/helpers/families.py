@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, load_tokenizer
 from bas.models.unet import UNet

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import Material, prepare
 from bas.data.scene import load_scene
+from bas.errors import InputError
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder, load_tokenizer
 from bas.models.unet import UNet

@@ -9,7 +9,8 @@ from bas.cli.commands import sample as sample_command
 from bas.cli.commands import train as train_command
 from bas.cli.entry import main
 from bas.cli.flags import Parser
-from bas.config import InputError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
+from bas.errors import InputError
 from bas.io.settings_file import read_config, setting_kinds, to_toml
 from bas.training.setup import check_input, start
 from tests.helpers import tiny

@@ -7,7 +7,8 @@ from torch._dynamo.utils import counters
 import bas
 from bas.cli.entry import main
 from bas.cli.flags import Parser, add_fields
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
+from bas.errors import InputError
 from bas.models.attention import TransformerBlock
 from bas.models.compile import STEPS_TO_PAY, choose_compilation, compile_unet
 from bas.models.layers import ResnetBlock

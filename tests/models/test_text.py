@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.models.text import (
     HandleEmbedding,
     add_handles,

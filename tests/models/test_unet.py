@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.models.attention import SpatialTransformer
 from bas.models.config import UNetConfig
 from bas.models.layers import ResnetBlock

@@ -10,7 +10,8 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import bas
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
+from bas.errors import InputError
 from bas.pretrained import hub
 from bas.pretrained.folder import save_model
 from tests.helpers.families import UNET_FILE, tiny

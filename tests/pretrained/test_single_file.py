@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.models.text import add_handles
 from bas.pretrained.folder import load, save_model
 from bas.pretrained.ldm_keys import CLIP, UNET

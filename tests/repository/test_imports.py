@@ -39,10 +39,7 @@ KNOTS = {
     ("bas.data.mask_report", "bas.sampling.sampler"),
     ("bas.io.settings_file", "bas.cli.flags"),
     ("bas.pretrained.folder", "bas.training.run_folder"),
-    ("bas.runtime.device", "bas.config"),
-    ("bas.runtime.distributed", "bas.config"),
     ("bas.sampling.attention_maps", "bas.training.run_folder"),
-    ("bas.schedulers", "bas.config"),
 }
 # For tests and tools alone, or not used on purpose.
 NEVER = {"diffusers", "accelerate", "torchvision", "tools", "tests", "pytest"}

@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageCms
 
 import bas
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
 from bas.data.mask_formats import read_cutout
 from bas.data.mask_report import view_scene, warnings
 from bas.data.scene import load_scene
+from bas.errors import InputError
 from bas.io.images import FORMATS, read_image, read_mask
 from bas.pretrained.folder import outline
 from tests.helpers.tiny import refused, write_model, write_scene

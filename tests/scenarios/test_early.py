@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from bas.cli.entry import main
-from bas.config import InputError
+from bas.errors import InputError
 from bas.pretrained.folder import save_model
 from tests.helpers.faults import opened, unprivileged
 from tests.helpers.tiny import Bench, taught, write_scene

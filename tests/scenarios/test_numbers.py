@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
-from bas.config import RunError
+from bas.errors import RunError
 from bas.runtime.device import deterministic
 from bas.runtime.signals import Interrupted
 from bas.training.nonfinite import OVERFLOWS, is_finite, read_metrics

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bas.config import InputError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import Batch, encode_images, handle_positions
 from bas.data.scene import load_scene, pixels, subset_prompt
+from bas.errors import InputError
 from bas.io.images import read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.models.text import add_handles, encode_ids, tokenize

@@ -11,7 +11,7 @@ import torch
 
 import bas
 from bas.cli.entry import main
-from bas.config import InputError, RunError
+from bas.errors import InputError, RunError
 from bas.io import files
 from bas.io.files import new_folder
 from bas.training import run_folder

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bas.cli.entry import main
-from bas.config import InputError, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import draw_batch
 from bas.data.scene import load_scene
+from bas.errors import InputError
 from bas.io.files import cache_dir, human_size
 from bas.models.config import VAEConfig
 from bas.models.text import add_handles, build_text_encoder

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from bas.cli.entry import main
-from bas.config import InputError
+from bas.errors import InputError
 from bas.training.tensorboard import EVENTS, EventLog, writer_class
 from tests.helpers import tiny
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.runtime.device import pick_device
 from tools.train_mini.clip import train_clip
 from tools.train_mini.folder import adopt, export

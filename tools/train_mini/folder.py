@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel
 
-from bas.config import InputError
+from bas.errors import InputError
 from bas.io.files import write_json
 from bas.models.unet import UNet
 from bas.pretrained.folder import MODEL_INDEX, load

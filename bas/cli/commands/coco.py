@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.config import CocoConfig, InputError
+from bas.config import CocoConfig
+from bas.errors import InputError
 from bas.evaluation.coco import choose_scenes, read_annotations, write_scenes
 from bas.io.files import new_folder
 

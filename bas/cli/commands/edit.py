@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
-from bas.config import EditConfig, InputError
+from bas.config import EditConfig
+from bas.errors import InputError
 from bas.io.figures import keep_inputs, picture_path, save_pictures
 from bas.io.images import read_image
 from bas.sampling.blended_diffusion import check_edit, edit, read_region, read_regions

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import InputError, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
+from bas.errors import InputError
 from bas.evaluation.baselines import COMPARED, PAPER
 from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
 from bas.evaluation.protocol import Cell, agree_on, plan_cells

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from bas.cli.flags import Parser
-from bas.config import InputError
+from bas.errors import InputError
 from bas.pretrained.folder import glance, load
 from bas.pretrained.hub import find
 from bas.pretrained.single_file import save_single_file

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.config import InputError, ProposalConfig, TrainConfig
+from bas.config import ProposalConfig, TrainConfig
 from bas.data.batches import check_scene
 from bas.data.mask_formats import list_sources
 from bas.data.mask_proposals import METHODS, propose
 from bas.data.mask_report import sheet, table, view_scene, warnings
 from bas.data.scene import load_scene
 from bas.data.scene_writer import open_draft, write_draft
+from bas.errors import InputError
 from bas.io.figures import keep_inputs, picture_path, save_picture
 from bas.pretrained.folder import glance
 from bas.pretrained.hub import find, train_config

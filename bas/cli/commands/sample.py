@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
-from bas.config import InputError, SampleConfig
+from bas.config import SampleConfig
+from bas.errors import InputError
 from bas.io.figures import grid, picture_path, save_pictures
 from bas.io.settings_file import add_config, read_config, setting_kinds
 from bas.sampling.sampler import check_request, sample_each

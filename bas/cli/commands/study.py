@@ -5,7 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.config import InputError, StudyConfig
+from bas.config import StudyConfig
+from bas.errors import InputError
 from bas.evaluation.ratings import as_json, compare, load_stats, read_ratings, tables
 from bas.evaluation.study import read_items, write_study
 from bas.io.files import new_folder, write_json

@@ -10,7 +10,8 @@ import torch
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import InputError, RunError, TrainConfig
+from bas.config import TrainConfig
+from bas.errors import InputError, RunError
 from bas.io.settings_file import add_config, read_config, setting_kinds
 from bas.pretrained.hub import train_config
 from bas.runtime.device import is_out_of_memory
