@@ -1,6 +1,6 @@
 """Every setting of bas: training, sampling, masks, evaluation, and the presets as rows of data.
 
-The settings are the single source of the command line: each field is a flag, its gloss the flag's help. The networks'
+The settings are the single source of the command line: each field is a flag, its help the flag's help. The networks'
 own configurations stand in bas/models/config.py.
 """
 
@@ -17,10 +17,10 @@ MAX_SEED = 2**62
 # --- Training -----------------------------------------------------------------------------------------------------
 
 
-def knob(default: Any, gloss: str, **extra) -> Any:
-    """A dataclass field whose gloss becomes the flag's help; `extra` may hold `flag` (other names), `choices`
+def setting(default: Any, help: str, **extra) -> Any:
+    """A dataclass field whose help becomes the flag's help; `extra` may hold `flag` (other names), `choices`
     and `bare`, the value of the flag alone."""
-    return field(default=default, metadata={"help": gloss, **extra})
+    return field(default=default, metadata={"help": help, **extra})
 
 
 def flag_of(setting: Field) -> str:
@@ -113,98 +113,104 @@ class TrainConfig:
     """Settings of `bas train`. Those of the official train.py keep their names, and defaults that decide the result."""
 
     # What to learn from, and where to put it
-    instance_data_dir: str = knob("", "the scene: a folder with img.* and mask0.png, mask1.png, ...")
-    pretrained_model_name_or_path: str | None = knob(
+    instance_data_dir: str = setting("", "the scene: a folder with img.* and mask0.png, mask1.png, ...")
+    pretrained_model_name_or_path: str | None = setting(
         None,
         "base model: a folder, a single .safetensors file or a known name (default: the shipped miniature)",
         flag=["--weights"],
     )
-    output_dir: str = knob("outputs", "the run folder to write")
-    num_of_assets: int | None = knob(None, "number of concepts, checked against the masks (default: as many as masks)")
-    initializer_tokens: tuple[str, ...] = knob((), "one word per concept to start its handle from")
-    placeholder_token: str = knob("<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...")
-    handles: tuple[str, ...] = knob(
+    output_dir: str = setting("outputs", "the run folder to write")
+    num_of_assets: int | None = setting(
+        None, "number of concepts, checked against the masks (default: as many as masks)"
+    )
+    initializer_tokens: tuple[str, ...] = setting((), "one word per concept to start its handle from")
+    placeholder_token: str = setting("<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...")
+    handles: tuple[str, ...] = setting(
         (), "the handles by name, e.g. toy bowl for <toy> <bowl> (default: made from --placeholder_token)"
     )
-    background_handle: str | None = knob(
+    background_handle: str | None = setting(
         None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>"
     )
-    close_ups: bool = knob(False, "learn from a close-up of each set of concepts as well: for small concepts")
-    resolution: int | None = knob(
+    close_ups: bool = setting(False, "learn from a close-up of each set of concepts as well: for small concepts")
+    resolution: int | None = setting(
         None, "pixels of the picture's shorter side (default: what the model was trained for)"
     )
-    center_crop: bool = knob(False, "crop to a square; otherwise keep the picture's shape, in steps the model can take")
+    center_crop: bool = setting(
+        False, "crop to a square; otherwise keep the picture's shape, in steps the model can take"
+    )
 
     # The method (paper, section 3); each part can be turned off
-    method: str = knob(
+    method: str = setting(
         "bas",
         "Break-A-Scene, or a baseline: Textual Inversion, DreamBooth, Custom Diffusion; -m learns from masked concepts",
         choices=("bas", *METHODS),
     )
-    collection_size: int = knob(30, "pictures that a -m method learns from: concepts pasted on plain colours")
-    preset: str = knob("official", "settings of the official code, or those the paper states", choices=tuple(PRESETS))
-    phase1_train_steps: int = knob(400, "steps that train the handles alone; 0 leaves phase 1 out")
-    phase2_train_steps: int = knob(400, "steps that train the UNet and the text encoder as well")
-    initial_learning_rate: float = knob(5e-4, "learning rate of phase 1")
-    learning_rate: float = knob(2e-6, "learning rate of phase 2")
-    train_text_encoder: bool = knob(
+    collection_size: int = setting(30, "pictures that a -m method learns from: concepts pasted on plain colours")
+    preset: str = setting(
+        "official", "settings of the official code, or those the paper states", choices=tuple(PRESETS)
+    )
+    phase1_train_steps: int = setting(400, "steps that train the handles alone; 0 leaves phase 1 out")
+    phase2_train_steps: int = setting(400, "steps that train the UNet and the text encoder as well")
+    initial_learning_rate: float = setting(5e-4, "learning rate of phase 1")
+    learning_rate: float = setting(2e-6, "learning rate of phase 2")
+    train_text_encoder: bool = setting(
         True,
         "keep the text tower's layers fixed in phase 2 (all token embeddings still train)",
         flag=["--no_train_text_encoder"],
     )
-    unet_layers: str = knob(
+    unet_layers: str = setting(
         "all",
         "what phase 2 trains of the UNet: everything, or its cross-attention alone",
         choices=("all", "cross_attention"),
     )
-    apply_masked_loss: bool = knob(
+    apply_masked_loss: bool = setting(
         True, "take the reconstruction loss over the whole picture", flag=["--do_not_apply_masked_loss"]
     )
-    normalize_masked_loss: bool = knob(
+    normalize_masked_loss: bool = setting(
         False, "divide the masked loss by the masked area, so small objects weigh as much"
     )
-    lambda_attention: float = knob(1e-2, "weight of the cross-attention loss; 0 turns it off")
-    attention_loss: str = knob(
+    lambda_attention: float = setting(1e-2, "weight of the cross-attention loss; 0 turns it off")
+    attention_loss: str = setting(
         "mse",
         "how maps are drawn onto masks: each scaled map by squared error, or the handles' shares by cross-entropy",
         choices=("mse", "cross_entropy"),
     )
-    attention_grid: int | None = knob(
+    attention_grid: int | None = setting(
         None, "cells along the shorter side of the maps that the loss reads (default: a quarter of the latent's)"
     )
-    subset_sampling: str = knob(
+    subset_sampling: str = setting(
         "union",
         "concepts shown per step: a subset, its size drawn first; any subset, all equally likely; always one; all",
         choices=("union", "uniform", "single", "all"),
     )
-    flip_probability: float = knob(0.5, "probability of mirroring image and masks")
-    with_prior_preservation: bool = knob(True, "train without class images", flag=["--no_prior_preservation"])
-    prior_loss_weight: float = knob(1.0, "weight of the prior preservation loss")
-    exact_phase1: bool = knob(
+    flip_probability: float = setting(0.5, "probability of mirroring image and masks")
+    with_prior_preservation: bool = setting(True, "train without class images", flag=["--no_prior_preservation"])
+    prior_loss_weight: float = setting(1.0, "weight of the prior preservation loss")
+    exact_phase1: bool = setting(
         False, "phase 1 as the official code runs it: with the prior, clipping over the whole embedding"
     )
 
     # Class images for prior preservation
-    class_prompt: tuple[str, ...] = knob(("a photo at the beach",), "prompt, or several, of the class images")
-    num_class_images: int = knob(100, "how many class images to use")
-    class_data_dir: str | None = knob(
+    class_prompt: tuple[str, ...] = setting(("a photo at the beach",), "prompt, or several, of the class images")
+    num_class_images: int = setting(100, "how many class images to use")
+    class_data_dir: str | None = setting(
         None, "folder of class images; missing ones are generated (default: a shared cache)"
     )
-    sample_batch_size: int = knob(4, "class images generated at once")
+    sample_batch_size: int = setting(4, "class images generated at once")
 
     # Optimisation
-    train_batch_size: int = knob(1, "examples per step, each with one class image beside it")
-    gradient_accumulation_steps: int = knob(1, "batches per optimizer step")
-    optimizer: str = knob(
+    train_batch_size: int = setting(1, "examples per step, each with one class image beside it")
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
+    optimizer: str = setting(
         "adamw", "optimizer; adamw8bit keeps its moments in 8 bits, an extra", choices=("adamw", "adam", "adamw8bit")
     )
-    adam_beta1: float = knob(0.9, "decay of the first moment")
-    adam_beta2: float = knob(0.999, "decay of the second moment")
-    adam_weight_decay: float = knob(1e-2, "weight decay; with --optimizer adam 1e-8 unless given")
-    adam_epsilon: float = knob(1e-8, "epsilon of the optimizer")
-    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm; 0 turns it off")
-    scale_lr: bool = knob(False, "multiply both learning rates by batch size x accumulation steps")
-    lr_scheduler: str = knob(
+    adam_beta1: float = setting(0.9, "decay of the first moment")
+    adam_beta2: float = setting(0.999, "decay of the second moment")
+    adam_weight_decay: float = setting(1e-2, "weight decay; with --optimizer adam 1e-8 unless given")
+    adam_epsilon: float = setting(1e-8, "epsilon of the optimizer")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns it off")
+    scale_lr: bool = setting(False, "multiply both learning rates by batch size x accumulation steps")
+    lr_scheduler: str = setting(
         "constant",
         "course of the learning rate within each phase",
         choices=(
@@ -216,51 +222,55 @@ class TrainConfig:
             "polynomial",
         ),
     )
-    lr_warmup_steps: int = knob(0, "steps of linear warm-up in each phase")
-    lr_num_cycles: int = knob(1, "restarts of cosine_with_restarts")
-    lr_power: float = knob(1.0, "power of the polynomial schedule")
+    lr_warmup_steps: int = setting(0, "steps of linear warm-up in each phase")
+    lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts")
+    lr_power: float = setting(1.0, "power of the polynomial schedule")
 
     # Machine
-    device: str | None = knob(None, "cpu, cuda or cuda:N (default: cuda when there is one)")
-    mixed_precision: str = knob(
+    device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda when there is one)")
+    mixed_precision: str = setting(
         "auto",
         "arithmetic: no is float32; bf16 keeps float32 masters; auto is bf16 where the GPU has it, else fp16, and on "
         "a CPU no, or bf16 for large models where the processor has it",
         choices=("auto", "no", "fp16", "bf16"),
     )
-    card: str = knob(
+    card: str = setting(
         "any",
         "settings with which Stable Diffusion 2.1 at 512x512 should fit, by counting: 24gb recomputes activations; "
         "16gb also keeps 8-bit moments (an extra); 12gb recomputes and trains only cross-attention of the UNet",
         choices=tuple(CARDS),
     )
-    allow_tf32: bool = knob(False, "allow TF32 in float32 products on the GPU")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, slower")
-    compile: str = knob(
+    allow_tf32: bool = setting(False, "allow TF32 in float32 products on the GPU")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    compile: str = setting(
         "no",
         "torch.compile: the whole UNet (also if nothing follows), regional for its repeated blocks alone, which starts "
         "sooner, or auto: what pays for the number of steps, if anything",
         choices=("no", "auto", "regional", "whole"),
         bare="whole",
     )
-    fused_kernels: bool = knob(
+    fused_kernels: bool = setting(
         False, "Triton kernels for GroupNorm with SiLU and for GEGLU; on a GPU, without --compile; not measured yet"
     )
-    cuda_graphs: bool = knob(False, "run each step as one CUDA graph; on a GPU, in bf16 or float32; not measured yet")
-    seed: int = knob(0, "seed of every random draw")
-    deterministic: bool = knob(False, "only GPU kernels that give the same bits on every run: slower")
+    cuda_graphs: bool = setting(
+        False, "run each step as one CUDA graph; on a GPU, in bf16 or float32; not measured yet"
+    )
+    seed: int = setting(0, "seed of every random draw")
+    deterministic: bool = setting(False, "only GPU kernels that give the same bits on every run: slower")
 
     # Watching, saving, resuming
-    log_steps: int = knob(10, "steps between two readings of the losses from the device")
-    report_to: str = knob(
+    log_steps: int = setting(10, "steps between two readings of the losses from the device")
+    report_to: str = setting(
         "none", "also write the losses and previews for another viewer, an extra", choices=("none", "tensorboard")
     )
-    img_log_steps: int = knob(200, "steps between previews; 0 for none")
-    preview_inference_steps: int = knob(25, "denoising steps of a preview picture")
-    checkpointing_steps: int = knob(200, "steps between resumable checkpoints; 0 for none")
-    checkpoints_total_limit: int = knob(1, "checkpoints kept, newest first")
-    resume_from_checkpoint: str | None = knob(None, "a checkpoint folder, or 'latest' for the newest in --output_dir")
-    save_precision: str = knob("fp32", "precision of the saved model", choices=("fp32", "fp16", "bf16"))
+    img_log_steps: int = setting(200, "steps between previews; 0 for none")
+    preview_inference_steps: int = setting(25, "denoising steps of a preview picture")
+    checkpointing_steps: int = setting(200, "steps between resumable checkpoints; 0 for none")
+    checkpoints_total_limit: int = setting(1, "checkpoints kept, newest first")
+    resume_from_checkpoint: str | None = setting(
+        None, "a checkpoint folder, or 'latest' for the newest in --output_dir"
+    )
+    save_precision: str = setting("fp32", "precision of the saved model", choices=("fp32", "fp16", "bf16"))
 
     def __post_init__(self):
         for name in (
@@ -376,19 +386,19 @@ class TrainConfig:
 class SampleConfig:
     """Settings of one sampling call. Names are those of diffusers' pipelines."""
 
-    negative_prompt: str = knob("", "what the pictures should not show")
-    num_inference_steps: int = knob(50, "denoising steps")
-    guidance_scale: float = knob(7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off")
-    sampler: str = knob("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
-    eta: float = knob(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm")
-    steps_offset: int | None = knob(
+    negative_prompt: str = setting("", "what the pictures should not show")
+    num_inference_steps: int = setting(50, "denoising steps")
+    guidance_scale: float = setting(7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off")
+    sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
+    eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm")
+    steps_offset: int | None = setting(
         None, "shift of evenly spaced timesteps (default: the model's own; the official inference script has 0)"
     )
-    num_images: int = knob(1, "pictures per prompt")
-    seed: int = knob(0, "seed of the first picture; each further picture takes the next one")
-    height: int | None = knob(None, "picture rows in pixels (default: what the model was trained for)")
-    width: int | None = knob(None, "picture columns in pixels (default: what the model was trained for)")
-    batch_size: int = knob(4, "pictures denoised at once")
+    num_images: int = setting(1, "pictures per prompt")
+    seed: int = setting(0, "seed of the first picture; each further picture takes the next one")
+    height: int | None = setting(None, "picture rows in pixels (default: what the model was trained for)")
+    width: int | None = setting(None, "picture columns in pixels (default: what the model was trained for)")
+    batch_size: int = setting(4, "pictures denoised at once")
 
     def __post_init__(self):
         for name in ("num_inference_steps", "num_images", "batch_size"):
@@ -408,20 +418,22 @@ class SampleConfig:
 class VaryConfig(SampleConfig):
     """Settings of `bas vary`."""
 
-    num_images: int = knob(9, "pictures, each from its own seed")
+    num_images: int = setting(9, "pictures, each from its own seed")
 
 
 @dataclass(frozen=True)
 class EditConfig(SampleConfig):
     """Settings of `bas edit`. Names are those of the Blended Latent Diffusion script, where it has them."""
 
-    num_images: int = knob(1, "results, each from its own seed")
-    height: int | None = knob(None, "rows of pixels to edit at (default: as the model was trained for)")
-    width: int | None = knob(None, "columns of pixels to edit at (default: as the model was trained for)")
-    blending_start_percentage: float = knob(
+    num_images: int = setting(1, "results, each from its own seed")
+    height: int | None = setting(None, "rows of pixels to edit at (default: as the model was trained for)")
+    width: int | None = setting(None, "columns of pixels to edit at (default: as the model was trained for)")
+    blending_start_percentage: float = setting(
         0.25, "share of the denoising steps to skip, 0 to 1: the more, the closer to what was there"
     )
-    composite: bool = knob(True, "leave the pixels outside the mask as the model decodes them", flag=["--no_composite"])
+    composite: bool = setting(
+        True, "leave the pixels outside the mask as the model decodes them", flag=["--no_composite"]
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -438,15 +450,17 @@ class EditConfig(SampleConfig):
 class ProposalConfig:
     """Settings of `bas masks --auto`."""
 
-    segmenter: str | None = knob(None, "the model: a folder or a hub id (default: a known one for each method)")
-    points: tuple[str, ...] = knob((), "sam: x,y in pixels, one concept each; several points of one as x,y+x,y")
-    boxes: tuple[str, ...] = knob((), "sam: x0,y0,x1,y1 in pixels, one concept each")
-    words: tuple[str, ...] = knob((), "clipseg: what to find, one concept each; the word is its handle's initial word")
-    threshold: float = knob(0.5, "probability from which on a pixel is inside")
-    smooth: float = knob(0.0, "radius in pixels over which outlines are rounded and specks removed")
-    grow: int = knob(0, "pixels by which masks grow, or shrink if negative")
-    max_concepts: int = knob(4, "how many of the largest things to keep, where the method finds things itself")
-    min_coverage: float = knob(0.01, "smallest share of the picture such a thing may cover")
+    segmenter: str | None = setting(None, "the model: a folder or a hub id (default: a known one for each method)")
+    points: tuple[str, ...] = setting((), "sam: x,y in pixels, one concept each; several points of one as x,y+x,y")
+    boxes: tuple[str, ...] = setting((), "sam: x0,y0,x1,y1 in pixels, one concept each")
+    words: tuple[str, ...] = setting(
+        (), "clipseg: what to find, one concept each; the word is its handle's initial word"
+    )
+    threshold: float = setting(0.5, "probability from which on a pixel is inside")
+    smooth: float = setting(0.0, "radius in pixels over which outlines are rounded and specks removed")
+    grow: int = setting(0, "pixels by which masks grow, or shrink if negative")
+    max_concepts: int = setting(4, "how many of the largest things to keep, where the method finds things itself")
+    min_coverage: float = setting(0.01, "smallest share of the picture such a thing may cover")
 
     def __post_init__(self):
         for name in ("threshold", "min_coverage"):
@@ -463,12 +477,12 @@ class ProposalConfig:
 class CocoConfig:
     """Settings of `bas coco`: the rules of the paper's data set (appendix)."""
 
-    scenes: int = knob(50, "how many scenes to choose")
-    seed: int = knob(0, "seed of the choice")
-    min_things: int = knob(2, "things of distinct classes that a scene has at least")
-    max_things: int = knob(4, "of more, the largest so many are its concepts")
-    min_share: float = knob(0.15, "smallest share of the square that each covers")
-    dropped: tuple[str, ...] = knob(
+    scenes: int = setting(50, "how many scenes to choose")
+    seed: int = setting(0, "seed of the choice")
+    min_things: int = setting(2, "things of distinct classes that a scene has at least")
+    max_things: int = setting(4, "of more, the largest so many are its concepts")
+    min_share: float = setting(0.15, "smallest share of the square that each covers")
+    dropped: tuple[str, ...] = setting(
         ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"), "classes that are no concepts"
     )
 
@@ -485,9 +499,9 @@ class CocoConfig:
 class StudyConfig:
     """Settings of `bas study`."""
 
-    pages: int = knob(5, "pages with different pictures, one for each participant, or for several")
-    questions: int = knob(30, "pictures on a page, at most; each method has as many")
-    seed: int = knob(0, "seed of what is shown, and in which order")
+    pages: int = setting(5, "pages with different pictures, one for each participant, or for several")
+    questions: int = setting(30, "pictures on a page, at most; each method has as many")
+    seed: int = setting(0, "seed of what is shown, and in which order")
 
     def __post_init__(self):
         _in_range(self, "pages", 1, 1000)

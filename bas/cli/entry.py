@@ -45,13 +45,13 @@ def build_parser(chosen: str | None) -> Parser:
     parser = Parser(prog="bas", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"bas {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, gloss in COMMANDS.items():
+    for name, help in COMMANDS.items():
         if name != chosen:
-            commands.add_parser(name, help=gloss)
+            commands.add_parser(name, help=help)
             continue
         module = importlib.import_module(f"bas.cli.commands.{name}")
         epilog = "\n  ".join(("examples:", *module.EXAMPLES))
-        sub = commands.add_parser(name, help=gloss, description=module.__doc__, epilog=epilog)
+        sub = commands.add_parser(name, help=help, description=module.__doc__, epilog=epilog)
         sub.add_argument("--debug", action="store_true", help="show the whole trace of an error")
         module.configure(sub)
         sub.set_defaults(run_command=module.run)

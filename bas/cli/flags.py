@@ -48,23 +48,23 @@ def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection
         if only is not None and f.name not in only:
             continue
         names = [f"--{f.name}", *f.metadata.get("flag", ())]
-        gloss = f.metadata["help"].replace("%", "%%")
+        help = f.metadata["help"].replace("%", "%%")
         common = {"dest": f.name, "default": argparse.SUPPRESS}
         if f.type is bool and f.default:
-            parser.add_argument(*f.metadata["flag"], action="store_false", help=gloss, **common)
+            parser.add_argument(*f.metadata["flag"], action="store_false", help=help, **common)
         elif f.type is bool:
-            parser.add_argument(*names, action="store_true", help=gloss, **common)
+            parser.add_argument(*names, action="store_true", help=help, **common)
             parser.add_argument(f"--no_{f.name}", action="store_false", help=argparse.SUPPRESS, **common)
         else:
             kind, many = value_type(f.type)
             shown = " ".join(f.default) if many else f.default
-            if shown not in (None, "") and "default:" not in gloss:
-                gloss += f" (default: {shown})"
+            if shown not in (None, "") and "default:" not in help:
+                help += f" (default: {shown})"
             extra = {"nargs": "+"} if many else {"choices": f.metadata.get("choices")}
             if "bare" in f.metadata:
                 extra |= {"nargs": "?", "const": f.metadata["bare"]}
             metavar = None if f.metadata.get("choices") else kind.__name__.upper()
-            parser.add_argument(*names, type=kind, metavar=metavar, help=gloss, **extra, **common)
+            parser.add_argument(*names, type=kind, metavar=metavar, help=help, **extra, **common)
 
 
 def value_type(annotation) -> tuple[type, bool]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
 from bas.io.files import new_folder
-from bas.pretrained.folder import glance, load
+from bas.pretrained.folder import read_spec, load
 from bas.pretrained.hub import find
-from bas.pretrained.loading import Models
+from bas.models.bundle import Models
 from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.training.run_folder import SETTINGS
 from bas.web.report import renew_report
@@ -26,8 +26,8 @@ def add_model(parser: Parser) -> None:
 
 def add_gallery(parser: Parser, name: str) -> None:
     """Declare --output_dir of a command that draws a gallery."""
-    gloss = f"new folder to write (default: RUN/{name}, which the run's page shows; {name} for other models)"
-    parser.add_argument("--output_dir", help=gloss)
+    help = f"new folder to write (default: RUN/{name}, which the run's page shows; {name} for other models)"
+    parser.add_argument("--output_dir", help=help)
 
 
 def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
@@ -55,6 +55,6 @@ def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> M
     Before any weight is read, `check` sees the model without weights: it raises InputError for what it cannot do.
     """
     path, device = find_model(args), pick_device(args.device)
-    models = glance(path)
+    models = read_spec(path)
     check(models)
     return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device, models.unet)])

@@ -311,7 +311,7 @@ def charts(rows: list[dict]) -> str:
     return "".join(chart(name, SERIES[name], data) for name in data["series"])
 
 
-def chart(name: str, gloss: str, data: dict) -> str:
+def chart(name: str, title: str, data: dict) -> str:
     """A series as an inline SVG 1000 x 100 that stretches to the page: each value thin, their running mean bold."""
     steps, values = data["steps"], data["series"][name]
     known = [value for value in values if value is not None]
@@ -340,9 +340,9 @@ def chart(name: str, gloss: str, data: dict) -> str:
     )
     scale = f"{min(known):.3g} to {max(known):.3g}{', logarithmic' if logarithmic else ''}"
     return (
-        f'<figure class="chart" data-series="{name}"><figcaption><b>{escape(gloss)}</b> <span>{scale}</span>'
+        f'<figure class="chart" data-series="{name}"><figcaption><b>{escape(title)}</b> <span>{scale}</span>'
         f'<output></output></figcaption><div class="plot"><svg viewBox="0 0 1000 100" preserveAspectRatio="none" '
-        f'role="img" aria-label="{escape(gloss)}, {scale}">{borders}<path class="raw" d="{path(values)}"/>{smooth}'
+        f'role="img" aria-label="{escape(title)}, {scale}">{borders}<path class="raw" d="{path(values)}"/>{smooth}'
         f'<line class="cursor" x1="0" x2="0" y1="0" y2="100"/></svg></div></figure>'
     )
 
