@@ -10,33 +10,33 @@ from bas.errors import InputError
 
 
 @dataclass(frozen=True)
-class Compared:
+class Variant:
     """One row of the comparison."""
 
-    gloss: str
+    help: str
     kind: str  # "method", "ablation" or "option"
     settings: dict  # of TrainConfig
 
 
-COMPARED: dict[str, Compared] = {
-    "bas": Compared("Break-A-Scene", "method", {}),
-    "ti-m": Compared("Textual Inversion on masked concepts", "method", {"method": "ti-m"}),
-    "db-m": Compared("DreamBooth on masked concepts", "method", {"method": "db-m"}),
-    "cd-m": Compared("Custom Diffusion on masked concepts", "method", {"method": "cd-m"}),
-    "ti": Compared("Textual Inversion, naive", "method", {"method": "ti"}),
-    "db": Compared("DreamBooth, naive", "method", {"method": "db"}),
-    "no-phase1": Compared("without phase 1", "ablation", {"phase1_train_steps": 0}),
-    "no-mask": Compared("without the masked loss", "ablation", {"apply_masked_loss": False}),
-    "no-attention": Compared("without the attention loss", "ablation", {"lambda_attention": 0.0}),
-    "single": Compared("one concept at a time, no union sampling", "ablation", {"subset_sampling": "single"}),
-    "cross-entropy": Compared("attention loss as cross-entropy", "option", {"attention_loss": "cross_entropy"}),
-    "normalized": Compared("masked loss per masked area", "option", {"normalize_masked_loss": True}),
-    "not-normalized": Compared("masked loss per picture, the official way", "option", {"normalize_masked_loss": False}),
-    "close-ups": Compared("close-ups as further photographs", "option", {"close_ups": True}),
-    "no-close-ups": Compared("the photograph alone, the official way", "option", {"close_ups": False}),
-    "uniform": Compared("every subset equally likely", "option", {"subset_sampling": "uniform"}),
+VARIANTS: dict[str, Variant] = {
+    "bas": Variant("Break-A-Scene", "method", {}),
+    "ti-m": Variant("Textual Inversion on masked concepts", "method", {"method": "ti-m"}),
+    "db-m": Variant("DreamBooth on masked concepts", "method", {"method": "db-m"}),
+    "cd-m": Variant("Custom Diffusion on masked concepts", "method", {"method": "cd-m"}),
+    "ti": Variant("Textual Inversion, naive", "method", {"method": "ti"}),
+    "db": Variant("DreamBooth, naive", "method", {"method": "db"}),
+    "no-phase1": Variant("without phase 1", "ablation", {"phase1_train_steps": 0}),
+    "no-mask": Variant("without the masked loss", "ablation", {"apply_masked_loss": False}),
+    "no-attention": Variant("without the attention loss", "ablation", {"lambda_attention": 0.0}),
+    "single": Variant("one concept at a time, no union sampling", "ablation", {"subset_sampling": "single"}),
+    "cross-entropy": Variant("attention loss as cross-entropy", "option", {"attention_loss": "cross_entropy"}),
+    "normalized": Variant("masked loss per masked area", "option", {"normalize_masked_loss": True}),
+    "not-normalized": Variant("masked loss per picture, the official way", "option", {"normalize_masked_loss": False}),
+    "close-ups": Variant("close-ups as further photographs", "option", {"close_ups": True}),
+    "no-close-ups": Variant("the photograph alone, the official way", "option", {"close_ups": False}),
+    "uniform": Variant("every subset equally likely", "option", {"subset_sampling": "uniform"}),
 }
-PAPER = tuple(name for name, row in COMPARED.items() if row.kind != "option")
+PAPER = tuple(name for name, row in VARIANTS.items() if row.kind != "option")
 
 
 def training_of(name: str, explicit: dict, model_row: dict | None) -> TrainConfig:
@@ -44,9 +44,9 @@ def training_of(name: str, explicit: dict, model_row: dict | None) -> TrainConfi
 
     A baseline has no masked loss, attention loss or subsets: what `explicit` says of them is left out.
     """
-    if name not in COMPARED:
-        raise InputError(f"--methods {name}: expected some of {', '.join(COMPARED)}")
-    own = COMPARED[name].settings
+    if name not in VARIANTS:
+        raise InputError(f"--methods {name}: expected some of {', '.join(VARIANTS)}")
+    own = VARIANTS[name].settings
     left_out = set(PLAIN) if own.get("method") in METHODS else set()
     kept = {key: value for key, value in explicit.items() if key not in left_out}
     return TrainConfig.resolve({**kept, **own}, model_row)

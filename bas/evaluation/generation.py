@@ -1,4 +1,4 @@
-"""What a trained model shows: the pictures that a cell asks for, and where its handles look.
+"""What a trained model shows: the pictures that a trial asks for, and where its handles look.
 
 FOLDER/0000.png ...          pictures, each with its settings
 FOLDER/0000-mask0.png ...    where concept 0 is in it, when its segments are kept: white inside

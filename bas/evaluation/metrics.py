@@ -20,7 +20,7 @@ from bas.evaluation.masking import blacken, blacken_each
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.losses import resize_mask
 from bas.models.text import load_tokenizer
-from bas.pretrained.helper_models import find_frozen, load_frozen
+from bas.pretrained.helper_models import find_helper, load_helper
 from bas.pretrained.hub import find
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class PromptSimilarity:
     """CLIP's cosine of a picture and a text."""
 
     def __init__(self, name: str = CLIP, device: torch.device | str = "cpu"):
-        folder = find_frozen(name, "--clip")
-        model, self.processor = load_frozen(folder, "clip", "CLIPModel", "CLIPImageProcessorPil")
+        folder = find_helper(name, "--clip")
+        model, self.processor = load_helper(folder, "clip", "CLIPModel", "CLIPImageProcessorPil")
         self.tokenizer: CLIPTokenizer = load_tokenizer(folder)
         self.model = model.to(device)
         self.positions = model.config.text_config.max_position_embeddings
@@ -74,8 +74,8 @@ class IdentitySimilarity:
     """The cosine of DINO's features, its class token after the last norm, of two pictures that are black around."""
 
     def __init__(self, name: str = DINO, device: torch.device | str = "cpu"):
-        folder = find_frozen(name, "--dino")
-        model, self.processor = load_frozen(folder, "vit", "ViTModel", "ViTImageProcessorPil", add_pooling_layer=False)
+        folder = find_helper(name, "--dino")
+        model, self.processor = load_helper(folder, "vit", "ViTModel", "ViTImageProcessorPil", add_pooling_layer=False)
         self.model = model.to(device)
 
     @torch.inference_mode()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from bas import __version__
 from bas.data.scene import load_scene
-from bas.evaluation.baselines import COMPARED
+from bas.evaluation.baselines import VARIANTS
 from bas.evaluation.plot import scatter_svg
-from bas.evaluation.protocol import Cell
+from bas.evaluation.protocol import Trial
 from bas.evaluation.tables import COLUMNS, HEADINGS, Interval, checked_orderings, option_changes, summarise, verdict
 from bas.io.figures import tint_masks
 from bas.web.report import escape, picture, spread
@@ -17,8 +17,8 @@ SIDE = 160  # pixels of a picture on the page
 MOST = 8  # pictures of a method and a scene on the page; of more, these many at even distances
 
 
-def page(rows: list[dict], cells: list[Cell], facts: dict[str, str]) -> str:
-    """The whole page. rows: of results.jsonl; cells: those that are scored"""
+def page(rows: list[dict], trials: list[Trial], facts: dict[str, str]) -> str:
+    """The whole page. rows: of results.jsonl; trials: those that are scored"""
     summary = summarise(rows)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title="Evaluation",
@@ -26,7 +26,7 @@ def page(rows: list[dict], cells: list[Cell], facts: dict[str, str]) -> str:
         scatter=scatter_svg(summary),
         table=numbers(summary),
         comparisons=orderings(rows) + options(rows),
-        galleries="".join(gallery(method, rows, cells) for method in summary),
+        galleries="".join(gallery(method, rows, trials) for method in summary),
         version=escape(__version__),
     )
 
@@ -36,9 +36,9 @@ def numbers(summary: dict[str, dict[str, Interval]]) -> str:
     titles = ["method", "", *HEADINGS]
     lines = []
     for method, columns in summary.items():
-        cells = [f'<a href="#{method}">{method}</a>', escape(COMPARED[method].gloss)]
-        cells += [shown(columns[column]) if column in columns else "–" for column in COLUMNS]
-        lines.append(cells)
+        trials = [f'<a href="#{method}">{method}</a>', escape(VARIANTS[method].help)]
+        trials += [shown(columns[column]) if column in columns else "–" for column in COLUMNS]
+        lines.append(trials)
     return table(titles, lines)
 
 
@@ -67,40 +67,40 @@ def orderings(rows: list[dict]) -> str:
 def options(rows: list[dict]) -> str:
     """By how much each option changes each column of the method; nothing when none was tried."""
     lines = [
-        [name, escape(COMPARED[name].gloss), *(shown(change) if change else "–" for change in changes)]
+        [name, escape(VARIANTS[name].help), *(shown(change) if change else "–" for change in changes)]
         for name, changes in option_changes(rows).items()
     ]
     return comparison("The options", ["option − bas", "", *HEADINGS], lines)
 
 
 def table(titles: list[str], lines: list[list[str]]) -> str:
-    """A table of HTML cells."""
+    """A table of HTML trials."""
     top = "".join(f"<th>{title}</th>" for title in titles)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in lines)
+    body = "".join(f"<tr>{''.join(f'<td>{trial}</td>' for trial in trials)}</tr>" for trials in lines)
     return f"<table><tr>{top}</tr>{body}</table>"
 
 
-def gallery(method: str, rows: list[dict], cells: list[Cell]) -> str:
+def gallery(method: str, rows: list[dict], trials: list[Trial]) -> str:
     """The pictures of one method, scene by scene, each with its prompt and its two numbers; of its first seed."""
     strips, shown_scenes = [], {}
-    for cell in cells:
-        if cell.method == method:
-            shown_scenes.setdefault(cell.scene, cell)
-    for cell in shown_scenes.values():
-        scene = load_scene(cell.training)
+    for trial in trials:
+        if trial.method == method:
+            shown_scenes.setdefault(trial.scene, trial)
+    for trial in shown_scenes.values():
+        scene = load_scene(trial.training)
         figures = [picture(tint_masks(scene.picture, dict(enumerate(scene.masks))), "photograph and masks", SIDE)]
-        mine = [row for row in rows if row["row"] == "picture" and is_of(row, cell)]
+        mine = [row for row in rows if row["row"] == "picture" and is_of(row, trial)]
         for row in spread(mine, MOST):
             caption = (
                 f"{row['prompt']} (prompt {row['prompt_similarity']:.2f}, identity {row['identity_similarity']:.2f})"
             )
-            figures.append(picture(cell.folder / row["file"], caption, SIDE))
-        note = f"{cell.scene}, seed {cell.seed}" + (f", {MOST} of {len(mine)} pictures" if len(mine) > MOST else "")
+            figures.append(picture(trial.folder / row["file"], caption, SIDE))
+        note = f"{trial.scene}, seed {trial.seed}" + (f", {MOST} of {len(mine)} pictures" if len(mine) > MOST else "")
         strips.append(f'<h3>{escape(note)}</h3><div class="strip">{"".join(figures)}</div>')
-    gloss = escape(f"{method}: {COMPARED[method].gloss}")
-    return f'<details id="{method}" open><summary>{gloss}</summary>{"".join(strips)}</details>'
+    help = escape(f"{method}: {VARIANTS[method].help}")
+    return f'<details id="{method}" open><summary>{help}</summary>{"".join(strips)}</details>'
 
 
-def is_of(row: dict, cell: Cell) -> bool:
-    """Whether a row belongs to this cell."""
-    return (row["scene"], row["method"], row["seed"]) == (cell.scene, cell.method, cell.seed)
+def is_of(row: dict, trial: Trial) -> bool:
+    """Whether a row belongs to this trial."""
+    return (row["scene"], row["method"], row["seed"]) == (trial.scene, trial.method, trial.seed)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bas.evaluation.baselines import COMPARED
+from bas.evaluation.baselines import VARIANTS
 from bas.evaluation.tables import Interval
 from bas.io.figures import INK, PAPER, as_hex, concept_colour
 
@@ -84,7 +84,7 @@ def layout(summary: dict[str, dict[str, Interval]]) -> tuple[Axis, Axis, list[Po
 
 def colour_of(method: str) -> tuple[int, int, int]:
     """Methods in colours that everyone can tell apart; ablations and options of `bas` in greys."""
-    methods = [name for name, row in COMPARED.items() if row.kind == "method"]
+    methods = [name for name, row in VARIANTS.items() if row.kind == "method"]
     return concept_colour(FIRST_COLOUR + methods.index(method)) if method in methods else (110, 110, 110)
 
 
@@ -155,9 +155,9 @@ def scatter_svg(summary: dict[str, dict[str, Interval]]) -> str:
             bars.append(f"M{point.across[0]:.1f} {point.y:.1f}H{point.across[1]:.1f}")
         if point.along:
             bars.append(f"M{point.x:.1f} {point.along[0]:.1f}V{point.along[1]:.1f}")
-        gloss = html.escape(COMPARED[point.method].gloss)
+        help = html.escape(VARIANTS[point.method].help)
         parts.append(
-            f'<a href="#{point.method}"><title>{gloss}</title><path d="{"".join(bars)}" stroke="{colour}"/>'
+            f'<a href="#{point.method}"><title>{help}</title><path d="{"".join(bars)}" stroke="{colour}"/>'
             f'<circle cx="{point.x:.1f}" cy="{point.y:.1f}" r="{RADIUS}" fill="{colour}"/>'
             f"{text(left, top + 16, point.method, 'start')}</a>"
         )

@@ -1,11 +1,11 @@
 """The paper's protocol (appendix): scenes x methods x seeds are trained, and each draws every subset in every context.
 
-    OUT/plan.json                                what all cells share; a restart must agree with it
-    OUT/cells/SCENE/METHOD/seed-S/0000.png ...   the pictures of one cell, each with its settings
+    OUT/plan.json                                what all trials share; a restart must agree with it
+    OUT/cells/SCENE/METHOD/seed-S/0000.png ...   the pictures of one trial, each with its settings
     OUT/cells/SCENE/METHOD/seed-S/cell.json      what was drawn, where the handles looked, how long it took
     OUT/cells/SCENE/METHOD/seed-S/run/           metrics and settings of its training; the tuned weights are not kept
 
-A cell counts once its cell.json is there. One that was cut off is done anew, or goes on from a checkpoint of its run.
+A trial counts once its cell.json is there. One that was cut off is done anew, or goes on from a checkpoint of its run.
 """
 
 import shutil
@@ -25,12 +25,12 @@ from bas.training.base_model import Base
 from bas.training.loop import trained
 from bas.training.run_folder import CHECKPOINTS, METRICS
 
-PLAN, CELLS, CELL, RUN = "plan.json", "cells", "cell.json", "run"
-SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one cell ever draws
+PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
+SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one trial ever draws
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training and what is drawn with it."""
 
     scene: str  # its name
@@ -47,10 +47,10 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether everything of it is drawn."""
-        return (self.folder / CELL).exists()
+        return (self.folder / TRIAL).exists()
 
 
-def plan_cells(
+def plan_trials(
     folder: Path,
     scenes: list[Path],
     methods: tuple[str, ...],
@@ -58,12 +58,12 @@ def plan_cells(
     contexts: tuple[str, ...],
     explicit: dict,
     model_row: dict | None,
-) -> list[Cell]:
-    """All cells, seed by seed and scene by scene, so that whatever is finished compares all methods on the same scenes.
+) -> list[Trial]:
+    """List all trials, seed by seed and scene by scene: a part of them compares all methods on the same scenes.
 
     explicit: settings of TrainConfig that hold for every row. Raises InputError for a scene that cannot be used.
     """
-    cells = []
+    trials = []
     configs = {method: training_of(method, explicit, model_row) for method in methods}
     handles = {
         scene: load_scene(replace(configs[methods[0]], instance_data_dir=str(scene))).handles for scene in scenes
@@ -72,7 +72,7 @@ def plan_cells(
         for scene in scenes:
             for method, config in configs.items():
                 name = scene.resolve().name
-                run = folder / CELLS / name / method / f"seed-{seed}" / RUN
+                run = folder / TRIALS / name / method / f"seed-{seed}" / RUN
                 training = replace(
                     config,
                     instance_data_dir=str(scene),
@@ -82,8 +82,8 @@ def plan_cells(
                     checkpointing_steps=0,
                     resume_from_checkpoint="latest" if (run / METRICS).exists() else None,
                 )
-                cells.append(Cell(name, method, seed, training, requests_of(handles[scene], contexts, seed)))
-    return cells
+                trials.append(Trial(name, method, seed, training, requests_of(handles[scene], contexts, seed)))
+    return trials
 
 
 def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) -> tuple[Request, ...]:
@@ -96,7 +96,7 @@ def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) 
 
 
 def agree_on(folder: Path, facts: dict) -> None:
-    """Note what all cells of a folder share. InputError when those that are there were made with something else."""
+    """Note what all trials of a folder share. InputError when those that are there were made with something else."""
     path = folder / PLAN
     if path.exists():
         noted = read_json(path)
@@ -116,10 +116,10 @@ def agree_on(folder: Path, facts: dict) -> None:
     write_json(path, facts)
 
 
-# --- One cell -----------------------------------------------------------------------------------------------------
+# --- One trial -----------------------------------------------------------------------------------------------------
 
 
-def fill_cell(cell: Cell, base: Base, sampling: SampleConfig, segments: bool = False) -> dict:
+def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool = False) -> dict:
     """Train, look where the handles look, draw everything, and note it; returns the note.
 
     With `segments`, where each handle looked while a picture was drawn is kept beside it.
@@ -128,21 +128,21 @@ def fill_cell(cell: Cell, base: Base, sampling: SampleConfig, segments: bool = F
     """
     began = time.monotonic()
     try:
-        with trained(cell.training, base) as run:
+        with trained(trial.training, base) as run:
             trained_at = time.monotonic()
             note = {
-                "scene": cell.scene,
-                "method": cell.method,
-                "seed": cell.seed,
+                "scene": trial.scene,
+                "method": trial.method,
+                "seed": trial.seed,
                 "handles": list(run.scene.handles),
                 "words": list(run.scene.words),
                 "attention_iou": look(run),
-                "pictures": draw(run, cell.requests, cell.folder, sampling, segments),
+                "pictures": draw(run, trial.requests, trial.folder, sampling, segments),
             }
     except Interrupted as stop:
         raise Interrupted("stopped; the same command goes on", stop.exit_code - 128) from None
     seconds = {"training": trained_at - began, "drawing": time.monotonic() - trained_at}
     note["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-    write_json(cell.folder / CELL, note)
+    write_json(trial.folder / TRIAL, note)
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)  # of a training that was interrupted
     return note

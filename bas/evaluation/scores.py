@@ -1,4 +1,4 @@
-"""From the pictures of a cell to numbers: the rows of results.jsonl, one for each picture and one for each cell.
+"""From the pictures of a trial to numbers: the rows of results.jsonl, one for each picture and one for each trial.
 
 {"row": "picture", scene, method, seed, file, prompt, text, prompt_similarity, identity: {handle: value}, ...}
 {"row": "cell", scene, method, seed, attention_iou: {handle: value}, draws: {handle: {handle: value}}, ...}
@@ -14,12 +14,12 @@ from PIL import Image
 
 from bas.evaluation.generation import photograph, segment_path
 from bas.evaluation.metrics import Identity, in_words, leakage
-from bas.evaluation.protocol import CELL, Cell
+from bas.evaluation.protocol import TRIAL, Trial
 from bas.evaluation.segments import read_segments
 from bas.io.files import read_json, write_text
 from bas.sampling.sampler import to_picture
 
-ROWS = "rows.jsonl"  # of a cell
+ROWS = "rows.jsonl"  # of a trial
 NAMELESS = "thing"  # what CLIP reads for a concept without a word
 
 Find = Callable[[list[Image.Image], str], list[np.ndarray]]  # where a class of this name is in each picture
@@ -33,24 +33,24 @@ class Scorer(Identity, Protocol):
         """One value for each picture and its prompt."""
 
 
-def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
-    """Score what was drawn, and write the cell's rows; returns them. size: the model's resolution and size multiple."""
-    note = read_json(cell.folder / CELL)
-    _, image, masks = photograph(cell.training, *size)
+def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
+    """Score a trial's images, write its rows and return them. size: the model's resolution and size multiple."""
+    note = read_json(trial.folder / TRIAL)
+    _, image, masks = photograph(trial.training, *size)
     photo, layers = to_picture(image), list(masks.numpy())
     handles, words = note["handles"], [word or NAMELESS for word in note["words"]]
     entries = note["pictures"]
-    pictures = [read_picture(cell.folder / entry["file"]) for entry in entries]
+    pictures = [read_picture(trial.folder / entry["file"]) for entry in entries]
     texts = [in_words(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
 
-    common = {"scene": cell.scene, "method": cell.method, "seed": cell.seed}
+    common = {"scene": trial.scene, "method": trial.method, "seed": trial.seed}
     rows = [{"row": "picture", **common, **entry, "text": text} for entry, text in zip(entries, texts, strict=True)]
     for row, value in zip(rows, scorer.prompt_similarity(pictures, texts), strict=True):
         row |= {"prompt_similarity": value, "identity": {}}
     for i, handle in enumerate(handles):
         shown = [row for row in rows if i in row["concepts"]]
         own = [picture for row, picture in zip(rows, pictures, strict=True) if i in row["concepts"]]
-        paths = [segment_path(cell.folder / row["file"], i) for row in shown]
+        paths = [segment_path(trial.folder / row["file"], i) for row in shown]
         places = read_segments(paths, own) if segments == "files" else segments(own, words[i]) if segments else None
         for row, value in zip(shown, scorer.identity_similarity(own, photo, layers[i], places), strict=True):
             row["identity"][handle] = value
@@ -60,12 +60,12 @@ def score_cell(cell: Cell, scorer: Scorer, size: tuple[int, int], segments: Segm
     alone = [[p for row, p in zip(rows, pictures, strict=True) if row["concepts"] == [i]] for i in range(len(handles))]
     table = leakage(scorer, alone, photo, layers)
     rows.append({"row": "cell", **common, **summary_of_handles(handles, note["attention_iou"], table)})
-    write_text(cell.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(trial.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def summary_of_handles(handles: list[str], iou: list[float], table: np.ndarray) -> dict:
-    """What a cell's row says of its handles. table: (N, N), how much handle i alone draws concept j.
+    """What a trial's row says of its handles. table: (N, N), how much handle i alone draws concept j.
 
     leakage: the mean of what each draws of the others; confused: the share of handles that draw another concept more
     than their own. Both are None for a single handle.
@@ -81,12 +81,12 @@ def summary_of_handles(handles: list[str], iou: list[float], table: np.ndarray) 
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture of the cell, in memory."""
+    """A picture of the trial, in memory."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
 
 
-def read_rows(cell: Cell) -> list[dict]:
-    """The rows of a cell, none when it is not scored."""
-    path = cell.folder / ROWS
+def read_rows(trial: Trial) -> list[dict]:
+    """The rows of a trial, none when it is not scored."""
+    path = trial.folder / ROWS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

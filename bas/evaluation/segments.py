@@ -13,7 +13,7 @@ from PIL import Image
 from bas.errors import InputError
 from bas.io.files import read_json
 from bas.io.images import read_mask
-from bas.pretrained.helper_models import find_frozen, load_frozen
+from bas.pretrained.helper_models import find_helper, load_helper
 
 MASKFORMER = "facebook/maskformer-swin-base-coco"  # hub id
 KINDS = {  # model_type of its config.json: class names in transformers
@@ -27,11 +27,11 @@ class Segmenter:
     """MaskFormer or Mask2Former: the pixels of a class by its word."""
 
     def __init__(self, name: str = MASKFORMER, device: torch.device | str = "cpu"):
-        folder = find_frozen(name, "--segmenter")
+        folder = find_helper(name, "--segmenter")
         kind = read_json(folder / "config.json").get("model_type")
         if kind not in KINDS:
             raise InputError(f"{folder} is a model of type {kind}: segments need {' or '.join(KINDS)}")
-        model, self.processor = load_frozen(folder, kind, *KINDS[kind])
+        model, self.processor = load_helper(folder, kind, *KINDS[kind])
         self.model = model.to(device)
         self.labels = {plain(word): int(i) for i, word in model.config.id2label.items()}
 

@@ -21,7 +21,7 @@ from bas.config import StudyConfig
 from bas.errors import InputError
 from bas.evaluation.masking import blacken
 from bas.evaluation.metrics import in_words
-from bas.evaluation.protocol import CELL, CELLS, RUN
+from bas.evaluation.protocol import RUN, TRIAL, TRIALS
 from bas.evaluation.scores import NAMELESS
 from bas.io.files import read_json, write_json, write_text
 from bas.io.images import read_image, read_mask
@@ -32,8 +32,8 @@ TEMPLATE = Path(__file__).parents[1] / "web" / "templates" / "study.html"
 KEY = "key.json"
 SIDE = 512  # pixels of a picture on a page
 MARGIN = 0.06  # around a cut-out thing, as a share of its larger side
-EVALUATED = f"{CELLS}/*/*/seed-*/{CELL}"  # what `bas evaluate` leaves
-METHOD = "bas"  # whose cells hold the photograph as it is: the baselines train on pictures pasted together
+EVALUATED = f"{TRIALS}/*/*/seed-*/{TRIAL}"  # what `bas evaluate` leaves
+METHOD = "bas"  # whose trials hold the photograph as it is: the baselines train on pictures pasted together
 FIELDS = ("method", "scene", "prompt", "word", "picture", "reference", "mask")  # of a line in a list of pictures
 
 
@@ -59,22 +59,22 @@ class Item:
 def read_items(source: Path) -> list[Item]:
     """The pictures of a study: a folder of `bas evaluate`, or a .jsonl list of them. InputError for anything else."""
     if source.is_dir():
-        cells = sorted(path.parent for path in source.glob(EVALUATED))
-        if not cells:
+        trials = sorted(path.parent for path in source.glob(EVALUATED))
+        if not trials:
             raise InputError(f"{source} is no evaluation: it has no {EVALUATED}")
         shown: dict[str, Path] = {}  # where each scene's photograph is taken from, for all methods
-        for cell in sorted(cells, key=lambda cell: cell.parent.name != METHOD):
-            shown.setdefault(cell.parents[1].name, cell / RUN / SCENE)
-        return [item for cell in cells for item in read_cell(cell, shown[cell.parents[1].name])]
+        for trial in sorted(trials, key=lambda trial: trial.parent.name != METHOD):
+            shown.setdefault(trial.parents[1].name, trial / RUN / SCENE)
+        return [item for trial in trials for item in read_trial(trial, shown[trial.parents[1].name])]
     return list(read_list(source))
 
 
-def read_cell(cell: Path, reference: Path) -> Iterator[Item]:
+def read_trial(trial: Path, reference: Path) -> Iterator[Item]:
     """The pictures of one method on one scene with one seed, once for each thing that their prompts name.
 
     reference: folder with the scene's photograph and masks.
     """
-    note = read_json(cell / CELL)
+    note = read_json(trial / TRIAL)
     try:
         words = [word or NAMELESS for word in note["words"]]
         names = dict(zip(note["handles"], words, strict=True))
@@ -85,13 +85,13 @@ def read_cell(cell: Path, reference: Path) -> Iterator[Item]:
                     scene=note["scene"],
                     prompt=in_words(picture["prompt"], names),
                     word=words[concept],
-                    picture=cell / picture["file"],
+                    picture=trial / picture["file"],
                     reference=reference / "img.png",
                     mask=reference / f"mask{concept}.png",
                     repeat=note["seed"],
                 )
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise InputError(f"{cell / CELL} is no note of an evaluation ({type(error).__name__}: {error})") from error
+        raise InputError(f"{trial / TRIAL} is no note of an evaluation ({type(error).__name__}: {error})") from error
 
 
 def read_list(path: Path) -> Iterator[Item]:

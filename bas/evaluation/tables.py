@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bas.evaluation.baselines import COMPARED
+from bas.evaluation.baselines import VARIANTS
 
 STUDENT = (  # 97.5 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -70,20 +70,22 @@ def value_of(row: dict, column: str) -> float | None:
     return float(np.mean(list(value.values()))) if isinstance(value, dict) else value
 
 
-def by_cell(rows: Iterable[dict], column: str) -> dict[str, dict[tuple[str, int], float]]:
+def by_trial(rows: Iterable[dict], column: str) -> dict[str, dict[tuple[str, int], float]]:
     """The mean of a column for each method, and each scene and seed; those without a value are left out."""
     kind = COLUMNS[column][0]
     found: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in rows:
         if row["row"] == kind and (value := value_of(row, column)) is not None:
             found.setdefault(row["method"], {}).setdefault((row["scene"], row["seed"]), []).append(value)
-    return {method: {cell: float(np.mean(values)) for cell, values in cells.items()} for method, cells in found.items()}
+    return {
+        method: {trial: float(np.mean(values)) for trial, values in trials.items()} for method, trials in found.items()
+    }
 
 
-def over_scenes(cells: dict[tuple[str, int], float]) -> Interval:
+def over_scenes(trials: dict[tuple[str, int], float]) -> Interval:
     """The interval over scenes of values by scene and seed."""
     scenes: dict[str, list[float]] = {}
-    for (scene, _), value in cells.items():
+    for (scene, _), value in trials.items():
         scenes.setdefault(scene, []).append(value)
     return interval([float(np.mean(values)) for values in scenes.values()])
 
@@ -104,28 +106,28 @@ def student(freedom: int) -> float:
 
 
 def summarise(rows: list[dict]) -> dict[str, dict[str, Interval]]:
-    """For each method, in the order of COMPARED, each column that it has values of."""
-    columns = {column: by_cell(rows, column) for column in COLUMNS}
-    methods = [method for method in COMPARED if method in columns["prompt_similarity"]]
+    """For each method, in the order of VARIANTS, each column that it has values of."""
+    columns = {column: by_trial(rows, column) for column in COLUMNS}
+    methods = [method for method in VARIANTS if method in columns["prompt_similarity"]]
     return {
-        method: {column: over_scenes(cells[method]) for column, cells in columns.items() if method in cells}
+        method: {column: over_scenes(trials[method]) for column, trials in columns.items() if method in trials}
         for method in methods
     }
 
 
 def compare(rows: list[dict], more: str, less: str, column: str) -> Interval | None:
     """By how much one method has more than the other, over the scenes and seeds that both have; None without any."""
-    cells = by_cell(rows, column)
-    ours, theirs = cells.get(more, {}), cells.get(less, {})
-    differences = {cell: value - theirs[cell] for cell, value in ours.items() if cell in theirs}
+    trials = by_trial(rows, column)
+    ours, theirs = trials.get(more, {}), trials.get(less, {})
+    differences = {trial: value - theirs[trial] for trial, value in ours.items() if trial in theirs}
     return over_scenes(differences) if differences else None
 
 
 def option_changes(rows: list[dict]) -> dict[str, list[Interval | None]]:
     """For each option that was tried, by how much it changes each column of the method."""
-    options = [name for name, row in COMPARED.items() if row.kind == "option"]
+    options = [name for name, row in VARIANTS.items() if row.kind == "option"]
     changes = {name: [compare(rows, name, "bas", column) for column in COLUMNS] for name in options}
-    return {name: cells for name, cells in changes.items() if any(cells)}
+    return {name: trials for name, trials in changes.items() if any(trials)}
 
 
 def verdict(difference: Interval) -> str:
@@ -153,7 +155,7 @@ def method_table(rows: list[dict]) -> list[str]:
     """A line for each method with the mean and interval of each column."""
     lines = head(["method", "", *HEADINGS])
     for method, columns in summarise(rows).items():
-        lines.append(line([method, COMPARED[method].gloss, *(str(columns.get(column, "–")) for column in COLUMNS)]))
+        lines.append(line([method, VARIANTS[method].help, *(str(columns.get(column, "–")) for column in COLUMNS)]))
     return lines
 
 
@@ -178,7 +180,7 @@ def ordering_table(rows: list[dict]) -> list[str]:
 def option_table(rows: list[dict]) -> list[str]:
     """A line for each option that was tried; nothing when none was."""
     changes = option_changes(rows)
-    lines = [line([name, COMPARED[name].gloss, *(str(c or "–") for c in cells)]) for name, cells in changes.items()]
+    lines = [line([name, VARIANTS[name].help, *(str(c or "–") for c in trials)]) for name, trials in changes.items()]
     return [*head(["option − bas", "", *HEADINGS]), *lines] if lines else []
 
 
@@ -187,6 +189,6 @@ def head(titles: list[str]) -> list[str]:
     return [line(titles), line(["---"] * len(titles))]
 
 
-def line(cells: list[str]) -> str:
+def line(trials: list[str]) -> str:
     """One line of a table."""
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(trials)} |"

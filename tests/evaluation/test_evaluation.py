@@ -19,12 +19,12 @@ from bas.cli.entry import main
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import RunError
 from bas.evaluation import generation, runner
-from bas.evaluation.baselines import COMPARED, PAPER, training_of
+from bas.evaluation.baselines import PAPER, VARIANTS, training_of
 from bas.evaluation.page import page
 from bas.evaluation.plot import Point, label_places, layout, overlap, scatter_png
-from bas.evaluation.protocol import agree_on, fill_cell, plan_cells
-from bas.evaluation.runner import Bench, counted_seconds, evaluate_each, measured_seconds, write_results
-from bas.evaluation.scores import score_cell, summary_of_handles
+from bas.evaluation.protocol import agree_on, plan_trials, run_trial
+from bas.evaluation.runner import EvaluationContext, counted_seconds, evaluate_each, measured_seconds, write_results
+from bas.evaluation.scores import score_trial, summary_of_handles
 from bas.evaluation.segments import segment_by_attention
 from bas.evaluation.tables import Interval, compare, interval, markdown, student, summarise, verdict
 from bas.pretrained.folder import load
@@ -68,23 +68,23 @@ def explicit(bench) -> dict:
 
 def planned(folder: Path, scenes: list[Path], explicit: dict, methods=("bas", "ti-m"), seeds=(0,)):
     """A plan with two contexts."""
-    return plan_cells(folder, scenes, methods, seeds, CONTEXTS[:2], explicit, None)
+    return plan_trials(folder, scenes, methods, seeds, CONTEXTS[:2], explicit, None)
 
 
-def workplace(bench, **changes) -> Bench:
-    """What the cells share, with the stand-in for metrics."""
-    return Bench(bench.model, torch.device("cpu"), SAMPLING, lambda: (Stand(), None), **changes)
+def workplace(bench, **changes) -> EvaluationContext:
+    """What the trials share, with the stand-in for metrics."""
+    return EvaluationContext(bench.model, torch.device("cpu"), SAMPLING, lambda: (Stand(), None), **changes)
 
 
 @pytest.fixture(scope="module")
 def done(bench, scenes, explicit, tmp_path_factory):
-    """A finished evaluation of two scenes and two methods: its folder and cells."""
+    """A finished evaluation of two scenes and two methods: its folder and trials."""
     folder = tmp_path_factory.mktemp("done") / "out"
-    cells = planned(folder, scenes, explicit)
-    outcomes = list(evaluate_each(cells, workplace(bench)))
+    trials = planned(folder, scenes, explicit)
+    outcomes = list(evaluate_each(trials, workplace(bench)))
     assert [(outcome.error, outcome.earlier) for outcome in outcomes] == [(None, False)] * 4
-    write_results(folder, cells, FACTS)
-    return folder, cells
+    write_results(folder, trials, FACTS)
+    return folder, trials
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -97,7 +97,7 @@ def rows_of(folder: Path) -> list[dict]:
 def test_every_row_is_the_same_training_but_for_what_it_says(explicit):
     """Settings that hold for all reach every row, also where a baseline has none of its own of that kind."""
     plain = training_of("bas", explicit, None)
-    for name, row in COMPARED.items():
+    for name, row in VARIANTS.items():
         config = training_of(name, explicit | {"lambda_attention": 0.2, "initial_learning_rate": 7e-4}, None)
         assert config.initial_learning_rate == 7e-4
         assert config.num_class_images == plain.num_class_images
@@ -111,7 +111,7 @@ def test_every_row_is_the_same_training_but_for_what_it_says(explicit):
 
 def test_ablations_are_four():
     """The paper's: without phase 1, the masked loss, the attention loss, union sampling."""
-    changes = {name: row.settings for name, row in COMPARED.items() if row.kind == "ablation"}
+    changes = {name: row.settings for name, row in VARIANTS.items() if row.kind == "ablation"}
     assert changes == {
         "no-phase1": {"phase1_train_steps": 0},
         "no-mask": {"apply_masked_loss": False},
@@ -120,21 +120,21 @@ def test_ablations_are_four():
     }
 
 
-def test_cells_draw_every_subset_in_every_context(scenes, explicit, tmp_path):
-    cells = planned(tmp_path, scenes, explicit, seeds=(0, 3))
-    assert [(c.scene, c.method, c.seed) for c in cells] == [
+def test_trials_draw_every_subset_in_every_context(scenes, explicit, tmp_path):
+    trials = planned(tmp_path, scenes, explicit, seeds=(0, 3))
+    assert [(c.scene, c.method, c.seed) for c in trials] == [
         (scene, method, seed) for seed in (0, 3) for scene in ("ant", "bee") for method in ("bas", "ti-m")
     ]
-    asked = [(request.prompt, request.concepts) for request in cells[2].requests]
+    asked = [(request.prompt, request.concepts) for request in trials[2].requests]
     assert asked == [
         (f"a photo of {names} {context}", concepts)
         for names, concepts in (("<asset0>", (0,)), ("<asset1>", (1,)), ("<asset0> and <asset1>", (0, 1)))
         for context in ("at the beach", "in the jungle")
     ]
-    assert [request.noise for request in cells[2].requests] == list(range(6))
-    assert cells[2].requests == cells[3].requests
-    assert [cell.training.seed for cell in cells] == [0] * 4 + [3] * 4
-    noises = [request.noise for cell in (cells[2], cells[6]) for request in cell.requests]
+    assert [request.noise for request in trials[2].requests] == list(range(6))
+    assert trials[2].requests == trials[3].requests
+    assert [trial.training.seed for trial in trials] == [0] * 4 + [3] * 4
+    noises = [request.noise for trial in (trials[2], trials[6]) for request in trial.requests]
     assert len(set(noises)) == 12
 
 
@@ -148,27 +148,27 @@ def test_a_folder_holds_one_kind_of_evaluation(tmp_path):
 
 def test_estimates(bench, scenes, explicit, done, tmp_path):
     """Counted: twice the scenes take twice as long. Measured: the mean of what is finished."""
-    cells = planned(tmp_path, scenes[:1], explicit, methods=("ti",))
-    assert measured_seconds(cells) is None
-    assert counted_seconds(cells, SAMPLING) > 0
+    trials = planned(tmp_path, scenes[:1], explicit, methods=("ti",))
+    assert measured_seconds(trials) is None
+    assert counted_seconds(trials, SAMPLING) > 0
     assert counted_seconds([], SAMPLING) == 0
-    notes = [json.loads((cell.folder / "cell.json").read_text())["seconds"] for cell in done[1]]
+    notes = [json.loads((trial.folder / "cell.json").read_text())["seconds"] for trial in done[1]]
     assert measured_seconds(done[1]) == pytest.approx(sum(n["training"] + n["drawing"] for n in notes) / 4)
 
 
 # --- Cells --------------------------------------------------------------------------------------------------------
 
 
-def test_a_cell_draws_what_a_run_of_its_own_draws(bench, scenes, explicit, done, tmp_path):
-    """The same bits as `bas train` and `bas sample`, though other cells were trained from the base before."""
-    cell = done[1][3]
-    assert (cell.scene, cell.method) == ("bee", "ti-m")
-    folder = bas.train(replace(cell.training, output_dir=str(tmp_path / "run")))
+def test_a_trial_draws_what_a_run_of_its_own_draws(bench, scenes, explicit, done, tmp_path):
+    """The same bits as `bas train` and `bas sample`, though other trials were trained from the base before."""
+    trial = done[1][3]
+    assert (trial.scene, trial.method) == ("bee", "ti-m")
+    folder = bas.train(replace(trial.training, output_dir=str(tmp_path / "run")))
     models = load(folder)
     for i in (0, 5):
-        request = cell.requests[i]
+        request = trial.requests[i]
         (expected,) = bas.sample(models, request.prompt, replace(SAMPLING, seed=request.noise))
-        with Image.open(cell.folder / f"{i:04d}.png") as picture:
+        with Image.open(trial.folder / f"{i:04d}.png") as picture:
             assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1
             assert json.loads(picture.text["bas"])["prompt"] == request.prompt
 
@@ -178,7 +178,7 @@ def test_tuned_weights_are_not_kept(done):
 
 
 def test_rows_hold_what_was_measured(scenes, done):
-    folder, cells = done
+    folder, trials = done
     rows = rows_of(folder)
     pictures = [row for row in rows if row["row"] == "picture"]
     assert len(pictures) == 2 * (2 + 6)
@@ -186,18 +186,18 @@ def test_rows_hold_what_was_measured(scenes, done):
     last = pictures[-1]
     assert last["prompt"] == "a photo of <asset0> and <asset1> in the jungle"
     assert last["text"] == "a photo of thing and thing in the jungle"
-    with Image.open(cells[3].folder / last["file"]) as picture:
+    with Image.open(trials[3].folder / last["file"]) as picture:
         assert last["prompt_similarity"] == pytest.approx(np.asarray(picture)[..., 0].mean() / 255)
         photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask1.png"))
         (likeness,) = Stand().identity_similarity([picture], photo, mask / 255)
     assert last["identity"].keys() == {"<asset0>", "<asset1>"}
     assert last["identity"]["<asset1>"] == pytest.approx(likeness)
     assert last["identity_similarity"] == pytest.approx(np.mean(list(last["identity"].values())))
-    cell = rows[-1]
-    assert cell["row"] == "cell"
-    assert all(0 <= value <= 1 for value in cell["attention_iou"].values())
+    trial = rows[-1]
+    assert trial["row"] == "cell"
+    assert all(0 <= value <= 1 for value in trial["attention_iou"].values())
     alone = [row["identity"]["<asset0>"] for row in pictures[-6:] if row["concepts"] == [0]]
-    assert cell["draws"]["<asset0>"]["<asset0>"] == pytest.approx(np.mean(alone))
+    assert trial["draws"]["<asset0>"]["<asset0>"] == pytest.approx(np.mean(alone))
 
 
 def test_metrics_that_are_not_here_are_found_before_anything_is_trained(bench, scenes, explicit, tmp_path, capsys):
@@ -227,119 +227,119 @@ def test_segments_are_those_of_the_concepts_word(done):
         return [place] * len(pictures)
 
     before = rows_of(done[0])[-7:-1]
-    rows = score_cell(done[1][3], Stand(), (32, 8), segments)
+    rows = score_trial(done[1][3], Stand(), (32, 8), segments)
     assert asked == [(4, "thing"), (4, "thing")]
     assert all(a["identity"] != b["identity"] for a, b in zip(rows[:-1], before, strict=True))
-    score_cell(done[1][3], Stand(), (32, 8))
+    score_trial(done[1][3], Stand(), (32, 8))
 
 
 def test_segments_of_the_handles_attention_lie_beside_the_pictures(bench, scenes, explicit, done, tmp_path):
     """Of the same pictures, one file for each concept of a prompt, where `bas attend` sees its handle look."""
-    (cell,) = planned(tmp_path, scenes[1:], explicit, methods=("bas",))
+    (trial,) = planned(tmp_path, scenes[1:], explicit, methods=("bas",))
     bench_with_files = replace(workplace(bench), make_scorer=lambda: (Stand(), "files"))
-    assert [outcome.error for outcome in evaluate_each([cell], bench_with_files)] == [None]
+    assert [outcome.error for outcome in evaluate_each([trial], bench_with_files)] == [None]
     same = done[1][2]
-    assert (same.scene, same.method) == (cell.scene, cell.method)
-    names = sorted(path.name for path in cell.folder.glob("*-mask*.png"))
+    assert (same.scene, same.method) == (trial.scene, trial.method)
+    names = sorted(path.name for path in trial.folder.glob("*-mask*.png"))
     assert names == [
         *("0000-mask0.png", "0001-mask0.png", "0002-mask1.png", "0003-mask1.png"),
         *("0004-mask0.png", "0004-mask1.png", "0005-mask0.png", "0005-mask1.png"),
     ]
     for i in range(6):
-        pair = [np.asarray(Image.open(c.folder / f"{i:04d}.png")).astype(int) for c in (cell, same)]
+        pair = [np.asarray(Image.open(c.folder / f"{i:04d}.png")).astype(int) for c in (trial, same)]
         assert np.abs(pair[0] - pair[1]).max() <= 1
-    models = load(bas.train(replace(cell.training, output_dir=str(tmp_path / "run"), resume_from_checkpoint=None)))
-    request = cell.requests[4]
+    models = load(bas.train(replace(trial.training, output_dir=str(tmp_path / "run"), resume_from_checkpoint=None)))
+    request = trial.requests[4]
     seen = attend(models, request.prompt, replace(SAMPLING, seed=request.noise))
     for k in range(2):
         expected = segment_by_attention(seen.maps[k], (32, 32))
-        found = np.asarray(Image.open(cell.folder / f"0004-mask{k}.png")) / 255
+        found = np.asarray(Image.open(trial.folder / f"0004-mask{k}.png")) / 255
         assert np.abs(found - expected).mean() < 0.01
-    here, whole = (json.loads((c.folder / "rows.jsonl").read_text().splitlines()[4]) for c in (cell, same))
-    with Image.open(cell.folder / "0004.png") as picture:
+    here, whole = (json.loads((c.folder / "rows.jsonl").read_text().splitlines()[4]) for c in (trial, same))
+    with Image.open(trial.folder / "0004.png") as picture:
         photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask0.png"))
-        place = np.asarray(Image.open(cell.folder / "0004-mask0.png")) / 255
+        place = np.asarray(Image.open(trial.folder / "0004-mask0.png")) / 255
         (likeness,) = Stand().identity_similarity([picture], photo, mask / 255, [place])
     assert here["identity"]["<asset0>"] == pytest.approx(likeness)
     assert here["identity"] != whole["identity"]
 
 
 def test_what_is_finished_is_left_and_what_is_not_goes_on(bench, scenes, explicit, done, tmp_path, monkeypatch):
-    """A signal while a cell draws ends the evaluation; the same plan again does the rest, with the same results."""
-    cells = planned(tmp_path / "out", scenes, explicit)
+    """A signal while a trial draws ends the evaluation; the same plan again does the rest, with the same results."""
+    trials = planned(tmp_path / "out", scenes, explicit)
     original, calls = generation.generate, []
 
     def interrupting(prompts, *args):
         calls.append(len(prompts))
-        if len(calls) == 3:  # the first batch of the third cell
+        if len(calls) == 3:  # the first batch of the third trial
             os.kill(os.getpid(), 2)
         return original(prompts, *args)
 
     with monkeypatch.context() as patch, heard():
         patch.setattr(generation, "generate", interrupting)
         with pytest.raises(Interrupted, match="the same command goes on") as stop:
-            list(evaluate_each(cells, workplace(bench)))
+            list(evaluate_each(trials, workplace(bench)))
     assert stop.value.exit_code == 130
     again = planned(tmp_path / "out", scenes, explicit)
-    assert [cell.finished for cell in again] == [True, True, False, False]
+    assert [trial.finished for trial in again] == [True, True, False, False]
     assert [outcome.earlier for outcome in evaluate_each(again, workplace(bench))] == [True, True, False, False]
     write_results(tmp_path / "out", again, FACTS)
     assert rows_of(tmp_path / "out") == rows_of(done[0])
 
 
-def test_a_cell_that_was_interrupted_leaves_no_checkpoint(bench, scenes, explicit, tmp_path, monkeypatch):
+def test_a_trial_that_was_interrupted_leaves_no_checkpoint(bench, scenes, explicit, tmp_path, monkeypatch):
     """It takes as much room as the model and its optimizer, and what is drawn needs it no more."""
     with monkeypatch.context() as patch, heard():
         before_step(patch, 2, lambda *args: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted):
             list(evaluate_each(planned(tmp_path, scenes[:1], explicit, methods=("ti-m",)), workplace(bench)))
     assert len(list(tmp_path.rglob("state.safetensors"))) == 1
-    (cell,) = planned(tmp_path, scenes[:1], explicit, methods=("ti-m",))
-    assert [outcome.error for outcome in evaluate_each([cell], workplace(bench))] == [None]
-    assert cell.finished
+    (trial,) = planned(tmp_path, scenes[:1], explicit, methods=("ti-m",))
+    assert [outcome.error for outcome in evaluate_each([trial], workplace(bench))] == [None]
+    assert trial.finished
     assert not list(tmp_path.rglob("checkpoints"))
 
 
 def test_what_cannot_be_drawn_is_found_before_anything_is_trained(bench, scenes, explicit, tmp_path):
-    cells = planned(tmp_path, scenes, explicit)
+    trials = planned(tmp_path, scenes, explicit)
     for sampling, reason in (
         (replace(SAMPLING, num_inference_steps=1001), "1001 denoising steps"),
         (replace(SAMPLING, height=31), "--height 31"),
         (replace(SAMPLING, negative_prompt="<toy>"), "unknown handle <toy>"),
     ):
         with refused(reason):
-            list(evaluate_each(cells, replace(workplace(bench), sampling=sampling)))
+            list(evaluate_each(trials, replace(workplace(bench), sampling=sampling)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cell_that_is_too_large_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
-    def too_large(cell, *args):
-        if cell.method == "ti-m":
+def test_a_trial_that_is_too_large_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
+    def too_large(trial, *args):
+        if trial.method == "ti-m":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return original(cell, *args)
+        return original(trial, *args)
 
-    original = fill_cell
-    monkeypatch.setattr(runner, "fill_cell", too_large)
+    original = run_trial
+    monkeypatch.setattr(runner, "run_trial", too_large)
     outcomes = list(evaluate_each(planned(tmp_path, scenes[:1], explicit), workplace(bench)))
     assert [outcome.error for outcome in outcomes] == [None, "cpu is out of memory"]
 
 
-def test_a_cell_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
-    original = fill_cell
+def test_a_trial_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):
+    original = run_trial
 
-    def failing(cell, *args):
-        if cell.method == "ti-m":
+    def failing(trial, *args):
+        if trial.method == "ti-m":
             raise RunError("phase2 step 5: loss is nan")
-        return original(cell, *args)
+        return original(trial, *args)
 
-    monkeypatch.setattr(runner, "fill_cell", failing)
-    cells = planned(tmp_path, scenes, explicit)
-    outcomes = list(evaluate_each(cells, workplace(bench)))
+    monkeypatch.setattr(runner, "run_trial", failing)
+    trials = planned(tmp_path, scenes, explicit)
+    outcomes = list(evaluate_each(trials, workplace(bench)))
     assert [outcome.error for outcome in outcomes] == [None, "phase2 step 5: loss is nan"] * 2
-    write_results(tmp_path, cells, FACTS)
+    write_results(tmp_path, trials, FACTS)
     assert {row["method"] for row in rows_of(tmp_path)} == {"bas"}
     with pytest.raises(RunError, match="nothing to show"):
-        write_results(tmp_path, cells[1::2], FACTS)
+        write_results(tmp_path, trials[1::2], FACTS)
 
 
 # --- Tables, plot, page -------------------------------------------------------------------------------------------
@@ -423,14 +423,14 @@ def test_labels_of_near_points_lie_on_nothing():
 
 def test_the_page_shows_the_pictures_behind_each_point(done):
     """Self-contained; every method links to pictures with their prompts, at most eight for a scene."""
-    folder, cells = done
+    folder, trials = done
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert text.count('<a href="#bas">') == text.count('<a href="#ti-m">') == 2
     assert text.count("<img") == 2 * (2 + 1 + 6 + 1)
     assert text.count("a photo of &lt;asset1&gt; in the jungle (prompt") == 2 * 2  # caption, and text for the blind
     assert "http" not in text.replace("http-equiv", "")
     pictures = sum(row["row"] == "picture" for row in rows_of(folder))
-    assert page(rows_of(folder), cells, {"cells": "4 of 4", "pictures": str(pictures), **FACTS}) == text
+    assert page(rows_of(folder), trials, {"cells": "4 of 4", "pictures": str(pictures), **FACTS}) == text
 
 
 # --- One command --------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_share_an_evaluation(bench, scenes, explicit, tmp_path):
-    """Started by torchrun with the miniature's own metrics: every cell once, one set of results."""
+    """Started by torchrun with the miniature's own metrics: every trial once, one set of results."""
     line = words(bench, explicit, scenes, tmp_path / "out", "--methods", "bas", "ti-m", "--metrics", "miniature")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bas"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(bas.__file__).parents[1])}

@@ -24,19 +24,19 @@ def evaluation(tmp_path_factory):
     rng = np.random.default_rng(0)
     for scene in ("one", "two"):
         for method in METHODS:
-            cell = root / "cells" / scene / method / "seed-0"
-            write_scene(cell / "run" / "scene", concepts=2, size=(48, 32))
+            trial = root / "cells" / scene / method / "seed-0"
+            write_scene(trial / "run" / "scene", concepts=2, size=(48, 32))
             pictures = []
             for concepts in ([0], [1], [1, 0]):
                 for place in PLACES:
                     name = f"{len(pictures):04d}.png"
-                    Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(cell / name)
+                    Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(trial / name)
                     prompt = "a photo of " + " and ".join(f"<asset{i}>" for i in concepts) + f" {place}"
                     row = {"file": name, "prompt": prompt, "concepts": concepts}
                     pictures.append(row)
             note = {"scene": scene, "method": method, "seed": 0, "handles": ["<asset0>", "<asset1>"]}
             note |= {"words": ["dog", None], "pictures": pictures}
-            (cell / "cell.json").write_text(json.dumps(note))
+            (trial / "cell.json").write_text(json.dumps(note))
     return root
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from bas.evaluation.baselines import PAPER
 from bas.evaluation.plot import scatter_png
-from bas.evaluation.protocol import CELL, CELLS, PLAN
+from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
 from bas.io.figures import save_picture
@@ -59,9 +59,9 @@ def evaluate(folder: Path, scenes: list[Path], args: argparse.Namespace) -> None
 def condense(folder: Path) -> list[dict]:
     """What an evaluation measured: for each cell the mean of each column, and the seconds that it took."""
     cells = []
-    for path in sorted((folder / CELLS).glob(f"*/*/*/{ROWS}")):
+    for path in sorted((folder / TRIALS).glob(f"*/*/*/{ROWS}")):
         rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-        note = json.loads(path.with_name(CELL).read_text(encoding="utf-8"))
+        note = json.loads(path.with_name(TRIAL).read_text(encoding="utf-8"))
         cell = {key: note[key] for key in ("scene", "method", "seed")}
         for column, (kind, _, _) in COLUMNS.items():
             cell[column] = float(np.mean([value_of(row, column) for row in rows if row["row"] == kind]))

@@ -10,10 +10,17 @@ from bas.cli.flags import Parser, add_fields, given
 from bas.cli.inspection import as_text
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import InputError
-from bas.evaluation.baselines import COMPARED, PAPER
+from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
-from bas.evaluation.protocol import Cell, agree_on, plan_cells
-from bas.evaluation.runner import Bench, Outcome, counted_seconds, evaluate_each, measured_seconds, write_results
+from bas.evaluation.protocol import Trial, agree_on, plan_trials
+from bas.evaluation.runner import (
+    EvaluationContext,
+    Outcome,
+    counted_seconds,
+    evaluate_each,
+    measured_seconds,
+    write_results,
+)
 from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import add_config, read_config, setting_kinds
@@ -31,7 +38,7 @@ EXAMPLES = (
     "bas evaluate my_scenes --dry_run",
     "bas evaluate my_scenes --methods bas db-m ti-m --seeds 0 1 2 --output_dir evaluation",
 )
-PER_CELL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
+PER_TRIAL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
 TRAINING = (  # the flags of training that stand beside those below; --config takes all
     *("pretrained_model_name_or_path", "phase1_train_steps", "phase2_train_steps", "resolution", "num_class_images"),
     *("class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
@@ -44,7 +51,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument("scenes", metavar="SCENE", nargs="+", help="scene folders, or folders of scene folders")
     parser.add_argument("--output_dir", default="evaluation", help="folder of the evaluation (default: %(default)s)")
     add_config(parser)
-    rows = ", ".join(f"{name} ({row.gloss})" for name, row in COMPARED.items())
+    rows = ", ".join(f"{name} ({row.help})" for name, row in VARIANTS.items())
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -83,10 +90,10 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plan, fill and score this process's cells; the first process then writes the results."""
+    """Plan, fill and score this process's trials; the first process then writes the results."""
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
     explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **given(args, TrainConfig)}
-    explicit = {name: value for name, value in explicit.items() if name not in PER_CELL}
+    explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
     base = find(explicit.get("pretrained_model_name_or_path"))
     row, sampling = read_model_row(base), SampleConfig(**given(args, SampleConfig))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
@@ -95,10 +102,10 @@ def run(args: argparse.Namespace) -> None:
         scenes = scenes[: in_range("--first_scenes", args.first_scenes, len(scenes))]
     explicit["device"] = ranks.device(explicit.get("device"))
     methods, seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
-    cells = plan_cells(folder, scenes, methods, seeds, contexts, explicit, row)
-    _, device, _ = check_machine(cells[0].training)
+    trials = plan_trials(folder, scenes, methods, seeds, contexts, explicit, row)
+    _, device, _ = check_machine(trials[0].training)
     measured = measures(args, base)
-    print_plan(cells, sampling, scenes, ranks, args.dry_run)
+    print_plan(trials, sampling, scenes, ranks, args.dry_run)
     if args.dry_run:
         return
 
@@ -110,20 +117,20 @@ def run(args: argparse.Namespace) -> None:
         "sampling": asdict(sampling),
     }
     agree_on(folder, facts | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
-    bench = Bench(base, device, sampling, partial(make_scorer, measured, base, str(device)))
-    share, failed = ranks.part(cells), []
+    bench = EvaluationContext(base, device, sampling, partial(make_scorer, measured, base, str(device)))
+    share, failed = ranks.part(trials), []
     with ranks.connected() as gather:
         for i, outcome in enumerate(evaluate_each(share, bench), start=1):
             say(outcome, f"[{i}/{len(share)}]", share[i:])
             if outcome.error:
-                failed.append([title(outcome.cell), outcome.error])
+                failed.append([title(outcome.trial), outcome.error])
         failed = gather(failed)
     if ranks.first:
         shown = {"base": base.name, "scenes": str(len(scenes)), "seeds": " ".join(map(str, seeds))}
         shown |= {"metrics": measured["kind"], "segments": measured["segments"]}
-        for path in write_results(folder, cells, shown):
+        for path in write_results(folder, trials, shown):
             print(path)
-    ranks.conclude(failed, len(cells), "cells")
+    ranks.conclude(failed, len(trials), "cells")
 
 
 def in_range(flag: str, value: int, most: int) -> int:
@@ -154,39 +161,39 @@ def make_scorer(measured: dict[str, str], base: Path, device: str) -> tuple[Scor
     return scorer, "files" if measured["segments"] == "attention" else None
 
 
-def print_plan(cells: list[Cell], sampling: SampleConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
+def print_plan(trials: list[Trial], sampling: SampleConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
     """What there is to do, and how long it may take."""
-    left = [cell for cell in cells if not read_rows(cell)]
-    seconds = measured_seconds(cells)
+    left = [trial for trial in trials if not read_rows(trial)]
+    seconds = measured_seconds(trials)
     if seconds is not None:
-        estimate = f"{clock(seconds * len(left) / ranks.world)}, as the finished cells took"
+        estimate = f"{clock(seconds * len(left) / ranks.world)}, as the finished trials took"
     elif dry:
         counted = counted_seconds(left, sampling) / ranks.world
         estimate = f"more than {clock(counted)}, counted operations at the speed of a matrix product here just now"
     else:
-        estimate = "not known before the first cell is finished (--dry_run counts)"
-    pictures = sum(len(cell.requests) for cell in cells)
+        estimate = "not known before the first trial is finished (--dry_run counts)"
+    pictures = sum(len(trial.requests) for trial in trials)
     facts = {
         "scenes": str(len(scenes)),
-        "methods": ", ".join(dict.fromkeys(cell.method for cell in cells)),
-        "cells": f"{len(cells)} trainings, of which {len(cells) - len(left)} are finished",
-        "pictures": f"{pictures}, of which {sum(len(cell.requests) for cell in left)} are left",
+        "methods": ", ".join(dict.fromkeys(trial.method for trial in trials)),
+        "cells": f"{len(trials)} trainings, of which {len(trials) - len(left)} are finished",
+        "pictures": f"{pictures}, of which {sum(len(trial.requests) for trial in left)} are left",
         "time left": estimate,
     }
     if ranks.first:
         print(as_text(facts), flush=True)
 
 
-def say(outcome: Outcome, count: str, left: list[Cell]) -> None:
-    """One line about a cell."""
+def say(outcome: Outcome, count: str, left: list[Trial]) -> None:
+    """One line about a trial."""
     if outcome.error:
-        log.error("%s %s failed: %s", count, title(outcome.cell), outcome.error)
+        log.error("%s %s failed: %s", count, title(outcome.trial), outcome.error)
     elif not outcome.earlier:
-        seconds = measured_seconds([outcome.cell])
-        remaining = clock(seconds * sum(not cell.finished for cell in left))
-        announce(f"{count} {title(outcome.cell)}: {clock(seconds)}, about {remaining} left")
+        seconds = measured_seconds([outcome.trial])
+        remaining = clock(seconds * sum(not trial.finished for trial in left))
+        announce(f"{count} {title(outcome.trial)}: {clock(seconds)}, about {remaining} left")
 
 
-def title(cell: Cell) -> str:
-    """A cell's name in messages."""
-    return f"{cell.scene} {cell.method} seed {cell.seed}"
+def title(trial: Trial) -> str:
+    """A trial's name in messages."""
+    return f"{trial.scene} {trial.method} seed {trial.seed}"
