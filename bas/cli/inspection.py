@@ -21,9 +21,10 @@ from bas.errors import InputError
 from bas.io.files import cache_dir, human_size, read_json, read_tensors, reading
 from bas.io.images import open_picture
 from bas.io.settings_file import check_facts
-from bas.pretrained.folder import outline, weights_hash
+from bas.models.bundle import COMPONENTS, Models
+from bas.pretrained.folder import build_on_meta, weights_hash
 from bas.pretrained.hub import SHIPPED, find, manifest
-from bas.pretrained.loading import COMPONENTS, Models, match
+from bas.pretrained.loading import check_keys
 from bas.pretrained.unsupported import other_kind
 from bas.runtime.device import pick_device, pick_precision
 from bas.training.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_concepts, read_note
@@ -124,9 +125,9 @@ def _describe_scene(path: Path) -> dict:
 def describe_model(path: Path, hashes: bool) -> dict:
     """Architecture, precision, handles and hash of a model folder or single file, or the reason it does not load."""
     try:
-        models, tensors = outline(path)
+        models, tensors = build_on_meta(path)
         for component in COMPONENTS:
-            match(getattr(models, component), tensors[component], f"{path} ({component})")
+            check_keys(getattr(models, component), tensors[component], f"{path} ({component})")
     except InputError as error:
         return {"loads": False, "problem": str(error)}
     facts = {"loads": True, "checked": CHECKED, **_architecture(models, tensors)}

@@ -7,9 +7,9 @@ from pathlib import Path
 from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
 from bas.io.files import new_folder
-from bas.pretrained.folder import read_spec, load
-from bas.pretrained.hub import find
 from bas.models.bundle import Models
+from bas.pretrained.folder import load, read_spec
+from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.training.run_folder import SETTINGS
 from bas.web.report import renew_report

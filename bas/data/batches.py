@@ -15,9 +15,9 @@ from bas.config import Phase, TrainConfig
 from bas.data.scene import LARGE_OVERLAP, Scene, draw_subset, overlaps, subset_prompt
 from bas.errors import InputError
 from bas.losses import resize_mask
+from bas.models.bundle import Models
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
-from bas.pretrained.loading import Models
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bas.config import ProposalConfig
 from bas.errors import InputError
-from bas.pretrained.helper_models import find_frozen, load_frozen
+from bas.pretrained.helper_models import find_helper, load_helper
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin, SamModel, SamProcessor
@@ -79,8 +79,8 @@ def propose(method: str, picture: Image.Image, config: ProposalConfig, device: t
 
 
 def load_segmenter(row: Method, name: str) -> tuple[torch.nn.Module, ProcessorMixin]:
-    """The model and its processor, strictly, as `load_frozen` reads them."""
-    return load_frozen(find_frozen(name, "--segmenter"), row.kind, row.model, row.processor)
+    """The model and its processor, strictly, as `load_helper` reads them."""
+    return load_helper(find_helper(name, "--segmenter"), row.kind, row.model, row.processor)
 
 
 # --- The methods --------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from bas.data.batches import SHARED, attention_grid
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps
 from bas.io.figures import grid, tint_masks
 from bas.losses import resize_mask
+from bas.models.bundle import Models
 from bas.models.text import check_handles, word_pieces
-from bas.pretrained.loading import Models
 from bas.sampling.sampler import to_picture
 
 CELL = 256  # pixels of one picture on the sheet

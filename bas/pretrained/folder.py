@@ -30,11 +30,12 @@ from bas.io.files import (
     write_tensors,
     write_text,
 )
+from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.loading import COMPONENTS, TEXT_PREFIX, Models, Parts, fill
+from bas.pretrained.loading import TEXT_PREFIX, Parts, load_weights
 from bas.pretrained.single_file import read_single_file
 from bas.pretrained.unsupported import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
 from bas.schedulers import NoiseSchedule
@@ -61,13 +62,13 @@ def load(
     `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. On the CPU, weights that need no
     conversion stay memory-mapped. InputError when anything is missing, unexpected or of another kind.
     """
-    models, tensors = outline(Path(path), prediction_type)
+    models, tensors = build_on_meta(Path(path), prediction_type)
     for component in COMPONENTS:
-        fill(getattr(models, component), tensors[component], f"{path} ({component})", device, dtype)
+        load_weights(getattr(models, component), tensors[component], f"{path} ({component})", device, dtype)
     return models
 
 
-def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
+def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
     """A model whose networks are on the meta device, with shapes but no weights, and the tensors to fill them with.
 
     The tensors are memory-mapped: what is not used is not read.
@@ -80,10 +81,10 @@ def outline(path: Path, prediction_type: str | None = None) -> tuple[Models, dic
     return models, tensors
 
 
-def glance(path: Path) -> Models:
-    """As `outline`, but without the text tower, which is None: enough to check a request, and sooner there.
+def read_spec(path: Path) -> Models:
+    """As `build_on_meta`, but without the text tower, which is None: enough to check a request, and sooner there.
 
-    What makes `outline` an InputError makes this one too. The tower's code takes longer to import than PyTorch.
+    What makes `build_on_meta` an InputError makes this one too. The tower's code takes longer to import than PyTorch.
     """
     return _without_tower(_read_parts(path, None), path)
 

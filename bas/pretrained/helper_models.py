@@ -13,7 +13,7 @@ from bas.io.files import read_json
 from bas.pretrained.hub import HUB_ID, cached
 
 
-def find_frozen(name: str, flag: str) -> Path:
+def find_helper(name: str, flag: str) -> Path:
     """The folder of a model: a path, or a hub id that was downloaded before. `flag` is named when it is not here."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -25,7 +25,7 @@ def find_frozen(name: str, flag: str) -> Path:
     raise InputError(f"{flag} {name} is neither a folder nor a hub id such as owner/model")
 
 
-def load_frozen(folder: Path, kind: str, model: str, processor: str, **options: Any) -> tuple[torch.nn.Module, Any]:
+def load_helper(folder: Path, kind: str, model: str, processor: str, **options: Any) -> tuple[torch.nn.Module, Any]:
     """The model and its processor, strictly: the right kind, from safetensors, no weight missing.
 
     kind: the model_type that its config.json must state; model, processor: class names in transformers; options: of

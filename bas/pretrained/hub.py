@@ -15,9 +15,9 @@ from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.io.files import read_json, reading
 from bas.io.settings_file import check_settings, setting_kinds
+from bas.models.bundle import Models
 from bas.pretrained import folder as model_folder
 from bas.pretrained.folder import STEMS, component_files
-from bas.pretrained.loading import Models
 
 log = logging.getLogger(__name__)
 

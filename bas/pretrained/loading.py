@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,16 +11,14 @@ from torch import Tensor, nn
 
 from bas.errors import InputError
 from bas.io.files import WEIGHT_TYPES
+from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import merged_state_dict
-from bas.models.unet import UNet
-from bas.models.vae import VAE
 from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
-COMPONENTS = ("unet", "vae", "text_encoder")
 TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
 TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embedding
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
@@ -31,56 +28,6 @@ WORKERS = 4  # threads that convert weights: most of that time is the system's, 
 WORTH_THREADS = 2**26  # bytes of a network
 BROKEN = "holds broken weights"
 SHOWN = 20  # problems listed in an error before the rest is only counted
-
-
-@dataclass(repr=False)
-class Models:
-    """A whole text-to-image model, ready to use."""
-
-    unet: UNet
-    vae: VAE
-    text_encoder: CLIPTextModel | None  # None in what `glance` returns
-    tokenizer: CLIPTokenizer
-    schedule: NoiseSchedule
-    handles: tuple[str, ...] = ()  # the concepts it was taught, as `<asset0>`
-    source: Path | None = None  # where it was read from
-
-    def __repr__(self) -> str:
-        networks = {name: network for name in COMPONENTS if (network := getattr(self, name))}
-        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-        parts = ", ".join(f"{name} of {size:,} weights" for name, size in sizes.items())
-        return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
-        """Move or convert all three networks, in place."""
-        for network in (self.unet, self.vae, self.text_encoder):
-            network.to(device=device, dtype=dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def size_multiple(self) -> int:
-        """Both sides of a picture must be a multiple of this many pixels."""
-        return self.vae.config.factor * 2 ** (self.unet.config.levels - 1)
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of the square pictures that the model was trained for."""
-        return self.unet.config.sample_size * self.vae.config.factor
-
-
-def cross_attention(unet: UNet) -> dict[str, nn.Parameter]:
-    """The weights of the UNet's cross-attention layers, by name."""
-    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
-
-
-def keys_and_values(unet: UNet) -> dict[str, nn.Parameter]:
-    """What the UNet reads the prompt with: the to_k and to_v weights of its cross-attention layers, by name."""
-    return {name: p for name, p in cross_attention(unet).items() if ".to_k." in name or ".to_v." in name}
 
 
 @dataclass
@@ -135,15 +82,15 @@ class Parts:
             )
 
 
-def fill(
+def load_weights(
     module: nn.Module, tensors: dict[str, Tensor], source: str, device: torch.device | str, dtype: torch.dtype
 ) -> None:
     """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
 
     `tensors` is emptied on the way, so that a file's pages leave memory as soon as they are converted. InputErrors as
-    `match` raises them; another lists every weight that is no finite number.
+    `check_keys` raises them; another lists every weight that is no finite number.
     """
-    given = match(module, tensors, source)
+    given = check_keys(module, tensors, source)
     tensors.clear()
     device = torch.empty(0, device=device).device  # "cuda" with its number: each thread has a current GPU of its own
 
@@ -161,7 +108,7 @@ def fill(
     module.eval()
 
 
-def match(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+def check_keys(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The tensors in the shapes of a module, which may be on the meta device. No weight is read.
 
     One InputError lists every missing, unexpected or wrong-shaped key; another every tensor that is no weight.

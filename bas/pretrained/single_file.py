@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bas.errors import InputError
 from bas.io.files import read_tensors, write_tensors
+from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
-from bas.pretrained.loading import Models, Parts
+from bas.pretrained.loading import Parts
 from bas.pretrained.unsupported import refuse_channels, refuse_incomplete
 from bas.schedulers import NoiseSchedule
 

@@ -19,9 +19,9 @@ from bas.errors import InputError
 from bas.io.figures import grid, heat, save_picture
 from bas.io.files import write_json
 from bas.losses import handle_maps
+from bas.models.bundle import Models
 from bas.models.text import known_handles, tokenize
 from bas.pretrained.hub import read_model_row
-from bas.pretrained.loading import Models
 from bas.sampling.prompt_strength import read_strengths
 from bas.sampling.sampler import check_settings, decode, generate_with_maps, latent_shape, to_pictures
 from bas.training.run_folder import CONCEPTS, read_concepts

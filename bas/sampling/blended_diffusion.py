@@ -21,8 +21,8 @@ from bas.errors import InputError
 from bas.io.files import read_content
 from bas.io.images import read_mask
 from bas.io.settings_file import read_toml
+from bas.models.bundle import Models
 from bas.models.unet import AttentionMap
-from bas.pretrained.loading import Models
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import check_request, decode, denoise, latent_shape, standard_normal, to_pictures, walk
 from bas.schedulers import add_noise

@@ -15,7 +15,7 @@ from bas.config import SampleConfig
 from bas.data.scene import subset_prompt
 from bas.errors import InputError
 from bas.io.figures import grid, save_picture
-from bas.pretrained.loading import Models
+from bas.models.bundle import Models
 from bas.runtime.progress import Progress
 from bas.sampling.sampler import sample_each
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from bas.config import SampleConfig
 from bas.errors import InputError
 from bas.losses import average_maps
+from bas.models.bundle import Models
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
-from bas.pretrained.loading import Models
 from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_strengths
 from bas.schedulers import (
     clean_and_noise,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bas.config import TrainConfig
+from bas.models.bundle import Models
 from bas.models.vae import Posterior
 from bas.pretrained.folder import weights_hash
-from bas.pretrained.loading import Models
 from bas.training.class_images import class_images
 
 TRAINED = ("unet", "text_encoder")  # the networks that a training can change

@@ -22,8 +22,8 @@ from bas.errors import InputError
 from bas.io.figures import save_picture
 from bas.io.files import cache_dir, read_json, reading, write_json
 from bas.io.images import SUFFIXES, open_picture, read_image
+from bas.models.bundle import Models
 from bas.models.vae import Posterior
-from bas.pretrained.loading import Models
 from bas.runtime.device import autocast
 from bas.runtime.progress import Progress
 from bas.sampling.sampler import decode, generate, to_pictures

@@ -7,8 +7,8 @@ from pathlib import Path
 from bas.config import Phase, TrainConfig
 from bas.errors import InputError
 from bas.io.files import human_size
-from bas.pretrained.folder import outline
-from bas.pretrained.loading import COMPONENTS, Models, cross_attention, keys_and_values
+from bas.models.bundle import COMPONENTS, Models, cross_attention, keys_and_values
+from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES
 from bas.training.optimizer import ADAM_BYTES
 from bas.training.run_folder import CHECKPOINTS
@@ -54,7 +54,7 @@ def free_room(folder: Path) -> int:
 
 def require_room(folder: Path, base: Path, config: TrainConfig) -> None:
     """InputError when the disk of the run folder has less room than the run's files will take."""
-    files, free = files_to_come(count_numbers(outline(base)[0]), config), free_room(folder)
+    files, free = files_to_come(count_numbers(build_on_meta(base)[0]), config), free_room(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
         raise InputError(

@@ -19,10 +19,11 @@ from bas.data.batches import Material, Photograph, View, attention_grid, draw_ba
 from bas.data.scene import Scene
 from bas.io.files import human_size
 from bas.losses import resize_mask
+from bas.models.bundle import COMPONENTS, Models
 from bas.models.text import add_handles, tokenize
 from bas.models.vae import Posterior
-from bas.pretrained.folder import outline
-from bas.pretrained.loading import COMPONENTS, Models, match
+from bas.pretrained.folder import build_on_meta
+from bas.pretrained.loading import check_keys
 from bas.runtime.device import DTYPES
 from bas.runtime.progress import clock
 from bas.training.disk_space import WHILE_TRAINING, count_numbers, files_to_come, free_room
@@ -110,9 +111,9 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
 
 def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> Plan:
     """Lay out the run of this scene on this base, and count each phase."""
-    models, tensors = outline(base)
+    models, tensors = build_on_meta(base)
     for component in COMPONENTS:
-        match(getattr(models, component), tensors[component], f"{base} ({component})")
+        check_keys(getattr(models, component), tensors[component], f"{base} ({component})")
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     numbers = count_numbers(models)

@@ -18,9 +18,9 @@ from bas.config import Phase, TrainConfig
 from bas.data.batches import Batch, draw_batch
 from bas.errors import RunError
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
+from bas.models.bundle import Models, cross_attention, keys_and_values
 from bas.models.text import encode_ids
 from bas.pretrained.folder import save_model
-from bas.pretrained.loading import Models, cross_attention, keys_and_values
 from bas.runtime.device import DTYPES, autocast, deterministic
 from bas.runtime.progress import Progress
 from bas.runtime.signals import Interrupted, Interrupts

@@ -18,8 +18,8 @@ from bas.data.scene import Scene, subset_prompt
 from bas.io.figures import grid, heat, save_picture, tint_masks
 from bas.io.files import write_json
 from bas.losses import average_maps, handle_maps
+from bas.models.bundle import Models
 from bas.models.text import encode_ids, tokenize
-from bas.pretrained.loading import Models
 from bas.sampling.sampler import sample, standard_normal, to_picture
 from bas.schedulers import add_noise
 from bas.training.run_folder import PREVIEWS, SCENE

@@ -25,7 +25,7 @@ from torch import Tensor
 from bas.errors import InputError
 from bas.io.files import read_json, read_tensors, sync, write_json, write_tensors
 from bas.io.settings_file import check_facts
-from bas.pretrained.loading import COMPONENTS
+from bas.models.bundle import COMPONENTS
 
 try:
     import fcntl

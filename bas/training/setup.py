@@ -16,12 +16,12 @@ from bas.data.scene import Scene
 from bas.errors import InputError
 from bas.io.files import write_json, write_text
 from bas.io.settings_file import CONFIG, to_toml
+from bas.models.bundle import Models
 from bas.models.compile import choose_compilation, compile_unet
 from bas.models.text import add_handles
 from bas.models.unet import UNet
-from bas.pretrained.folder import glance, load, weights_hash
+from bas.pretrained.folder import load, read_spec, weights_hash
 from bas.pretrained.hub import find
-from bas.pretrained.loading import Models
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
 from bas.schedulers import sampling_timesteps
@@ -75,7 +75,7 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device, glance(base).unet)
+    precision = pick_precision(config.mixed_precision, device, read_spec(base).unet)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
@@ -93,7 +93,7 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
     scene = read_scene(config)
     base, device, precision = check_machine(config)
-    models = glance(base)
+    models = read_spec(base)
     size = check_scene(models, scene, config)
     if any(phase.prior for phase in config.phases):
         check_class_folder(replace(config, mixed_precision=precision), models.schedule, size)

@@ -15,9 +15,9 @@ from bas.cli.inspection import as_text, describe, describe_machine
 from bas.data.scene import subset_prompt
 from bas.io.figures import save_picture
 from bas.io.files import human_size, write_json
+from bas.models.bundle import COMPONENTS
 from bas.models.text import add_handles
 from bas.pretrained.folder import load, save_model, weights_hash
-from bas.pretrained.loading import COMPONENTS
 from bas.training.run_folder import save_concepts
 from tests.helpers import tiny
 from tests.helpers.faults import opened, unprivileged

@@ -13,7 +13,7 @@ from bas.config import METHODS, Phase, TrainConfig
 from bas.data.batches import draw_batch, prepare
 from bas.data.collages import collect, read_scene
 from bas.data.scene import Scene, load_scene, with_background
-from bas.pretrained.folder import outline
+from bas.pretrained.folder import build_on_meta
 from bas.training import loop as training
 from bas.training.disk_space import count_numbers, files_to_come
 from tests.helpers.tiny import WEIGHTS, refused, write_scene
@@ -196,7 +196,7 @@ def test_custom_diffusion_trains_every_cross_attention_layer(bench):
 
 def test_room_for_checkpoints_counts_what_a_method_trains(bench):
     """State of 12 bytes for each number: the file that a checkpoint writes."""
-    models = outline(bench.model)[0]
+    models = build_on_meta(bench.model)[0]
     numbers = count_numbers(models)
     config = baseline(bench, "run", "cd-m", checkpointing_steps=1)
     files = files_to_come(numbers, config)

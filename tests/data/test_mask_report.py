@@ -13,7 +13,7 @@ from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.mask_report import CELL, sheet, table, view_scene, warnings
 from bas.data.scene import load_scene
-from bas.pretrained.folder import outline
+from bas.pretrained.folder import build_on_meta
 from tests.helpers import tiny
 
 
@@ -41,11 +41,11 @@ def box(rows, columns, value=255):
 
 def view(model, folder, **settings):
     config = TrainConfig(instance_data_dir=str(folder), **settings)
-    return view_scene(load_scene(config), outline(model)[0], config)
+    return view_scene(load_scene(config), build_on_meta(model)[0], config)
 
 
 def test_an_outline_has_shapes_but_reads_no_weights(model):
-    models, tensors = outline(model)
+    models, tensors = build_on_meta(model)
     assert models.resolution == 32
     assert {parameter.device.type for parameter in models.unet.parameters()} == {"meta"}
     assert set(tensors) == {"unet", "vae", "text_encoder"}

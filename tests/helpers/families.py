@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from bas.errors import InputError
+from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.pretrained.folder import load
-from bas.pretrained.loading import Models
 from bas.pretrained.single_file import clip_tokenizer
 from bas.schedulers import NoiseSchedule
 from tests.helpers.tiny import tokenizer

@@ -19,12 +19,12 @@ from bas.config import TrainConfig
 from bas.data.batches import Material, prepare
 from bas.data.scene import load_scene
 from bas.errors import InputError
+from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder, load_tokenizer
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.pretrained.folder import load, save_model
-from bas.pretrained.loading import Models
 from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 from tools.reference.measure import fill

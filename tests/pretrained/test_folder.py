@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from bas.io import files
+from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.pretrained import loading
 from bas.pretrained.folder import component_files, load, save_model, weights_hash
-from bas.pretrained.loading import COMPONENTS, Models
 from bas.sampling.prompt_strength import encode_prompts
 from bas.schedulers import NoiseSchedule
 from tests.helpers.families import FAMILIES, TEXT_FILE, UNET_FILE, VAE_FILE, change_json, change_tensors, refusal, tiny

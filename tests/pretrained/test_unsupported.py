@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import bas
+from bas.models.bundle import COMPONENTS
 from bas.pretrained.folder import load
-from bas.pretrained.loading import COMPONENTS
 from tests.helpers.families import UNET_FILE, change_json, refusal
 
 INCOMPLETE = "is missing: the model is incomplete, download it again"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bas.pretrained.loading import fill
+from bas.pretrained.loading import load_weights
 from bas.runtime import device as machine
 from bas.runtime.device import CPU_BF16_WEIGHTS, is_out_of_memory, pick_device, pick_precision
 
@@ -114,8 +114,8 @@ def test_without_a_gpu_the_cpu_is_picked(monkeypatch):
 
 
 def test_weights_go_to_the_gpu_of_the_thread_that_asks(monkeypatch):
-    """`fill` converts in other threads, each with a current GPU of its own: they are told a device with its number."""
+    """`load_weights` converts in other threads, each with a current GPU of its own: they are told a device with its number."""
     module, weight = nn.Linear(2, 1, bias=False, device="meta"), torch.ones(1, 2)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=CPU))
-    fill(module, {"weight": weight}, "a file", "cuda", torch.float32)
+    load_weights(module, {"weight": weight}, "a file", "cuda", torch.float32)
     assert torch.equal(module.weight, weight)

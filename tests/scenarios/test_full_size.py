@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.pretrained.folder import save_model
-from bas.pretrained.loading import Models
 from bas.pretrained.single_file import clip_tokenizer
 from bas.schedulers import NoiseSchedule
 

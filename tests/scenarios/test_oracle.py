@@ -21,9 +21,9 @@ from bas.data.scene import load_scene, pixels, subset_prompt
 from bas.errors import InputError
 from bas.io.images import read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
+from bas.models.bundle import Models
 from bas.models.text import add_handles, encode_ids, tokenize
 from bas.pretrained.folder import load
-from bas.pretrained.loading import Models
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import decode, denoise, walk
 from bas.schedulers import add_noise, ddim_step

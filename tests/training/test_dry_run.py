@@ -19,12 +19,12 @@ from bas.data.batches import draw_batch
 from bas.data.scene import load_scene
 from bas.errors import InputError
 from bas.io.files import cache_dir, human_size
+from bas.models.bundle import Models
 from bas.models.config import VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.folder import outline
-from bas.pretrained.loading import Models
+from bas.pretrained.folder import build_on_meta
 from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.signals import Interrupted
 from bas.schedulers import NoiseSchedule
@@ -69,7 +69,7 @@ def config(scene: Path, model: Path, run: Path, **changes) -> TrainConfig:
 
 def on_meta(settings: TrainConfig):
     """The tiny model on the meta device, with handles, and its blank material."""
-    models, _ = outline(Path(settings.pretrained_model_name_or_path))
+    models, _ = build_on_meta(Path(settings.pretrained_model_name_or_path))
     picture = load_scene(settings)
     _, masks = picture.tensors(models.resolution, models.size_multiple)
     add_handles(models.text_encoder, models.tokenizer, picture.handles, picture.words, 0)
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_keeps_less_and_computes_more(real, costs):
 def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
     run, settings = real
     phase = settings.phases[1]
-    models = outline(Path(settings.pretrained_model_name_or_path))[0]
+    models = build_on_meta(Path(settings.pretrained_model_name_or_path))[0]
     numbers = count_numbers(models)
     networks = (models.unet, models.vae, models.text_encoder)
     weights = 4 * sum(p.numel() for network in networks for p in network.parameters())
@@ -295,7 +295,7 @@ def test_the_savings_are_differences_of_what_is_counted(scene, model, tmp_path, 
 
 def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tmp_path, monkeypatch):
     settings = config(scene, model, tmp_path / "run")
-    needed = sum(files_to_come(count_numbers(outline(model)[0]), settings).values())
+    needed = sum(files_to_come(count_numbers(build_on_meta(model)[0]), settings).values())
     monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("bas.training.disk_space.free_room", lambda folder: needed - 1)
     with pytest.raises(InputError, match=r"has .* of room, the run takes .*: make room, or try"):
@@ -307,7 +307,7 @@ def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tm
 def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monkeypatch):
     """Stopped after two of the checkpoints that were counted, it takes the last, the model and the metrics."""
     settings = bench.config(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2)
-    before = sum(files_to_come(count_numbers(outline(bench.model)[0]), settings).values())
+    before = sum(files_to_come(count_numbers(build_on_meta(bench.model)[0]), settings).values())
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.pretrained.folder import load, save_model
-from bas.pretrained.loading import Models
 from bas.pretrained.single_file import clip_tokenizer
 from bas.schedulers import NoiseSchedule
 

@@ -26,9 +26,9 @@ from bas.data.scene import pixels, subset_prompt
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid
+from bas.models.bundle import Models
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
-from bas.pretrained.loading import Models
 from bas.sampling.blended_diffusion import Region, edit
 from bas.sampling.sampler import sample
 from bas.training.loop import train

@@ -23,9 +23,9 @@ from torch import Tensor
 from bas.evaluation.masking import blacken, blacken_each
 from bas.evaluation.metrics import MINI_CLIP, PromptSimilarity
 from bas.evaluation.object_similarity import ObjectSimilarity
+from bas.models.bundle import Models
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find
-from bas.pretrained.loading import Models
 from bas.sampling.sampler import to_pictures
 from tools.mini_world.colours import COLOURS, MARKINGS
 from tools.mini_world.drawing import draw

@@ -7,7 +7,7 @@ from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.io.files import new_folder
-from bas.pretrained.loading import Models
+from bas.models.bundle import Models
 from bas.sampling.attention_maps import attend, plan_maps, write_attention
 from bas.sampling.sampler import check_request
 

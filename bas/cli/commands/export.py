@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bas.cli.flags import Parser
 from bas.errors import InputError
-from bas.pretrained.folder import glance, load
+from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
 from bas.pretrained.single_file import save_single_file
 
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     target, path = Path(args.output_path), find(args.model)
     if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{target}: name a .safetensors file in a folder that is there")
-    if handles := glance(path).handles:
+    if handles := read_spec(path).handles:
         raise InputError(
             f"{path} has the handles {' '.join(handles)}: a single file carries none, use the folder itself"
         )

@@ -18,7 +18,7 @@ from bas.data.scene import load_scene
 from bas.data.scene_writer import open_draft, write_draft
 from bas.errors import InputError
 from bas.io.figures import keep_inputs, picture_path, save_picture
-from bas.pretrained.folder import glance
+from bas.pretrained.folder import read_spec
 from bas.pretrained.hub import find, train_config
 from bas.runtime.device import pick_device
 
@@ -83,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
         keep_inputs(target, *Path(args.scene).glob("*"))
     config = train_config(args.scene, **given(args, TrainConfig))
     model = find(config.pretrained_model_name_or_path)
-    scene, models = load_scene(config), glance(model)
+    scene, models = load_scene(config), read_spec(model)
     view = view_scene(scene, models, config)
     size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
     concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"

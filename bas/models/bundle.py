@@ -1,0 +1,100 @@
+"""A text-to-image model in one piece: ModelSpec describes it, Models holds its networks too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bas.models.config import UNetConfig, VAEConfig
+from bas.models.unet import UNet
+from bas.models.vae import VAE
+from bas.schedulers import NoiseSchedule
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model without its networks: enough to check a request before any weight is read."""
+
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: dict[str, Any]  # its config.json
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    handles: tuple[str, ...] = ()  # its learnt concepts, as `<asset0>`
+    source: Path | None = None  # where it was read from
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels: both sides of an image must be a multiple of this."""
+        return self.vae.factor * 2 ** (self.unet.levels - 1)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels: the side of the square images that the model was trained on."""
+        return self.unet.sample_size * self.vae.factor
+
+
+@dataclass(repr=False)
+class Models:
+    """A whole text-to-image model, ready to use."""
+
+    unet: UNet
+    vae: VAE
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    handles: tuple[str, ...] = ()  # its learnt concepts, as `<asset0>`
+    source: Path | None = None  # where it was read from
+
+    def __repr__(self) -> str:
+        sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in COMPONENTS}
+        parts = ", ".join(f"{name} of {size:,} weights" for name, size in sizes.items())
+        return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
+        """Move or convert all three networks, in place."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the networks."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The description of these networks, as they are now."""
+        text = self.text_encoder.config.to_dict()
+        return ModelSpec(
+            self.unet.config, self.vae.config, text, self.tokenizer, self.schedule, self.handles, self.source
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels: both sides of an image must be a multiple of this."""
+        return self.spec.size_multiple
+
+    @property
+    def resolution(self) -> int:
+        """Pixels: the side of the square images that the model was trained on."""
+        return self.spec.resolution
+
+
+def cross_attention(unet: UNet) -> dict[str, nn.Parameter]:
+    """The weights of the UNet's cross-attention layers, by name."""
+    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+
+
+def keys_and_values(unet: UNet) -> dict[str, nn.Parameter]:
+    """The weights that read the prompt (to_k and to_v of the cross-attention layers), by name."""
+    return {name: p for name, p in cross_attention(unet).items() if ".to_k." in name or ".to_v." in name}
