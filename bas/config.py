@@ -252,9 +252,6 @@ class TrainConfig:
     fused_kernels: bool = setting(
         False, "Triton kernels for GroupNorm with SiLU and for GEGLU; on a GPU, without --compile; not measured yet"
     )
-    cuda_graphs: bool = setting(
-        False, "run each step as one CUDA graph; on a GPU, in bf16 or float32; not measured yet"
-    )
     seed: int = setting(0, "seed of every random draw")
     deterministic: bool = setting(False, "only GPU kernels that give the same bits on every run: slower")
 

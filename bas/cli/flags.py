@@ -1,12 +1,12 @@
 """Command-line flags made from dataclass fields, and a parser whose errors are one line."""
 
 import argparse
-import types
 import typing
 from collections.abc import Collection
 from dataclasses import fields
 
 from bas.errors import did_you_mean
+from bas.io.settings_file import value_type
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,15 +67,6 @@ def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection
             parser.add_argument(*names, type=kind, metavar=metavar, help=help, **extra, **common)
 
 
-def value_type(annotation) -> tuple[type, bool]:
-    """The type of one value and whether the flag takes several: `int | None` is (int, False)."""
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType):
-        return next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType), False
-    return annotation, False
-
-
 def given(args: argparse.Namespace, settings: type) -> dict:
     """The settings' fields that were given as flags."""
     names = {f.name for f in fields(settings)}
@@ -87,3 +78,8 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
     precisions = ("auto", "fp32", "fp16", "bf16")
     parser.add_argument("--precision", default="auto", choices=precisions, help="arithmetic (default: %(default)s)")
+
+
+def add_config(parser: Parser) -> None:
+    """Declare --config."""
+    parser.add_argument("--config", metavar="FILE", help="settings from a .toml file; flags win over it")

@@ -18,16 +18,18 @@ from torch import Tensor
 from bas import __version__
 from bas.data.scene import find_files, numbered_folders, pictures_in
 from bas.errors import InputError
-from bas.io.files import cache_dir, human_size, read_json, read_tensors, reading
-from bas.io.images import open_picture
-from bas.io.settings_file import check_facts
+from bas.io.files import cache_dir, human_size, read_json, reading
+from bas.io.images import open_image
+from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_concepts, read_metadata
+from bas.io.settings_file import check_metadata
+from bas.io.tensors import read_tensors
 from bas.models.bundle import COMPONENTS, Models
 from bas.pretrained.folder import build_on_meta, weights_hash
 from bas.pretrained.hub import SHIPPED, find, manifest
 from bas.pretrained.loading import check_keys
 from bas.pretrained.unsupported import other_kind
 from bas.runtime.device import pick_device, pick_precision
-from bas.training.run_folder import CONCEPTS, METRICS, SETTINGS, list_checkpoints, read_concepts, read_note
+from bas.training.run_folder import list_checkpoints
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
 EXTRAS = ("tensorboard", "bitsandbytes")
@@ -90,7 +92,7 @@ def _describe_run(path: Path, hashes: bool) -> dict:
 
 
 def _describe_unfinished(path: Path) -> dict:
-    note = check_facts(path / SETTINGS, read_json(path / SETTINGS))
+    note = check_metadata(path / SETTINGS, read_json(path / SETTINGS))
     lines = (path / METRICS).read_bytes().count(b"\n") if (path / METRICS).exists() else 0
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
     advice = "add --resume_from_checkpoint latest to go on" if checkpoints else "it has no checkpoint: start it anew"
@@ -108,7 +110,7 @@ def _describe_unfinished(path: Path) -> dict:
 
 def _describe_scene(path: Path) -> dict:
     picture, masks = find_files(path)
-    opened = open_picture(picture)
+    opened = open_image(picture)
     return {
         "what": "a scene to train on",
         "loads": False,
@@ -174,7 +176,7 @@ def _describe_tensors(path: Path, hashes: bool) -> dict:
     """A .safetensors file: a whole model, the concepts of a run, or one of the kinds that bas refuses by name."""
     tensors, metadata = read_tensors(path)
     if metadata.get("bas") == "concepts-1":
-        note = read_note(path, metadata)
+        note = read_metadata(path, metadata)
         problem = f"it is part of a run: give the folder {path.parent}"
         facts = {"what": "the concepts of a run of bas", "loads": False, "problem": problem, "handles": note["handles"]}
         return facts | {"base hash": note["base"], "written by": f"bas {note['version']}"}

@@ -7,11 +7,11 @@ from pathlib import Path
 from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
 from bas.io.files import new_folder
-from bas.models.bundle import Models
+from bas.io.run_files import SETTINGS
+from bas.models.bundle import Models, ModelSpec
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, pick_device, pick_precision
-from bas.training.run_folder import SETTINGS
 from bas.web.report import renew_report
 
 
@@ -49,12 +49,12 @@ def find_model(args: argparse.Namespace) -> Path:
     return find(args.run if args.model_path is None else args.model_path)
 
 
-def open_model(args: argparse.Namespace, check: Callable[[Models], object]) -> Models:
+def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -> Models:
     """Load the model onto the device and in the precision that the flags ask for; `auto` is what training would take.
 
-    Before any weight is read, `check` sees the model without weights: it raises InputError for what it cannot do.
+    Before any weight is read, `check` sees the model's description: it raises InputError for what it cannot do.
     """
     path, device = find_model(args), pick_device(args.device)
-    models = read_spec(path)
-    check(models)
-    return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device, models.unet)])
+    spec = read_spec(path)
+    check(spec)
+    return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device, spec.unet_size)])

@@ -17,7 +17,7 @@ import numpy as np
 
 from bas.errors import InputError
 from bas.io.files import read_content
-from bas.io.images import MAX_PIXELS, has_alpha, open_picture, read_mask
+from bas.io.images import MAX_PIXELS, has_alpha, open_image, read_mask
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
 
 def read_cutout(path: Path) -> np.ndarray:
     """The alpha channel of a cut-out as its mask, (H, W) float32 in [0, 1]; the colours are not read."""
-    picture = open_picture(path)
+    picture = open_image(path)
     if not has_alpha(picture):
         raise InputError(f"{path} has no alpha channel: a cut-out is transparent where the concept is not")
     return np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
@@ -95,7 +95,7 @@ def read_cutout(path: Path) -> np.ndarray:
 
 def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """A label map: each value but 0, palette entry but the first, or colour but black is a concept, in rising order."""
-    picture = open_picture(path)
+    picture = open_image(path)
     if picture.mode in ("LA", "PA", "RGBA"):
         if picture.getchannel("A").getextrema() != (255, 255):
             raise InputError(f"{path} has transparent pixels: save the label map without an alpha channel")

@@ -15,10 +15,10 @@ from bas.config import TrainConfig
 from bas.data.batches import SHARED, attention_grid
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps
 from bas.io.figures import grid, tint_masks
+from bas.io.images import to_image
 from bas.losses import resize_mask
-from bas.models.bundle import Models
+from bas.models.bundle import ModelSpec
 from bas.models.text import check_handles, word_pieces
-from bas.sampling.sampler import to_picture
 
 CELL = 256  # pixels of one picture on the sheet
 TITLES = ("", "handle", "word", "pieces", "coverage", "loss grid", "attention grid", "overlaps")
@@ -50,18 +50,18 @@ class SceneView:
     further: tuple["SceneView", ...] = ()
 
 
-def view_scene(scene: Scene, models: Models, config: TrainConfig) -> SceneView:
+def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
     """Bring a scene to a model as training does. The networks' shapes are enough: no weight is read.
 
     Raises InputError for what training would refuse: a size, a grid, a handle or a word.
     """
-    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
-    check_handles(models.tokenizer, scene.handles)
+    image, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
+    check_handles(spec.tokenizer, scene.handles)
     further = []
     for shot in scene.shots:
         other, layers = shot.tensors(*image.shape[1:], len(scene))
-        further.append(_view_photo(shot.name, other, layers, sorted(shot.masks), scene, models, config))
-    first = _view_photo("", image, masks, range(len(scene)), scene, models, config)
+        further.append(_view_photo(shot.name, other, layers, sorted(shot.masks), scene, spec, config))
+    first = _view_photo("", image, masks, range(len(scene)), scene, spec, config)
     return replace(first, further=tuple(further))
 
 
@@ -71,20 +71,20 @@ def _view_photo(
     masks: Tensor,
     shown: Sequence[int],
     scene: Scene,
-    models: Models,
+    spec: ModelSpec,
     config: TrainConfig,
 ) -> SceneView:
     """One photograph. image: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
-    pieces = [word_pieces(models.tokenizer, word) if word else [] for word in scene.words]
-    h, w = (side // models.vae.config.factor for side in image.shape[-2:])
-    grids = {"loss grid": (h, w), "attention grid": attention_grid(models, (h, w), config.attention_grid)}
+    pieces = [word_pieces(spec.tokenizer, word) if word else [] for word in scene.words]
+    h, w = (side // spec.vae.factor for side in image.shape[-2:])
+    grids = {"loss grid": (h, w), "attention grid": attention_grid(spec, (h, w), config.attention_grid)}
     latent, attention = (resize_mask(masks, *size).numpy() for size in grids.values())
     concepts = tuple(
         MaskView(
             number=i,
             handle=scene.handles[i],
             word=scene.words[i],
-            pieces=tuple(p.removesuffix("</w>") for p in models.tokenizer.convert_ids_to_tokens(pieces[i])),
+            pieces=tuple(p.removesuffix("</w>") for p in spec.tokenizer.convert_ids_to_tokens(pieces[i])),
             coverage=float(masks[i].mean()),
             latent=latent[i],
             attention=attention[i],
@@ -93,7 +93,7 @@ def _view_photo(
         )
         for i in shown
     )
-    photo = to_picture(image)
+    photo = to_image(image)
     return SceneView(name, photo, masks.numpy()[list(shown)], concepts)
 
 

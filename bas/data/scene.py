@@ -24,7 +24,7 @@ from bas.config import TrainConfig
 from bas.data.mask_formats import READERS, FoundMask, find_source, read_number, read_source
 from bas.errors import MAX_SIDE, InputError, did_you_mean
 from bas.io.files import read_content, reading
-from bas.io.images import SUFFIXES, read_image, read_mask
+from bas.io.images import SUFFIXES, fit, pixels, read_image, read_mask
 from bas.models.text import HANDLE, check_name
 
 log = logging.getLogger(__name__)
@@ -300,16 +300,6 @@ def with_close_ups(scene: Scene) -> Scene:
         name = "-".join(("close-up", *map(str, subset)))
         close_ups.append(Shot(name, scene.picture.crop((x, y, x + w, y + h)), masks))
     return replace(scene, shots=(*scene.shots, *close_ups))
-
-
-def pixels(picture: Image.Image) -> Tensor:
-    """An RGB picture as the VAE sees it: (3, H, W) float32 in [-1, 1]"""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def fit(picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-    """The picture at (W, H), untouched where it has that size already."""
-    return picture if picture.size == size else picture.resize(size, resampling)
 
 
 def cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:

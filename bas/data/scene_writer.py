@@ -10,9 +10,8 @@ from PIL import Image
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
 from bas.data.scene import find_picture, match_size, pictures_in, read_notes
 from bas.errors import InputError
-from bas.io.figures import save_picture
 from bas.io.files import read_json, reading, replacing, write_json
-from bas.io.images import read_image
+from bas.io.images import read_image, save_image
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) ->
         with replacing(folder / f"img{draft.picture_path.suffix.lower()}") as temporary:
             shutil.copyfile(draft.picture_path, temporary)
     for i, mask in enumerate(masks):
-        save_picture(mask, folder / f"mask{i}.png")
+        save_image(mask, folder / f"mask{i}.png")
     for path in folder.iterdir():
         if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
             path.unlink()

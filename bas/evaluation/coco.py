@@ -19,9 +19,8 @@ from PIL import Image
 from bas.config import CocoConfig
 from bas.data.mask_formats import entries, segmentation_mask
 from bas.errors import InputError, check_positive
-from bas.io.figures import save_picture
 from bas.io.files import read_content, write_json
-from bas.io.images import MAX_PIXELS, read_image
+from bas.io.images import MAX_PIXELS, read_image, save_image
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +200,8 @@ def write_scene(choice: Choice, images: Path, folder: Path) -> None:
         stated = f"{choice.picture['width']}x{choice.picture['height']}"
         raise InputError(f"{path} is {photo.width}x{photo.height}, but annotated at {stated}: it is another picture")
     folder.mkdir(parents=True)
-    save_picture(photo.crop(choice.box), folder / "img.png")
+    save_image(photo.crop(choice.box), folder / "img.png")
     for i, thing in enumerate(choice.things):
-        save_picture(Image.fromarray(thing.mask.astype(np.uint8) * 255), folder / f"mask{i}.png")
+        save_image(Image.fromarray(thing.mask.astype(np.uint8) * 255), folder / f"mask{i}.png")
     concepts = [{"handle": f"<asset{i}>", "word": thing.word} for i, thing in enumerate(choice.things)]
     write_json(folder / "scene.json", {"concepts": concepts})

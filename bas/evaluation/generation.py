@@ -17,12 +17,12 @@ from bas.data.batches import attention_grid, handle_positions
 from bas.data.scene import Scene, load_scene
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.segments import segment_by_attention
-from bas.io.figures import save_picture
+from bas.io.images import save_image, to_images
 from bas.losses import handle_maps
 from bas.models.text import tokenize
 from bas.runtime.device import autocast
 from bas.runtime.signals import Interrupted
-from bas.sampling.sampler import decode, generate, generate_with_maps, latent_shape, to_pictures
+from bas.sampling.sampler import decode, generate, generate_with_maps, latent_shape
 from bas.training.preview import scene_attention
 from bas.training.setup import Run
 
@@ -61,7 +61,7 @@ def draw(
             pictures, average = draw_together(run, batch, sampling, segments)
         for i, (request, picture) in enumerate(zip(batch, pictures, strict=True)):
             name = f"{start + i:04d}.png"
-            save_picture(picture, folder / name, asdict(sampling) | {"prompt": request.prompt, "seed": request.noise})
+            save_image(picture, folder / name, asdict(sampling) | {"prompt": request.prompt, "seed": request.noise})
             entries.append({"file": name, **asdict(request)})
             if average is not None:
                 save_segments(run, request, average[i], picture.size[::-1], folder / name)
@@ -77,10 +77,10 @@ def draw_together(
     models = run.models
     prompts, seeds = [request.prompt for request in batch], [request.noise for request in batch]
     if not segments:
-        return to_pictures(decode(models, generate(prompts, seeds, models, sampling))), None
-    grid = attention_grid(models, latent_shape(models, sampling)[1:], run.config.attention_grid)
+        return to_images(decode(models, generate(prompts, seeds, models, sampling))), None
+    grid = attention_grid(models.spec, latent_shape(models.spec, sampling)[1:], run.config.attention_grid)
     latents, average = generate_with_maps(prompts, seeds, models, sampling, grid)
-    return to_pictures(decode(models, latents)), average
+    return to_images(decode(models, latents)), average
 
 
 def save_segments(run: Run, request: Request, average: Tensor, size: tuple[int, int], picture: Path) -> None:
@@ -91,7 +91,7 @@ def save_segments(run: Run, request: Request, average: Tensor, size: tuple[int, 
     maps = handle_maps(average[None].cpu(), positions)[0].numpy()
     for concept, values in zip(request.concepts, maps, strict=True):
         inside = segment_by_attention(values, size)
-        save_picture(Image.fromarray((255 * inside).astype(np.uint8)), segment_path(picture, concept))
+        save_image(Image.fromarray((255 * inside).astype(np.uint8)), segment_path(picture, concept))
 
 
 def segment_path(picture: Path, concept: int) -> Path:

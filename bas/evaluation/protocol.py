@@ -19,11 +19,11 @@ from bas.errors import InputError
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, draw, look
 from bas.io.files import read_json, write_json
+from bas.io.run_files import CHECKPOINTS, METRICS
 from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets
 from bas.training.base_model import Base
 from bas.training.loop import trained
-from bas.training.run_folder import CHECKPOINTS, METRICS
 
 PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
 SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one trial ever draws

@@ -19,8 +19,8 @@ from bas.evaluation.plot import scatter_png
 from bas.evaluation.protocol import TRIAL, Trial, run_trial
 from bas.evaluation.scores import Scorer, Segments, read_rows, score_trial
 from bas.evaluation.tables import markdown, summarise
-from bas.io.figures import save_picture
 from bas.io.files import read_json, write_text
+from bas.io.images import save_image
 from bas.pretrained.folder import load, read_spec
 from bas.runtime.device import DTYPES, is_out_of_memory
 from bas.sampling.sampler import check_request
@@ -95,7 +95,7 @@ def write_results(folder: Path, trials: list[Trial], facts: dict[str, str]) -> l
     facts = {"cells": f"{len(scored)} of {len(trials)}", "pictures": str(pictures), **facts}
     write_text(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / TABLES, markdown(rows, facts))
-    save_picture(scatter_png(summarise(rows)), folder / SCATTER)
+    save_image(scatter_png(summarise(rows)), folder / SCATTER)
     write_text(folder / PAGE, page(rows, [trial for trial, _ in scored], facts))
     return [folder / name for name in (RESULTS, TABLES, SCATTER, PAGE)]
 

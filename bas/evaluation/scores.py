@@ -17,7 +17,7 @@ from bas.evaluation.metrics import Identity, in_words, leakage
 from bas.evaluation.protocol import TRIAL, Trial
 from bas.evaluation.segments import read_segments
 from bas.io.files import read_json, write_text
-from bas.sampling.sampler import to_picture
+from bas.io.images import to_image
 
 ROWS = "rows.jsonl"  # of a trial
 NAMELESS = "thing"  # what CLIP reads for a concept without a word
@@ -37,7 +37,7 @@ def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: S
     """Score a trial's images, write its rows and return them. size: the model's resolution and size multiple."""
     note = read_json(trial.folder / TRIAL)
     _, image, masks = photograph(trial.training, *size)
-    photo, layers = to_picture(image), list(masks.numpy())
+    photo, layers = to_image(image), list(masks.numpy())
     handles, words = note["handles"], [word or NAMELESS for word in note["words"]]
     entries = note["pictures"]
     pictures = [read_picture(trial.folder / entry["file"]) for entry in entries]

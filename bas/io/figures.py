@@ -1,14 +1,7 @@
 """Pictures for people: grids with labels, masks and attention maps laid over the photograph."""
 
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
-
-from bas.errors import InputError
-from bas.io.files import replacing
+from PIL import Image, ImageDraw, ImageFont
 
 # One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).
 CONCEPT_COLOURS = (
@@ -84,7 +77,7 @@ def tint_masks(picture: Image.Image, masks: dict[int, np.ndarray]) -> Image.Imag
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def heat(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
+def overlay_attention(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
     """A concept's attention map (h, w), scaled to its maximum, as its colour over the darkened photograph."""
     peak = values.max()
     scaled = values / peak if peak > 0 else np.zeros_like(values)
@@ -93,47 +86,3 @@ def heat(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
     base = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.35
     glow = np.array(concept_colour(index), dtype=np.float32)
     return Image.fromarray((base * (1 - alpha) + glow * alpha).round().astype(np.uint8))
-
-
-def picture_path(name: str) -> Path:
-    """A path for a picture to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
-    path = Path(name)
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise InputError(f"--output_path {name}: name a .png, .jpg or .webp file")
-    if path.is_dir() or not existing.is_dir():
-        raise InputError(f"--output_path {name}: {path if path.is_dir() else existing} is in the way")
-    return path
-
-
-def keep_inputs(target: Path, *inputs: Path) -> None:
-    """InputError when a picture would be written over a file that the command reads."""
-    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
-        raise InputError(f"--output_path {target} is what the command reads: name another file")
-
-
-def save_picture(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a picture, whole or not at all, in the format that its name ends in.
-
-    `settings`, those that made it, become the PNG text `bas`, or the EXIF user comment of other formats.
-    """
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    options = {} if kind == "PNG" else {"quality": 95}
-    if settings and kind == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_text("bas", json.dumps(settings))
-    elif settings:
-        options["exif"] = Image.Exif()
-        options["exif"][ExifTags.Base.UserComment] = json.dumps(settings)
-    with replacing(path) as temporary:
-        picture.save(temporary, format=kind, **options)
-
-
-def save_pictures(pictures: Iterable[Image.Image], notes: list[dict], target: Path) -> Iterator[Path]:
-    """Save each picture as it comes, with its note: one under the name given, several with a number. -> their paths"""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digits = len(str(len(notes) - 1))
-    for i, (picture, note) in enumerate(zip(pictures, notes, strict=True)):
-        path = target if len(notes) == 1 else target.with_stem(f"{target.stem}-{i:0{digits}}")
-        save_picture(picture, path, note)
-        yield path

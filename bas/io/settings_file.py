@@ -7,10 +7,11 @@ RUN/config.toml, which can be given to --config again.
 import json
 import sys
 import tomllib
+import types
+import typing
 from dataclasses import fields
 from pathlib import Path
 
-from bas.cli.flags import Parser, value_type
 from bas.config import TrainConfig
 from bas.errors import InputError, did_you_mean
 from bas.io.files import read_bytes
@@ -19,11 +20,6 @@ CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
 
 Kinds = dict[str, tuple[type, bool]]  # the type of one value, and whether there are several
-
-
-def add_config(parser: Parser) -> None:
-    """Declare --config."""
-    parser.add_argument("--config", metavar="FILE", help="settings from a .toml file; flags win over it")
 
 
 def setting_kinds(settings: type) -> Kinds:
@@ -52,7 +48,7 @@ def read_toml(file: Path) -> dict:
         raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from None
 
 
-def check_facts(file: Path, facts: object) -> dict:
+def check_metadata(file: Path, facts: object) -> dict:
     """What a run notes of itself: config, handles, base and version. Raises InputError where one is not as written.
 
     Another version may have written it: settings that are unknown here stay, those that it lacks are at their defaults.
@@ -102,3 +98,12 @@ def _literal(value: object) -> str:
     if isinstance(value, str):  # TOML's strings are JSON's, but for the character DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def value_type(annotation) -> tuple[type, bool]:
+    """The type of one value and whether the flag takes several: `int | None` is (int, False)."""
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    if isinstance(annotation, types.UnionType):
+        return next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType), False
+    return annotation, False

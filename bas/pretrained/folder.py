@@ -18,18 +18,9 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import (
-    PICKLE_ADVICE,
-    cache_dir,
-    read_json,
-    read_tensors,
-    refuse_large_description,
-    replacing,
-    require_file,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from bas.io.files import cache_dir, check_json_size, read_json, replacing, require_file, write_json, write_text
+from bas.io.run_files import METRICS
+from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
@@ -39,7 +30,6 @@ from bas.pretrained.loading import TEXT_PREFIX, Parts, load_weights
 from bas.pretrained.single_file import read_single_file
 from bas.pretrained.unsupported import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
 from bas.schedulers import NoiseSchedule
-from bas.training.run_folder import METRICS
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -148,7 +138,7 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer of a model folder, from that folder alone."""
     with _blaming(folder):
         for path in folder.glob("*"):
-            refuse_large_description(path)
+            check_json_size(path)
         if (config := folder / "tokenizer_config.json").is_file():
             refuse_tokenizer(read_json(config), config)
         return load_tokenizer(folder)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bas.errors import InputError
-from bas.io.files import WEIGHT_TYPES
+from bas.io.tensors import WEIGHT_TYPES
 from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import merged_state_dict

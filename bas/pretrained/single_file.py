@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import read_tensors, write_tensors
+from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer

@@ -16,15 +16,16 @@ from PIL import Image
 from bas.config import SampleConfig
 from bas.data.batches import attention_grid
 from bas.errors import InputError
-from bas.io.figures import grid, heat, save_picture
+from bas.io.figures import grid, overlay_attention
 from bas.io.files import write_json
+from bas.io.images import save_image, to_images
+from bas.io.run_files import CONCEPTS, read_concepts
 from bas.losses import handle_maps
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.text import known_handles, tokenize
 from bas.pretrained.hub import read_model_row
 from bas.sampling.prompt_strength import read_strengths
-from bas.sampling.sampler import check_settings, decode, generate_with_maps, latent_shape, to_pictures
-from bas.training.run_folder import CONCEPTS, read_concepts
+from bas.sampling.sampler import check_settings, decode, generate_with_maps, latent_shape
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -50,9 +51,9 @@ def attend(
     side: cells along the shorter side of the maps; None is as the model was trained, else a quarter of the latent's.
     Raises InputError as `plan_maps` does.
     """
-    places, size = plan_maps(models, prompt, config, side, words)
+    places, size = plan_maps(models.spec, prompt, config, side, words)
     latents, average = generate_with_maps([prompt], [config.seed], models, config, size)
-    (picture,) = to_pictures(decode(models, latents))
+    (picture,) = to_images(decode(models, latents))
     columns = [
         handle_maps(average, torch.tensor([positions], device=average.device))[0].mean(dim=0)
         for positions in places.values()
@@ -61,19 +62,19 @@ def attend(
 
 
 def plan_maps(
-    models: Models, prompt: str, config: SampleConfig, side: int | None, words: bool
+    spec: ModelSpec, prompt: str, config: SampleConfig, side: int | None, words: bool
 ) -> tuple[dict[str, list[int]], tuple[int, int]]:
     """Token positions by name, and (gh, gw) of the maps. Reads no weight.
 
     Raises InputError for a prompt without a handle, unknown handles, and a grid without cross-attention.
     """
-    check_settings(models, config)
-    (ids,) = tokenize(models.tokenizer, [read_strengths(prompt)[0]])
-    places = find_places(models.tokenizer, ids.tolist(), words)
+    check_settings(spec, config)
+    (ids,) = tokenize(spec.tokenizer, [read_strengths(prompt)[0]])
+    places = find_places(spec.tokenizer, ids.tolist(), words)
     if not places:
         raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
-    side = side or (trained_grid(models.source) if models.source else None)
-    return places, attention_grid(models, latent_shape(models, config)[1:], side)
+    side = side or (trained_grid(spec.source) if spec.source else None)
+    return places, attention_grid(spec, latent_shape(spec, config)[1:], side)
 
 
 def trained_grid(path: Path) -> int | None:
@@ -107,14 +108,14 @@ def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path
     A handle has the colour that it has in all pictures of its run. Returns the path of the sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_picture(attention.picture, folder / "picture.png", settings)
+    save_image(attention.picture, folder / "picture.png", settings)
     others = [name for name in attention.names if name not in handles]
     colours = [(*handles, *others).index(name) for name in attention.names]
-    overlays = [heat(m, attention.picture, c) for m, c in zip(attention.maps, colours, strict=True)]
+    overlays = [overlay_attention(m, attention.picture, c) for m, c in zip(attention.maps, colours, strict=True)]
     for i, (values, overlay) in enumerate(zip(attention.maps, overlays, strict=True)):
         np.save(folder / f"map{i}.npy", values, allow_pickle=False)
-        save_picture(overlay, folder / f"map{i}.png")
+        save_image(overlay, folder / f"map{i}.png")
     write_json(folder / "maps.json", {f"map{i}": name for i, name in enumerate(attention.names)})
     labels = ["picture", *attention.names]
-    save_picture(grid([[attention.picture, *overlays]], [labels], CELL), folder / "sheet.png")
+    save_image(grid([[attention.picture, *overlays]], [labels], CELL), folder / "sheet.png")
     return folder / "sheet.png"

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from bas.config import EditConfig
 from bas.data.batches import encode_images
-from bas.data.scene import fit, match_size, pixels
+from bas.data.scene import match_size
 from bas.errors import InputError
 from bas.io.files import read_content
-from bas.io.images import read_mask
+from bas.io.images import fit, pixels, read_mask, to_images
 from bas.io.settings_file import read_toml
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
 from bas.sampling.prompt_strength import encode_prompts
-from bas.sampling.sampler import check_request, decode, denoise, latent_shape, standard_normal, to_pictures, walk
+from bas.sampling.sampler import check_request, decode, denoise, latent_shape, standard_normal, walk
 from bas.schedulers import add_noise
 
 
@@ -86,11 +86,11 @@ def edit(
     return results
 
 
-def check_edit(models: Models, picture: Image.Image, regions: list[Region], config: EditConfig) -> None:
+def check_edit(spec: ModelSpec, picture: Image.Image, regions: list[Region], config: EditConfig) -> None:
     """Raises InputError for what `edit` would refuse. Reads no weight."""
-    width, height = working_size(models, picture.size, config)
-    factor = models.vae.config.factor
-    check_request(models, [region.prompt for region in regions], replace(config, width=width, height=height))
+    width, height = working_size(spec, picture.size, config)
+    factor = spec.vae.factor
+    check_request(spec, [region.prompt for region in regions], replace(config, width=width, height=height))
     for region in regions:
         latent_mask(region.mask, (height // factor, width // factor))
 
@@ -101,7 +101,7 @@ def edit_region(
 ) -> list[Image.Image]:
     """Edit one region of pictures of one size, each with its own seed, all with the region's prompt."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    width, height = working_size(models, pictures[0].size, config)
+    width, height = working_size(models.spec, pictures[0].size, config)
     images = [pixels(fit(picture, (width, height), Image.Resampling.BICUBIC)) for picture in pictures]
     source = (encode_images(models, torch.stack(images)).mean * models.vae.config.scaling_factor).to(models.device)
     inside = latent_mask(region.mask, source.shape[-2:]).to(models.device)
@@ -111,11 +111,11 @@ def edit_region(
 
     context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(pictures))
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(pictures))
-    timesteps = walk(models, config)
+    timesteps = walk(models.schedule, config)
     start = int(len(timesteps) * config.blending_start_percentage)
     z = noised(models, source, timesteps[start], generators)
     z = denoise(models, z, context, negative, config, generators, blend, start)
-    drawn = [fit(result, pictures[0].size, Image.Resampling.LANCZOS) for result in to_pictures(decode(models, z))]
+    drawn = [fit(result, pictures[0].size, Image.Resampling.LANCZOS) for result in to_images(decode(models, z))]
     if not config.composite:
         return drawn
     return [composite(old, new, region.mask) for old, new in zip(pictures, drawn, strict=True)]
@@ -149,13 +149,13 @@ def composite(old: Image.Image, new: Image.Image, mask: np.ndarray) -> Image.Ima
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
-def working_size(models: Models, size: tuple[int, int], config: EditConfig) -> tuple[int, int]:
+def working_size(spec: ModelSpec, size: tuple[int, int], config: EditConfig) -> tuple[int, int]:
     """The (W, H) at which a picture of this (W, H) is edited: the flags', or the nearest size the model takes.
 
     The shorter side is what the model was trained for; both are rounded to its multiple, so nothing is cut off.
     """
-    multiple, scale = models.size_multiple, models.resolution / min(size)
+    multiple, scale = spec.size_multiple, spec.resolution / min(size)
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
     width, height = config.width or width, config.height or height
-    latent_shape(models, replace(config, width=width, height=height))  # refuses what the model cannot take
+    latent_shape(spec, replace(config, width=width, height=height))  # refuses what the model cannot take
     return width, height

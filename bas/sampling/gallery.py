@@ -14,8 +14,9 @@ from PIL import Image
 from bas.config import SampleConfig
 from bas.data.scene import subset_prompt
 from bas.errors import InputError
-from bas.io.figures import grid, save_picture
-from bas.models.bundle import Models
+from bas.io.figures import grid
+from bas.io.images import save_image
+from bas.models.bundle import Models, ModelSpec
 from bas.runtime.progress import Progress
 from bas.sampling.sampler import sample_each
 
@@ -67,17 +68,17 @@ def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: Sam
     return save_grid(*cut, f"{len(prompts) // len(contexts)} combinations in {len(contexts)} contexts", folder)
 
 
-def combinations_in(models: Models, contexts: tuple[str, ...]) -> list[str]:
+def combinations_in(models: Models | ModelSpec, contexts: tuple[str, ...]) -> list[str]:
     """The prompts of `explore`, context by context within each subset."""
     return [f"{subset_prompt(subset)} {context}" for subset in subsets(handles_of(models)) for context in contexts]
 
 
-def all_together(models: Models) -> str:
+def all_together(models: Models | ModelSpec) -> str:
     """The prompt of `vary`."""
     return subset_prompt(handles_of(models))
 
 
-def handles_of(models: Models) -> tuple[str, ...]:
+def handles_of(models: Models | ModelSpec) -> tuple[str, ...]:
     """The concepts that a model was taught. Raises InputError if there are none."""
     if not models.handles:
         raise InputError(f"{models.source} has no handles: give the folder of a finished `bas train`")
@@ -91,7 +92,7 @@ def draw(models: Models, prompts: list[str], folder: Path, config: SampleConfig)
     bar, pictures = Progress("gallery", len(jobs), unit="pictures"), []
     for (prompt, seed), picture in zip(jobs, sample_each(models, prompts, config), strict=True):
         name = f"{len(pictures):04d}.png"
-        save_picture(picture, folder / name, asdict(config) | {"prompt": prompt, "seed": seed})
+        save_image(picture, folder / name, asdict(config) | {"prompt": prompt, "seed": seed})
         pictures.append(picture)
         bar.show(len(pictures))
     return pictures
@@ -99,5 +100,5 @@ def draw(models: Models, prompts: list[str], folder: Path, config: SampleConfig)
 
 def save_grid(rows: list[list[Image.Image]], labels: list[list[str]], title: str, folder: Path) -> Path:
     """Write FOLDER/grid.png and return its path."""
-    save_picture(grid(rows, labels, CELL, title), folder / GRID)
+    save_image(grid(rows, labels, CELL, title), folder / GRID)
     return folder / GRID

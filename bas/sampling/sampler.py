@@ -4,16 +4,15 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from bas.config import SampleConfig
 from bas.errors import InputError
+from bas.io.images import to_images
 from bas.losses import average_maps
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
 from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_strengths
@@ -42,26 +41,26 @@ def sample(
     return list(sample_each(models, [prompts] if isinstance(prompts, str) else list(prompts), config))
 
 
-def check_request(models: Models, prompts: list[str], config: SampleConfig) -> None:
+def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig) -> None:
     """Raises InputError for handles, strengths, sizes and steps that `sample` would refuse. Reads no weight.
 
     Warns of what is likely a slip: a handle without its brackets, a setting that changes nothing.
     """
-    check_settings(models, config)
+    check_settings(spec, config)
     for prompt in prompts:
-        tokenize(models.tokenizer, [read_strengths(prompt)[0]])
+        tokenize(spec.tokenizer, [read_strengths(prompt)[0]])
     for setting, reason in without_effect(config).items():
         log.warning("--%s has no effect: %s", setting, reason)
     for prompt in prompts:
-        if bare := bare_handles(prompt, models.handles):
+        if bare := bare_handles(prompt, spec.handles):
             log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
 
 
-def check_settings(models: Models, config: SampleConfig) -> None:
+def check_settings(spec: ModelSpec, config: SampleConfig) -> None:
     """The part of `check_request` that no prompt takes part in, without its warnings."""
-    latent_shape(models, config)
-    walk(models, config)
-    tokenize(models.tokenizer, [read_strengths(config.negative_prompt)[0]])
+    latent_shape(spec, config)
+    walk(spec.schedule, config)
+    tokenize(spec.tokenizer, [read_strengths(config.negative_prompt)[0]])
 
 
 def without_effect(config: SampleConfig) -> dict[str, str]:
@@ -80,7 +79,7 @@ def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Ite
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
         latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config)
-        yield from to_pictures(decode(models, latents))
+        yield from to_images(decode(models, latents))
 
 
 # Sees (i, prev_t, z, maps): the latents after step i, now at timestep prev_t (below 0 at the end), and the attention
@@ -104,7 +103,7 @@ def generate(
     context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    z = standard_normal(latent_shape(models, config), generators).to(models.device)
+    z = standard_normal(latent_shape(models.spec, config), generators).to(models.device)
     return denoise(models, z, context, negative, config, generators, on_step, return_maps=return_maps)
 
 
@@ -142,7 +141,7 @@ def denoise(
     beside the attention maps that `return_maps` asks for.
     """
     schedule = models.schedule
-    timesteps = walk(models, config)
+    timesteps = walk(schedule, config)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
@@ -187,23 +186,22 @@ def guided_output(
     return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
 
 
-def walk(models: Models, config: SampleConfig) -> list[int]:
+def walk(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:
     """The timesteps of a sampling run, noisiest first. Raises InputError for more than the model was trained with."""
-    schedule = models.schedule
     if config.steps_offset is not None:
         schedule = replace(schedule, steps_offset=config.steps_offset)
     return sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
 
 
-def latent_shape(models: Models, config: SampleConfig) -> tuple[int, int, int]:
+def latent_shape(spec: ModelSpec, config: SampleConfig) -> tuple[int, int, int]:
     """(c, h, w) of the latents for the picture size asked for. Raises InputError for a size the model cannot take."""
     sides = []
     for name in ("height", "width"):
-        side = getattr(config, name) or models.resolution
-        if side < models.size_multiple or side % models.size_multiple:
-            raise InputError(f"--{name} {side}: this model takes multiples of {models.size_multiple} pixels")
-        sides.append(side // models.vae.config.factor)
-    return models.unet.config.in_channels, *sides
+        side = getattr(config, name) or spec.resolution
+        if side < spec.size_multiple or side % spec.size_multiple:
+            raise InputError(f"--{name} {side}: this model takes multiples of {spec.size_multiple} pixels")
+        sides.append(side // spec.vae.factor)
+    return spec.unet.in_channels, *sides
 
 
 def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
@@ -217,14 +215,3 @@ def decode(models: Models, latents: Tensor) -> Tensor:
     vae = models.vae
     z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
     return (vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], as a scene has its photograph -> an 8-bit RGB picture"""
-    return to_pictures(image[None] / 2 + 0.5)[0]
-
-
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """(b, 3, H, W) in [0, 1] -> 8-bit RGB pictures"""
-    array = (rearrange(images, "b c h w -> b h w c") * 255).round().to(torch.uint8).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]

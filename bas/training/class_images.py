@@ -17,16 +17,14 @@ from PIL import Image, ImageOps
 
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import encode_images
-from bas.data.scene import pixels
 from bas.errors import InputError
-from bas.io.figures import save_picture
 from bas.io.files import cache_dir, read_json, reading, write_json
-from bas.io.images import SUFFIXES, open_picture, read_image
+from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
 from bas.runtime.device import autocast
 from bas.runtime.progress import Progress
-from bas.sampling.sampler import decode, generate, to_pictures
+from bas.sampling.sampler import decode, generate
 from bas.schedulers import NoiseSchedule
 
 try:
@@ -89,7 +87,7 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
         if (folder / "mask0.png").exists():
             raise InputError(f"--class_data_dir {folder} is a scene: name a folder of class images, or a new one")
         for path in _pictures(folder)[: config.num_class_images]:
-            open_picture(path)
+            open_image(path)
         keyed = (folder / KEY_FILE).exists()
     if keyed:
         key = cache_key(config, "", schedule, SampleConfig(height=size[0], width=size[1], seed=config.seed))
@@ -146,9 +144,9 @@ def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfi
     for start in range(0, len(missing), config.sample_batch_size):
         batch = missing[start : start + config.sample_batch_size]
         texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
-        pictures = to_pictures(decode(models, generate(texts, seeds, models, settings)))
+        pictures = to_images(decode(models, generate(texts, seeds, models, settings)))
         for i, picture in zip(batch, pictures, strict=True):
-            save_picture(picture, folder / f"{i:05d}.png")
+            save_image(picture, folder / f"{i:05d}.png")
         bar.show(found + start + len(batch))
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from bas.config import Phase, TrainConfig
 from bas.errors import InputError
 from bas.io.files import human_size
+from bas.io.run_files import CHECKPOINTS
 from bas.models.bundle import COMPONENTS, Models, cross_attention, keys_and_values
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES
 from bas.training.optimizer import ADAM_BYTES
-from bas.training.run_folder import CHECKPOINTS
 
 WHILE_TRAINING = "checkpoints, while training"
 METRICS_LINE = 220  # bytes, roughly
@@ -44,7 +44,7 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
     return files
 
 
-def free_room(folder: Path) -> int:
+def free_disk_space(folder: Path) -> int:
     """Bytes that the disk of a folder, which need not exist yet, has left. InputError where it is read-only."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
@@ -52,9 +52,9 @@ def free_room(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def require_room(folder: Path, base: Path, config: TrainConfig) -> None:
+def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
     """InputError when the disk of the run folder has less room than the run's files will take."""
-    files, free = files_to_come(count_numbers(build_on_meta(base)[0]), config), free_room(folder)
+    files, free = files_to_come(count_numbers(build_on_meta(base)[0]), config), free_disk_space(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
         raise InputError(

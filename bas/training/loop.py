@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bas.config import Phase, TrainConfig
 from bas.data.batches import Batch, draw_batch
 from bas.errors import RunError
+from bas.io.run_files import CHECKPOINTS, save_concepts
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.models.bundle import Models, cross_attention, keys_and_values
 from bas.models.text import encode_ids
@@ -26,22 +27,13 @@ from bas.runtime.progress import Progress
 from bas.runtime.signals import Interrupted, Interrupts
 from bas.schedulers import add_noise, training_target
 from bas.training.base_model import Base
-from bas.training.cuda_graph import CapturedStep
-from bas.training.master_weights import Masters, restore
-from bas.training.nonfinite import is_finite, read_metrics, refuse_infinite, tell_overflows
+from bas.training.master_weights import MasterWeights, restore_weights
+from bas.training.nonfinite import check_weights, flush_and_check, is_finite, warn_of_overflows
 from bas.training.optimizer import build_optimizer, set_rate
 from bas.training.preview import write_preview
-from bas.training.run_folder import (
-    CHECKPOINTS,
-    locked,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-    save_concepts,
-    what_is_kept,
-)
-from bas.training.setup import Run, check_input, start
-from bas.training.timing import Times
+from bas.training.timing import Timing
+from bas.training.run_folder import locked, newest_kept, optimizer_tensors, restore_optimizer, save_checkpoint
+from bas.training.setup import Run, check_input, setup_run
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
 
@@ -100,7 +92,7 @@ def optimizer_step(
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    clipped: Masters,
+    clipped: MasterWeights,
     precision: str,
 ) -> dict[str, Tensor]:
     """Accumulate the gradient of the batches, clip it, step. -> the losses' means and the norm before clipping
@@ -112,15 +104,15 @@ def optimizer_step(
         with autocast(models.device, "fp16" if precision == "fp16" else "no"):  # bf16 weights are bf16 already
             loss, parts = training_step(models, batch, config)
         scaler.scale(loss * share).backward()
-        clipped.gather()
+        clipped.collect_gradients()
         for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0) + value.detach() * share
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(clipped.parameters, config.max_grad_norm or math.inf)
     scaler.step(optimizer)
     scaler.update()
-    clipped.publish()
-    clipped.release()
+    clipped.copy_to_model()
+    clipped.zero_grad()
     return {**sums, "grad_norm": norm}
 
 
@@ -161,9 +153,9 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator[Run]:
 
     A signal that comes while the block runs is noted in `run.interrupts`. Raises as `train` does.
     """
-    times, checked = Times(), check_input(config)
+    times, checked = Timing(), check_input(config)
     with locked(Path(config.output_dir)), deterministic(config.deterministic):
-        run = start(config, *checked, base)
+        run = setup_run(config, *checked, base)
         times.note("preparation", run.folder, run.models.device)
         try:
             with Interrupts() as run.interrupts:
@@ -181,7 +173,7 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator[Run]:
         except OSError as error:
             reason = error.strerror or error
             raise RunError(
-                f"writing to {run.folder} failed: {reason}; {what_is_kept(run.folder)}: "
+                f"writing to {run.folder} failed: {reason}; {newest_kept(run.folder)}: "
                 "make room, then --resume_from_checkpoint latest"
             ) from error
 
@@ -193,13 +185,13 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
     watched = dict(weights)
     if phase.trains == ("handles",) and config.exact_phase1:
         watched["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-    clipped = Masters(watched, run.exact)
+    clipped = MasterWeights(watched, run.exact)
     trained = {name: clipped.named[name] for name in weights}
     optimizer = build_optimizer(trained.values(), config)
     scaler = torch.amp.GradScaler(models.device.type, enabled=run.precision == "fp16")
     if run.done > begin:
         restore_parameters(trained, run.saved)
-        clipped.publish()
+        clipped.copy_to_model()
     if begin < run.done < end:
         restore_optimizer(optimizer, run.saved)
         scaler.load_state_dict(run.scaler_state)
@@ -207,8 +199,6 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
     def take_step(batches: Iterable[Batch]) -> dict[str, Tensor]:
         return optimizer_step(models, batches, config, optimizer, scaler, clipped, run.precision)
 
-    if config.cuda_graphs:
-        take_step = CapturedStep(take_step)
     bar = Progress(phase.name, phase.steps, max(0, run.done - begin))
     for step in range(max(begin, run.done) + 1, end + 1):  # counted from 1, over both phases
         lr = learning_rate(config, phase, step - begin - 1)
@@ -220,10 +210,10 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         values = take_step(batches)
         run.metrics.add(phase.name, step, lr, values)
         if (row := run.metrics.latest()) and not is_finite(row, run.precision):
-            read_metrics(run)  # writes this row, and raises
+            flush_and_check(run)  # writes this row, and raises
 
         if step % config.log_steps == 0 or step == end or (models.device.type == "cpu" and bar.due()):
-            bar.show(step - begin, read_metrics(run))
+            bar.show(step - begin, flush_and_check(run))
         asked = run.interrupts.asked
         if asked or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
             save_state(run, step, trained, optimizer, scaler)
@@ -235,9 +225,9 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
                 sheet = write_preview(run.folder, models, run.scene.handles, run.image, run.masks, config, step)
             if run.events:
                 run.events.add_sheet(sheet, step)
-    refuse_infinite(run, trained, f"at the end of {phase.name}")
+    check_weights(run, trained, f"at the end of {phase.name}")
     if run.precision == "fp16" and run.done < end:
-        tell_overflows(run.folder, phase)
+        warn_of_overflows(run.folder, phase)
 
 
 def save_state(
@@ -248,8 +238,8 @@ def save_state(
     scaler: torch.amp.GradScaler,
 ) -> None:
     """Save all that a resumed run needs to go on as if nothing had happened."""
-    read_metrics(run)
-    refuse_infinite(run, trained, f"after step {step}")
+    flush_and_check(run)
+    check_weights(run, trained, f"after step {step}")
     tensors = {f"trained.{name}": parameter for name, parameter in trained.items()}
     tensors |= optimizer_tensors(optimizer) | {"generator": run.generator.get_state()}
     note = {"step": step, "metrics": run.metrics.length, "scaler": scaler.state_dict(), "facts": run.facts}
@@ -265,7 +255,7 @@ def restore_parameters(trained: dict[str, nn.Parameter], saved: dict[str, Tensor
 
 def finish(run: Run) -> None:
     """Write the tuned model, then the concepts file that marks the run as finished; drop the checkpoints."""
-    restore(run.exact)
+    restore_weights(run.exact)
     save_model(run.models, run.folder, DTYPES[run.config.save_precision])
     rows = run.models.text_encoder.get_input_embeddings().handles
     save_concepts(run.folder, rows, run.masks, run.scene.handles, run.facts)

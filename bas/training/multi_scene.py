@@ -17,13 +17,13 @@ from bas.data.collages import read_scene
 from bas.data.scene import pictures_in, require_scene_folder
 from bas.errors import InputError, RunError
 from bas.io.files import read_json, reading
+from bas.io.run_files import CONCEPTS, METRICS, SETTINGS
 from bas.pretrained.folder import load
 from bas.runtime.device import is_out_of_memory
 from bas.training.base_model import Base
 from bas.training.dry_run import memory_advice
 from bas.training.loop import train
-from bas.training.resume import check_resumable, facts_of
-from bas.training.run_folder import CONCEPTS, METRICS, SETTINGS
+from bas.training.resume import check_resumable, scene_state
 from bas.training.setup import check_machine
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,6 @@ def is_finished(settings: TrainConfig) -> bool:
     folder = Path(settings.output_dir)
     if not (folder / CONCEPTS).exists():
         return False
-    facts = {"config": asdict(settings), **facts_of(read_scene(settings))}
+    facts = {"config": asdict(settings), **scene_state(read_scene(settings))}
     check_resumable(folder, facts, read_json(folder / SETTINGS))
     return True

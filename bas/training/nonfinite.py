@@ -9,7 +9,8 @@ from torch import nn
 
 from bas.config import Phase
 from bas.errors import RunError
-from bas.training.run_folder import METRICS, read_rows, what_is_kept
+from bas.io.run_files import METRICS, read_rows
+from bas.training.run_folder import newest_kept
 from bas.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ ANEW = "begin anew, in another --output_dir, with"  # for what a checkpoint cann
 OVERFLOWS = 25  # steps in a row that fp16 may leave out; by then its loss scale has fallen by 2 ** 25
 
 
-def read_metrics(run: Run) -> dict[str, float]:
+def flush_and_check(run: Run) -> dict[str, float]:
     """Write the pending metrics and return the newest losses. Raises RunError if a number is not finite."""
     rows = run.metrics.flush()
     if run.events:
@@ -29,13 +30,13 @@ def read_metrics(run: Run) -> dict[str, float]:
             wrong = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
             name = next((name for name in wrong if name not in ("loss", "grad_norm")), wrong[0])  # the cause, not a sum
             raise RunError(
-                f"{where}: {name} is {row[name]}; {what_is_kept(run.folder)}; {ANEW} a lower learning rate "
+                f"{where}: {name} is {row[name]}; {newest_kept(run.folder)}; {ANEW} a lower learning rate "
                 "or --mixed_precision no"
             )
         run.overflows = 0 if math.isfinite(row["grad_norm"]) else run.overflows + 1
         if run.overflows == OVERFLOWS:
             raise RunError(
-                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row; {what_is_kept(run.folder)}; "
+                f"{where}: fp16 overflowed in {OVERFLOWS} steps in a row; {newest_kept(run.folder)}; "
                 f"{ANEW} --mixed_precision bf16 or no"
             )
     newest = rows[-1] if rows else {}
@@ -48,18 +49,17 @@ def is_finite(row: dict, precision: str) -> bool:
     return all(math.isfinite(row[name]) for name in names)
 
 
-def refuse_infinite(run: Run, trained: dict[str, nn.Parameter], when: str) -> None:
+def check_weights(run: Run, trained: dict[str, nn.Parameter], when: str) -> None:
     """RunError naming a weight that is not finite: a finite loss and gradient can still step there."""
     finite = torch.stack([parameter.isfinite().all() for parameter in trained.values()]).tolist()
     if not all(finite):
         name = list(trained)[finite.index(False)]
         raise RunError(
-            f"{when} {name} is not finite, so nothing is saved; {what_is_kept(run.folder)}; "
-            f"{ANEW} a lower learning rate"
+            f"{when} {name} is not finite, so nothing is saved; {newest_kept(run.folder)}; {ANEW} a lower learning rate"
         )
 
 
-def tell_overflows(folder: Path, phase: Phase) -> None:
+def warn_of_overflows(folder: Path, phase: Phase) -> None:
     """Warn of the steps of a phase that its gradient scaler left out, counted from the metrics of all its sessions."""
     norms = [row["grad_norm"] for row in read_rows(folder / METRICS) if row["phase"] == phase.name]
     if left_out := sum(not math.isfinite(norm) for norm in norms):

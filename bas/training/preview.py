@@ -15,14 +15,15 @@ from torch import Tensor
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import attention_grid, encode_images, handle_positions
 from bas.data.scene import Scene, subset_prompt
-from bas.io.figures import grid, heat, save_picture, tint_masks
+from bas.io.figures import grid, overlay_attention, tint_masks
 from bas.io.files import write_json
+from bas.io.images import save_image, to_image
+from bas.io.run_files import PREVIEWS, SCENE
 from bas.losses import average_maps, handle_maps
 from bas.models.bundle import Models
 from bas.models.text import encode_ids, tokenize
-from bas.sampling.sampler import sample, standard_normal, to_picture
+from bas.sampling.sampler import sample, standard_normal
 from bas.schedulers import add_noise
-from bas.training.run_folder import PREVIEWS, SCENE
 
 PICTURES = f"{PREVIEWS}/pictures"  # of a run folder: each cell of the sheets by itself
 CELL = 192  # pixels of one picture on the sheet
@@ -42,13 +43,12 @@ def write_preview(
 
     Returns the sheet's path. image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1].
     """
-    photo = to_picture(image)
+    photo = to_image(image)
     prompts = [subset_prompt([handle]) for handle in handles]
     if len(handles) > 1:
         prompts.append(subset_prompt(handles))
     settings = SampleConfig(
         num_inference_steps=config.preview_inference_steps,
-        batch_size=1 if config.cuda_graphs else SampleConfig.batch_size,  # a graph keeps the memory of a step
         height=image.shape[1],
         width=image.shape[2],
         seed=config.seed,
@@ -58,7 +58,7 @@ def write_preview(
         maps = scene_attention(models, handles, image, config)
     layers = dict(enumerate(masks.numpy()))
     wanted = [tint_masks(photo, {i: layer}) for i, layer in layers.items()]
-    looks = [heat(values, photo, i) for i, values in enumerate(maps.numpy())]
+    looks = [overlay_attention(values, photo, i) for i, values in enumerate(maps.numpy())]
     pairs = [picture for pair in zip(wanted, looks, strict=True) for picture in pair]
     names = [name for handle in handles for name in (f"mask of {handle}", f"attention of {handle}")]
     scene = [tint_masks(photo, layers), *drawn]
@@ -66,11 +66,11 @@ def write_preview(
     separate = folder / PICTURES / f"step-{step:06d}"
     separate.mkdir(parents=True, exist_ok=True)
     for place, picture in zip([*layers, "all"][: len(prompts)], drawn, strict=True):
-        save_picture(picture, separate / f"sample-{place}.png")
+        save_image(picture, separate / f"sample-{place}.png")
     for place, picture in enumerate(looks):
-        save_picture(picture, separate / f"attention-{place}.png")
+        save_image(picture, separate / f"attention-{place}.png")
     path = folder / PREVIEWS / f"step-{step:06d}.png"
-    save_picture(sheet, path)
+    save_image(sheet, path)
     return path
 
 
@@ -88,9 +88,9 @@ def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> Non
 def write_shot(folder: Path, image: Tensor, masks: dict[int, Tensor]) -> None:
     """One photograph as img.png, with masks by concept as maskN.png. image: (3, H, W) in [-1, 1]; masks: (H, W) each"""
     folder.mkdir(exist_ok=True)
-    save_picture(to_picture(image), folder / "img.png")
+    save_image(to_image(image), folder / "img.png")
     for i, mask in masks.items():
-        save_picture(Image.fromarray((mask * 255).round().to(torch.uint8).numpy()), folder / f"mask{i}.png")
+        save_image(Image.fromarray((mask * 255).round().to(torch.uint8).numpy()), folder / f"mask{i}.png")
 
 
 @torch.no_grad()
@@ -104,6 +104,6 @@ def scene_attention(models: Models, handles: tuple[str, ...], image: Tensor, con
     positions = handle_positions(ids[0], models.tokenizer.convert_tokens_to_ids(list(handles)))
     context = encode_ids(models.text_encoder, ids.to(device))
     z_t = add_noise(schedule, z0, eps, t).to(device)
-    grid_size = attention_grid(models, tuple(z0.shape[-2:]), config.attention_grid)
+    grid_size = attention_grid(models.spec, tuple(z0.shape[-2:]), config.attention_grid)
     maps = models.unet(z_t, t.to(device), context, return_maps=grid_size).maps
     return handle_maps(average_maps(maps), torch.tensor([positions], device=device))[0].cpu()

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import read_json, read_tensors, sync, write_json, write_tensors
-from bas.io.settings_file import check_facts
+from bas.io.files import read_json, sync, write_json
+from bas.io.run_files import CHECKPOINTS, CONCEPTS, METRICS, PREVIEWS, SCENE, SETTINGS
+from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS
 
 try:
@@ -34,12 +35,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-CONCEPTS = "concepts.safetensors"
-METRICS = "metrics.jsonl"
 LOCK = ".lock"  # held while a process writes to the folder
-SETTINGS = "settings.json"
-CHECKPOINTS = "checkpoints"
-SCENE, PREVIEWS = "scene", "previews"  # what the training saw, and what it drew meanwhile
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
 STATE, NOTE = "state.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: files of their own, so that only one lies in the host's memory at a time
@@ -83,8 +79,8 @@ def _is_at(file: IO, path: Path) -> bool:
 
 
 def prepare_folder(folder: Path, resuming: bool) -> None:
-    """Make a locked folder ready: clear what a killed run left half-written. Raises as `refuse_used_folder` does."""
-    refuse_used_folder(folder, resuming)
+    """Make a locked folder ready: clear what a killed run left half-written. Raises as `check_output_folder` does."""
+    check_output_folder(folder, resuming)
     inside = (path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp"))
     for leftover in (*folder.glob(".*.[0-9]*.tmp"), *inside):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -94,7 +90,7 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
             shutil.rmtree(checkpoint)
 
 
-def refuse_used_folder(folder: Path, resuming: bool) -> None:
+def check_output_folder(folder: Path, resuming: bool) -> None:
     """InputError for a folder with a finished run, an unfinished one that is not to be resumed, or anything else.
 
     And for what is no folder.
@@ -165,12 +161,6 @@ class MetricsLog:
     def length(self) -> int:
         """Bytes on disk, for a resumed run to cut back to."""
         return self.path.stat().st_size
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last line that is still being written is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 # --- Resumable checkpoints ----------------------------------------------------------------------------------------
@@ -267,7 +257,7 @@ def _checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in folders if path.name.removeprefix("step-").isdecimal()), key=_step)
 
 
-def what_is_kept(run: Path) -> str:
+def newest_kept(run: Path) -> str:
     """What a run that ends with an error leaves, for the line that says so."""
     whole = list_checkpoints(run)
     return f"{whole[-1]} is kept" if whole else "no checkpoint was saved yet"
@@ -303,29 +293,3 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 # --- The concepts file --------------------------------------------------------------------------------------------
-
-
-def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str], note: dict) -> None:
-    """The small file that says what a run learnt. rows: (N, d) float32; masks: (N, H, W) in 0..1, kept as 8 bits."""
-    tensors = {"handles": rows.float(), "masks": (masks * 255).round().to(torch.uint8)}
-    metadata = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(note)}
-    write_tensors(run / CONCEPTS, tensors, metadata)
-
-
-def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a run's concepts file and the run's facts. Raises InputError for a file that is something else."""
-    path = run / CONCEPTS
-    tensors, metadata = read_tensors(path)
-    ours = metadata.get("bas") == "concepts-1" and {"handles", "masks"} <= tensors.keys()
-    if not ours or tensors["masks"].ndim != 3:
-        raise InputError(f"{path} was not written by bas")
-    return tensors, read_note(path, metadata)
-
-
-def read_note(path: Path, metadata: dict[str, str]) -> dict:
-    """What a concepts file's metadata notes of its run. Raises InputError where it is not as written."""
-    try:
-        facts = {**json.loads(metadata["note"]), "handles": json.loads(metadata["handles"])}
-    except (KeyError, ValueError, TypeError, RecursionError):
-        facts = None
-    return check_facts(path, facts)

@@ -15,6 +15,7 @@ from bas.data.collages import read_scene
 from bas.data.scene import Scene
 from bas.errors import InputError
 from bas.io.files import write_json, write_text
+from bas.io.run_files import METRICS, SETTINGS
 from bas.io.settings_file import CONFIG, to_toml
 from bas.models.bundle import Models
 from bas.models.compile import choose_compilation, compile_unet
@@ -27,20 +28,12 @@ from bas.runtime.signals import Interrupts
 from bas.schedulers import sampling_timesteps
 from bas.training.base_model import Base
 from bas.training.class_images import check_class_folder
-from bas.training.disk_space import require_room
-from bas.training.master_weights import Exact, lower
+from bas.training.disk_space import require_disk_space
+from bas.training.master_weights import Exact, cast_weights
 from bas.training.optimizer import adamw8bit
 from bas.training.preview import write_scene
-from bas.training.resume import check_resumable, facts_of
-from bas.training.run_folder import (
-    METRICS,
-    SETTINGS,
-    MetricsLog,
-    drop_later,
-    find_checkpoint,
-    load_checkpoint,
-    prepare_folder,
-)
+from bas.training.resume import check_resumable, scene_state
+from bas.training.run_folder import MetricsLog, drop_later, find_checkpoint, load_checkpoint, prepare_folder
 from bas.training.tensorboard import EventLog, writer_class
 
 log = logging.getLogger(__name__)
@@ -75,11 +68,9 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
     base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device, read_spec(base).unet)
+    precision = pick_precision(config.mixed_precision, device, read_spec(base).unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
-    if config.cuda_graphs and (device.type != "cuda" or precision == "fp16" or config.optimizer == "adamw8bit"):
-        raise InputError("--cuda_graphs needs a CUDA device, --mixed_precision no or bf16, --optimizer adamw or adam")
     if config.fused_kernels and (device.type != "cuda" or config.compile != "no" or not find_spec("triton")):
         raise InputError("--fused_kernels needs a CUDA device, the package triton, and --compile no")
     if config.optimizer == "adamw8bit":
@@ -93,26 +84,26 @@ def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
     scene = read_scene(config)
     base, device, precision = check_machine(config)
-    models = read_spec(base)
-    size = check_scene(models, scene, config)
+    spec = read_spec(base)
+    size = check_scene(spec, scene, config)
     if any(phase.prior for phase in config.phases):
-        check_class_folder(replace(config, mixed_precision=precision), models.schedule, size)
+        check_class_folder(replace(config, mixed_precision=precision), spec.schedule, size)
     if config.img_log_steps:
-        sampling_timesteps(models.schedule, config.preview_inference_steps)
+        sampling_timesteps(spec.schedule, config.preview_inference_steps)
     return scene, base, device, precision
 
 
-def start(
+def setup_run(
     config: TrainConfig, scene: Scene, path: Path, device: torch.device, precision: str, base: Base | None = None
 ) -> Run:
     """Load the base unless it is in memory, and compute what all steps share. The rest is what `check_input` found."""
     folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
     checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
-    require_room(folder, path, config)
+    require_disk_space(folder, path, config)
     facts = {
         "config": asdict(config),
-        **facts_of(scene),
+        **scene_state(scene),
         "base": base.hash if base else weights_hash(path),
         "precision": precision,
         "version": __version__,
@@ -123,11 +114,11 @@ def start(
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
-        tell_of_miniature(config)
+        log_miniature(config)
         base = Base(path, load(path, device=device))
-    models = teach_names(base, scene, config)
+    models = fresh_models(base, scene, config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    exact = lower((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
+    exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
     class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         settings = replace(config, mixed_precision=precision)
@@ -140,7 +131,7 @@ def start(
     write_text(folder / CONFIG, to_toml(asdict(config)))
     write_scene(folder, scene, image, masks)
     material = prepare(models, scene, image, masks, config, class_posterior)
-    speed_up(models.unet, config, device)
+    accelerate(models.unet, config, device)
 
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
@@ -167,7 +158,7 @@ def start(
     )
 
 
-def teach_names(base: Base, scene: Scene, config: TrainConfig) -> Models:
+def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
     """Fresh models of the base that have the scene's handles and draw at the size that they are trained at."""
     models = base.fresh()
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
@@ -179,7 +170,7 @@ def teach_names(base: Base, scene: Scene, config: TrainConfig) -> Models:
     return models
 
 
-def speed_up(unet: UNet, config: TrainConfig, device: torch.device) -> None:
+def accelerate(unet: UNet, config: TrainConfig, device: torch.device) -> None:
     """Compile the UNet or give it fused kernels, as the settings ask."""
     compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
     if config.compile == "auto":
@@ -191,7 +182,7 @@ def speed_up(unet: UNet, config: TrainConfig, device: torch.device) -> None:
         install(unet)
 
 
-def tell_of_miniature(config: TrainConfig) -> None:
+def log_miniature(config: TrainConfig) -> None:
     """Say so where no base is named: nobody shall wait for a photograph's concepts in vain."""
     if config.pretrained_model_name_or_path is None:
         log.info(

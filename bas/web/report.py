@@ -26,13 +26,13 @@ from bas.errors import InputError
 from bas.io.figures import as_hex, concept_colour, tint_masks
 from bas.io.files import human_size, read_json, write_text
 from bas.io.images import read_image, read_mask
-from bas.io.settings_file import check_facts
+from bas.io.run_files import CONCEPTS, METRICS, SCENE, SETTINGS, read_rows
+from bas.io.settings_file import check_metadata
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import SHIPPED
 from bas.runtime.progress import clock
 from bas.sampling.gallery import GRID
 from bas.training.preview import PICTURES
-from bas.training.run_folder import CONCEPTS, METRICS, SCENE, SETTINGS, read_rows
 from bas.training.timing import TIMES
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def page(run: Path) -> str:
     """The whole page of a run."""
     if not (run / SETTINGS).is_file():
         raise InputError(f"{run} is no run of bas: it has no {SETTINGS}")
-    facts, rows = check_facts(run / SETTINGS, read_json(run / SETTINGS)), read_rows(run / METRICS)
+    facts, rows = check_metadata(run / SETTINGS, read_json(run / SETTINGS)), read_rows(run / METRICS)
     sessions = read_json(run / TIMES).get("sessions", []) if (run / TIMES).exists() else []
     handles, finished = facts["handles"], (run / CONCEPTS).exists()
     photo, masks = readable(run / SCENE / "img.png"), readable_masks(run / SCENE, len(handles))

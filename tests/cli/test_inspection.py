@@ -13,12 +13,12 @@ from bas import __version__
 from bas.cli.entry import main
 from bas.cli.inspection import as_text, describe, describe_machine
 from bas.data.scene import subset_prompt
-from bas.io.figures import save_picture
 from bas.io.files import human_size, write_json
+from bas.io.images import save_image
+from bas.io.run_files import save_concepts
 from bas.models.bundle import COMPONENTS
 from bas.models.text import add_handles
 from bas.pretrained.folder import load, save_model, weights_hash
-from bas.training.run_folder import save_concepts
 from tests.helpers import tiny
 from tests.helpers.faults import opened, unprivileged
 
@@ -193,7 +193,7 @@ def test_what_is_no_model_says_why(name, content, problem, tmp_path):
 
 
 def test_a_picture_tells_its_settings(tmp_path):
-    save_picture(Image.new("RGB", (6, 4)), tmp_path / "a.png", {"prompt": subset_prompt(HANDLES), "seed": 7})
+    save_image(Image.new("RGB", (6, 4)), tmp_path / "a.png", {"prompt": subset_prompt(HANDLES), "seed": 7})
     Image.new("RGB", (6, 4)).save(tmp_path / "b.png")
     ours, other = describe(tmp_path / "a.png"), describe(tmp_path / "b.png")
     assert (ours["what"], ours["size"]) == ("a picture made by bas", "6x4 pixels")

@@ -14,7 +14,7 @@ from bas.cli.entry import main
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import draw_batch
 from bas.data.scene import load_scene
-from bas.training.run_folder import read_concepts
+from bas.io.run_files import read_concepts
 from tests.helpers.tiny import refused, write_scene
 
 

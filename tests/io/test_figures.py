@@ -13,13 +13,11 @@ from bas.io.figures import (
     concept_colour,
     enlarge,
     grid,
-    heat,
-    picture_path,
-    save_picture,
-    save_pictures,
+    overlay_attention,
     tint_masks,
     wrap,
 )
+from bas.io.images import image_path, save_image, save_images
 from tests.helpers.tiny import refused
 
 RED, BLUE = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (16, 8), (0, 0, 255))
@@ -78,19 +76,19 @@ def test_heat_shows_the_peak_in_the_concepts_colour():
     photo = Image.new("RGB", (32, 32), (200, 200, 200))
     values = np.zeros((4, 4), np.float32)
     values[1, 2] = 0.03
-    shown = np.asarray(heat(values, photo, 0)).astype(int)
+    shown = np.asarray(overlay_attention(values, photo, 0)).astype(int)
     peak = np.unravel_index((np.abs(shown - np.array(concept_colour(0))).sum(axis=-1)).argmin(), (32, 32))
     assert 8 <= peak[0] < 16
     assert 16 <= peak[1] < 24
     assert (shown[24:, :8] == 70).all()  # 0.35 x 200: the photograph, darkened
-    dead = np.asarray(heat(np.zeros((4, 4), np.float32), photo, 0))
+    dead = np.asarray(overlay_attention(np.zeros((4, 4), np.float32), photo, 0))
     assert (dead == 70).all()
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.JPEG"])
 def test_settings_travel_with_the_picture(tmp_path, name):
     settings = {"prompt": "a photo of <asset0>, ü", "seed": 3, "eta": 0.0}
-    save_picture(RED, picture_path(str(tmp_path / name)), settings)
+    save_image(RED, image_path(str(tmp_path / name)), settings)
     with Image.open(tmp_path / name) as picture:
         exif = picture.getexif()
         note = picture.text["bas"] if name.endswith("png") else exif[ExifTags.Base.UserComment]
@@ -100,8 +98,8 @@ def test_settings_travel_with_the_picture(tmp_path, name):
 
 def test_several_pictures_are_numbered(tmp_path):
     target = tmp_path / "new" / "out.png"
-    assert list(save_pictures([RED], [{}], target)) == [target]
-    paths = list(save_pictures([RED, BLUE], [{"i": 0}, {"i": 1}], target))
+    assert list(save_images([RED], [{}], target)) == [target]
+    paths = list(save_images([RED, BLUE], [{"i": 0}, {"i": 1}], target))
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
     with Image.open(paths[1]) as picture:
         assert picture.size == (16, 8)
@@ -116,11 +114,11 @@ def test_each_picture_is_saved_as_it_comes_and_names_sort_as_numbers(tmp_path):
             assert len(list(tmp_path.iterdir())) == i
             yield RED
 
-    names = [path.name for path in save_pictures(drawn(), [{}] * 11, tmp_path / "x.png")]
+    names = [path.name for path in save_images(drawn(), [{}] * 11, tmp_path / "x.png")]
     assert names == [f"x-{i:02}.png" for i in range(11)] == sorted(names)
 
 
 @pytest.mark.parametrize("name", ["picture", "picture.gif", "x.txt", ".png"])
 def test_other_endings_are_refused(name):
     with refused(f"--output_path {name}", ".png, .jpg or .webp"):
-        picture_path(name)
+        image_path(name)

@@ -9,8 +9,7 @@ from PIL import Image
 
 from bas.cli.entry import main
 from bas.config import EditConfig
-from bas.data.scene import pixels
-from bas.io.images import read_image
+from bas.io.images import pixels, read_image
 from bas.pretrained.folder import save_model
 from bas.sampling import blended_diffusion as editing
 from bas.sampling import sampler as sampling
@@ -136,11 +135,11 @@ def test_a_cell_may_change_when_half_of_it_is_inside():
 def test_the_size_to_edit_at_is_the_nearest_the_model_takes(models):
     assert models.size_multiple == 8
     assert models.resolution == 32
-    assert working_size(models, (400, 300), EditConfig()) == (40, 32)
-    assert working_size(models, (90, 200), EditConfig()) == (32, 72)
-    assert working_size(models, (90, 200), EditConfig(width=64)) == (64, 72)
+    assert working_size(models.spec, (400, 300), EditConfig()) == (40, 32)
+    assert working_size(models.spec, (90, 200), EditConfig()) == (32, 72)
+    assert working_size(models.spec, (90, 200), EditConfig(width=64)) == (64, 72)
     with refused("--height 30", "multiples of 8"):
-        working_size(models, (90, 200), EditConfig(height=30))
+        working_size(models.spec, (90, 200), EditConfig(height=30))
 
 
 # --- Files and the command ----------------------------------------------------------------------------------------

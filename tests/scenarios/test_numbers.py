@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
 from bas.errors import RunError
+from bas.io.run_files import read_rows
 from bas.runtime.device import deterministic
 from bas.runtime.signals import Interrupted
-from bas.training.nonfinite import OVERFLOWS, is_finite, read_metrics
-from bas.training.run_folder import list_checkpoints, read_rows
+from bas.training.nonfinite import OVERFLOWS, flush_and_check, is_finite
+from bas.training.run_folder import list_checkpoints
 from bas.training.setup import Run
 from tests.helpers.faults import before_step, resume, training
 from tests.helpers.tiny import file_hashes
@@ -147,10 +148,10 @@ def test_fp16_that_always_overflows_stops(tmp_path):
 
     overflow, fine = [float("inf")] * (OVERFLOWS - 1), [1.0]
     run = run_of(overflow + fine + overflow)
-    read_metrics(run)
+    flush_and_check(run)
     assert run.overflows == OVERFLOWS - 1
     with pytest.raises(RunError, match=f"phase1 step {OVERFLOWS - 1}: fp16 overflowed in 25 steps in a row"):
-        read_metrics(run_of([*overflow, float("inf")]))
+        flush_and_check(run_of([*overflow, float("inf")]))
 
 
 def test_metrics_of_a_stopped_run_end_with_the_bad_step(bench, tmp_path, monkeypatch):

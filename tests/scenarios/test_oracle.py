@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import Batch, encode_images, handle_positions
-from bas.data.scene import load_scene, pixels, subset_prompt
+from bas.data.scene import load_scene, subset_prompt
 from bas.errors import InputError
-from bas.io.images import read_image
+from bas.io.images import pixels, read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.models.bundle import Models
 from bas.models.text import add_handles, encode_ids, tokenize
@@ -29,9 +29,9 @@ from bas.sampling.sampler import decode, denoise, walk
 from bas.schedulers import add_noise, ddim_step
 from bas.training import loop as training
 from bas.training.loop import optimizer_step, trainable_parameters, training_step
-from bas.training.master_weights import Masters
+from bas.training.master_weights import MasterWeights
 from bas.training.optimizer import build_optimizer
-from bas.training.setup import check_input, start
+from bas.training.setup import check_input, setup_run
 
 OFFICIAL = Path(__file__).parents[1] / "reference" / "official"
 TRAIN = load_file(OFFICIAL / "train.safetensors")
@@ -303,7 +303,7 @@ def test_first_step_of_each_phase(step, monkeypatch):
         clipped["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     seen = record_gradients(monkeypatch, trained)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    values = optimizer_step(models, [batch(step)], CONFIG, optimizer, scaler, Masters(clipped, {}), "no")
+    values = optimizer_step(models, [batch(step)], CONFIG, optimizer, scaler, MasterWeights(clipped, {}), "no")
     assert_step_equals(step, trained, seen, values)
 
 
@@ -344,7 +344,7 @@ def whole_run(tmp_path_factory):
         run_folder, class_images = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("class_images")
         copytree(OFFICIAL / "class_images", class_images, dirs_exist_ok=True)  # training leaves a lock there
         config = replace(CONFIG, class_data_dir=str(class_images), output_dir=str(run_folder))
-        run = start(config, *check_input(config))
+        run = setup_run(config, *check_input(config))
         for begin, phase in zip((0, 3), CONFIG.phases, strict=True):
             training.train_phase(run, phase, begin)
     return run, steps
@@ -417,10 +417,10 @@ def test_tokenization(models, text):
 def test_the_official_timesteps(models):
     """Also from a model whose own scheduler shifts them by one, as Stable Diffusion's does: with --steps_offset 0."""
     recorded = TRACE["inference"]["phase1"]["timesteps"]
-    assert walk(models, SampleConfig()) == recorded
+    assert walk(models.schedule, SampleConfig()) == recorded
     shifted = replace(models, schedule=replace(models.schedule, steps_offset=1))
-    assert walk(shifted, SampleConfig()) == [t + 1 for t in recorded]
-    assert walk(shifted, SampleConfig(steps_offset=0)) == recorded
+    assert walk(shifted.schedule, SampleConfig()) == [t + 1 for t in recorded]
+    assert walk(shifted.schedule, SampleConfig(steps_offset=0)) == recorded
 
 
 @pytest.mark.parametrize("step", range(3))

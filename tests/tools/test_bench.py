@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from bas.cli import entry
+from bas.io.run_files import read_concepts
 from bas.pretrained.folder import load
-from bas.training.run_folder import read_concepts
 from tests.helpers.tiny import Bench
 from tools.bench import __main__ as bench
 from tools.bench import bas_side as bench_bas

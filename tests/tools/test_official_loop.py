@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from bas.data.scene import pixels
-from bas.io.images import read_image
+from bas.io.images import pixels, read_image
 from bas.pretrained.folder import load
 from tests.helpers.tiny import Bench
 

@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bas
 from bas.config import Phase, TrainConfig
 from bas.data.batches import Batch, draw_batch
+from bas.io.run_files import read_concepts
 from bas.models.text import encode_ids, tokenize
 from bas.models.unet import AttentionMap, UNetOutput
 from bas.pretrained.folder import load
 from bas.runtime.device import autocast
 from bas.schedulers import training_target
 from bas.training import loop as training
-from bas.training.master_weights import Masters
-from bas.training.run_folder import MetricsLog, read_concepts
+from bas.training.master_weights import MasterWeights
+from bas.training.run_folder import MetricsLog
 from tests.helpers.tiny import WEIGHTS, file_hashes, write_model, write_scene
 
 EVERYTHING = Phase("all", 1, 0.0, ("handles", "embedding", "unet", "text_encoder"), True)
@@ -256,7 +257,7 @@ def take_step(models, batches, config, phase):
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    values = training.optimizer_step(models, batches, config, optimizer, scaler, Masters(trained, {}), "no")
+    values = training.optimizer_step(models, batches, config, optimizer, scaler, MasterWeights(trained, {}), "no")
     moved = {name: (before[name] - p).detach() for name, p in trained.items()}
     with torch.no_grad():
         for name, p in trained.items():

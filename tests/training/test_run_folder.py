@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bas.config import TrainConfig
-from bas.io.files import write_tensors
+from bas.io.run_files import read_concepts, save_concepts
+from bas.io.tensors import write_tensors
 from bas.training.optimizer import build_optimizer
 from bas.training.run_folder import (
     MetricsLog,
@@ -20,10 +21,8 @@ from bas.training.run_folder import (
     load_checkpoint,
     locked,
     optimizer_tensors,
-    read_concepts,
     restore_optimizer,
     save_checkpoint,
-    save_concepts,
 )
 from tests.helpers.tiny import refused
 

@@ -16,12 +16,12 @@ from PIL import Image
 from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.scene import load_scene
-from bas.io.figures import grid, heat
+from bas.io.figures import grid, overlay_attention
+from bas.io.run_files import read_rows
 from bas.pretrained.folder import weights_hash
 from bas.sampling.gallery import save_grid
 from bas.training.preview import write_shot
-from bas.training.run_folder import read_rows
-from bas.training.timing import Times, peak_memory
+from bas.training.timing import Timing, peak_memory
 from bas.web.report import line, page, running_mean, spread, write_report
 from tests.helpers import tiny
 from tests.helpers.browser import Browser
@@ -41,7 +41,7 @@ def run_folder(folder, handles=HANDLES, steps=40, **settings):
         for name in (0, 1, "all"):
             Image.fromarray(draw.integers(0, 255, (64, 96, 3), np.uint8)).save(place / f"sample-{name}.png")
         for i in range(2):
-            heat(draw.random((4, 6), np.float32), photo, i).save(place / f"attention-{i}.png")
+            overlay_attention(draw.random((4, 6), np.float32), photo, i).save(place / f"attention-{i}.png")
     config = asdict(TrainConfig(phase1_train_steps=steps // 2, phase2_train_steps=steps // 2, **settings))
     facts = {"config": config, "handles": list(handles), "base": "cd" * 32, "version": "0.1.0"}
     (folder / "settings.json").write_text(json.dumps(facts))
@@ -52,7 +52,7 @@ def run_folder(folder, handles=HANDLES, steps=40, **settings):
         row |= {"prior": draw.random()} if step > steps // 2 else {}
         rows.append(row | {"attention": draw.random() / 3, "grad_norm": float("inf") if step == 3 else draw.random()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Times().note("preparation", folder, torch.device("cpu"))
+    Timing().note("preparation", folder, torch.device("cpu"))
     return folder
 
 
@@ -168,7 +168,7 @@ def test_settings_hashes_times_and_memory_are_told(run):
 
 
 def test_sessions_of_a_resumed_run_add_up(tmp_path):
-    first, second = Times(), Times()
+    first, second = Timing(), Timing()
     second.session["started"] = "later"
     for times, stages in ((first, ("preparation", "phase1")), (second, ("preparation", "phase2"))):
         for stage in stages:

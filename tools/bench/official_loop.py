@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from bas.data.scene import pixels
-from bas.io.images import read_image, read_mask
+from bas.io.images import pixels, read_image, read_mask
 
 CLASS_PROMPT = "a photo at the beach"
 CLASS_BATCH = 4  # class images generated at once

@@ -22,10 +22,12 @@ import torch
 from PIL import Image
 
 from bas.config import SampleConfig, TrainConfig
-from bas.data.scene import pixels, subset_prompt
+from bas.data.scene import subset_prompt
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid
+from bas.io.images import pixels
+from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
@@ -33,7 +35,6 @@ from bas.sampling.blended_diffusion import Region, edit
 from bas.sampling.sampler import sample
 from bas.training.loop import train
 from bas.training.preview import scene_attention
-from bas.training.run_folder import CONCEPTS
 from tools.checks.mini import Recogniser, labelled_scene, read_pictures, train_recogniser
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw

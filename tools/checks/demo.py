@@ -18,12 +18,13 @@ from bas.data.scene import load_scene, subset_prompt
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid
+from bas.io.images import to_image
+from bas.io.run_files import CONCEPTS
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
-from bas.sampling.sampler import sample, to_picture
+from bas.sampling.sampler import sample
 from bas.training.loop import train
 from bas.training.preview import scene_attention
-from bas.training.run_folder import CONCEPTS
 from tools.checks.mini import read_pictures, train_recogniser
 from tools.mini_world.places import PLACES
 
@@ -37,7 +38,7 @@ def measure(run: Path, config: TrainConfig, recogniser, pictures_per_prompt: int
     iou = attention_iou(scene_attention(models, scene.handles, image, config), masks)
     settings = SampleConfig(num_images=pictures_per_prompt, batch_size=16, seed=1000)
     alone = sample(models, [subset_prompt([handle]) for handle in scene.handles], settings)
-    photo, identity = to_picture(image), ObjectSimilarity()
+    photo, identity = to_image(image), ObjectSimilarity()
     found = [identity.identity_similarity(alone, photo, mask) for mask in masks.numpy()]
     alike = np.array(found).T.reshape(len(masks), pictures_per_prompt, len(masks))  # drawn by i, picture, like object j
     places = [place for place in PLACES if place != "wall"]

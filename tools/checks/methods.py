@@ -27,8 +27,8 @@ from bas.evaluation.plot import scatter_png
 from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
-from bas.io.figures import save_picture
 from bas.io.files import read_json
+from bas.io.images import save_image
 from tools.mini_world.scenes import render_concepts, save_scene
 
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
@@ -122,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.scatter:
         cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
-        save_picture(scatter_png(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
+        save_image(scatter_png(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
         return
     if args.markdown:
         print(markdown(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")

@@ -23,10 +23,10 @@ from torch import Tensor
 from bas.evaluation.masking import blacken, blacken_each
 from bas.evaluation.metrics import MINI_CLIP, PromptSimilarity
 from bas.evaluation.object_similarity import ObjectSimilarity
+from bas.io.images import to_images
 from bas.models.bundle import Models
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find
-from bas.sampling.sampler import to_pictures
 from tools.mini_world.colours import COLOURS, MARKINGS
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import Layout, Thing, choose, compose_concepts, place_things
@@ -101,7 +101,7 @@ def through_vae(models: Models, pictures: list[Image.Image]) -> list[Image.Image
     for start in range(0, len(pictures), 64):
         arrays = np.stack([np.array(picture) for picture in pictures[start : start + 64]])
         x = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 127.5 - 1
-        found += to_pictures((models.vae.decode(models.vae.encode(x).mean) / 2 + 0.5).clamp(0, 1))
+        found += to_images((models.vae.decode(models.vae.encode(x).mean) / 2 + 0.5).clamp(0, 1))
     return found
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from bas.io.files import write_tensors
+from bas.io.tensors import write_tensors
 
 
 def save_weights(module, path: Path, dtype=torch.float32) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 from bas.cli.flags import Parser
 from bas.config import SampleConfig
 from bas.data.scene import load_scene, subset_prompt
-from bas.io.figures import grid, heat, save_picture, tint_masks
+from bas.io.figures import grid, overlay_attention, tint_masks
+from bas.io.images import save_image, to_image
+from bas.io.run_files import CONCEPTS, METRICS
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
 from bas.runtime.device import pick_device
-from bas.sampling.sampler import sample, to_picture
+from bas.sampling.sampler import sample
 from bas.training.loop import train
 from bas.training.preview import scene_attention
-from bas.training.run_folder import CONCEPTS, METRICS
 from bas.web.report import write_report
 
 log = logging.getLogger(__name__)
@@ -50,12 +51,12 @@ def demo(output_dir: Path, device: str | None = None) -> Path:
     models = load(output_dir, device=pick_device(device))
     scene = load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    photo = to_picture(image)
+    photo = to_image(image)
 
     handles = scene.handles
     layers = dict(enumerate(masks.numpy()))
     attention = scene_attention(models, handles, image, config)
-    looks = [heat(values, photo, i) for i, values in enumerate(attention.numpy())]
+    looks = [overlay_attention(values, photo, i) for i, values in enumerate(attention.numpy())]
     alone, together = [subset_prompt([handle]) for handle in handles], subset_prompt(handles)
     elsewhere = [f"{prompt} {context}" for prompt, context in zip(alone, CONTEXTS, strict=True)]
     reunited = [f"{together} {context}" for context in TOGETHER]
@@ -65,5 +66,5 @@ def demo(output_dir: Path, device: str | None = None) -> Path:
     seen = ["the photograph", "and its masks", *(f"attention of {h}" for h in handles)]
     labels = [seen, *prompts]
     sheet = grid(rows, labels, CELL, title="one picture in, one handle per concept out")
-    save_picture(sheet, output_dir / PICTURE)
+    save_image(sheet, output_dir / PICTURE)
     return output_dir / PICTURE

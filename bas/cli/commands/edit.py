@@ -9,8 +9,7 @@ from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
 from bas.config import EditConfig
 from bas.errors import InputError
-from bas.io.figures import keep_inputs, picture_path, save_pictures
-from bas.io.images import read_image
+from bas.io.images import check_not_input, image_path, read_image, save_images
 from bas.sampling.blended_diffusion import check_edit, edit, read_region, read_regions
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     config = EditConfig(**given(args, EditConfig))
     if bool(args.mask) != bool(args.prompt) or bool(args.mask) == bool(args.regions):
         raise InputError("say where and what: --mask with --prompt, or --regions with a list of both")
-    target, name, image = picture_path(args.output_path), find_model(args).name, Path(args.init_image)
+    target, name, image = image_path(args.output_path), find_model(args).name, Path(args.init_image)
     if config.composite and target.suffix.lower() != ".png":
         log.warning("%s: only a .png keeps the pixels outside the mask exactly", target)
     picture = read_image(image)
@@ -53,11 +52,11 @@ def run(args: argparse.Namespace) -> None:
         regions = read_regions(Path(args.regions), image, picture)
     else:
         regions = [read_region(Path(args.mask), args.prompt, image, picture)]
-    keep_inputs(target, image, *(region.file for region in regions))
-    models = open_model(args, lambda models: check_edit(models, picture, regions, config))
+    check_not_input(target, image, *(region.file for region in regions))
+    models = open_model(args, lambda spec: check_edit(spec, picture, regions, config))
     pictures = edit(models, picture, regions, config)
 
     shared = asdict(config) | {"prompts": [region.prompt for region in regions], "model": name}
     notes = [shared | {"seed": config.seed + i} for i in range(config.num_images)]
-    for path in save_pictures(pictures, notes, target):
+    for path in save_images(pictures, notes, target):
         print(path)

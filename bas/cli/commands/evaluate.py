@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-from bas.cli.flags import Parser, add_fields, given
+from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import InputError
@@ -23,7 +23,7 @@ from bas.evaluation.runner import (
 )
 from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
-from bas.io.settings_file import add_config, read_config, setting_kinds
+from bas.io.settings_file import read_config, setting_kinds
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import find, read_model_row
 from bas.runtime.distributed import Ranks, announce

@@ -17,7 +17,7 @@ from bas.data.mask_report import sheet, table, view_scene, warnings
 from bas.data.scene import load_scene
 from bas.data.scene_writer import open_draft, write_draft
 from bas.errors import InputError
-from bas.io.figures import keep_inputs, picture_path, save_picture
+from bas.io.images import check_not_input, image_path, save_image
 from bas.pretrained.folder import read_spec
 from bas.pretrained.hub import find, train_config
 from bas.runtime.device import pick_device
@@ -78,13 +78,13 @@ def write_proposals(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Print the table; warnings go to the log. Raises InputError for what training would refuse, once it is drawn."""
-    target = picture_path(args.output_path) if args.output_path else None
+    target = image_path(args.output_path) if args.output_path else None
     if target:
-        keep_inputs(target, *Path(args.scene).glob("*"))
+        check_not_input(target, *Path(args.scene).glob("*"))
     config = train_config(args.scene, **given(args, TrainConfig))
     model = find(config.pretrained_model_name_or_path)
-    scene, models = load_scene(config), read_spec(model)
-    view = view_scene(scene, models, config)
+    scene, spec = load_scene(config), read_spec(model)
+    view = view_scene(scene, spec, config)
     size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
     concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
     print(f"{args.scene}: {concepts}; the picture is {size} pixels, {photo} for {model.name}\n")
@@ -93,6 +93,6 @@ def check(args: argparse.Namespace) -> None:
         log.warning("%s", line)
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(sheet(view), target)
+        save_image(sheet(view), target)
         print(f"\n{target}")
-    check_scene(models, scene, config, warn=False)  # `warnings` has said it
+    check_scene(spec, scene, config, warn=False)  # `warnings` has said it

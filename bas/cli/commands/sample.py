@@ -3,12 +3,13 @@
 import argparse
 from dataclasses import asdict
 
-from bas.cli.flags import Parser, add_fields, given
+from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.errors import InputError
-from bas.io.figures import grid, picture_path, save_pictures
-from bas.io.settings_file import add_config, read_config, setting_kinds
+from bas.io.figures import grid
+from bas.io.images import image_path, save_images
+from bas.io.settings_file import read_config, setting_kinds
 from bas.sampling.sampler import check_request, sample_each
 
 REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
@@ -42,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.prompt:
         raise InputError('say what to draw: --prompt "a photo of <asset0> at the beach"')
     config = SampleConfig(**{**settings, **given(args, SampleConfig)})
-    target, name = picture_path(args.output_path), find_model(args).name
-    models = open_model(args, lambda models: check_request(models, args.prompt, config))
+    target, name = image_path(args.output_path), find_model(args).name
+    models = open_model(args, lambda spec: check_request(spec, args.prompt, config))
     pictures = sample_each(models, args.prompt, config)
 
     jobs = [(prompt, config.seed + i) for prompt in args.prompt for i in range(config.num_images)]
@@ -55,5 +56,5 @@ def run(args: argparse.Namespace) -> None:
         cell = max(192, min(512, pictures[0].width))
         pictures = [grid([[pictures[i] for i in row] for row in rows], labels, cell)]
         notes = [asdict(config) | {"prompts": args.prompt, "model": name}]
-    for path in save_pictures(pictures, notes, target):
+    for path in save_images(pictures, notes, target):
         print(path, flush=True)

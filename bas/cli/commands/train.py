@@ -8,11 +8,12 @@ from shlex import quote
 
 import torch
 
-from bas.cli.flags import Parser, add_fields, given
+from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
 from bas.config import TrainConfig
 from bas.errors import InputError, RunError
-from bas.io.settings_file import add_config, read_config, setting_kinds
+from bas.io.run_files import read_concepts
+from bas.io.settings_file import read_config, setting_kinds
 from bas.pretrained.hub import train_config
 from bas.runtime.device import is_out_of_memory
 from bas.runtime.distributed import Ranks, announce
@@ -20,8 +21,7 @@ from bas.training.disk_space import MAKE_ROOM
 from bas.training.dry_run import TOO_LITTLE, dry_run, memory_advice
 from bas.training.loop import train
 from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
-from bas.training.run_folder import read_concepts
-from bas.training.setup import check_input, tell_of_miniature
+from bas.training.setup import check_input, log_miniature
 from bas.web.report import write_report
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
         scenes = find_scenes(names)
         if ranks.first:
-            tell_of_miniature(config)
+            log_miniature(config)
         many_scenes(config, scenes, ranks, args.dry_run)
     else:
         one_scene(config, args.dry_run)
