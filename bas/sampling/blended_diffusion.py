@@ -24,7 +24,7 @@ from bas.io.settings_file import read_toml
 from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
 from bas.sampling.prompt_strength import encode_prompts
-from bas.sampling.sampler import check_request, decode, denoise, latent_shape, standard_normal, walk
+from bas.sampling.sampler import check_request, decode, denoise, denoising_timesteps, latent_shape, standard_normal
 from bas.schedulers import add_noise
 
 
@@ -111,7 +111,7 @@ def edit_region(
 
     context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(pictures))
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(pictures))
-    timesteps = walk(models.schedule, config)
+    timesteps = denoising_timesteps(models.schedule, config)
     start = int(len(timesteps) * config.blending_start_percentage)
     z = noised(models, source, timesteps[start], generators)
     z = denoise(models, z, context, negative, config, generators, blend, start)

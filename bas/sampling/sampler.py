@@ -17,6 +17,7 @@ from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
 from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_strengths
 from bas.schedulers import (
+    NoiseSchedule,
     clean_and_noise,
     ddim_step,
     ddpm_step,
@@ -59,7 +60,7 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig) -> 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:
     """The part of `check_request` that no prompt takes part in, without its warnings."""
     latent_shape(spec, config)
-    walk(spec.schedule, config)
+    denoising_timesteps(spec.schedule, config)
     tokenize(spec.tokenizer, [read_strengths(config.negative_prompt)[0]])
 
 
@@ -141,7 +142,7 @@ def denoise(
     beside the attention maps that `return_maps` asks for.
     """
     schedule = models.schedule
-    timesteps = walk(schedule, config)
+    timesteps = denoising_timesteps(schedule, config)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
@@ -186,7 +187,7 @@ def guided_output(
     return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
 
 
-def walk(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:
+def denoising_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:
     """The timesteps of a sampling run, noisiest first. Raises InputError for more than the model was trained with."""
     if config.steps_offset is not None:
         schedule = replace(schedule, steps_offset=config.steps_offset)

@@ -25,7 +25,7 @@ from bas.models.bundle import Models
 from bas.models.text import add_handles, encode_ids, tokenize
 from bas.pretrained.folder import load
 from bas.sampling.prompt_strength import encode_prompts
-from bas.sampling.sampler import decode, denoise, walk
+from bas.sampling.sampler import decode, denoise, denoising_timesteps
 from bas.schedulers import add_noise, ddim_step
 from bas.training import loop as training
 from bas.training.loop import optimizer_step, trainable_parameters, training_step
@@ -417,10 +417,10 @@ def test_tokenization(models, text):
 def test_the_official_timesteps(models):
     """Also from a model whose own scheduler shifts them by one, as Stable Diffusion's does: with --steps_offset 0."""
     recorded = TRACE["inference"]["phase1"]["timesteps"]
-    assert walk(models.schedule, SampleConfig()) == recorded
+    assert denoising_timesteps(models.schedule, SampleConfig()) == recorded
     shifted = replace(models, schedule=replace(models.schedule, steps_offset=1))
-    assert walk(shifted.schedule, SampleConfig()) == [t + 1 for t in recorded]
-    assert walk(shifted.schedule, SampleConfig(steps_offset=0)) == recorded
+    assert denoising_timesteps(shifted.schedule, SampleConfig()) == [t + 1 for t in recorded]
+    assert denoising_timesteps(shifted.schedule, SampleConfig(steps_offset=0)) == recorded
 
 
 @pytest.mark.parametrize("step", range(3))
