@@ -15,7 +15,7 @@ from bas.config import Phase, TrainConfig
 from bas.data.scene import LARGE_OVERLAP, Scene, draw_subset, overlaps, subset_prompt
 from bas.errors import InputError
 from bas.losses import resize_mask
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
 
@@ -77,7 +77,7 @@ class Material:
     prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
 
 
-def attention_grid(models: Models, latent: tuple[int, int], side: int | None) -> tuple[int, int]:
+def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -> tuple[int, int]:
     """The (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or as asked.
 
     side: cells along the shorter side. Raises InputError when the UNet has no cross-attention outside its middle on
@@ -85,18 +85,18 @@ def attention_grid(models: Models, latent: tuple[int, int], side: int | None) ->
     """
     h, w = latent
     grid = (round(side * h / min(latent)), round(side * w / min(latent))) if side else (h // 4, w // 4)
-    config = models.unet.config
+    config = spec.unet
     levels = [
         level for level in range(config.levels) if config.down_has_attention(level) or config.up_has_attention(level)
     ]
     grids = [(h >> level, w >> level) for level in levels]
     if grid not in grids:
         known = " or ".join(str(min(known)) for known in grids)
-        pixels = min(latent) * models.vae.config.factor
-        other = f"; or is it another model, as this one was trained at {models.resolution} pixels, not at {pixels}?"
+        pixels = min(latent) * spec.vae.factor
+        other = f"; or is it another model, as this one was trained at {spec.resolution} pixels, not at {pixels}?"
         raise InputError(
             f"no cross-attention on {min(grid)} cells along the shorter side: use --attention_grid {known}"
-            + (other if pixels != models.resolution else "")
+            + (other if pixels != spec.resolution else "")
         )
     return grid
 
@@ -119,27 +119,27 @@ def prepare_photograph(
         pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)
         posterior = encode_images(models, pixels[None])
         h, w = posterior.mean.shape[-2:]
-        grid = attention_grid(models, (h, w), config.attention_grid)
+        grid = attention_grid(models.spec, (h, w), config.attention_grid)
         views.append(View(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid)))
     return Photograph(tuple(views), tuple(shown))
 
 
-def check_scene(models: Models, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
+def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
     """The (rows, columns) of pixels that a scene is trained at. Reads no weight.
 
     Raises InputError for what training would refuse of it on this model: a size, a grid, a handle, more handles than
     fit a prompt, a word, a class prompt, or a mask of which no cell of the latents sees anything. With `warn`, what is
     likely to disappoint is said: masks that the attention loss does not see, and such as share much of the photograph.
     """
-    if len(scene) > (most := most_handles(models)):
+    if len(scene) > (most := most_handles(spec)):
         raise InputError(f"{len(scene)} concepts: a prompt of this model has room for {most} handles: use fewer masks")
-    image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
-    check_handles(models.tokenizer, scene.handles)
+    image, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
+    check_handles(spec.tokenizer, scene.handles)
     for word in filter(None, scene.words):
-        word_pieces(models.tokenizer, word)
+        word_pieces(spec.tokenizer, word)
     if any(phase.prior for phase in config.phases):
-        tokenize(models.tokenizer, list(config.class_prompt))
-    check_grids(models, masks, dict(enumerate(scene.handles)), config, warn)
+        tokenize(spec.tokenizer, list(config.class_prompt))
+    check_grids(spec, masks, dict(enumerate(scene.handles)), config, warn)
     for i, handle in enumerate(scene.handles if warn else ()):
         for j, share in overlaps(masks.numpy(), i).items():
             if share >= LARGE_OVERLAP:
@@ -147,20 +147,20 @@ def check_scene(models: Models, scene: Scene, config: TrainConfig, warn: bool = 
                 log.warning("%.0f %% of the mask of %s lies in that of %s: %s", 100 * share, handle, other, SHARED)
     for shot in scene.shots:
         names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in sorted(shot.masks)}
-        check_grids(models, shot.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
+        check_grids(spec, shot.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
     return tuple(image.shape[1:])
 
 
-def most_handles(models: Models) -> int:
+def most_handles(spec: ModelSpec) -> int:
     """How many handles a training prompt can name within the tokens that the model reads."""
-    one, two = (len(models.tokenizer(subset_prompt([""] * count)).input_ids) + count for count in (1, 2))
-    return 1 + (models.tokenizer.model_max_length - one) // (two - one)
+    one, two = (len(spec.tokenizer(subset_prompt([""] * count)).input_ids) + count for count in (1, 2))
+    return 1 + (spec.tokenizer.model_max_length - one) // (two - one)
 
 
-def check_grids(models: Models, masks: Tensor, handles: dict[int, str], config: TrainConfig, warn: bool) -> None:
+def check_grids(spec: ModelSpec, masks: Tensor, handles: dict[int, str], config: TrainConfig, warn: bool) -> None:
     """Raises InputError for a mask (of (N, H, W)) that no cell of the latents sees; warns as `check_scene` says."""
-    latent = tuple(side // models.vae.config.factor for side in masks.shape[-2:])
-    grid = attention_grid(models, latent, config.attention_grid)
+    latent = tuple(side // spec.vae.factor for side in masks.shape[-2:])
+    grid = attention_grid(spec, latent, config.attention_grid)
     for i, handle in handles.items():
         flips = torch.stack([masks[i], masks[i].flip(-1)])
         if (resize_mask(flips, *latent).amax(dim=(1, 2)) == 0).any():

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 COMPONENTS = ("unet", "vae", "text_encoder")
+TEXT_FIELDS = (  # of the text encoder's config.json, beside the rows of its embedding
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class ModelSpec:
     def resolution(self) -> int:
         """Pixels: the side of the square images that the model was trained on."""
         return self.unet.sample_size * self.vae.factor
+
+    @property
+    def unet_size(self) -> int:
+        """The number of the UNet's weights."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in UNet(self.unet).parameters())
 
 
 @dataclass(repr=False)
@@ -74,7 +84,9 @@ class Models:
     @property
     def spec(self) -> ModelSpec:
         """The description of these networks, as they are now."""
-        text = self.text_encoder.config.to_dict()
+        fields = {name: getattr(self.text_encoder.config, name) for name in TEXT_FIELDS}
+        rows = sum(len(rows) for rows in self.text_encoder.get_input_embeddings().parameters())
+        text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields, "vocab_size": rows}
         return ModelSpec(
             self.unet.config, self.vae.config, text, self.tokenizer, self.schedule, self.handles, self.source
         )

@@ -21,12 +21,12 @@ from bas.errors import InputError
 from bas.io.files import cache_dir, check_json_size, read_json, replacing, require_file, write_json, write_text
 from bas.io.run_files import METRICS
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
-from bas.models.bundle import COMPONENTS, Models
+from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.loading import TEXT_PREFIX, Parts, load_weights
+from bas.pretrained.loading import TEXT_PREFIX, Parts, check_parts, load_weights
 from bas.pretrained.single_file import read_single_file
 from bas.pretrained.unsupported import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
 from bas.schedulers import NoiseSchedule
@@ -64,39 +64,34 @@ def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Model
     The tensors are memory-mapped: what is not used is not read.
     """
     parts = _read_parts(path, prediction_type)
-    models = _without_tower(parts, path)
+    spec = parts.spec
     with torch.device("meta"):
-        models.text_encoder = build_text_encoder(parts.text_encoder)
+        unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
+    models = Models(unet, vae, text_encoder, spec.tokenizer, spec.schedule, spec.handles, path)
     tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, parts.tensors["text_encoder"])}
     return models, tensors
 
 
-def read_spec(path: Path) -> Models:
-    """As `build_on_meta`, but without the text tower, which is None: enough to check a request, and sooner there.
+def read_spec(path: Path, prediction_type: str | None = None) -> ModelSpec:
+    """Describe a model without building its networks: enough to check a request. No weight is read.
 
-    What makes `build_on_meta` an InputError makes this one too. The tower's code takes longer to import than PyTorch.
+    InputError as `build_on_meta` raises it. transformers' networks, slower to import than PyTorch, are not imported.
     """
-    return _without_tower(_read_parts(path, None), path)
-
-
-def _without_tower(parts: Parts, path: Path) -> Models:
-    """UNet and VAE on the meta device, the tokenizer and the schedule."""
-    with torch.device("meta"):
-        networks = UNet(parts.unet), VAE(parts.vae)
-    return Models(*networks, None, parts.tokenizer, parts.schedule, known_handles(parts.tokenizer), path)
+    return _read_parts(path, prediction_type).spec
 
 
 def _read_parts(path: Path, prediction_type: str | None) -> Parts:
-    """A folder or a single file taken apart, its parts checked each and against each other."""
+    """Take a folder or a single file apart, and check its parts alone and against each other."""
     with _blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
+    spec = parts.spec
     with _blaming(path / "text_encoder" / "config.json" if folder else path):
-        text_config(parts.text_encoder)
-    parts.check(str(path))
+        text_config(spec.text_encoder)
+    check_parts(spec)
     # A tokenizer that states no length would pad prompts to any.
-    parts.tokenizer.model_max_length = int(
-        min(parts.tokenizer.model_max_length, parts.text_encoder["max_position_embeddings"])
+    spec.tokenizer.model_max_length = int(
+        min(spec.tokenizer.model_max_length, spec.text_encoder["max_position_embeddings"])
     )
     return parts
 
@@ -131,7 +126,8 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     tokenizer = _read_tokenizer(folder / "tokenizer")
     tensors = {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS}
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
-    return Parts(unet, vae, configs["text_encoder"], tensors, tokenizer, noise_schedule)
+    handles = known_handles(tokenizer)
+    return Parts(ModelSpec(unet, vae, configs["text_encoder"], tokenizer, noise_schedule, handles, folder), tensors)
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -226,10 +222,10 @@ def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.fl
     for name in (*COMPONENTS, "tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     parts = Parts.of(models, dtype)
-    write_json(folder / "unet" / "config.json", parts.unet.to_json())
-    write_json(folder / "vae" / "config.json", parts.vae.to_json())
-    write_json(folder / "text_encoder" / "config.json", parts.text_encoder)
-    write_json(folder / "scheduler" / "scheduler_config.json", parts.schedule.to_json())
+    write_json(folder / "unet" / "config.json", parts.spec.unet.to_json())
+    write_json(folder / "vae" / "config.json", parts.spec.vae.to_json())
+    write_json(folder / "text_encoder" / "config.json", parts.spec.text_encoder)
+    write_json(folder / "scheduler" / "scheduler_config.json", parts.spec.schedule.to_json())
     _write_tokenizer(models.tokenizer, folder / "tokenizer")
     parts.tensors["text_encoder"] = {TEXT_PREFIX + k: v for k, v in parts.tensors["text_encoder"].items()}
     for component, tensors in parts.tensors.items():

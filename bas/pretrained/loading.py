@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bas.errors import InputError
 from bas.io.tensors import WEIGHT_TYPES
-from bas.models.bundle import Models
-from bas.models.config import UNetConfig, VAEConfig
+from bas.models.bundle import Models, ModelSpec
 from bas.models.text import merged_state_dict
-from bas.schedulers import NoiseSchedule
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
-TEXT_FIELDS = (  # of the text tower's config.json, beside the rows of its embedding
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-    *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
-)
 WORKERS = 4  # threads that convert weights: most of that time is the system's, handing out memory
 WORTH_THREADS = 2**26  # bytes of a network
 BROKEN = "holds broken weights"
@@ -32,54 +22,43 @@ SHOWN = 20  # problems listed in an error before the rest is only counted
 
 @dataclass
 class Parts:
-    """What a folder or a single file holds, under our names, before any module exists."""
+    """The content of a folder or a single file, under the names of bas, before any network is built."""
 
-    unet: UNetConfig
-    vae: VAEConfig
-    text_encoder: dict  # the config.json of the text tower
+    spec: ModelSpec
     tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
-    tokenizer: CLIPTokenizer
-    schedule: NoiseSchedule
 
     @classmethod
     def of(cls, models: Models, dtype: torch.dtype) -> Parts:
-        """A model taken apart to be saved: handles are rows of the embedding, the text tower's keys have no prefix."""
+        """A model's parts as they are saved: handles are rows of the embedding, the text encoder's keys bare."""
         text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
         states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
-        config = {name: getattr(models.text_encoder.config, name) for name in TEXT_FIELDS}
-        config |= {"vocab_size": len(text["embeddings.token_embedding.weight"])}
-        return cls(
-            models.unet.config,
-            models.vae.config,
-            {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config},
-            {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()},
-            models.tokenizer,
-            models.schedule,
-        )
+        tensors = {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()}
+        return cls(models.spec, tensors)
 
-    def check(self, source: str) -> None:
-        """InputError when the parts don't belong together."""
-        width, tokens = self.text_encoder.get("hidden_size"), self.text_encoder.get("vocab_size")
-        if self.unet.cross_attention_dim != width:
-            raise InputError(
-                f"{source}: the UNet reads text of width {self.unet.cross_attention_dim}, the text encoder gives "
-                f"{width}: they belong to different models"
-            )
-        if self.unet.in_channels != self.vae.latent_channels:
-            raise InputError(
-                f"{source}: the UNet has {self.unet.in_channels} latent channels, the VAE "
-                f"{self.vae.latent_channels}: they belong to different models"
-            )
-        if len(self.tokenizer) != tokens:
-            raise InputError(
-                f"{source}: the tokenizer has {len(self.tokenizer)} tokens, the text encoder {tokens} rows: "
-                "they belong to different models"
-            )
-        if (last := max(self.tokenizer.get_vocab().values())) >= tokens:
-            raise InputError(
-                f"{source}: the tokenizer's numbers go up to {last}, the text encoder has {tokens} rows: "
-                "they belong to different models"
-            )
+
+def check_parts(spec: ModelSpec) -> None:
+    """Raise InputError unless the parts of a model belong together."""
+    source, width, tokens = spec.source, spec.text_encoder.get("hidden_size"), spec.text_encoder.get("vocab_size")
+    if spec.unet.cross_attention_dim != width:
+        raise InputError(
+            f"{source}: the UNet reads text of width {spec.unet.cross_attention_dim}, the text encoder gives {width}: "
+            "they belong to different models"
+        )
+    if spec.unet.in_channels != spec.vae.latent_channels:
+        raise InputError(
+            f"{source}: the UNet has {spec.unet.in_channels} latent channels, the VAE {spec.vae.latent_channels}: "
+            "they belong to different models"
+        )
+    if len(spec.tokenizer) != tokens:
+        raise InputError(
+            f"{source}: the tokenizer has {len(spec.tokenizer)} tokens, the text encoder {tokens} rows: "
+            "they belong to different models"
+        )
+    if (last := max(spec.tokenizer.get_vocab().values())) >= tokens:
+        raise InputError(
+            f"{source}: the tokenizer's numbers go up to {last}, the text encoder has {tokens} rows: "
+            "they belong to different models"
+        )
 
 
 def load_weights(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bas.errors import InputError
 from bas.io.tensors import read_tensors, write_tensors
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
@@ -74,14 +74,9 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     prediction_type, reason = _prediction_type(tensors, metadata, prediction_type)
     log.info("%s: prediction type %s, %s", path, prediction_type, reason)
     unet, vae, text = infer_configs(tensors, metadata, prediction_type, path)
-    return Parts(
-        unet,
-        vae,
-        text,
-        from_original(tensors, unet, vae),
-        clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors)),
-        NoiseSchedule(prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET),
-    )
+    tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
+    schedule = NoiseSchedule(prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET)
+    return Parts(ModelSpec(unet, vae, text, tokenizer, schedule, source=path), from_original(tensors, unet, vae))
 
 
 def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
@@ -95,20 +90,20 @@ def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
 def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the original layout. InputError when it cannot tell what this model is: its readers see only shapes."""
     path, parts = Path(path), Parts.of(models, dtype)
-    if len(parts.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
+    spec = parts.spec
+    if len(spec.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
         raise InputError("a single file carries no tokenizer, so no handles and no vocabulary but CLIP's: use a folder")
-    sd2 = parts.text_encoder["hidden_act"] == "gelu"
-    tensors = to_original(parts.tensors, parts.unet, parts.vae, open_clip=sd2)
-    resolution = parts.unet.sample_size * parts.vae.factor
-    prediction_type = parts.schedule.prediction_type
+    sd2 = spec.text_encoder["hidden_act"] == "gelu"
+    tensors = to_original(parts.tensors, spec.unet, spec.vae, open_clip=sd2)
+    prediction_type = spec.schedule.prediction_type
     metadata = {
         f"{SPEC}sai_model_spec": "1.0.0",
         f"{SPEC}architecture": _architecture(sd2, prediction_type),
         f"{SPEC}prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-        f"{SPEC}resolution": f"{resolution}x{resolution}",
+        f"{SPEC}resolution": f"{spec.resolution}x{spec.resolution}",
     }
     seen = infer_configs(tensors, metadata, prediction_type, path)
-    if lost := _differences(parts, *seen):
+    if lost := _differences(spec, *seen):
         raise InputError(f"the single-file layout cannot express this model's {', '.join(lost)}: save a folder instead")
     write_tensors(path, tensors, metadata)
 
@@ -120,13 +115,13 @@ def _architecture(sd2: bool, prediction_type: str) -> str:
     return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
 
-def _differences(parts: Parts, unet: UNetConfig, vae: VAEConfig, text: dict) -> list[str]:
+def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict) -> list[str]:
     """Settings that a reader of the single file would take to be others than they are."""
     given = {
-        "unet": vars(replace(parts.unet, attention_head_dim=parts.unet.heads, num_attention_heads=None)),
-        "vae": vars(parts.vae),
-        "text encoder": parts.text_encoder,
-        "scheduler": vars(parts.schedule),
+        "unet": vars(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
+        "vae": vars(spec.vae),
+        "text encoder": spec.text_encoder,
+        "scheduler": vars(spec.schedule),
     }
     read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(NoiseSchedule())}
     # These say nothing about the arithmetic, or are given in the metadata, or are free for the user to choose.

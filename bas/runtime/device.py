@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
 import torch
-from torch import nn
 
 from bas.errors import InputError
 
@@ -41,14 +40,16 @@ def pick_device(name: str | None) -> torch.device:
 CPU_BF16_WEIGHTS = 20_000_000
 
 
-def pick_precision(name: str, device: torch.device, unet: nn.Module | None = None) -> str:
-    """Resolve `auto`: bf16 on a GPU that has it, else fp16; on a CPU float32, or bf16 where that pays."""
+def pick_precision(name: str, device: torch.device, weights: int = 0) -> str:
+    """Resolve `auto`: bf16 on a GPU that has it, else fp16; on a CPU float32, or bf16 where that pays.
+
+    weights: how many the UNet has.
+    """
     if name == "bf16" and device.type == "cuda" and not gpu_multiplies_bf16(device):
         warn_of_emulation(device)
     if name != "auto":
         return name
     if device.type == "cpu":
-        weights = sum(parameter.numel() for parameter in unet.parameters()) if unet else 0
         return "bf16" if weights >= CPU_BF16_WEIGHTS and cpu_multiplies_bf16() else "no"
     return "bf16" if gpu_multiplies_bf16(device) else "fp16"
 

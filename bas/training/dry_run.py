@@ -26,11 +26,11 @@ from bas.pretrained.folder import build_on_meta
 from bas.pretrained.loading import check_keys
 from bas.runtime.device import DTYPES
 from bas.runtime.progress import clock
-from bas.training.disk_space import WHILE_TRAINING, count_numbers, files_to_come, free_room
+from bas.training.disk_space import WHILE_TRAINING, count_numbers, files_to_come, free_disk_space
 from bas.training.loop import trainable_parameters, training_step
 from bas.training.nonfinite import ANEW
 from bas.training.optimizer import ADAM_BYTES
-from bas.training.run_folder import find_checkpoint, refuse_used_folder, what_is_kept
+from bas.training.run_folder import check_output_folder, find_checkpoint, newest_kept
 from bas.training.setup import check_input
 
 CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
@@ -76,11 +76,11 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     `runs` such runs, one after another, are what the disk has to hold.
     """
     scene, base, device, precision = check_input(config)
-    refuse_used_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
+    check_output_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
     find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
     plan = plan_run(config, scene, base, precision)
     speed = matrix_speed(device, DTYPES[precision])
-    files, free = files_to_come(plan.numbers, config), free_room(Path(config.output_dir))
+    files, free = files_to_come(plan.numbers, config), free_disk_space(Path(config.output_dir))
     passing = files.get(WHILE_TRAINING, 0)
     needed = passing + runs * (sum(files.values()) - passing)
     verdict = "enough" if free >= needed else TOO_LITTLE
@@ -156,7 +156,7 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
     seen = f", {human_size(used)} of it used at most" if used else ""
     return (
         f"{device} is out of memory: the run takes at least {human_size(needed)}{seen}; "
-        f"{what_is_kept(Path(config.output_dir))}; try, in this order: {'; '.join([*going_on, anew])}"
+        f"{newest_kept(Path(config.output_dir))}; try, in this order: {'; '.join([*going_on, anew])}"
     )
 
 
@@ -166,7 +166,7 @@ def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainCon
     h, w = (side // factor for side in masks.shape[-2:])
     empty = Posterior(torch.zeros(channels, h, w), torch.zeros(channels, h, w))
     view = View(
-        empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models, (h, w), config.attention_grid))
+        empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models.spec, (h, w), config.attention_grid))
     )
     return Material(
         photographs=(Photograph((view, view), tuple(range(len(scene.handles)))),),

@@ -44,7 +44,7 @@ def test_all_handles_must_fit_one_prompt(bench, tmp_path, concepts):
     config = bench.config(instance_data_dir=str(scene))
     expected = refused("37 concepts: a prompt of this model has room for 36 handles: use fewer masks")
     with expected if concepts == 37 else nullcontext():
-        check_scene(load(bench.model), load_scene(config), config)
+        check_scene(load(bench.model).spec, load_scene(config), config)
 
 
 def test_masks_that_lie_in_each_other_are_told(bench, tmp_path, caplog):
@@ -52,14 +52,14 @@ def test_masks_that_lie_in_each_other_are_told(bench, tmp_path, caplog):
     scene = write_scene(tmp_path / "scene", concepts=2)
     config = bench.config(instance_data_dir=str(scene))
     models = load(bench.model)
-    assert check_scene(models, load_scene(config), config) == (32, 32)
+    assert check_scene(models.spec, load_scene(config), config) == (32, 32)
     assert caplog.messages == []
     small = np.array(Image.open(scene / "mask0.png"))
     small[:, :8] = 0
     Image.fromarray(small).save(scene / "mask1.png")
-    check_scene(models, load_scene(config), config, warn=False)
+    check_scene(models.spec, load_scene(config), config, warn=False)
     assert caplog.messages == []
-    check_scene(models, load_scene(config), config)
+    check_scene(models.spec, load_scene(config), config)
     share, rest = "their handles will share what is there", "of the mask of <asset{}> lies in that of <asset{}>"
     assert caplog.messages == [f"48 % {rest.format(0, 1)}: {share}", f"100 % {rest.format(1, 0)}: {share}"]
 
@@ -208,12 +208,12 @@ def test_a_handle_must_stand_in_a_prompt_once():
 def test_attention_grid_is_a_quarter_of_the_latents_or_as_asked(prepared):
     """The tiny UNet attends on the latent grid, its half and its quarter."""
     models, _ = prepared
-    assert attention_grid(models, (16, 16), None) == (4, 4)
-    assert attention_grid(models, (16, 24), None) == (4, 6)
-    assert attention_grid(models, (16, 24), 8) == (8, 12)
-    assert attention_grid(models, (24, 16), 8) == (12, 8)  # cells along the shorter side, whichever that is
+    assert attention_grid(models.spec, (16, 16), None) == (4, 4)
+    assert attention_grid(models.spec, (16, 24), None) == (4, 6)
+    assert attention_grid(models.spec, (16, 24), 8) == (8, 12)
+    assert attention_grid(models.spec, (24, 16), 8) == (12, 8)  # cells along the shorter side, whichever that is
     with refused("no cross-attention on 5 cells", "--attention_grid 16 or 8 or 4"):
-        attention_grid(models, (16, 16), 5)
+        attention_grid(models.spec, (16, 16), 5)
 
 
 def test_mask_that_vanishes_on_the_grids_is_noticed(bench, tmp_path, caplog):

@@ -13,7 +13,7 @@ from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.mask_report import CELL, sheet, table, view_scene, warnings
 from bas.data.scene import load_scene
-from bas.pretrained.folder import build_on_meta
+from bas.pretrained.folder import build_on_meta, read_spec
 from tests.helpers import tiny
 
 
@@ -41,7 +41,7 @@ def box(rows, columns, value=255):
 
 def view(model, folder, **settings):
     config = TrainConfig(instance_data_dir=str(folder), **settings)
-    return view_scene(load_scene(config), build_on_meta(model)[0], config)
+    return view_scene(load_scene(config), read_spec(model), config)
 
 
 def test_an_outline_has_shapes_but_reads_no_weights(model):

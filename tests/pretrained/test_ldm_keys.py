@@ -129,16 +129,16 @@ def test_values_agree_with_the_converters_of_diffusers(family):
 
     models = tiny(family)
     parts = Parts.of(models, torch.float32)
-    theirs = to_original(parts.tensors, parts.unet, parts.vae, open_clip=family != "sd1")
+    theirs = to_original(parts.tensors, parts.spec.unet, parts.spec.vae, open_clip=family != "sd1")
     # These converters change the dict they are given.
-    unet = reference.convert_ldm_unet_checkpoint(dict(theirs), parts.unet.to_json())
-    vae = reference.convert_ldm_vae_checkpoint(dict(theirs), parts.vae.to_json())
+    unet = reference.convert_ldm_unet_checkpoint(dict(theirs), parts.spec.unet.to_json())
+    vae = reference.convert_ldm_vae_checkpoint(dict(theirs), parts.spec.vae.to_json())
     if family == "sd1":
         text = reference.convert_ldm_clip_checkpoint(dict(theirs))
     else:
         text = reference.convert_open_clip_checkpoint(models.text_encoder, dict(theirs))
     text = {key.removeprefix("text_model."): tensor for key, tensor in text.items()}
-    ours = from_original(theirs, parts.unet, parts.vae)
+    ours = from_original(theirs, parts.spec.unet, parts.spec.vae)
     for part, converted in (("unet", unet), ("vae", vae), ("text_encoder", text)):
         assert converted.keys() == ours[part].keys() == parts.tensors[part].keys()
         for key, tensor in converted.items():

@@ -14,11 +14,6 @@ from bas.runtime.device import CPU_BF16_WEIGHTS, is_out_of_memory, pick_device, 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
 
-def network(weights: int) -> nn.Module:
-    """One with so many weights, none of them real."""
-    return nn.Linear(weights, 1, bias=False, device="meta")
-
-
 @pytest.mark.parametrize(
     ("has", "weights", "expected"),
     [
@@ -31,13 +26,13 @@ def network(weights: int) -> nn.Module:
 )
 def test_auto_on_a_cpu_is_bf16_for_large_models_where_the_processor_has_it(monkeypatch, has, weights, expected):
     monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda: has, raising=False)
-    assert pick_precision("auto", CPU, network(weights)) == expected
+    assert pick_precision("auto", CPU, weights) == expected
     assert pick_precision("auto", CPU) == "no"
 
 
 def test_an_older_pytorch_does_not_tell(monkeypatch):
     monkeypatch.delattr(machine.torch.cpu, "get_capabilities", raising=False)
-    assert pick_precision("auto", CPU, network(CPU_BF16_WEIGHTS)) == "no"
+    assert pick_precision("auto", CPU, CPU_BF16_WEIGHTS) == "no"
 
 
 @pytest.fixture(params=[True, False])
@@ -56,7 +51,7 @@ def has_bf16(monkeypatch, request) -> bool:
 
 
 def test_auto_on_a_gpu_is_bf16_where_it_is_not_emulated(has_bf16):
-    assert pick_precision("auto", GPU, network(1)) == ("bf16" if has_bf16 else "fp16")
+    assert pick_precision("auto", GPU, 1) == ("bf16" if has_bf16 else "fp16")
 
 
 def test_bf16_that_is_emulated_is_taken_with_one_warning(has_bf16, caplog):
@@ -84,7 +79,7 @@ def test_memory_that_ran_out_is_known(error, told):
 
 
 def test_what_is_asked_for_is_taken():
-    assert [pick_precision(name, CPU, network(1)) for name in ("no", "fp16", "bf16")] == ["no", "fp16", "bf16"]
+    assert [pick_precision(name, CPU, 1) for name in ("no", "fp16", "bf16")] == ["no", "fp16", "bf16"]
 
 
 # --- The device -------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_unknown_handles_are_named_with_the_known_ones(models, bench):
 
 def test_a_handle_without_brackets_is_told(models, caplog):
     """Only where the prompt names no handle: beside one, the word may well be meant."""
-    check_request(models, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig())
+    check_request(models.spec, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig())
     assert caplog.messages == [
         "'a photo of asset1, at the beach' names no handle: for the concept write <asset1>, with < >"
     ]
@@ -126,7 +126,7 @@ def test_a_handle_without_brackets_is_told(models, caplog):
 
 def test_settings_without_effect_are_told(models, caplog):
     settings = {"sampler": "dpmpp_2m", "eta": 0.5, "guidance_scale": 1.0, "negative_prompt": "a stone"}
-    check_request(models, [PROMPT], SampleConfig(**settings))
+    check_request(models.spec, [PROMPT], SampleConfig(**settings))
     assert caplog.messages == [
         "--eta has no effect: it is the noise of --sampler ddim, and this one is dpmpp_2m",
         "--negative_prompt has no effect: --guidance_scale 1 turns guidance off",
@@ -135,7 +135,7 @@ def test_settings_without_effect_are_told(models, caplog):
     (second,) = sample(models, PROMPT, **FAST | settings | {"eta": 0.0, "negative_prompt": ""})
     assert first.tobytes() == second.tobytes()
     caplog.clear()
-    check_request(models, [PROMPT], SampleConfig(eta=0.5, negative_prompt="a stone"))
+    check_request(models.spec, [PROMPT], SampleConfig(eta=0.5, negative_prompt="a stone"))
     assert caplog.messages == []
 
 

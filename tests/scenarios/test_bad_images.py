@@ -23,7 +23,7 @@ from bas.data.mask_report import view_scene, warnings
 from bas.data.scene import load_scene
 from bas.errors import InputError
 from bas.io.images import FORMATS, read_image, read_mask
-from bas.pretrained.folder import build_on_meta
+from bas.pretrained.folder import read_spec
 from tests.helpers.tiny import refused, write_model, write_scene
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
@@ -412,7 +412,7 @@ def test_a_single_white_pixel_is_read_and_announced_on_both_grids(tmp_path):
     config = TrainConfig(instance_data_dir=str(folder), initializer_tokens=("bowl", "stone"))
     read = load_scene(config)
     assert read.masks[1].sum() == read.masks[1][5, 5] == 1
-    assert warnings(view_scene(read, build_on_meta(model)[0], config)) == [
+    assert warnings(view_scene(read, read_spec(model), config)) == [
         "mask 1 (<asset1>) vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution",
         "mask 1 (<asset1>) vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution",
         "100% of mask 1 (<asset1>) lies in mask 0 (<asset0>): their handles will share what is there",

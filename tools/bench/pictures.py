@@ -29,7 +29,7 @@ def pictures(bench, setting, _lines) -> Iterator[Line]:
     ours = {name: load(folder, device=setting.device, dtype=dtype) for name, dtype in types.items()}
 
     def theirs(unet, config: SampleConfig):
-        shape = latent_shape(ours[next(iter(ours))], config)
+        shape = latent_shape(ours[next(iter(ours))].spec, config)
         noise = [torch.Generator().manual_seed(config.seed + i) for i in range(config.num_images)]
         pipeline.unet = unet
         return pipeline(

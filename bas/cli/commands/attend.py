@@ -7,7 +7,7 @@ from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.io.files import new_folder
-from bas.models.bundle import Models
+from bas.models.bundle import ModelSpec
 from bas.sampling.attention_maps import attend, plan_maps, write_attention
 from bas.sampling.sampler import check_request
 
@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> None:
     side = args.attention_grid
     folder = new_folder(args.output_dir)
 
-    def check(models: Models) -> None:
-        check_request(models, [args.prompt], config)
-        plan_maps(models, args.prompt, config, side, args.words)
+    def check(spec: ModelSpec) -> None:
+        check_request(spec, [args.prompt], config)
+        plan_maps(spec, args.prompt, config, side, args.words)
 
     models = open_model(args, check)
     attention = attend(models, args.prompt, config, side, args.words)

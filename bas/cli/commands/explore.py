@@ -33,5 +33,5 @@ def run(args: argparse.Namespace) -> None:
     config = SampleConfig(**given(args, SampleConfig))
     folder = gallery_folder(args, find_model(args), "exploration")
     contexts = tuple(args.contexts)
-    models = open_model(args, lambda models: check_request(models, combinations_in(models, contexts), config))
+    models = open_model(args, lambda spec: check_request(spec, combinations_in(spec, contexts), config))
     print_gallery(explore(models, folder, contexts, config))

@@ -22,5 +22,5 @@ def run(args: argparse.Namespace) -> None:
     """Draw, and print where the grid is."""
     config = VaryConfig(**given(args, VaryConfig))
     folder = gallery_folder(args, find_model(args), "variations")
-    models = open_model(args, lambda models: check_request(models, [all_together(models)], config))
+    models = open_model(args, lambda spec: check_request(spec, [all_together(spec)], config))
     print_gallery(vary(models, folder, config))
