@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from bas.config import Phase, SampleConfig, TrainConfig
-from bas.data.batches import Material, Photograph, View, attention_grid, draw_batch
+from bas.data.batches import TrainingData, EncodedImage, EncodedView, attention_grid, sample_batch
 from bas.data.scene import Scene
 from bas.io.files import human_size
 from bas.losses import resize_mask
@@ -58,7 +58,7 @@ class Plan:
 
     models: Models
     image: Tensor
-    material: Material
+    data: TrainingData
     numbers: dict[str, int]  # weights by network
     costs: dict[Phase, Cost]
     memory: dict[Phase, dict[str, int]]  # bytes by what they are for
@@ -87,7 +87,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     seconds = {phase.name: phase.steps * cost.operations / speed for phase, cost in plan.costs.items()}
     if any(phase.prior for phase in config.phases):
         seconds = {
-            "class images": class_image_operations(plan.models, plan.material, config) / speed,
+            "class images": class_image_operations(plan.models, plan.data, config) / speed,
             **seconds,
         }
     return {
@@ -118,15 +118,15 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> P
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     numbers = count_numbers(models)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
-    material = blank_material(models, scene, masks, config)
+    data = blank_material(models, scene, masks, config)
     if precision == "bf16":  # as `bas.training.master_weights.lower` does
         models.unet.bfloat16()
         models.text_encoder.bfloat16()
-    costs = {phase: phase_cost(models, material, phase, config) for phase in config.phases}
+    costs = {phase: phase_cost(models, data, phase, config) for phase in config.phases}
     weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
     copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
     memory = {phase: phase_memory(weights, cost, precision, config, copied) for phase, cost in costs.items()}
-    return Plan(models, image, material, numbers, costs, memory)
+    return Plan(models, image, data, numbers, costs, memory)
 
 
 SAVINGS = (  # what to try when memory runs out, the least harm to the result first
@@ -160,16 +160,16 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
     )
 
 
-def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> Material:
-    """Material of the right shapes without the VAE's work: empty latents, the real masks and prompts."""
+def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> TrainingData:
+    """Training data of the right shapes without the VAE's work: empty latents, the real masks and prompts."""
     factor, channels = models.vae.config.factor, models.vae.config.latent_channels
     h, w = (side // factor for side in masks.shape[-2:])
     empty = Posterior(torch.zeros(channels, h, w), torch.zeros(channels, h, w))
-    view = View(
+    view = EncodedView(
         empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models.spec, (h, w), config.attention_grid))
     )
-    return Material(
-        photographs=(Photograph((view, view), tuple(range(len(scene.handles)))),),
+    return TrainingData(
+        images=(EncodedImage((view, view), tuple(range(len(scene.handles)))),),
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
         handles=scene.handles,
         class_posterior=Posterior(empty.mean[None], empty.logvar[None]),
@@ -178,7 +178,7 @@ def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainCon
     )
 
 
-def phase_cost(models: Models, material: Material, phase: Phase, config: TrainConfig) -> Cost:
+def phase_cost(models: Models, data: TrainingData, phase: Phase, config: TrainConfig) -> Cost:
     """One step on the meta device, counted."""
     trained = trainable_parameters(models, phase)
     weights = {p.untyped_storage()._cdata for component in COMPONENTS for p in getattr(models, component).parameters()}
@@ -191,7 +191,7 @@ def phase_cost(models: Models, material: Material, phase: Phase, config: TrainCo
         kept[tensor.untyped_storage()._cdata] = tensor  # holding it, so that no other takes its address
         return tensor
 
-    batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(config.seed))
+    batch = sample_batch(data, models, phase, config, torch.Generator().manual_seed(config.seed))
     side = max(batch.z0.shape[-2:])
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -236,14 +236,14 @@ def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> st
     return f"{device} has {human_size(held)}, less than the estimate: {advice}" if held < needed else None
 
 
-def class_image_operations(models: Models, material: Material, config: TrainConfig) -> int:
+def class_image_operations(models: Models, data: TrainingData, config: TrainConfig) -> int:
     """Operations of generating all class images: guided denoising, without the VAE."""
-    return 2 * SampleConfig().num_inference_steps * config.num_class_images * unet_operations(models, material)
+    return 2 * SampleConfig().num_inference_steps * config.num_class_images * unet_operations(models, data)
 
 
-def unet_operations(models: Models, material: Material) -> int:
+def unet_operations(models: Models, data: TrainingData) -> int:
     """Operations of the UNet's forward pass over one picture of this size."""
-    z = material.photographs[0].views[0].posterior.mean[None].to("meta")
+    z = data.images[0].views[0].posterior.mean[None].to("meta")
     context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)

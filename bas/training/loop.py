@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bas.config import Phase, TrainConfig
-from bas.data.batches import Batch, draw_batch
+from bas.data.batches import Batch, sample_batch
 from bas.errors import RunError
 from bas.io.run_files import CHECKPOINTS, save_concepts
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
@@ -31,9 +31,9 @@ from bas.training.master_weights import MasterWeights, restore_weights
 from bas.training.nonfinite import check_weights, flush_and_check, is_finite, warn_of_overflows
 from bas.training.optimizer import build_optimizer, set_rate
 from bas.training.preview import write_preview
-from bas.training.timing import Timing
 from bas.training.run_folder import locked, newest_kept, optimizer_tensors, restore_optimizer, save_checkpoint
 from bas.training.setup import Run, check_input, setup_run
+from bas.training.timing import Timing
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
 
@@ -204,7 +204,7 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         lr = learning_rate(config, phase, step - begin - 1)
         set_rate(optimizer, lr)
         batches = (
-            draw_batch(run.material, models, phase, config, run.generator).to(models.device)
+            sample_batch(run.data, models, phase, config, run.generator).to(models.device)
             for _ in range(config.gradient_accumulation_steps)
         )
         values = take_step(batches)

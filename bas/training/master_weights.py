@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Exact = dict[nn.Parameter, Tensor]  # the float32 values of each weight that was lowered
 
 
-def lower(networks: Iterable[nn.Module], dtype: torch.dtype) -> Exact:
+def cast_weights(networks: Iterable[nn.Module], dtype: torch.dtype) -> Exact:
     """Round the weights of these networks to 16 bits, in place. -> their exact values, in the host's memory"""
     exact = {}
     for network in networks:
@@ -22,14 +22,14 @@ def lower(networks: Iterable[nn.Module], dtype: torch.dtype) -> Exact:
     return exact
 
 
-def restore(exact: Exact) -> None:
+def restore_weights(exact: Exact) -> None:
     """Give lowered weights their exact values back, as far as they have come, in place."""
     for parameter, value in exact.items():
         parameter.data = value.to(parameter.device)
     exact.clear()
 
 
-class Masters:
+class MasterWeights:
     """What the optimizer sees of the weights that get a gradient: float32 masters, or where there are none themselves.
 
     With no lowered weight all methods but `release` do nothing: the loop is the same in every precision.
@@ -51,7 +51,7 @@ class Masters:
         """What is clipped and stepped, in the order of the weights."""
         return list(self.named.values())
 
-    def gather(self) -> None:
+    def collect_gradients(self) -> None:
         """Add the gradient of one backward pass to that of the masters, one weight at a time to keep memory flat."""
         for weight, master in self.pairs:
             if weight.grad is not None:
@@ -59,13 +59,13 @@ class Masters:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """Round the masters, after a step, into the weights that compute."""
         if self.pairs:
             weights, masters = zip(*self.pairs, strict=True)
             torch._foreach_copy_(weights, masters)
 
-    def release(self) -> None:
+    def zero_grad(self) -> None:
         """Drop all gradients."""
         for parameter in self.parameters:
             parameter.grad = None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bas.config import TrainConfig
 from bas.data.collages import read_scene
-from bas.data.scene import pictures_in, require_scene_folder
+from bas.data.scene import images_in, require_scene_folder
 from bas.errors import InputError, RunError
 from bas.io.files import read_json, reading
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS
@@ -42,7 +42,7 @@ class Outcome:
 def holds_scenes(folder: Path) -> bool:
     """Whether a folder is no scene itself, but has scenes in it."""
     with reading(folder):
-        return folder.is_dir() and not pictures_in(folder) and any(map(pictures_in, subfolders(folder)))
+        return folder.is_dir() and not images_in(folder) and any(map(images_in, subfolders(folder)))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -65,12 +65,12 @@ def find_scenes(names: list[str]) -> list[Path]:
 def scenes_in(folder: Path) -> list[Path]:
     """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none, or a run."""
     require_scene_folder(folder)
-    if pictures_in(folder):
+    if images_in(folder):
         return [folder]
     if (folder / SETTINGS).exists():
         raise InputError(f"{folder} holds a run, not scenes: name the scene that it was trained on, see its {SETTINGS}")
     inside = subfolders(folder)
-    found = [path for path in inside if pictures_in(path)]
+    found = [path for path in inside if images_in(path)]
     if not found:
         raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
     if left := [path.name for path in inside if path not in found]:

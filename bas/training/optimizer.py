@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bas.config import TrainConfig
 from bas.errors import InputError
@@ -18,17 +18,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
     if config.optimizer == "adamw8bit":
         return adamw8bit()(parameters, 0.0, betas, config.adam_epsilon, decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    rate = torch.zeros((), device=parameters[0].device) if config.cuda_graphs else 0.0  # a graph reads a tensor
-    return kind(parameters, rate, betas, config.adam_epsilon, decay, fused=True, capturable=config.cuda_graphs)
+    return kind(parameters, 0.0, betas, config.adam_epsilon, decay, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """The learning rate of the next step."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = lr
 
 
 def adamw8bit() -> type[torch.optim.Optimizer]:

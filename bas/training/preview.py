@@ -78,7 +78,7 @@ def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> Non
     """Write RUN/scene, resized and cropped as the training sees it. image: (3, H, W) in [-1, 1]; masks: (N, H, W)"""
     folder = folder / SCENE
     write_shot(folder, image, dict(enumerate(masks)))
-    for shot in scene.shots:
+    for shot in scene.extra_images:
         view, layers = shot.tensors(*image.shape[1:], len(scene))
         write_shot(folder / shot.name, view, {i: layers[i] for i in shot.masks})
     concepts = [{"handle": handle, "word": word} for handle, word in zip(scene.handles, scene.words, strict=True)]

@@ -40,10 +40,10 @@ SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how 
 }
 
 
-def facts_of(scene: Scene) -> dict:
+def scene_state(scene: Scene) -> dict:
     """What a resumed run must share of its scene: handles, initial words, and the sha256 of all pictures and masks."""
     digest = hashlib.sha256()
-    for picture, masks in scene.photographs:
+    for picture, masks in scene.images:
         digest.update(repr((picture.size, sorted(masks))).encode() + picture.tobytes())
         for i in sorted(masks):
             digest.update(masks[i].tobytes())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bas import __version__
 from bas.config import TrainConfig
-from bas.data.batches import Material, check_scene, prepare
+from bas.data.batches import TrainingData, check_scene, prepare
 from bas.data.collages import read_scene
 from bas.data.scene import Scene
 from bas.errors import InputError
@@ -50,7 +50,7 @@ class Run:
     precision: str  # "no", "fp16" or "bf16"
     image: Tensor  # (3, H, W) in [-1, 1]
     masks: Tensor  # (N, H, W) in [0, 1]
-    material: Material
+    data: TrainingData
     facts: dict  # settings, scene, hash of the base, version: what a resumed run must share
     generator: torch.Generator  # the source of every random draw of the steps
     metrics: MetricsLog
@@ -130,7 +130,7 @@ def setup_run(
     write_json(folder / SETTINGS, facts)
     write_text(folder / CONFIG, to_toml(asdict(config)))
     write_scene(folder, scene, image, masks)
-    material = prepare(models, scene, image, masks, config, class_posterior)
+    data = prepare(models, scene, image, masks, config, class_posterior)
     accelerate(models.unet, config, device)
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -146,7 +146,7 @@ def setup_run(
         precision=precision,
         image=image,
         masks=masks,
-        material=material,
+        data=data,
         facts=facts,
         generator=generator,
         metrics=MetricsLog(folder / METRICS, note.get("metrics", 0)),

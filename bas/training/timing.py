@@ -20,7 +20,7 @@ except ImportError:
 TIMES = "times.json"
 
 
-class Times:
+class Timing:
     """The clock of one session. Created before the first stage; `note` ends a stage and writes the file."""
 
     def __init__(self):

@@ -169,7 +169,7 @@ GUARDS = (
     Guard(
         "weights that are not finite are not saved",
         "training/loop.py",
-        '    refuse_infinite(run, trained, f"after step {step}")\n',
+        '    check_weights(run, trained, f"after step {step}")\n',
         "",
         "scenarios/test_numbers.py::test_a_number_that_is_not_finite_stops_the_run_within_its_step",
     ),

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from bas.config import TrainConfig
-from bas.data.batches import Material, prepare
+from bas.data.batches import TrainingData, prepare
 from bas.data.scene import load_scene
 from bas.errors import InputError
 from bas.models.bundle import Models
@@ -153,8 +153,8 @@ class Bench:
             *(word for name, value in changed.items() for word in (f"--{name}", str(value))),
         ]
 
-    def prepared(self, config: TrainConfig) -> tuple[Models, Material]:
-        """Models with handles and the material of the steps, as `bas.training.setup.start` makes them."""
+    def prepared(self, config: TrainConfig) -> tuple[Models, TrainingData]:
+        """Models with handles and the data of the steps, as `bas.training.setup.setup_run` makes them."""
         models, scene = load(config.pretrained_model_name_or_path), load_scene(config)
         image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
         posterior = None

@@ -12,7 +12,7 @@ from bas.cli.flags import Parser
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import InputError
 from bas.io.settings_file import read_config, setting_kinds, to_toml
-from bas.training.setup import check_input, start
+from bas.training.setup import check_input, setup_run
 from tests.helpers import tiny
 
 ODD = 'quote " backslash \\ line\nend \x7f \x01 é 🦊'
@@ -148,7 +148,7 @@ def test_a_run_keeps_settings_that_can_be_given_again(tmp_path, monkeypatch):
         device="cpu",
     )
     (tmp_path / "run").mkdir()
-    start(config, *check_input(config))
+    setup_run(config, *check_input(config))
     assert resolved(monkeypatch, ["--config", str(tmp_path / "run" / "config.toml")]) == config
 
 

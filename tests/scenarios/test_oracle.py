@@ -325,7 +325,7 @@ def whole_run(tmp_path_factory):
     """Six steps of a real run, of which only the draws are the recorded ones. -> the run, what each step did"""
     steps = []
 
-    def draw(material, models, phase, config, generator):
+    def draw(data, models, phase, config, generator):
         return batch(len(steps))
 
     def step(models, batches, config, optimizer, scaler, clipped, precision):
@@ -339,7 +339,7 @@ def whole_run(tmp_path_factory):
         return values
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_batch", draw)
+        patch.setattr(training, "sample_batch", draw)
         patch.setattr(training, "optimizer_step", step)
         run_folder, class_images = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("class_images")
         copytree(OFFICIAL / "class_images", class_images, dirs_exist_ok=True)  # training leaves a lock there

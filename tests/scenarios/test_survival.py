@@ -15,7 +15,7 @@ from bas.errors import InputError, RunError
 from bas.io import files
 from bas.io.files import new_folder
 from bas.training import run_folder
-from bas.training.disk_space import free_room
+from bas.training.disk_space import free_disk_space
 from bas.training.run_folder import list_checkpoints, locked, prepare_folder
 from tests.helpers.faults import before_step, full_disk, opened, resume, training, unprivileged
 from tests.helpers.kills import child
@@ -178,7 +178,7 @@ def test_a_read_only_folder_is_refused(closed):
         with refused(f"cannot write to --output_dir {closed}: Permission denied"), locked(closed):
             pass
         with refused(f"cannot write to --output_dir {closed / 'a' / 'b'}: {closed} is read-only for you"):
-            free_room(closed / "a" / "b")
+            free_disk_space(closed / "a" / "b")
         with refused(f"cannot write to --output_dir {closed / 'new'}: Permission denied"):
             new_folder(str(closed / "new"))
     assert list(closed.iterdir()) == []

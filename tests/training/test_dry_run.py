@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bas.cli.entry import main
 from bas.config import TrainConfig
-from bas.data.batches import draw_batch
+from bas.data.batches import sample_batch
 from bas.data.scene import load_scene
 from bas.errors import InputError
 from bas.io.files import cache_dir, human_size
@@ -29,7 +29,7 @@ from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.signals import Interrupted
 from bas.schedulers import NoiseSchedule
 from bas.training import loop as training
-from bas.training.disk_space import count_numbers, files_to_come, require_room
+from bas.training.disk_space import count_numbers, files_to_come, require_disk_space
 from bas.training.dry_run import (
     SAVINGS,
     Cost,
@@ -44,7 +44,7 @@ from bas.training.dry_run import (
     sum_of,
 )
 from bas.training.loop import train, train_phase, trainable_parameters, training_step
-from bas.training.setup import check_input, start
+from bas.training.setup import check_input, setup_run
 from tests.helpers import tiny
 from tests.helpers.faults import before_step
 from tests.scenarios.test_full_size import SD2_TEXT, SD21_BASE
@@ -68,7 +68,7 @@ def config(scene: Path, model: Path, run: Path, **changes) -> TrainConfig:
 
 
 def on_meta(settings: TrainConfig):
-    """The tiny model on the meta device, with handles, and its blank material."""
+    """The tiny model on the meta device, with handles, and its blank data."""
     models, _ = build_on_meta(Path(settings.pretrained_model_name_or_path))
     picture = load_scene(settings)
     _, masks = picture.tensors(models.resolution, models.size_multiple)
@@ -81,7 +81,7 @@ def real(scene, model, tmp_path_factory):
     """A run that stands before its first step, and its settings."""
     settings = config(scene, model, tmp_path_factory.mktemp("dry") / "run", phase1_train_steps=2, checkpointing_steps=3)
     Path(settings.output_dir).mkdir()
-    return start(settings, *check_input(settings)), settings
+    return setup_run(settings, *check_input(settings)), settings
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_operations_and_parameters_are_those_of_a_real_step(real, costs):
     run, settings = real
     for phase, cost in costs.items():
         trained = trainable_parameters(run.models, phase)
-        batch = draw_batch(run.material, run.models, phase, settings, torch.Generator().manual_seed(0))
+        batch = sample_batch(run.data, run.models, phase, settings, torch.Generator().manual_seed(0))
         # The counter does not know the fused attention of a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             training_step(run.models, batch, settings)[0].backward()
@@ -108,9 +108,9 @@ def test_operations_and_parameters_are_those_of_a_real_step(real, costs):
 def test_gradient_checkpointing_keeps_less_and_computes_more(real, costs):
     _, settings = real
     phase = settings.phases[1]
-    models, material = on_meta(settings)
+    models, data = on_meta(settings)
     models.unet.set_gradient_checkpointing(True)
-    lean = phase_cost(models, material, phase, settings)
+    lean = phase_cost(models, data, phase, settings)
     assert lean.kept < 0.7 * costs[phase].kept
     assert lean.operations > 1.2 * costs[phase].operations
     assert lean.trained == costs[phase].trained
@@ -210,7 +210,7 @@ def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, ca
 @pytest.mark.parametrize("scenes", [1, 2])
 def test_a_disk_without_room_is_told_and_refused(scene, model, tmp_path, monkeypatch, capsys, scenes):
     """The facts are printed, then the exit code says what `bas train` would say."""
-    monkeypatch.setattr("bas.training.dry_run.free_room", lambda folder: 1000)
+    monkeypatch.setattr("bas.training.dry_run.free_disk_space", lambda folder: 1000)
     folders = [str(scene), *(str(tiny.write_scene(tmp_path / f"scene{i}")) for i in range(1, scenes))]
     words = ["train", *folders, "--weights", str(model), "--output_dir", str(tmp_path / "run"), "--dry_run", *FLAGS]
     assert main(words) == 2
@@ -297,11 +297,11 @@ def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tm
     settings = config(scene, model, tmp_path / "run")
     needed = sum(files_to_come(count_numbers(build_on_meta(model)[0]), settings).values())
     monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
-    monkeypatch.setattr("bas.training.disk_space.free_room", lambda folder: needed - 1)
+    monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: needed - 1)
     with pytest.raises(InputError, match=r"has .* of room, the run takes .*: make room, or try"):
         train(settings)
-    monkeypatch.setattr("bas.training.disk_space.free_room", lambda folder: needed)
-    require_room(tmp_path, model, settings)
+    monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: needed)
+    require_disk_space(tmp_path, model, settings)
 
 
 def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monke
             train(settings)
     held = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
     assert held > 0
-    monkeypatch.setattr("bas.training.disk_space.free_room", lambda folder: before - held)
+    monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: before - held)
     train(replace(settings, resume_from_checkpoint="latest"))
     assert (tmp_path / "run" / "concepts.safetensors").exists()
 
@@ -323,7 +323,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monke
 
 
 def sd21(precision: torch.dtype):
-    """SD 2.1-base on the meta device with two handles, and blank material at 512x512."""
+    """SD 2.1-base on the meta device with two handles, and blank data at 512x512."""
     with torch.device("meta"):
         networks = UNet(SD21_BASE), VAE(VAEConfig()), build_text_encoder(SD2_TEXT)
     models = Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule())
@@ -340,17 +340,17 @@ def test_a_step_at_full_size_costs_what_was_predicted():
 
     The official loop's, counted the same way, are 5.76 and 7.33 TFLOP, 9.0 and 10.9 GB.
     """
-    models, material = sd21(torch.bfloat16)
-    first, second = (phase_cost(models, material, phase, TrainConfig()) for phase in TrainConfig().phases)
+    models, data = sd21(torch.bfloat16)
+    first, second = (phase_cost(models, data, phase, TrainConfig()) for phase in TrainConfig().phases)
     assert first.trained == 2 * 1024
     assert second.trained == pytest.approx(1206.3e6, rel=1e-4)
     assert first.operations == pytest.approx(1.81e12, rel=0.03)
     assert second.operations == pytest.approx(5.22e12, rel=0.03)
     assert first.kept == pytest.approx(0.74e9, rel=0.2)
     assert second.kept == pytest.approx(2.0e9, rel=0.2)
-    exact = phase_cost(models, material, TrainConfig(exact_phase1=True).phases[0], TrainConfig())
+    exact = phase_cost(models, data, TrainConfig(exact_phase1=True).phases[0], TrainConfig())
     models.unet.set_gradient_checkpointing(True)
-    lean = phase_cost(models, material, TrainConfig().phases[1], TrainConfig())
+    lean = phase_cost(models, data, TrainConfig().phases[1], TrainConfig())
     table = [  # of docs/hardware.md
         (first, 1.76, 0.85),
         (exact, 3.52, 1.69),
@@ -370,10 +370,10 @@ def test_a_card_holds_what_its_settings_take(card, gib, counted):
     """
 
     def peak(config: TrainConfig) -> int:
-        models, material = sd21(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
+        models, data = sd21(torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32)
         models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
         weights = sum(p.nbytes for part in (models.unet, models.vae, models.text_encoder) for p in part.parameters())
-        cost = phase_cost(models, material, config.phases[1], config)
+        cost = phase_cost(models, data, config.phases[1], config)
         return sum(phase_memory(weights, cost, config.mixed_precision, config, 0).values())
 
     assert peak(TrainConfig.resolve({"card": card})) / 2**30 == pytest.approx(counted, abs=0.06)

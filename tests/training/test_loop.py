@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
 from bas.config import Phase, TrainConfig
-from bas.data.batches import Batch, draw_batch
+from bas.data.batches import Batch, sample_batch
 from bas.io.run_files import read_concepts
 from bas.models.text import encode_ids, tokenize
 from bas.models.unet import AttentionMap, UNetOutput
@@ -28,8 +28,8 @@ HANDLES = Phase("handles", 1, 0.0, ("handles",), False)
 
 def draw(prepared, config: TrainConfig, seed: int = 0, phase: int = -1) -> Batch:
     """One batch of a phase of the plan; the last one is the one with class images."""
-    models, material = prepared
-    return draw_batch(material, models, config.phases[phase], config, torch.Generator().manual_seed(seed))
+    models, data = prepared
+    return sample_batch(data, models, config.phases[phase], config, torch.Generator().manual_seed(seed))
 
 
 def gradients(models, batch: Batch, config: TrainConfig, phase: Phase = EVERYTHING) -> dict[str, torch.Tensor]:
@@ -339,8 +339,8 @@ def test_a_step_reads_nothing_from_the_device(bench, tmp_path, phase):
 def test_exact_phase1_prior_cannot_reach_the_handles_but_the_clipping(bench, tmp_path):
     """The class prompt holds no handle: gradient exactly zero. The norm is that of the whole embedding."""
     config = bench.config(tmp_path / "run", exact_phase1=True, phase1_train_steps=1, phase2_train_steps=0)
-    models, material = bench.prepared(config)
-    batch = draw((models, material), config, phase=0)
+    models, data = bench.prepared(config)
+    batch = draw((models, data), config, phase=0)
     assert len(batch.z0) == 2
     trained = training.trainable_parameters(models, HANDLES)
     _, parts = training.training_step(models, batch, config)

@@ -9,12 +9,12 @@ from torch import nn
 
 import bas
 from bas.config import Phase, TrainConfig
-from bas.data.batches import draw_batch, prepare
+from bas.data.batches import sample_batch, prepare
 from bas.data.scene import load_scene
 from bas.models.text import add_handles
 from bas.pretrained.folder import load
 from bas.training import loop as training
-from bas.training.master_weights import Masters, lower, restore
+from bas.training.master_weights import MasterWeights, cast_weights, restore_weights
 from tests.helpers.tiny import WEIGHTS, file_hashes
 
 MINI = Path(bas.__file__).parents[1] / "weights" / "mini"
@@ -25,51 +25,51 @@ def test_small_steps_add_up_in_the_masters_and_reach_the_weight_rounded():
     """1000 steps of 1e-6 are lost on a bf16 weight of 1; on its master they are 1e-3."""
     network = nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(1.0)
-    exact = lower([network], torch.bfloat16)
-    masters = Masters({"weight": network.weight}, exact)
+    exact = cast_weights([network], torch.bfloat16)
+    masters = MasterWeights({"weight": network.weight}, exact)
     optimizer = torch.optim.SGD(masters.parameters, lr=1e-6)
     for _ in range(1000):
         network.weight.grad = torch.full_like(network.weight, -1.0)
-        masters.gather()
+        masters.collect_gradients()
         optimizer.step()
-        masters.publish()
-        masters.release()
+        masters.copy_to_model()
+        masters.zero_grad()
     assert network.weight.dtype == torch.bfloat16
     assert network.weight.item() == 1.0
     assert masters.named["weight"].item() == pytest.approx(1.001, abs=1e-4)
-    restore(exact)
+    restore_weights(exact)
     assert network.weight.dtype == torch.float32
     assert network.weight.item() == masters.named["weight"].item()
 
 
 def test_a_larger_step_is_published():
     network = nn.Linear(1, 1, bias=False)
-    masters = Masters({"weight": network.weight}, lower([network], torch.bfloat16))
+    masters = MasterWeights({"weight": network.weight}, cast_weights([network], torch.bfloat16))
     with torch.no_grad():
         masters.named["weight"].fill_(0.3)
-    masters.publish()
+    masters.copy_to_model()
     assert network.weight.item() == torch.tensor(0.3).bfloat16().item() != pytest.approx(0.3, abs=1e-5)
 
 
 def test_gradients_of_several_batches_add_up_in_float32():
     """In bf16, 1 + 2^-9 is 1 again."""
     network = nn.Linear(1, 1, bias=False)
-    masters = Masters({"weight": network.weight}, lower([network], torch.bfloat16))
+    masters = MasterWeights({"weight": network.weight}, cast_weights([network], torch.bfloat16))
     for gradient in (1.0, 2.0**-9):
         network.weight.grad = torch.full_like(network.weight, gradient)
-        masters.gather()
+        masters.collect_gradients()
         assert network.weight.grad is None
     assert masters.named["weight"].grad.item() == 1 + 2.0**-9
-    masters.release()
+    masters.zero_grad()
     assert masters.named["weight"].grad is None
 
 
 def test_weights_that_were_not_lowered_are_their_own_masters():
     network = nn.Linear(2, 2)
-    masters = Masters(dict(network.named_parameters()), {})
+    masters = MasterWeights(dict(network.named_parameters()), {})
     assert all(master is weight for master, weight in zip(masters.parameters, network.parameters(), strict=True))
     network.weight.grad = gradient = torch.ones(2, 2)
-    masters.gather()
+    masters.collect_gradients()
     assert network.weight.grad is gradient
 
 
@@ -80,8 +80,8 @@ def test_bf16_gradients_are_those_of_float32_to_three_digits():
     models, scene = load(MINI), load_scene(config)
     image, masks = scene.tensors(64, models.size_multiple)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, 0)
-    material = prepare(models, scene, image, masks, config, None)
-    batch = draw_batch(material, models, EVERYTHING, config, torch.Generator().manual_seed(0))
+    data = prepare(models, scene, image, masks, config, None)
+    batch = sample_batch(data, models, EVERYTHING, config, torch.Generator().manual_seed(0))
     weights = training.trainable_parameters(models, EVERYTHING)
 
     def measured() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -94,7 +94,7 @@ def test_bf16_gradients_are_those_of_float32_to_three_digits():
         return loss.detach(), {name: torch.cat(group) for name, group in groups.items()}
 
     loss, exact = measured()
-    lower((models.unet, models.text_encoder), torch.bfloat16)
+    cast_weights((models.unet, models.text_encoder), torch.bfloat16)
     rough_loss, rough = measured()
     cosines = {name: torch.cosine_similarity(rough[name], exact[name], dim=0).item() for name in exact}
     assert min(cosines.values()) >= 0.999

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bas.config import TrainConfig
 from bas.training import loop as training
-from bas.training.setup import Run, check_input, start
+from bas.training.setup import Run, check_input, setup_run
 from tools.bench.material import Material
 
 ENDLESS = 100_000  # steps of a phase that is measured for as long as one likes
@@ -48,7 +48,6 @@ MODES = (
     Mode("fp32, whole", {"mixed_precision": "no", "compile": "whole"}, devices=("cpu",)),
     Mode("bf16, regional", {"mixed_precision": "bf16", "compile": "regional"}),
     Mode("bf16, whole", {"mixed_precision": "bf16", "compile": "whole"}),
-    Mode("bf16, CUDA graphs", {"mixed_precision": "bf16", "cuda_graphs": True}, devices=("cuda",)),
 )
 
 
@@ -88,7 +87,7 @@ def configure(material: Material, mode: Mode, phase: int, run: Path) -> TrainCon
 def start_new(config: TrainConfig) -> Run:
     """A run before its first step, in a new folder."""
     Path(config.output_dir).mkdir(parents=True)
-    return start(config, *check_input(config))
+    return setup_run(config, *check_input(config))
 
 
 class StopLoop(Exception):
