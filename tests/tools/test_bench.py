@@ -194,7 +194,7 @@ def test_bas_takes_one_step_at_a_time_in_its_own_loop(material, tmp_path):
 def test_a_run_starts_in_the_thread_that_trains(material, tmp_path, monkeypatch):
     """PyTorch keeps the compiler's settings by thread: set in another one they would not hold for the steps."""
     threads = set()
-    for name in ("start", "draw_batch"):
+    for name in ("start", "sample_batch"):
         original = getattr(bench_bas.training, name)
         watched = partial(lambda f, *args: threads.add(threading.current_thread()) or f(*args), original)
         monkeypatch.setattr(bench_bas.training, name, watched)
@@ -206,7 +206,7 @@ def test_a_run_starts_in_the_thread_that_trains(material, tmp_path, monkeypatch)
 
 def test_what_goes_wrong_in_the_held_loop_is_raised(material, tmp_path, monkeypatch):
     side = BasSide(material, mode_named("fp32"), 1, tmp_path / "run")
-    monkeypatch.setattr("tools.bench.bas_side.training.draw_batch", lambda *_: 1 / 0)
+    monkeypatch.setattr("tools.bench.bas_side.training.sample_batch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         side.step()
 
@@ -270,7 +270,7 @@ def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
 @pytest.fixture
 def failing_mode(monkeypatch):
     """The bench's rows with stand-ins for all that computes; bas in bf16 fails in its first step."""
-    bench_rows = pytest.importorskip("bench_rows", reason="the rows run the official side on diffusers")
+    bench_rows = pytest.importorskip("tools.bench.rows", reason="the rows run the official side on diffusers")
     closed = []
 
     class Side:
