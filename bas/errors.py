@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from bas import other_tools
+
 # Far above any model of this family: a larger number is a broken file or a slip.
 MAX_CHANNELS = 8192
 MAX_SIDE = 16_384  # pixels
@@ -52,6 +54,17 @@ def is_utf8(text: str) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: its nearest known one, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """The end of a message about an unknown word: what other tools mean by it, its nearest known one, or nothing.
+
+    `known` are names or flags; a word is compared with them without its dashes.
+    """
+    plain = {name.lstrip("-"): name for name in known}
+    name = word.split("=")[0].lstrip("-").replace("-", "_").lower()
+    if name in plain:
+        return f"; did you mean {plain[name]}?"
+    if here := [plain[other] for other in other_tools.NAMES.get(name, ()) if other in plain]:
+        return f"; bas calls it {' and '.join(here)}"
+    if name in other_tools.NOT_NEEDED:
+        return f"; leave it out: {other_tools.NOT_NEEDED[name]}"
+    near = difflib.get_close_matches(name, plain, n=1)
+    return f"; did you mean {plain[near[0]]}?" if near else ""

@@ -32,6 +32,7 @@ FLOORS = (
     ("io",),
     ("runtime", "config", "schedulers"),
     ("errors",),
+    ("other_tools",),
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 # Imports that still lead up or sideways: from -> to. To be emptied.
