@@ -36,7 +36,6 @@ setup(
         "evaluation": ["scipy>=1.11"],
         "tensorboard": ["tensorboard>=2.15"],
         "bitsandbytes": ["bitsandbytes>=0.46"],
-        "triton": ['triton>=3.4; sys_platform == "linux"'],
         "test": ["pytest>=8", "diffusers>=0.35", "ruff>=0.11", "scipy>=1.11", "pycocotools>=2.0.8"],
     },
     entry_points={"console_scripts": ["bas = bas.cli.entry:main"]},

@@ -244,13 +244,10 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
     compile: str = setting(
         "no",
-        "torch.compile: the whole UNet (also if nothing follows), regional for its repeated blocks alone, which starts "
-        "sooner, or auto: what pays for the number of steps, if anything",
-        choices=("no", "auto", "regional", "whole"),
+        "torch.compile: the whole UNet (also if nothing follows), or regional for its repeated blocks alone, which "
+        "starts sooner",
+        choices=("no", "regional", "whole"),
         bare="whole",
-    )
-    fused_kernels: bool = setting(
-        False, "Triton kernels for GroupNorm with SiLU and for GEGLU; on a GPU, without --compile; not measured yet"
     )
     seed: int = setting(0, "seed of every random draw")
     deterministic: bool = setting(False, "only GPU kernels that give the same bits on every run: slower")

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is first imported
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
 
 

@@ -37,18 +37,11 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)). (b, c, h, w) -> (b, c, h, w)"""
-    return F.silu(norm(x))
-
-
 class ResnetBlock(nn.Module):
     """Two normalised 3x3 convolutions around a skip connection; the time embedding shifts the features between.
 
     `time_dim=None` leaves the time path out (the VAE's blocks).
     """
-
-    norm_silu = staticmethod(norm_silu)  # `bas.models.kernels` has a faster one
 
     def __init__(self, c_in: int, c_out: int, time_dim: int | None, groups: int, eps: float):
         super().__init__()
@@ -61,10 +54,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x: (b, c_in, h, w), time: (b, time_dim) or None -> (b, c_out, h, w)"""
-        hidden = self.conv1(self.norm_silu(self.norm1, x))
+        hidden = self.conv1(F.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        hidden = self.conv2(self.norm_silu(self.norm2, hidden))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,9 +17,8 @@ from bas.io.files import write_json, write_text
 from bas.io.run_files import METRICS, SETTINGS
 from bas.io.settings_file import CONFIG, to_toml
 from bas.models.bundle import Models
-from bas.models.compile import choose_compilation, compile_unet
+from bas.models.compile import compile_unet
 from bas.models.text import add_handles
-from bas.models.unet import UNet
 from bas.pretrained.folder import load, read_spec, weights_hash
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
@@ -71,8 +69,6 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
     precision = pick_precision(config.mixed_precision, device, read_spec(base).unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
-    if config.fused_kernels and (device.type != "cuda" or config.compile != "no" or not find_spec("triton")):
-        raise InputError("--fused_kernels needs a CUDA device, the package triton, and --compile no")
     if config.optimizer == "adamw8bit":
         adamw8bit()
     if config.report_to == "tensorboard":
@@ -131,7 +127,7 @@ def setup_run(
     write_text(folder / CONFIG, to_toml(asdict(config)))
     write_scene(folder, scene, image, masks)
     data = prepare(models, scene, image, masks, config, class_posterior)
-    accelerate(models.unet, config, device)
+    compile_unet(models.unet, config.compile)
 
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
@@ -168,18 +164,6 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
     return models
-
-
-def accelerate(unet: UNet, config: TrainConfig, device: torch.device) -> None:
-    """Compile the UNet or give it fused kernels, as the settings ask."""
-    compilation, reason = choose_compilation(config.compile, sum(phase.steps for phase in config.phases), device)
-    if config.compile == "auto":
-        log.info("compile auto: %s, %s", compilation, reason)
-    compile_unet(unet, compilation)
-    if config.fused_kernels:
-        from bas.models.kernels import install  # imports triton, which not every machine has
-
-        install(unet)
 
 
 def log_miniature(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""--compile: what auto picks, and that whole and regional compile without a graph break, in place."""
+"""--compile: whole and regional compile without a graph break, in place."""
 
 import pytest
 import torch
@@ -10,30 +10,10 @@ from bas.cli.flags import Parser, add_fields
 from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.models.attention import TransformerBlock
-from bas.models.compile import STEPS_TO_PAY, choose_compilation, compile_unet
+from bas.models.compile import compile_unet
 from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet
 from tests.helpers.tiny import UNET, WIDTH, refused
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "steps", "device", "kind"),
-    [
-        ("auto", 800, GPU, "no"),
-        ("auto", STEPS_TO_PAY["regional"], GPU, "regional"),
-        ("auto", STEPS_TO_PAY["whole"], GPU, "whole"),
-        ("auto", STEPS_TO_PAY["whole"], CPU, "no"),
-        ("whole", 1, CPU, "whole"),
-        ("regional", 1, GPU, "regional"),
-        ("no", STEPS_TO_PAY["whole"], GPU, "no"),
-    ],
-)
-def test_what_is_compiled(wanted, steps, device, kind):
-    chosen, reason = choose_compilation(wanted, steps, device)
-    assert chosen == kind
-    assert (str(steps) in reason) == (wanted == "auto" and device is GPU)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +22,7 @@ def test_what_is_compiled(wanted, steps, device, kind):
         ([], "absent"),
         (["--compile"], "whole"),
         (["--compile", "--seed", "1"], "whole"),
-        (["--compile", "auto"], "auto"),
+        (["--compile", "regional"], "regional"),
     ],
 )
 def test_the_flag_alone_means_the_whole_unet(words, expected):

@@ -118,7 +118,7 @@ def mapped_bytes(folder: Path) -> int:
 def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
     """Else a model's files would stay in memory beside it until the last weight: two thirds of the peak in bf16."""
     seen = []
-    monkeypatch.setattr(files, "MAPPED_ALONE", 1)  # these are small: as if they were large
+    monkeypatch.setattr(tensors, "MAPPED_ALONE", 1)  # these are small: as if they were large
     monkeypatch.setattr(loading, "WORTH_THREADS", 1)
     monkeypatch.setattr(loading, "_is_finite", lambda tensor: seen.append(mapped_bytes(saved)) or True)
     models = load(saved, dtype=torch.bfloat16)
