@@ -1,49 +1,109 @@
 """Every setting of bas: training, sampling, masks, evaluation, and the presets as rows of data.
 
-The settings are the single source of the command line: each field is a flag, its help the flag's help. The networks'
-own configurations stand in bas/models/config.py.
+A setting is one row: default, help, and range or choices. Flags, settings files and Python share the row, and
+`validate` checks them all. The networks' configurations are in bas/models/config.py.
 """
 
+import math
 import os
+import types
+import typing
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
-from bas.errors import MAX_SIDE, InputError, is_utf8
+from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_float, check_int, is_utf8
 
-MAX_COUNT = 1_000_000  # steps, pictures, examples
+MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
+
+# The headings of the help, in this order. The flags that people use first have a heading of their own.
+GROUPS = ("used most", "scene", "method", "training", "memory and speed", "output", "expert")
+
+
+# --- A setting and its check --------------------------------------------------------------------------------------
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    common: bool = False,
+    flag: tuple[str, ...] = (),
+    bare: str | None = None,
+    choices: tuple[str, ...] = (),
+    **limits: float,
+) -> Any:
+    """Make a dataclass field that holds one setting.
+
+    group, common: the heading of its flag in the help, and whether it is among the flags that people use first.
+    flag: other names of its flag; of a switch that is on by default, the flags that turn it off.
+    bare: the value that the flag has without one.
+    choices: all the values that a text can have.
+    limits: `least` and `most`, which belong to the range, or `above` and `below`, which do not.
+    """
+    row = {"help": help, "group": group, "common": common, "flag": flag, "choices": choices, "limits": limits}
+    return field(default=default, metadata=row if bare is None else {**row, "bare": bare})
+
+
+def flag_of(row: Field) -> str:
+    """The flag of a setting: the shorter one, or the one that turns it off."""
+    return next(iter(row.metadata["flag"]), f"--{row.name}")
+
+
+def value_type(row: Field) -> tuple[type, bool, bool]:
+    """The type of one value, whether the setting takes several, and whether it may be None."""
+    if typing.get_origin(row.type) is tuple:
+        return typing.get_args(row.type)[0], True, False
+    if isinstance(row.type, types.UnionType):
+        return next(kind for kind in typing.get_args(row.type) if kind is not types.NoneType), False, True
+    return typing.cast(type, row.type), False, False
+
+
+def check_setting(row: Field, value: Any, name: str) -> Any:
+    """Return a value as its setting takes it: a list as a tuple, a path as text. InputError if it is wrong."""
+    kind, several, optional = value_type(row)
+    if several and isinstance(value, (list, tuple)):
+        return tuple(check_one(row, kind, each, name) for each in value)
+    if several:
+        raise InputError(f"{name} is {value!r:.60}: expected a list")
+    if value == "" and row.default != "":  # for example an unset variable of the shell
+        raise InputError(f"{name} is empty: leave it out, or give it a value")
+    return None if value is None and optional else check_one(row, kind, value, name)
+
+
+def check_one(row: Field, kind: type, value: Any, name: str) -> Any:
+    """Return one value of a setting, of the given type. InputError if it is wrong."""
+    if kind is bool:
+        return check_bool(name, value)
+    if kind is int:
+        return check_int(name, value, **({"least": 0, "most": MAX_COUNT} | row.metadata["limits"]))
+    if kind is float:
+        return float(check_float(name, value, **({"least": 0, "most": math.inf} | row.metadata["limits"])))
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {text!r:.60}: expected a string")
+    if not is_utf8(text):  # the files of a run are UTF-8
+        raise InputError(f"{name} {text!r} is not UTF-8: rename it")
+    return check_choice(name, text, row.metadata["choices"]) if row.metadata["choices"] else text
+
+
+def setting_rows(kind: type) -> dict[str, Field]:
+    """The settings of a dataclass by name."""
+    return {row.name: row for row in fields(kind)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A dataclass of settings that checks every value when it is made."""
+
+    def __post_init__(self):
+        for row in fields(self):
+            name = f"--{row.name}" if row.type is bool else flag_of(row)
+            object.__setattr__(self, row.name, check_setting(row, getattr(self, row.name), name))
 
 
 # --- Training -----------------------------------------------------------------------------------------------------
-
-
-def setting(default: Any, help: str, **extra) -> Any:
-    """A dataclass field whose help becomes the flag's help; `extra` may hold `flag` (other names), `choices`
-    and `bare`, the value of the flag alone."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
-def flag_of(setting: Field) -> str:
-    """How a setting is called on the command line: by its shorter flag, or the one that switches it off."""
-    return setting.metadata.get("flag", [f"--{setting.name}"])[0]
-
-
-def _in_range(settings: Any, name: str, least: int, most: int = MAX_COUNT) -> None:
-    """InputError unless this setting is a whole number from `least` to `most`, or None."""
-    value = getattr(settings, name)
-    if value is not None and type(value) is not int:
-        raise InputError(f"--{name} is {value!r}: expected a whole number")
-    if value is not None and not least <= value <= most:
-        expected = f"{least} or more" if value < least else f"{most} or less"
-        raise InputError(f"--{name} is {value}: expected {expected}")
-
-
-def _check_choices(settings: Any) -> None:
-    """InputError for a setting that is none of its choices."""
-    for f in fields(settings):
-        value, choices = getattr(settings, f.name), f.metadata.get("choices")
-        if choices and value not in choices:
-            raise InputError(f"--{f.name} is {value!r}: expected one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -109,110 +169,162 @@ CARDS: dict[str, dict] = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of `bas train`. Those of the official train.py keep their names, and defaults that decide the result."""
 
-    # What to learn from, and where to put it
-    instance_data_dir: str = setting("", "the scene: a folder with img.* and mask0.png, mask1.png, ...")
+    instance_data_dir: str = setting(
+        "", "the scene: a folder with img.* and mask0.png, mask1.png, ...", group="scene", common=True
+    )
     pretrained_model_name_or_path: str | None = setting(
         None,
         "base model: a folder, a single .safetensors file or a known name (default: the shipped miniature)",
-        flag=["--weights"],
+        group="scene",
+        common=True,
+        flag=("--weights",),
     )
-    output_dir: str = setting("outputs", "the run folder to write")
+    output_dir: str = setting("outputs", "the run folder to write", group="output", common=True)
     num_of_assets: int | None = setting(
-        None, "number of concepts, checked against the masks (default: as many as masks)"
+        None, "number of concepts, checked against the masks (default: as many as masks)", group="scene", least=1
     )
-    initializer_tokens: tuple[str, ...] = setting((), "one word per concept to start its handle from")
-    placeholder_token: str = setting("<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...")
+    initializer_tokens: tuple[str, ...] = setting(
+        (), "one word per concept to start its handle from", group="scene", common=True
+    )
+    placeholder_token: str = setting(
+        "<asset>", "pattern of the handles: <asset> gives <asset0>, <asset1>, ...", group="scene"
+    )
     handles: tuple[str, ...] = setting(
-        (), "the handles by name, e.g. toy bowl for <toy> <bowl> (default: made from --placeholder_token)"
+        (),
+        "the handles by name, e.g. toy bowl for <toy> <bowl> (default: made from --placeholder_token)",
+        group="scene",
+        common=True,
     )
     background_handle: str | None = setting(
-        None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>"
+        None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>", group="scene"
     )
-    close_ups: bool = setting(False, "learn from a close-up of each set of concepts as well: for small concepts")
+    close_ups: bool = setting(
+        False, "also learn from a close-up of each set of concepts: for small concepts", group="scene"
+    )
     resolution: int | None = setting(
-        None, "pixels of the picture's shorter side (default: what the model was trained for)"
+        None,
+        "pixels of the image's shorter side (default: what the model was trained for)",
+        group="scene",
+        least=1,
+        most=MAX_SIDE,
     )
     center_crop: bool = setting(
-        False, "crop to a square; otherwise keep the picture's shape, in steps the model can take"
+        False, "crop to a square instead of keeping the image's shape, in steps the model can take", group="scene"
     )
 
     # The method (paper, section 3); each part can be turned off
     method: str = setting(
         "bas",
         "Break-A-Scene, or a baseline: Textual Inversion, DreamBooth, Custom Diffusion; -m learns from masked concepts",
+        group="method",
         choices=("bas", *METHODS),
     )
-    collection_size: int = setting(30, "pictures that a -m method learns from: concepts pasted on plain colours")
-    preset: str = setting(
-        "official", "settings of the official code, or those the paper states", choices=tuple(PRESETS)
+    collection_size: int = setting(
+        30, "images that a -m method learns from: concepts pasted on plain colours", group="method", least=1
     )
-    phase1_train_steps: int = setting(400, "steps that train the handles alone; 0 leaves phase 1 out")
-    phase2_train_steps: int = setting(400, "steps that train the UNet and the text encoder as well")
-    initial_learning_rate: float = setting(5e-4, "learning rate of phase 1")
-    learning_rate: float = setting(2e-6, "learning rate of phase 2")
+    preset: str = setting(
+        "official",
+        "settings of the official code, or those the paper states",
+        group="method",
+        choices=tuple(PRESETS),
+    )
+    phase1_train_steps: int = setting(
+        400, "steps that train the handles alone; 0 skips phase 1", group="training", common=True
+    )
+    phase2_train_steps: int = setting(
+        400, "steps that train the UNet and the text encoder as well; 0 skips phase 2", group="training", common=True
+    )
+    initial_learning_rate: float = setting(5e-4, "learning rate of phase 1", group="training")
+    learning_rate: float = setting(2e-6, "learning rate of phase 2", group="training")
     train_text_encoder: bool = setting(
         True,
-        "keep the text tower's layers fixed in phase 2 (all token embeddings still train)",
-        flag=["--no_train_text_encoder"],
+        "also train the text encoder's layers in phase 2 (all token embeddings train in any case)",
+        group="method",
+        flag=("--no_train_text_encoder",),
     )
     unet_layers: str = setting(
         "all",
         "what phase 2 trains of the UNet: everything, or its cross-attention alone",
+        group="method",
         choices=("all", "cross_attention"),
     )
     apply_masked_loss: bool = setting(
-        True, "take the reconstruction loss over the whole picture", flag=["--do_not_apply_masked_loss"]
+        True,
+        "take the reconstruction loss inside the masks alone (eq. 1)",
+        group="method",
+        flag=("--do_not_apply_masked_loss",),
     )
     normalize_masked_loss: bool = setting(
-        False, "divide the masked loss by the masked area, so small objects weigh as much"
+        False, "divide the masked loss by the masked area, so that small concepts weigh as much", group="method"
     )
-    lambda_attention: float = setting(1e-2, "weight of the cross-attention loss; 0 turns it off")
+    lambda_attention: float = setting(1e-2, "weight of the cross-attention loss; 0 turns it off", group="method")
     attention_loss: str = setting(
         "mse",
         "how maps are drawn onto masks: each scaled map by squared error, or the handles' shares by cross-entropy",
+        group="method",
         choices=("mse", "cross_entropy"),
     )
     attention_grid: int | None = setting(
-        None, "cells along the shorter side of the maps that the loss reads (default: a quarter of the latent's)"
+        None,
+        "cells along the shorter side of the maps that the loss reads (default: a quarter of the latent's)",
+        group="expert",
+        least=1,
+        most=MAX_SIDE,
     )
     subset_sampling: str = setting(
         "union",
-        "concepts shown per step: a subset, its size drawn first; any subset, all equally likely; always one; all",
+        "concepts shown per step: a subset, its size sampled first; any subset, all equally likely; always one; all",
+        group="method",
         choices=("union", "uniform", "single", "all"),
     )
-    flip_probability: float = setting(0.5, "probability of mirroring image and masks")
-    with_prior_preservation: bool = setting(True, "train without class images", flag=["--no_prior_preservation"])
-    prior_loss_weight: float = setting(1.0, "weight of the prior preservation loss")
+    flip_probability: float = setting(0.5, "probability of mirroring image and masks", group="method", most=1)
+    with_prior_preservation: bool = setting(
+        True,
+        "also train on class images, so that the model keeps what it knew",
+        group="method",
+        flag=("--no_prior_preservation",),
+    )
+    prior_loss_weight: float = setting(1.0, "weight of the prior preservation loss", group="method")
     exact_phase1: bool = setting(
-        False, "phase 1 as the official code runs it: with the prior, clipping over the whole embedding"
+        False,
+        "run phase 1 as the official code does: with the prior, clipping over the whole embedding",
+        group="expert",
     )
 
     # Class images for prior preservation
-    class_prompt: tuple[str, ...] = setting(("a photo at the beach",), "prompt, or several, of the class images")
-    num_class_images: int = setting(100, "how many class images to use")
-    class_data_dir: str | None = setting(
-        None, "folder of class images; missing ones are generated (default: a shared cache)"
+    class_prompt: tuple[str, ...] = setting(
+        ("a photo at the beach",), "prompt, or several, of the class images", group="training"
     )
-    sample_batch_size: int = setting(4, "class images generated at once")
+    num_class_images: int = setting(100, "how many class images to use", group="training", least=1)
+    class_data_dir: str | None = setting(
+        None, "folder of class images; missing ones are generated (default: a shared cache)", group="training"
+    )
+    sample_batch_size: int = setting(4, "class images generated at once", group="memory and speed", least=1)
 
     # Optimisation
-    train_batch_size: int = setting(1, "examples per step, each with one class image beside it")
-    gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
-    optimizer: str = setting(
-        "adamw", "optimizer; adamw8bit keeps its moments in 8 bits, an extra", choices=("adamw", "adam", "adamw8bit")
+    train_batch_size: int = setting(
+        1, "examples per step, each with one class image beside it", group="training", least=1
     )
-    adam_beta1: float = setting(0.9, "decay of the first moment")
-    adam_beta2: float = setting(0.999, "decay of the second moment")
-    adam_weight_decay: float = setting(1e-2, "weight decay; with --optimizer adam 1e-8 unless given")
-    adam_epsilon: float = setting(1e-8, "epsilon of the optimizer")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns it off")
-    scale_lr: bool = setting(False, "multiply both learning rates by batch size x accumulation steps")
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step", group="training", least=1)
+    optimizer: str = setting(
+        "adamw",
+        "optimizer; adamw8bit keeps its moments in 8 bits, an extra",
+        group="memory and speed",
+        choices=("adamw", "adam", "adamw8bit"),
+    )
+    adam_beta1: float = setting(0.9, "decay of the first moment", group="expert", below=1)
+    adam_beta2: float = setting(0.999, "decay of the second moment", group="expert", below=1)
+    adam_weight_decay: float = setting(1e-2, "weight decay; with --optimizer adam 1e-8 unless given", group="expert")
+    adam_epsilon: float = setting(1e-8, "epsilon of the optimizer", group="expert")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns it off", group="expert")
+    scale_lr: bool = setting(False, "multiply both learning rates by batch size x accumulation steps", group="training")
     lr_scheduler: str = setting(
         "constant",
         "course of the learning rate within each phase",
+        group="training",
         choices=(
             "constant",
             "constant_with_warmup",
@@ -222,109 +334,71 @@ class TrainConfig:
             "polynomial",
         ),
     )
-    lr_warmup_steps: int = setting(0, "steps of linear warm-up in each phase")
-    lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts")
-    lr_power: float = setting(1.0, "power of the polynomial schedule")
+    lr_warmup_steps: int = setting(0, "steps of linear warm-up in each phase", group="training")
+    lr_num_cycles: int = setting(1, "restarts of cosine_with_restarts", group="expert", least=1)
+    lr_power: float = setting(1.0, "power of the polynomial schedule", group="expert")
 
     # Machine
-    device: str | None = setting(None, "cpu, cuda or cuda:N (default: cuda when there is one)")
+    device: str | None = setting(
+        None, "cpu, cuda or cuda:N (default: cuda when there is one)", group="memory and speed"
+    )
     mixed_precision: str = setting(
         "auto",
         "arithmetic: no is float32; bf16 keeps float32 masters; auto is bf16 where the GPU has it, else fp16, and on "
         "a CPU no, or bf16 for large models where the processor has it",
+        group="memory and speed",
         choices=("auto", "no", "fp16", "bf16"),
     )
     card: str = setting(
         "any",
         "settings with which Stable Diffusion 2.1 at 512x512 should fit, by counting: 24gb recomputes activations; "
         "16gb also keeps 8-bit moments (an extra); 12gb recomputes and trains only cross-attention of the UNet",
+        group="memory and speed",
+        common=True,
         choices=tuple(CARDS),
     )
-    allow_tf32: bool = setting(False, "allow TF32 in float32 products on the GPU")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    allow_tf32: bool = setting(False, "allow TF32 in float32 products on the GPU", group="memory and speed")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, slower", group="memory and speed"
+    )
     compile: str = setting(
         "no",
         "torch.compile: the whole UNet (also if nothing follows), or regional for its repeated blocks alone, which "
         "starts sooner",
+        group="memory and speed",
         choices=("no", "regional", "whole"),
         bare="whole",
     )
-    seed: int = setting(0, "seed of every random draw")
-    deterministic: bool = setting(False, "only GPU kernels that give the same bits on every run: slower")
+    seed: int = setting(0, "seed of every random number", group="training", common=True, least=-MAX_SEED, most=MAX_SEED)
+    deterministic: bool = setting(
+        False, "use only GPU kernels that give the same bits on every run: slower", group="expert"
+    )
 
     # Watching, saving, resuming
-    log_steps: int = setting(10, "steps between two readings of the losses from the device")
+    log_steps: int = setting(10, "steps between two readings of the losses from the device", group="output", least=1)
     report_to: str = setting(
-        "none", "also write the losses and previews for another viewer, an extra", choices=("none", "tensorboard")
+        "none",
+        "also write the losses and previews for another viewer, an extra",
+        group="output",
+        choices=("none", "tensorboard"),
     )
-    img_log_steps: int = setting(200, "steps between previews; 0 for none")
-    preview_inference_steps: int = setting(25, "denoising steps of a preview picture")
-    checkpointing_steps: int = setting(200, "steps between resumable checkpoints; 0 for none")
-    checkpoints_total_limit: int = setting(1, "checkpoints kept, newest first")
+    img_log_steps: int = setting(200, "steps between previews; 0 for none", group="output")
+    preview_inference_steps: int = setting(25, "denoising steps of a preview image", group="output", least=1)
+    checkpointing_steps: int = setting(200, "steps between resumable checkpoints; 0 for none", group="output")
+    checkpoints_total_limit: int = setting(1, "checkpoints kept, newest first", group="output", least=1)
     resume_from_checkpoint: str | None = setting(
-        None, "a checkpoint folder, or 'latest' for the newest in --output_dir"
+        None, "a checkpoint folder, or 'latest' for the newest in --output_dir", group="output", common=True
     )
-    save_precision: str = setting("fp32", "precision of the saved model", choices=("fp32", "fp16", "bf16"))
+    save_precision: str = setting(
+        "fp32", "precision of the saved model", group="output", choices=("fp32", "fp16", "bf16")
+    )
 
     def __post_init__(self):
-        for name in (
-            "phase1_train_steps",
-            "phase2_train_steps",
-            "lr_warmup_steps",
-            "img_log_steps",
-            "checkpointing_steps",
-        ):
-            _in_range(self, name, 0)
-        for name in (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "num_class_images",
-            "sample_batch_size",
-            "log_steps",
-            "preview_inference_steps",
-            "checkpoints_total_limit",
-            "lr_num_cycles",
-            "num_of_assets",
-            "collection_size",
-        ):
-            _in_range(self, name, 1)
-        for name in ("resolution", "attention_grid"):
-            _in_range(self, name, 1, MAX_SIDE)
-        _in_range(self, "seed", -MAX_SEED, MAX_SEED)
-        for name in (
-            "initial_learning_rate",
-            "learning_rate",
-            "lambda_attention",
-            "prior_loss_weight",
-            "max_grad_norm",
-            "adam_weight_decay",
-            "adam_epsilon",
-            "lr_power",
-        ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"--{name} is {getattr(self, name)}: expected a finite number, 0 or more")
+        super().__post_init__()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise InputError(
                 f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler constant has none; use constant_with_warmup"
             )
-        if not 0 <= self.flip_probability <= 1:
-            raise InputError(f"--flip_probability is {self.flip_probability}: expected 0 to 1")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected 0 or more, below 1")
-        _check_choices(self)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-                object.__setattr__(self, f.name, value)
-            if isinstance(f.default, tuple) and not isinstance(value, tuple | list):
-                raise InputError(f"{flag_of(f)} is {value!r}: expected several, as a tuple")
-            if value == "" and f.default != "":  # a variable of the shell that is not set
-                raise InputError(f"{flag_of(f)} is empty: leave it out, or say what it shall be")
-            for text in value if isinstance(value, tuple) else (value,):
-                if isinstance(text, str) and not is_utf8(text):  # as the files of a run are
-                    raise InputError(f"{flag_of(f)} {text!r} is not UTF-8: rename it")
         if self.method in METHODS:
             differs = [name for name, value in PLAIN.items() if getattr(self, name) != value]
             if differs:
@@ -370,78 +444,66 @@ class TrainConfig:
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()})
+        return cls(**merged)
 
 
 # --- Sampling -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Settings):
     """Settings of one sampling call. Names are those of diffusers' pipelines."""
 
-    negative_prompt: str = setting("", "what the pictures should not show")
-    num_inference_steps: int = setting(50, "denoising steps")
+    negative_prompt: str = setting("", "what the images should not show")
+    num_inference_steps: int = setting(50, "denoising steps", least=1)
     guidance_scale: float = setting(7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off")
     sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
-    eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm")
+    eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm", most=1)
     steps_offset: int | None = setting(
         None, "shift of evenly spaced timesteps (default: the model's own; the official inference script has 0)"
     )
-    num_images: int = setting(1, "pictures per prompt")
-    seed: int = setting(0, "seed of the first picture; each further picture takes the next one")
-    height: int | None = setting(None, "picture rows in pixels (default: what the model was trained for)")
-    width: int | None = setting(None, "picture columns in pixels (default: what the model was trained for)")
-    batch_size: int = setting(4, "pictures denoised at once")
-
-    def __post_init__(self):
-        for name in ("num_inference_steps", "num_images", "batch_size"):
-            _in_range(self, name, 1)
-        for name in ("height", "width"):
-            _in_range(self, name, 1, MAX_SIDE)
-        _in_range(self, "seed", -MAX_SEED, MAX_SEED)
-        _in_range(self, "steps_offset", 0)
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise InputError(f"--guidance_scale is {self.guidance_scale}: expected a finite number, 0 or more")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"--eta is {self.eta}: expected 0 to 1")
-        _check_choices(self)
+    num_images: int = setting(1, "images per prompt", least=1)
+    seed: int = setting(
+        0, "seed of the first image; each further image takes the next one", least=-MAX_SEED, most=MAX_SEED
+    )
+    height: int | None = setting(
+        None, "image rows in pixels (default: what the model was trained for)", least=1, most=MAX_SIDE
+    )
+    width: int | None = setting(
+        None, "image columns in pixels (default: what the model was trained for)", least=1, most=MAX_SIDE
+    )
+    batch_size: int = setting(4, "images denoised at once", least=1)
 
 
 @dataclass(frozen=True)
 class VaryConfig(SampleConfig):
     """Settings of `bas vary`."""
 
-    num_images: int = setting(9, "pictures, each from its own seed")
+    num_images: int = setting(9, "images, each from its own seed", least=1)
 
 
 @dataclass(frozen=True)
 class EditConfig(SampleConfig):
     """Settings of `bas edit`. Names are those of the Blended Latent Diffusion script, where it has them."""
 
-    num_images: int = setting(1, "results, each from its own seed")
-    height: int | None = setting(None, "rows of pixels to edit at (default: as the model was trained for)")
-    width: int | None = setting(None, "columns of pixels to edit at (default: as the model was trained for)")
+    num_images: int = setting(1, "results, each from its own seed", least=1)
+    height: int | None = setting(
+        None, "rows of pixels to edit at (default: as the model was trained for)", least=1, most=MAX_SIDE
+    )
+    width: int | None = setting(
+        None, "columns of pixels to edit at (default: as the model was trained for)", least=1, most=MAX_SIDE
+    )
     blending_start_percentage: float = setting(
-        0.25, "share of the denoising steps to skip, 0 to 1: the more, the closer to what was there"
+        0.25, "share of the denoising steps to skip, 0 to 1: the more, the closer to what was there", below=1
     )
-    composite: bool = setting(
-        True, "leave the pixels outside the mask as the model decodes them", flag=["--no_composite"]
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.blending_start_percentage < 1:
-            raise InputError(
-                f"--blending_start_percentage is {self.blending_start_percentage}: expected 0 or more, less than 1"
-            )
+    composite: bool = setting(True, "put the original pixels back outside the mask", flag=("--no_composite",))
 
 
 # --- Masks --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ProposalConfig:
+class ProposalConfig(Settings):
     """Settings of `bas masks --auto`."""
 
     segmenter: str | None = setting(None, "the model: a folder or a hub id (default: a known one for each method)")
@@ -450,54 +512,37 @@ class ProposalConfig:
     words: tuple[str, ...] = setting(
         (), "clipseg: what to find, one concept each; the word is its handle's initial word"
     )
-    threshold: float = setting(0.5, "probability from which on a pixel is inside")
-    smooth: float = setting(0.0, "radius in pixels over which outlines are rounded and specks removed")
-    grow: int = setting(0, "pixels by which masks grow, or shrink if negative")
-    max_concepts: int = setting(4, "how many of the largest things to keep, where the method finds things itself")
-    min_coverage: float = setting(0.01, "smallest share of the picture such a thing may cover")
-
-    def __post_init__(self):
-        for name in ("threshold", "min_coverage"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}: expected more than 0 and less than 1")
-        if not 0 <= self.smooth <= 1000:
-            raise InputError(f"--smooth is {self.smooth}: expected 0 to 1000")
-        if abs(self.grow) > 1000:
-            raise InputError(f"--grow is {self.grow}: expected -1000 to 1000")
-        _in_range(self, "max_concepts", 1)
+    threshold: float = setting(0.5, "probability from which on a pixel is inside", above=0, below=1)
+    smooth: float = setting(0.0, "radius in pixels over which outlines are rounded and specks removed", most=1000)
+    grow: int = setting(0, "pixels by which masks grow, or shrink if negative", least=-1000, most=1000)
+    max_concepts: int = setting(
+        4, "how many of the largest concepts to keep, where the method finds them itself", least=1
+    )
+    min_coverage: float = setting(0.01, "smallest share of the image such a concept may cover", above=0, below=1)
 
 
 @dataclass(frozen=True)
-class CocoConfig:
+class CocoConfig(Settings):
     """Settings of `bas coco`: the rules of the paper's data set (appendix)."""
 
-    scenes: int = setting(50, "how many scenes to choose")
-    seed: int = setting(0, "seed of the choice")
-    min_things: int = setting(2, "things of distinct classes that a scene has at least")
-    max_things: int = setting(4, "of more, the largest so many are its concepts")
-    min_share: float = setting(0.15, "smallest share of the square that each covers")
+    scenes: int = setting(50, "how many scenes to choose", least=1)
+    seed: int = setting(0, "seed of the choice", most=MAX_SEED)
+    min_things: int = setting(2, "things of distinct classes that a scene has at least", least=1)
+    max_things: int = setting(4, "of more, the largest so many are its concepts", least=1)
+    min_share: float = setting(0.15, "smallest share of the square that each covers", above=0, below=1)
     dropped: tuple[str, ...] = setting(
         ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"), "classes that are no concepts"
     )
 
     def __post_init__(self):
-        _in_range(self, "scenes", 1)
-        _in_range(self, "seed", 0, MAX_SEED)
-        _in_range(self, "min_things", 1)
-        _in_range(self, "max_things", self.min_things)
-        if not 0 < self.min_share < 1:
-            raise InputError(f"--min_share is {self.min_share}: expected more than 0 and less than 1")
+        super().__post_init__()
+        check_int("--max_things", self.max_things, self.min_things, MAX_COUNT)
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Settings):
     """Settings of `bas study`."""
 
-    pages: int = setting(5, "pages with different pictures, one for each participant, or for several")
-    questions: int = setting(30, "pictures on a page, at most; each method has as many")
-    seed: int = setting(0, "seed of what is shown, and in which order")
-
-    def __post_init__(self):
-        _in_range(self, "pages", 1, 1000)
-        _in_range(self, "questions", 2, 500)
-        _in_range(self, "seed", 0, MAX_SEED)
+    pages: int = setting(5, "pages with different images, one for each participant, or for several", least=1, most=1000)
+    questions: int = setting(30, "images on a page, at most; each method has as many", least=2, most=500)
+    seed: int = setting(0, "seed of what is shown, and in which order", most=MAX_SEED)

@@ -1,6 +1,9 @@
 """The two errors that bas reports in one line, and the checks of one value that raise them."""
 
 import difflib
+import math
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,23 +12,33 @@ from bas import other_tools
 # Far above any model of this family: a larger number is a broken file or a slip.
 MAX_CHANNELS = 8192
 MAX_SIDE = 16_384  # pixels
+# Line breaks, terminal sequences, and what turns the direction of writing.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """One line that changes nothing on a terminal: control characters are escaped, as `\\n` or `\\x1b`."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class InputError(ValueError):
     """The user's input cannot be used. The message is one line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
-        super().__init__("\\n".join(message.splitlines()))  # a file's name may hold line breaks
+        super().__init__(printable(message))  # names of files and their content may hold anything
 
 
 class RunError(RuntimeError):
     """A run failed although its input was valid, for example because a loss is not finite. The message is one line."""
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
-def check_int(name: str, value: Any, least: int, most: int) -> int:
+
+def check_int(name: str, value: Any, least: float, most: float) -> int:
     """Return the value. InputError unless it is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r}: expected a whole number from {least} to {most}")
+        raise InputError(f"{name} is {value!r:.60}: expected a whole number from {least:.0f} to {most:.0f}")
     return value
 
 
@@ -34,17 +47,35 @@ def check_positive(name: str, value: Any, most: int = MAX_CHANNELS) -> int:
     return check_int(name, value, 1, most)
 
 
-def check_float(name: str, value: Any, least: float = -1000, most: float = 1000) -> float:
-    """Return the value. InputError unless it is a number from `least` to `most`."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r}: expected a number from {least:g} to {most:g}")
+def check_float(
+    name: str,
+    value: Any,
+    least: float = -1000,
+    most: float = 1000,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return the value. InputError unless it is a finite number from `least` to `most`, `above` < it < `below`."""
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not (sound and least <= value <= most and above < value < below):
+        limits = [f"more than {above:g}" if above >= least else f"{least:g} or more"]
+        if min(most, below) < math.inf:
+            limits.append(f"less than {below:g}" if below <= most else f"{most:g} or less")
+        raise InputError(f"{name} is {value!r:.60}: expected a finite number, {' and '.join(limits)}")
     return value
 
 
 def check_bool(name: str, value: Any) -> bool:
     """Return the value. InputError unless it is true or false."""
     if not isinstance(value, bool):
-        raise InputError(f"{name} is {value!r}: expected true or false")
+        raise InputError(f"{name} is {value!r:.60}: expected true or false")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Return the value. InputError unless it is one of `choices`."""
+    if value not in (known := tuple(choices)):
+        raise InputError(f"{name} is {value!r:.60}: expected one of {', '.join(known)}")
     return value
 
 

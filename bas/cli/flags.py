@@ -1,16 +1,18 @@
 """Command-line flags made from dataclass fields, and a parser whose errors are one line."""
 
 import argparse
-import typing
+import re
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import Field, fields
+from functools import partial
+from typing import Any, NoReturn
 
-from bas.errors import did_you_mean
-from bas.io.settings_file import value_type
+from bas.config import GROUPS, check_one, value_type
+from bas.errors import InputError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest flag for an unknown one."""
+    """An argument parser whose errors are one line, with the flag that an unknown one may mean."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
@@ -22,49 +24,74 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")
         return namespace, rest
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # a wrong value, as `read_value` words it
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the flags)\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help with one column of flags, wide enough for long names; indented lines, the examples, stay whole."""
+    """Help with a short usage line and one column of flags; indented lines, the examples, are not wrapped."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
 
+    def _format_usage(self, usage, actions, groups, prefix) -> str:
+        needed = [action for action in actions if action.required or not action.option_strings]
+        line = super()._format_usage(usage, needed, [], prefix).rstrip("\n")
+        return f"{line}{' [FLAGS]' if len(needed) < len(actions) else ''}\n\n"
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = text.splitlines()
-        return "\n".join(
-            line if line[:1] == " " else super(HelpFormatter, self)._fill_text(line, width, indent) for line in lines
-        )
+        fill = super()._fill_text
+        return "\n".join(line if line[:1] == " " else fill(line, width, indent) for line in text.splitlines())
 
 
 def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection[str] | None = None) -> None:
-    """One flag per dataclass field, or per one in `only`. Flags not given stay out, so that presets can fill them.
+    """Declare one flag per dataclass field, or per one in `only`, in the groups that the fields name.
 
-    What a model's own settings, a preset or a file switch on, `--no_` before the name switches off.
+    A flag that is not given leaves no value, so that presets can fill it. Every switch has both its flags: a value of
+    a file, a preset or a model is changed either way.
     """
-    for f in fields(settings):
-        if only is not None and f.name not in only:
-            continue
-        names = [f"--{f.name}", *f.metadata.get("flag", ())]
-        help = f.metadata["help"].replace("%", "%%")
-        common = {"dest": f.name, "default": argparse.SUPPRESS}
-        if f.type is bool and f.default:
-            parser.add_argument(*f.metadata["flag"], action="store_false", help=help, **common)
-        elif f.type is bool:
-            parser.add_argument(*names, action="store_true", help=help, **common)
-            parser.add_argument(f"--no_{f.name}", action="store_false", help=argparse.SUPPRESS, **common)
-        else:
-            kind, many = value_type(f.type)
-            shown = " ".join(f.default) if many else f.default
-            if shown not in (None, "") and "default:" not in help:
-                help += f" (default: {shown})"
-            extra = {"nargs": "+"} if many else {"choices": f.metadata.get("choices")}
-            if "bare" in f.metadata:
-                extra |= {"nargs": "?", "const": f.metadata["bare"]}
-            metavar = None if f.metadata.get("choices") else kind.__name__.upper()
-            parser.add_argument(*names, type=kind, metavar=metavar, help=help, **extra, **common)
+    chosen = [f for f in fields(settings) if only is None or f.name in only]
+    titles = [GROUPS[0] if f.metadata["common"] else f.metadata["group"] for f in chosen]
+    places = {title: parser.add_argument_group(title) for title in GROUPS if title in titles}
+    for f, title in zip(chosen, titles, strict=True):
+        for names, options in arguments(f):
+            places.get(title, parser).add_argument(*names, dest=f.name, default=argparse.SUPPRESS, **options)
+
+
+def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
+    """The flags of one setting, each with its names and the options of `add_argument`."""
+    names, text = [f"--{f.name}", *f.metadata["flag"]], f.metadata["help"].replace("%", "%%")
+    if f.type is bool:
+        off = [*f.metadata["flag"]] or [f"--no_{f.name}"]
+        on_help, off_help = (argparse.SUPPRESS, f"turn off: {text}") if f.default else (text, argparse.SUPPRESS)
+        return [
+            ([f"--{f.name}"], {"action": "store_true", "help": on_help}),
+            (off, {"action": "store_false", "help": off_help}),
+        ]
+    kind, several, _ = value_type(f)
+    shown = " ".join(f.default) if several else f.default
+    if shown not in (None, "") and "default:" not in text:
+        text += f" (default: {shown})"
+    choices = f.metadata["choices"] or None
+    options: dict[str, Any] = {"type": partial(read_value, f, kind), "help": text}
+    options |= {"metavar": None if choices else kind.__name__.upper()}
+    options |= {"nargs": "+"} if several else {"choices": choices}
+    if "bare" in f.metadata:
+        options |= {"nargs": "?", "const": f.metadata["bare"]}
+    return [(names, options)]
+
+
+def read_value(f: Field, kind: type, text: str) -> Any:
+    """Read one value of a flag. ArgumentTypeError, worded as errors of settings in files are, if it is wrong."""
+    try:
+        value: Any = kind(text)
+    except ValueError:
+        value = text
+    try:
+        return check_one(f, kind, value, "")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
 
 
 def given(args: argparse.Namespace, settings: type) -> dict:
@@ -83,3 +110,17 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def add_config(parser: Parser) -> None:
     """Declare --config."""
     parser.add_argument("--config", metavar="FILE", help="settings from a .toml file; flags win over it")
+
+
+PATHS = ("FILE", "DIR", "SCENE", "RUN", "MODEL", "PATH", "IMAGE", "ANNOTATIONS", "EVALUATION")
+COMPLETION = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}  # shtab.FILE
+
+
+def complete_paths(parser: argparse.ArgumentParser) -> None:
+    """Let the shell complete file names for every argument that takes one."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                complete_paths(sub)
+        elif action.metavar in PATHS or action.dest.endswith(("_dir", "_path")):
+            action.complete = COMPLETION  # type: ignore[attr-defined]

@@ -5,38 +5,34 @@ RUN/config.toml, which can be given to --config again.
 """
 
 import json
-import sys
 import tomllib
-import types
-import typing
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
-from bas.config import TrainConfig
+from bas.config import TrainConfig, check_setting, setting_rows
 from bas.errors import InputError, did_you_mean
 from bas.io.files import read_bytes
 
 CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
 
-Kinds = dict[str, tuple[type, bool]]  # the type of one value, and whether there are several
 
-
-def setting_kinds(settings: type) -> Kinds:
-    """The settings of a dataclass and what each of them holds."""
-    return {f.name: value_type(f.type) for f in fields(settings)}
-
-
-def read_config(path: str | None, kinds: Kinds) -> dict:
+def read_config(path: str | None, known: dict[str, Field]) -> dict[str, Any]:
     """The settings in a TOML file, lists as tuples; none without a path. InputError for what is no setting here."""
     if path is None:
         return {}
-    return check_settings(Path(path), read_toml(Path(path)), kinds)
+    return check_settings(Path(path), read_toml(Path(path)), known)
 
 
-def check_settings(file: Path, settings: dict, kinds: Kinds) -> dict:
-    """The settings that a file holds, lists as tuples. InputError for what is no setting here."""
-    return {name: _checked(file, name, value, kinds) for name, value in settings.items()}
+def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
+    """The settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
+    for name in settings.keys() - known.keys():
+        for row in known.values():
+            if row.type is bool and f"--{name}" in (f"--no_{row.name}", *row.metadata["flag"]):
+                raise InputError(f"{file}: {name} is a flag of the command: in a file write {row.name} = false")
+        raise InputError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
+    return {name: check_setting(known[name], value, f"{file}: {name}") for name, value in settings.items()}
 
 
 def read_toml(file: Path) -> dict:
@@ -60,30 +56,8 @@ def check_metadata(file: Path, facts: object) -> dict:
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     config = defaults | facts["config"]
     changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
-    check_settings(file, changed, setting_kinds(TrainConfig))
+    check_settings(file, changed, setting_rows(TrainConfig))
     return facts | {"config": config}
-
-
-def _checked(file: Path, name: str, value: object, kinds: Kinds) -> object:
-    """The value as its setting takes it. Raises InputError for an unknown name or a value of another kind."""
-    if name not in kinds:
-        raise InputError(f"{file}: unknown setting {name}{did_you_mean(name, kinds)}")
-    kind, many = kinds[name]
-    values = value if many and isinstance(value, list) else [value]
-    if many != isinstance(value, list) or not all(_is_a(entry, kind) for entry in values):
-        expected = "a list, each " * many + KIND_NAMES[kind]
-        raise InputError(f"{file}: {name} is {value!r:.60}, expected {expected}")
-    return tuple(values) if many else kind(value)
-
-
-KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def _is_a(value: object, kind: type) -> bool:
-    """Whether a value is of this kind; a whole number that a float can hold is a number too, true and false none."""
-    if kind is float and type(value) is int:
-        return abs(value) <= sys.float_info.max
-    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def to_toml(settings: dict) -> str:
@@ -98,12 +72,3 @@ def _literal(value: object) -> str:
     if isinstance(value, str):  # TOML's strings are JSON's, but for the character DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def value_type(annotation) -> tuple[type, bool]:
-    """The type of one value and whether the flag takes several: `int | None` is (int, False)."""
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    if isinstance(annotation, types.UnionType):
-        return next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType), False
-    return annotation, False

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from bas.config import TrainConfig
+from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.io.files import read_json, reading
-from bas.io.settings_file import check_settings, setting_kinds
+from bas.io.settings_file import check_settings
 from bas.models.bundle import Models
 from bas.pretrained import folder as model_folder
 from bas.pretrained.folder import STEMS, component_files
@@ -131,7 +131,7 @@ def read_model_row(folder: Path) -> dict | None:
     row = read_json(path).get("train", {})
     if not isinstance(row, dict):
         raise InputError(f"{path}: train is {row!r:.60}, expected settings by name")
-    return check_settings(path, row, setting_kinds(TrainConfig))
+    return check_settings(path, row, setting_rows(TrainConfig))
 
 
 def _hub_ids(name: str) -> list[str]:

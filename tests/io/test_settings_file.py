@@ -9,9 +9,9 @@ from bas.cli.commands import sample as sample_command
 from bas.cli.commands import train as train_command
 from bas.cli.entry import main
 from bas.cli.flags import Parser
-from bas.config import SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig, setting_rows
 from bas.errors import InputError
-from bas.io.settings_file import read_config, setting_kinds, to_toml
+from bas.io.settings_file import read_config, to_toml
 from bas.training.setup import check_input, setup_run
 from tests.helpers import tiny
 
@@ -42,7 +42,7 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
         seed=-(2**40),
         resume_from_checkpoint="latest",
     )
-    again = read_config(write(tmp_path, to_toml(asdict(config))), setting_kinds(TrainConfig))
+    again = read_config(write(tmp_path, to_toml(asdict(config))), setting_rows(TrainConfig))
     assert "resume_from_checkpoint" not in again
     assert "device" not in again  # it was None
     assert TrainConfig(**again, resume_from_checkpoint="latest") == config
@@ -69,7 +69,7 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
 def test_what_is_no_setting_is_named(text, message, tmp_path):
     path = write(tmp_path, text)
     with pytest.raises(InputError) as error:
-        read_config(path, setting_kinds(TrainConfig))
+        read_config(path, setting_rows(TrainConfig))
     assert str(error.value).startswith(f"{path}: {message}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
@@ -23,7 +23,7 @@ from bas.evaluation.runner import (
 )
 from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
-from bas.io.settings_file import read_config, setting_kinds
+from bas.io.settings_file import read_config
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import find, read_model_row
 from bas.runtime.distributed import Ranks, announce
@@ -92,7 +92,7 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan, fill and score this process's trials; the first process then writes the results."""
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
-    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **given(args, TrainConfig)}
+    explicit = {**read_config(args.config, setting_rows(TrainConfig)), **given(args, TrainConfig)}
     explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
     base = find(explicit.get("pretrained_model_name_or_path"))
     row, sampling = read_model_row(base), SampleConfig(**given(args, SampleConfig))

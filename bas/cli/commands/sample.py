@@ -1,18 +1,24 @@
 """Generate pictures from prompts, with a run's handles or with any Stable Diffusion model."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
-from bas.config import SampleConfig
+from bas.config import SampleConfig, Settings, setting, setting_rows
 from bas.errors import InputError
 from bas.io.figures import grid
 from bas.io.images import image_path, save_images
-from bas.io.settings_file import read_config, setting_kinds
+from bas.io.settings_file import read_config
 from bas.sampling.sampler import check_request, sample_each
 
-REQUEST = {"prompt": (str, True), "model_path": (str, False)}  # what --config may hold beside SampleConfig
+
+@dataclass(frozen=True)
+class Request(Settings):
+    """What --config may hold beside SampleConfig."""
+
+    prompt: tuple[str, ...] = setting((), "one prompt or several")
+    model_path: str | None = setting(None, "run, model folder, .safetensors file or known name")
 
 
 EXAMPLES = (
@@ -35,7 +41,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sample and write the pictures, each with the settings that made it."""
-    settings = read_config(args.config, setting_kinds(SampleConfig) | REQUEST)
+    settings = read_config(args.config, setting_rows(SampleConfig) | setting_rows(Request))
     prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
     args.prompt = args.prompt or list(prompt or ())
     if args.model_path is None and args.run is None:

@@ -10,10 +10,10 @@ import torch
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import TrainConfig
+from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError, RunError
 from bas.io.run_files import read_concepts
-from bas.io.settings_file import read_config, setting_kinds
+from bas.io.settings_file import read_config
 from bas.pretrained.hub import train_config
 from bas.runtime.device import is_out_of_memory
 from bas.runtime.distributed import Ranks, announce
@@ -52,7 +52,7 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and say how to sample from the result."""
     flags = given(args, TrainConfig)
-    explicit = {**read_config(args.config, setting_kinds(TrainConfig)), **flags}
+    explicit = {**read_config(args.config, setting_rows(TrainConfig)), **flags}
     named = explicit.pop("instance_data_dir", None)
     if args.scenes and "instance_data_dir" in flags and [named] != args.scenes:
         raise InputError(f"two scenes: {args.scenes[0]} and --instance_data_dir {named}")
