@@ -1,12 +1,26 @@
 """Settings: their limits, the layers they come from, the presets."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from bas.cli.flags import Parser, add_fields
-from bas.config import PRESETS, SampleConfig, TrainConfig
+from bas.config import (
+    GROUPS,
+    PLAIN,
+    PRESETS,
+    CocoConfig,
+    EditConfig,
+    ProposalConfig,
+    SampleConfig,
+    StudyConfig,
+    TrainConfig,
+    VaryConfig,
+    flag_of,
+    setting_rows,
+    value_type,
+)
 from tests.helpers.tiny import refused
 
 OFFICIAL = {  # defaults of the official train.py, by its own names
@@ -45,74 +59,124 @@ def test_defaults_are_the_official_ones():
     assert TrainConfig.resolve({}) == config
 
 
-def test_every_setting_has_a_gloss():
-    for settings in (TrainConfig, SampleConfig):
-        assert all(f.metadata["help"] for f in fields(settings))
-
-
-AT_LEAST = {
-    0: ("phase1_train_steps", "phase2_train_steps", "lr_warmup_steps", "img_log_steps", "checkpointing_steps"),
-    1: (
-        *("train_batch_size", "gradient_accumulation_steps", "num_class_images", "sample_batch_size", "log_steps"),
-        *("preview_inference_steps", "checkpoints_total_limit", "lr_num_cycles"),
-        *("num_of_assets", "resolution", "attention_grid"),
-    ),
+EVERY_DATACLASS = (TrainConfig, SampleConfig, VaryConfig, EditConfig, ProposalConfig, CocoConfig, StudyConfig)
+STEPS, COUNT = (0, 1_000_000), (1, 1_000_000)
+WHOLE = {  # the range of every whole number
+    TrainConfig: {
+        **dict.fromkeys(("phase1_train_steps", "phase2_train_steps", "lr_warmup_steps"), STEPS),
+        **dict.fromkeys(("img_log_steps", "checkpointing_steps"), STEPS),
+        **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "num_class_images"), COUNT),
+        **dict.fromkeys(("sample_batch_size", "log_steps", "preview_inference_steps"), COUNT),
+        **dict.fromkeys(("checkpoints_total_limit", "lr_num_cycles", "num_of_assets", "collection_size"), COUNT),
+        **dict.fromkeys(("resolution", "attention_grid"), (1, 16_384)),
+        "seed": (-(2**62), 2**62),
+    },
+    SampleConfig: {
+        **dict.fromkeys(("num_inference_steps", "num_images", "batch_size"), COUNT),
+        **dict.fromkeys(("height", "width"), (1, 16_384)),
+        "steps_offset": STEPS,
+        "seed": (-(2**62), 2**62),
+    },
+    ProposalConfig: {"grow": (-1000, 1000), "max_concepts": COUNT},
+    CocoConfig: {"scenes": COUNT, "min_things": (1, 4), "max_things": (2, 1_000_000), "seed": (0, 2**62)},
+    StudyConfig: {"pages": (1, 1000), "questions": (2, 500), "seed": (0, 2**62)},
+}
+EVERYTHING_OR_MORE = (0.0, 1e300, -1e-9, float("inf"))
+PROBABILITY, DECAY = (0.0, 1.0, -1e-9, 1.001), (0.0, 0.999, -1e-9, 1.0)
+INSIDE = (0.001, 0.999, 0.0, 1.0)
+NUMBERS = {  # of every other number: two at its ends that pass, two beyond them that do not
+    TrainConfig: {
+        **dict.fromkeys(("initial_learning_rate", "learning_rate", "lambda_attention"), EVERYTHING_OR_MORE),
+        **dict.fromkeys(("prior_loss_weight", "max_grad_norm", "adam_weight_decay"), EVERYTHING_OR_MORE),
+        **dict.fromkeys(("adam_epsilon", "lr_power"), EVERYTHING_OR_MORE),
+        **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+        "flip_probability": PROBABILITY,
+    },
+    SampleConfig: {"guidance_scale": EVERYTHING_OR_MORE, "eta": PROBABILITY},
+    EditConfig: {"blending_start_percentage": DECAY},
+    ProposalConfig: {"threshold": INSIDE, "min_coverage": INSIDE, "smooth": (0.0, 1000.0, -1e-9, 1000.1)},
+    CocoConfig: {"min_share": INSIDE},
 }
 
 
-@pytest.mark.parametrize(("least", "name"), [(least, name) for least, names in AT_LEAST.items() for name in names])
-def test_whole_numbers_have_a_least_value(least, name):
-    assert getattr(replace(TrainConfig(), **{name: least}), name) == least
-    with refused(f"--{name} is {least - 1}", f"expected {least} or more"):
-        TrainConfig(**{name: least - 1})
+def test_every_setting_has_a_help_and_every_training_setting_a_heading():
+    for settings in EVERY_DATACLASS:
+        assert all(row.metadata["help"] for row in fields(settings))
+    assert all(row.metadata["group"] in GROUPS for row in fields(TrainConfig))
+    assert sum(row.metadata["common"] for row in fields(TrainConfig)) == 10
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("initial_learning_rate", "learning_rate", "lambda_attention", "prior_loss_weight", "max_grad_norm"),
-        *("adam_weight_decay", "adam_epsilon", "lr_power"),
-    ],
-)
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_rates_and_weights_are_finite_and_not_negative(name, value):
-    TrainConfig(**{name: 0.0})
-    with refused(f"--{name} is {value}", "finite number"):
-        TrainConfig(**{name: value})
+def test_every_number_of_every_dataclass_has_a_range_in_this_file():
+    for settings in (TrainConfig, SampleConfig, ProposalConfig, CocoConfig, StudyConfig):
+        kinds = {name: value_type(row)[0] for name, row in setting_rows(settings).items()}
+        assert {name for name, kind in kinds.items() if kind is int} == WHOLE[settings].keys()
+        assert {name for name, kind in kinds.items() if kind is float} == NUMBERS.get(settings, {}).keys()
 
 
-@pytest.mark.parametrize(
-    ("settings", "flags", "words"),
-    [
-        (TrainConfig, {"flip_probability": 1.1}, "--flip_probability is 1.1"),
-        (TrainConfig, {"phase1_train_steps": 10**18}, "is 1000000000000000000: expected 1000000 or less"),
-        (TrainConfig, {"train_batch_size": 10**9}, "--train_batch_size is 1000000000: expected 1000000 or less"),
-        (TrainConfig, {"resolution": 10**9}, "--resolution is 1000000000: expected 16384 or less"),
-        (TrainConfig, {"seed": 2**64}, "--seed is 18446744073709551616: expected"),
-        (SampleConfig, {"num_images": 10**12}, "--num_images is 1000000000000: expected 1000000 or less"),
-        (SampleConfig, {"width": 10**9}, "--width is 1000000000: expected 16384 or less"),
-        (SampleConfig, {"seed": -(2**64)}, "--seed is -18446744073709551616: expected"),
-        (TrainConfig, {"adam_beta1": 1.0}, "--adam_beta1 is 1.0"),
-        (TrainConfig, {"adam_beta2": -0.1}, "--adam_beta2 is -0.1"),
-        (TrainConfig, {"preset": "fast"}, "expected one of official, paper"),
-        (TrainConfig, {"optimizer": "sgd"}, "expected one of adamw, adam"),
-        (TrainConfig, {"subset_sampling": "none"}, "expected one of union, uniform, single, all"),
-        (TrainConfig, {"mixed_precision": "fp8"}, "expected one of auto, no, fp16, bf16"),
-        (TrainConfig, {"lr_scheduler": "step"}, "expected one of constant"),
-        (TrainConfig, {"save_precision": "int8"}, "expected one of fp32, fp16, bf16"),
-        (SampleConfig, {"num_inference_steps": 0}, "--num_inference_steps is 0"),
-        (SampleConfig, {"num_images": 0}, "--num_images is 0"),
-        (SampleConfig, {"batch_size": -2}, "--batch_size is -2"),
-        (SampleConfig, {"height": 0}, "--height is 0"),
-        (SampleConfig, {"width": -8}, "--width is -8"),
-        (SampleConfig, {"guidance_scale": float("nan")}, "--guidance_scale is nan"),
-        (SampleConfig, {"eta": 1.5}, "--eta is 1.5"),
-        (SampleConfig, {"sampler": "euler"}, "expected one of ddim, ddpm, dpmpp_2m"),
-    ],
-)
-def test_what_is_out_of_range_is_refused(settings, flags, words):
-    with refused(words):
-        settings(**flags)
+def test_whole_numbers_keep_within_their_range():
+    for settings, ranges in WHOLE.items():
+        for name, (least, most) in ranges.items():
+            for value in (least, most):
+                others = {"lr_scheduler": "linear"} if name == "lr_warmup_steps" else {}
+                assert getattr(settings(**{name: value} | others), name) == value
+            for value in (least - 1, most + 1):
+                with refused(f"--{name} is {value}: expected a whole number from {least} to {most}"):
+                    settings(**{name: value})
+            for value in (1.5, True, "1"):
+                with refused(f"--{name} is {value!r}: expected a whole number"):
+                    settings(**{name: value})
+
+
+def test_numbers_keep_within_their_range():
+    for settings, ranges in NUMBERS.items():
+        for name, (least, most, below, beyond) in ranges.items():
+            for value in (least, most):
+                assert getattr(settings(**{name: value}), name) == value
+            for value in (below, beyond, float("nan"), float("inf"), -float("inf"), False, "1", 10**400):
+                with refused(f"--{name} is {value!r:.60}: expected a finite number"):
+                    settings(**{name: value})
+
+
+def test_the_range_is_said_as_it_is():
+    for settings, flags, expected in (
+        (TrainConfig, {"learning_rate": -1}, "a finite number, 0 or more"),
+        (TrainConfig, {"flip_probability": 1.1}, "a finite number, 0 or more and 1 or less"),
+        (TrainConfig, {"adam_beta1": 1.0}, "a finite number, 0 or more and less than 1"),
+        (ProposalConfig, {"threshold": 1.0}, "a finite number, more than 0 and less than 1"),
+        (CocoConfig, {"min_things": 3, "max_things": 2}, "a whole number from 3 to 1000000"),
+    ):
+        (name, value) = [*flags.items()][-1]
+        with refused(f"--{name} is {value!r}: expected {expected}"):
+            settings(**flags)
+
+
+def test_a_text_with_choices_is_one_of_them():
+    for settings in EVERY_DATACLASS:
+        for row in fields(settings):
+            for value in row.metadata["choices"]:
+                others = PLAIN if row.name == "method" else {}
+                assert getattr(settings(**{row.name: value} | others), row.name) == value
+            if row.metadata["choices"]:
+                with refused(f"--{row.name} is 'x': expected one of {', '.join(row.metadata['choices'])}"):
+                    settings(**{row.name: "x"})
+
+
+def test_switches_take_true_and_false_alone():
+    for settings in EVERY_DATACLASS:
+        for name in (row.name for row in fields(settings) if row.type is bool):
+            for value in (0, 1, "true", None):
+                with refused(f"--{name} is {value!r}: expected true or false"):
+                    settings(**{name: value})
+
+
+def test_only_what_may_be_left_open_takes_none():
+    for settings in EVERY_DATACLASS:
+        for row in fields(settings):
+            if value_type(row)[2]:
+                assert getattr(settings(**{row.name: None}), row.name) is None
+            else:
+                with refused(f"{row.name if row.type is not bool else ''} is None: expected"):
+                    settings(**{row.name: None})
 
 
 def test_later_layers_win():
@@ -167,14 +231,52 @@ def test_a_card_lies_between_the_preset_and_the_flags():
 
 
 def test_settings_from_python_are_taken_as_those_of_flags():
-    """Paths as their text; what is no whole number, or one text where several are expected, is refused."""
-    config = TrainConfig(output_dir=Path("runs") / "a", class_data_dir=Path("b"))
-    assert (config.output_dir, config.class_data_dir) == (str(Path("runs") / "a"), "b")
-    for wrong in ({"phase2_train_steps": 0.5}, {"phase1_train_steps": True}):
-        with refused("expected a whole number"):
+    """Paths as their text, lists as tuples; one text where several are expected is refused."""
+    config = TrainConfig(output_dir=Path("runs") / "a", class_data_dir=Path("b"), handles=["toy"], learning_rate=1)
+    assert (config.output_dir, config.class_data_dir, config.handles) == (str(Path("runs") / "a"), "b", ("toy",))
+    assert isinstance(config.learning_rate, float)
+    for wrong, message in (
+        ({"handles": "ab"}, "--handles is 'ab': expected a list"),
+        ({"handles": ("a", 1)}, "--handles is 1: expected a string"),
+        ({"output_dir": 5}, "--output_dir is 5: expected a string"),
+        ({"output_dir": ""}, "--output_dir is empty"),
+        ({"pretrained_model_name_or_path": ""}, "--weights is empty"),
+        ({"output_dir": "a\udc80"}, "is not UTF-8"),
+    ):
+        with refused(message):
             TrainConfig(**wrong)
-    with refused("--handles is 'ab': expected several, as a tuple"):
-        TrainConfig(handles="ab")
+
+
+def test_a_flag_is_refused_in_the_words_of_a_file_and_of_python(capsys):
+    parser = Parser(prog="bas")
+    add_fields(parser, TrainConfig)
+    for words, message in (
+        (["--log_steps", "0"], "--log_steps is 0: expected a whole number from 1 to 1000000"),
+        (["--log_steps", "1e3"], "--log_steps is '1e3': expected a whole number from 1 to 1000000"),
+        (
+            ["--flip_probability", "half"],
+            "--flip_probability is 'half': expected a finite number, 0 or more and 1 or less",
+        ),
+        (["--preset", "fast"], "--preset is 'fast': expected one of official, paper"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(words)
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f"bas: {message} (bas --help lists the flags)\n"
+
+
+def test_a_switch_can_be_set_either_way_and_says_which_way_helps():
+    """What is on by default has its turn-off flag in the help, described from the setting's own words."""
+    parser = Parser(prog="bas")
+    add_fields(parser, TrainConfig)
+    shown = " ".join(parser.format_help().split())
+    for row in fields(TrainConfig):
+        if row.type is bool:
+            off = flag_of(row) if row.default else f"--no_{row.name}"
+            assert vars(parser.parse_args([f"--{row.name}"])) == {row.name: True}
+            assert vars(parser.parse_args([off])) == {row.name: False}
+            told = f"{off} turn off: {row.metadata['help']}" if row.default else f"--{row.name} {row.metadata['help']}"
+            assert told in shown
 
 
 def test_what_a_base_switches_on_a_flag_switches_off():

@@ -55,15 +55,27 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
         ("learning_rat = 1", "unknown setting learning_rat; did you mean learning_rate?"),
         ("zzzz = 1", "unknown setting zzzz"),
         ("[train]\nseed = 1", "unknown setting train"),
-        ("seed = 1.5", "seed is 1.5, expected a whole number"),
-        ("seed = true", "seed is True, expected a whole number"),
-        ("resolution = '64'", "resolution is '64', expected a whole number"),
-        ("center_crop = 1", "center_crop is 1, expected true or false"),
-        ("learning_rate = 'fast'", "learning_rate is 'fast', expected a number"),
-        (f"learning_rate = 1{'0' * 400}", f"learning_rate is 1{'0' * 59}, expected a number"),
-        ("handles = '<toy>'", "handles is '<toy>', expected a list, each a string"),
-        ("handles = ['<toy>', 1]", "handles is ['<toy>', 1], expected a list, each a string"),
-        ("optimizer = ['adam']", "optimizer is ['adam'], expected a string"),
+        ("seed = 1.5", "seed is 1.5: expected a whole number"),
+        ("seed = true", "seed is True: expected a whole number"),
+        ("log_steps = 0", "log_steps is 0: expected a whole number from 1 to 1000000"),
+        ("resolution = '64'", "resolution is '64': expected a whole number from 1 to 16384"),
+        ("center_crop = 1", "center_crop is 1: expected true or false"),
+        ("learning_rate = 'fast'", "learning_rate is 'fast': expected a finite number, 0 or more"),
+        (f"learning_rate = 1{'0' * 400}", f"learning_rate is 1{'0' * 59}: expected a finite number"),
+        ("handles = '<toy>'", "handles is '<toy>': expected a list"),
+        ("handles = ['<toy>', 1]", "handles is 1: expected a string"),
+        ("optimizer = ['adam']", "optimizer is ['adam']: expected a string"),
+        ("optimizer = 'sgd'", "optimizer is 'sgd': expected one of adamw, adam, adamw8bit"),
+        ("output_dir = ''", "output_dir is empty"),
+        (
+            "no_prior_preservation = true",
+            "no_prior_preservation is a flag of the command: in a file write with_prior_preservation = false",
+        ),
+        (
+            "do_not_apply_masked_loss = true",
+            "do_not_apply_masked_loss is a flag of the command: in a file write apply_masked_loss = false",
+        ),
+        ("no_close_ups = true", "no_close_ups is a flag of the command: in a file write close_ups = false"),
     ],
 )
 def test_what_is_no_setting_is_named(text, message, tmp_path):
@@ -120,20 +132,20 @@ def test_the_command_names_the_nearest(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("learning_rate = nan", "--learning_rate is nan: expected a finite number"),
-        ("learning_rate = inf", "--learning_rate is inf: expected a finite number"),
-        ("learning_rate = 1e999", "--learning_rate is inf: expected a finite number"),
-        ("learning_rate = -1", "--learning_rate is -1.0: expected a finite number"),
-        ("adam_beta1 = nan", "--adam_beta1 is nan"),
-        ("resolution = 1_000_000_000", "--resolution is 1000000000: expected 16384 or less"),
-        ("phase1_train_steps = -1", "--phase1_train_steps is -1: expected 0 or more"),
-        ("seed = 100_000_000_000_000_000_000", "--seed is 100000000000000000000: expected"),
+        ("learning_rate = nan", "learning_rate is nan: expected a finite number"),
+        ("learning_rate = 1e999", "learning_rate is inf: expected a finite number"),
+        ("learning_rate = -1", "learning_rate is -1: expected a finite number"),
+        ("adam_beta1 = nan", "adam_beta1 is nan"),
+        ("resolution = 1_000_000_000", "resolution is 1000000000: expected a whole number from 1 to 16384"),
+        ("phase1_train_steps = -1", "phase1_train_steps is -1: expected a whole number from 0 to 1000000"),
+        ("seed = 100_000_000_000_000_000_000", "seed is 100000000000000000000: expected"),
     ],
 )
 def test_numbers_out_of_range_are_one_line(line, words, bench, tmp_path, capsys):
-    assert main(["train", str(bench.scene), "--weights", str(bench.model), "--config", write(tmp_path, line)]) == 2
+    path = write(tmp_path, line)
+    assert main(["train", str(bench.scene), "--weights", str(bench.model), "--config", path]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"bas: {words}")
+    assert error.startswith(f"bas: {path}: {words}")
     assert error.count("\n") == 1
 
 
