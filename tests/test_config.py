@@ -60,6 +60,11 @@ def test_defaults_are_the_official_ones():
 
 
 EVERY_DATACLASS = (TrainConfig, SampleConfig, VaryConfig, EditConfig, ProposalConfig, CocoConfig, StudyConfig)
+BESIDE = {  # what some values need
+    "lr_warmup_steps": {"lr_scheduler": "linear"},
+    "min_things": {"max_things": 1_000_000},
+    "max_things": {"min_things": 1},
+}
 STEPS, COUNT = (0, 1_000_000), (1, 1_000_000)
 WHOLE = {  # the range of every whole number
     TrainConfig: {
@@ -78,7 +83,7 @@ WHOLE = {  # the range of every whole number
         "seed": (-(2**62), 2**62),
     },
     ProposalConfig: {"grow": (-1000, 1000), "max_concepts": COUNT},
-    CocoConfig: {"scenes": COUNT, "min_things": (1, 4), "max_things": (2, 1_000_000), "seed": (0, 2**62)},
+    CocoConfig: {"scenes": COUNT, "min_things": COUNT, "max_things": COUNT, "seed": (0, 2**62)},
     StudyConfig: {"pages": (1, 1000), "questions": (2, 500), "seed": (0, 2**62)},
 }
 EVERYTHING_OR_MORE = (0.0, 1e300, -1e-9, float("inf"))
@@ -117,7 +122,7 @@ def test_whole_numbers_keep_within_their_range():
     for settings, ranges in WHOLE.items():
         for name, (least, most) in ranges.items():
             for value in (least, most):
-                others = {"lr_scheduler": "linear"} if name == "lr_warmup_steps" else {}
+                others = BESIDE.get(name, {})
                 assert getattr(settings(**{name: value} | others), name) == value
             for value in (least - 1, most + 1):
                 with refused(f"--{name} is {value}: expected a whole number from {least} to {most}"):

@@ -21,7 +21,7 @@ from bas.data.mask_proposals import (
     propose,
     refine,
 )
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from tests.helpers.tiny import refused, tokenizer
 
 W, H = 60, 40
@@ -328,11 +328,11 @@ def test_bad_requests_are_one_line(folders, picture, method, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"threshold": 1.0}, "--threshold is 1.0: expected more than 0 and less than 1"),
-        ({"min_coverage": 0.0}, "--min_coverage is 0.0: expected more than 0 and less than 1"),
-        ({"smooth": -1.0}, "--smooth is -1.0: expected 0 to 1000"),
-        ({"grow": 1001}, "--grow is 1001: expected -1000 to 1000"),
-        ({"max_concepts": 0}, "--max_concepts is 0: expected 1 or more"),
+        ({"threshold": 1.0}, "--threshold is 1.0: expected a finite number, more than 0 and less than 1"),
+        ({"min_coverage": 0.0}, "--min_coverage is 0.0: expected a finite number, more than 0 and less than 1"),
+        ({"smooth": -1.0}, "--smooth is -1.0: expected a finite number, 0 or more and 1000 or less"),
+        ({"grow": 1001}, "--grow is 1001: expected a whole number from -1000 to 1000"),
+        ({"max_concepts": 0}, "--max_concepts is 0: expected a whole number from 1"),
     ],
 )
 def test_settings_are_checked(changes, message):

@@ -73,7 +73,10 @@ def no_weights(monkeypatch):
 
 
 TRAIN = [
-    ("train {scene} --weights {model} --phase1_train_steps -1", "--phase1_train_steps is -1: expected 0 or more"),
+    (
+        "train {scene} --weights {model} --phase1_train_steps -1",
+        "--phase1_train_steps is -1: expected a whole number from 0",
+    ),
     ("train {scene} --weights {model} --phase1_train_steps 0 --phase2_train_steps 0", "both phases have 0 steps"),
     ("train {scene} --weights {model} --device abacus", "--device abacus cannot be used here"),
     ("train {scene} --weights {unset}", "the model's name is empty"),
@@ -137,7 +140,7 @@ SAMPLE = [
     ("vary {taught} --output_dir {new} --num_inference_steps 1001", "1001 denoising steps: this model was trained"),
     ("explore {taught} --output_dir {new} --num_inference_steps 1001", "1001 denoising steps: this model was trained"),
     ("attend {taught} --output_dir {new} --prompt <asset0> --num_inference_steps 1001", "1001 denoising steps"),
-    ("sample {taught} --prompt bowl --num_images 0", "--num_images is 0: expected 1 or more"),
+    ("sample {taught} --prompt bowl --num_images 0", "--num_images is 0: expected a whole number from 1"),
     ("sample {taught} --prompt bowl --output_path a.gif", "--output_path a.gif: name a .png, .jpg or .webp file"),
     ("sample {taught} --prompt bowl --output_path {file}/a.png", "file is in the way"),
     ("sample {taught} --prompt bowl --device abacus", "--device abacus cannot be used here"),
@@ -151,7 +154,7 @@ SAMPLE = [
         "explore {taught} --output_dir {new} --contexts snow <toy>",
         "unknown handle <toy> in 'a photo of <asset0> <toy>'",
     ),
-    ("explore {taught} --output_dir {new} --eta 2", "--eta is 2.0: expected 0 to 1"),
+    ("explore {taught} --output_dir {new} --eta 2", "--eta is 2.0: expected a finite number, 0 or more"),
     ("attend {taught} --output_dir {new} --prompt bowl", "'bowl' holds no handle: name one, or ask for all --words"),
     ("attend {taught} --output_dir {new} --prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
     ("attend {taught} --output_dir {new} --prompt <asset0> --attention_grid 5", "no cross-attention on 5 cells"),
@@ -195,7 +198,10 @@ OTHERS = [
     ("masks {scene} --weights {model} --points 1,2", "--points goes with --auto"),
     ("masks {scene}/img.png --auto clipseg --output_dir {new}", "--auto clipseg needs --words, one per concept"),
     ("masks {scene}/img.png --auto clipseg --points 1,2 --output_dir {new}", "--points is for --auto sam, not clipseg"),
-    ("masks {scene}/img.png --auto sam --threshold 2 --output_dir {new}", "--threshold is 2.0: expected more than 0"),
+    (
+        "masks {scene}/img.png --auto sam --threshold 2 --output_dir {new}",
+        "--threshold is 2.0: expected a finite number, more than 0",
+    ),
     (
         "masks {scene}/img.png --auto sam --points 99,2 --output_dir {new}",
         "'99,2': expected x,y in pixels, inside 32x32",
