@@ -6,21 +6,23 @@ from torch import Tensor
 
 from bas.models.unet import AttentionMap
 
-ATTENTION_FLOOR = 1e-6  # smallest divisor when a map is scaled by its maximum: a dead map gives 0, not nan
+ATTENTION_FLOOR = 1e-6  # smallest divisor of a map: a map of zeros gives 0, not nan
 
 
 def resize_mask(mask: Tensor, h: int, w: int) -> Tensor:
-    """Nearest neighbour, as the official code: takes the first pixel of each cell. (..., H, W) -> (..., h, w)"""
+    """Resize by nearest neighbour, which takes the first pixel of each cell. (..., H, W) -> (..., h, w)"""
     flat = mask.reshape(1, -1, *mask.shape[-2:])
     return F.interpolate(flat, size=(h, w), mode="nearest").reshape(*mask.shape[:-2], h, w)
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
-    """Reconstruction inside the mask (eq. 1). prediction, target: (b, c, h, w); mask: (b, 1, h, w) in 0..1 -> scalar
+    """The reconstruction loss inside the mask (paper, eq. 1).
 
-    The mean runs over ALL cells, so a small mask gives a small loss; `normalize` divides each sample's loss by its own
-    masked share. A soft mask enters squared, because it multiplies both sides of the difference.
+    prediction, target: (b, c, h, w); mask: (b, 1, h, w) in 0..1 -> scalar. The mean runs over all cells, so a small
+    mask gives a small loss; `normalize` divides each sample's loss by its masked share. A soft mask enters squared,
+    because it multiplies both sides of the difference.
     """
+    # eq. 1: || eps * M - eps_theta(z_t, t, p) * M ||^2
     prediction, target = prediction.float() * mask, target.float() * mask
     if not normalize:
         return F.mse_loss(prediction, target)
@@ -29,9 +31,9 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool
 
 
 def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "up")) -> Tensor:
-    """Mean over heads and layers of the maps from these parts of the UNet (eq. 2's CA). -> (b, h, w, k)
+    """The mean over heads and layers of the maps from these places of the UNet (CA of eq. 2). -> (b, h, w, k)
 
-    All maps must share one grid. Each head of each layer counts once, as in the official code.
+    Each head of each layer has the same weight. Raises ValueError for maps on several grids, or none.
     """
     chosen = [m.probs for m in maps if m.place in places]
     if not chosen:
@@ -43,18 +45,19 @@ def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "u
 
 
 def handle_maps(average: Tensor, positions: Tensor) -> Tensor:
-    """The columns of the handles' tokens. average: (b, h, w, k), positions: (b, n) token indices -> (b, n, h, w)"""
+    """Select the maps of the handles' tokens. average: (b, h, w, k), positions: (b, n) token indices -> (b, n, h, w)"""
     index = positions[:, None, None, :].expand(-1, *average.shape[1:3], -1)
     return rearrange(average.gather(-1, index), "b h w n -> b n h w")
 
 
 def attention_loss(average: Tensor, positions: Tensor, masks: Tensor, present: Tensor) -> Tensor:
-    """Draws each handle's attention onto its mask (eq. 2). -> scalar
+    """The distance between each handle's attention map and its mask (paper, eq. 2). -> scalar
 
-    average: (b, h, w, k) from `average_maps`; positions: (b, n) where each handle's token stands; masks: (b, n, h, w)
-    in 0..1; present: (b, n) 1 for a handle in the prompt, 0 for padding. Each map is divided by its maximum (through
-    which the gradient flows); squared errors are averaged over cells, summed over handles, averaged over the batch.
+    average: (b, h, w, k) from `average_maps`; positions: (b, n) token indices of the handles; masks: (b, n, h, w) in
+    0..1; present: (b, n) 1 for a handle in the prompt, 0 for padding. Each map is divided by its maximum, through which
+    the gradient flows. Squared errors are averaged over cells, summed over handles and averaged over the batch.
     """
+    # eq. 2: || CA(v_i, z_t) - M_i ||^2
     maps = handle_maps(average, positions)
     maps = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=ATTENTION_FLOOR)
     errors = (maps - masks).square().mean(dim=(-2, -1))
@@ -62,12 +65,11 @@ def attention_loss(average: Tensor, positions: Tensor, masks: Tensor, present: T
 
 
 def attention_cross_entropy(average: Tensor, positions: Tensor, masks: Tensor, present: Tensor) -> Tensor:
-    """Lets each cell choose its handle: the other way to draw attention onto masks, of PartCraft (Ng et al. 2024).
+    """The cross-entropy between the handles' shares of each cell and the masks (PartCraft, Ng et al. 2024). -> scalar
 
-    Takes what `attention_loss` takes. A cell's attention to the prompt's handles, divided by its sum, is read as the
-    probabilities of the handles; the loss is their cross-entropy with the masks, averaged over all cells and the batch.
-    So handles compete for cells, and nothing is asked of cells outside all masks. A handle alone has no rival: its
-    share is 1 everywhere and its loss 0.
+    Arguments as for `attention_loss`. A cell's attention to the handles, divided by its sum, gives the handles'
+    probabilities; the cross-entropy with the masks is averaged over all cells and the batch. Handles compete for cells;
+    cells outside all masks add nothing. The loss of a single handle is 0, because its share is 1 everywhere.
     """
     maps = handle_maps(average, positions) * present[:, :, None, None]
     shares = maps / maps.sum(dim=1, keepdim=True).clamp(min=ATTENTION_FLOOR)

@@ -1,1 +1,1 @@
-"""The networks of Stable Diffusion, written out: layers, attention, UNet, VAE and the text tower."""
+"""The networks of Stable Diffusion: layers, attention, UNet, VAE and text encoder."""

@@ -1,7 +1,7 @@
-"""Attention of the UNet. Cross-attention hands out its probabilities: the attention loss (paper, eq. 2) reads them.
+"""The UNet's attention layers. Cross-attention can return its probabilities, which the attention loss reads (eq. 2).
 
-Self-attention always runs fused. Cross-attention runs fused too, unless the caller asks for the probabilities:
-then they are computed openly and returned beside the output, part of the graph like any other tensor.
+The probabilities are an output like any other: gradients flow through them, without hooks. Where the caller does not
+ask for them, attention runs fused.
 """
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Every cell of the picture looks at every other; the n x n matrix never exists in memory."""
+    """Attention of every cell of the grid to every other."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every cell of the picture looks at the tokens of the prompt."""
+    """Attention of every cell of the grid to the tokens of the prompt."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -54,14 +54,14 @@ class CrossAttention(nn.Module):
         v = split_heads(self.to_v(context), self.heads)
         if not with_probs:
             return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v))), None
-        # The query is scaled before the product: after it, SD 2.1's logits overflow half precision.
+        # Scaled before the product: after it, SD 2.1's logits overflow fp16.
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         probs = logits.float().softmax(dim=-1)
         return self.to_out(merge_heads(probs.to(v.dtype) @ v)), probs
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half gates the other (Shazeer 2020)."""
+    """A linear layer, one half of whose output gates the other: value * GELU(gate) (Shazeer 2020)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -74,7 +74,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's pointwise network, four times as wide inside. Index 1 of `net` is the checkpoint's dropout."""
+    """The transformer's feed-forward network, four times as wide inside. Index 1 of `net` is the checkpoint's dropout."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each behind its own norm and skip connection."""
+    """Self-attention, cross-attention and feed-forward, each with its own norm and skip connection."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()

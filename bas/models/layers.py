@@ -1,7 +1,7 @@
-"""Building blocks shared by the UNet and the VAE: time embedding, residual block, down- and upsampling.
+"""Layers shared by the UNet and the VAE: time embedding, residual block, down- and upsampling.
 
-Attribute names are those of the checkpoint files, so `state_dict()` needs no renaming.
-Shape legend of the whole package: b batch, c channels, h w rows and columns, n queries, k keys, d features.
+Attributes have the names of diffusers' checkpoints, so `state_dict()` needs no renaming.
+Shapes in the whole package: b batch, c channels, h w rows and columns, n queries, k keys, d features.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
     """Sinusoidal features of the timestep (Ho et al. 2020, after Vaswani et al. 2017, section 3.5).
 
-    timesteps: (b,) in 0..T-1.  Returns (b, dim) float32; `flip_sin_to_cos` puts the cosines first, as SD does.
+    timesteps: (b,) in 0..T-1 -> (b, dim) float32. `flip_sin_to_cos` puts the cosines first, as SD does.
     """
     half = dim // 2
     # Product before quotient, as in the original code: the other order moves the angles of late timesteps by 6e-5.
@@ -25,7 +25,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers that turn sinusoidal features into the embedding every residual block receives."""
+    """Two linear layers from the sinusoidal features to the embedding that every residual block receives."""
 
     def __init__(self, features: int, dim: int):
         super().__init__()
@@ -38,9 +38,9 @@ class TimeEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a skip connection; the time embedding shifts the features between.
+    """Two normalised 3x3 convolutions with a skip connection; the time embedding is added between them.
 
-    `time_dim=None` leaves the time path out (the VAE's blocks).
+    `time_dim=None` leaves the time embedding out, as the VAE does.
     """
 
     def __init__(self, c_in: int, c_out: int, time_dim: int | None, groups: int, eps: float):
@@ -62,7 +62,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the grid with a strided convolution. The UNet pads all around, the VAE only right and below."""
+    """A strided convolution that halves the grid. The UNet pads on all sides, the VAE on the right and below only."""
 
     def __init__(self, channels: int, pad_all_around: bool):
         super().__init__()
@@ -75,7 +75,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the grid by repeating each cell, then smooth with a convolution."""
+    """Nearest-neighbour upsampling to twice the grid, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1 and 2 (Rombach et al. 2022, section 3.3), after the checkpoint's config.
+"""The denoising UNet of Stable Diffusion 1 and 2 (Rombach et al. 2022, section 3.3), built from its config.
 
 Cross-attention probabilities are ordinary outputs: `unet(z_t, t, context, return_maps=(16, 16)).maps`.
 """
@@ -16,26 +16,26 @@ from bas.models.layers import Downsample, ResnetBlock, TimeEmbedding, Upsample, 
 
 
 class AttentionMap(NamedTuple):
-    """One cross-attention layer's probabilities and where in the UNet it sits."""
+    """The probabilities of one cross-attention layer, and its place in the UNet."""
 
     place: str  # "down", "mid" or "up"
     probs: Tensor  # (b, heads, h, w, k) float32; each cell's k values sum to 1
-    layer: str = ""  # its name in the UNet, as "up_blocks.1.attentions.0"
+    layer: str = ""  # the layer's name in the UNet, as "up_blocks.1.attentions.0"
 
 
 class UNetOutput(NamedTuple):
-    """What the UNet returns."""
+    """The output of the UNet."""
 
     sample: Tensor  # (b, c, h, w): the predicted noise, or velocity for v-prediction models
-    maps: list[AttentionMap]  # the maps asked for, in execution order
+    maps: list[AttentionMap]  # those asked for, in execution order
 
 
-# Which maps to return: False none, True all, (h, w) those of layers whose query grid has h rows and w columns.
+# Which maps to return: False none, True all, (h, w) those of the layers on a grid of h rows and w columns.
 ReturnMaps = bool | tuple[int, int]
 
 
 class Stage(nn.Module):
-    """What the down, middle and up blocks share: residual blocks, each followed by a transformer or by nothing."""
+    """The shared part of down, middle and up blocks: residual blocks, each with or without a transformer behind it."""
 
     place: str
     gradient_checkpointing = False
@@ -60,13 +60,13 @@ class Stage(nn.Module):
         )
 
     def run(self, module: nn.Module, *args):
-        """Call a module; with gradient checkpointing recompute it in the backward pass, its maps included."""
+        """Call a module; with gradient checkpointing it is recomputed in the backward pass, its maps included."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)  # no layer is random
         return module(*args)
 
     def attend(self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]) -> Tensor:
-        """Run transformer i if this stage has one, and keep its map if it was asked for."""
+        """Run transformer i, if the stage has one, and append its map to `maps`, if it was asked for."""
         if i >= len(self.attentions):
             return x
         with_probs = return_maps if isinstance(return_maps, bool) else tuple(x.shape[-2:]) == tuple(return_maps)
@@ -77,7 +77,7 @@ class Stage(nn.Module):
 
 
 class DownBlock(Stage):
-    """Residual blocks (with transformers, except on SD's lowest level), then half the grid."""
+    """Residual blocks with transformers (without on SD's lowest level), then half the grid."""
 
     place = "down"
 
@@ -92,7 +92,7 @@ class DownBlock(Stage):
     def forward(
         self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps
     ) -> tuple[Tensor, list[Tensor], list[AttentionMap]]:
-        """(b, c_in, h, w) -> (b, c_out, h/2, w/2), the skips for the way up, the maps"""
+        """(b, c_in, h, w) -> (b, c_out, h/2, w/2), the skip connections for the up block, the maps"""
         skips, maps = [], []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, x, time)
@@ -124,7 +124,7 @@ class MidBlock(Stage):
 
 
 class UpBlock(Stage):
-    """Residual blocks that each take one skip from the way down (with transformers), then twice the grid."""
+    """Residual blocks, each with one skip connection from the down block and a transformer, then twice the grid."""
 
     place = "up"
 
@@ -140,7 +140,7 @@ class UpBlock(Stage):
     def forward(
         self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, return_maps: ReturnMaps
     ) -> tuple[Tensor, list[AttentionMap]]:
-        """(b, c_in, h, w) and the skips of this level, last one first used -> (b, c_out, 2h, 2w), the maps"""
+        """(b, c_in, h, w) and the skip connections of this level, used from the last -> (b, c_out, 2h, 2w), the maps"""
         maps: list[AttentionMap] = []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, torch.cat([x, skips[-1 - i]], dim=1), time)
@@ -151,7 +151,7 @@ class UpBlock(Stage):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or velocity) in noisy latents, given the timestep and the prompt's token states."""
+    """The network that predicts the noise (or velocity) in latents from the timestep and the prompt's token states."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -173,10 +173,8 @@ class UNet(nn.Module):
     ) -> UNetOutput:
         """latents: (b, c, h, w), h and w multiples of 2^(levels-1); timesteps: (b,) or one; context: (b, k, d).
 
-        Computes in the precision of its weights.
-
-        Returns the prediction (b, c, h, w) and the attention maps that `return_maps` asks for: True for all, (h, w)
-        for those of the layers on that grid, which may be none.
+        Returns the prediction (b, c, h, w) in the precision of the weights, and the attention maps that `return_maps`
+        asks for: True for all, (h, w) for those of the layers on that grid, which may be none.
         """
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
         features = timestep_embedding(
@@ -200,6 +198,6 @@ class UNet(nn.Module):
         return UNetOutput(self.conv_out(F.silu(self.conv_norm_out(x))), maps)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        """Trade time for memory in training: keep only each sub-block's input and recompute the rest."""
+        """Keep only the input of each residual block and transformer for the backward pass, and recompute the rest."""
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             block.gradient_checkpointing = on

@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1): pictures to latents and back."""
+"""The autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1): images to latents and back."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Posterior(NamedTuple):
         return (0.5 * self.logvar).exp()
 
     def sample(self, noise: Tensor) -> Tensor:
-        """One draw, given standard normal noise of the mean's shape."""
+        """A sample of the posterior, from standard normal noise (b, c, h, w)."""
         return self.mean + self.deviation * noise
 
 
@@ -61,7 +61,7 @@ class MidBlock(nn.Module):
 
 
 class CoderBlock(nn.Module):
-    """Residual blocks on one grid, then the next grid: `downsamplers` in the encoder, `upsamplers` in the decoder."""
+    """Residual blocks on one grid, then a change of grid: `downsamplers` in the encoder, `upsamplers` in the decoder."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: nn.Module | None):
         super().__init__()
@@ -81,7 +81,7 @@ class CoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to the parameters of the posterior."""
+    """Images to the parameters of the posterior."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """Latents to images."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder and decoder. Latents here are unscaled: the diffusion model sees them times `config.scaling_factor`."""
+    """Encoder and decoder. Their latents are unscaled; the diffusion model uses them times `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -157,9 +157,9 @@ class VAE(nn.Module):
         return Posterior(mean, torch.clamp(logvar, -30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (b, c, h, w), unscaled -> pictures (b, 3, factor x h, factor x w), about [-1, 1]"""
+        """latents: (b, c, h, w), unscaled -> images (b, 3, factor x h, factor x w), about [-1, 1]"""
         return self.decoder(self.post_quant_conv(latents))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode to the posterior's mean and decode again: (b, 3, H, W) -> (b, 3, H, W)"""
+        """Decode the posterior's mean: (b, 3, H, W) -> (b, 3, H, W)"""
         return self.decode(self.encode(images).mean)

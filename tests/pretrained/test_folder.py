@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bas.io import files
+from bas.io import tensors as tensor_files
 from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
@@ -118,7 +118,7 @@ def mapped_bytes(folder: Path) -> int:
 def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
     """Else a model's files would stay in memory beside it until the last weight: two thirds of the peak in bf16."""
     seen = []
-    monkeypatch.setattr(tensors, "MAPPED_ALONE", 1)  # these are small: as if they were large
+    monkeypatch.setattr(tensor_files, "MAPPED_ALONE", 1)  # these are small: as if they were large
     monkeypatch.setattr(loading, "WORTH_THREADS", 1)
     monkeypatch.setattr(loading, "_is_finite", lambda tensor: seen.append(mapped_bytes(saved)) or True)
     models = load(saved, dtype=torch.bfloat16)
@@ -270,7 +270,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(folder, monkeypatch):
         Path(path).write_bytes(b"half a fi")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", disk_full)
+    monkeypatch.setattr(tensor_files, "save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         save_model(tiny("sd1"), folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
