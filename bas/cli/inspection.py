@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas import __version__
-from bas.data.scene import find_files, numbered_folders, pictures_in
+from bas.data.scene_folder import find_files, images_in, numbered_folders
 from bas.errors import InputError
 from bas.io.files import cache_dir, human_size, read_json, reading
 from bas.io.images import open_image
@@ -55,7 +55,7 @@ def _describe_folder(path: Path, hashes: bool) -> dict:
         return _describe_run(path, hashes)
     if (path / SETTINGS).exists():
         return _describe_unfinished(path)
-    if any((path / component).is_dir() for component in COMPONENTS) or not pictures_in(path):
+    if any((path / component).is_dir() for component in COMPONENTS) or not images_in(path):
         facts = describe_model(path, hashes)
         return {"what": _folder_kind(path, facts)} | facts
     return _describe_scene(path)

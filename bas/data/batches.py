@@ -1,7 +1,7 @@
-"""What one training step sees: everything that can be computed once, and the random draws of each step.
+"""The batches of training: what all steps share is computed once, and each step samples from it.
 
-The photograph never changes, so its VAE posterior is cached for both flips and only sampled per step. All draws come
-from one CPU generator: a seed means the same on every device, and its state is all that a resumed run needs.
+The image never changes, so its VAE posterior is cached for both flips and sampled in each step. All random numbers
+come from one CPU generator: a seed means the same on every device, and a resumed run needs nothing but its state.
 """
 
 import logging
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bas.config import Phase, TrainConfig
-from bas.data.scene import LARGE_OVERLAP, Scene, draw_subset, overlaps, subset_prompt
+from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
 from bas.errors import InputError
 from bas.losses import resize_mask
 from bas.models.bundle import Models, ModelSpec
@@ -48,8 +48,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class View:
-    """A photograph as it is, or mirrored, with what the losses need of its masks. All on the CPU."""
+class EncodedView:
+    """An image as it is, or mirrored, encoded, with its masks on the grids of the losses. All on the CPU."""
 
     posterior: Posterior  # (c, h, w) each
     latent_masks: Tensor  # (N, h, w)
@@ -57,18 +57,18 @@ class View:
 
 
 @dataclass(frozen=True)
-class Photograph:
-    """A photograph both ways, and which concepts it shows."""
+class EncodedImage:
+    """An image in both views, and the concepts that it shows."""
 
-    views: tuple[View, View]  # as it is, mirrored
+    views: tuple[EncodedView, EncodedView]  # as it is, mirrored
     shown: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Material:
-    """Everything that the steps of a run draw from."""
+class TrainingData:
+    """Everything that the steps of a run sample from."""
 
-    photographs: tuple[Photograph, ...]  # the first shows all concepts
+    images: tuple[EncodedImage, ...]  # the first shows all concepts
     handle_ids: tuple[int, ...]  # N token ids
     handles: tuple[str, ...]  # N names
     class_posterior: Posterior | None  # (M, c, h, w) each: the class images
@@ -103,33 +103,38 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
 
 @torch.inference_mode()
 def encode_images(models: Models, images: Tensor) -> Posterior:
-    """VAE posterior of pictures (b, 3, H, W) in [-1, 1], one at a time to keep memory flat. -> on the CPU, float32"""
+    """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to keep memory flat. -> on the CPU, float32"""
     vae = models.vae
     dtype, device = vae.post_quant_conv.weight.dtype, models.device
     parts = [vae.encode(image[None].to(device, dtype)) for image in images]
     return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
 
 
-def prepare_photograph(
+def encode_image(
     models: Models, image: Tensor, masks: Tensor, shown: Iterable[int], config: TrainConfig
-) -> Photograph:
-    """Both flips of a photograph, encoded. Neither encoder nor nearest resizing commutes with flipping."""
+) -> EncodedImage:
+    """Encode both views of an image. Neither the encoder nor nearest resizing commutes with flipping.
+
+    image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1]; shown: the concepts that the image shows.
+    """
     views = []
     for flip in (False, True):
         pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)
         posterior = encode_images(models, pixels[None])
         h, w = posterior.mean.shape[-2:]
         grid = attention_grid(models.spec, (h, w), config.attention_grid)
-        views.append(View(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid)))
-    return Photograph(tuple(views), tuple(shown))
+        views.append(
+            EncodedView(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid))
+        )
+    return EncodedImage(tuple(views), tuple(shown))
 
 
 def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
-    """The (rows, columns) of pixels that a scene is trained at. Reads no weight.
+    """Check a scene against a model, without its weights. -> (rows, columns) of pixels that the scene is trained at
 
-    Raises InputError for what training would refuse of it on this model: a size, a grid, a handle, more handles than
-    fit a prompt, a word, a class prompt, or a mask of which no cell of the latents sees anything. With `warn`, what is
-    likely to disappoint is said: masks that the attention loss does not see, and such as share much of the photograph.
+    Raises InputError for a size, a grid, a handle, a word or a class prompt that the model cannot take, for more
+    handles than fit a prompt, and for a mask that is empty on the latent grid. With `warn`, logs a warning about masks
+    that are empty on the attention grid and about masks that overlap.
     """
     if len(scene) > (most := most_handles(spec)):
         raise InputError(f"{len(scene)} concepts: a prompt of this model has room for {most} handles: use fewer masks")
@@ -145,9 +150,9 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
             if share >= LARGE_OVERLAP:
                 other = scene.handles[j]
                 log.warning("%.0f %% of the mask of %s lies in that of %s: %s", 100 * share, handle, other, SHARED)
-    for shot in scene.shots:
-        names = {i: f"{scene.handles[i]} in picture {shot.name}" for i in sorted(shot.masks)}
-        check_grids(spec, shot.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
+    for extra in scene.extra_images:
+        names = {i: f"{scene.handles[i]} in extra image {extra.name}" for i in sorted(extra.masks)}
+        check_grids(spec, extra.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
     return tuple(image.shape[1:])
 
 
@@ -158,7 +163,10 @@ def most_handles(spec: ModelSpec) -> int:
 
 
 def check_grids(spec: ModelSpec, masks: Tensor, handles: dict[int, str], config: TrainConfig, warn: bool) -> None:
-    """Raises InputError for a mask (of (N, H, W)) that no cell of the latents sees; warns as `check_scene` says."""
+    """Raise InputError for a mask that is empty on the latent grid, as it is or mirrored. masks: (N, H, W)
+
+    With `warn`, logs a warning about a mask that is empty on the attention grid. handles: names by concept.
+    """
     latent = tuple(side // spec.vae.factor for side in masks.shape[-2:])
     grid = attention_grid(spec, latent, config.attention_grid)
     for i, handle in handles.items():
@@ -176,8 +184,8 @@ def prepare(
     masks: Tensor,
     config: TrainConfig,
     class_posterior: Posterior | None,
-) -> Material:
-    """Encode and tokenize once what all steps share.
+) -> TrainingData:
+    """Encode and tokenize what all steps share.
 
     image: (3, H, W) in [-1, 1]; masks: (N, H, W); class_posterior: (M, c, h, w) each, of the class images.
     """
@@ -185,12 +193,12 @@ def prepare(
     if class_posterior:
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
         class_ids = prompts[torch.arange(len(class_posterior.mean)) % len(prompts)]
-    photographs = [prepare_photograph(models, image, masks, range(len(scene)), config)]
-    for shot in scene.shots:
-        picture, layers = shot.tensors(*image.shape[1:], len(scene))
-        photographs.append(prepare_photograph(models, picture, layers, sorted(shot.masks), config))
-    return Material(
-        photographs=tuple(photographs),
+    encoded = [encode_image(models, image, masks, range(len(scene)), config)]
+    for extra in scene.extra_images:
+        pixels, layers = extra.tensors(*image.shape[1:], len(scene))
+        encoded.append(encode_image(models, pixels, layers, sorted(extra.masks), config))
+    return TrainingData(
+        images=tuple(encoded),
         handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
         handles=scene.handles,
         class_posterior=class_posterior,
@@ -200,7 +208,7 @@ def prepare(
 
 
 def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
-    """Where these handles stand in one prompt. ids: (77,). Raises InputError for one that is missing or doubled."""
+    """The positions of these handles in one prompt. ids: (77,). InputError unless each stands there once."""
     places = []
     for handle_id in handle_ids:
         found = (ids == handle_id).nonzero().flatten().tolist()
@@ -210,38 +218,38 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
     return places
 
 
-def draw_photograph(material: Material, generator: torch.Generator) -> Photograph:
-    """One of the photographs, all equally likely; a single one costs no draw."""
-    count = len(material.photographs)
-    return material.photographs[int(torch.randint(count, (), generator=generator)) if count > 1 else 0]
+def sample_image(data: TrainingData, generator: torch.Generator) -> EncodedImage:
+    """Sample one of the images, all equally likely. A single one takes no random number."""
+    count = len(data.images)
+    return data.images[int(torch.randint(count, (), generator=generator)) if count > 1 else 0]
 
 
-def subset_tokens(material: Material, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
-    """The prompt of these concepts, (77,) ids, and where their handles stand in it; computed once for each subset."""
+def subset_tokens(data: TrainingData, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
+    """The prompt of these concepts, (77,) ids, and the positions of their handles. Computed once for each subset."""
     subset = tuple(chosen)
-    if subset not in material.prompts:
-        ids = tokenize(models.tokenizer, [subset_prompt([material.handles[i] for i in chosen])])[0]
-        material.prompts[subset] = ids, handle_positions(ids, [material.handle_ids[i] for i in chosen])
-    return material.prompts[subset]
+    if subset not in data.prompts:
+        ids = tokenize(models.tokenizer, [subset_prompt([data.handles[i] for i in chosen])])[0]
+        data.prompts[subset] = ids, handle_positions(ids, [data.handle_ids[i] for i in chosen])
+    return data.prompts[subset]
 
 
-def draw_batch(
-    material: Material, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
+def sample_batch(
+    data: TrainingData, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
 ) -> Batch:
-    """Draw one batch (paper, section 3): for each row a subset, a flip, a posterior sample, a timestep and noise.
+    """Sample one batch (paper, section 3): for each row a subset, a flip, a latent, a timestep and noise.
 
-    Of several photographs one is drawn first, then a subset of the concepts that it shows.
+    Of several images one is sampled first, then a subset of the concepts that it shows.
     """
-    count = len(material.handles)
+    count = len(data.handles)
     means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
     for _ in range(config.train_batch_size):
-        photograph = draw_photograph(material, generator)
-        drawn = draw_subset(len(photograph.shown), config.subset_sampling, generator)
-        chosen = [photograph.shown[i] for i in drawn]
-        view = photograph.views[int(torch.rand((), generator=generator) < config.flip_probability)]
+        image = sample_image(data, generator)
+        subset = sample_subset(len(image.shown), config.subset_sampling, generator)
+        chosen = [image.shown[i] for i in subset]
+        view = image.views[int(torch.rand((), generator=generator) < config.flip_probability)]
         means.append(view.posterior.mean)
         deviations.append(view.posterior.deviation)
-        row, places = subset_tokens(material, models, chosen)
+        row, places = subset_tokens(data, models, chosen)
         ids.append(row)
         unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True))
         padded = chosen + [i for i in range(count) if i not in chosen]
@@ -249,14 +257,14 @@ def draw_batch(
         positions.append(torch.tensor(places + [0] * (count - len(chosen))))
         present.append(torch.tensor([1.0] * len(chosen) + [0.0] * (count - len(chosen))))
     if phase.prior:
-        index = torch.randint(len(material.class_ids), (config.train_batch_size,), generator=generator)
-        posterior = Posterior(*(part[index] for part in material.class_posterior))
+        index = torch.randint(len(data.class_ids), (config.train_batch_size,), generator=generator)
+        posterior = Posterior(*(part[index] for part in data.class_posterior))
         means += posterior.mean
         deviations += posterior.deviation
-        ids += material.class_ids[index]
+        ids += data.class_ids[index]
     mean, deviation = torch.stack(means), torch.stack(deviations)
     return Batch(
-        z0=(mean + deviation * torch.randn(mean.shape, generator=generator)) * material.scaling_factor,
+        z0=(mean + deviation * torch.randn(mean.shape, generator=generator)) * data.scaling_factor,
         eps=torch.randn(mean.shape, generator=generator),
         t=torch.randint(models.schedule.num_train_timesteps, (len(mean),), generator=generator),
         input_ids=torch.stack(ids),

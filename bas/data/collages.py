@@ -1,8 +1,8 @@
-"""What a method learns from: the scene itself, or the collection of pictures that a baseline of the paper is given.
+"""The scene as a method sees it: unchanged, or as the collages that the paper's baselines are trained on.
 
-The baselines TI-m, DB-m and CD-m (section 4.1) cannot read masks. For them the masks are used beforehand: random
-subsets of the concepts are cut out and pasted on random plain colours, each a picture of its own with its own prompt.
-The naive TI and DB (appendix) see the photograph as it is, under one prompt that names every handle.
+The baselines TI-m, DB-m and CD-m (section 4.1) cannot read masks. For them random subsets of the concepts are cut out
+and pasted on random plain colours, each an image with its own prompt. The naive TI and DB (appendix) see the image
+unchanged, with one prompt that names every handle.
 """
 
 from dataclasses import replace
@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from bas.config import METHODS, TrainConfig
-from bas.data.scene import Scene, Shot, draw_subset, load_scene
+from bas.data.scene import ExtraImage, Scene, sample_subset
+from bas.data.scene_folder import load_scene
 
 
-def read_scene(config: TrainConfig) -> Scene:
-    """The scene of a training, as its method is shown it. Raises InputError as `load_scene` does.
+def scene_for_method(config: TrainConfig) -> Scene:
+    """The scene of a training, as its method sees it. Raises InputError as `load_scene` does.
 
-    Close-ups are cut around masks: a collection may draw from them, a naive baseline, which knows no mask, does not.
+    Close-ups are cut around masks. A collection may sample them; a naive baseline uses no mask and so no close-up.
     """
     if config.method not in METHODS:
         return load_scene(config)
@@ -28,25 +29,25 @@ def read_scene(config: TrainConfig) -> Scene:
 
 
 def collect(scene: Scene, count: int, seed: int) -> Scene:
-    """A scene of `count` pictures of pasted concepts. The first shows them all, each other a subset as `bas` draws it.
+    """A scene of `count` collages. The first shows all concepts, each other one a subset from union sampling.
 
-    Of several photographs one is drawn for each picture, then a subset of what it shows.
+    Of several images one is sampled for each collage, then a subset of the concepts that it shows.
     """
     generator = torch.Generator().manual_seed(seed)
-    sources = scene.photographs
-    first = paste(scene.picture, scene.masks, generator)
-    shots = []
+    sources = scene.images
+    first = paste(scene.image, scene.masks, generator)
+    collages = []
     for i in range(1, count):
-        picture, masks = sources[int(torch.randint(len(sources), (), generator=generator))]
+        image, masks = sources[int(torch.randint(len(sources), (), generator=generator))]
         shown = sorted(masks)
-        chosen = {shown[j]: masks[shown[j]] for j in draw_subset(len(shown), "union", generator)}
-        shots.append(Shot(str(i), paste(picture, list(chosen.values()), generator), chosen))
-    return Scene(first, scene.masks, scene.handles, scene.words, tuple(shots))
+        chosen = {shown[j]: masks[shown[j]] for j in sample_subset(len(shown), "union", generator)}
+        collages.append(ExtraImage(str(i), paste(image, list(chosen.values()), generator), chosen))
+    return Scene(first, scene.masks, scene.handles, scene.words, tuple(collages))
 
 
-def paste(picture: Image.Image, masks: list[np.ndarray], generator: torch.Generator) -> Image.Image:
-    """What lies inside any of the masks (H, W), on a plain colour drawn uniformly from RGB; soft edges mix."""
+def paste(image: Image.Image, masks: list[np.ndarray], generator: torch.Generator) -> Image.Image:
+    """Paste what lies inside any of the masks (H, W) on a plain colour, sampled uniformly from RGB. Soft edges mix."""
     colour = torch.randint(256, (3,), generator=generator).numpy()
     inside = np.maximum.reduce(masks)[..., None]
-    mixed = np.asarray(picture, dtype=np.float32) * inside + colour * (1 - inside)
+    mixed = np.asarray(image, dtype=np.float32) * inside + colour * (1 - inside)
     return Image.fromarray(mixed.round().astype(np.uint8))

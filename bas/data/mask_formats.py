@@ -156,7 +156,7 @@ def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
             points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
         else:
             points = _numbers(concept["polygon"], (-1, 2), name)
-        mask = fill_polygon(points, size).astype(np.float32)
+        mask = rasterise_polygon(points, size).astype(np.float32)
         handle, word = _text(concept, "handle", name), _text(concept, "word", name)
         found.append(FoundMask(f"{path.name} concept {i}", mask, handle, word))
     return found
@@ -189,10 +189,12 @@ def segmentation_mask(shape: Any, size: tuple[int, int], name: str) -> np.ndarra
         return decode_runs(shape.get("counts"), h, w, name)
     if not isinstance(shape, list) or not shape:
         raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
-    return np.logical_or.reduce([fill_polygon(_numbers(points, (-1, 2), name, flat=True), size) for points in shape])
+    return np.logical_or.reduce(
+        [rasterise_polygon(_numbers(points, (-1, 2), name, flat=True), size) for points in shape]
+    )
 
 
-def fill_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def rasterise_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The pixels whose centres lie inside a polygon by the even-odd rule. points: (n, 2) of x, y -> (H, W) bool
 
     Each edge that crosses a row of centres flips everything to its right; what was flipped an odd number of times is

@@ -58,7 +58,7 @@ def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
     image, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
     check_handles(spec.tokenizer, scene.handles)
     further = []
-    for shot in scene.shots:
+    for shot in scene.extra_images:
         other, layers = shot.tensors(*image.shape[1:], len(scene))
         further.append(_view_photo(shot.name, other, layers, sorted(shot.masks), scene, spec, config))
     first = _view_photo("", image, masks, range(len(scene)), scene, spec, config)

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
-from bas.data.scene import find_picture, match_size, pictures_in, read_notes
+from bas.data.scene_folder import find_image, images_in, match_size, read_names
 from bas.errors import InputError
 from bas.io.files import read_json, reading, replacing, write_json
 from bas.io.images import read_image, save_image
@@ -35,11 +35,11 @@ def open_draft(source: Path, output_dir: Path | None) -> Draft:
         if source.stem == "img" and source.is_file():
             source = source.parent
         folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
-        picture_path = find_picture(source) if source.is_dir() else source
+        picture_path = find_image(source) if source.is_dir() else source
         picture = read_image(picture_path)
         if folder.is_file():
             raise InputError(f"{folder} is a file: name another --output_dir")
-        for present in pictures_in(folder) if folder.is_dir() else ():
+        for present in images_in(folder) if folder.is_dir() else ():
             if not present.samefile(picture_path) and present.read_bytes() != picture_path.read_bytes():
                 raise InputError(f"{folder} holds another picture, {present.name}: name another --output_dir")
         others = [files[0].name for files in _sources(folder) if files[0].name != "mask0.png"]
@@ -55,9 +55,9 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
     origin = next((place for place in (draft.folder, draft.source) if place and _sources(place)), None)
     if origin is None:
         return [{"handle": "<asset0>", "word": None, "mask": None}]
-    found = read_source(find_source(origin), draft.picture.size)
-    handles, words = read_notes(origin, found)
-    masks = [match_size(mask.values, origin / mask.name, draft.picture, draft.picture_path) for mask in found]
+    found = read_source(find_source(origin), draft.image.size)
+    handles, words = read_names(origin, found)
+    masks = [match_size(mask.values, origin / mask.name, draft.image, draft.image_path) for mask in found]
     return [
         {"handle": handle or f"<asset{i}>", "word": word, "mask": (mask * 255).round().astype(np.uint8)}
         for i, (handle, word, mask) in enumerate(zip(handles, words, masks, strict=True))
@@ -73,9 +73,9 @@ def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) ->
     folder.mkdir(parents=True, exist_ok=True)
     notes = folder / "scene.json"
     kept = read_json(notes) if notes.exists() else {}
-    if not pictures_in(folder):
-        with replacing(folder / f"img{draft.picture_path.suffix.lower()}") as temporary:
-            shutil.copyfile(draft.picture_path, temporary)
+    if not images_in(folder):
+        with replacing(folder / f"img{draft.image_path.suffix.lower()}") as temporary:
+            shutil.copyfile(draft.image_path, temporary)
     for i, mask in enumerate(masks):
         save_image(mask, folder / f"mask{i}.png")
     for path in folder.iterdir():

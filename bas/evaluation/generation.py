@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import attention_grid, handle_positions
-from bas.data.scene import Scene, load_scene
+from bas.data.scene import Scene
+from bas.data.scene_folder import load_scene
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.segments import segment_by_attention
 from bas.io.images import save_image, to_images

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bas.config import SampleConfig, TrainConfig
-from bas.data.scene import load_scene, subset_prompt
+from bas.data.scene import subset_prompt
+from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, draw, look

@@ -1,4 +1,4 @@
-"""An evaluation from its plan to its results: trials filled and scored by this process, then all of it read together.
+"""An evaluation from its plan to its results: this process runs and scores its trials, then all rows are read together.
 
 OUT/results.jsonl    every row of every planned trial
 OUT/tables.md    OUT/scatter.png    OUT/index.html
@@ -15,7 +15,7 @@ import torch
 from bas.config import SampleConfig
 from bas.errors import InputError, RunError
 from bas.evaluation.page import page
-from bas.evaluation.plot import scatter_png
+from bas.evaluation.plot import scatter
 from bas.evaluation.protocol import TRIAL, Trial, run_trial
 from bas.evaluation.scores import Scorer, Segments, read_rows, score_trial
 from bas.evaluation.tables import markdown, summarise
@@ -37,21 +37,21 @@ class Outcome:
 
     trial: Trial
     error: str | None = None
-    earlier: bool = False  # whether it was drawn and scored before
+    earlier: bool = False  # whether it was scored before this call
 
 
 @dataclass
 class EvaluationContext:
-    """What all trials of this process share, made when the first of them needs it."""
+    """What all trials of this process share. The base model is loaded when the first of them needs it."""
 
-    path: Path  # of the base
+    path: Path  # of the base model
     device: torch.device
     sampling: SampleConfig
     make_scorer: Callable[[], tuple[Scorer, Segments]]
 
     @cached_property
     def base(self) -> Base:
-        """The base model, resident."""
+        """The base model, kept in memory between trials."""
         return Base(self.path, load(self.path, device=self.device), keep=True)
 
     def size(self) -> tuple[int, int]:
@@ -59,44 +59,52 @@ class EvaluationContext:
         return self.base.models.resolution, self.base.models.size_multiple
 
 
-def evaluate_each(trials: list[Trial], bench: EvaluationContext) -> Iterator[Outcome]:
-    """Fill and score trials, one after another; yields what became of each. A trial that fails stops no other.
+def evaluate_each(trials: list[Trial], context: EvaluationContext) -> Iterator[Outcome]:
+    """Run and score trials one after another, and yield what became of each. A trial that fails stops no other.
 
-    Raises InputError, before anything is trained, for what cannot be drawn, and when the metrics' models are not here;
-    Interrupted after a signal.
+    Raises InputError before anything is trained for images that cannot be generated and for missing models of the
+    metrics; Interrupted after a signal.
     """
-    check_request(read_spec(bench.path), [], bench.sampling)
-    scorer, segments = bench.make_scorer() if any(not read_rows(trial) for trial in trials) else (None, None)
-    for trial in trials:
-        if read_rows(trial):
+    check_request(read_spec(context.path), [], context.sampling)
+    scored = [bool(read_rows(trial)) for trial in trials]
+    if all(scored):
+        yield from (Outcome(trial, earlier=True) for trial in trials)
+        return
+    scorer, segments = context.make_scorer()
+    for trial, earlier in zip(trials, scored, strict=True):
+        if earlier:
             yield Outcome(trial, earlier=True)
             continue
         try:
             if not trial.finished:
-                run_trial(trial, bench.base, bench.sampling, segments == "files")
-            score_trial(trial, scorer, bench.size(), segments)
+                run_trial(trial, context.base, context.sampling, segments == "files")
+            score_trial(trial, scorer, context.size(), segments)
         except (InputError, RunError, OSError) as error:
             yield Outcome(trial, error=str(error))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            yield Outcome(trial, error=f"{bench.device} is out of memory")
+            yield Outcome(trial, error=f"{context.device} is out of memory")
         else:
             yield Outcome(trial)
 
 
 def write_results(folder: Path, trials: list[Trial], facts: dict[str, str]) -> list[Path]:
-    """Read every scored trial of the plan; write rows, tables, plot and page. Returns their paths."""
+    """Read every scored trial of the plan, and write rows, tables, plot and page. Returns their paths.
+
+    Raises RunError where no trial is scored; InputError where scipy or matplotlib is not installed.
+    """
     scored = [(trial, rows) for trial in trials if (rows := read_rows(trial))]
     rows = [row for _, each in scored for row in each]
     if not rows:
         raise RunError(f"{folder}: no trial is scored, so there is nothing to show")
-    pictures = sum(row["row"] == "picture" for row in rows)
-    facts = {"cells": f"{len(scored)} of {len(trials)}", "pictures": str(pictures), **facts}
+    images = sum(row["row"] == "picture" for row in rows)
+    facts = {"trials": f"{len(scored)} of {len(trials)}", "images": str(images), **facts}
+    plot = scatter(summarise(rows))
     write_text(folder / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     write_text(folder / TABLES, markdown(rows, facts))
-    save_image(scatter_png(summarise(rows)), folder / SCATTER)
-    write_text(folder / PAGE, page(rows, [trial for trial, _ in scored], facts))
+    save_image(plot, folder / SCATTER)
+    write_text(folder / PAGE, page(rows, [trial for trial, _ in scored], facts, plot))
     return [folder / name for name in (RESULTS, TABLES, SCATTER, PAGE)]
 
 
@@ -104,23 +112,26 @@ def write_results(folder: Path, trials: list[Trial], facts: dict[str, str]) -> l
 
 
 def measured_seconds(trials: list[Trial]) -> float | None:
-    """Seconds of the mean finished trial; None where there is none yet."""
+    """Return the mean seconds of the finished trials; None before the first is finished."""
     notes = [read_json(trial.folder / TRIAL)["seconds"] for trial in trials if trial.finished]
     return sum(sum(note.values()) for note in notes) / len(notes) if notes else None
 
 
 def counted_seconds(trials: list[Trial], sampling: SampleConfig) -> float:
-    """A lower bound for these trials on one such device: counted operations at the speed of its matrix product.
+    """Return a lower bound in seconds for these trials: counted operations at the speed of the device's matrix product.
 
     Each method is counted on the first scene that has it. Reads no weights.
     """
-    operations, known, passes = 0, {}, sampling.num_inference_steps * (1 if sampling.guidance_scale == 1 else 2)
+    passes = sampling.num_inference_steps * (1 if sampling.guidance_scale <= 1 else 2)
+    known: dict[str, tuple[float, float, float]] = {}  # by method: operations of a training and of an image, speed
+    seconds = 0.0
     for trial in trials:
         if trial.method not in known:
             scene, base, device, precision = check_input(trial.training)
             plan = plan_run(trial.training, scene, base, precision)
             steps = sum(phase.steps * cost.operations for phase, cost in plan.costs.items())
-            known[trial.method] = steps, passes * unet_operations(plan.models, plan.material)
-        training, picture = known[trial.method]
-        operations += training + picture * len(trial.requests)
-    return operations / matrix_speed(device, DTYPES[precision]) if trials else 0.0
+            image = passes * unet_operations(plan.models, plan.data)
+            known[trial.method] = steps, image, matrix_speed(device, DTYPES[precision])
+        training, image, speed = known[trial.method]
+        seconds += (training + image * len(trial.requests)) / speed
+    return seconds

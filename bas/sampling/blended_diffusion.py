@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bas.config import EditConfig
 from bas.data.batches import encode_images
-from bas.data.scene import match_size
+from bas.data.scene_folder import match_size
 from bas.errors import InputError
 from bas.io.files import read_content
 from bas.io.images import fit, pixels, read_mask, to_images

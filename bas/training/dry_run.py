@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from bas.config import Phase, SampleConfig, TrainConfig
-from bas.data.batches import TrainingData, EncodedImage, EncodedView, attention_grid, sample_batch
+from bas.data.batches import EncodedImage, EncodedView, TrainingData, attention_grid, sample_batch
 from bas.data.scene import Scene
 from bas.io.files import human_size
 from bas.losses import resize_mask

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bas.config import TrainConfig
-from bas.data.collages import read_scene
-from bas.data.scene import images_in, require_scene_folder
+from bas.data.collages import scene_for_method
+from bas.data.scene_folder import images_in, require_scene_folder
 from bas.errors import InputError, RunError
 from bas.io.files import read_json, reading
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS
@@ -119,6 +119,6 @@ def is_finished(settings: TrainConfig) -> bool:
     folder = Path(settings.output_dir)
     if not (folder / CONCEPTS).exists():
         return False
-    facts = {"config": asdict(settings), **scene_state(read_scene(settings))}
+    facts = {"config": asdict(settings), **scene_state(scene_for_method(settings))}
     check_resumable(folder, facts, read_json(folder / SETTINGS))
     return True

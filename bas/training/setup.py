@@ -10,7 +10,7 @@ from torch import Tensor
 from bas import __version__
 from bas.config import TrainConfig
 from bas.data.batches import TrainingData, check_scene, prepare
-from bas.data.collages import read_scene
+from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
 from bas.io.files import write_json, write_text
@@ -78,7 +78,7 @@ def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
 
 def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
-    scene = read_scene(config)
+    scene = scene_for_method(config)
     base, device, precision = check_machine(config)
     spec = read_spec(base)
     size = check_scene(spec, scene, config)

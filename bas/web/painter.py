@@ -46,7 +46,7 @@ def save_scene(draft: Draft, concepts: Any) -> str:
     names = [_check_names(concept) for concept in concepts]
     if len({name["handle"] for name in names}) < len(names):
         raise InputError("two concepts have the same handle")
-    masks = [_read_png(c.get("mask"), n["handle"], draft.picture.size) for c, n in zip(concepts, names, strict=True)]
+    masks = [_read_png(c.get("mask"), n["handle"], draft.image.size) for c, n in zip(concepts, names, strict=True)]
     write_draft(draft, masks, names)
     return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}"
 
@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             page = PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce)
             self._answer(200, page.encode(), "text/html; charset=utf-8", POLICY.replace("{nonce}", nonce))
         elif place == "image":
-            self._answer(200, _encode(draft.picture, "JPEG"), "image/jpeg")
+            self._answer(200, _encode(draft.image, "JPEG"), "image/jpeg")
         elif place == "scene":
             self._describe(draft)
         elif place is not None:
@@ -215,7 +215,7 @@ def describe(draft: Draft) -> dict:
         {**concept, "mask": _data_url(Image.fromarray(concept["mask"])) if concept["mask"] is not None else None}
         for concept in concepts_to_edit(draft)
     ]
-    width, height = draft.picture.size
+    width, height = draft.image.size
     name = str(draft.folder)
     return {"name": name, "width": width, "height": height, "colours": CONCEPT_COLOURS, "concepts": concepts}
 

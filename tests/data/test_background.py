@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import bas
 from bas.cli.entry import main
 from bas.config import SampleConfig, TrainConfig
-from bas.data.batches import draw_batch
-from bas.data.scene import load_scene
+from bas.data.batches import sample_batch
+from bas.data.scene_folder import load_scene
 from bas.io.run_files import read_concepts
 from tests.helpers.tiny import refused, write_scene
 
@@ -73,10 +73,10 @@ def test_the_background_counts_as_a_concept(tmp_path, caplog):
 
 def test_training_prompts_name_the_background_as_any_other(bench):
     config = bench.config(background_handle="bg", with_prior_preservation=False)
-    models, material = bench.prepared(config)
+    models, data = bench.prepared(config)
     generator, prompts = torch.Generator().manual_seed(0), set()
     for _ in range(40):
-        batch = draw_batch(material, models, config.phases[0], config, generator)
+        batch = sample_batch(data, models, config.phases[0], config, generator)
         prompts.add(models.tokenizer.decode(batch.input_ids[0], skip_special_tokens=True))
         if batch.present.sum() == 4:  # all three and the background: together they cover nearly everything
             assert batch.union.mean() > 0.9

@@ -9,8 +9,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from bas.data.batches import attention_grid, check_scene, draw_batch, handle_positions
-from bas.data.scene import load_scene
+from bas.data.batches import attention_grid, check_scene, handle_positions, sample_batch
+from bas.data.scene_folder import load_scene
 from bas.losses import resize_mask
 from bas.models.text import tokenize
 from bas.pretrained.folder import load
@@ -20,21 +20,21 @@ from tests.helpers.tiny import refused, write_scene
 
 @pytest.fixture(scope="module")
 def prepared(bench):
-    """Models and material of the tiny scene of three concepts, with two class images."""
+    """Models and data of the tiny scene of three concepts, with two class images."""
     return bench.prepared(bench.config())
 
 
 def draw(bench, prepared, seed=0, phase=1, **changes):
     """One batch. Phase 1 of the plan, counted from 0, is the one with class images."""
-    models, material = prepared
+    models, data = prepared
     config = bench.config(**changes)
-    return draw_batch(material, models, config.phases[phase], config, torch.Generator().manual_seed(seed))
+    return sample_batch(data, models, config.phases[phase], config, torch.Generator().manual_seed(seed))
 
 
-def chosen_in(material, batch, row) -> list[int]:
+def chosen_in(data, batch, row) -> list[int]:
     """The concepts that a row's prompt names, in its order."""
     ids = batch.input_ids[row].tolist()
-    return [material.handle_ids.index(i) for i in ids if i in material.handle_ids]
+    return [data.handle_ids.index(i) for i in ids if i in data.handle_ids]
 
 
 @pytest.mark.parametrize("concepts", [36, 37])
@@ -66,12 +66,12 @@ def test_masks_that_lie_in_each_other_are_told(bench, tmp_path, caplog):
 
 def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
     """The posterior of the flipped pixels, not the flipped posterior: the encoder isn't symmetric."""
-    models, material = prepared
+    models, data = prepared
     image, masks = load_scene(bench.config()).tensors(32, models.size_multiple)
     with torch.no_grad():
         straight, mirrored = (models.vae.encode(pixels[None]) for pixels in (image, image.flip(-1)))
     for view, posterior, layers in zip(
-        material.photographs[0].views, (straight, mirrored), (masks, masks.flip(-1)), strict=True
+        data.images[0].views, (straight, mirrored), (masks, masks.flip(-1)), strict=True
     ):
         assert torch.equal(view.posterior.mean, posterior.mean[0])
         assert torch.equal(view.posterior.logvar, posterior.logvar[0])
@@ -82,34 +82,34 @@ def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
 
 def test_flip_probability_moves_picture_and_masks_together(bench, prepared):
     """0 never, 1 always, 1/2 in half of the draws; latents and masks always come from the same view."""
-    _, material = prepared
-    (photograph,) = material.photographs
+    _, data = prepared
+    (photograph,) = data.images
     silent = torch.full_like(photograph.views[0].posterior.logvar, -80.0)  # a posterior without spread
     views = tuple(replace(view, posterior=view.posterior._replace(logvar=silent)) for view in photograph.views)
-    quiet = replace(material, photographs=(replace(photograph, views=views),))
+    quiet = replace(data, images=(replace(photograph, views=views),))
     flips = []
     for seed in range(60):
         batch = draw(bench, (prepared[0], quiet), seed)
-        chosen = chosen_in(material, batch, 0)
-        latents = [view.posterior.mean * material.scaling_factor for view in material.photographs[0].views]
+        chosen = chosen_in(data, batch, 0)
+        latents = [view.posterior.mean * data.scaling_factor for view in data.images[0].views]
         matches = [torch.allclose(batch.z0[0], z0, atol=1e-6) for z0 in latents]
         assert sum(matches) == 1
         flips.append(matches[1])
-        view = material.photographs[0].views[matches.index(True)]
+        view = data.images[0].views[matches.index(True)]
         assert torch.equal(batch.union[0, 0], view.latent_masks[chosen].amax(dim=0))
         assert torch.equal(batch.masks[0, : len(chosen)], view.attention_masks[chosen])
     assert 15 < sum(flips) < 45
     for probability, view in ((0.0, 0), (1.0, 1)):
         batches = [draw(bench, prepared, seed, flip_probability=probability) for seed in range(10)]
         for batch in batches:
-            chosen = chosen_in(material, batch, 0)
-            assert torch.equal(batch.union[0, 0], material.photographs[0].views[view].latent_masks[chosen].amax(dim=0))
+            chosen = chosen_in(data, batch, 0)
+            assert torch.equal(batch.union[0, 0], data.images[0].views[view].latent_masks[chosen].amax(dim=0))
 
 
 @pytest.mark.parametrize("phase", [0, 1])
 def test_rows_of_a_batch_hold_subsets_of_different_sizes(bench, prepared, phase):
     """Six rows: positions point at the handles' tokens, padding is marked absent, unions and masks fit the prompt."""
-    _, material = prepared
+    _, data = prepared
     batch = draw(bench, prepared, phase=phase, train_batch_size=6, flip_probability=0.0)
     rows = 12 if phase else 6
     assert batch.z0.shape == batch.eps.shape == (rows, 4, 16, 16)
@@ -119,25 +119,25 @@ def test_rows_of_a_batch_hold_subsets_of_different_sizes(bench, prepared, phase)
     assert batch.masks.shape == (6, 3, 4, 4)
     sizes = set()
     for row in range(6):
-        chosen = chosen_in(material, batch, row)
+        chosen = chosen_in(data, batch, row)
         sizes.add(len(chosen))
         assert batch.present[row].tolist() == [1.0] * len(chosen) + [0.0] * (3 - len(chosen))
         ids = batch.input_ids[row, batch.positions[row, : len(chosen)]]
-        assert ids.tolist() == [material.handle_ids[i] for i in chosen]
-        assert torch.equal(batch.masks[row, : len(chosen)], material.photographs[0].views[0].attention_masks[chosen])
-        assert torch.equal(batch.union[row, 0], material.photographs[0].views[0].latent_masks[chosen].amax(dim=0))
+        assert ids.tolist() == [data.handle_ids[i] for i in chosen]
+        assert torch.equal(batch.masks[row, : len(chosen)], data.images[0].views[0].attention_masks[chosen])
+        assert torch.equal(batch.union[row, 0], data.images[0].views[0].latent_masks[chosen].amax(dim=0))
     assert len(sizes) > 1
 
 
 def test_class_rows_are_class_images_under_the_class_prompt(bench, prepared):
-    models, material = prepared
+    models, data = prepared
     batch = draw(bench, prepared, train_batch_size=8)
     expected = models.tokenizer(["a photo at the beach"], padding="max_length", return_tensors="pt").input_ids
     assert torch.equal(batch.input_ids[8:], expected.expand(8, -1))
-    means, spreads = material.class_posterior.mean, (0.5 * material.class_posterior.logvar).exp()
+    means, spreads = data.class_posterior.mean, (0.5 * data.class_posterior.logvar).exp()
     used = set()
     for z in batch.z0[8:]:
-        distances = ((z / material.scaling_factor - means) / spreads).square().mean(dim=(1, 2, 3))
+        distances = ((z / data.scaling_factor - means) / spreads).square().mean(dim=(1, 2, 3))
         used.add(int(distances.argmin()))
         assert 0.8 < min(distances) < 1.25  # standard normal around one of them
     assert used == {0, 1}
@@ -145,16 +145,16 @@ def test_class_rows_are_class_images_under_the_class_prompt(bench, prepared):
 
 def test_several_class_prompts_take_turns(bench):
     prompts = ("a photo at the beach", "a bowl")
-    models, material = bench.prepared(bench.config(class_prompt=prompts))
+    models, data = bench.prepared(bench.config(class_prompt=prompts))
     ids = models.tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt").input_ids
-    assert torch.equal(material.class_ids, ids)
+    assert torch.equal(data.class_ids, ids)
 
 
 def test_latents_are_posterior_samples_times_the_scaling_factor(bench, prepared):
     """(z0 / 0.18215 - mean) / deviation is standard normal, drawn anew for each row."""
-    _, material = prepared
+    _, data = prepared
     batch = draw(bench, prepared, phase=0, train_batch_size=40, flip_probability=0.0)
-    posterior = material.photographs[0].views[0].posterior
+    posterior = data.images[0].views[0].posterior
     normal = (batch.z0 / 0.18215 - posterior.mean) / (0.5 * posterior.logvar).exp()
     for values in (normal, batch.eps):
         assert abs(values.mean()) < 0.02
@@ -189,8 +189,8 @@ def test_each_subset_is_tokenized_once(bench, prepared, monkeypatch):
     monkeypatch.setattr(
         "bas.data.batches.tokenize", lambda tokenizer, prompts: asked.extend(prompts) or tokenize(tokenizer, prompts)
     )
-    models, material = prepared
-    fresh = replace(material)
+    models, data = prepared
+    fresh = replace(data)
     first, again = (draw(bench, (models, fresh), train_batch_size=200) for _ in range(2))
     assert len(asked) == len(set(asked)) == 15
     for name in vars(first):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 import bas
 from bas.config import METHODS, Phase, TrainConfig
-from bas.data.batches import draw_batch, prepare
-from bas.data.collages import collect, read_scene
-from bas.data.scene import Scene, load_scene, with_background
+from bas.data.batches import prepare, sample_batch
+from bas.data.collages import collect, scene_for_method
+from bas.data.scene import Scene, with_background
+from bas.data.scene_folder import load_scene
 from bas.pretrained.folder import build_on_meta
 from bas.training import loop as training
 from bas.training.disk_space import count_numbers, files_to_come
@@ -71,9 +72,9 @@ def test_a_collection_holds_the_concepts_on_plain_colours(bench):
     """Inside the masks the photograph, outside one colour, its own for every picture; the first shows everything."""
     scene = load_scene(bench.config())
     collection = collect(scene, 40, seed=3)
-    assert (collection.handles, collection.words, len(collection.shots)) == (scene.handles, scene.words, 39)
-    photo, colours, shown = np.asarray(scene.picture), [], []
-    views = collection.photographs
+    assert (collection.handles, collection.words, len(collection.extra_images)) == (scene.handles, scene.words, 39)
+    photo, colours, shown = np.asarray(scene.image), [], []
+    views = collection.images
     for picture, masks in views:
         union, pixels = inside(list(masks.values())), np.asarray(picture)
         assert np.array_equal(pixels[union == 1], photo[union == 1])
@@ -88,16 +89,18 @@ def test_a_collection_holds_the_concepts_on_plain_colours(bench):
     assert {len(subset) for subset in shown} == {1, 2, 3}
     assert len(set(colours)) == 40
     again = collect(scene, 40, seed=3)
-    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(collection.shots, again.shots, strict=True))
-    assert not np.array_equal(collect(scene, 1, seed=4).picture, collection.picture)
+    assert all(
+        np.array_equal(a.image, b.image) for a, b in zip(collection.extra_images, again.extra_images, strict=True)
+    )
+    assert not np.array_equal(collect(scene, 1, seed=4).image, collection.image)
 
 
 def test_a_collection_draws_from_every_photograph(bench):
     """Each with its own concepts; a background that was asked for is one of them."""
     scene = with_background(load_scene(bench.config()), "bg")
-    further = collect(scene, 2, seed=0).shots[0]
-    several = Scene(scene.picture, scene.masks, scene.handles, scene.words, (further,))
-    shots = collect(several, 60, seed=1).shots
+    further = collect(scene, 2, seed=0).extra_images[0]
+    several = Scene(scene.image, scene.masks, scene.handles, scene.words, (further,))
+    shots = collect(several, 60, seed=1).extra_images
     assert any(set(shot.masks) <= set(further.masks) for shot in shots)
     assert any(3 in shot.masks for shot in shots)
 
@@ -105,14 +108,14 @@ def test_a_collection_draws_from_every_photograph(bench):
 def test_prompt_and_picture_of_a_collection_agree(bench):
     """Each row names exactly the handles that its picture shows, in random order, and a flip moves both."""
     config = baseline(bench, "run", "db-m", collection_size=6, train_batch_size=64)
-    scene = read_scene(config)
+    scene = scene_for_method(config)
     models, _ = bench.prepared(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple)
-    material = prepare(models, scene, image, masks, config, None)
-    handles = dict(zip(scene.handles, material.handle_ids, strict=True))
+    data = prepare(models, scene, image, masks, config, None)
+    handles = dict(zip(scene.handles, data.handle_ids, strict=True))
     phase = Phase("x", 1, 0.0, ("handles",), False)
-    batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(0))
-    sets = {frozenset(range(3)), *(frozenset(shot.masks) for shot in scene.shots)}
+    batch = sample_batch(data, models, phase, config, torch.Generator().manual_seed(0))
+    sets = {frozenset(range(3)), *(frozenset(shot.masks) for shot in scene.extra_images)}
     named = [
         frozenset(i for i, key in enumerate(handles.values()) if key in row)
         for row in map(torch.Tensor.tolist, batch.input_ids)
@@ -124,12 +127,12 @@ def test_prompt_and_picture_of_a_collection_agree(bench):
 
 def test_naive_baselines_see_the_photograph_under_one_prompt(bench):
     config = baseline(bench, "run", "ti", train_batch_size=16)
-    scene = read_scene(config)
-    assert np.array_equal(scene.picture, load_scene(config).picture)
-    assert scene.shots == ()
-    models, material = bench.prepared(config)
+    scene = scene_for_method(config)
+    assert np.array_equal(scene.image, load_scene(config).image)
+    assert scene.extra_images == ()
+    models, data = bench.prepared(config)
     phase = Phase("x", 1, 0.0, ("handles",), False)
-    batch = draw_batch(material, models, phase, config, torch.Generator().manual_seed(0))
+    batch = sample_batch(data, models, phase, config, torch.Generator().manual_seed(0))
     assert (batch.present == 1).all()
 
 
@@ -141,9 +144,9 @@ def test_naive_baselines_see_no_close_ups(bench, tmp_path):
         mask[8:20, 8 + 32 * i : 20 + 32 * i] = 255
         Image.fromarray(mask).save(scene / f"mask{i}.png")
     choices = {"instance_data_dir": str(scene), "close_ups": True}
-    assert load_scene(baseline(bench, "run", "db", **choices)).shots != ()
-    assert read_scene(baseline(bench, "run", "db", **choices)).shots == ()
-    assert len(read_scene(baseline(bench, "run", "db-m", **choices)).shots) == 3
+    assert load_scene(baseline(bench, "run", "db", **choices)).extra_images != ()
+    assert scene_for_method(baseline(bench, "run", "db", **choices)).extra_images == ()
+    assert len(scene_for_method(baseline(bench, "run", "db-m", **choices)).extra_images) == 3
 
 
 # --- What they train ----------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from bas.config import TrainConfig
-from bas.data.mask_formats import decode_runs, fill_polygon, find_source, read_source, unpack_counts
-from bas.data.scene import load_scene
+from bas.data.mask_formats import decode_runs, find_source, rasterise_polygon, read_source, unpack_counts
+from bas.data.scene_folder import load_scene
 from tests.helpers.tiny import refused
 
 W, H = 6, 4
@@ -177,7 +177,7 @@ def test_a_box_holds_the_pixels_between_its_corners(folder):
 
 
 def test_a_triangle_holds_the_pixels_whose_centres_are_inside():
-    assert fill_polygon(np.array([[0, 0], [4, 0], [0, 4.0]]), (W, H)).astype(int).tolist() == [
+    assert rasterise_polygon(np.array([[0, 0], [4, 0], [0, 4.0]]), (W, H)).astype(int).tolist() == [
         [1, 1, 1, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [1, 0, 0, 0, 0, 0],
@@ -188,7 +188,7 @@ def test_a_triangle_holds_the_pixels_whose_centres_are_inside():
 def test_a_star_has_a_hole_by_the_even_odd_rule():
     turns = np.deg2rad(np.arange(5) * 144 - 90)
     star = 50 + 45 * np.stack([np.cos(turns), np.sin(turns)], axis=1)
-    mask = fill_polygon(star, (100, 100))
+    mask = rasterise_polygon(star, (100, 100))
     assert not mask[50, 50]
     assert mask[15, 50]
     assert np.abs(mask.astype(int) - mask[:, ::-1]).sum() == 0
@@ -199,7 +199,7 @@ def test_neighbours_share_no_pixel_and_leave_none_out():
     cut = np.stack([rng.uniform(5, 55, 9), np.linspace(-1, 41, 9)], axis=1)
     left = np.concatenate([[[0, -1]], cut, [[0, 41]]])
     right = np.concatenate([[[60, -1]], cut, [[60, 41]]])
-    first, second = (fill_polygon(points, (60, 40)) for points in (left, right))
+    first, second = (rasterise_polygon(points, (60, 40)) for points in (left, right))
     assert (first ^ second).all()
 
 
@@ -336,7 +336,7 @@ def test_run_lengths_and_polygons_against_pycocotools():
         turns = np.sort(rng.uniform(0, 2 * np.pi, 12))
         points = 100 + np.stack([np.cos(turns), np.sin(turns)], axis=1) * rng.uniform(40, 95, (12, 1))
         theirs = oracle.decode(oracle.merge(oracle.frPyObjects([points.flatten().tolist()], 200, 200))) > 0
-        ours = fill_polygon(points, (200, 200))
+        ours = rasterise_polygon(points, (200, 200))
         assert (ours & theirs).sum() / (ours | theirs).sum() > 0.98  # they also take pixels that the edge touches
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.mask_report import CELL, sheet, table, view_scene, warnings
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.pretrained.folder import build_on_meta, read_spec
 from tests.helpers import tiny
 

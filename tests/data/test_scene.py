@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from bas.config import TrainConfig
-from bas.data.scene import draw_subset, frame, load_scene, subset_prompt
+from bas.data.scene import resize_and_crop_box, sample_subset, subset_prompt
+from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.io.images import read_image, read_mask
 from tests.helpers.faults import opened, unprivileged
@@ -161,7 +162,7 @@ def test_mask_in_the_stored_orientation_gets_a_hint(scene):
     exif[0x0112] = 6
     upright = Image.open(scene / "img.png")
     upright.transpose(Image.Transpose.ROTATE_90).save(scene / "img.png", exif=exif)
-    assert load(scene).picture.size == (40, 32)
+    assert load(scene).image.size == (40, 32)
     mask = Image.open(scene / "mask1.png")
     mask.transpose(Image.Transpose.ROTATE_90).save(scene / "mask1.png")
     with refused("mask1.png is 32x40", "img.png is 40x32", "EXIF", "upright"):
@@ -201,12 +202,12 @@ def test_mask_of_another_shape_is_refused(scene):
     ],
 )
 def test_frame(size, square, resized, box):
-    assert frame(size, 512, 64, square) == (resized, box)
+    assert resize_and_crop_box(size, 512, 64, square) == (resized, box)
 
 
 def test_resolution_must_suit_the_model():
     with refused("--resolution 500", "multiples of 64"):
-        frame((512, 512), 500, 64, False)
+        resize_and_crop_box((512, 512), 500, 64, False)
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -349,7 +350,7 @@ def test_nearly_full_mask_is_worth_a_warning(scene, caplog):
     mask[0] = 0
     save(scene / "mask1.png", mask)
     load(scene)
-    assert "covers 97 % of the picture: is it inverted?" in caplog.text
+    assert "covers 97 % of the image: is it inverted?" in caplog.text
 
 
 def test_two_concepts_need_two_masks(scene):
@@ -369,17 +370,17 @@ def test_scene_needs_a_folder_one_picture_and_a_mask(scene, tmp_path):
     with refused("nowhere is not a folder"):
         load(tmp_path / "nowhere")
     (scene / "img.jpg").write_bytes(b"")
-    with refused("exactly one picture", "found img.jpg, img.png"):
+    with refused("exactly one image", "found img.jpg, img.png"):
         load(scene)
     for name in ("img.jpg", "img.png"):
         (scene / name).unlink()
-    with refused("exactly one picture named img.jpg, img.png, ...; found none"):
+    with refused("exactly one image named img.jpg, img.png, ...; found none"):
         load(scene)
     Image.fromarray(RGB).save(scene / "IMG.JPG")
     with refused("found none, but IMG.JPG: rename the one you mean"):
         load(scene)
     (scene / "IMG.JPG").unlink()
-    with refused("my photo.png is not a folder", "`bas paint '", "my photo.png'` makes one of a picture"):
+    with refused("my photo.png is not a folder", "`bas paint '", "my photo.png'` makes one of an image"):
         load(save(tmp_path / "my photo.png", RGB))
     save(scene / "img.png", RGB)
     for path in scene.glob("mask*"):
@@ -487,7 +488,7 @@ def test_union_sampling_draws_the_size_first_then_the_subset_then_an_order():
     draws = 6000
     counts = {}
     for _ in range(draws):
-        drawn = tuple(draw_subset(3, "union", generator))
+        drawn = tuple(sample_subset(3, "union", generator))
         counts[drawn] = counts.get(drawn, 0) + 1
     expected = {}
     for size, ways in ((1, 3), (2, 6), (3, 6)):
@@ -499,7 +500,7 @@ def test_union_sampling_draws_the_size_first_then_the_subset_then_an_order():
 
 def test_single_sampling_draws_one_concept_uniformly():
     generator = torch.Generator().manual_seed(0)
-    drawn = [draw_subset(4, "single", generator) for _ in range(2000)]
+    drawn = [sample_subset(4, "single", generator) for _ in range(2000)]
     assert all(len(chosen) == 1 for chosen in drawn)
     counts = np.bincount([chosen[0] for chosen in drawn], minlength=4)
     assert ((counts - 500) ** 2 / 500).sum() < 16.3  # 3 degrees of freedom
@@ -508,7 +509,7 @@ def test_single_sampling_draws_one_concept_uniformly():
 def test_uniform_sampling_draws_every_subset_alike():
     """7000 draws of N = 3 over 7 subsets, and both orders of the first pair. Chi-square of 7."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [tuple(draw_subset(3, "uniform", generator)) for _ in range(7000)]
+    drawn = [tuple(sample_subset(3, "uniform", generator)) for _ in range(7000)]
     counts = Counter(map(frozenset, drawn))
     assert len(counts) == 7
     assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 22.5  # 6 degrees of freedom
@@ -517,14 +518,14 @@ def test_uniform_sampling_draws_every_subset_alike():
 
 def test_all_concepts_in_random_order():
     generator = torch.Generator().manual_seed(0)
-    drawn = {tuple(draw_subset(3, "all", generator)) for _ in range(200)}
+    drawn = {tuple(sample_subset(3, "all", generator)) for _ in range(200)}
     assert drawn == set(permutations(range(3)))
 
 
 def test_one_concept_is_always_drawn():
     generator = torch.Generator().manual_seed(0)
     kinds = ("union", "uniform", "single", "all")
-    assert all(draw_subset(1, kind, generator) == [0] for kind in kinds for _ in range(20))
+    assert all(sample_subset(1, kind, generator) == [0] for kind in kinds for _ in range(20))
 
 
 def test_prompts():
@@ -542,8 +543,8 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
     save(tmp_path / "img.png", pixels)
     for i, mask in enumerate(masks):
         save(tmp_path / f"mask{i}.png", mask)
-    assert load(tmp_path).shots == ()
-    shots = {shot.name: shot for shot in load(tmp_path, close_ups=True).shots}
+    assert load(tmp_path).extra_images == ()
+    shots = {shot.name: shot for shot in load(tmp_path, close_ups=True).extra_images}
     assert sorted(shots) == [
         "close-up-0",
         "close-up-0-1",
@@ -552,18 +553,18 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
         "close-up-2",
     ]  # the first and the last stand too far apart: their close-up would be the picture
     corner, middle = shots["close-up-0"], shots["close-up-1"]
-    assert np.array_equal(np.asarray(corner.picture), pixels[:20, :40])
-    assert np.array_equal(np.asarray(middle.picture), pixels[36:56, 94:134])
+    assert np.array_equal(np.asarray(corner.image), pixels[:20, :40])
+    assert np.array_equal(np.asarray(middle.image), pixels[36:56, 94:134])
     assert list(middle.masks) == [1]
     assert np.array_equal(middle.masks[1] * 255, masks[1, 36:56, 94:134])
     pair = shots["close-up-0-1"]
     assert sorted(pair.masks) == [0, 1]
-    assert pair.picture.size == (177, 89)  # 124 of 200 columns
+    assert pair.image.size == (177, 89)  # 124 of 200 columns
 
 
 def test_close_ups_of_many_concepts_are_refused_not_counted_for_ever(tmp_path):
     """Their number doubles with each concept."""
-    with refused("--close_ups: 9 concepts have 510 sets to show: expected 8 concepts or fewer, or close_ups = false"):
+    with refused("--close_ups: 9 concepts have 510 subsets to show: expected 8 concepts or fewer, or close_ups = false"):
         load(write_scene(tmp_path / "nine", concepts=9, size=(90, 32)), close_ups=True)
     assert len(load(write_scene(tmp_path / "eight", concepts=8, size=(80, 32)), close_ups=True)) == 8
 

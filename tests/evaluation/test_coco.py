@@ -8,7 +8,7 @@ from PIL import Image
 
 from bas.cli.entry import main
 from bas.config import CocoConfig, TrainConfig
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.evaluation.coco import choose_scenes, choose_square, read_annotations, squares
 from tests.helpers.tiny import refused
 
@@ -208,11 +208,11 @@ def test_the_command_writes_ordinary_scenes_and_a_manifest(world, tmp_path, caps
         scene = load_scene(TrainConfig(instance_data_dir=str(out / row["scene"])))
         assert row["file_name"] == f"{row['image_id']:012d}.png"
         left, top, right, bottom = row["square"]
-        pixels = np.array(scene.picture)
+        pixels = np.array(scene.image)
         assert (pixels[0, 0, 0], pixels[0, -1, 0], pixels[-1, 0, 1]) == (left, right - 1, bottom - 1)
         assert scene.words == tuple(concept["word"] for concept in row["concepts"])
         assert [round(float(mask.mean()), 4) for mask in scene.masks] == [c["share"] for c in row["concepts"]]
-        assert scene.picture.size == (100, 100)
+        assert scene.image.size == (100, 100)
         assert top == 0
 
 

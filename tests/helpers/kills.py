@@ -61,7 +61,7 @@ def in_step(step: int) -> Arrange:
 
     def arrange(done: int) -> None:
         batches = iter(range(2 * done + 1, 4 * PHASE_STEPS + 1))
-        patch(training, "draw_batch", lambda *args: next(batches) == 2 * step)
+        patch(training, "sample_batch", lambda *args: next(batches) == 2 * step)
 
     return arrange
 

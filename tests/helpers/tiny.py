@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from bas.config import TrainConfig
 from bas.data.batches import TrainingData, prepare
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig

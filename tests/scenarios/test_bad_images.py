@@ -20,7 +20,7 @@ import bas
 from bas.config import TrainConfig
 from bas.data.mask_formats import read_cutout
 from bas.data.mask_report import view_scene, warnings
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.io.images import FORMATS, read_image, read_mask
 from bas.pretrained.folder import read_spec
@@ -181,7 +181,7 @@ for path in Path(sys.argv[1]).iterdir():
 def test_odd_folder_names_are_read(tmp_path, name):
     plain = load(write_scene(tmp_path / "plain"))
     odd = load(write_scene(tmp_path / name))
-    assert odd.picture == plain.picture
+    assert odd.image == plain.image
     assert np.array_equal(odd.masks, plain.masks)
 
 
@@ -401,7 +401,7 @@ def test_more_than_95_of_100_is_worth_a_question(tmp_path, rows, told, caplog):
     write_scene(tmp_path, concepts=1, size=(20, 20))
     path = save(tmp_path / "mask0.png", mask)
     load(tmp_path)
-    assert caplog.messages == [f"{path} covers 100 % of the picture: is it inverted?"] * told
+    assert caplog.messages == [f"{path} covers 100 % of the image: is it inverted?"] * told
 
 
 def test_a_single_white_pixel_is_read_and_announced_on_both_grids(tmp_path):
@@ -440,7 +440,7 @@ def test_a_mask_is_turned_by_its_own_note(tmp_path):
 
 def test_a_smaller_mask_of_the_turned_picture_gets_the_hint_too(scene):
     save(scene / "mask1.png", np.eye(20, 16, dtype=np.uint8) * 255)
-    with refused("mask1.png is 16x20, img.png is 40x32: they must have the same shape: is one turned by an EXIF note?"):
+    with refused("mask1.png is 16x20, img.png is 40x32: they must have the same shape: is one turned by an EXIF tag?"):
         load(scene)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import Batch, encode_images, handle_positions
-from bas.data.scene import load_scene, subset_prompt
+from bas.data.scene import subset_prompt
+from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.io.images import pixels, read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask

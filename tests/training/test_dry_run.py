@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.batches import sample_batch
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.io.files import cache_dir, human_size
 from bas.models.bundle import Models

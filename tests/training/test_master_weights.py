@@ -9,8 +9,8 @@ from torch import nn
 
 import bas
 from bas.config import Phase, TrainConfig
-from bas.data.batches import sample_batch, prepare
-from bas.data.scene import load_scene
+from bas.data.batches import prepare, sample_batch
+from bas.data.scene_folder import load_scene
 from bas.models.text import add_handles
 from bas.pretrained.folder import load
 from bas.training import loop as training

@@ -13,7 +13,7 @@ from PIL import Image
 
 from bas.cli.entry import main
 from bas.config import TrainConfig
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft
 from bas.web.painter import MAX_BODY, Handler, Server, Studio
 from tests.helpers.browser import Browser
@@ -158,7 +158,7 @@ def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_
         open_draft(other, None)
     with refused(f"{photo} is a file: name another --output_dir"):
         open_draft(other, photo)
-    with refused(f"{tmp_path} needs exactly one picture named img.jpg"):
+    with refused(f"{tmp_path} needs exactly one image named img.jpg"):
         open_draft(tmp_path, None)
     with refused("missing.png is not a file"):
         open_draft(tmp_path / "missing.png", None)

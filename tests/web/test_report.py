@@ -15,14 +15,15 @@ from PIL import Image
 
 from bas.cli.entry import main
 from bas.config import TrainConfig
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.io.figures import grid, overlay_attention
 from bas.io.run_files import read_rows
 from bas.pretrained.folder import weights_hash
 from bas.sampling.gallery import save_grid
 from bas.training.preview import write_shot
 from bas.training.timing import Timing, peak_memory
-from bas.web.report import line, page, running_mean, spread, write_report
+from bas.web.elements import spread
+from bas.web.report import line, page, running_mean, write_report
 from tests.helpers import tiny
 from tests.helpers.browser import Browser
 
@@ -108,8 +109,8 @@ def test_further_photographs_are_shown(tmp_path):
     for name in ("10", "2", "close-up-1"):
         tiny.write_scene(folder / "scene" / name, concepts=2)
     (folder / "scene" / "2" / "mask0.png").unlink()
-    shown = [image["alt"] for image in Page(page(folder)).all("img") if image["alt"].startswith("picture ")]
-    assert shown == ["picture 2: <bowl>", "picture 10: <creature>, <bowl>", "picture close-up-1: <creature>, <bowl>"]
+    shown = [image["alt"] for image in Page(page(folder)).all("img") if image["alt"].startswith("image ")]
+    assert shown == ["image 2: <bowl>", "image 10: <creature>, <bowl>", "image close-up-1: <creature>, <bowl>"]
 
 
 def test_the_curves_are_metrics_jsonl(run):
@@ -189,7 +190,7 @@ def test_a_run_that_has_barely_begun_has_a_page(tmp_path):
     text = " ".join(Page(page(tmp_path)).texts)
     assert "1 of 800" in text
     assert "Fewer than two steps are logged." in text
-    assert "This run drew no previews" in text
+    assert "This run made no previews" in text
 
 
 def test_pictures_that_cannot_be_read_are_left_out(tmp_path, caplog):

@@ -14,7 +14,8 @@ import numpy as np
 
 from bas.cli.commands.demo import SCENE
 from bas.config import SampleConfig, TrainConfig
-from bas.data.scene import load_scene, subset_prompt
+from bas.data.scene import subset_prompt
+from bas.data.scene_folder import load_scene
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid

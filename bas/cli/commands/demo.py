@@ -6,7 +6,8 @@ from pathlib import Path
 
 from bas.cli.flags import Parser
 from bas.config import SampleConfig
-from bas.data.scene import load_scene, subset_prompt
+from bas.data.scene import subset_prompt
+from bas.data.scene_folder import load_scene
 from bas.io.figures import grid, overlay_attention, tint_masks
 from bas.io.images import save_image, to_image
 from bas.io.run_files import CONCEPTS, METRICS
@@ -62,7 +63,7 @@ def demo(output_dir: Path, device: str | None = None) -> Path:
     reunited = [f"{together} {context}" for context in TOGETHER]
     prompts = [[*alone, together, reunited[0]], [*elsewhere, *reunited[1:]]]
     drawn = iter(sample(models, [*prompts[0], *prompts[1]], SampleConfig(seed=config.seed)))
-    rows = [[scene.picture, tint_masks(photo, layers), *looks], *([next(drawn) for _ in row] for row in prompts)]
+    rows = [[scene.image, tint_masks(photo, layers), *looks], *([next(drawn) for _ in row] for row in prompts)]
     seen = ["the photograph", "and its masks", *(f"attention of {h}" for h in handles)]
     labels = [seen, *prompts]
     sheet = grid(rows, labels, CELL, title="one picture in, one handle per concept out")

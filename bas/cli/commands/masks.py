@@ -14,7 +14,7 @@ from bas.data.batches import check_scene
 from bas.data.mask_formats import list_sources
 from bas.data.mask_proposals import METHODS, propose
 from bas.data.mask_report import sheet, table, view_scene, warnings
-from bas.data.scene import load_scene
+from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft, write_draft
 from bas.errors import InputError
 from bas.io.images import check_not_input, image_path, save_image
@@ -67,7 +67,7 @@ def write_proposals(args: argparse.Namespace) -> None:
     draft = open_draft(Path(args.scene), Path(args.output_dir) if args.output_dir else None)
     if draft.folder.is_dir() and list_sources(draft.folder):
         raise InputError(f"{draft.folder} has masks already: name another --output_dir")
-    found = propose(args.auto, draft.picture, config, pick_device(args.device))
+    found = propose(args.auto, draft.image, config, pick_device(args.device))
     masks = [Image.fromarray(proposal.mask.astype(np.uint8) * 255) for proposal in found]
     concepts = [{"handle": f"<asset{i}>", "word": proposal.word} for i, proposal in enumerate(found)]
     write_draft(draft, masks, concepts)
@@ -85,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
     model = find(config.pretrained_model_name_or_path)
     scene, spec = load_scene(config), read_spec(model)
     view = view_scene(scene, spec, config)
-    size, photo = "x".join(map(str, scene.picture.size)), "x".join(map(str, view.photo.size))
+    size, photo = "x".join(map(str, scene.image.size)), "x".join(map(str, view.photo.size))
     concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
     print(f"{args.scene}: {concepts}; the picture is {size} pixels, {photo} for {model.name}\n")
     print(table(view))

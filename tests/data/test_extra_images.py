@@ -7,8 +7,8 @@ from PIL import Image
 
 import bas
 from bas.config import TrainConfig
-from bas.data.batches import draw_batch, draw_photograph
-from bas.data.scene import load_scene
+from bas.data.batches import sample_batch, sample_image
+from bas.data.scene_folder import load_scene
 from bas.losses import resize_mask
 from bas.training.setup import check_input
 from tests.helpers.tiny import refused, write_scene
@@ -43,16 +43,16 @@ def load(folder, **changes):
 def test_further_photographs_are_read_by_number_each_with_the_concepts_it_shows(scene):
     (scene / "notes").mkdir()
     loaded = load(scene)
-    assert [(shot.name, sorted(shot.masks)) for shot in loaded.shots] == [("2", [0, 2]), ("10", [1])]
-    assert loaded.shots[0].masks[2].sum() == 256
+    assert [(shot.name, sorted(shot.masks)) for shot in loaded.extra_images] == [("2", [0, 2]), ("10", [1])]
+    assert loaded.extra_images[0].masks[2].sum() == 256
     with Image.open(scene / "10" / "img.png") as picture:
-        assert np.array_equal(loaded.shots[1].picture, picture)
-    assert load(write_scene(scene.parent / "alone")).shots == ()
+        assert np.array_equal(loaded.extra_images[1].image, picture)
+    assert load(write_scene(scene.parent / "alone")).extra_images == ()
 
 
 def test_each_is_cut_to_the_shape_of_the_first(scene):
     add_shot(scene, "11", {1: (32, 0, 96, 64)}, size=(128, 64))
-    shot = load(scene).shots[2]
+    shot = load(scene).extra_images[2]
     image, masks = shot.tensors(32, 32, 3)
     assert image.shape == (3, 32, 32)
     assert masks.shape == (3, 32, 32)
@@ -60,18 +60,18 @@ def test_each_is_cut_to_the_shape_of_the_first(scene):
     assert (masks[1, :, 1:-1] == 1).all()
     assert (masks[1] > 0.5).all()
     assert masks[[0, 2]].max() == 0
-    small = np.asarray(shot.picture.resize((64, 32), Image.Resampling.BICUBIC))[:, 16:48]
+    small = np.asarray(shot.image.resize((64, 32), Image.Resampling.BICUBIC))[:, 16:48]
     assert torch.equal(image, torch.from_numpy(small.copy()).permute(2, 0, 1).float() / 127.5 - 1)
 
 
 def test_a_photograph_is_drawn_first_then_a_subset_of_what_it_shows(bench, scene):
     config = bench.config(instance_data_dir=str(scene), with_prior_preservation=False)
-    models, material = bench.prepared(config)
+    models, data = bench.prepared(config)
     loaded, generator, counts = load(scene), torch.Generator().manual_seed(0), {}
-    boxes = [resize_mask(shot.tensors(32, 32, 3)[1], 16, 16) for shot in loaded.shots]
+    boxes = [resize_mask(shot.tensors(32, 32, 3)[1], 16, 16) for shot in loaded.extra_images]
     for _ in range(300):
-        batch = draw_batch(material, models, config.phases[0], config, generator)
-        chosen = [material.handle_ids.index(i) for i in batch.input_ids[0].tolist() if i in material.handle_ids]
+        batch = sample_batch(data, models, config.phases[0], config, generator)
+        chosen = [data.handle_ids.index(i) for i in batch.input_ids[0].tolist() if i in data.handle_ids]
         unions = [m[chosen].amax(dim=0) for m in boxes]
         here = [
             i for i, union in enumerate(unions) for u in (union, union.flip(-1)) if torch.equal(batch.union[0, 0], u)
@@ -79,18 +79,18 @@ def test_a_photograph_is_drawn_first_then_a_subset_of_what_it_shows(bench, scene
         place = here[0] if here else None
         counts[place] = counts.get(place, 0) + 1
         if place is not None:
-            assert set(chosen) <= set(loaded.shots[place].masks)
+            assert set(chosen) <= set(loaded.extra_images[place].masks)
             assert batch.present.sum() == len(chosen)
     assert counts.keys() == {None, 0, 1}  # None: the first photograph
     assert all(75 <= count <= 125 for count in counts.values())
 
 
 def test_one_photograph_alone_costs_no_draw(bench):
-    _, material = bench.prepared(bench.config(with_prior_preservation=False))
+    _, data = bench.prepared(bench.config(with_prior_preservation=False))
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    (only,) = material.photographs
-    assert draw_photograph(material, generator) is only
+    (only,) = data.images
+    assert sample_image(data, generator) is only
     assert only.shown == (0, 1, 2)
     assert torch.equal(generator.get_state(), before)
 
@@ -108,28 +108,28 @@ def test_further_photographs_that_cannot_be_used_are_refused(scene):
     with refused("3/mask0.png is 32x16", "same shape"):
         load(scene)
     (scene / "3" / "img.png").unlink()
-    with refused(str(scene / "3"), "exactly one picture"):
+    with refused(str(scene / "3"), "exactly one image"):
         load(scene)
 
 
 def test_a_concept_that_the_cut_leaves_out_is_refused_by_name(bench, scene):
     add_shot(scene, "3", {1: (0, 0, 16, 32)}, size=(96, 32))
-    with refused("<asset1> in picture 3", "vanishes"):
+    with refused("<asset1> in extra image 3", "vanishes"):
         check_input(bench.config(instance_data_dir=str(scene), with_prior_preservation=False))
 
 
 def test_each_photograph_has_its_own_background(scene):
     add_shot(scene, "11", {0: (0, 0, 16, 32), 1: (16, 0, 32, 32)})
     loaded = load(scene, background_handle="bg")
-    assert [sorted(shot.masks) for shot in loaded.shots] == [[0, 2, 3], [1, 3], [0, 1]]
-    assert loaded.shots[0].masks[3].sum() == 1024 - 2 * 256
+    assert [sorted(shot.masks) for shot in loaded.extra_images] == [[0, 2, 3], [1, 3], [0, 1]]
+    assert loaded.extra_images[0].masks[3].sum() == 1024 - 2 * 256
 
 
 def test_a_run_trains_on_all_and_keeps_them(bench, scene, tmp_path):
     config = bench.config(tmp_path / "run", instance_data_dir=str(scene), phase1_train_steps=3, phase2_train_steps=1)
     run = bas.train(config)
     kept, given = load(run / "scene"), load(scene)
-    assert [shot.name for shot in kept.shots] == ["2", "10"]
-    for ours, theirs in zip(kept.shots, given.shots, strict=True):
+    assert [shot.name for shot in kept.extra_images] == ["2", "10"]
+    for ours, theirs in zip(kept.extra_images, given.extra_images, strict=True):
         for a, b in zip(ours.tensors(32, 32, 3), theirs.tensors(32, 32, 3), strict=True):
             assert torch.equal(a, b)

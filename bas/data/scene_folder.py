@@ -1,0 +1,225 @@
+"""Read a scene folder: the image img.*, its masks, scene.json, and extra images in subfolders 1, 2, ...
+
+bas/io/images.py reads images and mask_formats.py reads masks. Here they become one scene: sizes must agree, every mask
+must show something, and what cannot be used is an InputError that names the file.
+
+An extra image lies in SCENE/1, SCENE/2, ... with its own img.* and mask0.png, mask1.png, ... Each mask has the number
+of its concept in the first image, which shows all concepts. A concept without a mask is not in the extra image.
+"""
+
+import logging
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+from PIL import Image
+
+from bas.config import TrainConfig
+from bas.data.mask_formats import READERS, FoundMask, find_source, read_number, read_source
+from bas.data.scene import (
+    DARKEST_MASK,
+    MAX_CONCEPTS,
+    ExtraImage,
+    Scene,
+    bracketed,
+    with_background,
+    with_close_ups,
+)
+from bas.errors import InputError, did_you_mean
+from bas.io.files import read_content, reading
+from bas.io.images import SUFFIXES, read_image, read_mask
+from bas.models.text import check_name
+
+log = logging.getLogger(__name__)
+
+FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
+
+
+def load_scene(config: TrainConfig) -> Scene:
+    """Read and check the scene folder `config.instance_data_dir`. Reads no weights.
+
+    Raises InputError for what cannot be used, and warns about what is possible but unusual.
+    """
+    folder = Path(config.instance_data_dir)
+    with reading(folder):
+        scene = read_folder(folder, config)
+    if scene.extra_images:
+        names = ", ".join(extra.name for extra in scene.extra_images)
+        log.info("%s has %d extra images: %s", folder, len(scene.extra_images), names)
+    if config.background_handle:
+        scene = with_background(scene, config.background_handle)
+    if config.close_ups:
+        scene = with_close_ups(scene)
+    if len(scene) > MAX_CONCEPTS:
+        log.warning("%d concepts: the method works best with up to %d (paper, limitations)", len(scene), MAX_CONCEPTS)
+    return scene
+
+
+def read_folder(folder: Path, config: TrainConfig) -> Scene:
+    """The images and masks of a scene folder, checked, with the names that the settings give."""
+    image_path, mask_files = find_files(folder)
+    image = read_image(image_path)
+    found = read_source(mask_files, image.size)
+    handles, words = name_concepts(config, folder, found)
+    masks = [match_size(mask.values, folder / mask.name, image, image_path) for mask in found]
+    for i, mask in enumerate(masks):
+        path = folder / found[i].name
+        check_coverage(path, mask)
+        for other, earlier in zip(found[:i], masks[:i], strict=True):
+            if np.array_equal(mask, earlier):
+                raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
+    return Scene(image, masks, handles, words, read_extra_images(folder, len(masks)))
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def find_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The image of a scene folder and the files of its one mask source. Raises InputError for gaps in numbers."""
+    require_scene_folder(folder)
+    return find_image(folder), find_source(folder)
+
+
+def require_scene_folder(path: Path) -> None:
+    """Raise InputError unless it is a folder."""
+    if not path.is_dir():
+        advice = f"; `bas paint {quote(str(path))}` makes one of an image" if path.is_file() else ""
+        kind = "a scene is a folder with img.jpg and mask0.png, mask1.png, ..."
+        raise InputError(f"{path} is not a folder: {kind}{advice}")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images img.* of a folder: a scene has one."""
+    return sorted(path for path in folder.iterdir() if path.stem == "img" and path.is_file())
+
+
+def find_image(folder: Path) -> Path:
+    """The one image img.* of a folder."""
+    images = images_in(folder)
+    if len(images) != 1:
+        others = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not read_number(path)]
+        none = f"none, but {', '.join(sorted(others)[:3])}: rename the one you mean" if others else "none"
+        found = ", ".join(path.name for path in images) or none
+        raise InputError(f"{folder} needs exactly one image named img.jpg, img.png, ...; found {found}")
+    return images[0]
+
+
+def numbered_folders(folder: Path) -> list[Path]:
+    """The subfolders that are named by numbers, by number."""
+    numbered = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name))
+
+
+# --- Extra images -------------------------------------------------------------------------------------------------
+
+
+def read_extra_images(folder: Path, count: int) -> tuple[ExtraImage, ...]:
+    """The extra images of a scene folder, by number. count: how many concepts its first image has."""
+    return tuple(read_extra_image(path, count) for path in numbered_folders(folder))
+
+
+def read_extra_image(folder: Path, count: int) -> ExtraImage:
+    """One extra image. Raises InputError without an image or a mask, for masks of another source than maskN.png, and
+    for a mask of an unknown concept."""
+    image_path = find_image(folder)
+    image, masks = read_image(image_path), {}
+    for path in sorted(folder.iterdir()):
+        kind, number = read_number(path) or ("", 0)
+        if kind == "cutout" or path.name in READERS:
+            raise InputError(f"{path} would not be read: an extra image has its masks as mask0.png, mask1.png, ...")
+        if kind == "mask":
+            if number >= count:
+                raise InputError(f"{path}: the scene has the concepts 0 to {count - 1}, as its first image shows them")
+            mask = match_size(read_mask(path), path, image, image_path)
+            check_coverage(path, mask)
+            masks[number] = mask
+    if not masks:
+        raise InputError(f"{folder} has no mask0.png, mask1.png, ...: name each by the concept that it shows")
+    return ExtraImage(folder.name, image, masks)
+
+
+# --- Names --------------------------------------------------------------------------------------------------------
+
+
+def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], list[str | None]]:
+    """Handles and initial words from an optional scene.json: {"concepts": [{"handle": "<toy>", "word": "toy"}, ...]}
+
+    Without scene.json they are as the mask source names them. Raises InputError for another content or count.
+    """
+    path, count = folder / "scene.json", len(found)
+    if not path.exists():
+        return [mask.handle for mask in found], [mask.word for mask in found]
+    if any(mask.handle or mask.word for mask in found):
+        log.warning("%s names the concepts: the names beside the masks are not used", path)
+    content = read_content(path)
+    try:
+        names = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
+        if not all(name is None or isinstance(name, str) for pair in names for name in pair):
+            raise TypeError("a handle or a word is no text")
+        for key in sorted({key for c in content["concepts"] for key in c} - {"handle", "word"}):
+            if near := did_you_mean(key, ("handle", "word")):  # other keys are the user's own
+                raise TypeError(f"unknown {key}{near}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: {error}') from error
+    if len(names) != count:
+        raise InputError(f"{path} names {len(names)} concepts, but there are {count} masks")
+    return [handle for handle, _ in names], [word for _, word in names]
+
+
+def name_concepts(
+    config: TrainConfig, folder: Path, found: list[FoundMask]
+) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """Handles and words of N concepts: flags win over scene.json, which wins over <asset0>, <asset1>, ..."""
+    count = len(found)
+    if config.num_of_assets not in (None, count):
+        raise InputError(f"--num_of_assets is {config.num_of_assets}, but {folder} has {count} masks")
+    given_handles, given_words = read_names(folder, found)
+    pattern = config.placeholder_token.strip("<>")
+    default = tuple(bracketed(handle or f"{pattern}{i}") for i, handle in enumerate(given_handles))
+    handles = tuple(map(bracketed, config.handles)) or default
+    words = config.initializer_tokens or tuple(given_words)
+    for flag, values in (("--handles", handles), ("--initializer_tokens", words)):
+        if len(values) != count:
+            raise InputError(f"{flag} gives {len(values)} names, but {folder} has {count} masks")
+    for handle in handles:
+        check_name(handle)
+    if len(set(handles)) != count:
+        raise InputError(f"the handles {' '.join(handles)} are not all different")
+    return tuple(handles), tuple(words)
+
+
+# --- Masks --------------------------------------------------------------------------------------------------------
+
+
+def match_size(mask: np.ndarray, path: Path, image: Image.Image, image_path: Path) -> np.ndarray:
+    """The mask at the image's size: (H, W). Resizes another size of the same shape; another shape is an InputError."""
+    (h, w), (image_w, image_h) = mask.shape, image.size
+    if (w, h) == (image_w, image_h):
+        return mask
+    sizes = f"{path} is {w}x{h}, {image_path.name} is {image_w}x{image_h}"
+    if not _same_shape(w / h, image_w / image_h):
+        turned = _same_shape(h / w, image_w / image_h)
+        hint = ": is one turned by an EXIF tag? Draw masks on the upright image" if turned else ""
+        raise InputError(f"{sizes}: they must have the same shape{hint}")
+    log.warning("%s: the mask is resized", sizes)
+    return np.array(Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR))
+
+
+def _same_shape(shape: float, other: float) -> bool:
+    """Whether two ratios of width to height are equal up to rounding."""
+    return abs(shape - other) <= 0.01 * other
+
+
+def check_coverage(path: Path, mask: np.ndarray) -> None:
+    """Raise InputError for a mask that shows nothing or everything, and warn about an unlikely one. mask: (H, W)"""
+    if mask.max() == 0:
+        raise InputError(f"{path} is black all over: paint the concept white")
+    if mask.max() < DARKEST_MASK:
+        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a map of labels?")
+    if mask.min() == 1:
+        raise InputError(f"{path} is white all over: leave out what is not the concept")
+    if mask.max() < FAINT_MASK:
+        value, weight = 255 * mask.max(), 100 * mask.max() ** 2
+        log.warning("%s is %.0f of 255 at most, so its concept weighs %.0f %%: paint it white", path, value, weight)
+    if mask.mean() > 0.95:
+        log.warning("%s covers %.0f %% of the image: is it inverted?", path, 100 * mask.mean())
