@@ -256,12 +256,8 @@ def test_a_flag_is_refused_in_the_words_of_a_file_and_of_python(capsys):
     parser = Parser(prog="bas")
     add_fields(parser, TrainConfig)
     for words, message in (
-        (["--log_steps", "0"], "--log_steps is 0: expected a whole number from 1 to 1000000"),
-        (["--log_steps", "1e3"], "--log_steps is '1e3': expected a whole number from 1 to 1000000"),
-        (
-            ["--flip_probability", "half"],
-            "--flip_probability is 'half': expected a finite number, 0 or more and 1 or less",
-        ),
+        (["--log_steps", "1e3"], "--log_steps is '1e3': expected a whole number"),
+        (["--flip_probability", "half"], "--flip_probability is 'half': expected a number"),
         (["--preset", "fast"], "--preset is 'fast': expected one of official, paper"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -83,15 +83,13 @@ def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 def read_value(f: Field, kind: type, text: str) -> Any:
-    """Read one value of a flag. ArgumentTypeError, worded as errors of settings in files are, if it is wrong."""
+    """Read one value of a flag; ranges are checked with all settings. ArgumentTypeError for another kind of value."""
     try:
-        value: Any = kind(text)
-    except ValueError:
-        value = text
-    try:
-        return check_one(f, kind, value, "")
+        return float(text) if kind is float else int(text) if kind is int else check_one(f, kind, text, "")
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r:.60}: expected a {'whole ' * (kind is int)}number") from None
 
 
 def given(args: argparse.Namespace, settings: type) -> dict:
