@@ -74,7 +74,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's feed-forward network, four times as wide inside. Index 1 of `net` is the checkpoint's dropout."""
+    """The feed-forward network, four times as wide inside. Index 1 of `net` is the checkpoint's dropout."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -61,7 +61,7 @@ class MidBlock(nn.Module):
 
 
 class CoderBlock(nn.Module):
-    """Residual blocks on one grid, then a change of grid: `downsamplers` in the encoder, `upsamplers` in the decoder."""
+    """Residual blocks on one grid, then another grid: `downsamplers` in the encoder, `upsamplers` in the decoder."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, resample: nn.Module | None):
         super().__init__()
