@@ -7,8 +7,8 @@ from dataclasses import Field, fields
 from functools import partial
 from typing import Any, NoReturn
 
-from bas.config import GROUPS, check_one, value_type
-from bas.errors import InputError, did_you_mean
+from bas.config import GROUPS, value_type
+from bas.errors import InputError, check_choice, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,7 +85,7 @@ def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
 def read_value(f: Field, kind: type, text: str) -> Any:
     """Read one value of a flag; ranges are checked with all settings. ArgumentTypeError for another kind of value."""
     try:
-        return float(text) if kind is float else int(text) if kind is int else check_one(f, kind, text, "")
+        return check_choice("", text, f.metadata["choices"]) if f.metadata["choices"] else kind(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from None
     except ValueError:
