@@ -93,9 +93,9 @@ def read_value(f: Field, kind: type, text: str) -> Any:
 
 
 def given(args: argparse.Namespace, settings: type) -> dict:
-    """The settings' fields that were given as flags."""
+    """The settings that were given as flags."""
     names = {f.name for f in fields(settings)}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in vars(args).items() if name in names}
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
