@@ -3,6 +3,7 @@
 from tools.mini_world.layouts import Layout, Thing
 from tools.mini_world.places import PLACES
 
+SHUFFLED = 0.25  # share of the reworded captions that name the things in any order, not from left to right
 OPENINGS = ("a photo of ", "a photo of ", "a photo of ", "a picture of ", "an image of ", "")
 
 
@@ -30,5 +31,6 @@ def describe(layout: Layout, rng=None) -> str:
         return "a photo of " + " and ".join(phrase(thing) for thing in layout.things) + " " + place
     opening = OPENINGS[rng.integers(len(OPENINGS))]
     say_colour, say_pattern, say_place = rng.random(3) > (0.1, 0.15, 0.2)
-    spoken = [phrase(thing, say_colour, say_pattern) for thing in layout.things]
+    order = rng.permutation(len(layout.things)) if rng.random() < SHUFFLED else range(len(layout.things))
+    spoken = [phrase(layout.things[i], say_colour, say_pattern) for i in order]
     return opening + " and ".join(spoken) + (f" {place}" if say_place else "")

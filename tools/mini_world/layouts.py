@@ -45,7 +45,8 @@ SLOTS = {  # usual centres, by number of things
     3: ((0.25, 0.3), (0.75, 0.3), (0.5, 0.73)),
     4: ((0.26, 0.27), (0.74, 0.27), (0.26, 0.73), (0.74, 0.73)),
 }
-ANYWHERE = 0.4  # share of the training scenes whose things stand anywhere
+COUNTS = (0.03, 0.25, 0.39, 0.23, 0.10)  # shares of the training scenes with 0 to 4 things
+ANYWHERE = 0.6  # share of the training scenes whose things stand anywhere
 TWO_COLOURS = 0.6  # share of the patterned things whose pattern has a second, named colour
 
 
@@ -85,8 +86,8 @@ def invent(rng, shape: str, two_colours: float = TWO_COLOURS) -> Thing:
 
 
 def compose(rng, count=None, background=None, two_colours: float = TWO_COLOURS) -> Layout:
-    """Decide a training scene: count things (0..4; None: drawn, mostly one or two) in a place."""
-    count = int(rng.choice(5, p=(0.06, 0.52, 0.34, 0.06, 0.02))) if count is None else count
+    """Decide a training scene: count things (0..4; None: drawn by COUNTS) in a place."""
+    count = int(rng.choice(5, p=COUNTS)) if count is None else count
     shapes = rng.permutation(tuple(SHAPES))[:count]  # no shape twice, so that a caption tells things apart
     things = [invent(rng, str(shape), two_colours) for shape in shapes]
     background = choose(rng, PLACES) if background is None else background

@@ -1,4 +1,4 @@
-"""The stage of the miniature's CLIP: an image tower, and the text tower that the UNet reads."""
+"""The stage of the miniature's CLIP: an image encoder, and the text encoder that the UNet reads."""
 
 from pathlib import Path
 
@@ -6,23 +6,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tools.mini_world.captions import describe
+from tools.mini_world.drawing import draw
+from tools.mini_world.layouts import compose
+from tools.train_mini.codec import to_tensor
 from tools.train_mini.fit import fit
-from tools.train_mini.presets import SEED, TEXT_LENGTH, Preset
+from tools.train_mini.recipe import SEED, TEXT_LENGTH, Recipe
 from tools.train_mini.tokenizer import tokenize
-from tools.train_mini.world import load_world, to_tensor
+
+HELD_OUT = 512  # scenes
 
 
-def clip_config(preset: Preset, tokenizer) -> CLIPConfig:
-    """Two towers of one width; the text tower has CLIP's 77 positions."""
-    tower = {
-        "hidden_size": preset.text_width,
-        "intermediate_size": 4 * preset.text_width,
-        "num_hidden_layers": preset.text_layers,
+def clip_config(recipe: Recipe, tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """Two encoders of one width; the text encoder has CLIP's 77 positions."""
+    encoder = {
+        "hidden_size": recipe.text_width,
+        "intermediate_size": 4 * recipe.text_width,
+        "num_hidden_layers": recipe.text_layers,
         "num_attention_heads": 4,
-        "projection_dim": preset.text_width,
+        "projection_dim": recipe.text_width,
         "hidden_act": "gelu",
     }
     text = {
@@ -32,53 +37,53 @@ def clip_config(preset: Preset, tokenizer) -> CLIPConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {"image_size": preset.resolution, "patch_size": preset.patch}
-    return CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=preset.text_width)
+    vision = {"image_size": recipe.resolution, "patch_size": recipe.patch}
+    return CLIPConfig(text_config=encoder | text, vision_config=encoder | vision, projection_dim=recipe.text_width)
 
 
-def train_clip(preset: Preset, run: Path, device) -> None:
-    """Fit both towers so that a picture and its caption agree, and none of the other pairs of the batch."""
+def train_clip(recipe: Recipe, run: Path, device: torch.device) -> None:
+    """Fit both encoders so that an image agrees with its own caption and with no other of the batch.
+
+    Contrastive loss of Radford et al. 2021, section 2.3.
+    """
     if (run / "clip.safetensors").exists():
         return
     torch.manual_seed(SEED)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    clip, recipe = CLIPModel(clip_config(preset, tokenizer)).to(device), preset.clip_recipe
-    images, layouts = load_world(run)
-    held_out = len(images) - 512
+    clip, stage = CLIPModel(clip_config(recipe, tokenizer)).to(device), recipe.clip
 
-    def pairs(chosen, rng):
-        """Pictures, and token ids of captions worded with `rng`, or complete without it."""
-        captions = [describe(layouts[k], rng) for k in chosen]
-        return images[chosen], tokenize(tokenizer, captions, 40)  # causal: the tokens after the end change nothing
+    def pairs(rng: np.random.Generator, count: int, complete: bool) -> tuple[Tensor, Tensor]:
+        """Images of fresh scenes, and the token ids of their captions, reworded or complete."""
+        layouts = [compose(rng) for _ in range(count)]
+        images = np.stack([draw(layout, recipe.resolution)[0] for layout in layouts])
+        return to_tensor(images), tokenize(tokenizer, [describe(x, None if complete else rng) for x in layouts])
 
-    def similarity(pictures, ids):
-        """Cosines (b, b) of pictures against captions."""
-        x, ids = to_tensor(pictures, device), ids.to(device)
+    def similarity(images: Tensor, ids: Tensor) -> Tensor:
+        """Cosines of images against captions, (b, b)."""
         with torch.autocast(device.type, torch.bfloat16):
-            seen = clip.visual_projection(clip.vision_model(x).pooler_output)
-            told = clip.text_projection(clip.text_model(ids).pooler_output)
+            seen = clip.visual_projection(clip.vision_model(images.to(device)).pooler_output)
+            told = clip.text_projection(clip.text_model(ids.to(device)).pooler_output)
         return F.normalize(seen.float(), dim=-1) @ F.normalize(told.float(), dim=-1).T
 
-    def draw(i):
-        rng = np.random.default_rng((SEED, i))
-        return pairs(np.sort(rng.choice(held_out, recipe.batch, replace=False)), rng)
+    def draw_batch(step: int) -> tuple[Tensor, Tensor]:
+        return pairs(np.random.default_rng((SEED, stage.number, step)), stage.batch, complete=False)
 
-    def loss_of(clip, batch):
+    def loss_of(clip: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         logits = similarity(*batch) * clip.logit_scale.exp().clamp(max=100)
         target = torch.arange(len(logits), device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         return loss, {"matched": (logits.argmax(1) == target).float().mean()}
 
-    fit("clip", clip, draw, loss_of, recipe, run)
+    fit("clip", clip, draw_batch, loss_of, stage, run)
     with torch.no_grad():
-        cosines = similarity(*pairs(np.arange(held_out, len(images)), None))
-    matched = (cosines.argmax(1).cpu() == torch.arange(512)).float().mean()
-    print(f"clip: {100 * matched:.1f} % of 512 held-out scenes find their own complete caption among all 512")
+        cosines = similarity(*pairs(np.random.default_rng((SEED, stage.number)), HELD_OUT, complete=True))
+    matched = (cosines.argmax(1).cpu() == torch.arange(HELD_OUT)).float().mean()
+    print(f"clip: {100 * matched:.1f} % of {HELD_OUT} held-out scenes find their own caption among all {HELD_OUT}")
 
 
-def load_clip(preset: Preset, run: Path, device) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Both trained towers and their tokenizer."""
+def load_clip(recipe: Recipe, run: Path, device: torch.device) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Both trained encoders and their tokenizer. FileNotFoundError where there are none yet."""
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
-    clip = CLIPModel(clip_config(preset, tokenizer))
+    clip = CLIPModel(clip_config(recipe, tokenizer))
     clip.load_state_dict(load_file(run / "clip.safetensors"))
-    return clip.to(device).requires_grad_(False), tokenizer
+    return clip.to(device).eval().requires_grad_(False), tokenizer

@@ -1,4 +1,4 @@
-"""What the stages of the miniature's training write: weights, and pictures of the loss over time."""
+"""What the stages of the miniature's training write: weights, the scaling of the latents, the loss over time."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from bas.io.files import write_json
 from bas.io.tensors import write_tensors
+from tools.train_mini.codec import Scaling
 
 
 def save_weights(module, path: Path, dtype=torch.float32) -> None:
@@ -15,6 +17,17 @@ def save_weights(module, path: Path, dtype=torch.float32) -> None:
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, state)
+
+
+def write_scaling(run: Path, scaling: Scaling) -> None:
+    """Write run/scaling.json: mean and factor of each latent channel."""
+    write_json(run / "scaling.json", {"mean": scaling.mean.tolist(), "factor": scaling.factor.tolist()})
+
+
+def read_scaling(run: Path) -> Scaling:
+    """What `write_scaling` wrote. FileNotFoundError where the stage `decoder` has not begun."""
+    numbers = json.loads((run / "scaling.json").read_text())
+    return Scaling(torch.tensor(numbers["mean"]), torch.tensor(numbers["factor"]))
 
 
 def plot_losses(log: Path) -> None:
@@ -33,5 +46,5 @@ def plot_losses(log: Path) -> None:
     canvas.line(list(zip(xs.tolist(), ys.tolist(), strict=True)), fill=(30, 90, 180), width=2)
     canvas.text((2, 14), f"{10**high:.3g}", fill="black")
     canvas.text((2, height - 26), f"{10**low:.3g}", fill="black")
-    canvas.text((width // 2, height - 14), f"{log.stem}: {lines[-1]['step']} steps", fill="black")
+    canvas.text((width // 2, height - 14), f"{log.stem}: {lines[-1]['samples']} samples", fill="black")
     image.save(log.with_suffix(".png"))

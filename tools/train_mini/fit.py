@@ -1,123 +1,98 @@
-"""The training loop that all stages of the miniature share."""
+"""The training loop that all stages of the miniature share. It counts samples, so a busy machine changes no result."""
 
-import copy
 import json
-import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tools.train_mini.files import plot_losses, save_weights
-from tools.train_mini.presets import Recipe
+from tools.train_mini.optimizer import Optimizer
+from tools.train_mini.recipe import AVERAGES, Stage
 
-PREPARING = 4  # threads that draw batches; what they call leaves Python most of the time
-AHEAD = 8  # batches that are drawn, or being drawn, before they are asked for
+SAVE_SECONDS, LOG_SECONDS = 600, 60  # wall clock
 
 
-def batches(draw: Callable, first: int) -> Iterator:
-    """draw(first), draw(first + 1), ... in this order. Later ones are drawn while those before them are trained on.
+def fit(
+    name: str,
+    module: nn.Module,
+    draw_batch: Callable[[int], tuple],
+    loss_of: Callable[[nn.Module, tuple], tuple[Tensor, dict[str, Tensor]]],
+    stage: Stage,
+    run: Path,
+    validate: Callable[[], float] | None = None,
+) -> None:
+    """Train `module` up to `stage.goal` samples; leave its averaged weights in it and in run/<name>.safetensors.
 
-    The first is drawn alone: a tokenizer sets itself up in its first call, which no other may cross.
+    `draw_batch(i)` gives batch i: all randomness is in it, so a stopped run goes on from run/<name>.ckpt (every ten
+    minutes) as if it had not been stopped. `loss_of` returns the loss and 0-dim tensors to log. `validate` gives a loss
+    of the module on held-out data; it sees the averaged weights, and the best ones stay in run/<name>_best.safetensors.
     """
-    pool = ThreadPoolExecutor(PREPARING)
-    try:
-        yield draw(first)
-        waiting = deque(pool.submit(draw, i) for i in range(first + 1, first + AHEAD))
-        for i in count(first + AHEAD):
-            waiting.append(pool.submit(draw, i))
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def fit(stage: str, module: nn.Module, draw, loss_of, recipe: Recipe, run: Path, preview=None, preview_minutes=2.0):
-    """Train `module` for `recipe.minutes`, then leave its averaged weights in it and in run/<stage>.safetensors.
-
-    `draw(i)` is batch i, on the CPU, drawn ahead so that a GPU need not wait. `loss_of(module, batch)` returns the loss
-    and a dict of 0-dim tensors to log. All randomness is that of `draw`, so a run that was interrupted goes on from its
-    checkpoint (every two minutes) as if nothing had happened.
-    """
-    if recipe.workers > 1:
-        torch.set_num_threads(1)
-    workers = ThreadPoolExecutor(recipe.workers)
-    twins = [module] + [twin_of(module) for _ in range(recipe.workers - 1)]
-    parameters = trainable(module)
-    optimizer = torch.optim.AdamW(parameters, recipe.lr, betas=(0.9, 0.99), weight_decay=1e-2)
-    average = [p.detach().clone() for p in parameters]
-    step, before, checkpoint = 0, 0.0, run / f"{stage}.ckpt"
+    optimizer = Optimizer(module, stage.lr, stage.lr_matrices, stage.adamw_only)
+    parameters = optimizer.parameters
+    averages = [[p.detach().clone() for p in parameters] for _ in AVERAGES]
+    checkpoint, samples, cpu, best = run / f"{name}.ckpt", 0, 0.0, float("inf")
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=parameters[0].device, weights_only=True)
         module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step, before = state["average"], state["step"], state["seconds"]
+        optimizer.load_state_dict(state["opt"])
+        averages, samples, cpu, best = state["ema"], state["samples"], state["cpu"], state.get("best", best)
+    sums: dict[str, float] = {}
+    steps, begun = 0, time.process_time() - cpu
+    logged = saved = time.monotonic()
 
-    def work(twin, batch):
-        loss, parts = loss_of(twin, batch)
-        (loss / recipe.workers).backward()
-        return {"loss": loss.detach(), **parts}
+    def save() -> None:
+        nonlocal best
+        if validate:
+            with torch.no_grad(), swapped(parameters, averages[-1]):
+                if (found := validate()) < best:
+                    best = found
+                    save_weights(module, run / f"{name}_best.safetensors")
+            write_line(run / f"{name}_validation.jsonl", {"samples": samples, "loss": found, "best": best})
+        state = {"module": module.state_dict(), "opt": optimizer.state_dict(), "ema": averages}
+        torch.save(state | {"samples": samples, "cpu": cpu, "best": best}, f"{checkpoint}.part")
+        os.replace(f"{checkpoint}.part", checkpoint)
 
-    start, saved, shown, seconds = time.monotonic(), before, before, before
-    with closing(batches(draw, recipe.workers * step)) as drawn:
-        while seconds < 60 * recipe.minutes:
-            warm_up = min(1.0, (step + 1) / 100)
-            lr = recipe.lr * warm_up * 0.5 * (1 + math.cos(math.pi * seconds / (60 * recipe.minutes)))
-            optimizer.param_groups[0]["lr"] = lr
-            numbers, *_ = workers.map(work, twins, [next(drawn) for _ in twins])
-            for twin in twins[1:]:
-                for p, q in zip(parameters, trainable(twin), strict=True):
-                    p.grad += q.grad
-                    q.grad = None
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            step += 1
-            seconds = before + time.monotonic() - start
-            if step == 1 or step % 25 == 0:
-                numbers = {name: value.item() for name, value in numbers.items()}
-                line = {"step": step, "seconds": round(seconds, 1), "lr": lr, **numbers}
-                with open(run / f"{stage}.jsonl", "a") as log:
-                    log.write(json.dumps(line) + "\n")
-            if seconds - saved > 120:
-                saved = seconds
-                state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(state | {"average": average, "step": step, "seconds": seconds}, f"{checkpoint}.part")
-                os.replace(f"{checkpoint}.part", checkpoint)
-                plot_losses(run / f"{stage}.jsonl")
-                if preview and seconds - shown >= 60 * preview_minutes:
-                    shown = seconds
-                    with torch.no_grad(), swapped(parameters, average):
-                        preview(step)
-    for p, mean in zip(parameters, average, strict=True):
-        p.data.copy_(mean)
-    save_weights(module, run / f"{stage}.safetensors")
-    plot_losses(run / f"{stage}.jsonl")
-    checkpoint.unlink(missing_ok=True)
+    while samples < stage.goal:
+        step = samples // stage.batch
+        loss, parts = loss_of(module, draw_batch(step))
+        loss.backward()
+        left = (stage.goal - samples) / max(1, stage.cooldown)
+        optimizer.step(min(1.0, (step + 1) / 100, left))
+        for decay, average in zip(AVERAGES, averages, strict=True):
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(decay, (1 + step) / (10 + step)))
+        samples += stage.batch
+        steps += 1
+        cpu = time.process_time() - begun
+        for key, value in {"loss": loss.detach(), **parts}.items():
+            sums[key] = sums.get(key, 0.0) + float(value)
+        now = time.monotonic()
+        if now - logged > LOG_SECONDS or samples >= stage.goal:
+            means = {key: round(value / steps, 5) for key, value in sums.items()}
+            write_line(run / f"{name}.jsonl", {"samples": samples, "cpu_hours": round(cpu / 3600, 3), **means})
+            logged, sums, steps = now, {}, 0
+        if now - saved > SAVE_SECONDS:
+            saved = now
+            save()
+    save()
+    for parameter, mean in zip(parameters, averages[-1], strict=True):
+        parameter.data.copy_(mean)
+    save_weights(module, run / f"{name}.safetensors")
+    plot_losses(run / f"{name}.jsonl")
 
 
-def trainable(module) -> list[torch.nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def twin_of(module):
-    """A copy of the module that shares its weights, but not its gradients."""
-    twin = copy.deepcopy(module)
-    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
-        q.data = p.data
-    return twin
+def write_line(log: Path, line: dict) -> None:
+    """Append one line to a jsonl log."""
+    with open(log, "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 @contextmanager
-def swapped(parameters, others):
+def swapped(parameters: list[nn.Parameter], others: list[Tensor]) -> Iterator[None]:
     """Within the block, `parameters` hold the values of `others`."""
     kept = [p.detach().clone() for p in parameters]
     torch._foreach_copy_([p.data for p in parameters], others)

@@ -3,65 +3,98 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel
 
 from bas.errors import InputError
 from bas.io.files import write_json
+from bas.models.bundle import Models
 from bas.models.unet import UNet
 from bas.pretrained.folder import MODEL_INDEX, load
+from tools.mini_world.drawing import draw
+from tools.mini_world.layouts import compose
 from tools.train_mini.clip import load_clip
-from tools.train_mini.files import save_weights
-from tools.train_mini.presets import SCHEDULE, Preset
-from tools.train_mini.vae import load_vae
+from tools.train_mini.codec import Scaling, measure_scaling, to_latents, to_tensor
+from tools.train_mini.decoder import load_vae, save_decoder
+from tools.train_mini.files import save_weights, write_scaling
+from tools.train_mini.recipe import SCHEDULE, SEED, Recipe
+
+UNETS = ("unet.safetensors", "unet.ckpt", "unet_start.safetensors")  # the newest of a run is the first that is there
 
 
-def adopt(run: Path, folder: Path, with_clip: bool) -> None:
-    """Put a miniature's tokenizer, VAE, UNet and, `with_clip`, CLIP into a new run folder, to go on from.
+def start_from(recipe: Recipe, run: Path, folder: Path, with_clip: bool) -> None:
+    """Put a miniature's tokenizer, decoder, UNet and, `with_clip`, CLIP into a new run folder, to train on.
 
-    A folder that has started from one is left alone; InputError for one that trains from nothing, and for no miniature.
+    A miniature of other latents lends its UNet all the same: `translate` turns its first and last layers. InputError
+    where the run folder holds a run already that started from nothing.
     """
     if (run / "unet_start.safetensors").exists():
         return
-    if (run / "vae.safetensors").exists():
-        raise InputError(f"{run} holds a run from nothing, with another VAE: name a new --run_dir")
+    if (run / "clip.safetensors").exists():
+        raise InputError(f"{run} holds a run from nothing: name a new --run_dir")
     models = load(folder, "cpu")
+    run.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
-    shutil.copy(folder / "vae/config.json", run / "vae.json")
-    save_weights(models.vae, run / "vae.safetensors")
+    scaling = measure_scaling()
+    write_scaling(run, scaling)
+    if models.vae.config.latent_channels == recipe.vae.latent_channels:
+        save_decoder(models.vae, run / "decoder_start.safetensors")
+    else:
+        models.unet = translate(models, recipe, scaling)
     if with_clip:
         save_weights(CLIPModel.from_pretrained(folder / "clip"), run / "clip.safetensors")
     save_weights(models.unet, run / "unet_start.safetensors")
 
 
-def unet_of(preset: Preset, run: Path) -> UNet:
-    """A run's UNet: the finished one, or the average so far of an unfinished one, or the one that it started from.
+@torch.no_grad()
+def translate(models: Models, recipe: Recipe, scaling: Scaling) -> UNet:
+    """A UNet of the recipe that reads and writes the set latents, with everything else from a UNet of other latents.
+
+    Least squares over 400 scenes gives a matrix from new latents to old ones and one back; the first and the last
+    convolution are multiplied by them.
+    """
+    images = to_tensor(np.stack([draw(compose(np.random.default_rng((SEED, 3, i))))[0] for i in range(400)]))
+    old = models.vae.config.scaling_factor * models.vae.encode(images).mean
+    old, new = (z.permute(0, 2, 3, 1).flatten(0, 2) for z in (old, to_latents(images, scaling)))
+    to_old: Tensor = torch.linalg.lstsq(new, old).solution.T
+    to_new: Tensor = torch.linalg.lstsq(old, new).solution.T
+    state = models.unet.state_dict()
+    state["conv_in.weight"] = torch.einsum("cohw,on->cnhw", state["conv_in.weight"], to_old)
+    state["conv_out.weight"] = torch.einsum("no,ochw->nchw", to_new, state["conv_out.weight"])
+    state["conv_out.bias"] = to_new @ state["conv_out.bias"]
+    unet = UNet(recipe.unet)
+    unet.load_state_dict(state)
+    return unet
+
+
+def newest_unet(recipe: Recipe, run: Path) -> UNet:
+    """A run's UNet: the finished one, or the average so far of an unfinished one, or the one it started from.
 
     Raises InputError where there is none yet.
     """
-    unet = UNet(preset.unet)
-    names = "unet.safetensors", "unet.ckpt", "unet_start.safetensors"
-    newest = next((run / name for name in names if (run / name).exists()), None)
+    unet = UNet(recipe.unet)
+    newest = next((run / name for name in UNETS if (run / name).exists()), None)
     if newest is None:
         raise InputError(f"{run} has no UNet yet: run the stage unet first")
     if newest.suffix == ".ckpt":
-        state = torch.load(newest, map_location="cpu", weights_only=True)
-        for p, mean in zip(unet.parameters(), state["average"], strict=True):
-            p.data.copy_(mean)
+        averages = torch.load(newest, map_location="cpu", weights_only=True)["ema"]
+        for parameter, mean in zip(unet.parameters(), averages[-1], strict=True):
+            parameter.data.copy_(mean)
     else:
         unet.load_state_dict(load_file(newest))
     return unet
 
 
-def export(preset: Preset, run: Path, folder: Path) -> None:
-    """Write the diffusers folder and, beside it, both CLIP towers."""
-    vae, (clip, _) = load_vae(preset, run, "cpu"), load_clip(preset, run, "cpu")
-    unet = unet_of(preset, run)
+def export(recipe: Recipe, run: Path, folder: Path) -> None:
+    """Write the diffusers folder and, beside it, both encoders of CLIP."""
+    vae, (clip, _), unet = load_vae(recipe, run), load_clip(recipe, run, torch.device("cpu")), newest_unet(recipe, run)
     save_weights(unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)
-    write_json(folder / "unet/config.json", preset.unet.to_json())
+    write_json(folder / "unet/config.json", recipe.unet.to_json())
     save_weights(vae, folder / "vae/diffusion_pytorch_model.safetensors", torch.float16)
-    write_json(folder / "vae/config.json", vae.config.to_json())
+    write_json(folder / "vae/config.json", recipe.vae.to_json())
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler/scheduler_config.json", SCHEDULE.to_json())
 
@@ -69,11 +102,11 @@ def export(preset: Preset, run: Path, folder: Path) -> None:
     text_encoder.load_state_dict(clip.text_model.state_dict())
     text_encoder.save_pretrained(folder / "text_encoder")
     clip.save_pretrained(folder / "clip")
-    side, half = preset.vae.sample_size, [0.5] * 3  # pictures enter in [-1, 1]
+    side, half = recipe.resolution, [0.5] * 3  # images enter in [-1, 1]
     prepare = CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=half, image_std=half
     )
     prepare.save_pretrained(folder / "clip")
-    for place in ("tokenizer", "clip"):
-        shutil.copytree(run / "tokenizer", folder / place, dirs_exist_ok=True)
+    for part in ("tokenizer", "clip"):
+        shutil.copytree(run / "tokenizer", folder / part, dirs_exist_ok=True)
     write_json(folder / "model_index.json", MODEL_INDEX)

@@ -6,11 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tools.mini_world.captions import describe
 from tools.mini_world.layouts import compose
-from tools.train_mini.presets import SEED, TEXT_LENGTH, Preset
+from tools.train_mini.recipe import SEED, TEXT_LENGTH, Recipe
 
 
 def byte_alphabet() -> list[str]:
@@ -41,12 +42,12 @@ def learn_merges(words: Counter) -> list[tuple[str, str]]:
     return merges
 
 
-def make_tokenizer(preset: Preset, run: Path) -> None:
+def make_tokenizer(recipe: Recipe, run: Path, device: torch.device) -> None:
     """Write run/tokenizer in CLIP's format: every word of the captions is one token, any other text is bytes."""
     folder = run / "tokenizer"
     if (folder / "tokenizer_config.json").exists():
         return
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
     captions = (describe(compose(rng), rng) for _ in range(20_000))
     merges = learn_merges(Counter(word for caption in captions for word in caption.lower().split()))
