@@ -1,65 +1,90 @@
-"""The `bas` command: finds the sub-command, runs it, and turns errors into one line and an exit code.
+"""The `bas` command: find the sub-command, run it, and turn errors into one line and an exit code.
 
-Exit codes: 0 done; 1 the run failed: a number is not finite, memory or disk ran out; 2 the input cannot be used; one
-line says why. 128 + n stopped by signal n: 130 Ctrl+C, 143 SIGTERM, 129 the terminal is gone, 141 nobody reads on.
+Exit codes: 0 done; 1 the run failed: a number is not finite, memory or disk ran out; 2 the input cannot be used.
+128 + n stopped by signal n: 130 Ctrl+C, 143 SIGTERM, 129 the terminal is closed, 141 the reader of a pipe is gone.
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
 from contextlib import suppress
 
 from bas import __version__
-from bas.cli.flags import Parser
-from bas.errors import InputError, RunError, did_you_mean
+from bas.cli.flags import Parser, complete_paths
+from bas.errors import InputError, RunError, did_you_mean, printable
 from bas.runtime.signals import Interrupted
 
 UNREAD = 141  # 128 + SIGPIPE
 MEMORY_ADVICE = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
-ABOUT = "Extract several concepts from one photograph, and re-imagine them (Break-A-Scene, in plain PyTorch)."
+ABOUT = "Extract several concepts from a single image, and re-imagine them (Break-A-Scene, in plain PyTorch)."
+
+FIRST_STEPS = """\
+Extract several concepts from a single image, and re-imagine them.
+
+See the whole method on a small model that ships, in minutes on a CPU:
+  bas demo
+
+Learn the concepts of your own image, on a GPU:
+  bas download sd21-base                  fetch Stable Diffusion 2.1, about 5 GB, once
+  bas paint photo.jpg                     paint a mask for each concept in the browser; this writes the scene `photo`
+  bas masks photo --weights sd21-base     check what the training will see
+  bas train photo --weights sd21-base --output_dir runs/photo
+  bas sample runs/photo --prompt "a photo of <asset0> at the beach"
+
+`bas --help` lists all commands, `bas COMMAND --help` the flags of one.
+"""
 
 # Each is a module of bas.cli.commands; its help stands here so that `bas --help` imports none of them.
 COMMANDS = {
-    "demo": "the whole method on the shipped miniature, into one picture",
+    "demo": "run the whole method on the shipped miniature, into one image",
     "masks": "check a scene's masks, or let a model propose them",
     "paint": "paint masks in the browser",
-    "train": "learn the concepts of a scene, or of many",
-    "sample": "generate pictures from prompts",
-    "vary": "draw all concepts of a run again and again",
-    "explore": "draw every combination of a run's concepts in many contexts",
-    "attend": "draw a picture and show where each handle looked",
-    "edit": "edit places of a photograph with learnt concepts",
+    "train": "learn the concepts of one scene or of many",
+    "sample": "generate images from prompts",
+    "vary": "generate all concepts of a run together, with many seeds",
+    "explore": "generate every combination of a run's concepts in many contexts",
+    "attend": "generate an image and show where each handle looked",
+    "edit": "edit places of an image with learnt concepts",
     "coco": "build the paper's data set from COCO",
     "study": "make the pages of a user study, or analyse its answers",
-    "evaluate": "repeat the paper's comparison of methods on scenes of yours",
+    "evaluate": "repeat the paper's comparison of methods on your scenes",
     "report": "write the page of a run anew",
-    "info": "tell what a file or a folder is, or what this machine has",
+    "info": "say what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",
 }
 
 
-def build_parser(chosen: str | None) -> Parser:
-    """The command line, with the flags of the chosen command, if it is one; the others are only listed."""
+def build_parser(*chosen: str | None) -> Parser:
+    """The command line, with the flags of the chosen commands; the others are only listed."""
     parser = Parser(prog="bas", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"bas {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help in COMMANDS.items():
-        if name != chosen:
-            commands.add_parser(name, help=help)
+    for name, summary in COMMANDS.items():
+        if name not in chosen:
+            commands.add_parser(name, help=summary)
             continue
         module = importlib.import_module(f"bas.cli.commands.{name}")
         epilog = "\n  ".join(("examples:", *module.EXAMPLES))
-        sub = commands.add_parser(name, help=help, description=module.__doc__, epilog=epilog)
+        sub = commands.add_parser(name, help=summary, description=module.__doc__, epilog=epilog)
         sub.add_argument("--debug", action="store_true", help="show the whole trace of an error")
         module.configure(sub)
         sub.set_defaults(run_command=module.run)
     return parser
 
 
+def full_parser() -> Parser:
+    """The command line with the flags of every command, for shtab: `shtab --shell bash bas.cli.entry.full_parser`."""
+    parser = build_parser(*COMMANDS)
+    complete_paths(parser)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command, and see what it printed off; returns the exit code."""
+    """Run one command, flush what it printed, and return the exit code."""
+    open_streams()
     code = attempt(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -69,54 +94,91 @@ def main(argv: list[str] | None = None) -> int:
             if stream is sys.stdout and not code:
                 code = UNREAD if isinstance(error, BrokenPipeError) else 1
                 if code == 1:
-                    tell(f"standard output cannot be written: {error.strerror}")
+                    print_error(f"standard output cannot be written: {error.strerror}")
     return code
 
 
+def open_streams() -> None:
+    """Replace closed standard streams by the null device, and let output escape what its encoding cannot express.
+
+    Without this the next file that is opened takes the number of a closed stream, and receives what is printed to it.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def attempt(argv: list[str]) -> int:
-    """Run one command; what goes wrong is told in one line. Returns the exit code."""
+    """Run one command and report its errors in one line. Returns the exit code."""
+    if not argv:
+        print(FIRST_STEPS, end="")
+        return 0
+    if argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
     command = next((word for word in argv if not word.startswith("-")), None)
     parser = build_parser(command)
     if command and command not in COMMANDS:
         parser.error(f"unknown command {command}{did_you_mean(command, COMMANDS)}")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="bas: %(message)s", stream=sys.stderr)
-    for noisy in ("transformers", "huggingface_hub", "PIL", "torch"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    # These two set their level once more when they are imported, which is later.
-    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
+    set_up_logging()
     try:
         args.run_command(args)
     except (InputError, RunError) as error:
         if args.debug:
             raise
-        tell(error)
+        print_error(error)
         return 2 if isinstance(error, InputError) else 1
     except Interrupted as stop:
-        tell(stop)
+        print_error(stop)
         return stop.exit_code
     except KeyboardInterrupt:
-        tell("interrupted", before="\n")  # the terminal shows ^C in the same line
+        print_error("interrupted", before="\n")  # the terminal shows ^C in the same line
         return 130
     except BrokenPipeError:
         return UNREAD
-    except OSError as error:  # most often of a file that is written: readers name what is wrong with theirs
+    except OSError as error:  # of a file that is written: readers raise InputError
         if args.debug:
             raise
         reason = error.strerror or error
-        tell(f"{error.filename}: {reason}" if error.filename else reason)
+        print_error(f"{error.filename}: {reason}" if error.filename else reason)
         return 1
     except (RuntimeError, MemoryError) as error:
         from bas.runtime.device import is_out_of_memory  # imports PyTorch
 
         if args.debug or not is_out_of_memory(error):
             raise
-        tell(f"out of memory: {MEMORY_ADVICE}")
+        print_error(f"out of memory: {MEMORY_ADVICE}")
         return 1
     return 0
 
 
-def tell(message: object, before: str = "") -> None:
-    """One line on standard error; none where nobody can read it."""
+class OneLine(logging.Formatter):
+    """A log format whose message is one printable line, whatever a file's name or content puts into it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message behind the name of the program."""
+        return f"bas: {printable(record.message)}"
+
+
+def set_up_logging() -> None:
+    """Log to standard error; of the libraries, errors alone."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for name in ("transformers", "huggingface_hub", "PIL", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # These two set their level once more when they are imported, which is later.
+    os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
+
+
+def print_error(message: object, before: str = "") -> None:
+    """Print one line on standard error, if it can be written."""
     with suppress(OSError):
-        print(f"{before}bas: {message}", file=sys.stderr)
+        print(f"{before}bas: {printable(str(message))}", file=sys.stderr)
