@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bas.errors import InputError, check_bool, check_int, check_positive
+from bas.errors import InputError, check_bool, check_choice, check_float, check_int, check_positive
 
 BETA_SCHEDULES = ("scaled_linear", "linear")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -35,16 +35,12 @@ class NoiseSchedule:
         check_positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
         check_int("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
         check_bool("scheduler set_alpha_to_one", self.set_alpha_to_one)
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise InputError(
-                f"scheduler betas run from {self.beta_start} to {self.beta_end}: expected 0 < start <= end < 1"
-            )
-        if self.beta_schedule not in BETA_SCHEDULES:
-            raise InputError(f"scheduler beta_schedule is {self.beta_schedule!r}: expected one of {BETA_SCHEDULES}")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(f"scheduler prediction_type is {self.prediction_type!r}: expected epsilon or v_prediction")
-        if self.timestep_spacing not in (None, *SPACINGS):
-            raise InputError(f"scheduler timestep_spacing is {self.timestep_spacing!r}: expected one of {SPACINGS}")
+        check_float("scheduler beta_end", self.beta_end, above=0, below=1)
+        check_float("scheduler beta_start", self.beta_start, above=0, most=self.beta_end)
+        check_choice("scheduler beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_choice("scheduler prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        if self.timestep_spacing is not None:
+            check_choice("scheduler timestep_spacing", self.timestep_spacing, SPACINGS)
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
         betas = torch.linspace(
             self.beta_start**root,

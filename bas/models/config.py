@@ -81,8 +81,7 @@ class UNetConfig:
                 f"the UNet has {self.in_channels} input channels: that is an inpainting or depth model; "
                 "use the base model it was made from"
             )
-        if not 1 <= self.levels <= 8:
-            raise InputError(f"unet block_out_channels has {self.levels} levels: expected 1 to 8")
+        check_positive("unet block_out_channels' levels", self.levels, 8)
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             check_positive("unet block_out_channels", channels)
             check_positive("unet attention_head_dim (the number of heads)", heads)
@@ -159,15 +158,13 @@ class VAEConfig:
         for name in ("in_channels", "out_channels", "latent_channels", "sample_size"):
             check_positive(f"vae {name}", getattr(self, name))
         check_positive("vae layers_per_block", self.layers_per_block, MAX_LAYERS)
-        if not 1 <= len(self.block_out_channels) <= 8:
-            raise InputError(f"vae block_out_channels has {len(self.block_out_channels)} levels: expected 1 to 8")
+        check_positive("vae block_out_channels' levels", len(self.block_out_channels), 8)
         for channels in self.block_out_channels:
             if check_positive("vae block_out_channels", channels) % check_positive(
                 "vae norm_num_groups", self.norm_num_groups
             ):
                 raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
-        if not 0 < self.scaling_factor < 1000:
-            raise InputError(f"vae scaling_factor is {self.scaling_factor}: expected a positive number")
+        check_float("vae scaling_factor", self.scaling_factor, above=0, below=1000)
 
     @property
     def factor(self) -> int:
