@@ -1,9 +1,10 @@
 """The noise schedule and the sampling steps, as plain functions of tensors.
 
 Notation of the papers: a_t is the cumulative product of the alphas, z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps.
-In the sampling steps t and prev_t are whole numbers; prev_t < 0 stands for the end, beyond timestep 0.
+In the sampling steps t and prev_t are whole numbers; prev_t < 0 is the end, beyond timestep 0.
 """
 
+import logging
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Literal
@@ -13,32 +14,50 @@ from torch import Tensor
 
 from bas.errors import InputError, check_bool, check_choice, check_float, check_int, check_positive
 
+log = logging.getLogger(__name__)
+
+PredictionType = Literal["epsilon", "v_prediction"]
+PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 SPACINGS = ("leading", "trailing", "linspace")
+# The schedulers of diffusers that Stable Diffusion models name. Others (flow matching, consistency models) belong to
+# networks that predict something else.
+SCHEDULERS = {
+    *("DDIMScheduler", "DDIMInverseScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
+    *("UniPCMultistepScheduler", "SASolverScheduler"),
+}
+CLASS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # of each of these classes
+OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+LEAST_ALPHA = 2.0**-24  # stands for a_t = 0 where its logarithm is needed, as in diffusers
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise each timestep holds, and how the model's scheduler config walks through the timesteps."""
+    """The noise of each timestep, and the spacing of the timesteps in sampling. The defaults are Stable Diffusion's."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction_type: PredictionType = "epsilon"
     steps_offset: int = 0
-    timestep_spacing: str | None = None  # None: each sampler's custom, "leading" for DDIM and DDPM, else "linspace"
-    set_alpha_to_one: bool = False  # whether DDIM ends at a = 1 or at a of timestep 0, as Stable Diffusion does
+    timestep_spacing: str | None = None  # None: "leading" for DDIM and DDPM, else "linspace", as in diffusers
+    set_alpha_to_one: bool = False  # True: DDIM ends at a = 1; False: at a of timestep 0, as Stable Diffusion does
+    rescale_betas_zero_snr: bool = False  # no signal at all in the last timestep (Lin et al. 2024, algorithm 1)
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,) float32, from the betas
 
     def __post_init__(self):
         check_positive("scheduler num_train_timesteps", self.num_train_timesteps, 100_000)
         check_int("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
         check_bool("scheduler set_alpha_to_one", self.set_alpha_to_one)
+        check_bool("scheduler rescale_betas_zero_snr", self.rescale_betas_zero_snr)
         check_float("scheduler beta_end", self.beta_end, above=0, below=1)
         check_float("scheduler beta_start", self.beta_start, above=0, most=self.beta_end)
         check_choice("scheduler beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        check_choice("scheduler prediction_type", self.prediction_type, ("epsilon", "v_prediction"))
+        check_choice("scheduler prediction_type", self.prediction_type, PREDICTION_TYPES)
         if self.timestep_spacing is not None:
             check_choice("scheduler timestep_spacing", self.timestep_spacing, SPACINGS)
         root = 0.5 if self.beta_schedule == "scaled_linear" else 1.0
@@ -49,22 +68,32 @@ class NoiseSchedule:
             dtype=torch.float32,
             device="cpu",
         ) ** (1 / root)
+        if self.rescale_betas_zero_snr:
+            if self.prediction_type == "epsilon":
+                raise InputError("scheduler rescale_betas_zero_snr needs prediction_type v_prediction")
+            betas = _rescaled_to_zero_snr(betas)
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - betas, dim=0))
 
     @classmethod
     def from_json(cls, config: dict) -> "NoiseSchedule":
-        """Read a scheduler_config.json; settings that would change the arithmetic in unknown ways are refused."""
-        refused = {
-            "trained_betas": None,
-            "rescale_betas_zero_snr": False,
-            "clip_sample": False,
-            "thresholding": False,
-        }
-        for key, inert in refused.items():
-            if config.get(key, inert) not in (inert, None):
-                raise InputError(f"scheduler {key} is {config[key]!r}: bas does not do that")
+        """Read a scheduler_config.json; a field that is missing has the default of its class in diffusers.
+
+        `clip_sample` is ignored, as in diffusers' StableDiffusionPipeline. Raises InputError for other settings that
+        would change the arithmetic, and for schedulers of other kinds of models.
+        """
+        name = config.get("_class_name", "DDIMScheduler")
+        if name not in SCHEDULERS:
+            raise InputError(f"scheduler _class_name is {name!r}: expected one of Stable Diffusion, as DDIMScheduler")
+        for key in ("trained_betas", "thresholding"):
+            if config.get(key):
+                raise InputError(f"scheduler {key} is {config[key]!r}: bas does not support it")
+        for key in OTHER_SPACINGS:
+            if config.get(key):
+                _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
+        defaults = CLASS_DEFAULTS | {"set_alpha_to_one": name == "DDIMScheduler"}
         names = {f.name for f in fields(cls) if f.init}
-        return cls(**{key: value for key, value in config.items() if key in names and value is not None})
+        given = {key: value for key, value in config.items() if key in names and value is not None}
+        return cls(**defaults | given)
 
     def to_json(self) -> dict:
         """The scheduler_config.json that diffusers reads."""
@@ -79,6 +108,7 @@ class NoiseSchedule:
             "steps_offset": self.steps_offset,
             **spacing,
             "set_alpha_to_one": self.set_alpha_to_one,
+            **({"rescale_betas_zero_snr": True} if self.rescale_betas_zero_snr else {}),
             "clip_sample": False,
         }
 
@@ -88,25 +118,39 @@ class NoiseSchedule:
 
 
 @cache
+def _warn_once(message: str) -> None:
+    """Warn, once in a process."""
+    log.warning(message)
+
+
+def _rescaled_to_zero_snr(betas: Tensor) -> Tensor:
+    """The betas whose sqrt(a_t) ends at 0 and begins as before (Lin et al. 2024, algorithm 1). (T,) -> (T,)"""
+    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = roots[0].clone(), roots[-1].clone()
+    a = ((roots - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([a[:1], a[1:] / a[:-1]])
+
+
+@cache
 def _table(schedule: NoiseSchedule, device: torch.device) -> Tensor:
-    """Its a_t on a device, copied there once: a step waits for a copy, and a CUDA graph cannot hold one. (T,)"""
+    """The a_t on a device, copied there once, so that no step waits for the copy. (T,)"""
     return schedule.alphas_cumprod.to(device)
 
 
 def _per_sample(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
-    """a_t with one axis per axis of `like`, on its device."""
+    """a_t of each sample, with as many axes as `like`, on its device."""
     values = _table(schedule, like.device).to(like.dtype)
     return values[t].view(-1, *[1] * (like.ndim - 1))
 
 
 def add_noise(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """z_t from clean latents and noise (Ho et al. 2020, eq. 4). z0, eps: (b, c, h, w); t: (b,) -> (b, c, h, w)"""
+    """Add noise to clean latents (Ho et al. 2020, eq. 4). z0, eps: (b, c, h, w); t: (b,) -> (b, c, h, w)"""
     a = _per_sample(schedule, t, z0)
     return a**0.5 * z0 + (1 - a) ** 0.5 * eps
 
 
 def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the model is asked for: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). (b, c, h, w)"""
+    """The target of the prediction: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). (b, c, h, w)"""
     if schedule.prediction_type == "epsilon":
         return eps
     a = _per_sample(schedule, t, z0)
@@ -114,7 +158,7 @@ def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor)
 
 
 def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
-    """The model's output at timestep t read as (z0, eps), whatever it predicts. z, output: (b, c, h, w)"""
+    """Convert the output of the model at timestep t to (z0, eps). z, output: (b, c, h, w)"""
     a = schedule.alpha(t)
     if schedule.prediction_type == "epsilon":
         return (z - (1 - a) ** 0.5 * output) / a**0.5, output
@@ -122,9 +166,10 @@ def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int) 
 
 
 def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> list[int]:
-    """The timesteps of a sampling run, noisiest first, spaced as the model's scheduler config says.
+    """The timesteps of a sampling run, noisiest first, with the spacing of the model's scheduler config.
 
-    DPM-Solver++ counts one interval more than DDIM and leaves the last point out, as its authors' code does.
+    DPM-Solver++ has one interval more than DDIM and leaves the last point out, as its authors' code does. Raises
+    InputError for more steps than the model has timesteps.
     """
     total, multistep = schedule.num_train_timesteps, sampler == "dpmpp_2m"
     spacing = schedule.timestep_spacing or ("linspace" if multistep else "leading")
@@ -145,9 +190,9 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
 
 
 def previous_timestep(schedule: NoiseSchedule, timesteps: list[int], i: int, sampler: str = "ddim") -> int:
-    """The timestep at which step i of a sampling run ends; below 0 it is the end.
+    """The timestep at which step i of a sampling run ends; below 0 is the end of the run.
 
-    DDIM steps by T // steps, as it was defined. With "linspace" spacing that is not quite the next timestep.
+    DDIM steps by T // steps, by its definition. With "linspace" spacing this is not exactly the next timestep.
     """
     if sampler == "ddim":
         return timesteps[i] - schedule.num_train_timesteps // len(timesteps)
@@ -194,18 +239,18 @@ def dpmpp_2m_step(
 ) -> Tensor:
     """One DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2).
 
-    z, z0: (b, c, h, w), the current latents and the clean latents the model sees in them; `last` is (z0, t) of the
-    step before, None at the first. The step that ends at prev_t < 0 is of first order and returns z0.
+    z, z0: (b, c, h, w), the current latents and their clean latents as predicted; `last` is (z0, t) of the step before,
+    None at the first step. The step that ends at prev_t < 0 is of first order and returns z0.
     """
     if prev_t < 0:
         return z0
-    a_t, a_prev = (schedule.alphas_cumprod[i].double() for i in (t, prev_t))
+    a_t, a_prev = (schedule.alphas_cumprod[i].double().clamp(min=LEAST_ALPHA) for i in (t, prev_t))
     log_snr = [0.5 * torch.log(a / (1 - a)) for a in (a_t, a_prev)]
     h = log_snr[1] - log_snr[0]
     estimate = z0
     if last is not None:
         z0_last, t_last = last
-        a_last = schedule.alphas_cumprod[t_last].double()
+        a_last = schedule.alphas_cumprod[t_last].double().clamp(min=LEAST_ALPHA)
         r = (log_snr[0] - 0.5 * torch.log(a_last / (1 - a_last))) / h
         estimate = z0 + (z0 - z0_last) / (2 * r.item())
     ratio = ((1 - a_prev) / (1 - a_t)).sqrt().item()

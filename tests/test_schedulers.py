@@ -1,10 +1,12 @@
 """The noise schedule and the samplers against diffusers, whole trajectories, and a few numbers by hand."""
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bas import schedulers
 from bas.errors import InputError
 from bas.schedulers import (
     NoiseSchedule,
@@ -212,19 +214,76 @@ def test_config_survives_a_round_trip():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clip_sample": True}, "clip_sample"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"thresholding": True}, "thresholding"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr needs prediction_type v_prediction"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatchEulerDiscreteScheduler'"),
+        ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'"),
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
         ({"timestep_spacing": "karras"}, "timestep_spacing"),
-        ({"beta_start": 0.5, "beta_end": 0.1}, "betas"),
+        ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start is 0.5"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
     ],
 )
 def test_a_schedule_bas_cannot_honour_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         NoiseSchedule.from_json(NoiseSchedule().to_json() | change)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("left_out", [(), ("beta_schedule",), ("beta_start", "beta_end"), ("timestep_spacing",)])
+def test_missing_fields_have_the_defaults_of_their_class(name, left_out):
+    """Against the class in diffusers. Only the first two of them know set_alpha_to_one."""
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": True}
+    config = {"_class_name": name} | {key: value for key, value in config.items() if key not in left_out}
+    theirs, ours = getattr(diffusers, name).from_config(config), NoiseSchedule.from_json(config)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, atol=0, rtol=0)
+    assert ours.steps_offset == theirs.config.steps_offset == 0
+    assert ours.set_alpha_to_one == getattr(theirs.config, "set_alpha_to_one", False)
+
+
+def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers():
+    """rescale_betas_zero_snr: the whole table, and a run of each sampler, which starts from a_t = 0."""
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config |= {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
+    schedule = NoiseSchedule.from_json(config)
+    theirs = diffusers.DDIMScheduler.from_config(config | {"clip_sample": False})
+    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod, atol=0, rtol=0)
+    assert schedule.alpha(999) == 0
+    assert NoiseSchedule.from_json(schedule.to_json()) == schedule
+    theirs.set_timesteps(5)
+    timesteps = sampling_timesteps(schedule, 5)
+    assert timesteps == theirs.timesteps.tolist() == [999, 799, 599, 399, 199]
+    z = expected = uniform("z", *LATENTS)
+    for i, t in enumerate(timesteps):
+        output = uniform(f"output {i}", *LATENTS)
+        z = ddim_step(schedule, z, output, t, previous_timestep(schedule, timesteps, i))
+        expected = theirs.step(output, t, expected).prev_sample
+    torch.testing.assert_close(z, expected, atol=1e-5, rtol=0)
+    solver = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    solver.set_timesteps(5)
+    timesteps, z, last = sampling_timesteps(schedule, 5, "dpmpp_2m"), uniform("z", *LATENTS), None
+    assert timesteps == solver.timesteps.tolist()
+    expected = z
+    for i, t in enumerate(timesteps):
+        output = uniform(f"output {i}", *LATENTS)
+        z0, _ = clean_and_noise(schedule, z, output, t)
+        z, last = (
+            dpmpp_2m_step(schedule, z, z0, t, previous_timestep(schedule, timesteps, i, "dpmpp_2m"), last),
+            (z0, t),
+        )
+        expected = solver.step(output, t, expected).prev_sample
+    torch.testing.assert_close(z, expected, atol=2e-3, rtol=0)  # diffusers also scales the noise there by 2^-12
+
+
+@pytest.mark.parametrize("name", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_another_spacing_of_steps_is_named_once(name, caplog):
+    schedulers._warn_once.cache_clear()
+    for _ in range(2):
+        NoiseSchedule.from_json({"_class_name": "DPMSolverMultistepScheduler", name: True})
+    message = f"scheduler {name} is not used: bas spaces denoising steps evenly in time"
+    assert [record.message for record in caplog.records] == [message]
 
 
 @pytest.mark.parametrize(("steps", "sampler"), [(0, "ddim"), (1001, "ddim"), (1000, "dpmpp_2m")])
