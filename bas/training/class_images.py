@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 
 from bas.config import SampleConfig, TrainConfig
@@ -26,11 +27,6 @@ from bas.runtime.device import autocast
 from bas.runtime.progress import Progress
 from bas.sampling.sampler import decode, generate
 from bas.schedulers import NoiseSchedule
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -125,16 +121,13 @@ def class_images(
 @contextmanager
 def taking_turns(folder: Path) -> Iterator[None]:
     """One process at a time: a second one waits, and finds what the first has made. Without locks, none waits."""
+    lock = FileLock(folder / LOCK)
+    with suppress(OSError):  # a folder that is only read from, or a drive without locks
+        lock.acquire()
     try:
-        file = (folder / LOCK).open("a")
-    except OSError:  # a folder that is only read from
         yield
-        return
-    with file:
-        if fcntl:
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    finally:
+        lock.release()
 
 
 def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:

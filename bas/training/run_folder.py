@@ -8,6 +8,7 @@
 Every file is whole or absent: it is written beside its place, synced and renamed. Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,9 +18,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from bas.errors import InputError
@@ -28,14 +29,10 @@ from bas.io.run_files import CHECKPOINTS, CONCEPTS, METRICS, PREVIEWS, SCENE, SE
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # held while a process writes to the folder
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a network drive
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
 STATE, NOTE = "state.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: files of their own, so that only one lies in the host's memory at a time
@@ -46,36 +43,24 @@ MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut o
 def locked(folder: Path) -> Iterator[None]:
     """Make the run folder, and hold it for this process alone while the block lasts, however the process ends.
 
-    Raises InputError if it cannot be written, or if another process holds it.
+    InputError if it cannot be written, or if another process holds it.
     """
-    path, taken = folder / LOCK, f"another run is writing to {folder}: choose another --output_dir"
+    lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"another run is writing to {folder}: choose another --output_dir") from None
     except OSError as error:
-        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
-    with file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(taken) from None
-            except OSError as error:
-                log.warning("%s cannot be locked (%s): let no second run write to it", folder, error.strerror)
-            if not _is_at(file, path):
-                raise InputError(taken)  # another run ended meanwhile and removed this file
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps files that are open
-                path.unlink()
-
-
-def _is_at(file: IO, path: Path) -> bool:
+        if error.errno not in NO_LOCKS:
+            raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+        log.warning("%s cannot be locked (%s): let no second run write to it", folder, error.strerror)
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps files that are open
+            (folder / LOCK).unlink()  # while it is held: a process that waits for this very file gets none
+        lock.release()
 
 
 def prepare_folder(folder: Path, resuming: bool) -> None:
