@@ -1,6 +1,6 @@
-"""What the evaluation compares, as rows: the paper's method, baselines and ablations (section 4.1), and later options.
+"""The variants that the evaluation compares: the paper's method, baselines and ablations (section 4.1), and options.
 
-Every row goes through the same loop with the same seed; it differs from `bas train` in the settings named here alone.
+Each variant is trained by the same loop with the same seed. It differs from `bas train` in the settings named here.
 """
 
 from dataclasses import dataclass
@@ -31,18 +31,21 @@ VARIANTS: dict[str, Variant] = {
     "single": Variant("one concept at a time, no union sampling", "ablation", {"subset_sampling": "single"}),
     "cross-entropy": Variant("attention loss as cross-entropy", "option", {"attention_loss": "cross_entropy"}),
     "normalized": Variant("masked loss per masked area", "option", {"normalize_masked_loss": True}),
-    "not-normalized": Variant("masked loss per picture, the official way", "option", {"normalize_masked_loss": False}),
-    "close-ups": Variant("close-ups as further photographs", "option", {"close_ups": True}),
-    "no-close-ups": Variant("the photograph alone, the official way", "option", {"close_ups": False}),
+    "not-normalized": Variant(
+        "masked loss over the whole image, the official way", "option", {"normalize_masked_loss": False}
+    ),
+    "close-ups": Variant("close-ups as extra images", "option", {"close_ups": True}),
+    "no-close-ups": Variant("the image alone, the official way", "option", {"close_ups": False}),
     "uniform": Variant("every subset equally likely", "option", {"subset_sampling": "uniform"}),
 }
 PAPER = tuple(name for name, row in VARIANTS.items() if row.kind != "option")
 
 
 def training_of(name: str, explicit: dict, model_row: dict | None) -> TrainConfig:
-    """The settings of one row: `explicit` holds for all rows, but what a row says of itself goes before it.
+    """Return the settings of one variant: its own come first, then `explicit`, then the model's.
 
-    A baseline has no masked loss, attention loss or subsets: what `explicit` says of them is left out.
+    A baseline has no masked loss, attention loss or subsets, so what `explicit` says of them is left out. Raises
+    InputError for an unknown variant.
     """
     if name not in VARIANTS:
         raise InputError(f"--methods {name}: expected some of {', '.join(VARIANTS)}")

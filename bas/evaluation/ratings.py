@@ -1,6 +1,6 @@
 """The answers of a user study: means, Kruskal-Wallis and Tukey's test, as the paper reports them (appendix).
 
-scipy computes the statistics; it is an extra, `pip install scipy`.
+scipy of the `evaluation` extra computes the statistics.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bas.errors import InputError
+from bas.evaluation.libraries import optional_library
 from bas.evaluation.study import KEY
 from bas.io.files import read_json
 
@@ -108,7 +109,7 @@ def compare_marks(marks: dict[str, list[int]]) -> Comparison:
 
     Without any spread within the methods Tukey's test is undefined, and there are no pairs.
     """
-    stats = load_stats()
+    stats = optional_library("scipy.stats")
     methods, groups = list(marks), [np.array(values, dtype=float) for values in marks.values()]
     alike = np.ptp(np.concatenate(groups)) == 0
     h, p = (0.0, 1.0) if alike else map(float, stats.kruskal(*groups))
@@ -132,15 +133,6 @@ def tukey_pairs(stats, methods: list[str], groups: list[np.ndarray]) -> list[Pai
         for i in range(len(methods))
         for j in range(i + 1, len(methods))
     ]
-
-
-def load_stats():
-    """scipy.stats. InputError with what to install when it is not here."""
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise InputError("the tests need scipy: pip install scipy") from error
-    return stats
 
 
 def tables(comparisons: dict[str, Comparison]) -> str:

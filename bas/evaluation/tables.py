@@ -1,7 +1,7 @@
 """From rows to tables: means with confidence intervals for each method, and the paper's orderings one by one.
 
-A scene is the unit: its pictures, concepts and seeds are averaged first, since they are not independent. Intervals are
-Student's, over scenes (Gosset 1908): wide for a few scenes, as they should be. Orderings compare scene by scene.
+The scene is the unit: its images, concepts and seeds are averaged first, since they are not independent. Intervals are
+Student's, over scenes (Gosset 1908). Orderings compare methods scene by scene.
 """
 
 import math
@@ -11,24 +11,38 @@ from dataclasses import dataclass
 import numpy as np
 
 from bas.evaluation.baselines import VARIANTS
+from bas.evaluation.libraries import optional_library
 
-STUDENT = (  # 97.5 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-COLUMNS = {  # a column of the table: (which rows have it, its heading, whether more is better)
-    "prompt_similarity": ("picture", "prompt similarity", True),
-    "identity_similarity": ("picture", "identity similarity", True),
-    "attention_iou": ("cell", "attention IoU", True),
-    "leakage": ("cell", "leakage", False),
-    "confused": ("cell", "confused handles", False),
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables."""
+
+    kind: str  # of the rows of results.jsonl that have it
+    heading: str
+    more_is_better: bool
+
+    @property
+    def title(self) -> str:
+        """The heading with an arrow to the better side."""
+        return f"{self.heading} {'↑' if self.more_is_better else '↓'}"
+
+
+COLUMNS = {
+    "prompt_similarity": Column("picture", "prompt similarity", True),
+    "identity_similarity": Column("picture", "identity similarity", True),
+    "attention_iou": Column("cell", "attention IoU", True),
+    "leakage": Column("cell", "leakage", False),
+    "confused": Column("cell", "confused handles", False),
 }
-HEADINGS = tuple(f"{heading} {'↑' if up else '↓'}" for _, heading, up in COLUMNS.values())
+HEADINGS = tuple(column.title for column in COLUMNS.values())
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over scenes, and where it lies with 95 % confidence; unknown below two scenes."""
+    """A mean over scenes with its 95 % confidence interval, which is unknown below two scenes."""
 
     mean: float
     low: float | None = None
@@ -65,14 +79,14 @@ ORDERINGS = (  # paper, section 4.1 and figure 5
 
 
 def value_of(row: dict, column: str) -> float | None:
-    """A row's number for a column; the mean where there is one for each handle."""
+    """Return a row's value in a column, averaged over handles where each has one."""
     value = row[column]
     return float(np.mean(list(value.values()))) if isinstance(value, dict) else value
 
 
 def by_trial(rows: Iterable[dict], column: str) -> dict[str, dict[tuple[str, int], float]]:
-    """The mean of a column for each method, and each scene and seed; those without a value are left out."""
-    kind = COLUMNS[column][0]
+    """Average a column for each method, scene and seed, leaving out those without a value."""
+    kind = COLUMNS[column].kind
     found: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in rows:
         if row["row"] == kind and (value := value_of(row, column)) is not None:
@@ -83,7 +97,7 @@ def by_trial(rows: Iterable[dict], column: str) -> dict[str, dict[tuple[str, int
 
 
 def over_scenes(trials: dict[tuple[str, int], float]) -> Interval:
-    """The interval over scenes of values by scene and seed."""
+    """Return the interval over scenes of values by (scene, seed)."""
     scenes: dict[str, list[float]] = {}
     for (scene, _), value in trials.items():
         scenes.setdefault(scene, []).append(value)
@@ -91,22 +105,18 @@ def over_scenes(trials: dict[tuple[str, int], float]) -> Interval:
 
 
 def interval(values: list[float]) -> Interval:
-    """The mean of one value for each scene, and its 95 % confidence interval."""
+    """Return the mean of one value per scene and its interval. Raises InputError where scipy is not installed."""
     data, count = np.array(values), len(values)
     mean = float(data.mean())
     if count < 2:
         return Interval(mean)
-    half = student(count - 1) * float(data.std(ddof=1)) / math.sqrt(count)
+    quantile = optional_library("scipy.stats").t.ppf((1 + CONFIDENCE) / 2, count - 1)
+    half = float(quantile * data.std(ddof=1) / math.sqrt(count))
     return Interval(mean, mean - half, mean + half)
 
 
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond the table from the normal's, to three digits."""
-    return STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.95996 + 2.3723 / freedom + 2.82 / freedom**2
-
-
 def summarise(rows: list[dict]) -> dict[str, dict[str, Interval]]:
-    """For each method, in the order of VARIANTS, each column that it has values of."""
+    """Return the interval of each column that a method has values of, for each method in the order of VARIANTS."""
     columns = {column: by_trial(rows, column) for column in COLUMNS}
     methods = [method for method in VARIANTS if method in columns["prompt_similarity"]]
     return {
@@ -116,7 +126,7 @@ def summarise(rows: list[dict]) -> dict[str, dict[str, Interval]]:
 
 
 def compare(rows: list[dict], more: str, less: str, column: str) -> Interval | None:
-    """By how much one method has more than the other, over the scenes and seeds that both have; None without any."""
+    """Return the difference of two methods over the scenes and seeds that both have; None where they share none."""
     trials = by_trial(rows, column)
     ours, theirs = trials.get(more, {}), trials.get(less, {})
     differences = {trial: value - theirs[trial] for trial, value in ours.items() if trial in theirs}
@@ -124,15 +134,15 @@ def compare(rows: list[dict], more: str, less: str, column: str) -> Interval | N
 
 
 def option_changes(rows: list[dict]) -> dict[str, list[Interval | None]]:
-    """For each option that was tried, by how much it changes each column of the method."""
+    """Return by how much each option that was tried changes each column of the method."""
     options = [name for name, row in VARIANTS.items() if row.kind == "option"]
     changes = {name: [compare(rows, name, "bas", column) for column in COLUMNS] for name in options}
     return {name: trials for name, trials in changes.items() if any(trials)}
 
 
 def verdict(difference: Interval) -> str:
-    """Whether a claim shows: only where the interval leaves 0 out."""
-    if difference.low is None:
+    """Say whether a claim holds. The interval of the difference has to leave 0 out."""
+    if difference.low is None or difference.high is None:
         return "one scene"
     if difference.low > 0:
         return "holds"
@@ -140,7 +150,7 @@ def verdict(difference: Interval) -> str:
 
 
 def markdown(rows: list[dict], facts: dict[str, str]) -> str:
-    """The results as a page of Markdown."""
+    """Return the results as Markdown."""
     lines = ["# Evaluation", "", *(f"- {name}: {value}" for name, value in facts.items()), "", *method_table(rows)]
     lines += ["", "Means over scenes with 95 % confidence intervals over scenes, where there are two or more.", ""]
     if checked := ordering_table(rows):
@@ -152,7 +162,7 @@ def markdown(rows: list[dict], facts: dict[str, str]) -> str:
 
 
 def method_table(rows: list[dict]) -> list[str]:
-    """A line for each method with the mean and interval of each column."""
+    """Return a line for each method with the mean and interval of each column."""
     lines = head(["method", "", *HEADINGS])
     for method, columns in summarise(rows).items():
         lines.append(line([method, VARIANTS[method].help, *(str(columns.get(column, "–")) for column in COLUMNS)]))
@@ -160,16 +170,16 @@ def method_table(rows: list[dict]) -> list[str]:
 
 
 def checked_orderings(rows: list[dict]) -> list[tuple[str, str, Interval]]:
-    """The claim, what was measured and the difference of each of the paper's orderings that these rows can check."""
+    """Return (claim, what was measured, difference) for each of the paper's orderings that these rows can check."""
     return [
-        (ordering.claim, f"{COLUMNS[ordering.column][1]}: {ordering.more} − {ordering.less}", difference)
+        (ordering.claim, f"{COLUMNS[ordering.column].heading}: {ordering.more} − {ordering.less}", difference)
         for ordering in ORDERINGS
         if (difference := compare(rows, ordering.more, ordering.less, ordering.column))
     ]
 
 
 def ordering_table(rows: list[dict]) -> list[str]:
-    """A line for each of the paper's orderings that can be checked; nothing when none can."""
+    """Return a line for each of the paper's orderings that these rows can check."""
     lines = [
         line([claim, measured, str(difference), verdict(difference)])
         for claim, measured, difference in checked_orderings(rows)
@@ -178,17 +188,17 @@ def ordering_table(rows: list[dict]) -> list[str]:
 
 
 def option_table(rows: list[dict]) -> list[str]:
-    """A line for each option that was tried; nothing when none was."""
+    """Return a line for each option that was tried."""
     changes = option_changes(rows)
     lines = [line([name, VARIANTS[name].help, *(str(c or "–") for c in trials)]) for name, trials in changes.items()]
     return [*head(["option − bas", "", *HEADINGS]), *lines] if lines else []
 
 
 def head(titles: list[str]) -> list[str]:
-    """The first two lines of a table."""
+    """Return the first two lines of a table."""
     return [line(titles), line(["---"] * len(titles))]
 
 
 def line(trials: list[str]) -> str:
-    """One line of a table."""
+    """Return one line of a table."""
     return f"| {' | '.join(trials)} |"

@@ -1,1 +1,1 @@
-"""The pages: the report of a run, and the mask painter."""
+"""Pages: the report of a run, the mask painter, and the elements that pages share."""

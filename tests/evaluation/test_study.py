@@ -9,12 +9,13 @@ from PIL import Image
 from bas.cli.entry import main
 from bas.config import StudyConfig
 from bas.evaluation.ratings import Rating, compare, compare_marks, read_ratings
-from bas.evaluation.study import FIELDS, choose_pages, cut_out, read_items, write_study
+from bas.evaluation.study import FIELDS, choose_pages, cut_out, read_items, with_article, write_study
 from tests.helpers.browser import Browser
 from tests.helpers.tiny import refused, write_scene
 
 METHODS = ("ablation", "bas", "db-m")
 PLACES = ("at the beach", "in the snow")
+ATTRIBUTE = {"picture": "image"}  # of an Item, where it is not named as the list's field
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,33 @@ def evaluation(tmp_path_factory):
 def test_an_evaluations_pictures_are_asked_about_once_for_each_thing(evaluation):
     items = read_items(evaluation)
     assert len(items) == 2 * 3 * 8  # scenes, methods, and 2 + 2 + 2 * 2 pictures and things
-    item = next(item for item in items if item.picture.name == "0004.png" and item.mask.name == "mask0.png")
-    assert item.prompt == "a photo of thing and dog at the beach"
+    item = next(item for item in items if item.image.name == "0004.png" and item.mask.name == "mask0.png")
+    assert item.prompt == "a photo of an object and a dog at the beach"
     assert item.word == "dog"
     # The baselines train on pictures that were pasted together: every method is compared with the photograph itself.
     assert {item.reference for item in items} == {
         evaluation / "cells" / scene / "bas" / "seed-0" / "run" / "scene" / "img.png" for scene in ("one", "two")
     }
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("orange", "an orange"),
+        ("dog", "a dog"),
+        ("teddy bear", "a teddy bear"),
+        ("umbrella", "an umbrella"),
+        ("unicorn", "a unicorn"),
+        ("hourglass", "an hourglass"),
+        ("scissors", "scissors"),
+        ("bus", "a bus"),
+        ("glass", "a glass"),
+        ("the cat", "the cat"),
+        ("my old mug", "my old mug"),
+    ],
+)
+def test_words_have_the_article_that_is_spoken(word, expected):
+    assert with_article(word) == expected
 
 
 def test_every_page_shows_the_same_from_each_method_and_no_two_pages_the_same(evaluation):
@@ -99,10 +120,10 @@ def test_the_thing_is_cut_out_with_black_around_it(tmp_path):
 
 
 def test_a_list_of_pictures_does_as_well(evaluation, tmp_path):
-    rows = [{name: str(getattr(item, name)) for name in FIELDS} for item in read_items(evaluation)]
+    rows = [{name: str(getattr(item, ATTRIBUTE.get(name, name))) for name in FIELDS} for item in read_items(evaluation)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [item.picture for item in read_items(tmp_path / "list.jsonl")] == [
-        item.picture for item in read_items(evaluation)
+    assert [item.image for item in read_items(tmp_path / "list.jsonl")] == [
+        item.image for item in read_items(evaluation)
     ]
     (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"method": "bas"}))
     with refused("list.jsonl line 2 is no object with the texts method, scene, prompt"):
@@ -120,7 +141,7 @@ def test_no_page_tells_which_method_drew_what(evaluation, tmp_path):
     for path in pages:
         text = path.read_text()
         data = json.loads(text.split('id="data">')[1].split("</script>")[0])
-        assert all(set(question) == {"id", "text", "word", "picture", "thing"} for question in data["questions"])
+        assert all(set(question) == {"id", "text", "word", "image", "concept"} for question in data["questions"])
         assert not any(f'"{method}"' in text for method in METHODS)
         for question in data["questions"]:
             assert key["questions"][question["id"]]["prompt"] == question["text"]
@@ -169,7 +190,7 @@ def test_marks_that_are_all_alike_differ_in_nothing():
 
 def test_scipy_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy", None)
-    with refused("the tests need scipy: pip install scipy"):
+    with refused("scipy is not installed: pip install scipy"):
         compare_marks({"a": [1, 2], "b": [3, 4]})
 
 

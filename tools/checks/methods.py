@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from bas.evaluation.baselines import PAPER
-from bas.evaluation.plot import scatter_png
+from bas.evaluation.plot import scatter
 from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
@@ -63,8 +63,8 @@ def condense(folder: Path) -> list[dict]:
         rows = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
         note = json.loads(path.with_name(TRIAL).read_text(encoding="utf-8"))
         cell = {key: note[key] for key in ("scene", "method", "seed")}
-        for column, (kind, _, _) in COLUMNS.items():
-            cell[column] = float(np.mean([value_of(row, column) for row in rows if row["row"] == kind]))
+        for column, about in COLUMNS.items():
+            cell[column] = float(np.mean([value_of(row, column) for row in rows if row["row"] == about.kind]))
         cells.append(cell | {"pictures": len(note["pictures"]), "seconds": sum(note["seconds"].values())})
     return cells
 
@@ -122,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.scatter:
         cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
-        save_image(scatter_png(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
+        save_image(scatter(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
         return
     if args.markdown:
         print(markdown(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")

@@ -7,7 +7,8 @@ from pathlib import Path
 from bas.cli.flags import Parser, add_fields, given
 from bas.config import StudyConfig
 from bas.errors import InputError
-from bas.evaluation.ratings import as_json, compare, load_stats, read_ratings, tables
+from bas.evaluation.libraries import optional_library
+from bas.evaluation.ratings import as_json, compare, read_ratings, tables
 from bas.evaluation.study import read_items, write_study
 from bas.io.files import new_folder, write_json
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
 def analyse(study: Path, answers: list[Path]) -> None:
     """Print the tables, and leave all numbers in the study's folder."""
-    load_stats()
+    optional_library("scipy.stats")  # before the answers are read
     ratings = read_ratings(study, answers)
     comparisons = compare(ratings)
     write_json(study / ANALYSIS, {"ratings": len(ratings)} | as_json(comparisons))
