@@ -1,16 +1,17 @@
-"""The text tower (transformers' CLIP) and its tokenizer, extended by trainable handles such as `<asset0>`.
+"""The text encoder (transformers' CLIP) and its tokenizer, extended by trainable handles such as `<asset0>`.
 
-A handle is one new token. Its embedding row lives beside the base vocabulary as its own small parameter, so that
-phase 1 trains N rows and nothing else (paper, section 3), and the base rows stay bit-identical by construction.
+A handle is one new token. Its embedding row is a parameter of its own beside the base vocabulary, so phase 1 trains N
+rows and nothing else (paper, section 3), and the base rows stay bit-identical.
 
-transformers is imported where it is used: the code of its networks takes longer to import than PyTorch, and what is
-wrong with the input is told without it. So only `build_text_encoder` waits for that code.
+transformers is imported in functions: its networks take longer to import than PyTorch, and errors in the input are
+reported without them. Only `build_text_encoder` imports the networks.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from bas.errors import MAX_CHANNELS, InputError, check_float, check_positive, is_utf8
+from bas.io.files import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HANDLE = re.compile(r"<[A-Za-z0-9_-]{1,32}>")
-BRACKETED = re.compile(r"<[^<>]*>")  # what is meant to be a handle
+BRACKETED = re.compile(r"<[^<>]*>")  # text that is meant as a handle
+MAX_ADDED = 1000  # tokens beside the vocabulary; the tokenizers library takes the square of their number in time
 
-# The config.json fields that describe the tower; everything else in the file is left unread.
+# The config.json fields that describe the text encoder; other fields are not read.
 LIMITS = {
     "vocab_size": 1_000_000,
     "hidden_size": MAX_CHANNELS,
@@ -43,14 +46,14 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def build_text_encoder(config: dict) -> CLIPTextModel:
-    """An uninitialised text tower from its config.json. Raises InputError as `text_config` does."""
-    with torch.device("cpu"):  # not the tower's, which may be meta: what a module makes when imported keeps its values
+    """Build an uninitialised text encoder from its config.json. Raises InputError as `text_config` does."""
+    with torch.device("cpu"):  # the caller's may be meta, on which tensors made at import would lose their values
         from transformers import CLIPTextModel
     return CLIPTextModel(text_config(config))
 
 
 def text_config(config: dict) -> CLIPTextConfig:
-    """What the tower's config.json describes, read field by field: nothing in it can name code.
+    """Read the text encoder's config.json field by field, so that nothing in it can name code.
 
     Raises InputError for absurd or unknown values, before anything is allocated.
     """
@@ -67,7 +70,7 @@ def text_config(config: dict) -> CLIPTextConfig:
     chosen["layer_norm_eps"] = float(
         check_float("text encoder layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1)
     )
-    # Token ids outside the vocabulary only matter to the pooled output, which Stable Diffusion does not use.
+    # Token ids outside the vocabulary affect only the pooled output, which Stable Diffusion does not use.
     ids = {name: config[name] for name in TOKEN_IDS if isinstance(config.get(name), int)}
     chosen |= {name: value for name, value in ids.items() if 0 <= value < chosen["vocab_size"]}
     chosen["projection_dim"] = config.get("projection_dim", chosen["hidden_size"])
@@ -77,17 +80,62 @@ def text_config(config: dict) -> CLIPTextConfig:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a model folder: vocab.json, merges.txt and the tokens added to them. Never from the network."""
+    """Load the tokenizer of a folder: vocab.json, merges.txt and the tokens added to them. Never from the network.
+
+    Raises InputError as `check_vocabulary` does.
+    """
     layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
     if not any(all((folder / name).is_file() for name in layout) for layout in layouts):
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt: it holds no tokenizer")
+    check_vocabulary(folder)
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
+def check_vocabulary(folder: Path) -> None:
+    """Raise InputError unless a tokenizer's vocabulary has the numbers 0..n-1, each once, and few tokens beside it."""
+    if (whole := folder / "tokenizer.json").is_file():
+        content = read_json(whole)
+        model = content.get("model")
+        _check_numbers(whole, model.get("vocab") if isinstance(model, dict) else None)
+        _check_added(whole, content.get("added_tokens"))
+    if (words := folder / "vocab.json").is_file():
+        _check_numbers(words, read_json(words))
+    if (added := folder / "added_tokens.json").is_file():
+        _check_added(added, read_json(added))
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (file := folder / name).is_file():
+            for value in read_json(file).values():
+                _check_added(file, value)
+
+
+def _check_numbers(file: Path, vocabulary: object) -> None:
+    """Raise InputError unless a vocabulary has the numbers 0..n-1, each once."""
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        raise InputError(f"{file} holds no vocabulary: copy or download it again")
+    tokens: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < len(vocabulary):
+            raise InputError(
+                f"{file} gives {token!r} the number {number!r}: expected 0 to {len(vocabulary) - 1}, each once; "
+                "copy or download it again"
+            )
+        if number in tokens:
+            raise InputError(
+                f"{file} gives {tokens[number]!r} and {token!r} one number, {number}: copy or download it again"
+            )
+        tokens[number] = token
+
+
+def _check_added(file: Path, tokens: object) -> None:
+    """Raise InputError for more tokens beside a vocabulary than any model has."""
+    if isinstance(tokens, (dict, list)) and len(tokens) > MAX_ADDED:
+        raise InputError(f"{file} adds {len(tokens)} tokens: bas reads up to {MAX_ADDED}")
+
+
 class HandleEmbedding(nn.Module):
-    """A token embedding whose last rows, the handles, are a parameter of their own."""
+    """A token embedding whose last rows, the handles', are a parameter of their own."""
 
     def __init__(self, weight: Tensor, handles: Tensor):
         super().__init__()
@@ -103,13 +151,13 @@ class HandleEmbedding(nn.Module):
 
 
 def check_name(handle: object) -> None:
-    """InputError unless it is a handle's name."""
+    """Raise InputError unless it is a handle's name."""
     if not (isinstance(handle, str) and HANDLE.fullmatch(handle)):
         raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
 
 
 def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:
-    """Raises InputError for a malformed name, or one that the vocabulary already holds."""
+    """Raise InputError for a malformed name, or one that the vocabulary already has."""
     vocabulary = tokenizer.get_vocab()
     for handle in handles:
         check_name(handle)
@@ -118,7 +166,7 @@ def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:
 
 
 def word_pieces(tokenizer: CLIPTokenizer, word: str) -> list[int]:
-    """The token ids that an initial word consists of; usually one. Raises InputError for a word without any."""
+    """The token ids of an initial word, usually one. Raises InputError for a word without any."""
     pieces = tokenizer(word, add_special_tokens=False).input_ids
     if not pieces:
         raise InputError(f"the initial word {word!r} holds no token: give an ordinary word")
@@ -126,13 +174,13 @@ def word_pieces(tokenizer: CLIPTokenizer, word: str) -> list[int]:
 
 
 def initial_row(weight: Tensor, tokenizer: CLIPTokenizer, word: str | None, generator: torch.Generator) -> Tensor:
-    """Where a handle starts: (d,) the mean of its word's pieces, or a draw from the real rows' distribution."""
+    """A handle's first row (d,): the mean of its word's pieces, or a sample of the rows' distribution."""
     if not word:
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(dim=0) + weight.std(dim=0) * noise
     pieces = word_pieces(tokenizer, word)
     if len(pieces) > 1:
-        log.info("'%s' is %d pieces for the tokenizer: its handle starts from their mean", word, len(pieces))
+        log.info("the tokenizer splits '%s' into %d pieces: its handle starts from their mean", word, len(pieces))
     return weight[pieces].mean(dim=0)
 
 
@@ -143,9 +191,9 @@ def add_handles(
     words: tuple[str | None, ...],
     seed: int,
 ) -> HandleEmbedding:
-    """Extend tokenizer and token embedding by these handles. Returns the new embedding module, already in place.
+    """Extend tokenizer and token embedding by handles, in place. -> the new embedding
 
-    Raises InputError for a malformed name, or one that the vocabulary already holds.
+    Raises InputError for a malformed name, or one that the vocabulary already has.
     """
     check_handles(tokenizer, handles)
     weight = text_encoder.get_input_embeddings().weight.detach()
@@ -155,15 +203,16 @@ def add_handles(
         )
     generator = torch.Generator().manual_seed(seed)
     rows = [initial_row(weight, tokenizer, word, generator) for word in words]
-    # Not normalized: `<Toy>` and `<toy>` stay different, and text is matched before it is lower-cased.
-    tokenizer.add_tokens([AddedToken(handle, normalized=False) for handle in handles])
+    # Not normalized: handles are matched before the text is lower-cased, so `<Toy>` and `<toy>` stay different.
+    added: list[str | AddedToken] = [AddedToken(handle, normalized=False) for handle in handles]
+    tokenizer.add_tokens(added)
     embedding = HandleEmbedding(weight, torch.stack(rows))
     text_encoder.set_input_embeddings(embedding)
     return embedding
 
 
 def merged_state_dict(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
-    """The tower's state with handles as the last rows of one embedding matrix, the layout every reader knows."""
+    """The text encoder's state dict with the handles as the last rows of one matrix, as other tools read it."""
     state = text_encoder.state_dict()
     for key in [key for key in state if key.endswith("token_embedding.handles")]:
         weight = key.removesuffix("handles") + "weight"
@@ -174,37 +223,90 @@ def merged_state_dict(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
 def known_handles(tokenizer: CLIPTokenizer) -> tuple[str, ...]:
     """The handles among the tokenizer's added tokens, in the order of their ids."""
     added = tokenizer.get_added_vocab()
-    return tuple(token for token in sorted(added, key=added.get) if HANDLE.fullmatch(token))
+    return tuple(token for token in sorted(added, key=lambda token: added[token]) if HANDLE.fullmatch(token))
+
+
+def vectors_of(tokenizer: CLIPTokenizer, token: str) -> list[str]:
+    """The tokens of a multi-vector embedding: `<toy>`, `<toy>_1`, `<toy>_2`, ...; most have the first alone."""
+    added = tokenizer.get_added_vocab()
+    further = takewhile(lambda name: name in added, (f"{token}_{i}" for i in count(1)))
+    return [token, *further]
+
+
+def handle_ids(tokenizer: CLIPTokenizer, handle: str) -> list[int]:
+    """The token ids of a handle: one, or several where its embedding has several vectors."""
+    added = tokenizer.get_added_vocab()
+    return [added[token] for token in vectors_of(tokenizer, handle)]
+
+
+def expand_vectors(tokenizer: CLIPTokenizer, prompt: str) -> str:
+    """Write all vectors of a multi-vector embedding where its name stands, as diffusers does.
+
+    `a <toy>` -> `a <toy> <toy>_1 <toy>_2`; a prompt that names the further vectors itself stays as it is.
+    """
+    for token in tokenizer.get_added_vocab():
+        tokens = vectors_of(tokenizer, token)
+        if len(tokens) > 1 and token in prompt and tokens[1] not in prompt:
+            prompt = prompt.replace(token, " ".join(tokens))
+    return prompt
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token ids, padded to the tower's 77 positions: (b, 77) int64.
+    """Token ids, padded to the text encoder's 77 positions: (b, 77) int64.
 
-    Raises InputError for a handle that the model doesn't know or that lacks a bracket, or one that falls beyond the 77
-    tokens; other text beyond them is cut with a warning, as every Stable Diffusion does.
+    Raises InputError for an unknown handle, a handle without a bracket, and a handle beyond the 77 tokens. Other text
+    beyond them is cut with a warning, as every Stable Diffusion does.
     """
-    known = known_handles(tokenizer)
+    known, added = known_handles(tokenizer), tokenizer.get_added_vocab()
     for prompt in prompts:
         if not is_utf8(prompt):
             raise InputError(f"{prompt!r} is not UTF-8: write the prompt anew")
-        unknown = [name for name in BRACKETED.findall(prompt) if name not in tokenizer.get_added_vocab()]
+        unknown = [name for name in BRACKETED.findall(prompt) if name not in added]
         rest = BRACKETED.sub(" ", prompt)
         unknown += [part for name in known for part in (name[:-1], name[1:]) if part in rest]
         if unknown:
             names = ", ".join(known) or "none: this is a base model"
             raise InputError(f"unknown handle {', '.join(unknown)} in {prompt!r}; known handles: {names}")
-    length = tokenizer.model_max_length
+    length, prompts = tokenizer.model_max_length, [expand_vectors(tokenizer, prompt) for prompt in prompts]
     ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
     whole = tokenizer(prompts, padding=False, truncation=False).input_ids
     for prompt, row in zip(prompts, whole, strict=True):
         cut = row[length - 1 : -1]
-        if set(cut) & set(tokenizer.convert_tokens_to_ids(list(known))):
-            raise InputError(f"a handle stands beyond the {length} tokens the model reads: shorten {prompt!r}")
+        if any(set(cut) & set(handle_ids(tokenizer, handle)) for handle in known):
+            raise InputError(f"a handle is beyond the {length} tokens that the model reads: shorten {prompt!r}")
         if cut:
-            log.warning("the prompt is too long; this part is not read: %r", tokenizer.decode(cut))
+            log.warning("the prompt is too long, this part is not read: %r", tokenizer.decode(cut))
     return ids
 
 
+def find_words(tokenizer: CLIPTokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
+    """The words of a tokenized prompt with their token positions, in order. ids: (77,), from `tokenize`
+
+    An added token, such as a handle, is a word of its own, with all its vectors if it has several.
+    """
+    added = tokenizer.get_added_vocab()
+    owner = {number: token for token, number in added.items()}
+    owner |= {number: handle for handle in known_handles(tokenizer) for number in handle_ids(tokenizer, handle)}
+    words: list[tuple[str, list[int]]] = []
+    word: list[int] = []
+
+    def close() -> None:
+        if word:
+            words.append((tokenizer.decode([ids[i] for i in word]).strip(), word.copy()))
+            word.clear()
+
+    for i in range(1, ids.index(tokenizer.eos_token_id)):
+        if ids[i] in owner:
+            close()
+            words.append((owner[ids[i]], [i]))
+        else:
+            word.append(i)
+            if str(tokenizer.convert_ids_to_tokens(ids[i])).endswith("</w>"):
+                close()
+    close()
+    return words
+
+
 def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Token states after the tower's final norm, without an attention mask. ids: (b, k) -> (b, k, d)"""
+    """Token states after the text encoder's final norm, without an attention mask. ids: (b, k) -> (b, k, d)"""
     return text_encoder(input_ids=ids).last_hidden_state

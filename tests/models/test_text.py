@@ -1,7 +1,12 @@
 """The text tower against transformers, handles as trainable rows, and the tokenizer."""
 
+import json
+import shutil
+import time
+
 import pytest
 import torch
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 
 from bas.errors import InputError
 from bas.models.text import (
@@ -9,12 +14,15 @@ from bas.models.text import (
     add_handles,
     build_text_encoder,
     encode_ids,
+    expand_vectors,
+    find_words,
     initial_row,
     known_handles,
     load_tokenizer,
     merged_state_dict,
     tokenize,
 )
+from bas.pretrained.single_file import clip_tokenizer
 from bas.sampling.prompt_strength import encode_prompts
 from tests.helpers.compare import assert_equals_live, assert_equals_stored, cases
 from tools.reference.cases import REFERENCE
@@ -24,6 +32,7 @@ from tools.reference.models import TEXT_COMMON
 towers = cases("text")
 TOKENIZER = REFERENCE / "official" / "model" / "tokenizer"
 HANDLES = ("<toy>", "<bowl-2>")
+VECTORS = "<cat-toy> <cat-toy>_1 <cat-toy>_2"
 
 
 @towers
@@ -209,11 +218,11 @@ def test_the_75th_token_is_the_last_one_read(tower, tokenizer, caplog):
     assert caplog.text == ""
     tokenize(tokenizer, [f"{words} <toy> stone, a beach"])
     ours = [record.message for record in caplog.records if record.name.startswith("bas")]
-    assert ours == ["the prompt is too long; this part is not read: 'stone , a beach'"]
+    assert ours == ["the prompt is too long, this part is not read: 'stone , a beach'"]
     prompt = f"{words} stone <toy>"
     with pytest.raises(InputError) as error:
         tokenize(tokenizer, [prompt])
-    assert str(error.value) == f"a handle stands beyond the 77 tokens the model reads: shorten {prompt!r}"
+    assert str(error.value) == f"a handle is beyond the 77 tokens that the model reads: shorten {prompt!r}"
 
 
 def test_a_handle_that_would_be_cut_off_is_an_error(tower, tokenizer, caplog):
@@ -247,3 +256,111 @@ def test_prompts_are_encoded_row_by_row(tower, tokenizer):
 def test_a_config_bas_cannot_honour_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         build_text_encoder(TEXT_COMMON | {"num_hidden_layers": 2, "num_attention_heads": 2} | change)
+
+
+# --- Embeddings of several vectors, words -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expanded"),
+    [
+        ("a photo of <cat-toy>", f"a photo of {VECTORS}"),
+        (
+            "<cat-toy>, <bowl> and <cat-toy>",
+            "<cat-toy> <cat-toy>_1 <cat-toy>_2, <bowl> and <cat-toy> <cat-toy>_1 <cat-toy>_2",
+        ),
+        ("a style at the <bowl>", "a style style_1 at the <bowl>"),  # a name without brackets
+        ("a bowl", "a bowl"),
+    ],
+)
+def test_an_embedding_of_several_vectors_is_written_out_as_in_diffusers(tokenizer, prompt, expanded):
+    """`<bowl>_2` has no `<bowl>_1` before it, so it is no vector of `<bowl>`."""
+    tokenizer.add_tokens(["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<bowl>", "<bowl>_2", "style", "style_1"])
+    assert expand_vectors(tokenizer, prompt) == expanded
+    assert TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer) == expanded
+    assert tokenize(tokenizer, [prompt])[0].tolist() == tokenize(tokenizer, [expanded])[0].tolist()
+
+
+def test_a_prompt_that_writes_the_vectors_itself_stays(tokenizer):
+    tokenizer.add_tokens(["<toy>", "<toy>_1"])
+    assert expand_vectors(tokenizer, "a <toy> <toy>_1") == "a <toy> <toy>_1"
+
+
+def test_vectors_beyond_the_77_tokens_are_an_error(tokenizer):
+    """The handle's first vector is read, its second would be cut."""
+    tokenizer.add_tokens(["<toy>", "<toy>_1"])
+    with pytest.raises(InputError, match="a handle is beyond the 77 tokens"):
+        tokenize(tokenizer, [" ".join(["bowl"] * 74) + " <toy>"])
+
+
+@pytest.mark.parametrize("pad_with_exclamation_mark", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("wow! <asset0>", ["wow", "!", "<asset0>"]),
+        ("<asset0>!<asset0>", ["<asset0>", "!", "<asset0>"]),
+        ("写真 of Zoë's café", ["写真", "of", "zoë", "'s", "café"]),
+        ("naïve<cat-toy>, yes", ["naïve", "<cat-toy>", "<cat-toy>", ",", "yes"]),
+    ],
+)
+def test_words_are_text_and_an_added_token_is_its_own(pad_with_exclamation_mark, prompt, words):
+    """SD 2 pads with `!`, an added token without a mark of its end; CLIP's pieces are bytes, not characters."""
+    tokenizer = clip_tokenizer(pad_with_exclamation_mark)
+    tokenizer.add_tokens(["<asset0>", "<cat-toy>", "<cat-toy>_1"])
+    ids = tokenize(tokenizer, [prompt])[0].tolist()
+    found = find_words(tokenizer, ids)
+    assert [name for name, _ in found] == words
+    assert [i for _, positions in found for i in positions] == list(range(1, ids.index(tokenizer.eos_token_id)))
+
+
+# --- Vocabularies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"%": 3}, r"gives '#' and '%' one number, 3"),
+        ({"%": 2**40}, r"gives '%' the number 1099511627776: expected 0 to \d+, each once"),
+        ({"%": -1}, r"gives '%' the number -1"),
+        ({"%": 4.0}, r"gives '%' the number 4.0"),
+        ({"%": True}, r"gives '%' the number True"),
+        ({"%": None}, r"gives '%' the number None"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["vocab.json", "tokenizer.json"])
+def test_a_vocabulary_with_wrong_numbers_is_refused(tmp_path, tokenizer, layout, change, reason):
+    """Two tokens of one number, or a number that wraps around, would read prompts as other tokens."""
+    folder = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    assert (vocabulary["#"], vocabulary["%"]) == (2, 4)
+    vocabulary |= {"#": 3 if change["%"] == 3 else 2, "$": 2 if change["%"] == 3 else 3} | change
+    if layout == "vocab.json":
+        (folder / layout).write_text(json.dumps(vocabulary))
+    else:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole["model"]["vocab"] = vocabulary
+        (folder / layout).write_text(json.dumps(whole))
+    with pytest.raises(InputError, match=reason) as error:
+        load_tokenizer(folder)
+    assert str(error.value).startswith(str(folder / layout))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("special_tokens_map.json", {"additional_special_tokens": [f"<t{i}>" for i in range(100_000)]}),
+        ("added_tokens.json", {f"<t{i}>": 542 + i for i in range(100_000)}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {str(542 + i): {"content": f"<t{i}>"} for i in range(1001)}},
+        ),
+    ],
+)
+def test_thousands_of_added_tokens_are_refused_at_once(tmp_path, file, content):
+    """The tokenizers library takes the square of their number in time: minutes for 100,000."""
+    folder = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
+    (folder / file).write_text(json.dumps(content))
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=rf"{file} adds \d+ tokens: bas reads up to 1000"):
+        load_tokenizer(folder)
+    assert time.monotonic() - begun < 1
