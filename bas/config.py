@@ -8,10 +8,10 @@ import math
 import os
 import types
 import typing
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
-from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_float, check_int, is_utf8
+from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_float, check_int, did_you_mean, is_utf8
 
 MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
@@ -102,8 +102,19 @@ class Settings:
             name = f"--{row.name}" if row.type is bool else flag_of(row)
             object.__setattr__(self, row.name, check_setting(row, getattr(self, row.name), name))
 
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with these values. InputError for one that is wrong, or of an unknown setting."""
+        known = setting_rows(type(self))
+        for name in values.keys() - known.keys():
+            raise InputError(f"unknown setting {name}{did_you_mean(name, known)}")
+        return replace(self, **values)
+
 
 # --- Training -----------------------------------------------------------------------------------------------------
+
+
+# What a phase can train.
+Part = Literal["handles", "embedding", "unet", "cross_attention", "cross_attention_kv", "text_encoder"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class Phase:
     name: str
     steps: int
     lr: float
-    trains: tuple[Literal["handles", "embedding", "unet", "cross_attention", "cross_attention_kv", "text_encoder"], ...]
+    trains: tuple[Part, ...]
     prior: bool  # whether class images take part in each step
 
 
@@ -121,7 +132,7 @@ class Phase:
 class Method:
     """One row of METHODS: a baseline of the paper (section 4.1), trained in one phase with the plain diffusion loss."""
 
-    trains: tuple[str, ...]
+    trains: tuple[Part, ...]
     rate: str  # the setting that holds its learning rate
     prior: bool  # whether class images take part, as far as --no_prior_preservation lets them
     collection: bool  # whether it learns from concepts pasted on plain colours, or from the photograph as it is
@@ -145,7 +156,7 @@ OPTIMIZERS: dict[str, dict] = {"adam": {"adam_weight_decay": 1e-8}}
 # rates are those of the phase that trains the same, which by default are the usual ones of the methods: 5e-4 for
 # Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for Custom Diffusion (Kumari et al.
 # 2023), all as their diffusers examples have them.
-EVERYTHING = ("handles", "embedding", "unet", "text_encoder")
+EVERYTHING: tuple[Part, ...] = ("handles", "embedding", "unet", "text_encoder")
 METHODS: dict[str, Method] = {
     "ti-m": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=True),
     "db-m": Method(trains=EVERYTHING, rate="learning_rate", prior=True, collection=True),
@@ -408,13 +419,16 @@ class TrainConfig(Settings):
     def phases(self) -> tuple[Phase, ...]:
         """The training plan (paper, section 3): first the handles, then everything. A baseline has one phase."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
-        layers = "unet" if self.unet_layers == "all" else "cross_attention"
-        tuned = ("handles", "embedding", layers) + ("text_encoder",) * self.train_text_encoder
+        layers: Part = "unet" if self.unet_layers == "all" else "cross_attention"
+        tuned: tuple[Part, ...] = ("handles", "embedding", layers)
+        tuned += ("text_encoder",) if self.train_text_encoder else ()
         prior = self.with_prior_preservation
         if self.method in METHODS:
             row, steps = METHODS[self.method], self.phase1_train_steps + self.phase2_train_steps
-            named = (layers if name == "unet" else name for name in row.trains)
-            trains = tuple(name for name in named if self.train_text_encoder or name != "text_encoder")
+            named: list[Part] = [layers if name == "unet" else name for name in row.trains]
+            trains: tuple[Part, ...] = tuple(
+                name for name in named if self.train_text_encoder or name != "text_encoder"
+            )
             phase = Phase(self.method, steps, row.factor * getattr(self, row.rate) * scale, trains, prior and row.prior)
             return (phase,) if steps else ()
         # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
@@ -436,11 +450,11 @@ class TrainConfig(Settings):
 
         The optimizer that comes out of them brings its own defaults (OPTIMIZERS).
         """
-        preset = PRESETS.get(explicit.get("preset"), {})
-        card = CARDS.get(explicit.get("card"), {})
+        preset = PRESETS.get(explicit.get("preset", ""), {})
+        card = CARDS.get(explicit.get("card", ""), {})
         method = PLAIN if explicit.get("method") in METHODS else {}
         merged = {**(model_row or {}), **preset, **card, **method, **explicit}
-        merged = OPTIMIZERS.get(merged.get("optimizer"), {}) | merged
+        merged = OPTIMIZERS.get(merged.get("optimizer", ""), {}) | merged
         unknown = merged.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """As argparse, but a flag that this command doesn't have is an error here, where its flags are known."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
@@ -38,7 +38,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _format_usage(self, usage, actions, groups, prefix) -> str:
         needed = [action for action in actions if action.required or not action.option_strings]
         line = super()._format_usage(usage, needed, [], prefix).rstrip("\n")
-        return f"{line}{' [FLAGS]' if len(needed) < len(actions) else ''}\n\n"
+        return f"{line}{' [FLAGS]' if len(needed) < len([*actions]) else ''}\n\n"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
@@ -70,7 +70,8 @@ def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
             (off, {"action": "store_false", "help": off_help}),
         ]
     kind, several, _ = value_type(f)
-    shown = " ".join(f.default) if several else f.default
+    shown: Any = f.default
+    shown = " ".join(shown) if several else shown
     if shown not in (None, "") and "default:" not in text:
         text += f" (default: {shown})"
     choices = f.metadata["choices"] or None

@@ -1,4 +1,4 @@
-"""Pictures for people: grids with labels, masks and attention maps laid over the photograph."""
+"""Images for people: grids with labels, masks and attention maps laid over the photograph."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,8 +18,8 @@ MARGIN = 8
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, title: str = "") -> Image.Image:
-    """Rows of pictures, each scaled to fit a square cell, its label below; rows may differ in length."""
-    font = ImageFont.load_default(size=max(11, cell // 14))
+    """Rows of images, each scaled to fit a square cell, its label below; rows may differ in length."""
+    font = label_font(max(11, cell // 14))
     line = sum(font.getmetrics())
     wrapped = [[wrap(text, font, cell) for text in row] for row in labels]
     heights = [cell + line * max(len(lines) for lines in row) + 2 * MARGIN for row in wrapped]
@@ -28,13 +28,20 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, titl
     sheet = Image.new("RGB", (width, top + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, font)
-    for pictures, texts, height in zip(rows, wrapped, heights, strict=True):
-        for column, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
+    for images, texts, height in zip(rows, wrapped, heights, strict=True):
+        for column, (image, lines) in enumerate(zip(images, texts, strict=True)):
             left = MARGIN + column * (cell + MARGIN)
-            sheet.paste(enlarge(picture, cell), (left, top))
+            sheet.paste(enlarge(image, cell), (left, top))
             draw.multiline_text((left, top + cell + 2), "\n".join(lines), INK, font, spacing=0)
         top += height
     return sheet
+
+
+def label_font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, at a size in pixels."""
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
@@ -48,18 +55,18 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines or [""]
 
 
-def enlarge(picture: Image.Image, cell: int) -> Image.Image:
+def enlarge(image: Image.Image, cell: int) -> Image.Image:
     """Scale to fit a square cell, keeping the shape, on paper colour."""
-    scale = cell / max(picture.size)
+    scale = cell / max(image.size)
     resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
-    fitted = picture.convert("RGB").resize([max(1, round(side * scale)) for side in picture.size], resampling)
+    fitted = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], resampling)
     framed = Image.new("RGB", (cell, cell), PAPER)
     framed.paste(fitted, ((cell - fitted.width) // 2, (cell - fitted.height) // 2))
     return framed
 
 
 def concept_colour(index: int) -> tuple[int, int, int]:
-    """The colour of one concept in every picture of a run."""
+    """The colour of one concept in every image of a run."""
     return CONCEPT_COLOURS[index % len(CONCEPT_COLOURS)]
 
 
@@ -68,21 +75,21 @@ def as_hex(colour: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def tint_masks(picture: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
+def tint_masks(image: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
     """The photograph with masks (H, W) in 0..1, by concept index, tinted in their concepts' colours."""
-    canvas = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    canvas = np.asarray(image.convert("RGB"), dtype=np.float32)
     for index, mask in masks.items():
         alpha = 0.5 * mask[..., None]
         canvas = canvas * (1 - alpha) + np.array(concept_colour(index), dtype=np.float32) * alpha
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def overlay_attention(values: np.ndarray, picture: Image.Image, index: int) -> Image.Image:
+def overlay_attention(values: np.ndarray, image: Image.Image, index: int) -> Image.Image:
     """A concept's attention map (h, w), scaled to its maximum, as its colour over the darkened photograph."""
     peak = values.max()
     scaled = values / peak if peak > 0 else np.zeros_like(values)
-    light = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BICUBIC)
+    light = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)
     alpha = np.asarray(light, dtype=np.float32)[..., None] / 255
-    base = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.35
+    base = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32) * 0.35
     glow = np.array(concept_colour(index), dtype=np.float32)
     return Image.fromarray((base * (1 - alpha) + glow * alpha).round().astype(np.uint8))

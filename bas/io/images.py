@@ -1,11 +1,13 @@
-"""Picture files as the method needs them: an upright RGB photograph, a soft mask. What cannot be used is named."""
+"""Image files as the method needs them: an upright RGB photograph, a soft mask. What cannot be used is named."""
 
+import importlib.util
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,60 +20,118 @@ from bas.io.files import replacing
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # after "ftyp" in the first bytes
+FIRST_FRAME = ("MPO", "GIF")  # of several frames the first is read: a phone's second image, or an animation
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
 ONE = np.float32(1 / 255)  # the value 1 of 255
+TURNS = {  # EXIF orientations (CIPA DC-008): what makes the stored image upright
+    1: "upright",
+    2: "mirrored",
+    3: "turned by 180 degrees",
+    4: "mirrored top to bottom",
+    5: "mirrored and turned by 90 degrees",
+    6: "turned by 90 degrees",
+    7: "mirrored and turned by 270 degrees",
+    8: "turned by 270 degrees",
+}
+T = TypeVar("T")
 
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded, upright picture of an allowed format. Raises InputError naming the file and the reason."""
+    """A decoded, upright image of an allowed format. Raises InputError naming the file and the reason."""
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
         raise InputError(f"{path} is not a file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large sizes and damaged notes: judged here
-            with Image.open(path, formats=FORMATS) as opened:
-                picture = _decode(opened, path)
-                return picture.convert("RGB") if picture.mode == "LAB" else picture  # Pillow turns it to nothing else
+            with Image.open(path, formats=_formats(path)) as opened:
+                image = _decode(opened, path)
+                return image.convert("RGB") if image.mode == "LAB" else image  # Pillow turns it to nothing else
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if path.stat().st_size == 0:
             reason = "it is empty"
+        elif _is_heif(path):
+            reason = "it is HEIC: `pip install pillow-heif` to read it, or convert it to one of them"
         elif isinstance(error, UnidentifiedImageError):
             reason = "it is none of these, or damaged; convert it to one of them"
-        raise InputError(f"{path} is not a readable {', '.join(FORMATS)} picture: {reason}") from error
+        raise InputError(f"{path} is not a readable {', '.join(FORMATS)} image: {reason}") from error
 
 
-def _decode(picture: Image.Image, path: Path) -> Image.Image:
+def _is_heif(path: Path) -> bool:
+    """Whether a file is HEIC, as phones write it."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
+
+
+def _formats(path: Path) -> tuple[str, ...]:
+    """The formats that a file may have: HEIC too, where its Pillow plugin is installed."""
+    if _is_heif(path) and importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        return (*FORMATS, "HEIF")
+    return FORMATS
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """The (W, H) of an image as stored, from its header; (0, 0) for a file that `open_image` refuses."""
+    return _from_header(path, lambda image: image.size) or (0, 0)
+
+
+def read_orientation(path: Path) -> int | None:
+    """The EXIF orientation of an image, 1 to 8, None where it states none."""
+    value = _from_header(path, lambda image: image.getexif().get(ExifTags.Base.Orientation))
+    return value if value in TURNS else None
+
+
+def _from_header(path: Path, read: Callable[[Image.Image], T]) -> T | None:
+    """What `read` finds in an opened file, None where it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_formats(path)) as image:
+                return read(image)
+    except Exception:  # a broken file makes Pillow raise nearly anything
+        return None
+
+
+def _decode(image: Image.Image, path: Path) -> Image.Image:
     """The pixels of an opened file, upright. Size and frames are read from its header before."""
-    if picture.width * picture.height > MAX_PIXELS:
-        raise InputError(f"{path} is {picture.width}x{picture.height}: more than 100 megapixels, make it smaller")
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's: frame 0 is its photograph
-        raise InputError(f"{path} holds {picture.n_frames} frames: save the one you mean as a still picture")
-    picture.load()
-    return ImageOps.exif_transpose(picture)
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"{path} is {image.width}x{image.height}: more than 100 megapixels, make it smaller")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format not in FIRST_FRAME:
+        raise InputError(f"{path} holds {frames} frames: save the one you mean as a still image")
+    if frames > 1 and image.format == "GIF":
+        log.warning("%s holds %d frames: the first is read", path, frames)
+    image.load()
+    return ImageOps.exif_transpose(image)
 
 
-def _is_deep(picture: Image.Image) -> bool:
-    """Whether it is a grey picture of 16 bits or floats, which Pillow would clip to 8 bits."""
-    return picture.mode.startswith(("I", "F"))
+def _is_deep(image: Image.Image) -> bool:
+    """Whether it is a grey image of 16 bits or floats, which Pillow would clip to 8 bits."""
+    return image.mode.startswith(("I", "F"))
 
 
-def has_alpha(picture: Image.Image) -> bool:
+def has_alpha(image: Image.Image) -> bool:
     """Whether pixels can be transparent: by a channel, or by a colour or palette entry that stands for it."""
-    return not _is_deep(picture) and picture.has_transparency_data
+    return not _is_deep(image) and image.has_transparency_data
 
 
-def _grey(picture: Image.Image, path: Path) -> np.ndarray:
+def _grey(image: Image.Image, path: Path) -> np.ndarray:
     """One channel as float32 in [0, 1], whatever its depth. (H, W) Raises InputError for values beyond."""
-    if not _is_deep(picture):
-        return np.asarray(picture.convert("L"), dtype=np.float32) / 255.0
-    values = np.asarray(picture, dtype=np.float32) / (65535.0 if picture.mode.startswith("I") else 1.0)
+    if not _is_deep(image):
+        values = np.array(image.convert("L"), dtype=np.float32)
+        values /= 255.0  # in place: a copy of 100 megapixels takes 400 MB
+        return values
+    values = np.array(image, dtype=np.float32)
+    values /= 65535.0 if image.mode.startswith("I") else 1.0
     if not (values.min() >= 0 and values.max() <= 1):  # also false for not-a-number
-        raise InputError(f"{path} holds values outside black to white: save it as an 8-bit grey picture")
+        raise InputError(f"{path} holds values outside black to white: save it as an 8-bit grey image")
     return values
 
 
@@ -80,37 +140,63 @@ def read_image(path: Path) -> Image.Image:
 
     The values are those stored: a colour profile is not applied.
     """
-    picture = open_image(path)
-    if _is_deep(picture):
-        return Image.fromarray((_grey(picture, path) * 255).round().astype(np.uint8)).convert("RGB")
-    if has_alpha(picture):
-        picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema()[0] < 255:
+    image = open_image(path)
+    if _is_deep(image):
+        return Image.fromarray((_grey(image, path) * 255).round().astype(np.uint8)).convert("RGB")
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] != 255:
             log.warning("%s has transparent pixels: they become white", path)
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def varies(band: Image.Image) -> bool:
+    """Whether the pixels of one channel differ."""
+    low, high = band.getextrema()
+    return low != high
 
 
 def read_mask(path: Path) -> np.ndarray:
     """One mask, (H, W) float32 in [0, 1]. In an RGBA file the channel that varies is the mask."""
-    picture = open_image(path)
-    if has_alpha(picture):
-        picture = picture.convert("RGBA")
-        alpha_varies = len(set(picture.getchannel("A").getextrema())) > 1
-        colour_varies = any(low != high for low, high in picture.convert("RGB").getextrema())
+    image = open_image(path)
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        alpha_varies = varies(image.getchannel("A"))
+        colour_varies = any(varies(band) for band in image.convert("RGB").split())
         if alpha_varies and colour_varies:
-            raise InputError(f"{path}: colour and alpha both vary, so which is the mask? Save it as a grey picture")
-        picture = picture.getchannel("A") if alpha_varies else picture.convert("RGB")
-    mask = _grey(picture, path)
-    if mask.max() == ONE and np.isin(mask, (0, ONE)).all():
+            raise InputError(f"{path}: colour and alpha both vary, so which is the mask? Save it as a grey image")
+        image = image.getchannel("A") if alpha_varies else image.convert("RGB")
+    elif image.mode == "P" and (inside := _inside_of_palette(image, path)) is not None:
+        return inside
+    mask = _grey(image, path)
+    if mask.max() == ONE and np.isin(mask, [0, float(ONE)]).all():
         log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
         mask = (mask > 0).astype(np.float32)
     return mask
 
 
+def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
+    """A mask of two palette entries in colours: entry 0 is outside, the other inside. None for greys, read as such.
+
+    Raises InputError for colours that leave it open which is inside.
+    """
+    entries = image.getpalette("RGB") or []
+    palette = np.array(entries + [0] * (768 - len(entries))).reshape(256, 3)
+    used = np.unique(np.asarray(image))
+    colours = palette[used]
+    if len(used) < 2 or (colours == colours[:, :1]).all():
+        return None
+    if len(used) == 2 and used[0] == 0 and colours[0].sum() < colours[1].sum():
+        log.warning("%s has a palette: entry %d is read as inside, entry 0 as outside", path, used[1])
+        return np.array(image, dtype=np.float32) / used[1]
+    labels = "if it is a map of labels, name it labels.png; else save it in black and white"
+    raise InputError(f"{path} has {len(used)} palette entries in colours: {labels}")
+
+
 def image_path(name: str) -> Path:
-    """A path for a picture to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
+    """A path for an image to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
     path = Path(name)
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -121,18 +207,18 @@ def image_path(name: str) -> Path:
 
 
 def check_not_input(target: Path, *inputs: Path) -> None:
-    """InputError when a picture would be written over a file that the command reads."""
+    """InputError when an image would be written over a file that the command reads."""
     if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
         raise InputError(f"--output_path {target} is what the command reads: name another file")
 
 
-def save_image(picture: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write a picture, whole or not at all, in the format that its name ends in.
+def save_image(image: Image.Image, path: Path, settings: dict | None = None) -> None:
+    """Write an image, whole or not at all, in the format that its name ends in.
 
     `settings`, those that made it, become the PNG text `bas`, or the EXIF user comment of other formats.
     """
     kind = Image.registered_extensions()[path.suffix.lower()]
-    options = {} if kind == "PNG" else {"quality": 95}
+    options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
     if settings and kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_text("bas", json.dumps(settings))
@@ -140,35 +226,39 @@ def save_image(picture: Image.Image, path: Path, settings: dict | None = None) -
         options["exif"] = Image.Exif()
         options["exif"][ExifTags.Base.UserComment] = json.dumps(settings)
     with replacing(path) as temporary:
-        picture.save(temporary, format=kind, **options)
+        image.save(temporary, format=kind, **options)
 
 
-def save_images(pictures: Iterable[Image.Image], notes: list[dict], target: Path) -> Iterator[Path]:
-    """Save each picture as it comes, with its note: one under the name given, several with a number. -> their paths"""
+def numbered_paths(target: Path, count: int) -> list[Path]:
+    """The files of `count` images: the target itself for one, else the target with numbers, out-00.png, out-01.png."""
+    digits = len(str(count - 1))
+    return [target] if count == 1 else [target.with_stem(f"{target.stem}-{i:0{digits}}") for i in range(count)]
+
+
+def save_images(images: Iterable[Image.Image], notes: list[dict], target: Path) -> Iterator[Path]:
+    """Save each image as it comes, with its note: one under the name given, several with a number. -> their paths"""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digits = len(str(len(notes) - 1))
-    for i, (picture, note) in enumerate(zip(pictures, notes, strict=True)):
-        path = target if len(notes) == 1 else target.with_stem(f"{target.stem}-{i:0{digits}}")
-        save_image(picture, path, note)
+    for image, note, path in zip(images, notes, numbered_paths(target, len(notes)), strict=True):
+        save_image(image, path, note)
         yield path
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], as a scene has its photograph -> an 8-bit RGB picture"""
+    """(3, H, W) in [-1, 1], as a scene has its photograph -> an 8-bit RGB image"""
     return to_images(image[None] / 2 + 0.5)[0]
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """(b, 3, H, W) in [0, 1] -> 8-bit RGB pictures"""
+    """(b, 3, H, W) in [0, 1] -> 8-bit RGB images"""
     array = (rearrange(images, "b c h w -> b h w c") * 255).round().to(torch.uint8).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
 
 
-def pixels(picture: Image.Image) -> Tensor:
-    """An RGB picture as the VAE sees it: (3, H, W) float32 in [-1, 1]"""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def pixels(image: Image.Image) -> Tensor:
+    """An RGB image as the VAE sees it: (3, H, W) float32 in [-1, 1]"""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def fit(picture: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-    """The picture at (W, H), untouched where it has that size already."""
-    return picture if picture.size == size else picture.resize(size, resampling)
+def fit(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    """The image at (W, H), untouched where it has that size already."""
+    return image if image.size == size else image.resize(size, resampling)

@@ -50,8 +50,12 @@ def check_metadata(file: Path, facts: object) -> dict:
     Another version may have written it: settings that are unknown here stay, those that it lacks are at their defaults.
     """
     kinds = {"config": dict, "handles": list, "base": str, "version": str}
-    sound = isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
-    if not sound or not facts["handles"] or not all(isinstance(handle, str) for handle in facts["handles"]):
+    if not (
+        isinstance(facts, dict)
+        and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+        and facts["handles"]
+        and all(isinstance(handle, str) for handle in facts["handles"])
+    ):
         raise InputError(f"{file} does not hold what bas notes of a run: it was changed, or something else wrote it")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     config = defaults | facts["config"]

@@ -15,7 +15,7 @@ from itertools import count
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from bas.errors import InputError, RunError
 
@@ -88,7 +88,7 @@ class Ranks:
         if self.world == 1:
             yield list
             return
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
         calls = count()
 
         def gather(mine: list) -> list:
