@@ -38,6 +38,7 @@ setup(
         "evaluation": ["scipy>=1.11", "matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.15"],
         "bitsandbytes": ["bitsandbytes>=0.46"],
+        "completion": ["shtab>=1.7"],
         "heic": ["pillow-heif>=1.0"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
