@@ -1,40 +1,63 @@
-"""Masks from every usual kind of file, each read by one stated rule; docs/masks.md has them in a table.
+"""The mask sources of a scene folder, each read by one stated rule; docs/masks.md has them in a table.
 
 A scene folder holds exactly one source: mask0.png, mask1.png, ...; cutout0.png, cutout1.png, ...; labels.png;
-regions.json; coco.json; or masks.npy. Coordinates count pixels of the upright picture from its top left corner, so
-that whole numbers lie between pixels, and a pixel is inside a shape when its centre is.
+regions.json; coco.json; or masks.npy. Masks are read one at a time, after their number and size are checked.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from bas.data.mask_exports import unread_masks
+from bas.data.mask_shapes import (
+    check_annotation,
+    check_units,
+    rasterise_polygon,
+    read_numbers,
+    read_points,
+    read_size,
+    segmentation_mask,
+)
 from bas.errors import InputError
 from bas.io.files import read_content
-from bas.io.images import MAX_PIXELS, has_alpha, open_image, read_mask
+from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation
 
 log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"(mask|cutout)(0|[1-9][0-9]*)\.png")
-NEARLY = re.compile(r"(mask|cutout)[ _-]?(\d+)\.(png|jpe?g|webp|bmp|tiff?)", re.IGNORECASE)
-MAX_LABELS = 64  # a map with more values than that was smoothed, or saved with loss
-FARTHEST = 1e9  # pixels: no picture reaches there
+NEARLY = re.compile(r"(mask|cutout)[ _-]?(\d+)\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|heic|heif)", re.IGNORECASE)
+MAX_MASKS = 64  # of one scene; a label map with more values was smoothed, or saved with loss
+MAX_TOTAL = 200_000_000  # pixels of all masks together, 800 MB
+UNDECIDED = (224, 224, 192)  # colour of the border that PASCAL VOC leaves undecided, palette entry 255
+MAX_CLASSES = 64  # label maps whose other values are below that number classes, and 255 is none
 
 
 @dataclass(frozen=True)
 class FoundMask:
-    """One concept's mask as its source has it."""
+    """One concept's mask in its source. Nothing is rasterised or decoded before `values` is asked for."""
 
-    name: str  # where it stands, for messages: "mask0.png", "labels.png value 3"
-    values: np.ndarray  # (H, W) float32 in [0, 1], at the source's own size
+    name: str  # its place, for messages: "mask0.png", "labels.png value 3"
+    read: Callable[[], np.ndarray]
     handle: str | None = None  # as the source names it, if it does
     word: str | None = None
+    sized: bool = True  # whether the source states its own size
+    oriented: bool = False  # whether the source states by an EXIF tag which way is up
+
+    @property
+    def values(self) -> np.ndarray:
+        """(H, W) float32 in [0, 1], at the source's own size."""
+        return self.read()
+
+
+# --- Sources ------------------------------------------------------------------------------------------------------
 
 
 def list_sources(folder: Path) -> list[list[Path]]:
@@ -45,11 +68,11 @@ def list_sources(folder: Path) -> list[list[Path]]:
             kind, number = found
             numbered.setdefault(kind, {})[number] = path
     for kind, files in numbered.items():
-        missing = [f"{kind}{i}.png" for i in range(max(files) + 1) if i not in files]
-        if missing:
-            last, lacked = f"{kind}{max(files)}.png", ", ".join(missing[:5])
+        last = max(files)
+        if len(files) <= last:
+            missing = list(islice((f"{kind}{i}.png" for i in range(last) if i not in files), 5))
             first = "" if 0 in files else "; numbers begin with 0"
-            raise InputError(f"{folder} has {kind}s up to {last} but lacks {lacked}{first}")
+            raise InputError(f"{folder} has {kind}s up to {kind}{last}.png but lacks {', '.join(missing)}{first}")
     sources = [[files[i] for i in range(len(files))] for _, files in sorted(numbered.items(), reverse=True)]
     return sources + [[folder / name] for name in READERS if (folder / name).is_file()]
 
@@ -63,11 +86,19 @@ def read_number(path: Path) -> tuple[str, int] | None:
     return None
 
 
+def mask_file(folder: Path) -> Path | None:
+    """A file that makes a folder a scene: of any mask source, or misspelt so. None where there is none."""
+    names = {*READERS, "scene.json"}
+    paths = sorted(folder.iterdir())
+    return next((p for p in paths if NEARLY.fullmatch(p.name) or p.name.lower() in names), None)
+
+
 def find_source(folder: Path) -> list[Path]:
     """The files of a scene folder's one mask source. Raises InputError for none, for two, or for a gap in numbers."""
     sources = list_sources(folder)
     if not sources:
-        raise InputError(f"{folder} has no mask0.png: give one mask per concept, white where the concept is")
+        advice = unread_masks(folder) or "give one mask per concept, white where the concept is"
+        raise InputError(f"{folder} has no mask0.png: {advice}")
     if len(sources) > 1:
         names = " and ".join(files[0].name for files in sources)
         raise InputError(f"{folder} has masks from {len(sources)} sources, {names}: keep one")
@@ -75,43 +106,100 @@ def find_source(folder: Path) -> list[Path]:
 
 
 def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
-    """The masks in the files that `find_source` found. size: (W, H) of the picture, which shapes are drawn at."""
+    """The masks in the files that `find_source` found. size: (W, H) of the image, which shapes are rasterised at.
+
+    Raises InputError for more masks, or larger ones, than a scene can hold.
+    """
     if files[0].name in READERS:
-        return READERS[files[0].name](files[0], size)
-    read = read_mask if files[0].name.startswith("mask") else read_cutout
-    return [FoundMask(path.name, read(path)) for path in files]
+        found = READERS[files[0].name](files[0], size)
+    else:
+        read = read_mask if files[0].name.startswith("mask") else read_cutout
+        check_total(str(files[0].parent), len(files), max(map(image_size, files), key=lambda size: size[0] * size[1]))
+        found = [
+            FoundMask(path.name, partial(read, path), oriented=read_orientation(path) is not None) for path in files
+        ]
+    check_total(str(files[0].parent), len(found), size)
+    return found
 
 
-# --- Pictures and arrays ------------------------------------------------------------------------------------------
+def check_total(name: str, count: int, size: tuple[int, int]) -> None:
+    """Raise InputError for more masks than a scene takes, or for more pixels than fit in memory. size: (W, H)"""
+    w, h = size
+    if count > MAX_MASKS:
+        raise InputError(f"{name} has {count} masks: keep those of the concepts, {MAX_MASKS} at most")
+    if count * w * h > MAX_TOTAL:
+        limit = f"more than {MAX_TOTAL // 1_000_000} megapixels together"
+        raise InputError(f"{name} has {count} masks of {w}x{h} pixels, {limit}: make them smaller, or keep fewer")
+
+
+# --- Images and arrays --------------------------------------------------------------------------------------------
 
 
 def read_cutout(path: Path) -> np.ndarray:
-    """The alpha channel of a cut-out as its mask, (H, W) float32 in [0, 1]; the colours are not read."""
-    picture = open_image(path)
-    if not has_alpha(picture):
+    """The alpha channel of a cut-out as its mask, (H, W) float32 in [0, 1]. Its colours are not read."""
+    image = open_image(path)
+    if not has_alpha(image):
         raise InputError(f"{path} has no alpha channel: a cut-out is transparent where the concept is not")
-    return np.asarray(picture.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
+    return np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
-    """A label map: each value but 0, palette entry but the first, or colour but black is a concept, in rising order."""
-    picture = open_image(path)
-    if picture.mode in ("LA", "PA", "RGBA"):
-        if picture.getchannel("A").getextrema() != (255, 255):
+    """A label map: each value but 0, palette entry but the first, or colour but black is a concept, in rising order.
+
+    255, the "undecided" of PASCAL VOC, is no concept where the other values number classes or its colour is VOC's.
+    """
+    image = open_image(path)
+    if image.mode in ("LA", "PA", "RGBA"):
+        if image.getchannel("A").getextrema() != (255, 255):
             raise InputError(f"{path} has transparent pixels: save the label map without an alpha channel")
-        picture = picture.convert(picture.mode[:-1])
-    labels = np.asarray(picture)
-    if labels.ndim == 3 and picture.mode == "RGB":
-        labels = labels.astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    if labels.ndim != 2 or labels.dtype.kind not in "bui":
-        raise InputError(f"{path} is a picture of mode {picture.mode}: a label map is grey, RGB or has a palette")
-    found = [int(value) for value in np.unique(labels) if value]
+        image = image.convert(image.mode[:-1])
+    if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
+        raise InputError(f"{path} is an image of mode {image.mode}: a label map is grey, RGB or has a palette")
+    image = image.convert("L") if image.mode == "1" else image
+    labels, values = np.asarray(image), label_values(image)
+    found = [value for value in values if value not in (0, (0, 0, 0))] if values else []
+    if values is None or len(found) > MAX_MASKS:
+        number = len(values) - (len(values) > len(found)) if values else f"more than {MAX_MASKS}"
+        raise InputError(f"{path} holds {number} labels: was it smoothed, or saved with loss?")
+    if (undecided := undecided_value(image, found)) is not None:
+        log.warning("%s: %s is read as undecided, not as a concept", path, label_name(undecided))
+        found.remove(undecided)
     if not found:
         raise InputError(f"{path} holds no label: every pixel is 0, the background")
-    if len(found) > MAX_LABELS:
-        raise InputError(f"{path} holds {len(found)} labels: was it smoothed, or saved with loss?")
-    name = "colour #{:06x}" if picture.mode == "RGB" else "value {}"
-    return [FoundMask(f"{path.name} {name.format(v)}", (labels == v).astype(np.float32)) for v in found]
+    check_total(str(path), len(found), image.size)
+    oriented = read_orientation(path) is not None
+    return [FoundMask(f"{path.name} {label_name(v)}", partial(_equal, labels, v), oriented=oriented) for v in found]
+
+
+def label_values(image: Image.Image) -> list[Any] | None:
+    """The values of a label map in rising order, colours as (r, g, b). None where they are far too many."""
+    if image.mode.startswith("I"):
+        return [int(value) for value in np.unique(np.asarray(image))]
+    colours = image.getcolors(maxcolors=4 * MAX_MASKS)
+    return sorted(value for _, value in colours) if colours else None
+
+
+def undecided_value(image: Image.Image, found: list[Any]) -> Any:
+    """The value of `found` that means "undecided" by the rule of PASCAL VOC, None where there is none."""
+    others = [value for value in found if value not in (255, UNDECIDED)]
+    if not others or len(others) == len(found):
+        return None
+    palette = image.getpalette() if image.mode == "P" else None
+    in_voc_colour = image.mode == "RGB" or (palette or [])[3 * 255 : 3 * 256] == list(UNDECIDED)
+    return found[-1] if in_voc_colour or max(others) < MAX_CLASSES else None
+
+
+def label_name(value: Any) -> str:
+    """A label for messages."""
+    return "colour #{:02x}{:02x}{:02x}".format(*value) if isinstance(value, tuple) else f"value {value}"
+
+
+def _equal(labels: np.ndarray, value: Any) -> np.ndarray:
+    """Where a label map (H, W) or (H, W, 3) has a value, as float32."""
+    if not isinstance(value, tuple):
+        return (labels == value).astype(np.float32)
+    red, green, blue = (labels[..., i] == part for i, part in enumerate(value))
+    return (red & green & blue).astype(np.float32)
 
 
 def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
@@ -124,19 +212,27 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or not array.size:
         shape = getattr(array, "shape", "no single array")
         raise InputError(f"{path} is {shape}: expected (concepts, rows, columns)")
-    if array.shape[-1] * array.shape[-2] > MAX_PIXELS or len(array.reshape(-1, *array.shape[-2:])) > MAX_LABELS:
-        raise InputError(f"{path} is {array.shape}: too large for the masks of one picture")
+    masks = array[None] if array.ndim == 2 else array
+    if masks.shape[1] * masks.shape[2] > MAX_PIXELS:
+        raise InputError(f"{path} is {array.shape}: more than 100 megapixels, make it smaller")
+    check_total(str(path), len(masks), masks.shape[:0:-1])
     if array.dtype.kind not in "bf" and array.dtype != np.uint8:
         raise InputError(f"{path} holds {array.dtype}: expected bool, floats in 0..1, or uint8 in 0..255")
-    masks = np.atleast_3d(array.T).T.astype(np.float32)  # (H, W) -> (1, H, W)
-    if array.dtype == np.uint8:
-        if masks.max() == 1:
-            log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
-        else:
-            masks /= 255
-    if not (masks.min() >= 0 and masks.max() <= 1):  # also false for not-a-number
+    full = 255 if array.dtype == np.uint8 else 1
+    if full == 255 and array.max() == 1:
+        log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
+        full = 1
+    if not (array.min() >= 0 and array.max() <= full):  # also false for not-a-number
         raise InputError(f"{path} holds values outside 0..1")
-    return [FoundMask(f"{path.name}[{i}]", mask) for i, mask in enumerate(masks)]
+    return [FoundMask(f"{path.name}[{i}]", partial(_scaled, mask, full)) for i, mask in enumerate(masks)]
+
+
+def _scaled(mask: np.ndarray, full: int) -> np.ndarray:
+    """A mask of 0..full as float32 in [0, 1]."""
+    values = mask.astype(np.float32)
+    if full != 1:
+        values /= full
+    return values
 
 
 # --- Shapes in JSON -----------------------------------------------------------------------------------------------
@@ -144,101 +240,85 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """regions.json: {"concepts": [{"handle", "word", and "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]}, ...]}"""
-    found = []
-    for i, concept in enumerate(entries(read_content(path), "concepts", path)):
+    found, shapes = [], []
+    concepts = entries(read_content(path), "concepts", path)
+    check_total(str(path), len(concepts), size)
+    for i, concept in enumerate(concepts):
         name = f"{path} concept {i}"
         if ("polygon" in concept) == ("box" in concept):
             raise InputError(f'{name} needs either "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]')
         if "box" in concept:
-            x0, y0, x1, y1 = _numbers(concept["box"], (4,), name)
+            x0, y0, x1, y1 = read_numbers(concept["box"], 4, name)
             if x0 >= x1 or y0 >= y1:
                 raise InputError(f"{name}: the box {concept['box']} is empty: expected x0 < x1 and y0 < y1")
             points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
         else:
-            points = _numbers(concept["polygon"], (-1, 2), name)
-        mask = rasterise_polygon(points, size).astype(np.float32)
+            points = read_points(concept["polygon"], name)
+        shapes.append(points)
         handle, word = _text(concept, "handle", name), _text(concept, "word", name)
-        found.append(FoundMask(f"{path.name} concept {i}", mask, handle, word))
+        draw = partial(_rasterised, points, size)
+        found.append(FoundMask(f"{path.name} concept {i}", draw, handle, word, sized=False))
+    _warn(check_units(np.concatenate(shapes), size, str(path)))
     return found
+
+
+def _rasterised(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A polygon as a mask, float32."""
+    return rasterise_polygon(points, size).astype(np.float32)
 
 
 def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
-    """coco.json, one picture's part of a COCO file: each annotation is a concept, its category the initial word."""
+    """coco.json, one image's part of a COCO file: each annotation is a concept, its category the initial word."""
     content = read_content(path)
     annotations = entries(content, "annotations", path)
-    pictures = {str(annotation.get("image_id")) for annotation in annotations}
-    if len(pictures) > 1:
-        raise InputError(f"{path} annotates {len(pictures)} pictures: keep the annotations of this scene's")
+    images = {str(annotation.get("image_id")) for annotation in annotations}
+    if len(images) > 1:
+        raise InputError(f"{path} annotates {len(images)} images: keep the annotations of this scene's")
     words = {
         str(row.get("id")): _text(row, "name", str(path)) for row in entries(content, "categories", path, optional=True)
     }
+    sized = False
     for row in entries(content, "images", path, optional=True):
-        if str(row.get("id")) in pictures and "width" in row and "height" in row:
-            size = _size(row["width"], row["height"], f"{path} image")
+        if str(row.get("id")) in images and "width" in row and "height" in row:
+            size, sized = read_size(row["width"], row["height"], f"{path} image"), True
+    check_total(str(path), len(annotations), size)
+    _check_polygons(annotations, size, str(path))
     found = []
     for i, annotation in enumerate(annotations):
-        mask = segmentation_mask(annotation.get("segmentation"), size, f"{path} annotation {i}").astype(np.float32)
-        found.append(FoundMask(f"{path.name} annotation {i}", mask, word=words.get(str(annotation.get("category_id")))))
+        runs = annotation["segmentation"] if isinstance(annotation.get("segmentation"), dict) else None
+        if runs:
+            stated = read_size(
+                *reversed(read_numbers(runs.get("size"), 2, f"{path} annotation {i}")), f"{path} annotation {i}"
+            )
+            check_total(str(path), len(annotations), stated)
+        draw = partial(_annotated, annotation, size, f"{path} annotation {i}")
+        word = words.get(str(annotation.get("category_id")))
+        found.append(FoundMask(f"{path.name} annotation {i}", draw, word=word, sized=sized or bool(runs)))
     return found
 
 
-def segmentation_mask(shape: Any, size: tuple[int, int], name: str) -> np.ndarray:
-    """COCO's three ways to write a mask: polygons, of which the union counts, and two of run lengths. (H, W) bool"""
-    if isinstance(shape, dict):
-        w, h = _size(*reversed(_numbers(shape.get("size"), (2,), name)), name)
-        return decode_runs(shape.get("counts"), h, w, name)
-    if not isinstance(shape, list) or not shape:
-        raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
-    return np.logical_or.reduce(
-        [rasterise_polygon(_numbers(points, (-1, 2), name, flat=True), size) for points in shape]
-    )
+def _check_polygons(annotations: list[dict], size: tuple[int, int], name: str) -> None:
+    """Check the units of all polygons of a COCO file together."""
+    polygons = [
+        read_points(points, f"{name} annotation {i}", flat=True)
+        for i, annotation in enumerate(annotations)
+        if isinstance(annotation.get("segmentation"), list)
+        for points in annotation["segmentation"]
+    ]
+    if polygons:
+        _warn(check_units(np.concatenate(polygons), size, name))
 
 
-def rasterise_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The pixels whose centres lie inside a polygon by the even-odd rule. points: (n, 2) of x, y -> (H, W) bool
-
-    Each edge that crosses a row of centres flips everything to its right; what was flipped an odd number of times is
-    inside. A point on an edge counts as right of it, so polygons that share an edge share no pixel.
-    """
-    w, h = size
-    flips = np.zeros((h, w + 1), dtype=np.int32)
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        top, bottom = np.clip(np.ceil(np.array(sorted((y0, y1))) - 0.5), 0, h).astype(int)
-        if top < bottom:  # rows whose centres lie between the ends
-            crossing = x0 + (np.arange(top, bottom) + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-            flips[np.arange(top, bottom), np.clip(np.ceil(crossing - 0.5), 0, w).astype(int)] += 1
-    return flips[:, :w].cumsum(axis=1) % 2 == 1
+def _annotated(annotation: dict, size: tuple[int, int], name: str) -> np.ndarray:
+    """The mask of a COCO annotation, float32, compared with its own bbox and area."""
+    mask = segmentation_mask(annotation.get("segmentation"), size, name)
+    _warn(check_annotation(mask, annotation, name))
+    return mask.astype(np.float32)
 
 
-def decode_runs(counts: list[int] | str, h: int, w: int, name: str) -> np.ndarray:
-    """COCO's run lengths: pixels outside, inside, outside, ... down the columns, left to right. -> (h, w) bool"""
-    runs = unpack_counts(counts) if isinstance(counts, str) else counts
-    whole = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
-    if not whole or sum(runs) != h * w:
-        raise InputError(f"{name}: the run lengths do not add up to {h}x{w} pixels")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(w, h).T
-
-
-def unpack_counts(text: str) -> list[int] | None:
-    """The run lengths in COCO's compressed string, None where it is broken.
-
-    Six bits per character, from "0" on: five of the number, lowest first, and one for "goes on"; the number's highest
-    bit is its sign. From the fourth run on, what is stored is the difference to the run before the last.
-    """
-    runs: list[int] = []
-    number = shift = 0
-    for code in (ord(character) - 48 for character in text):
-        if not 0 <= code < 64 or shift > 60:
-            return None
-        number |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            number -= 1 << shift
-        runs.append(number + runs[-2] if len(runs) > 2 else number)
-        number = shift = 0
-    return None if shift else runs
+def _warn(message: str | None) -> None:
+    if message:
+        log.warning("%s", message)
 
 
 def entries(content: Any, key: str, path: Path, optional: bool = False) -> list[dict]:
@@ -247,31 +327,6 @@ def entries(content: Any, key: str, path: Path, optional: bool = False) -> list[
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not (rows or optional):
         raise InputError(f'{path} is not {{"{key}": [{{...}}, ...]}}')
     return rows
-
-
-def _numbers(values: Any, shape: tuple[int, ...], name: str, flat: bool = False) -> np.ndarray:
-    """Finite numbers of a stated shape, as float64; points may come `flat`, as x0, y0, x1, y1, ..."""
-    try:
-        array = np.array(values, dtype=np.float64)
-        array = array.reshape(shape) if flat else array
-    except (ValueError, TypeError, OverflowError):
-        array = np.array(np.nan)
-    points = len(shape) == 2
-    fits = array.ndim == len(shape) and array.shape[1:] == shape[1:] and (points or array.shape == shape)
-    if not fits or not np.isfinite(array).all() or (points and len(array) < 3):
-        expected = "three points [x, y] or more" if points else f"{shape[0]} numbers"
-        raise InputError(f"{name}: {json.dumps(values)[:60]} is not {expected}")
-    if np.abs(array).max() > FARTHEST:
-        raise InputError(f"{name}: {json.dumps(values)[:60]} lies beyond any picture: give pixels")
-    return array
-
-
-def _size(width: Any, height: Any, name: str) -> tuple[int, int]:
-    """The stated size of a picture, (W, H). InputError for one that bas would not read."""
-    w, h = (int(side) for side in _numbers([width, height], (2,), name))
-    if w < 1 or h < 1 or w * h > MAX_PIXELS:
-        raise InputError(f"{name} is {w}x{h} pixels: expected sides of 1 or more, and at most 100 megapixels")
-    return w, h
 
 
 def _text(row: dict, key: str, name: str) -> str | None:

@@ -3,6 +3,7 @@
 A scene may hold extra images of the same concepts. Image and masks are resized and cropped together.
 """
 
+import unicodedata
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -15,6 +16,7 @@ from bas.errors import MAX_SIDE, InputError
 from bas.io.images import fit, pixels
 from bas.models.text import HANDLE
 
+TEXT_DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder a line that shows a word
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
 MAX_CLOSE_UP_CONCEPTS = 8  # N concepts have 2^N - 2 close-ups
 CLOSE_UP_SHARE = 0.7  # of a close-up's side that its concepts cover
@@ -112,6 +114,12 @@ def resize_and_crop_box(
 def bracketed(name: str) -> str:
     """A handle by its name, which may be given with or without < >."""
     return f"<{name.removeprefix('<').removesuffix('>')}>"
+
+
+def check_word(word: str | None, handle: str) -> None:
+    """Raise InputError for an initial word that cannot be shown or written: with control characters, or half of one."""
+    if word and any(unicodedata.category(c) in ("Cc", "Cs") or c in TEXT_DIRECTION for c in word):
+        raise InputError(f"the initial word of {handle}, {word!a}, holds control characters: write it again")
 
 
 def with_background(scene: Scene, name: str) -> Scene:

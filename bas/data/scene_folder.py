@@ -8,6 +8,8 @@ of its concept in the first image, which shows all concepts. A concept without a
 """
 
 import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -15,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bas.config import TrainConfig
+from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import READERS, FoundMask, find_source, read_number, read_source
 from bas.data.scene import (
     DARKEST_MASK,
@@ -22,16 +25,19 @@ from bas.data.scene import (
     ExtraImage,
     Scene,
     bracketed,
+    check_word,
     with_background,
     with_close_ups,
 )
 from bas.errors import InputError, did_you_mean
 from bas.io.files import read_content, reading
-from bas.io.images import SUFFIXES, read_image, read_mask
+from bas.io.images import SUFFIXES, TURNS, read_image, read_mask, read_orientation
 from bas.models.text import check_name
 
 log = logging.getLogger(__name__)
 
+UNREADABLE = (".svg", ".psd", ".xcf", ".pdf", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".ppm")
+LIKELY_INVERTED = 0.8  # of the image
 FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
 
 
@@ -61,13 +67,16 @@ def read_folder(folder: Path, config: TrainConfig) -> Scene:
     image = read_image(image_path)
     found = read_source(mask_files, image.size)
     handles, words = name_concepts(config, folder, found)
-    masks = [match_size(mask.values, folder / mask.name, image, image_path) for mask in found]
-    for i, mask in enumerate(masks):
-        path = folder / found[i].name
+    masks: list[np.ndarray] = []
+    for concept in found:
+        path = folder / concept.name
+        mask = match_size(concept.values, path, image, image_path)
         check_coverage(path, mask)
-        for other, earlier in zip(found[:i], masks[:i], strict=True):
+        for other, earlier in zip(found, masks, strict=False):
             if np.array_equal(mask, earlier):
                 raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
+        masks.append(mask)
+    warn_if_turned(image_path, image, found)
     return Scene(image, masks, handles, words, read_extra_images(folder, len(masks)))
 
 
@@ -82,6 +91,8 @@ def find_files(folder: Path) -> tuple[Path, list[Path]]:
 
 def require_scene_folder(path: Path) -> None:
     """Raise InputError unless it is a folder."""
+    if not path.exists() and not path.is_symlink():
+        raise InputError(f"{path} does not exist: name a scene, a folder with img.jpg and mask0.png, mask1.png, ...")
     if not path.is_dir():
         advice = f"; `bas paint {quote(str(path))}` makes one of an image" if path.is_file() else ""
         kind = "a scene is a folder with img.jpg and mask0.png, mask1.png, ..."
@@ -89,16 +100,23 @@ def require_scene_folder(path: Path) -> None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images img.* of a folder: a scene has one."""
-    return sorted(path for path in folder.iterdir() if path.stem == "img" and path.is_file())
+    """The images img.* of a folder, in small or capital letters: a scene has one. Its captions are no images."""
+    images = (path for path in folder.iterdir() if path.stem.lower() == "img" and path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in images if path.is_file())
 
 
 def find_image(folder: Path) -> Path:
     """The one image img.* of a folder."""
     images = images_in(folder)
     if len(images) != 1:
-        others = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not read_number(path)]
-        none = f"none, but {', '.join(sorted(others)[:3])}: rename the one you mean" if others else "none"
+        suffixes = (*SUFFIXES, *UNREADABLE)
+        others = [path.name for path in folder.iterdir() if path.suffix.lower() in suffixes and not read_number(path)]
+        advice = (
+            "convert it"
+            if all(Path(name).suffix.lower() in UNREADABLE for name in others)
+            else "rename the one you mean"
+        )
+        none = f"none, but {', '.join(sorted(others)[:3])}: {advice}" if others else "none"
         found = ", ".join(path.name for path in images) or none
         raise InputError(f"{folder} needs exactly one image named img.jpg, img.png, ...; found {found}")
     return images[0]
@@ -122,7 +140,7 @@ def read_extra_image(folder: Path, count: int) -> ExtraImage:
     """One extra image. Raises InputError without an image or a mask, for masks of another source than maskN.png, and
     for a mask of an unknown concept."""
     image_path = find_image(folder)
-    image, masks = read_image(image_path), {}
+    image, masks, found = read_image(image_path), {}, []
     for path in sorted(folder.iterdir()):
         kind, number = read_number(path) or ("", 0)
         if kind == "cutout" or path.name in READERS:
@@ -133,8 +151,11 @@ def read_extra_image(folder: Path, count: int) -> ExtraImage:
             mask = match_size(read_mask(path), path, image, image_path)
             check_coverage(path, mask)
             masks[number] = mask
+            found.append(FoundMask(path.name, partial(read_mask, path), oriented=read_orientation(path) is not None))
     if not masks:
-        raise InputError(f"{folder} has no mask0.png, mask1.png, ...: name each by the concept that it shows")
+        advice = unread_masks(folder) or "name each by the concept that it shows"
+        raise InputError(f"{folder} has no mask0.png, mask1.png, ...: {advice}")
+    warn_if_turned(image_path, image, found)
     return ExtraImage(folder.name, image, masks)
 
 
@@ -183,6 +204,8 @@ def name_concepts(
             raise InputError(f"{flag} gives {len(values)} names, but {folder} has {count} masks")
     for handle in handles:
         check_name(handle)
+    for handle, word in zip(handles, words, strict=True):
+        check_word(word, handle)
     if len(set(handles)) != count:
         raise InputError(f"the handles {' '.join(handles)} are not all different")
     return tuple(handles), tuple(words)
@@ -205,6 +228,23 @@ def match_size(mask: np.ndarray, path: Path, image: Image.Image, image_path: Pat
     return np.array(Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR))
 
 
+def warn_if_turned(image_path: Path, image: Image.Image, masks: Sequence[FoundMask]) -> None:
+    """Warn where an image is turned by its EXIF tag and it is unknown whether its masks were made on the turned image.
+
+    It is known of a mask with an EXIF tag of its own, and of one whose size fits the upright image alone.
+    """
+    orientation = read_orientation(image_path)
+    if orientation in (None, 1):
+        return
+    swaps_sides = orientation >= 5 and not _same_shape(image.width / image.height, image.height / image.width)
+    unknown = [mask.name for mask in masks if not (mask.oriented or (swaps_sides and mask.sized))]
+    if unknown:
+        names = unknown[0] if len(unknown) == 1 else f"{unknown[0]} to {unknown[-1]}"
+        turn = f"{image_path} is {TURNS[orientation]} by its EXIF tag, and is used upright".replace("turned m", "m")
+        advice = "look with `bas masks SCENE --output_path masks.png`, and turn the masks if they are wrong"
+        log.warning("%s; if %s was drawn on the stored image, it does not fit: %s", turn, names, advice)
+
+
 def _same_shape(shape: float, other: float) -> bool:
     """Whether two ratios of width to height are equal up to rounding."""
     return abs(shape - other) <= 0.01 * other
@@ -221,5 +261,5 @@ def check_coverage(path: Path, mask: np.ndarray) -> None:
     if mask.max() < FAINT_MASK:
         value, weight = 255 * mask.max(), 100 * mask.max() ** 2
         log.warning("%s is %.0f of 255 at most, so its concept weighs %.0f %%: paint it white", path, value, weight)
-    if mask.mean() > 0.95:
+    if mask.mean() >= LIKELY_INVERTED:
         log.warning("%s covers %.0f %% of the image: is it inverted?", path, 100 * mask.mean())

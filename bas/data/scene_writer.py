@@ -1,57 +1,60 @@
-"""A scene in the making: the picture that masks are made for, by hand or by a model, and the folder they go to."""
+"""Write a scene: the image that masks are made for, by hand or by a model, and the folder that they go to."""
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
 from bas.data.scene_folder import find_image, images_in, match_size, read_names
 from bas.errors import InputError
 from bas.io.files import read_json, reading, replacing, write_json
-from bas.io.images import read_image, save_image
+from bas.io.images import read_image, read_orientation
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What masks are made for, and where they go."""
+    """The image that masks are made for, and the folder that they go to."""
 
-    picture_path: Path
-    picture: Image.Image  # RGB, upright
+    image_path: Path
+    image: Image.Image  # RGB, upright
     source: Path | None  # a scene folder whose masks are the start, as long as `folder` has none
     folder: Path  # the scene folder to write
 
 
 def open_draft(source: Path, output_dir: Path | None) -> Draft:
-    """A picture, or a scene folder with or without masks, to make masks for.
+    """Open an image, or a scene folder with or without masks, to make masks for.
 
-    The scene is written to `output_dir`. Without one it goes into the scene folder itself, or for a picture into a
-    folder beside it that bears its name. Raises InputError for a folder that holds another picture, or masks of
-    another source, which mask0.png cannot stand beside.
+    The scene is written to `output_dir`. Without one it goes into the scene folder itself, or for an image into a
+    folder beside it that bears its name. Raises InputError for a folder that holds another image, or masks of another
+    source, which mask0.png cannot stand beside.
     """
     with reading(source):
-        if source.stem == "img" and source.is_file():
+        if source.stem.lower() == "img" and source.is_file():
             source = source.parent
         folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
-        picture_path = find_image(source) if source.is_dir() else source
-        picture = read_image(picture_path)
+        image_path = find_image(source) if source.is_dir() else source
+        image = read_image(image_path)
         if folder.is_file():
             raise InputError(f"{folder} is a file: name another --output_dir")
         for present in images_in(folder) if folder.is_dir() else ():
-            if not present.samefile(picture_path) and present.read_bytes() != picture_path.read_bytes():
-                raise InputError(f"{folder} holds another picture, {present.name}: name another --output_dir")
+            if not present.samefile(image_path) and present.read_bytes() != image_path.read_bytes():
+                raise InputError(f"{folder} holds another image, {present.name}: name another --output_dir")
         others = [files[0].name for files in _sources(folder) if files[0].name != "mask0.png"]
         if others:
             raise InputError(f"{folder} has its masks in {others[0]}, not in mask0.png: name another --output_dir")
-        draft = Draft(picture_path, picture, source if source.is_dir() else None, folder)
+        draft = Draft(image_path, image, source if source.is_dir() else None, folder)
         concepts_to_edit(draft)
         return draft
 
 
 def concepts_to_edit(draft: Draft) -> list[dict]:
-    """Handle, word and mask, uint8 (H, W) or None, of each concept as it is on disk; one without a mask to begin."""
+    """Handle, word and mask, uint8 (H, W) or None, of each concept on disk; one concept without a mask to begin with.
+
+    Raises InputError as `load_scene` does for masks and names that cannot be read.
+    """
     origin = next((place for place in (draft.folder, draft.source) if place and _sources(place)), None)
     if origin is None:
         return [{"handle": "<asset0>", "word": None, "mask": None}]
@@ -65,23 +68,28 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
 
 
 def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) -> None:
-    """Write mask0.png, mask1.png, ..., the picture where it is missing, and scene.json, whose other entries stay.
+    """Write mask0.png, mask1.png, ..., the image where it is missing, and scene.json, whose other entries stay.
 
-    masks: grey pictures of the photograph's size; concepts: handle and word of each. Masks of higher numbers go.
+    masks: grey images of the image's size; concepts: handle and word of each. Masks of higher numbers are removed.
     """
     folder = draft.folder
     folder.mkdir(parents=True, exist_ok=True)
-    notes = folder / "scene.json"
-    kept = read_json(notes) if notes.exists() else {}
+    names = folder / "scene.json"
+    kept = read_json(names) if names.exists() else {}
     if not images_in(folder):
         with replacing(folder / f"img{draft.image_path.suffix.lower()}") as temporary:
             shutil.copyfile(draft.image_path, temporary)
+    options = {}
+    if read_orientation(draft.image_path) not in (None, 1):  # or it would be unknown which way up the masks are
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.Orientation] = 1
     for i, mask in enumerate(masks):
-        save_image(mask, folder / f"mask{i}.png")
+        with replacing(folder / f"mask{i}.png") as temporary:
+            mask.save(temporary, format="PNG", **options)
     for path in folder.iterdir():
         if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
             path.unlink()
-    write_json(notes, kept | {"concepts": concepts})
+    write_json(names, kept | {"concepts": concepts})
 
 
 def _sources(folder: Path) -> list[list[Path]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from bas.data.mask_formats import MAX_LABELS
+from bas.data.mask_formats import MAX_MASKS
 from bas.data.scene_writer import Draft, concepts_to_edit, write_draft
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS
@@ -41,8 +41,8 @@ def save_scene(draft: Draft, concepts: Any) -> str:
     concepts: a list of {"handle", "word", "mask": a PNG in base64}, as the page sends it. Everything is checked before
     anything is written: InputError for what no training could use. Masks of concepts that are gone are removed.
     """
-    if not isinstance(concepts, list) or not 0 < len(concepts) <= MAX_LABELS:
-        raise InputError(f"a scene has 1 to {MAX_LABELS} concepts")
+    if not isinstance(concepts, list) or not 0 < len(concepts) <= MAX_MASKS:
+        raise InputError(f"a scene has 1 to {MAX_MASKS} concepts")
     names = [_check_names(concept) for concept in concepts]
     if len({name["handle"] for name in names}) < len(names):
         raise InputError("two concepts have the same handle")

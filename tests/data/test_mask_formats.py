@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from bas.config import TrainConfig
-from bas.data.mask_formats import decode_runs, find_source, rasterise_polygon, read_source, unpack_counts
+from bas.data.mask_formats import find_source, read_source
+from bas.data.mask_shapes import decode_runs, rasterise_polygon, unpack_counts
 from bas.data.scene_folder import load_scene
 from tests.helpers.tiny import refused
 
@@ -216,7 +217,7 @@ def test_neighbours_share_no_pixel_and_leave_none_out():
         ({"polygon": [[0, 0], [1, 1], [2]]}, "is not three points [x, y] or more"),
         ({"polygon": [[0, 0], [1, 1], [2, 1e999]]}, "is not three points [x, y] or more"),
         ({"polygon": [[0, 0], [1e308, 3], [-1e308, 2]]}, "concept 0: [[0, 0], [1e+308, 3], [-1e+308, 2]] lies beyond"),
-        ({"box": [0, 0, 1e308, 2]}, "concept 0: [0, 0, 1e+308, 2] lies beyond any picture: give pixels"),
+        ({"box": [0, 0, 1e308, 2]}, "concept 0: [0, 0, 1e+308, 2] lies beyond any image: give pixels"),
         ({"box": [0, 0, 2, 2], "word": 3}, 'concept 0: "word" is 3, not a text'),
         ({"box": [20, 20, 30, 30]}, "regions.json concept 0 is black all over"),
         ({"box": [0, 0, 2, 2], "handle": "a toy"}, "handle '<a toy>': expected <name>"),
@@ -304,7 +305,7 @@ def test_polygons_are_drawn_at_the_size_that_coco_states(folder, caplog):
         ([{"segmentation": {"size": [1e6, 1e6], "counts": [1e12]}}], "annotation 0 is 1000000x1000000 pixels"),
         ([{"segmentation": {"size": [0, 6], "counts": []}}], "annotation 0 is 6x0 pixels: expected sides of 1 or more"),
         ([{"segmentation": [[0, 0, 1e308, 3, -1e308, 2]]}], "annotation 0: [0, 0, 1e+308, 3, -1e+308, 2] lies beyond"),
-        ([{"image_id": 1}, {"image_id": [2]}], "coco.json annotates 2 pictures: keep the annotations of this scene's"),
+        ([{"image_id": 1}, {"image_id": [2]}], "coco.json annotates 2 images: keep the annotations of this scene's"),
     ],
 )
 def test_annotations_that_are_none(folder, annotations, message):
@@ -371,7 +372,7 @@ def test_an_array_of_zeros_and_ones_of_255_is_read_with_a_warning(folder, caplog
         (np.zeros(3), "masks.npy is (3,): expected (concepts, rows, columns)"),
         (np.zeros((0, 4, 6)), "masks.npy is (0, 4, 6): expected (concepts, rows, columns)"),
         (np.zeros((1, 1, 4, 6)), "expected (concepts, rows, columns)"),
-        (np.zeros((65, 4, 6), bool), "masks.npy is (65, 4, 6): too large for the masks of one picture"),
+        (np.zeros((65, 4, 6), bool), "masks.npy has 65 masks: keep those of the concepts, 64 at most"),
         (np.zeros((1, 4, 6), np.int64), "masks.npy holds int64: expected bool, floats in 0..1, or uint8 in 0..255"),
         (np.full((1, 4, 6), 2.0), "masks.npy holds values outside 0..1"),
         (np.full((1, 4, 6), np.nan), "masks.npy holds values outside 0..1"),

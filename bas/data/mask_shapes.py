@@ -1,0 +1,240 @@
+"""Polygons and COCO run lengths: as masks, and checked against what their file says of them.
+
+Coordinates count pixels of the upright image from its top left corner. Whole numbers lie between pixels, and a pixel
+is inside a shape when its centre is.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bas.errors import InputError
+from bas.io.images import MAX_PIXELS
+
+FARTHEST = 1e9  # pixels: beyond any image
+MAX_POINTS = 100_000  # of one polygon
+BOX_TOLERANCE = 0.05  # of a side, between a drawn mask and its stated box: tools round differently
+AREA_TOLERANCE = 0.1
+
+
+# --- Masks --------------------------------------------------------------------------------------------------------
+
+
+def segmentation_mask(segmentation: Any, size: tuple[int, int], name: str) -> np.ndarray:
+    """A COCO segmentation as a mask: the union of polygons, or run lengths in one of two forms. -> (H, W) bool
+
+    size: (W, H) that polygons are rasterised at; run lengths state their own. Raises InputError for another form.
+    """
+    if isinstance(segmentation, dict):
+        return decode_runs(segmentation.get("counts"), *_rows_and_columns(segmentation, name), name)
+    if not isinstance(segmentation, list) or not segmentation:
+        raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
+    mask = np.zeros(size[::-1], dtype=bool)
+    for points in segmentation:
+        mask |= rasterise_polygon(read_points(points, name, flat=True), size)
+    return mask
+
+
+def rasterise_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The pixels whose centres lie inside a polygon by the even-odd rule. points: (n, 2) of x, y -> (H, W) bool
+
+    An edge that crosses a row of centres flips every pixel to its right, and a pixel that is flipped an odd number of
+    times is inside. A centre on an edge counts as right of it, so polygons that share an edge share no pixel.
+    """
+    w, h = size
+    ends = np.roll(points, -1, axis=0)
+    tops, bottoms = (
+        np.clip(np.ceil(limit(points[:, 1], ends[:, 1]) - 0.5), 0, h).astype(int) for limit in (np.minimum, np.maximum)
+    )
+    flips = np.zeros((h, w + 1), dtype=bool)
+    for i in np.flatnonzero(tops < bottoms):  # edges that cross rows of centres
+        (x0, y0), (x1, y1) = points[i], ends[i]
+        rows = np.arange(tops[i], bottoms[i])
+        crossing = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+        flips[rows, np.clip(np.ceil(crossing - 0.5), 0, w).astype(int)] ^= True
+    return np.logical_xor.accumulate(flips[:, :w], axis=1)
+
+
+def decode_runs(counts: Any, h: int, w: int, name: str, by_rows: bool = False) -> np.ndarray:
+    """COCO's run lengths: pixels outside, inside, outside, ... down the columns, left to right. -> (h, w) bool
+
+    counts: numbers, or COCO's compressed string. by_rows: along the rows instead, as other tools write them.
+    """
+    runs = unpack_counts(counts) if isinstance(counts, str) else counts
+    numbers = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
+    if not numbers or sum(runs) != h * w:
+        raise InputError(f"{name}: the run lengths do not add up to {h}x{w} pixels")
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return flat.reshape(h, w) if by_rows else flat.reshape(w, h).T
+
+
+def unpack_counts(text: str) -> list[int] | None:
+    """The run lengths in COCO's compressed string, None where it is broken.
+
+    Six bits per character, from "0" on: five of the number, lowest first, and one for "goes on"; the number's highest
+    bit is its sign. From the fourth run on, the string holds the difference to the run before the last.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for code in (ord(character) - 48 for character in text):
+        if not 0 <= code < 64 or shift > 60:
+            return None
+        number |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            number -= 1 << shift
+        runs.append(number + runs[-2] if len(runs) > 2 else number)
+        number = shift = 0
+    return None if shift else runs
+
+
+# --- Checks -------------------------------------------------------------------------------------------------------
+
+
+def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The bounding box of a mask (H, W) bool: left, top, right, bottom. All 0 for an empty mask."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def contradiction(mask: np.ndarray, annotation: dict) -> str | None:
+    """What a COCO annotation's own bbox or area says against its mask, (H, W) bool. None where they agree."""
+    try:
+        x, y, w, h = (float(value) for value in annotation.get("bbox") or ())
+    except (TypeError, ValueError):
+        box = None
+    else:
+        box = (x, y, x + w, y + h) if np.isfinite([x, y, w, h]).all() and w > 0 and h > 0 else None
+    found = mask_box(mask)
+    if box and not _boxes_agree(found, box) and not _boxes_agree(found, (x, y, w, h)):  # or as corners
+        return f"its mask lies in {list(found)}, but its bbox is {annotation['bbox']}"
+    area = annotation.get("area")
+    if not isinstance(area, (int, float)) or isinstance(area, bool) or not 0 < area < FARTHEST**2:
+        return None
+    drawn, (left, top, right, bottom) = int(mask.sum()), found
+    of_box = (right - left) * (bottom - top)  # which some exports write as the area
+    edge = right - left + bottom - top  # pixels that one rule counts as inside and another does not
+    if any(abs(known - area) <= AREA_TOLERANCE * area + edge for known in (drawn, of_box)):
+        return None
+    return f"its mask holds {drawn} pixels, but its area is {area:g}"
+
+
+def _boxes_agree(found: tuple[int, ...], stated: tuple[float, ...]) -> bool:
+    """Whether two boxes of left, top, right, bottom are equal up to rounding."""
+    reach = max(2.0, BOX_TOLERANCE * max(stated[2] - stated[0], stated[3] - stated[1]))
+    return all(abs(a - b) <= reach for a, b in zip(found, stated, strict=True))
+
+
+def check_annotation(mask: np.ndarray, annotation: dict, name: str) -> str | None:
+    """Compare a mask (H, W) bool with the bbox and area of its COCO annotation. -> a warning about polygons, or None
+
+    Raises InputError for run lengths that contradict them, with the reading that would agree.
+    """
+    problem = contradiction(mask, annotation)
+    segmentation = annotation.get("segmentation")
+    if not problem or not isinstance(segmentation, dict):
+        return f"{name}: {problem}: were they made for another size of the image?" if problem else None
+    reading = next(
+        (how for other, how in _other_readings(segmentation, name) if not contradiction(other, annotation)), ""
+    )
+    raise InputError(f"{name}: {problem}: {reading or 'export it again'}")
+
+
+def _other_readings(segmentation: dict, name: str) -> Iterator[tuple[np.ndarray, str]]:
+    """Masks that run lengths would give if they were written by other rules, each with what is to be changed."""
+    h, w = _rows_and_columns(segmentation, name)
+    for rows, columns in dict.fromkeys([(h, w), (w, h)]):
+        for by_rows in (False, True):
+            mask = decode_runs(segmentation.get("counts"), rows, columns, name, by_rows)
+            hints = []
+            if (rows, columns) != (h, w):
+                hints.append(f"its size is [width, height], write [{rows}, {columns}]")
+            if by_rows:
+                hints.append("its run lengths go along the rows, COCO's go down the columns")
+            if hints:
+                yield mask, " and ".join(hints)
+            yield (
+                ~mask,
+                " and ".join([*hints, "its run lengths are inverted, begin them with the pixels outside (0 if none)"]),
+            )
+
+
+def check_units(points: np.ndarray, size: tuple[int, int], name: str) -> str | None:
+    """Tell pixels from fractions and percent. points: (n, 2), all of a file; size: (W, H) -> a warning, or None
+
+    Raises InputError for coordinates that are fractions of the sides, as YOLO has them, or percent, as Label Studio.
+    """
+    w, h = size
+    low, high = points.min(), points.max()
+    broken = bool((points != np.round(points)).any())
+    if low >= 0 and high <= 1 and min(size) > 2:
+        raise InputError(f"{name} gives fractions of the sides, not pixels: multiply x by {w} and y by {h}")
+    if low >= 0 and high <= 100 and min(size) > 150:
+        if broken:
+            raise InputError(
+                f"{name} gives percent of the sides, not pixels: multiply x by {w / 100:g} and y by {h / 100:g}"
+            )
+        return f"{name} has no coordinate above 100, and the image is {w}x{h}: give pixels, not percent"
+    margin = 1 + 0.02 * np.array(size)
+    if (points < -margin).any() or (points > size + margin).any():
+        return f"{name} reaches beyond the image of {w}x{h}: what lies outside is cut off"
+    return None
+
+
+# --- Values -------------------------------------------------------------------------------------------------------
+
+
+def read_points(values: Any, name: str, flat: bool = False) -> np.ndarray:
+    """The corners of a polygon, (n, 2) float64 with n >= 3. flat: given as x0, y0, x1, y1, ... Or an InputError."""
+    points = _finite(values, (-1, 2), flat)
+    if points is None or len(points) < 3:
+        raise InputError(f"{name}: {json.dumps(values)[:60]} is not three points [x, y] or more")
+    if len(points) > MAX_POINTS:
+        raise InputError(f"{name} has {len(points)} points: simplify it to {MAX_POINTS} or fewer")
+    return _near(points, values, name)
+
+
+def read_numbers(values: Any, count: int, name: str) -> np.ndarray:
+    """`count` finite numbers, as float64. Or an InputError."""
+    numbers = _finite(values, (count,))
+    if numbers is None:
+        raise InputError(f"{name}: {json.dumps(values)[:60]} is not {count} numbers")
+    return _near(numbers, values, name)
+
+
+def read_size(width: Any, height: Any, name: str) -> tuple[int, int]:
+    """The stated size of an image, (W, H). InputError for one that bas would not read."""
+    w, h = (int(side) for side in read_numbers([width, height], 2, name))
+    if w < 1 or h < 1 or w * h > MAX_PIXELS:
+        raise InputError(f"{name} is {w}x{h} pixels: expected sides of 1 or more, and at most 100 megapixels")
+    return w, h
+
+
+def _rows_and_columns(segmentation: dict, name: str) -> tuple[int, int]:
+    """The size of run lengths, (H, W)."""
+    w, h = read_size(*reversed(read_numbers(segmentation.get("size"), 2, name)), name)
+    return h, w
+
+
+def _finite(values: Any, shape: tuple[int, ...], flat: bool = False) -> np.ndarray | None:
+    """Finite numbers of this shape, of which the first side may be -1 for any. None for other values."""
+    try:
+        array = np.array(values, dtype=np.float64)
+        array = array.reshape(shape) if flat else array
+    except (ValueError, TypeError, OverflowError):
+        return None
+    fits = array.ndim == len(shape) and all(side in (-1, n) for side, n in zip(shape, array.shape, strict=True))
+    return array if fits and np.isfinite(array).all() else None
+
+
+def _near(array: np.ndarray, values: Any, name: str) -> np.ndarray:
+    """The array. InputError where it leaves every possible image."""
+    if np.abs(array).max() > FARTHEST:
+        raise InputError(f"{name}: {json.dumps(values)[:60]} lies beyond any image: give pixels")
+    return array
