@@ -1,10 +1,10 @@
-"""What a scene's masks are to the losses: their size on the grids where they act, and where they meet.
+"""What the losses see of a scene's masks: their size on both grids, and where they overlap, as a table and an image.
 
-Reconstruction (paper, eq. 1) sees the masks on the latent grid, attention (eq. 2) on a quarter of it. Nearest
-neighbour takes one pixel per cell, so a thin or small concept can vanish there; this module says so beforehand.
+Reconstruction (paper, eq. 1) reads the masks on the latent grid, attention (eq. 2) on a quarter of it. Both take one
+pixel for each cell (nearest neighbour), so a thin or small concept can vanish there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,63 +20,64 @@ from bas.losses import resize_mask
 from bas.models.bundle import ModelSpec
 from bas.models.text import check_handles, word_pieces
 
-CELL = 256  # pixels of one picture on the sheet
+CELL = 256  # pixels of one image on the sheet
 TITLES = ("", "handle", "word", "pieces", "coverage", "loss grid", "attention grid", "overlaps")
 
 
 @dataclass(frozen=True)
 class MaskView:
-    """One concept in one photograph, as the model will see it."""
+    """One concept in one image, as the model sees it."""
 
     number: int  # of the concept
     handle: str
     word: str | None
     pieces: tuple[str, ...]  # of the word, as the tokenizer cuts it
-    coverage: float  # share of the picture
+    coverage: float  # share of the image
     latent: np.ndarray  # (h, w) the mask on the loss grid
     attention: np.ndarray  # (gh, gw) the mask on the attention grid
-    vanishes: tuple[str, ...]  # grids on which nothing is left of it, in the picture or its mirror image
+    vanishes: tuple[str, ...]  # grids on which nothing is left of it, in the image or its mirror image
     overlaps: dict[int, float]  # other concept -> share of this mask that lies in the other
 
 
 @dataclass(frozen=True)
 class SceneView:
-    """A photograph with the concepts that it shows, as the model will see it; the first one with the further ones."""
+    """An image with the concepts that it shows, as the model sees it. The first image has the extra ones."""
 
-    name: str  # of a further photograph's folder; nothing for the first
-    photo: Image.Image  # resized and cropped as for training
+    name: str  # of an extra image's folder; "" for the first
+    image: Image.Image  # resized and cropped as for training
     masks: np.ndarray  # (N, H, W) the same, one for each of its concepts
     concepts: tuple[MaskView, ...]
-    further: tuple["SceneView", ...] = ()
+    extra: tuple["SceneView", ...] = ()
 
 
 def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
-    """Bring a scene to a model as training does. The networks' shapes are enough: no weight is read.
+    """Bring a scene to a model as training does, without its weights.
 
     Raises InputError for what training would refuse: a size, a grid, a handle or a word.
     """
-    image, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
+    pixels, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
     check_handles(spec.tokenizer, scene.handles)
-    further = []
-    for shot in scene.extra_images:
-        other, layers = shot.tensors(*image.shape[1:], len(scene))
-        further.append(_view_photo(shot.name, other, layers, sorted(shot.masks), scene, spec, config))
-    first = _view_photo("", image, masks, range(len(scene)), scene, spec, config)
-    return replace(first, further=tuple(further))
+    views = []
+    for extra in scene.extra_images:
+        other, layers = extra.tensors(*pixels.shape[1:], len(scene))
+        views.append(_view_image(extra.name, other, layers, sorted(extra.masks), scene, spec, config))
+    first = _view_image("", pixels, masks, range(len(scene)), scene, spec, config)
+    return replace(first, extra=tuple(views))
 
 
-def _view_photo(
+def _view_image(
     name: str,
-    image: Tensor,
+    pixels: Tensor,
     masks: Tensor,
-    shown: Sequence[int],
+    shown: Iterable[int],
     scene: Scene,
     spec: ModelSpec,
     config: TrainConfig,
 ) -> SceneView:
-    """One photograph. image: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
+    """One image. pixels: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
+    shown = list(shown)
     pieces = [word_pieces(spec.tokenizer, word) if word else [] for word in scene.words]
-    h, w = (side // spec.vae.factor for side in image.shape[-2:])
+    h, w = (side // spec.vae.factor for side in pixels.shape[-2:])
     grids = {"loss grid": (h, w), "attention grid": attention_grid(spec, (h, w), config.attention_grid)}
     latent, attention = (resize_mask(masks, *size).numpy() for size in grids.values())
     concepts = tuple(
@@ -93,19 +94,18 @@ def _view_photo(
         )
         for i in shown
     )
-    photo = to_image(image)
-    return SceneView(name, photo, masks.numpy()[list(shown)], concepts)
+    return SceneView(name, to_image(pixels), masks.numpy()[shown], concepts)
 
 
 def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
-    """Whether nothing is left of a mask (H, W) on a grid, as it is or mirrored, as half of the steps see it."""
+    """Whether a mask (H, W) is empty on a grid, as it is or mirrored, as half of the steps see it."""
     return any(resize_mask(view, *size).max() == 0 for view in (mask, mask.flip(-1)))
 
 
 def warnings(view: SceneView) -> list[str]:
-    """What is possible but likely to disappoint, one line each; of words only where the first photograph is told."""
+    """What is possible but likely to disappoint, one line each. Words are judged in the first image alone."""
     lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
-    where_it_is = f"picture {view.name}: " if view.name else ""
+    where_it_is = f"extra image {view.name}: " if view.name else ""
     for concept in view.concepts:
         name = f"{where_it_is}mask {concept.number} ({concept.handle})"
         for where in concept.vanishes:
@@ -121,11 +121,11 @@ def warnings(view: SceneView) -> list[str]:
             lines.append(f"'{concept.word}' is {len(concept.pieces)} pieces: {concept.handle} starts from their mean")
         if concept.word is None:
             lines.append(f"{concept.handle} has no initial word: it starts from a random row; name one in scene.json")
-    return lines + [line for other in view.further for line in warnings(other)]
+    return lines + [line for other in view.extra for line in warnings(other)]
 
 
 def table(view: SceneView) -> str:
-    """One aligned row per concept, a further table for each further photograph.
+    """One aligned row for each concept, and a further table for each extra image.
 
     Cells are counted by the mask's value, so soft edges count in part.
     """
@@ -137,31 +137,31 @@ def table(view: SceneView) -> str:
         rows.append((str(c.number), c.handle, c.word or "-", pieces, f"{c.coverage:.1%}", *cells, overlaps))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return lines + "".join(f"\n\npicture {other.name}\n{table(other)}" for other in view.further)
+    return lines + "".join(f"\n\nextra image {other.name}\n{table(other)}" for other in view.extra)
 
 
 def sheet(view: SceneView) -> Image.Image:
-    """A picture of it all: each mask over its photograph as it was given, on the loss grid, on the attention grid."""
+    """A figure of all masks over their image: as they were given, on the loss grid, and on the attention grid."""
     rows, labels = [], []
-    for photo in (view, *view.further):
-        handles = {c.number: c.handle for c in photo.concepts}
+    for part in (view, *view.extra):
+        handles = {c.number: c.handle for c in part.concepts}
         kinds = [
-            ("", dict(zip(handles, photo.masks, strict=True))),
-            ("loss grid", {c.number: c.latent for c in photo.concepts}),
-            ("attention grid", {c.number: c.attention for c in photo.concepts}),
+            ("", dict(zip(handles, part.masks, strict=True))),
+            ("loss grid", {c.number: c.latent for c in part.concepts}),
+            ("attention grid", {c.number: c.attention for c in part.concepts}),
         ]
         for kind, masks in kinds:
             h, w = next(iter(masks.values())).shape
             size = f"{kind}, {w}x{h} cells" if kind else f"{w}x{h} pixels"
-            title = f"picture {photo.name}: all, {size}" if photo.name else f"all, {size}"
-            rows.append([_overlay(photo.photo, masks), *(_overlay(photo.photo, {i: m}) for i, m in masks.items())])
+            title = f"extra image {part.name}: all, {size}" if part.name else f"all, {size}"
+            rows.append([_overlay(part.image, masks), *(_overlay(part.image, {i: m}) for i, m in masks.items())])
             labels.append([title, *(f"{handles[i]}: {mask.mean():.1%}" for i, mask in masks.items())])
     return grid(rows, labels, CELL)
 
 
-def _overlay(photo: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
-    """Masks of any grid over the photograph, each cell a sharp square, large enough to see it."""
-    scale = -(-CELL // min(photo.size))
-    size = (photo.width * scale, photo.height * scale)
+def _overlay(image: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
+    """Masks of any grid over the image, enlarged so that each cell is a visible square."""
+    scale = -(-CELL // min(image.size))
+    size = (image.width * scale, image.height * scale)
     cells = {i: np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for i, mask in masks.items()}
-    return tint_masks(photo.resize(size, Image.Resampling.BICUBIC), cells)
+    return tint_masks(image.resize(size, Image.Resampling.BICUBIC), cells)

@@ -153,7 +153,7 @@ class TwoThings:
     """In place of SAM: a large box where the left half is asked, a small one on the right, a vague one above."""
 
     def __init__(self, picture):
-        self.picture = picture
+        self.image = picture
 
     def ask(self, input_points):
         points = np.array(input_points)[0, :, 0]

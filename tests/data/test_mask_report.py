@@ -93,7 +93,7 @@ def test_cells_are_counted_as_pixels_are_width_first(model, tmp_path):
     speck[2:6, 2:6] = 255  # between the cells of the attention grid
     Image.fromarray(speck).save(folder / "mask0.png")
     seen = view(model, folder, center_crop=False)
-    assert seen.photo.size == (64, 32)
+    assert seen.image.size == (64, 32)
     assert seen.concepts[0].attention.shape == (4, 8)
     assert "vanishes on the attention grid of 8x4 cells" in warnings(seen)[0]
 
@@ -147,16 +147,16 @@ def test_further_photographs_have_their_own_table_rows_and_warnings(model, tmp_p
     Image.new("RGB", (64, 32), (0, 0, 255)).save(folder / "1" / "img.png")
     Image.fromarray(wide).save(folder / "1" / "mask1.png")
     seen = view(model, folder)
-    (other,) = seen.further
-    assert (other.name, other.photo.size, [c.handle for c in other.concepts]) == ("1", (32, 32), ["<asset1>"])
+    (other,) = seen.extra
+    assert (other.name, other.image.size, [c.handle for c in other.concepts]) == ("1", (32, 32), ["<asset1>"])
     assert table(seen).split("\n")[4:] == [
-        "picture 1",
+        "extra image 1",
         "   handle    word   pieces  coverage  loss grid  attention grid  overlaps",
         "1  <asset1>  stone  stone   1.6%      4 of 256   0 of 16         -",
     ]
     vanishes = "vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution"
-    assert warnings(seen)[-1] == f"picture 1: mask 1 (<asset1>) {vanishes}"
-    drawn, alone = sheet(seen), sheet(replace(seen, further=()))
+    assert warnings(seen)[-1] == f"extra image 1: mask 1 (<asset1>) {vanishes}"
+    drawn, alone = sheet(seen), sheet(replace(seen, extra=()))
     assert drawn.height > 1.8 * alone.height
     below = np.asarray(drawn)[alone.height + 8 + 200, 8 + 200]  # in the second photograph: it is blue
     assert below.tolist() == [0, 0, 255]
@@ -167,7 +167,7 @@ def test_the_command_prints_and_draws(model, tmp_path, capsys, caplog):
     picture = tmp_path / "out" / "masks.png"
     assert main(["masks", str(folder), "--weights", str(model), "--output_path", str(picture)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(f"{folder}: 5 concepts; the picture is 32x32 pixels, 32x32 for ")
+    assert printed[0].startswith(f"{folder}: 5 concepts; the image is 32x32 pixels, 32x32 for ")
     assert [line.split()[1] for line in printed[3:8]] == [f"<asset{i}>" for i in range(5)]
     assert printed[-1] == str(picture)
     assert Image.open(picture).width == 8 + 6 * (CELL + 8)
@@ -182,8 +182,8 @@ def test_the_command_sees_what_the_models_own_settings_show(model, tmp_path, cap
     printed = []
     for flags in (["--weights", str(own)], ["--weights", str(model), "--close_ups"], ["--weights", str(model)]):
         assert main(["masks", str(folder), *flags]) == 0
-        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("picture ")])
-    assert printed == [["picture close-up-0", "picture close-up-1"]] * 2 + [[]]
+        printed.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("extra image ")])
+    assert printed == [["extra image close-up-0", "extra image close-up-1"]] * 2 + [[]]
 
 
 def test_a_mask_that_training_refuses_is_refused_after_it_is_drawn(model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Build the paper's data set from COCO: scene folders of squares with large things of distinct classes."""
+"""Build the paper's data set from COCO: scene folders of square crops with large objects of distinct classes."""
 
 import argparse
 from pathlib import Path
@@ -15,13 +15,13 @@ EXAMPLES = ("bas coco annotations/instances_val2017.json --images val2017 --outp
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("annotations", metavar="ANNOTATIONS", help="COCO's instances_*.json")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder with the pictures that it names")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder with the images that it names")
     parser.add_argument("--output_dir", default="coco_scenes", help="new folder to write (default: %(default)s)")
     add_fields(parser, CocoConfig)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Choose, write, and print where the manifest is."""
+    """Choose the scenes, write them, and print the path of the manifest."""
     config, images = CocoConfig(**given(args, CocoConfig)), Path(args.images)
     if not images.is_dir():
         raise InputError(f"--images {images} is not a folder")
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     chosen = choose_scenes(annotations, config)
     manifest = write_scenes(annotations, chosen, images, folder, config)
     for choice in chosen:
-        print(f"{choice.picture['file_name']}  " + ", ".join(f"{t.word} {t.share:.0%}" for t in choice.things))
+        print(f"{choice.row['file_name']}  " + ", ".join(f"{t.word} {t.share:.0%}" for t in choice.segments))
     print(f"\n{manifest}: {len(chosen)} scenes")

@@ -40,12 +40,12 @@ EXAMPLES = (
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument(
-        "scene", metavar="SCENE", help="folder with a picture img.* and its masks; or a picture, for --auto"
+        "scene", metavar="SCENE", help="folder with an image img.* and its masks; or an image, for --auto"
     )
-    parser.add_argument("--output_path", help="picture to write of the masks as the losses see them")
+    parser.add_argument("--output_path", help="image to write of the masks as the losses see them")
     add_fields(parser, TrainConfig, only=SETTINGS)
     parser.add_argument("--auto", choices=METHODS, help="write a new scene with masks that this kind of model proposes")
-    parser.add_argument("--output_dir", help="scene to write with --auto (default: named after the picture, beside it)")
+    parser.add_argument("--output_dir", help="scene to write with --auto (default: named after the image, beside it)")
     parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda when there is one)")
     add_fields(parser, ProposalConfig)
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_proposals(args: argparse.Namespace) -> None:
-    """Write a scene with the masks that a model proposes, never over masks that are there."""
+    """Write a scene with the masks that a model proposes. Raises InputError for a folder that has masks."""
     config = ProposalConfig(**given(args, ProposalConfig))
     draft = open_draft(Path(args.scene), Path(args.output_dir) if args.output_dir else None)
     if draft.folder.is_dir() and list_sources(draft.folder):
@@ -77,7 +77,7 @@ def write_proposals(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Print the table; warnings go to the log. Raises InputError for what training would refuse, once it is drawn."""
+    """Print the table, log the warnings, write the figure. Then raise InputError for what training would refuse."""
     target = image_path(args.output_path) if args.output_path else None
     if target:
         check_not_input(target, *Path(args.scene).glob("*"))
@@ -85,9 +85,9 @@ def check(args: argparse.Namespace) -> None:
     model = find(config.pretrained_model_name_or_path)
     scene, spec = load_scene(config), read_spec(model)
     view = view_scene(scene, spec, config)
-    size, photo = "x".join(map(str, scene.image.size)), "x".join(map(str, view.photo.size))
+    size, resized = ("x".join(map(str, image.size)) for image in (scene.image, view.image))
     concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
-    print(f"{args.scene}: {concepts}; the picture is {size} pixels, {photo} for {model.name}\n")
+    print(f"{args.scene}: {concepts}; the image is {size} pixels, {resized} for {model.name}\n")
     print(table(view))
     for line in warnings(view):
         log.warning("%s", line)
