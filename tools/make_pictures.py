@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bas.cli.commands.demo import PICTURE
 from bas.cli.entry import main as bas
 from bas.io.figures import grid, tint_masks
 from bas.io.images import read_image, read_mask
 from bas.pretrained.hub import find
+from bas.web.report import SHEET
 from tools.checks.applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
 from tools.mini_world.captions import describe
 from tools.mini_world.places import PLACES
@@ -115,7 +115,7 @@ def main() -> None:
         photographs = [scene, *sorted(path for path in scene.iterdir() if path.is_dir())]
         draw_beside(photographs, learnt.models.source, prompts, work, name)
 
-    grids = {"demo": model / PICTURE, "vary": work / "vary" / "grid.png", "explore": work / "explore" / "grid.png"}
+    grids = {"demo": model / SHEET, "vary": work / "vary" / "grid.png", "explore": work / "explore" / "grid.png"}
     grids |= {"attend": work / "attend" / "sheet.png", "background": work / "one.png"}
     grids |= {name: work / f"{name}.png" for name in ("strength", "edit", "several", "parts")}
     for name, path in grids.items():

@@ -1,9 +1,9 @@
-"""The paper's data set from a COCO annotation file (Break-A-Scene, appendix): squares with distinct, large things.
+"""The paper's data set from a COCO annotation file (Break-A-Scene, appendix): squares with distinct, large concepts.
 
-The paper says what a scene has: a square of a COCO picture with at least two segments of distinct things classes, each
-at least 15 % of it, and six classes dropped. It doesn't say which square, nor which pictures its fifty were. Here the
-square is as high or as wide as the picture, the best of nine places along its longer side (`choose_square`), and the
-pictures come in an order that hashes of the seed and their ids give, so that one seed means the same scenes anywhere.
+The paper says what a scene has: a square of a COCO image with at least two segments of distinct "things" classes, each
+at least 15 % of it, and six classes dropped. It does not say which square, nor which images its fifty were. Here the
+square is as high or as wide as the image, the best of nine positions along its longer side (`choose_square`), and
+images come in an order given by hashes of the seed and their ids, so that one seed means the same scenes anywhere.
 """
 
 import hashlib
@@ -31,40 +31,40 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Thing:
+class Segment:
     """One concept of a scene."""
 
-    annotation: int | str  # its id
+    annotation: int | str | None  # its id
     word: str  # its class
     mask: np.ndarray  # (s, s) bool, within the square
 
     @property
     def share(self) -> float:
-        """Of the square that it covers."""
+        """The share of the square that it covers."""
         return float(self.mask.mean())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One scene: a picture, the square (left, top, right, bottom) to cut from it, and the concepts, largest first."""
+    """One scene: an image, the square (left, top, right, bottom) to crop, and its concepts, largest first."""
 
-    picture: dict[str, Any]  # its row among the file's images
+    row: dict[str, Any]  # its row among the file's images
     box: tuple[int, int, int, int]
-    things: tuple[Thing, ...]
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a COCO file says, by id."""
+    """The content of a COCO file, by id."""
 
     path: Path
     images: dict[str, dict]
-    words: dict[str, str]  # classes of things, those that are not dropped, by category id
-    by_image: dict[str, list[dict]]  # annotations of single things
+    words: dict[str, str]  # names of the "things" classes that are not dropped, by category id
+    by_image: dict[str, list[dict]]  # annotations without crowds
 
 
 def read_annotations(path: Path, dropped: tuple[str, ...]) -> Annotations:
-    """Read an annotation file, without its crowds, stuff and dropped classes. InputError where it isn't COCO's."""
+    """Read an annotation file without its crowds, stuff and dropped classes. Raises InputError for another format."""
     content = read_content(path)
     words = {
         str(row.get("id")): row["name"]
@@ -78,19 +78,19 @@ def read_annotations(path: Path, dropped: tuple[str, ...]) -> Annotations:
             raise InputError(f"{path} image {i} has no file_name, or more than 100 megapixels")
         name = PurePath(row["file_name"])
         if name.is_absolute() or ".." in name.parts:
-            raise InputError(f"{path} image {i}: {row['file_name']!r:.60} leads out of the folder of the pictures")
+            raise InputError(f"{path} image {i}: {row['file_name']!r:.60} leads out of the folder of images")
         images[str(row.get("id"))] = row
     by_image: dict[str, list[dict]] = {}
     for row in entries(content, "annotations", path):
         if str(row.get("category_id")) in words and not row.get("iscrowd"):
             by_image.setdefault(str(row.get("image_id")), []).append(row)
     if unknown := by_image.keys() - images.keys():
-        raise InputError(f"{path} annotates picture {min(unknown)}, which is not among its images")
+        raise InputError(f"{path} annotates image {min(unknown)}, which is not among its images")
     return Annotations(path, images, words, by_image)
 
 
 def choose_scenes(annotations: Annotations, config: CocoConfig) -> list[Choice]:
-    """The first scenes that keep the rules, in the seed's order. InputError when there is none, a warning for few."""
+    """Choose the first scenes that keep the rules, in the seed's order. Raises InputError where there is none."""
     order = sorted(annotations.by_image, key=lambda image: hashlib.sha256(f"{config.seed}:{image}".encode()).digest())
     chosen: list[Choice] = []
     for image in order:
@@ -99,59 +99,59 @@ def choose_scenes(annotations: Annotations, config: CocoConfig) -> list[Choice]:
         if choice := choose_square(annotations, image, config):
             chosen.append(choice)
     if not chosen:
-        raise InputError(f"{annotations.path} has no picture that keeps the rules: lower --min_share or --min_things")
+        raise InputError(f"{annotations.path} has no image that keeps the rules: lower --min_share or --min_things")
     if len(chosen) < config.scenes:
         log.warning("%s has only %d scenes that keep the rules", annotations.path, len(chosen))
     return chosen
 
 
 def choose_square(annotations: Annotations, image: str, config: CocoConfig) -> Choice | None:
-    """The square of a picture with the most things that keep the rules; None where too few do.
+    """Choose the square of an image with the most segments that keep the rules; None where too few do.
 
-    Of equals, the one whose things cover most counts, then the one nearest to the middle, then the first. Of two things
-    of one class the larger is the concept.
+    Of equals, the one whose segments cover most comes first, then the one nearest to the middle, then the first. Of two
+    segments of one class the larger is the concept.
     """
     row = annotations.images[image]
-    found = list(large_things(annotations, image, config))
+    found = list(large_annotations(annotations, image, config))
     if len({word for _, word in found}) < config.min_things:
         return None
-    masks = [(thing.get("id"), word, draw_mask(annotations.path, thing, row)) for thing, word in found]
+    masks = [(segment.get("id"), word, rasterise_mask(annotations.path, segment, row)) for segment, word in found]
     best, best_rank = None, None
     for box, off_centre in squares(row["width"], row["height"]):
         left, top, right, bottom = box
-        largest: dict[str, Thing] = {}
+        largest: dict[str, Segment] = {}
         for identity, word, mask in masks:
-            thing = Thing(identity, word, mask[top:bottom, left:right])
-            if thing.share >= config.min_share and (word not in largest or thing.share > largest[word].share):
-                largest[word] = thing
-        things = sorted(largest.values(), key=lambda thing: -thing.share)[: config.max_things]
-        rank = len(things), round(sum(thing.share for thing in things), 9), -off_centre
-        if len(things) >= config.min_things and (best_rank is None or rank > best_rank):
-            best, best_rank = Choice(row, box, tuple(things)), rank
+            segment = Segment(identity, word, mask[top:bottom, left:right])
+            if segment.share >= config.min_share and (word not in largest or segment.share > largest[word].share):
+                largest[word] = segment
+        segments = sorted(largest.values(), key=lambda segment: -segment.share)[: config.max_things]
+        rank = len(segments), round(sum(segment.share for segment in segments), 9), -off_centre
+        if len(segments) >= config.min_things and (best_rank is None or rank > best_rank):
+            best, best_rank = Choice(row, box, tuple(segments)), rank
     return best
 
 
-def large_things(annotations: Annotations, image: str, config: CocoConfig) -> Iterator[tuple[dict, str]]:
-    """The annotations of a picture that can be large enough, by their stated area, each with its class."""
+def large_annotations(annotations: Annotations, image: str, config: CocoConfig) -> Iterator[tuple[dict, str]]:
+    """Yield an image's annotations that can be large enough by their stated area, each with its class."""
     row = annotations.images[image]
     least = ROUNDING * config.min_share * min(row["width"], row["height"]) ** 2
-    for thing in annotations.by_image[image]:
-        area = thing.get("area")
+    for segment in annotations.by_image[image]:
+        area = segment.get("area")
         if not isinstance(area, (int, float)) or area >= least:
-            yield thing, annotations.words[str(thing["category_id"])]
+            yield segment, annotations.words[str(segment["category_id"])]
 
 
-def draw_mask(path: Path, thing: dict, row: dict) -> np.ndarray:
-    """An annotation's mask, (H, W) bool, at the size of its picture's row."""
-    name, size = f"{path} annotation {thing.get('id')}", (row["width"], row["height"])
-    mask = segmentation_mask(thing.get("segmentation"), size, name)
+def rasterise_mask(path: Path, segment: dict, row: dict) -> np.ndarray:
+    """Rasterise an annotation's mask, (H, W) bool, at its image's stated size. Raises InputError for another size."""
+    name, size = f"{path} annotation {segment.get('id')}", (row["width"], row["height"])
+    mask = segmentation_mask(segment.get("segmentation"), size, name)
     if mask.shape != size[::-1]:
-        raise InputError(f"{name} is {mask.shape[1]}x{mask.shape[0]}, its picture {size[0]}x{size[1]}")
+        raise InputError(f"{name} is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}")
     return mask
 
 
 def squares(width: int, height: int) -> Iterator[tuple[tuple[int, int, int, int], int]]:
-    """The places of the largest square, as (left, top, right, bottom), and how far each is from the middle."""
+    """Yield the positions of the largest square, (left, top, right, bottom), and how far each is from the middle."""
     side, room = min(width, height), abs(width - height)
     for offset in sorted({round(i * room / (PLACES - 1)) for i in range(PLACES)}):
         left, top = (offset, 0) if width > height else (0, offset)
@@ -161,24 +161,24 @@ def squares(width: int, height: int) -> Iterator[tuple[tuple[int, int, int, int]
 def write_scenes(
     annotations: Annotations, chosen: list[Choice], images: Path, folder: Path, config: CocoConfig
 ) -> Path:
-    """Write a scene folder for each, named by its picture's id, and the manifest, whose path is returned.
+    """Write a scene folder for each, named by its image's id, and the manifest, whose path is returned.
 
-    Raises InputError, before anything is written, when pictures are missing; and for one of another size.
+    Raises InputError before anything is written where images are missing, and for one of another size.
     """
-    missing = [choice.picture["file_name"] for choice in chosen if not (images / choice.picture["file_name"]).is_file()]
+    missing = [choice.row["file_name"] for choice in chosen if not (images / choice.row["file_name"]).is_file()]
     if missing:
-        raise InputError(f"{images} lacks {len(missing)} of {len(chosen)} pictures, {missing[0]} first")
+        raise InputError(f"{images} lacks {len(missing)} of {len(chosen)} images, {missing[0]} first")
     for choice in chosen:
         write_scene(choice, images, folder / scene_name(choice))
     rows = [
         {
             "scene": scene_name(choice),
-            "image_id": choice.picture["id"],
-            "file_name": choice.picture["file_name"],
+            "image_id": choice.row["id"],
+            "file_name": choice.row["file_name"],
             "square": choice.box,
             "concepts": [
-                {"annotation_id": thing.annotation, "word": thing.word, "share": round(thing.share, 4)}
-                for thing in choice.things
+                {"annotation_id": segment.annotation, "word": segment.word, "share": round(segment.share, 4)}
+                for segment in choice.segments
             ],
         }
         for choice in chosen
@@ -188,21 +188,21 @@ def write_scenes(
 
 
 def scene_name(choice: Choice) -> str:
-    """The picture's id, as COCO's own files pad it."""
-    identity = choice.picture["id"]
+    """Return the image's id, padded as in COCO's file names."""
+    identity = choice.row["id"]
     return f"{identity:012d}" if isinstance(identity, int) else hashlib.sha256(str(identity).encode()).hexdigest()[:12]
 
 
 def write_scene(choice: Choice, images: Path, folder: Path) -> None:
-    """img.png, mask0.png, ... and scene.json, whose words are the class names."""
-    path = images / choice.picture["file_name"]
-    photo = read_image(path)
-    if photo.size != (choice.picture["width"], choice.picture["height"]):
-        stated = f"{choice.picture['width']}x{choice.picture['height']}"
-        raise InputError(f"{path} is {photo.width}x{photo.height}, but annotated at {stated}: it is another picture")
+    """Write img.png, mask0.png, ... and scene.json, whose words are the class names."""
+    path = images / choice.row["file_name"]
+    image = read_image(path)
+    if image.size != (choice.row["width"], choice.row["height"]):
+        stated = f"{choice.row['width']}x{choice.row['height']}"
+        raise InputError(f"{path} is {image.width}x{image.height}, but annotated at {stated}: it is another image")
     folder.mkdir(parents=True)
-    save_image(photo.crop(choice.box), folder / "img.png")
-    for i, thing in enumerate(choice.things):
-        save_image(Image.fromarray(thing.mask.astype(np.uint8) * 255), folder / f"mask{i}.png")
-    concepts = [{"handle": f"<asset{i}>", "word": thing.word} for i, thing in enumerate(choice.things)]
+    save_image(image.crop(choice.box), folder / "img.png")
+    for i, segment in enumerate(choice.segments):
+        save_image(Image.fromarray(segment.mask.astype(np.uint8) * 255), folder / f"mask{i}.png")
+    concepts = [{"handle": f"<asset{i}>", "word": segment.word} for i, segment in enumerate(choice.segments)]
     write_json(folder / "scene.json", {"concepts": concepts})

@@ -1,14 +1,14 @@
-"""Metrics of the paper's evaluation (Break-A-Scene, appendix), and two of what the method is for.
+"""Metrics of the paper's evaluation (Break-A-Scene, appendix), and two that show whether handles are kept apart.
 
-Prompt similarity: CLIP's cosine of picture and prompt (Radford et al. 2021). Identity similarity: DINO's cosine of the
+Prompt similarity: CLIP's cosine of image and prompt (Radford et al. 2021). Identity similarity: DINO's cosine of the
 concept in the input and in the output, all else black (Caron et al. 2021). Attention IoU: how well a handle's attention
-covers its mask. Leakage: whether a handle draws another's concept. docs/evaluation.md has them in full.
+covers its mask. Leakage: how much a handle shows of another's concept. docs/evaluation.md has them in full.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CLIP = "openai/clip-vit-large-patch14"  # hub ids of the paper's models
 DINO = "facebook/dino-vitb16"
 MINI_CLIP = "clip"  # the miniature's own towers, in its folder
-AT_ONCE = 64  # pictures in one pass
+AT_ONCE = 64  # images in one pass
 
 
 class Identity(Protocol):
@@ -37,32 +37,33 @@ class Identity(Protocol):
 
     def identity_similarity(
         self,
-        pictures: list[Image.Image],
-        image: Image.Image,
+        images: list[Image.Image],
+        reference: Image.Image,
         mask: np.ndarray,
         segments: list[np.ndarray] | None = None,
     ) -> list[float]:
-        """For each picture: how alike it shows what `image` shows under `mask`."""
+        """Return for each image how alike it shows what `reference` shows under `mask`."""
+        ...
 
 
 class PromptSimilarity:
-    """CLIP's cosine of a picture and a text."""
+    """CLIP's cosine of an image and a text."""
 
     def __init__(self, name: str = CLIP, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--clip")
         model, self.processor = load_helper(folder, "clip", "CLIPModel", "CLIPImageProcessorPil")
         self.tokenizer: CLIPTokenizer = load_tokenizer(folder)
-        self.model = model.to(device)
-        self.positions = model.config.text_config.max_position_embeddings
+        self.model: Any = model.to(device)  # of transformers, whose classes are loaded by name
+        self.positions: int = self.model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
-    def prompt_similarity(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
-        """One cosine for each picture with its own prompt, in [-1, 1]. A prompt longer than the tower is cut."""
+    def prompt_similarity(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
+        """Return one cosine in [-1, 1] for each image and its prompt. A prompt longer than the tower is cut."""
         found: list[float] = []
-        for start in range(0, len(pictures), AT_ONCE):
-            shown, told = pictures[start : start + AT_ONCE], prompts[start : start + AT_ONCE]
+        for start in range(0, len(images), AT_ONCE):
+            shown, texts = images[start : start + AT_ONCE], prompts[start : start + AT_ONCE]
             words = self.tokenizer(
-                told, padding="max_length", max_length=self.positions, truncation=True, return_tensors="pt"
+                texts, padding="max_length", max_length=self.positions, truncation=True, return_tensors="pt"
             )
             values = self.processor(shown, return_tensors="pt")
             outputs = self.model(**words.to(self.model.device), **values.to(self.model.device))
@@ -71,41 +72,41 @@ class PromptSimilarity:
 
 
 class IdentitySimilarity:
-    """The cosine of DINO's features, its class token after the last norm, of two pictures that are black around."""
+    """The cosine of DINO's features (the class token after the last norm) of two images that show the concept alone."""
 
     def __init__(self, name: str = DINO, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--dino")
         model, self.processor = load_helper(folder, "vit", "ViTModel", "ViTImageProcessorPil", add_pooling_layer=False)
-        self.model = model.to(device)
+        self.model: Any = model.to(device)
 
     @torch.inference_mode()
     def identity_similarity(
         self,
-        pictures: list[Image.Image],
-        image: Image.Image,
+        images: list[Image.Image],
+        reference: Image.Image,
         mask: np.ndarray,
         segments: list[np.ndarray] | None = None,
     ) -> list[float]:
-        """For each picture in [-1, 1]: how alike the concept is. mask, segments: (H, W) in 0..1, of their pictures.
+        """Return the cosine in [-1, 1] for each image. mask, segments: (H, W) in 0..1, of their images.
 
-        Without `segments` the whole of each picture is compared, its background too.
+        Without `segments` the whole of each image is compared, its background too.
         """
-        shown = blacken_each(pictures, segments)
-        (wanted,) = self._features([blacken(image, mask)])
+        shown = blacken_each(images, segments)
+        (wanted,) = self._features([blacken(reference, mask)])
         found: list[float] = []
         for start in range(0, len(shown), AT_ONCE):
             features = self._features(shown[start : start + AT_ONCE])
             found += F.cosine_similarity(features, wanted[None], dim=-1).tolist()
         return found
 
-    def _features(self, pictures: list[Image.Image]) -> Tensor:
-        """(n, d)"""
-        values = self.processor(pictures, return_tensors="pt")
+    def _features(self, images: list[Image.Image]) -> Tensor:
+        """Return the features of n images, (n, d)."""
+        values = self.processor(images, return_tensors="pt")
         return self.model(**values.to(self.model.device)).last_hidden_state[:, 0]
 
 
 class Metrics:
-    """Both similarities of the evaluation behind one name."""
+    """Both similarities of the evaluation."""
 
     def __init__(self, prompt: PromptSimilarity, identity: Identity):
         self.prompt_similarity = prompt.prompt_similarity
@@ -113,37 +114,37 @@ class Metrics:
 
     @classmethod
     def photographs(cls, device: torch.device | str = "cpu", clip: str = CLIP, dino: str = DINO) -> Metrics:
-        """The paper's: CLIP ViT-L/14 and DINO ViT-B/16, or others of their kinds by folder or hub id."""
+        """Load the paper's CLIP ViT-L/14 and DINO ViT-B/16, or others of their kinds by folder or hub id."""
         return cls(PromptSimilarity(clip, device), IdentitySimilarity(dino, device))
 
     @classmethod
     def miniature(cls, device: torch.device | str = "cpu", weights: Path | None = None) -> Metrics:
-        """The miniature's: its own CLIP towers, and the search for its objects. weights: its folder, if not shipped."""
+        """Load the miniature's CLIP towers, and search for concepts. weights: its folder (default: the shipped one)"""
         towers = (weights or find(None)) / MINI_CLIP
         return cls(PromptSimilarity(str(towers), device), ObjectSimilarity(device))
 
 
 def in_words(prompt: str, names: dict[str, str]) -> str:
-    """A prompt as CLIP can read it: each handle replaced by its class name. names: by handle"""
+    """Replace each handle of a prompt by its class name, so that CLIP can read it. names: by handle"""
     for handle, name in names.items():
         prompt = prompt.replace(handle, name)
     return prompt
 
 
 def leakage(
-    identity: Identity, pictures: list[list[Image.Image]], image: Image.Image, masks: list[np.ndarray]
+    identity: Identity, images: list[list[Image.Image]], reference: Image.Image, masks: list[np.ndarray]
 ) -> np.ndarray:
-    """Does handle i draw concept j? (N, N): the mean similarity of i's pictures to the object under mask j.
+    """Return the mean similarity of handle i's images to the concept under mask j, (N, N).
 
-    pictures: for each handle, those that show it alone. Where nothing leaks, the diagonal is the largest of its row.
+    images: of each handle, those whose prompt names it alone. Where nothing leaks, each row is largest on the diagonal.
     """
-    rows = [[np.mean(identity.identity_similarity(drawn, image, mask)) for mask in masks] for drawn in pictures]
+    rows = [[np.mean(identity.identity_similarity(own, reference, mask)) for mask in masks] for own in images]
     return np.array(rows)
 
 
 def attention_iou(maps: Tensor, masks: Tensor) -> list[float]:
-    """Intersection over union of each map above half its maximum with its mask. maps: (N, h, w), masks: (N, H, W)"""
-    looked = maps > 0.5 * maps.amax(dim=(-2, -1), keepdim=True)
+    """Return the IoU of each map above half its maximum with its mask. maps: (N, h, w), masks: (N, H, W)"""
+    attended = maps > 0.5 * maps.amax(dim=(-2, -1), keepdim=True)
     wanted = resize_mask(masks, *maps.shape[-2:]) > 0.5
-    both, either = (looked & wanted).sum(dim=(-2, -1)), (looked | wanted).sum(dim=(-2, -1))
+    both, either = (attended & wanted).sum(dim=(-2, -1)), (attended | wanted).sum(dim=(-2, -1))
     return (both / either.clamp(min=1)).tolist()

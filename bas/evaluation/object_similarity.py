@@ -1,7 +1,7 @@
-"""Identity in the miniature's world: how well the best spot of a picture matches an object whose exact look is known.
+"""Identity in the miniature's world: how well the best spot of an image matches a concept whose exact look is known.
 
-DINO knows photographs, not the drawn things of weights/mini. There a concept looks the same wherever it stands, so it
-is searched for: at every place, at several sizes, mirrored too. How often the measure ranks the true object above
+DINO knows photographs, not the drawn concepts of weights/mini. There a concept looks the same wherever it stands, so it
+is searched for at every place, at several sizes, and mirrored. How often the measure ranks the true concept above
 others is measured by tools/checks/metrics.py; docs/evaluation.md has the figures.
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from bas.errors import InputError
 from bas.evaluation.masking import blacken_each
 
-GRID = 32  # rows and columns that pictures are averaged to: half of the miniature's pixels
-STEP = 1.1  # from one size of the object to the next
-SMALLEST, LARGEST = 0.3, 0.8  # of the picture's side, at which the object is searched
-FLOOR = 1e-8  # least product of energies: where a picture is the object's mean colour all over, the cosine is 0
-AT_ONCE = 256  # pictures in one pass
+GRID = 32  # rows and columns that images are averaged to: half of the miniature's pixels
+STEP = 1.1  # from one size of the concept to the next
+SMALLEST, LARGEST = 0.3, 0.8  # of the image's side, at which the concept is searched
+FLOOR = 1e-8  # least product of energies: where an image is the concept's mean colour all over, the cosine is 0
+AT_ONCE = 256  # images in one pass
 
 
 class ObjectSimilarity:
-    """Identity similarity without a network: the best cosine of an object with any spot of a picture."""
+    """Identity similarity without a network: the best cosine of a concept with any spot of an image."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -32,53 +32,56 @@ class ObjectSimilarity:
     @torch.inference_mode()
     def identity_similarity(
         self,
-        pictures: list[Image.Image],
-        image: Image.Image,
+        images: list[Image.Image],
+        reference: Image.Image,
         mask: np.ndarray,
         segments: list[np.ndarray] | None = None,
     ) -> list[float]:
-        """For each picture in [-1, 1]: 1 where the object of `image` under `mask` (H, W) stands in it unchanged.
+        """Return a likeness in [-1, 1] for each image: 1 where the concept of `reference` under `mask` is unchanged.
 
-        With `segments`, (H, W) in 0..1 each, only what a segment shows of its picture is searched; the rest is black.
+        mask: (H, W) in 0..1. segments: (H, W) in 0..1 for each image; only what they show is searched.
+        Raises InputError for a concept that is too small.
         """
-        shown = blacken_each(pictures, segments)
-        colours, weight = cut_object(average(image).to(self.device), torch.from_numpy(mask).float().to(self.device))
+        shown = blacken_each(images, segments)
+        colours, weight = cut_concept(
+            average(reference).to(self.device), torch.from_numpy(mask).float().to(self.device)
+        )
         found = []
         for start in range(0, len(shown), AT_ONCE):
-            batch = torch.stack([average(picture) for picture in shown[start : start + AT_ONCE]])
+            batch = torch.stack([average(image) for image in shown[start : start + AT_ONCE]])
             found += best_cosines(batch.to(self.device), colours, weight).tolist()
         return found
 
 
-def average(picture: Image.Image) -> Tensor:
-    """A picture of any size, averaged over cells. -> (3, GRID, GRID) in [0, 1]"""
-    pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+def average(image: Image.Image) -> Tensor:
+    """Average an image of any size over cells. -> (3, GRID, GRID) in [0, 1]"""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
     return F.adaptive_avg_pool2d(pixels, GRID)
 
 
-def cut_object(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The object's bounding box. image: (3, GRID, GRID), mask: (H, W) -> colours (3, h, w), weight (1, h, w) in 0..1
+def cut_concept(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a concept's box out. image: (3, GRID, GRID), mask: (H, W) -> colours (3, h, w), weight (1, h, w) in 0..1
 
     A cell weighs 1 when the mask fills it and 0 when half of it or more is background, so that none of that counts.
     """
     weight = (2 * F.adaptive_avg_pool2d(mask[None], GRID) - 1).clamp(min=0)
     if not weight.any():
-        raise InputError(f"a mask covers no cell of {GRID}x{GRID}: its object is too small to be recognised")
+        raise InputError(f"a mask covers no cell of {GRID}x{GRID}: its concept is too small to be recognised")
     rows, columns = weight[0].amax(1).nonzero().flatten(), weight[0].amax(0).nonzero().flatten()
     box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
     return image[(slice(None), *box)], weight[(slice(None), *box)]
 
 
-def best_cosines(pictures: Tensor, colours: Tensor, weight: Tensor) -> Tensor:
-    """The object's best match in each picture. pictures: (b, 3, GRID, GRID) -> (b,) in [-1, 1]
+def best_cosines(images: Tensor, colours: Tensor, weight: Tensor) -> Tensor:
+    """Return the concept's best match in each image. images: (b, 3, GRID, GRID) -> (b,) in [-1, 1]
 
-    The cosine of object c and spot x, both less the object's mean colour m, under the object's weight w:
+    The cosine of concept c and spot x, both less the concept's mean colour m, under the concept's weight w:
     sum w (x - m)(c - m) / sqrt(sum w (x - m)^2 sum w (c - m)^2). A weaker contrast alone changes nothing.
     """
     mean = (weight * colours).sum(dim=(1, 2), keepdim=True) / weight.sum()  # (3, 1, 1)
-    x = pictures - mean
+    x = images - mean
     energy = x.square().sum(dim=1, keepdim=True)
-    best = torch.full((len(pictures),), -1.0, device=pictures.device)
+    best = torch.full((len(images),), -1.0, device=images.device)
     for size in sizes(*weight.shape[1:]):
         both = torch.cat([weight * (colours - mean), weight])[None]
         scaled = F.interpolate(both, size=size, mode="bilinear", antialias=True)
@@ -90,13 +93,18 @@ def best_cosines(pictures: Tensor, colours: Tensor, weight: Tensor) -> Tensor:
 
 
 def sizes(h: int, w: int) -> Iterator[tuple[int, int]]:
-    """The (h, w) in cells at which an object of this size is searched, its own among them."""
+    """Yield the (h, w) in cells at which a concept of this size is searched, its own among them."""
     side, seen = max(h, w), set()
     for power in range(-30, 31):
         scale = STEP**power
         if power and not SMALLEST * GRID <= side * scale <= LARGEST * GRID:
             continue
-        size = tuple(min(max(2, round(length * scale)), GRID) if power else length for length in (h, w))
+        size = (scaled(h, scale), scaled(w, scale)) if power else (h, w)
         if size not in seen:
             seen.add(size)
             yield size
+
+
+def scaled(length: int, scale: float) -> int:
+    """Return a length in cells times the scale, from 2 to GRID."""
+    return min(max(2, round(length * scale)), GRID)

@@ -1,11 +1,11 @@
-"""The paper's protocol (appendix): scenes x methods x seeds are trained, and each draws every subset in every context.
+"""The paper's protocol (appendix): scenes x methods x seeds are trained, and generate every subset in every context.
 
     OUT/plan.json                                what all trials share; a restart must agree with it
-    OUT/cells/SCENE/METHOD/seed-S/0000.png ...   the pictures of one trial, each with its settings
-    OUT/cells/SCENE/METHOD/seed-S/cell.json      what was drawn, where the handles looked, how long it took
+    OUT/cells/SCENE/METHOD/seed-S/0000.png ...   the images of one trial, each with its settings
+    OUT/cells/SCENE/METHOD/seed-S/cell.json      what was generated, the attention's IoU, the seconds
     OUT/cells/SCENE/METHOD/seed-S/run/           metrics and settings of its training; the tuned weights are not kept
 
-A trial counts once its cell.json is there. One that was cut off is done anew, or goes on from a checkpoint of its run.
+A trial counts once its cell.json is there. One that was cut off is trained anew, or resumes from a checkpoint.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.evaluation.baselines import training_of
-from bas.evaluation.generation import Request, draw, look
+from bas.evaluation.generation import Request, generate_images, measure_attention
 from bas.io.files import read_json, write_json
 from bas.io.run_files import CHECKPOINTS, METRICS
 from bas.runtime.signals import Interrupted
@@ -27,12 +27,12 @@ from bas.training.base_model import Base
 from bas.training.loop import trained
 
 PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
-SEEDS_APART = 10_000  # between the pictures' seeds of two training seeds: more than one trial ever draws
+SEEDS_APART = 10_000  # between the image seeds of two training seeds: more than a trial has images
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training and what is drawn with it."""
+    """One training and the images that it is asked for."""
 
     scene: str  # its name
     method: str
@@ -42,12 +42,12 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """Where the pictures go."""
+        """The folder of its images."""
         return Path(self.training.output_dir).parent
 
     @property
     def finished(self) -> bool:
-        """Whether everything of it is drawn."""
+        """Whether all its images are generated."""
         return (self.folder / TRIAL).exists()
 
 
@@ -62,13 +62,15 @@ def plan_trials(
 ) -> list[Trial]:
     """List all trials, seed by seed and scene by scene: a part of them compares all methods on the same scenes.
 
-    explicit: settings of TrainConfig that hold for every row. Raises InputError for a scene that cannot be used.
+    explicit: settings of TrainConfig that hold for every variant. Raises InputError for a scene that cannot be used,
+    and for one without words: prompt similarity compares an image with its prompt in words.
     """
     trials = []
     configs = {method: training_of(method, explicit, model_row) for method in methods}
-    handles = {
-        scene: load_scene(replace(configs[methods[0]], instance_data_dir=str(scene))).handles for scene in scenes
-    }
+    loaded = {scene: load_scene(replace(configs[methods[0]], instance_data_dir=str(scene))) for scene in scenes}
+    for scene, content in loaded.items():
+        if wordless := [h for h, word in zip(content.handles, content.words, strict=True) if not word]:
+            raise InputError(f'{scene} has no word for {", ".join(wordless)}: write its "word" into {scene}/scene.json')
     for seed in seeds:
         for scene in scenes:
             for method, config in configs.items():
@@ -83,12 +85,12 @@ def plan_trials(
                     checkpointing_steps=0,
                     resume_from_checkpoint="latest" if (run / METRICS).exists() else None,
                 )
-                trials.append(Trial(name, method, seed, training, requests_of(handles[scene], contexts, seed)))
+                trials.append(Trial(name, method, seed, training, requests_of(loaded[scene].handles, contexts, seed)))
     return trials
 
 
 def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) -> tuple[Request, ...]:
-    """Every non-empty subset of the handles in every context. All methods draw from the same noise."""
+    """Ask for every non-empty subset of the handles in every context. All methods start from the same noise."""
     prompts = [(f"{subset_prompt(chosen)} {context}", chosen) for chosen in subsets(handles) for context in contexts]
     return tuple(
         Request(prompt, tuple(map(handles.index, chosen)), SEEDS_APART * seed + i)
@@ -97,7 +99,7 @@ def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) 
 
 
 def agree_on(folder: Path, facts: dict) -> None:
-    """Note what all trials of a folder share. InputError when those that are there were made with something else."""
+    """Write plan.json, what all trials of a folder share. Raises InputError where its trials share something else."""
     path = folder / PLAN
     if path.exists():
         noted = read_json(path)
@@ -121,11 +123,10 @@ def agree_on(folder: Path, facts: dict) -> None:
 
 
 def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool = False) -> dict:
-    """Train, look where the handles look, draw everything, and note it; returns the note.
+    """Train, measure attention, generate all images, and write cell.json; returns its content.
 
-    With `segments`, where each handle looked while a picture was drawn is kept beside it.
-
-    Raises as `bas.training.loop.train` does; after a signal Interrupted, and the same command goes on.
+    segments: also save where each handle attended in each image. Raises as `bas.training.loop.train` does, and
+    Interrupted after a signal; the same command then resumes.
     """
     began = time.monotonic()
     try:
@@ -137,8 +138,8 @@ def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool =
                 "seed": trial.seed,
                 "handles": list(run.scene.handles),
                 "words": list(run.scene.words),
-                "attention_iou": look(run),
-                "pictures": draw(run, trial.requests, trial.folder, sampling, segments),
+                "attention_iou": measure_attention(run),
+                "pictures": generate_images(run, trial.requests, trial.folder, sampling, segments),
             }
     except Interrupted as stop:
         raise Interrupted("stopped; the same command goes on", stop.exit_code - 128) from None

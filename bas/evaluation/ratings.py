@@ -13,13 +13,13 @@ from bas.evaluation.libraries import optional_library
 from bas.evaluation.study import KEY
 from bas.io.files import read_json
 
-QUESTIONS = {"identity": "the same thing", "prompt": "what the text says"}
+QUESTIONS = {"identity": "the same concept", "prompt": "what the text says"}
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Rating:
-    """One participant's marks of one picture, 1 to 5."""
+    """One participant's marks of one image, 1 to 5."""
 
     rater: str
     method: str
@@ -61,10 +61,9 @@ class Comparison:
 
 
 def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
-    """The ratings in the files that the pages saved, with the methods that the study's key names.
+    """Read the files that the pages saved, with the methods that the study's key names.
 
-    Raises InputError for answers to another study, for marks that are none, and for a participant's page that is there
-    twice.
+    Raises InputError for answers to another study, for marks other than 1 to 5, and for a page that was given twice.
     """
     key = read_json(study / KEY) if (study / KEY).is_file() else {}
     questions = key.get("questions")
@@ -88,12 +87,12 @@ def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
             values = [marks.get(question) if isinstance(marks, dict) else None for question in QUESTIONS]
             if any(type(value) is not int or not 1 <= value <= 5 for value in values):
                 raise InputError(f"{path}: the marks for {name} are {values}, not two of 1 to 5")
-            ratings.append(Rating(who[0], questions[name]["method"], *values))
+            ratings.append(Rating(who[0], questions[name]["method"], marks["identity"], marks["prompt"]))
     return ratings
 
 
 def compare(ratings: list[Rating]) -> dict[str, Comparison]:
-    """Both tests for each question. InputError for fewer than two methods, or one with fewer than two ratings."""
+    """Run both tests for each question. Raises InputError for fewer than two methods, or two ratings of a method."""
     methods = sorted({rating.method for rating in ratings})
     groups = [[rating for rating in ratings if rating.method == method] for method in methods]
     if len(methods) < 2 or min(map(len, groups)) < 2:
@@ -105,7 +104,7 @@ def compare(ratings: list[Rating]) -> dict[str, Comparison]:
 
 
 def compare_marks(marks: dict[str, list[int]]) -> Comparison:
-    """Both tests of one question's marks, by method. Where all marks are equal nothing differs: H = 0 and p = 1.
+    """Run both tests on one question's marks, by method. Where all marks are equal, H = 0 and p = 1.
 
     Without any spread within the methods Tukey's test is undefined, and there are no pairs.
     """
@@ -124,7 +123,7 @@ def compare_marks(marks: dict[str, list[int]]) -> Comparison:
 
 
 def tukey_pairs(stats, methods: list[str], groups: list[np.ndarray]) -> list[Pair]:
-    """Every two methods."""
+    """Return Tukey's test of every two methods. stats: scipy.stats"""
     tukey = stats.tukey_hsd(*groups)
     interval = tukey.confidence_interval(CONFIDENCE)
     columns = tukey.statistic, interval.low, interval.high, tukey.pvalue
@@ -136,7 +135,7 @@ def tukey_pairs(stats, methods: list[str], groups: list[np.ndarray]) -> list[Pai
 
 
 def tables(comparisons: dict[str, Comparison]) -> str:
-    """Both questions as Markdown."""
+    """Return both questions as Markdown."""
     parts = []
     for question, comparison in comparisons.items():
         groups = len(comparison.means)
@@ -155,10 +154,10 @@ def tables(comparisons: dict[str, Comparison]) -> str:
 
 
 def p_value(p: float) -> str:
-    """As people report it."""
+    """Return a p value as papers report it."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def as_json(comparisons: dict[str, Comparison]) -> dict:
-    """All numbers of both questions."""
+    """Return all numbers of both questions."""
     return {question: asdict(comparison) for question, comparison in comparisons.items()}

@@ -21,7 +21,7 @@ from bas.evaluation.scores import Scorer, Segments, read_rows, score_trial
 from bas.evaluation.tables import markdown, summarise
 from bas.io.files import read_json, write_text
 from bas.io.images import save_image
-from bas.pretrained.folder import load, read_spec
+from bas.pretrained.folder import read_spec
 from bas.runtime.device import DTYPES, is_out_of_memory
 from bas.sampling.sampler import check_request
 from bas.training.base_model import Base
@@ -52,7 +52,7 @@ class EvaluationContext:
     @cached_property
     def base(self) -> Base:
         """The base model, kept in memory between trials."""
-        return Base(self.path, load(self.path, device=self.device), keep=True)
+        return Base.open(self.path, self.device, keep=True)
 
     def size(self) -> tuple[int, int]:
         """The base's resolution and size multiple."""

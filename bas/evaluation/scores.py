@@ -1,4 +1,4 @@
-"""From the pictures of a trial to numbers: the rows of results.jsonl, one for each picture and one for each trial.
+"""From a trial's images to numbers: the rows of results.jsonl, one for each image and one for each trial.
 
 {"row": "picture", scene, method, seed, file, prompt, text, prompt_similarity, identity: {handle: value}, ...}
 {"row": "cell", scene, method, seed, attention_iou: {handle: value}, draws: {handle: {handle: value}}, ...}
@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from bas.evaluation.generation import photograph, segment_path
+from bas.evaluation.generation import read_scene, segment_path
 from bas.evaluation.metrics import Identity, in_words, leakage
 from bas.evaluation.protocol import TRIAL, Trial
 from bas.evaluation.segments import read_segments
@@ -20,54 +20,54 @@ from bas.io.files import read_json, write_text
 from bas.io.images import to_image
 
 ROWS = "rows.jsonl"  # of a trial
-NAMELESS = "thing"  # what CLIP reads for a concept without a word
 
-Find = Callable[[list[Image.Image], str], list[np.ndarray]]  # where a class of this name is in each picture
-Segments = Find | Literal["files"] | None  # a model, the files beside the pictures, or the whole pictures
+Find = Callable[[list[Image.Image], str], list[np.ndarray]]  # segments of the class of this name in each image
+Segments = Find | Literal["files"] | None  # a model, the files beside the images, or the whole images
 
 
 class Scorer(Identity, Protocol):
     """`bas.evaluation.metrics.Metrics`, or what stands in for it."""
 
-    def prompt_similarity(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
-        """One value for each picture and its prompt."""
+    def prompt_similarity(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
+        """Return one value for each image and its prompt."""
+        ...
 
 
 def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
     """Score a trial's images, write its rows and return them. size: the model's resolution and size multiple."""
-    note = read_json(trial.folder / TRIAL)
-    _, image, masks = photograph(trial.training, *size)
-    photo, layers = to_image(image), list(masks.numpy())
-    handles, words = note["handles"], [word or NAMELESS for word in note["words"]]
-    entries = note["pictures"]
-    pictures = [read_picture(trial.folder / entry["file"]) for entry in entries]
+    noted = read_json(trial.folder / TRIAL)
+    scene, scene_image, masks = read_scene(trial.training, *size)
+    reference, layers = to_image(scene_image), list(masks.numpy())
+    handles, words = noted["handles"], [str(word) for word in scene.words]
+    entries = noted["pictures"]
+    images = [open_image(trial.folder / entry["file"]) for entry in entries]
     texts = [in_words(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
 
     common = {"scene": trial.scene, "method": trial.method, "seed": trial.seed}
     rows = [{"row": "picture", **common, **entry, "text": text} for entry, text in zip(entries, texts, strict=True)]
-    for row, value in zip(rows, scorer.prompt_similarity(pictures, texts), strict=True):
+    for row, value in zip(rows, scorer.prompt_similarity(images, texts), strict=True):
         row |= {"prompt_similarity": value, "identity": {}}
     for i, handle in enumerate(handles):
         shown = [row for row in rows if i in row["concepts"]]
-        own = [picture for row, picture in zip(rows, pictures, strict=True) if i in row["concepts"]]
+        own = [image for row, image in zip(rows, images, strict=True) if i in row["concepts"]]
         paths = [segment_path(trial.folder / row["file"], i) for row in shown]
         places = read_segments(paths, own) if segments == "files" else segments(own, words[i]) if segments else None
-        for row, value in zip(shown, scorer.identity_similarity(own, photo, layers[i], places), strict=True):
+        for row, value in zip(shown, scorer.identity_similarity(own, reference, layers[i], places), strict=True):
             row["identity"][handle] = value
     for row in rows:
         row["identity_similarity"] = float(np.mean(list(row["identity"].values())))
 
-    alone = [[p for row, p in zip(rows, pictures, strict=True) if row["concepts"] == [i]] for i in range(len(handles))]
-    table = leakage(scorer, alone, photo, layers)
-    rows.append({"row": "cell", **common, **summary_of_handles(handles, note["attention_iou"], table)})
+    alone = [[p for row, p in zip(rows, images, strict=True) if row["concepts"] == [i]] for i in range(len(handles))]
+    table = leakage(scorer, alone, reference, layers)
+    rows.append({"row": "cell", **common, **summary_of_handles(handles, noted["attention_iou"], table)})
     write_text(trial.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
 def summary_of_handles(handles: list[str], iou: list[float], table: np.ndarray) -> dict:
-    """What a trial's row says of its handles. table: (N, N), how much handle i alone draws concept j.
+    """Return what a trial's row says of its handles. table: (N, N), how much handle i alone shows concept j.
 
-    leakage: the mean of what each draws of the others; confused: the share of handles that draw another concept more
+    leakage: the mean of what each shows of the others; confused: the share of handles that show another concept more
     than their own. Both are None for a single handle.
     """
     count = len(handles)
@@ -80,13 +80,13 @@ def summary_of_handles(handles: list[str], iou: list[float], table: np.ndarray) 
     }
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture of the trial, in memory."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+def open_image(path: Path) -> Image.Image:
+    """Read an image of the trial into memory. Raises OSError where it cannot be read."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def read_rows(trial: Trial) -> list[dict]:
-    """The rows of a trial, none when it is not scored."""
+    """Read the rows of a trial; none where it is not scored."""
     path = trial.folder / ROWS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,9 +1,10 @@
-"""Where a concept is in a generated picture: from a segmentation model, from files, or from its handle's attention.
+"""Where a concept is in a generated image: from a segmentation model, from files, or from its handle's attention.
 
-The paper segments its pictures with MaskFormer (Cheng et al. 2021) by the concept's class (appendix).
+The paper segments its images with MaskFormer (Cheng et al. 2021) by the concept's class (appendix).
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ KINDS = {  # model_type of its config.json: class names in transformers
     "maskformer": ("MaskFormerForInstanceSegmentation", "MaskFormerImageProcessorPil"),
     "mask2former": ("Mask2FormerForUniversalSegmentation", "Mask2FormerImageProcessorPil"),
 }
-LOOKED = 0.5  # of an attention map's maximum, from where on a cell counts as looked at
+ATTENDED = 0.5  # of an attention map's maximum, above which a cell belongs to the segment
 
 
 class Segmenter:
-    """MaskFormer or Mask2Former: the pixels of a class by its word."""
+    """MaskFormer or Mask2Former: the pixels of a class, found by its word."""
 
     def __init__(self, name: str = MASKFORMER, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--segmenter")
@@ -32,50 +33,50 @@ class Segmenter:
         if kind not in KINDS:
             raise InputError(f"{folder} is a model of type {kind}: segments need {' or '.join(KINDS)}")
         model, self.processor = load_helper(folder, kind, *KINDS[kind])
-        self.model = model.to(device)
-        self.labels = {plain(word): int(i) for i, word in model.config.id2label.items()}
+        self.model: Any = model.to(device)  # of transformers, whose classes are loaded by name
+        self.labels = {plain(word): int(i) for i, word in self.model.config.id2label.items()}
 
     @torch.inference_mode()
-    def segments(self, pictures: list[Image.Image], word: str) -> list[np.ndarray]:
-        """The semantic segment of a class in each picture, (H, W) of 0 and 1; all 0 where the model sees none of it.
+    def segments(self, images: list[Image.Image], word: str) -> list[np.ndarray]:
+        """Return the semantic segment of a class in each image, (H, W) of 0 and 1; all 0 where the model finds none.
 
         Raises InputError for a word that the model has no class for.
         """
         if plain(word) not in self.labels:
             raise InputError(f"the segmentation model has no class {word!r}: it has {', '.join(self.labels)[:200]} ...")
         found = []
-        for picture in pictures:
-            outputs = self.model(**self.processor(picture, return_tensors="pt").to(self.model.device))
-            size = picture.height, picture.width
+        for image in images:
+            outputs = self.model(**self.processor(image, return_tensors="pt").to(self.model.device))
+            size = image.height, image.width
             (classes,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
             found.append((classes == self.labels[plain(word)]).cpu().numpy().astype(np.float32))
         return found
 
 
 def plain(word: str) -> str:
-    """A class name as people say it: COCO's stuff is named as wall-other-merged."""
+    """Return a class name without its suffixes: COCO names stuff as wall-other-merged."""
     return word.split("-")[0].strip().lower()
 
 
-def read_segments(paths: list[Path], pictures: list[Image.Image]) -> list[np.ndarray]:
-    """Segments from files, one for each picture, white inside. -> (H, W) in 0..1 each
+def read_segments(paths: list[Path], images: list[Image.Image]) -> list[np.ndarray]:
+    """Read one segment for each image, white inside. -> (H, W) in 0..1 each
 
-    Raises InputError for a file that cannot be read, or has another size than its picture.
+    Raises InputError for a file that cannot be read or has another size than its image.
     """
     found = []
-    for path, picture in zip(paths, pictures, strict=True):
+    for path, image in zip(paths, images, strict=True):
         mask = read_mask(path)
-        if mask.shape != (picture.height, picture.width):
-            raise InputError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its picture {picture.width}x{picture.height}")
+        if mask.shape != (image.height, image.width):
+            raise InputError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {image.width}x{image.height}")
         found.append(mask)
     return found
 
 
 def segment_by_attention(attention: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A handle's map (gh, gw) as a segment at the picture's size (H, W): 1 above half its maximum.
+    """Turn a handle's map (gh, gw) into a segment at the image's size (H, W): 1 above half its maximum.
 
     The map is one of `bas.sampling.attention_maps`. It is enlarged first, bilinearly, so that the segment's
-    border is not a cell's.
+    border does not follow the map's cells.
     """
     large = F.interpolate(torch.from_numpy(attention)[None, None].float(), size, mode="bilinear")[0, 0]
-    return (large > LOOKED * large.max()).float().numpy()
+    return (large > ATTENDED * large.max()).float().numpy()

@@ -176,6 +176,7 @@ def choose_pages(items: list[Item], config: StudyConfig) -> list[list[Item]]:
 def write_study(items: list[Item], folder: Path, config: StudyConfig) -> list[Path]:
     """Write page-0.html, page-1.html, ... and key.json; returns the pages' paths. Raises as `choose_pages` does."""
     pages = choose_pages(items, config)
+    folder.mkdir(parents=True, exist_ok=True)
     content = [[(item.method, *map(str, item.unit)) for item in page] for page in pages]
     study = hashlib.sha256(json.dumps([config.seed, content]).encode()).hexdigest()[:12]
     key, paths = {}, []

@@ -77,50 +77,50 @@ def test_the_square_has_nine_places_along_the_longer_side():
 
 def test_most_things_then_most_area_then_the_middle(world):
     both = (1, box(0, 0, 40, 100)), (18, box(60, 0, 40, 100))
-    world.picture(1, (180, 100), *both)
+    world.row(1, (180, 100), *both)
     assert world.square().box == (0, 0, 100, 100)  # only there both are whole
-    world.picture(2, (180, 100), *both, (62, box(100, 0, 80, 100)))
+    world.row(2, (180, 100), *both, (62, box(100, 0, 80, 100)))
     choice = world.square(2, max_things=4)
     # From 20 to 120 all three have 20 columns or more: 20 + 40 + 20; more to the left no chair, to the right no person.
     assert choice.box == (20, 0, 120, 100)
-    assert [thing.word for thing in choice.things] == ["dog", "person", "chair"]
-    assert [thing.share for thing in choice.things] == [0.4, 0.2, 0.2]
-    world.picture(3, (180, 100), (1, box(60, 0, 60, 50)), (18, box(60, 50, 60, 50)))
+    assert [segment.word for segment in choice.segments] == ["dog", "person", "chair"]
+    assert [segment.share for segment in choice.segments] == [0.4, 0.2, 0.2]
+    world.row(3, (180, 100), (1, box(60, 0, 60, 50)), (18, box(60, 50, 60, 50)))
     assert world.square(3).box == (40, 0, 140, 100)
 
 
 def test_the_masks_are_those_pixels_in_the_square(world):
-    world.picture(1, (180, 100), (1, box(90, 10, 40, 80)), (18, box(130, 0, 50, 60)))
+    world.row(1, (180, 100), (1, box(90, 10, 40, 80)), (18, box(130, 0, 50, 60)))
     choice = world.square()
     assert choice.box == (80, 0, 180, 100)
     wanted = np.zeros((100, 100), bool)
     wanted[10:90, 10:50] = True
-    assert np.array_equal(choice.things[0].mask, wanted)
+    assert np.array_equal(choice.segments[0].mask, wanted)
 
 
 # --- The rules ----------------------------------------------------------------------------------------------------
 
 
 def test_fifteen_percent_of_the_square_is_the_border(world):
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 100)))
-    assert [thing.share for thing in world.square().things] == [0.5, 0.15]
-    world.picture(2, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 99)))
+    world.row(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 100)))
+    assert [segment.share for segment in world.square().segments] == [0.5, 0.15]
+    world.row(2, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 99)))
     assert world.square(2) is None
     assert world.square(2, min_share=0.148) is not None
 
 
 def test_a_class_counts_once_and_its_largest_thing_is_the_concept(world):
-    world.picture(1, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)))
+    world.row(1, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)))
     assert world.square() is None
-    world.picture(2, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)), (18, box(60, 0, 30, 100)))
-    assert [(thing.word, thing.share) for thing in world.square(2).things] == [("person", 0.4), ("dog", 0.3)]
+    world.row(2, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)), (18, box(60, 0, 30, 100)))
+    assert [(segment.word, segment.share) for segment in world.square(2).segments] == [("person", 0.4), ("dog", 0.3)]
 
 
 @pytest.mark.parametrize(
     "other", [(52, box(50, 0, 50, 100)), (200, box(50, 0, 50, 100)), (18, box(50, 0, 50, 100), {"iscrowd": 1})]
 )
 def test_dropped_classes_stuff_and_crowds_are_no_concepts(world, other):
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), other)
+    world.row(1, (100, 100), (1, box(0, 0, 50, 100)), other)
     assert world.square() is None
     assert (world.square(dropped=()) is not None) == (other[0] == 52)  # a class that is dropped by choice alone
 
@@ -138,21 +138,21 @@ def test_run_lengths_in_both_forms_count_as_polygons_do(world):
     disc, half = (x - 40) ** 2 + (y - 45) ** 2 < 900, x >= 70
     packed = oracle.encode(np.asfortranarray(half.astype(np.uint8)))
     crowd = {"iscrowd": 1}
-    world.picture(
+    world.row(
         1, (120, 90), (18, runs(disc)), (1, {"size": [90, 120], "counts": packed["counts"].decode()}),
         (62, runs(np.ones((90, 120), bool)), crowd),
     )  # fmt: skip
     choice = world.square()
     left = choice.box[0]
-    assert {thing.word for thing in choice.things} == {"dog", "person"}
-    by_word = {thing.word: thing.mask for thing in choice.things}
+    assert {segment.word for segment in choice.segments} == {"dog", "person"}
+    by_word = {segment.word: segment.mask for segment in choice.segments}
     assert np.array_equal(by_word["dog"], disc[:, left : left + 90])
     assert np.array_equal(by_word["person"], half[:, left : left + 90])
 
 
 def test_what_states_a_small_area_is_not_drawn(world):
     """The file's areas spare most of the work; a mask that cannot be drawn would be an error."""
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, "nonsense", {"area": 100.0}))
+    world.row(1, (100, 100), (1, box(0, 0, 50, 100)), (18, "nonsense", {"area": 100.0}))
     assert world.square() is None
 
 
@@ -162,13 +162,13 @@ def test_what_states_a_small_area_is_not_drawn(world):
 def many(world, count):
     for identity in range(1, count + 1):
         second = 18 if identity % 3 else 1  # every third picture shows one class only
-        world.picture(identity, (120, 100), (1, box(0, 0, 50, 100)), (second, box(50, 0, 50, 100)))
+        world.row(identity, (120, 100), (1, box(0, 0, 50, 100)), (second, box(50, 0, 50, 100)))
     return world.write()
 
 
 def chosen_ids(path, **settings):
     config = CocoConfig(**settings)
-    return [choice.picture["id"] for choice in choose_scenes(read_annotations(path, config.dropped), config)]
+    return [choice.row["id"] for choice in choose_scenes(read_annotations(path, config.dropped), config)]
 
 
 def test_the_choice_depends_on_the_seed_alone(world):

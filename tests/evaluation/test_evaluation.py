@@ -37,6 +37,7 @@ from tests.helpers.tiny import refused, write_scene
 
 SAMPLING = SampleConfig(num_inference_steps=2, batch_size=4)
 FACTS = {"base": "tiny"}
+WORDS = ("cat", "dog")
 
 
 class Stand:
@@ -56,7 +57,13 @@ class Stand:
 def scenes(tmp_path_factory) -> list[Path]:
     """Two scenes, of 1 and 2 concepts."""
     folder = tmp_path_factory.mktemp("evaluation")
-    return [write_scene(folder / name, concepts=i) for i, name in enumerate(("ant", "bee"), start=1)]
+    return [with_words(write_scene(folder / name, concepts=i), WORDS[:i]) for i, name in enumerate(("ant", "bee"), 1)]
+
+
+def with_words(scene: Path, words: tuple[str | None, ...]) -> Path:
+    """Name the concepts of a scene folder."""
+    (scene / "scene.json").write_text(json.dumps({"concepts": [{"word": word} for word in words]}))
+    return scene
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +126,14 @@ def test_ablations_are_four():
         "no-attention": {"lambda_attention": 0.0},
         "single": {"subset_sampling": "single"},
     }
+
+
+def test_a_scene_without_words_is_refused_before_anything_is_trained(explicit, tmp_path):
+    """CLIP compares an image with its prompt in words, so a concept without one has no prompt similarity."""
+    scene = with_words(write_scene(tmp_path / "scene", concepts=2), ("cat", None))
+    with refused(f'{scene} has no word for <asset1>: write its "word" into {scene}/scene.json'):
+        planned(tmp_path / "out", [scene], explicit)
+    assert not (tmp_path / "out").exists()
 
 
 def test_trials_draw_every_subset_in_every_context(scenes, explicit, tmp_path):
@@ -186,7 +201,7 @@ def test_rows_hold_what_was_measured(scenes, done):
     assert all((row["seed"], row["scene"]) == (0, "bee") for row in pictures[-6:])
     last = pictures[-1]
     assert last["prompt"] == "a photo of <asset0> and <asset1> in the jungle"
-    assert last["text"] == "a photo of thing and thing in the jungle"
+    assert last["text"] == "a photo of cat and dog in the jungle"
     with Image.open(trials[3].folder / last["file"]) as picture:
         assert last["prompt_similarity"] == pytest.approx(np.asarray(picture)[..., 0].mean() / 255)
         photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask1.png"))
@@ -229,7 +244,7 @@ def test_segments_are_those_of_the_concepts_word(done):
 
     before = rows_of(done[0])[-7:-1]
     rows = score_trial(done[1][3], Stand(), (32, 8), segments)
-    assert asked == [(4, "thing"), (4, "thing")]
+    assert asked == [(4, "cat"), (4, "dog")]
     assert all(a["identity"] != b["identity"] for a, b in zip(rows[:-1], before, strict=True))
     score_trial(done[1][3], Stand(), (32, 8))
 

@@ -189,7 +189,7 @@ def test_marks_that_are_all_alike_differ_in_nothing():
 
 
 def test_scipy_missing_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy", None)
+    monkeypatch.setitem(__import__("sys").modules, "scipy.stats", None)
     with refused("scipy is not installed: pip install scipy"):
         compare_marks({"a": [1, 2], "b": [3, 4]})
 

@@ -1,32 +1,43 @@
-"""Show the whole method in minutes: train on the shipped miniature's scene and draw one picture of the result."""
+"""Show the whole method in minutes: train on the shipped miniature's scene and put its concepts into new places."""
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from bas.cli.flags import Parser
+from bas.cli.inspection import as_text
 from bas.config import SampleConfig
 from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
+from bas.evaluation.metrics import attention_iou
 from bas.io.figures import grid, overlay_attention, tint_masks
 from bas.io.images import save_image, to_image
 from bas.io.run_files import CONCEPTS, METRICS
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
 from bas.runtime.device import pick_device
-from bas.sampling.sampler import sample
+from bas.runtime.progress import ImageProgress
+from bas.sampling.sampler import sample_each
 from bas.training.loop import train
 from bas.training.preview import scene_attention
-from bas.web.report import write_report
+from bas.web.report import SHEET, write_report
 
 log = logging.getLogger(__name__)
 
 EXAMPLES = ("bas demo --output_dir demo",)
 SCENE = "scenes/playroom"  # inside the shipped model's folder
-PICTURE = "demo.png"
 CONTEXTS = ("at the beach", "in the snow", "in the jungle")  # one per handle
 TOGETHER = ("at the beach", "in the snow", "on top of a pink fabric")  # all of them
-CELL = 160
+CELL = 160  # pixels of an image on the sheet
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the demo made: its sheet of images, and how well each handle's attention map covers its mask (IoU)."""
+
+    sheet: Path
+    attention_iou: dict[str, float]
 
 
 def configure(parser: Parser) -> None:
@@ -36,36 +47,40 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run it, and print where the picture and the page of the run are."""
-    print(demo(Path(args.output_dir), args.device))
+    """Run the demo; print its figures and where its sheet and page are."""
+    result = demo(Path(args.output_dir), args.device)
+    print(as_text({f"attention IoU of {handle}": f"{value:.2f}" for handle, value in result.attention_iou.items()}))
+    print(result.sheet)
     print(write_report(Path(args.output_dir)))
 
 
-def demo(output_dir: Path, device: str | None = None) -> Path:
-    """Train on the shipped scene, or go on where the folder's run stopped, and draw the picture; returns its path."""
+def demo(output_dir: Path, device: str | None = None) -> Result:
+    """Train on the shipped scene, or resume the folder's run, and write RUN/demo.png.
+
+    Raises InputError for a folder that holds something else, RunError where training fails.
+    """
     resume = "latest" if (output_dir / METRICS).exists() else None
     config = train_config(find(None) / SCENE, output_dir=str(output_dir), device=device, resume_from_checkpoint=resume)
     if (output_dir / CONCEPTS).exists():
-        log.info("%s holds a finished run: only the picture is drawn", output_dir)
+        log.info("%s holds a finished run: only the images are generated", output_dir)
     else:
         train(config)
     models = load(output_dir, device=pick_device(device))
     scene = load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    photo = to_image(image)
-
-    handles = scene.handles
-    layers = dict(enumerate(masks.numpy()))
+    shown, layers, handles = to_image(image), dict(enumerate(masks.numpy())), scene.handles
     attention = scene_attention(models, handles, image, config)
-    looks = [overlay_attention(values, photo, i) for i, values in enumerate(attention.numpy())]
+    overlays = [overlay_attention(values, shown, i) for i, values in enumerate(attention.numpy())]
+
     alone, together = [subset_prompt([handle]) for handle in handles], subset_prompt(handles)
     elsewhere = [f"{prompt} {context}" for prompt, context in zip(alone, CONTEXTS, strict=True)]
     reunited = [f"{together} {context}" for context in TOGETHER]
     prompts = [[*alone, together, reunited[0]], [*elsewhere, *reunited[1:]]]
-    drawn = iter(sample(models, [*prompts[0], *prompts[1]], SampleConfig(seed=config.seed)))
-    rows = [[scene.image, tint_masks(photo, layers), *looks], *([next(drawn) for _ in row] for row in prompts)]
-    seen = ["the photograph", "and its masks", *(f"attention of {h}" for h in handles)]
-    labels = [seen, *prompts]
-    sheet = grid(rows, labels, CELL, title="one picture in, one handle per concept out")
-    save_image(sheet, output_dir / PICTURE)
-    return output_dir / PICTURE
+    sampling, count = SampleConfig(seed=config.seed), sum(map(len, prompts))
+    progress = ImageProgress(count, sampling.num_inference_steps)
+    images = sample_each(models, [prompt for row in prompts for prompt in row], sampling, progress)
+    rows = [[scene.image, tint_masks(shown, layers), *overlays], *([next(images) for _ in row] for row in prompts)]
+    labels = [["the scene", "and its masks", *(f"attention of {handle}" for handle in handles)], *prompts]
+    sheet = grid(rows, labels, CELL, title="one image in, one handle per concept out")
+    save_image(sheet, output_dir / SHEET)
+    return Result(output_dir / SHEET, dict(zip(handles, attention_iou(attention, masks), strict=True)))

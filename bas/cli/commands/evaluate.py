@@ -1,4 +1,4 @@
-"""Repeat the paper's comparison: every method on every scene, every subset in every context, drawn and scored."""
+"""Repeat the paper's comparison: train every method on every scene, generate every subset in every context, score."""
 
 import argparse
 import logging
@@ -11,6 +11,7 @@ from bas.cli.inspection import as_text
 from bas.config import SampleConfig, TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.evaluation.baselines import PAPER, VARIANTS
+from bas.evaluation.libraries import optional_library
 from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
 from bas.evaluation.protocol import Trial, agree_on, plan_trials
 from bas.evaluation.runner import (
@@ -43,7 +44,7 @@ TRAINING = (  # the flags of training that stand beside those below; --config ta
     *("pretrained_model_name_or_path", "phase1_train_steps", "phase2_train_steps", "resolution", "num_class_images"),
     *("class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
 )
-DRAWING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed"}
+SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed"}
 
 
 def configure(parser: Parser) -> None:
@@ -59,7 +60,7 @@ def configure(parser: Parser) -> None:
         default=PAPER,
         help=f"what to compare (default: all of the paper): {rows}",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of training and drawing (default: 0)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of trainings and images (default: 0)")
     parser.add_argument("--first_scenes", type=int, metavar="INT", help="only the first so many scenes")
     parser.add_argument(
         "--prompts", type=int, default=len(CONTEXTS), metavar="INT", help="contexts, of the paper's ten (default: all)"
@@ -68,29 +69,29 @@ def configure(parser: Parser) -> None:
         "--metrics",
         choices=("auto", "photographs", "miniature"),
         default="auto",
-        help="CLIP and DINO, or the miniature's own measures (default: those that suit the base)",
+        help="CLIP and DINO, or the miniature's own measures (default: those that suit the base model)",
     )
     parser.add_argument("--clip", default=CLIP, help="folder or hub id of the CLIP model (default: %(default)s)")
     parser.add_argument("--dino", default=DINO, help="folder or hub id of the DINO model (default: %(default)s)")
     parser.add_argument(
         "--segmenter",
         default=MASKFORMER,
-        help="folder or hub id of the model that finds concepts in pictures (default: %(default)s)",
+        help="folder or hub id of the model that segments images (default: %(default)s)",
     )
     parser.add_argument(
         "--segments",
         choices=("auto", "model", "attention", "none"),
         default="auto",
-        help="what of a picture identity is measured on: what the --segmenter finds, where the handle looked, or all "
-        "of it (default: the model for photographs, all for the miniature, whose measure searches)",
+        help="part of an image that identity is measured on: the segment of the --segmenter, where the handle attends, "
+        "or the whole image (default: model for photographs, none for the miniature, whose measure searches)",
     )
     parser.add_argument("--dry_run", action="store_true", help="count and estimate; write nothing")
     add_fields(parser, TrainConfig, TRAINING)
-    add_fields(parser, SampleConfig, DRAWING)
+    add_fields(parser, SampleConfig, SAMPLING)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plan, fill and score this process's trials; the first process then writes the results."""
+    """Plan, run and score this process's trials; the first process then writes the results."""
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
     explicit = {**read_config(args.config, setting_rows(TrainConfig)), **given(args, TrainConfig)}
     explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
@@ -109,19 +110,21 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
 
+    for library in ("scipy.stats", "matplotlib.figure"):  # before anything is trained
+        optional_library(library)
     training = {name: value for name, value in explicit.items() if name not in ("device", "class_data_dir")}
-    facts = {
+    plan = {
         "base": weights_hash(base),
         "contexts": list(contexts),
         "metrics": measured,
         "sampling": asdict(sampling),
     }
-    agree_on(folder, facts | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
-    bench = EvaluationContext(base, device, sampling, partial(make_scorer, measured, base, str(device)))
+    agree_on(folder, plan | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
+    context = EvaluationContext(base, device, sampling, partial(make_scorer, measured, base, str(device)))
     share, failed = ranks.part(trials), []
     with ranks.connected() as gather:
-        for i, outcome in enumerate(evaluate_each(share, bench), start=1):
-            say(outcome, f"[{i}/{len(share)}]", share[i:])
+        for i, outcome in enumerate(evaluate_each(share, context), start=1):
+            report(outcome, f"[{i}/{len(share)}]", share[i:])
             if outcome.error:
                 failed.append([title(outcome.trial), outcome.error])
         failed = gather(failed)
@@ -130,18 +133,18 @@ def run(args: argparse.Namespace) -> None:
         shown |= {"metrics": measured["kind"], "segments": measured["segments"]}
         for path in write_results(folder, trials, shown):
             print(path)
-    ranks.conclude(failed, len(trials), "cells")
+    ranks.conclude(failed, len(trials), "trials")
 
 
 def in_range(flag: str, value: int, most: int) -> int:
-    """The value. InputError unless it is from 1 to `most`."""
+    """Return the value. Raises InputError unless it is from 1 to `most`."""
     if not 1 <= value <= most:
         raise InputError(f"{flag} is {value}: expected 1 to {most}")
     return value
 
 
 def measures(args: argparse.Namespace, base: Path) -> dict[str, str]:
-    """What all rows of a folder are measured with."""
+    """Return what all trials of a folder are measured with."""
     kind = args.metrics if args.metrics != "auto" else ("miniature" if (base / MINI_CLIP).is_dir() else "photographs")
     segments = args.segments if args.segments != "auto" else ("none" if kind == "miniature" else "model")
     models = {"clip": args.clip, "dino": args.dino} if kind == "photographs" else {}
@@ -151,7 +154,7 @@ def measures(args: argparse.Namespace, base: Path) -> dict[str, str]:
 
 
 def make_scorer(measured: dict[str, str], base: Path, device: str) -> tuple[Scorer, Segments]:
-    """The metrics, and where concepts are looked for. measured: as `measures` tells"""
+    """Load the metrics and the source of segments. measured: of `measures`"""
     if measured["kind"] == "miniature":
         scorer = Metrics.miniature(device, base if (base / MINI_CLIP).is_dir() else None)
     else:
@@ -162,38 +165,37 @@ def make_scorer(measured: dict[str, str], base: Path, device: str) -> tuple[Scor
 
 
 def print_plan(trials: list[Trial], sampling: SampleConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
-    """What there is to do, and how long it may take."""
+    """Print what there is to do, and how long it may take."""
     left = [trial for trial in trials if not read_rows(trial)]
     seconds = measured_seconds(trials)
     if seconds is not None:
-        estimate = f"{clock(seconds * len(left) / ranks.world)}, as the finished trials took"
+        estimate = f"{clock(seconds * len(left) / ranks.world)}, as long as the finished trials took"
     elif dry:
         counted = counted_seconds(left, sampling) / ranks.world
-        estimate = f"more than {clock(counted)}, counted operations at the speed of a matrix product here just now"
+        estimate = f"more than {clock(counted)}, counted operations at the speed of a matrix product on this machine"
     else:
-        estimate = "not known before the first trial is finished (--dry_run counts)"
-    pictures = sum(len(trial.requests) for trial in trials)
-    facts = {
+        estimate = "unknown before the first trial is finished (--dry_run counts)"
+    images = sum(len(trial.requests) for trial in trials)
+    rows = {
         "scenes": str(len(scenes)),
         "methods": ", ".join(dict.fromkeys(trial.method for trial in trials)),
-        "cells": f"{len(trials)} trainings, of which {len(trials) - len(left)} are finished",
-        "pictures": f"{pictures}, of which {sum(len(trial.requests) for trial in left)} are left",
+        "trials": f"{len(trials)} trainings, of which {len(trials) - len(left)} are finished",
+        "images": f"{images}, of which {sum(len(trial.requests) for trial in left)} are left",
         "time left": estimate,
     }
     if ranks.first:
-        print(as_text(facts), flush=True)
+        print(as_text(rows), flush=True)
 
 
-def say(outcome: Outcome, count: str, left: list[Trial]) -> None:
-    """One line about a trial."""
+def report(outcome: Outcome, count: str, left: list[Trial]) -> None:
+    """Log what became of a trial, and how long the rest may take."""
     if outcome.error:
         log.error("%s %s failed: %s", count, title(outcome.trial), outcome.error)
-    elif not outcome.earlier:
-        seconds = measured_seconds([outcome.trial])
+    elif not outcome.earlier and (seconds := measured_seconds([outcome.trial])) is not None:
         remaining = clock(seconds * sum(not trial.finished for trial in left))
         announce(f"{count} {title(outcome.trial)}: {clock(seconds)}, about {remaining} left")
 
 
 def title(trial: Trial) -> str:
-    """A trial's name in messages."""
+    """Return a trial's name in messages."""
     return f"{trial.scene} {trial.method} seed {trial.seed}"

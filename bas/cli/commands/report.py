@@ -1,4 +1,4 @@
-"""Write the page of a run, RUN/report.html, anew: from whatever the run folder holds by now."""
+"""Write the page of a run, RUN/report.html, from what the run folder holds now."""
 
 import argparse
 from pathlib import Path
@@ -15,5 +15,5 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write it, and print where it is."""
+    """Write the page, and print its path."""
     print(write_report(Path(args.run)))

@@ -1,4 +1,4 @@
-"""Make the pages of a user study from an evaluation's pictures; with --analyse, test what the participants answered."""
+"""Write the pages of a user study from an evaluation's images; with --analyse, test the participants' answers."""
 
 import argparse
 from dataclasses import fields
@@ -30,7 +30,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the pages, or the analysis, and print what there is to know."""
+    """Write the pages or the analysis, and print what to do next."""
     if args.analyse:
         for name in ["output_dir", *(f.name for f in fields(StudyConfig))]:
             if getattr(args, name, None) is not None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def analyse(study: Path, answers: list[Path]) -> None:
-    """Print the tables, and leave all numbers in the study's folder."""
+    """Print the tables, and write all numbers into the study's folder."""
     optional_library("scipy.stats")  # before the answers are read
     ratings = read_ratings(study, answers)
     comparisons = compare(ratings)
