@@ -1,6 +1,7 @@
 """Files: read so that a bad one is named, written so that a half-written one never shows. Nothing is unpickled."""
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bas.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 
@@ -53,6 +56,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_cache(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that can be made again; empty where it is missing or, with a warning, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except InputError as error:
+        log.warning("%s; it is made anew", error)
+        return {}
+
+
 def require_file(path: Path) -> None:
     """InputError unless `path` is an ordinary file, or a link to one: opening a pipe would wait for ever."""
     if path.is_symlink() and not path.exists():
@@ -88,11 +102,17 @@ def human_size(size: float) -> str:
 
 
 def new_folder(name: str) -> Path:
-    """A new or empty folder for many files. InputError when it holds something, or cannot be written."""
+    """Check that a folder is new or empty and can be written; the first file that is saved makes it.
+
+    InputError if it holds something or cannot be made. A command that fails afterwards leaves no empty folder.
+    """
     folder = Path(name)
     try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         used = any(folder.iterdir())
+        for place in made:
+            place.rmdir()
     except OSError as error:
         raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from None
     if used:

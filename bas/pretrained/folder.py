@@ -1,6 +1,6 @@
-"""Models on disk: found out by content, read strictly, saved whole.
+"""Models on disk: recognised by content, read strictly, saved whole.
 
-Two layouts are read and written: a diffusers folder (here) and the original single file (single_file.py).
+Two layouts are read and written: diffusers' folder (here) and the original single file (single_file.py).
 """
 
 from __future__ import annotations
@@ -9,16 +9,27 @@ import hashlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import cache_dir, check_json_size, read_json, replacing, require_file, write_json, write_text
+from bas.io.files import (
+    cache_dir,
+    check_json_size,
+    read_cache,
+    read_json,
+    replacing,
+    require_file,
+    write_json,
+    write_text,
+)
 from bas.io.run_files import METRICS
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS, Models, ModelSpec
@@ -26,18 +37,20 @@ from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.loading import TEXT_PREFIX, Parts, check_parts, load_weights
-from bas.pretrained.single_file import read_single_file
-from bas.pretrained.unsupported import refuse_channels, refuse_other_kinds, refuse_pipeline, refuse_tokenizer
-from bas.schedulers import NoiseSchedule
+from bas.pretrained.loading import TEXT_PREFIX, Parts, check_parts, fit_text_encoder, load_weights, unwrap_keys
+from bas.pretrained.single_file import SD_STEPS_OFFSET, read_single_file
+from bas.pretrained.unsupported import check_channels, check_class, check_kind, check_pipeline, check_tokenizer_config
+from bas.schedulers import NoiseSchedule, PredictionType
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
+SHA256 = re.compile("[0-9a-f]{64}")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-VARIANTS = ("", ".fp16", ".bf16")  # in the order of preference; other variants hold other weights (non_ema)
+VARIANTS = ("", ".fp16", ".bf16")  # in order of preference; other variants, such as non_ema, have other weights
+SETTLED = 2_000_000_000  # ns without a change from which on a hash is remembered: clocks of file systems are coarse
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -49,8 +62,8 @@ def load(
 ) -> Models:
     """Open a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
 
-    `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. On the CPU, weights that need no
-    conversion stay memory-mapped. InputError when anything is missing, unexpected or of another kind.
+    `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. No weight stays memory-mapped: a file
+    that changes later changes no model. InputError when anything is missing, unexpected or of another kind.
     """
     models, tensors = build_on_meta(Path(path), prediction_type)
     for component in COMPONENTS:
@@ -58,36 +71,43 @@ def load(
     return models
 
 
-def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
-    """A model whose networks are on the meta device, with shapes but no weights, and the tensors to fill them with.
+def build_on_meta(
+    path: Path, prediction_type: PredictionType | None = None
+) -> tuple[Models, dict[str, dict[str, Tensor]]]:
+    """Build a model's networks on the meta device, with shapes but no weights, and return its tensors beside it.
 
-    The tensors are memory-mapped: what is not used is not read.
+    The tensors are memory-mapped: only those that are used are read.
     """
     parts = _read_parts(path, prediction_type)
-    spec = parts.spec
-    with torch.device("meta"):
-        unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
-    models = Models(unet, vae, text_encoder, spec.tokenizer, spec.schedule, spec.handles, path)
+    models = build_networks(parts.spec)
     tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, parts.tensors["text_encoder"])}
     return models, tensors
 
 
-def read_spec(path: Path, prediction_type: str | None = None) -> ModelSpec:
+def build_networks(spec: ModelSpec) -> Models:
+    """Build the networks of a description on the meta device."""
+    with torch.device("meta"):
+        unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
+    return Models(unet, vae, text_encoder, spec.tokenizer, spec.schedule, spec.handles, spec.source)
+
+
+def read_spec(path: Path, prediction_type: PredictionType | None = None) -> ModelSpec:
     """Describe a model without building its networks: enough to check a request. No weight is read.
 
-    InputError as `build_on_meta` raises it. transformers' networks, slower to import than PyTorch, are not imported.
+    Raises InputError as `build_on_meta` does, without importing transformers' networks.
     """
     return _read_parts(path, prediction_type).spec
 
 
-def _read_parts(path: Path, prediction_type: str | None) -> Parts:
+def _read_parts(path: Path, prediction_type: PredictionType | None) -> Parts:
     """Take a folder or a single file apart, and check its parts alone and against each other."""
     with _blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
-    spec = parts.spec
     with _blaming(path / "text_encoder" / "config.json" if folder else path):
-        text_config(spec.text_encoder)
+        text_config(parts.spec.text_encoder)
+    parts = fit_text_encoder(parts)
+    spec = parts.spec
     check_parts(spec)
     # A tokenizer that states no length would pad prompts to any.
     spec.tokenizer.model_max_length = int(
@@ -97,23 +117,26 @@ def _read_parts(path: Path, prediction_type: str | None) -> Parts:
 
 
 def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of the text tower as the installed transformers names them; its position counter is no weight."""
+    """Rename the keys of the text encoder to those of the installed version of transformers."""
     prefix = TEXT_PREFIX if next(iter(text_encoder.state_dict())).startswith(TEXT_PREFIX) else ""
-    bare = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
-    return {prefix + name: tensor for name, tensor in bare.items() if name != "embeddings.position_ids"}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 # --- Reading a folder ---------------------------------------------------------------------------------------------
 
 
-def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
+def _read_folder(folder: Path, prediction_type: PredictionType | None) -> Parts:
+    """Read a diffusers folder in parts."""
     index = folder / "model_index.json"
     if index.exists():
-        refuse_pipeline(read_json(index), folder)
+        check_pipeline(read_json(index), folder)
     elif not all((folder / component).is_dir() for component in COMPONENTS):
-        _refuse_folder(folder)
+        _raise_for_folder(folder)
     configs = {component: read_json(folder / component / "config.json") for component in COMPONENTS}
-    refuse_channels(configs["unet"].get("in_channels"), folder)
+    for component in ("unet", "vae"):
+        if (name := configs[component].get("_class_name")) is not None:
+            check_class(component, name, folder)
+    check_channels(configs["unet"].get("in_channels"), configs["vae"].get("latent_channels", 4), folder)
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     if prediction_type:
         schedule["prediction_type"] = prediction_type
@@ -122,27 +145,33 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     with _blaming(folder / "vae" / "config.json"):
         vae = VAEConfig.from_json(configs["vae"])
     with _blaming(folder / "scheduler" / "scheduler_config.json"):
-        noise_schedule = NoiseSchedule.from_json(schedule)
+        noise_schedule = as_in_pipeline(NoiseSchedule.from_json(schedule))
     tokenizer = _read_tokenizer(folder / "tokenizer")
     tensors = {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS}
+    tensors = {part: unwrap_keys(weights, f"{folder} ({part})") for part, weights in tensors.items()}
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
     handles = known_handles(tokenizer)
     return Parts(ModelSpec(unet, vae, configs["text_encoder"], tokenizer, noise_schedule, handles, folder), tensors)
 
 
+def as_in_pipeline(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule with a steps_offset of 1, which diffusers' StableDiffusionPipeline sets whatever the file says."""
+    return replace(schedule, steps_offset=SD_STEPS_OFFSET)
+
+
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer of a model folder, from that folder alone."""
+    """Load the tokenizer of a model folder, from that folder alone."""
     with _blaming(folder):
         for path in folder.glob("*"):
             check_json_size(path)
         if (config := folder / "tokenizer_config.json").is_file():
-            refuse_tokenizer(read_json(config), config)
+            check_tokenizer_config(read_json(config), config)
         return load_tokenizer(folder)
 
 
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
-    """Whatever a malformed description makes its reader raise becomes an InputError that names the file."""
+    """Turn whatever a malformed description makes its reader raise into an InputError that names the file."""
     try:
         yield
     except Exception as error:  # tokenizers raises nothing more specific
@@ -152,10 +181,10 @@ def _blaming(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot be used: {reason}") from error
 
 
-def _refuse_folder(folder: Path) -> None:
-    """Say what a folder is that is not a model's."""
+def _raise_for_folder(folder: Path) -> NoReturn:
+    """Raise InputError saying what a folder is that is no model."""
     files = sorted(path.name for path in folder.iterdir())
-    refuse_other_kinds(files, folder)
+    check_kind(files, folder)
     single = [name for name in files if name.endswith(".safetensors")]
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("_class_name", "a single network")
@@ -168,7 +197,7 @@ def _refuse_folder(folder: Path) -> None:
 
 
 def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors of one network, from one file or from the shards of an index."""
+    """Read all tensors of one network, from one file or from the shards of an index."""
     tensors = {}
     for path in component_files(folder, stem):
         found, _ = read_tensors(path)
@@ -179,7 +208,7 @@ def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def component_files(folder: Path, stem: str) -> list[Path]:
-    """The weight files of one network: full precision if it is there. InputError when there are only pickles."""
+    """The weight files of one network, in full precision if there are such. Raises InputError for pickles alone."""
     for variant in VARIANTS:
         path = folder / f"{stem}{variant}.safetensors"
         if path.exists() or path.is_symlink():
@@ -193,7 +222,7 @@ def component_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index.json names, each of them beside it."""
+    """The files that an index.json names, all beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map: copy or download it again")
@@ -204,7 +233,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _new_vae_name(name: str) -> str:
-    """Files from before diffusers 0.18 name the VAE's attention layers differently."""
+    """Rename the VAE's attention layers of files from before diffusers 0.18."""
     head, _, rest = name.partition(".attentions.0.")
     layer, _, kind = rest.rpartition(".")
     return f"{head}.attentions.0.{OLD_VAE_ATTENTION[layer]}.{kind}" if layer in OLD_VAE_ATTENTION else name
@@ -216,12 +245,12 @@ def _new_vae_name(name: str) -> str:
 def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write the whole model as a folder that diffusers opens. Every file is whole or absent; model_index.json is last.
 
-    Handles become ordinary rows of the token embedding and added tokens of the tokenizer.
+    Handles become rows of the token embedding and added tokens of the tokenizer. Raises RunError, before anything is
+    written, for weights that are no finite numbers in `dtype`.
     """
-    folder = Path(folder)
+    folder, parts = Path(folder), Parts.of(models, dtype)
     for name in (*COMPONENTS, "tokenizer", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    parts = Parts.of(models, dtype)
     write_json(folder / "unet" / "config.json", parts.spec.unet.to_json())
     write_json(folder / "vae" / "config.json", parts.spec.vae.to_json())
     write_json(folder / "text_encoder" / "config.json", parts.spec.text_encoder)
@@ -248,7 +277,7 @@ MODEL_INDEX = {
 
 
 def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """The files that every version of transformers reads: vocabulary, merges, special tokens, added tokens."""
+    """Write the files that every version of transformers reads: vocabulary, merges, special and added tokens."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     special = {f"{name}_token": str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
@@ -268,38 +297,47 @@ def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "tokenizer.json").unlink(missing_ok=True)
 
 
-# --- Telling weights apart ----------------------------------------------------------------------------------------
+# --- Hashes of weights ----------------------------------------------------------------------------------------
 
 
-def weights_hash(path: str | Path) -> str:
+def weights_hash(path: str | Path, remembered: bool = True) -> str:
     """The sha256, in hex, that stands for the weights at `path`: a single file's own; else over a folder's files'.
 
-    Hashes are remembered by file, size and time of change, so a model of gigabytes is read once.
+    With `remembered`, a file whose size, times, inode and device are those of an earlier call is not read again.
     """
     path = Path(path)
     if not path.is_dir():
         require_file(path)
-        return _file_hash(path)
+        return _file_hash(path, remembered)
     files = [file for component in COMPONENTS for file in component_files(path / component, STEMS[component])]
-    lines = sorted(f"{file.relative_to(path).as_posix()} {_file_hash(file)}\n" for file in files)
+    lines = sorted(f"{file.relative_to(path).as_posix()} {_file_hash(file, remembered)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _file_hash(path: Path) -> str:
-    """sha256 of a file's content, looked up where it is known."""
-    memory, key, stat = cache_dir() / "hashes.json", str(path.resolve()), path.stat()
-    state = [stat.st_size, stat.st_mtime_ns]
-    try:
-        known = read_json(memory)
-    except InputError:
-        known = {}
-    if isinstance(entry := known.get(key), dict) and entry.get("state") == state:
+def _file_hash(path: Path, remembered: bool) -> str:
+    """sha256 of a file's content, from the cache where that may be and the file is the same."""
+    memory, key, state = cache_dir() / "hashes.json", str(path.resolve()), _file_state(path)
+    entry = (known := read_cache(memory)).get(key)
+    if remembered and isinstance(entry, dict) and entry.get("state") == state and is_sha256(entry.get("sha256")):
         return entry["sha256"]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if _file_state(path) != state or time.time_ns() - path.stat().st_ctime_ns < SETTLED:
+        return digest
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known | {key: {"state": state, "sha256": digest}})
     except OSError as error:
-        log.warning("cannot remember the hash of %s in %s: %s", path, memory, error.strerror)
+        log.warning("cannot cache the hash of %s in %s: %s", path, memory, error.strerror)
     return digest
+
+
+def is_sha256(text: object) -> bool:
+    """Whether this is a sha256 in hex."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def _file_state(path: Path) -> list[int]:
+    """What changes whenever a file's content does: the system sets the time of change (ctime), which no program can."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

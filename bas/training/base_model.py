@@ -8,26 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from bas.config import TrainConfig
+from bas.errors import InputError
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
-from bas.pretrained.folder import weights_hash
+from bas.pretrained.folder import load, weights_hash
 from bas.training.class_images import class_images
 
 TRAINED = ("unet", "text_encoder")  # the networks that a training can change
 
 
 class Base:
-    """The models at `path`, and with `keep` a copy of what training changes, in the host's memory.
+    """The models at `path`, their weights' hash, and with `keep` a copy of what training changes, in the host's memory.
 
     Weights are restored in place, so that a later scene computes with the same addresses as the first, and so the same
     bits; only those that a training left in another precision get new ones.
     """
 
-    def __init__(self, path: Path, models: Models, keep: bool = False):
-        self.path, self.hash, self.models = path, weights_hash(path), models
+    def __init__(self, path: Path, models: Models, weights: str, keep: bool = False):
+        self.path, self.hash, self.models = path, weights, models
         self.embedding, self.tokenizer = models.text_encoder.get_input_embeddings(), deepcopy(models.tokenizer)
         self.kept = {name: self._copy(name) for name in TRAINED} if keep else {}
         self.encoded: dict[tuple, tuple[Posterior, str]] = {}
+
+    @classmethod
+    def open(cls, path: Path, device: torch.device, weights: str | None = None, keep: bool = False) -> "Base":
+        """Load the models at `path`, whose hash is `weights`. InputError if a file changes meanwhile."""
+        weights = weights or weights_hash(path, remembered=False)
+        models = load(path, device=device)
+        if weights_hash(path) != weights:
+            raise InputError(f"{path} was changed while it was read: start again")
+        return cls(path, models, weights, keep)
 
     def _copy(self, network: str) -> dict[str, Tensor]:
         state = getattr(self.models, network).state_dict()

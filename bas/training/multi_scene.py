@@ -18,7 +18,6 @@ from bas.data.scene_folder import images_in, require_scene_folder
 from bas.errors import InputError, RunError
 from bas.io.files import read_json, reading
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS
-from bas.pretrained.folder import load
 from bas.runtime.device import is_out_of_memory
 from bas.training.base_model import Base
 from bas.training.dry_run import memory_advice
@@ -101,7 +100,7 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
             if is_finished(settings):
                 yield Outcome(**names, earlier=True)
                 continue
-            base = base or Base(path, load(path, device=device), keep=True)
+            base = base or Base.open(path, device, keep=True)
             log.info("training on %s", scene)
             train(settings, base)
         except (InputError, RunError, OSError) as error:

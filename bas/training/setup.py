@@ -19,7 +19,7 @@ from bas.io.settings_file import CONFIG, to_toml
 from bas.models.bundle import Models
 from bas.models.compile import compile_unet
 from bas.models.text import add_handles
-from bas.pretrained.folder import load, read_spec, weights_hash
+from bas.pretrained.folder import read_spec, weights_hash
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
@@ -100,7 +100,7 @@ def setup_run(
     facts = {
         "config": asdict(config),
         **scene_state(scene),
-        "base": base.hash if base else weights_hash(path),
+        "base": base.hash if base else weights_hash(path, remembered=checkpoint is None),
         "precision": precision,
         "version": __version__,
     }
@@ -111,7 +111,7 @@ def setup_run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
-        base = Base(path, load(path, device=device))
+        base = Base.open(path, device, facts["base"])
     models = fresh_models(base, scene, config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
     exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}

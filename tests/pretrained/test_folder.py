@@ -14,6 +14,7 @@ from bas.io import tensors as tensor_files
 from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
+from bas.pretrained import folder as folder_files
 from bas.pretrained import loading
 from bas.pretrained.folder import component_files, load, save_model, weights_hash
 from bas.sampling.prompt_strength import encode_prompts
@@ -120,7 +121,7 @@ def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
     seen = []
     monkeypatch.setattr(tensor_files, "MAPPED_ALONE", 1)  # these are small: as if they were large
     monkeypatch.setattr(loading, "WORTH_THREADS", 1)
-    monkeypatch.setattr(loading, "_is_finite", lambda tensor: seen.append(mapped_bytes(saved)) or True)
+    monkeypatch.setattr(loading, "is_finite", lambda tensor: seen.append(mapped_bytes(saved)) or True)
     models = load(saved, dtype=torch.bfloat16)
     sizes = [file.stat().st_size for file in saved.rglob("*.safetensors")]
     assert len(seen) == len(states(models))
@@ -128,7 +129,7 @@ def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
     assert min(seen) < 0.02 * sum(sizes)  # the last ones, in whatever order the threads come to them
     assert mapped_bytes(saved) == 0
     models = load(saved)
-    assert mapped_bytes(saved) > sum(sizes)  # nothing was converted: nothing is copied
+    assert mapped_bytes(saved) == 0  # nothing was converted, and yet a later change of the files changes no weight
 
 
 def test_handles_become_rows_and_tokens(tmp_path):
@@ -328,17 +329,52 @@ def test_unusable_weights_are_refused(value, reason, folder):
 
 def test_weights_hash_follows_the_content_and_is_remembered(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_files, "SETTLED", 0)
     first, copy = weights_hash(folder), shutil.copytree(folder, tmp_path / "copy")
     assert re.fullmatch("[0-9a-f]{64}", first)
     assert weights_hash(copy) == first
     file = Path(copy) / UNET_FILE
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", lambda *args: pytest.fail("a file was read"))
+        assert weights_hash(copy) == first
     stat, content = file.stat(), bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert weights_hash(copy) == first  # the same size and time: taken from memory, not read again
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert weights_hash(copy) != first
+    changed = weights_hash(copy)  # the same size and time of change, another ctime
+    assert changed != first
+    other = file.with_name("other")
+    content[-1] ^= 2
+    other.write_bytes(content)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(other, file)  # and another inode
+    assert weights_hash(copy) not in (first, changed)
+
+
+def test_the_hash_of_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):
+    """The clock of a file system may stand still between two writes."""
+    monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "abc").write_bytes(b"abc")
+    weights_hash(tmp_path / "abc")
+    assert not (tmp_path / "cache" / "hashes.json").exists()
+
+
+@pytest.mark.parametrize("entry", ["x", {"state": None}, {"sha256": 5}, {"sha256": "a" * 63}, {"sha256": ["a"]}])
+def test_a_damaged_memory_of_hashes_is_made_anew(tmp_path, monkeypatch, entry, caplog):
+    monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_files, "SETTLED", 0)
+    (tmp_path / "abc").write_bytes(b"abc")
+    first, memory = weights_hash(tmp_path / "abc"), tmp_path / "cache" / "hashes.json"
+    sound = json.loads(memory.read_text())
+    ((key, value),) = sound.items()
+    memory.write_text(json.dumps({key: {**value, **entry} if isinstance(entry, dict) else entry}))
+    assert weights_hash(tmp_path / "abc") == first
+    assert json.loads(memory.read_text()) == sound
+    for text in (b"", b"[]", b'{"a": ', b"\xff\xfe{", b"[" * 100_000):
+        memory.write_bytes(text)
+        assert weights_hash(tmp_path / "abc") == first
+        assert json.loads(memory.read_text()) == sound
+    assert caplog.text.count("it is made anew") == 5
 
 
 def test_weights_hash_of_a_file_is_its_sha256(tmp_path, monkeypatch):
@@ -346,5 +382,4 @@ def test_weights_hash_of_a_file_is_its_sha256(tmp_path, monkeypatch):
     (tmp_path / "abc").write_bytes(b"abc")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert weights_hash(tmp_path / "abc") == abc
-    (tmp_path / "cache/hashes.json").write_text("damaged")
-    assert weights_hash(tmp_path / "abc") == abc
+    assert weights_hash(tmp_path / "abc", remembered=False) == abc

@@ -262,7 +262,7 @@ def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
 
 def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, cut_off, monkeypatch):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
-    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     other = shutil.copytree(bench.model, tmp_path / "other")
     weights = load_file(other / WEIGHTS[0])
     weights["conv_in.bias"][0] += 1
@@ -300,7 +300,7 @@ def other_scene(bench, folder: Path, kind: str) -> Path:
 )
 def test_another_scene_is_refused(bench, tmp_path, cut_off, monkeypatch, kind, told):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
-    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     scene = other_scene(bench, tmp_path / "scene", kind)
     with refused(f"step-000002 was made with another {told}: resume with the same, or start anew"):
         resume(bench, tmp_path / "run", instance_data_dir=str(scene))

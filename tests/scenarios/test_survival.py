@@ -38,7 +38,7 @@ def test_the_second_of_two_runs_is_refused_and_the_first_goes_on(bench, tmp_path
 
 
 def expect_refusal(bench, run):
-    bas.training.setup.load = lambda *args, **kwargs: pytest.fail("weights were read")
+    bas.training.base_model.load = lambda *args, **kwargs: pytest.fail("weights were read")
     for wanted in (None, "latest"):
         with refused(f"another run is writing to {run}"):
             bas.train(bench.config(run, resume_from_checkpoint=wanted))
@@ -188,7 +188,7 @@ def test_train_sees_it_before_it_reads_weights(bench, tmp_path, monkeypatch):
     """The folder turns read-only between two sessions."""
     run = bas.train(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=0))
     (run / "concepts.safetensors").unlink()
-    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("bas.training.disk_space.os.access", lambda path, mode: Path(path) != run)
     with refused(f"cannot write to --output_dir {run}: {run} is read-only for you"):
         resume(bench, run, phase1_train_steps=1, phase2_train_steps=0)

@@ -296,7 +296,7 @@ def test_the_savings_are_differences_of_what_is_counted(scene, model, tmp_path, 
 def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tmp_path, monkeypatch):
     settings = config(scene, model, tmp_path / "run")
     needed = sum(files_to_come(count_numbers(build_on_meta(model)[0]), settings).values())
-    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: needed - 1)
     with pytest.raises(InputError, match=r"has .* of room, the run takes .*: make room, or try"):
         train(settings)

@@ -69,7 +69,7 @@ def test_each_scene_equals_the_same_trained_alone(bench, scenes, alone, tmp_path
 def test_fresh_models_are_what_was_read(bench, left):
     """After every weight moved, handles were added, gradients and another precision left behind."""
     untouched = load(bench.model)
-    base = Base(bench.model, load(bench.model), keep=True)
+    base = Base.open(bench.model, torch.device("cpu"), keep=True)
     models = base.fresh()
     places = {name: p.data_ptr() for name, p in models.unet.named_parameters()}
     add_handles(models.text_encoder, models.tokenizer, ("<a>", "<b>"), (None, None), seed=0)

@@ -18,14 +18,14 @@ from tests.helpers.tiny import refused
     ],
 )
 def test_wrong_input_is_found_before_weights_are_read(bench, tmp_path, monkeypatch, flags, words):
-    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     with refused(*words):
         bas.train(bench.config(tmp_path / "run", **flags))
 
 
 def test_run_folder_must_be_free(bench, tmp_path, monkeypatch):
     run = bas.train(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=0))
-    monkeypatch.setattr("bas.training.setup.load", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     with refused("already holds a finished run"):
         bas.train(bench.config(run))
     (run / "concepts.safetensors").unlink()
