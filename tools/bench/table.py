@@ -132,9 +132,11 @@ def text_table(result: dict) -> str:
 
 
 def markdown(result: dict) -> str:
-    """The whole result as Markdown: what docs/speed.md holds."""
+    """The whole result as Markdown: what docs/speed.md holds. A setting with nothing measured is left out."""
     out = [f"- {line}" for line in head(result)]
     for setting, lines in by_setting(result).items():
+        if all(line["bas"] is None for line in lines):
+            continue
         out += ["", f"### {setting}", "", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         out += [f"| {' | '.join(cells(line))} |" for line in lines]
     return "\n".join(out) + "\n"
