@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bas.errors import InputError
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
 from bas.models.vae import VAE
@@ -71,9 +72,13 @@ class Models:
         return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
-        """Move or convert all three networks, in place."""
-        for network in (self.unet, self.vae, self.text_encoder):
-            network.to(device=device, dtype=dtype)
+        """Move or convert all three networks, in place. Raises InputError for weights beyond the range of `dtype`."""
+        for name in COMPONENTS:
+            network: nn.Module = getattr(self, name)
+            for key, weight in network.named_parameters() if dtype else ():
+                if weight.dtype != dtype and not is_finite(weight.detach().to(dtype)):
+                    raise InputError(f"{name} {key} holds values beyond the range of {dtype}: keep fp32, or take bf16")
+            nn.Module.to(network, device=device, dtype=dtype)
         return self
 
     @property
@@ -100,6 +105,14 @@ class Models:
     def resolution(self) -> int:
         """Pixels: the side of the square images that the model was trained on."""
         return self.spec.resolution
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers."""
+    if not tensor.numel():
+        return True
+    low_and_high = torch.stack(tensor.aminmax())  # one pass without a temporary; not-a-number propagates
+    return bool(low_and_high.isfinite().all())
 
 
 def cross_attention(unet: UNet) -> dict[str, nn.Parameter]:

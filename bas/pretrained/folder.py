@@ -58,12 +58,12 @@ def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    prediction_type: str | None = None,
+    prediction_type: PredictionType | None = None,
 ) -> Models:
-    """Open a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
+    """Load a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
 
-    `prediction_type` ("epsilon" or "v_prediction") overrides what the files say. No weight stays memory-mapped: a file
-    that changes later changes no model. InputError when anything is missing, unexpected or of another kind.
+    `prediction_type` ("epsilon" or "v_prediction") overrides the files. No weight stays memory-mapped, so a file that
+    changes later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
     """
     models, tensors = build_on_meta(Path(path), prediction_type)
     for component in COMPONENTS:
@@ -301,7 +301,7 @@ def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def weights_hash(path: str | Path, remembered: bool = True) -> str:
-    """The sha256, in hex, that stands for the weights at `path`: a single file's own; else over a folder's files'.
+    """The sha256, in hex, of the weights at `path`: of a single file, else over the hashes of a folder's files.
 
     With `remembered`, a file whose size, times, inode and device are those of an earlier call is not read again.
     """

@@ -1,9 +1,9 @@
-"""Names of the original single-file layout (CompVis, Stability AI) and ours (diffusers): one table, both directions.
+"""Names of the original single-file layout (CompVis, Stability AI) and of diffusers, in tables for both directions.
 
-A table maps our module path to the original one; what stands behind it in a key (`weight`, `bias`) stays. Tables
-are made from the model's configuration, so any number of levels and layers works. Three things differ in shape too:
-the VAE's attention is written as 1x1 convolutions, and SD 2's text tower (open_clip) fuses query, key and value and
-names its position table without `.weight`.
+A table maps our module path to the original one; the rest of a key (`weight`, `bias`) stays. Tables are made from the
+model's configuration, for any number of levels and layers. Three things differ in shape too: the VAE's attention has
+1x1 convolutions, and SD 2's text encoder (open_clip) fuses query, key and value and names its position table without
+`.weight`.
 """
 
 import re
@@ -17,17 +17,21 @@ Table = dict[str, str]  # our module path -> the original one
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
-CLIP = "cond_stage_model.transformer."  # SD 1: OpenAI's text tower as transformers names it
+CLIP = "cond_stage_model.transformer."  # SD 1: OpenAI's text encoder with transformers' names
 OPEN_CLIP = "cond_stage_model.model."  # SD 2: open_clip's ViT-H
 OPEN_CLIP_LAYERS = 23  # SD 2 reads the output of the last layer but one of 24
 
-# What a single file may hold besides the weights: running averages, the noise schedule, heads that SD never uses.
-UNUSED_PREFIXES = ("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.")
+# Keys beside the weights: running averages, the noise schedule, unused heads, markers, leftovers of training.
+UNUSED_PREFIXES = (
+    *("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema."),
+    *("embedding_manager.", "denoiser.", "optimizer_states.", "lr_schedulers."),
+)
 UNUSED = {
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
-    *("lvlb_weights", "logvar", "scale_factor"),
+    *("lvlb_weights", "logvar", "scale_factor", "logit_scale", "global_step", "epoch", "iteration"),
+    *("v_pred", "ztsnr"),
     *(f"{CLIP}text_model.embeddings.position_ids", f"{CLIP}embeddings.position_ids"),
     *(f"{CLIP}logit_scale", f"{CLIP}text_projection.weight"),
     *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "attn_mask")),
@@ -56,7 +60,7 @@ OPEN_CLIP_LAYER = {
 
 
 def unet_table(config: UNetConfig) -> Table:
-    """The original numbers all stages of the way down, and of the way up, in one row: `input_blocks.N.M`."""
+    """The UNet's names. The original numbers the stages of all levels in one row: `input_blocks.N.M`."""
     table = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -90,7 +94,7 @@ def unet_table(config: UNetConfig) -> Table:
 
 
 def vae_table(config: VAEConfig) -> Table:
-    """The original counts the decoder's levels from the finest, as the encoder's; we count in execution order."""
+    """The VAE's names. The original counts the decoder's levels from the finest, diffusers in execution order."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels = len(config.block_out_channels)
     for coder in ("encoder", "decoder"):
@@ -115,7 +119,7 @@ def vae_table(config: VAEConfig) -> Table:
 
 
 def open_clip_table(layers: int) -> Table:
-    """The text tower of SD 2, apart from its fused attention inputs and its position table."""
+    """The names of SD 2's text encoder, without its fused attention inputs and its position table."""
     table = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     for i in range(layers):
         table |= _within(f"encoder.layers.{i}", f"transformer.resblocks.{i}", OPEN_CLIP_LAYER)
@@ -131,7 +135,7 @@ def _resnet(ours: str, theirs: str) -> Table:
 
 
 def rename(key: str, table: Table) -> str | None:
-    """The key under the table's other names, by its longest known beginning; None when it has none."""
+    """Rename a key by its longest beginning in the table; None for a key without one."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         renamed = table.get(".".join(parts[:length]))
@@ -141,7 +145,7 @@ def rename(key: str, table: Table) -> str | None:
 
 
 def inverse(table: Table) -> Table:
-    """The table read from right to left."""
+    """The table in the other direction."""
     return {theirs: ours for ours, theirs in table.items()}
 
 
@@ -149,7 +153,7 @@ def inverse(table: Table) -> Table:
 
 
 def from_original(tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig) -> dict[str, dict[str, Tensor]]:
-    """A single file's tensors by component, under our names. A key unknown here keeps its own name."""
+    """A single file's tensors by component, under the names of bas. An unknown key keeps its own name."""
     sections = (
         ("unet", UNET, inverse(unet_table(unet))),
         ("vae", VAE, inverse(vae_table(vae))),
@@ -172,12 +176,12 @@ def from_original(tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig) 
 def to_original(
     ours: dict[str, dict[str, Tensor]], unet: UNetConfig, vae: VAEConfig, open_clip: bool
 ) -> dict[str, Tensor]:
-    """The tensors of a single file, from those of the components; the text tower as in SD 2 if `open_clip`."""
+    """The tensors of a single file, from those of the components; the text encoder as in SD 2 if `open_clip`."""
     unet_names, vae_names = unet_table(unet), vae_table(vae)
-    tensors = {UNET + rename(key, unet_names): tensor for key, tensor in ours["unet"].items()}
+    tensors = {f"{UNET}{rename(key, unet_names)}": tensor for key, tensor in ours["unet"].items()}
     for key, tensor in ours["vae"].items():
         is_projection = ".attentions." in key and tensor.ndim == 2
-        tensors[VAE + rename(key, vae_names)] = tensor[:, :, None, None] if is_projection else tensor
+        tensors[f"{VAE}{rename(key, vae_names)}"] = tensor[:, :, None, None] if is_projection else tensor
     if open_clip:
         text = _to_open_clip(ours["text_encoder"])
         return tensors | {OPEN_CLIP + key: tensor for key, tensor in text.items()}
@@ -185,7 +189,7 @@ def to_original(
 
 
 def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
-    """What the table of SD 2's text tower cannot say: the position table, the unused layer, fused (3d, ...) inputs."""
+    """The keys of SD 2's text encoder beyond its table: position table, unused last layer, fused (3d, ...) inputs."""
     if key == "positional_embedding":
         return {"embeddings.position_embedding.weight": tensor}
     layer = re.match(r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_(weight|bias)$)?", key)
@@ -198,7 +202,7 @@ def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
 
 
 def _to_open_clip(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SD 2's text tower under open_clip's names, without that file's unused last layer."""
+    """SD 2's text encoder under open_clip's names, without the unused last layer."""
     table, theirs = open_clip_table(OPEN_CLIP_LAYERS), {}
     for key, tensor in ours.items():
         if key == "embeddings.position_embedding.weight":
@@ -207,5 +211,5 @@ def _to_open_clip(ours: dict[str, Tensor]) -> dict[str, Tensor]:
             fused = torch.cat([ours[f"{query[1]}{x}_proj.{query[3]}"] for x in "qkv"])
             theirs[f"transformer.resblocks.{query[2]}.attn.in_proj_{query[3]}"] = fused
         elif not re.search(r"\.[kv]_proj\.", key):
-            theirs[rename(key, table)] = tensor
+            theirs[str(rename(key, table))] = tensor
     return theirs

@@ -1,23 +1,28 @@
-"""A model as networks and as parts on disk, whatever the layout, and the strict way from one to the other."""
+"""The way from the tensors of a file to the weights of a network: renamed, checked key by key, converted, assigned."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice, zip_longest
 
 import torch
 from torch import Tensor, nn
 
-from bas.errors import InputError
+from bas.errors import InputError, RunError
 from bas.io.tensors import WEIGHT_TYPES
-from bas.models.bundle import Models, ModelSpec
+from bas.models.bundle import Models, ModelSpec, is_finite
 from bas.models.text import merged_state_dict
 
-TEXT_PREFIX = "text_model."  # older transformers put the tower's keys behind it, newer ones don't
-WORKERS = 4  # threads that convert weights: most of that time is the system's, handing out memory
-WORTH_THREADS = 2**26  # bytes of a network
+TEXT_PREFIX = "text_model."  # of the text encoder's keys in older versions of transformers
+EMBEDDING = "embeddings.token_embedding.weight"
+TEXT_UNUSED = {"embeddings.position_ids", "logit_scale", "text_projection.weight"}  # no part of Stable Diffusion
+PADDING = 8, 64  # rows of an embedding are padded to a multiple of the first, by fewer than the second
+WORKERS = 4  # threads that convert weights: most of the time is spent in allocating memory
+WORTH_THREADS = 2**26  # bytes of a network from which on threads pay
 BROKEN = "holds broken weights"
-SHOWN = 20  # problems listed in an error before the rest is only counted
+SHOWN = 20  # problems listed in an error; the rest is counted
 
 
 @dataclass
@@ -29,16 +34,67 @@ class Parts:
 
     @classmethod
     def of(cls, models: Models, dtype: torch.dtype) -> Parts:
-        """A model's parts as they are saved: handles are rows of the embedding, the text encoder's keys bare."""
+        """A model's parts as they are saved: handles are rows of the embedding, the text encoder's keys bare.
+
+        Raises RunError for weights beyond the range of `dtype`, or that are no finite numbers.
+        """
         text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
         states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
         tensors = {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()}
+        broken = [f"{part} {key}" for part in tensors for key, tensor in tensors[part].items() if not is_finite(tensor)]
+        if broken:
+            raise RunError(
+                f"the model cannot be saved in {name_of(dtype)}, {len(broken)} weights are beyond its range or no "
+                f"finite numbers ({broken[0]}): use --save_precision fp32 or bf16"
+            )
         return cls(models.spec, tensors)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The short name of a number format: fp16, bf16, fp32, int64."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def unwrap_keys(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Remove what torch.compile (`_orig_mod.`) and parallel wrappers (`module.`) put into the names of weights.
+
+    Raises InputError if two names become one.
+    """
+    names = {name: name.replace("_orig_mod.", "") for name in tensors}
+    while any(name.startswith("module.") for name in names.values()):
+        names = {name: new.removeprefix("module.") for name, new in names.items()}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{source} holds weights twice, with and without a wrapper's prefix: save it anew")
+    return {new: tensors[name] for name, new in names.items()}
+
+
+def fit_text_encoder(parts: Parts) -> Parts:
+    """Leave out what a text encoder's file holds beyond its configuration and its tokenizer.
+
+    That is layers behind the last one that is used (clip skip), and rows by which the embedding is padded.
+    """
+    spec, tensors = parts.spec, parts.tensors["text_encoder"]
+    tensors = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
+    layers, rows, tokens = spec.text_encoder["num_hidden_layers"], spec.text_encoder["vocab_size"], len(spec.tokenizer)
+    unused = {name for name in tensors if (layer := _layer_of(name)) is not None and layer >= layers}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused | TEXT_UNUSED}
+    multiple, least = PADDING
+    if 0 < rows - tokens < least and rows % multiple == 0:
+        spec = replace(spec, text_encoder=spec.text_encoder | {"vocab_size": tokens})
+        if EMBEDDING in tensors and len(tensors[EMBEDDING]) == rows:
+            tensors[EMBEDDING] = tensors[EMBEDDING][:tokens]
+    return Parts(spec, parts.tensors | {"text_encoder": tensors})
+
+
+def _layer_of(name: str) -> int | None:
+    """The number of the layer that a weight of the text encoder belongs to."""
+    number = name.removeprefix("encoder.layers.").split(".")[0]
+    return int(number) if name.startswith("encoder.layers.") and number.isdecimal() else None
 
 
 def check_parts(spec: ModelSpec) -> None:
     """Raise InputError unless the parts of a model belong together."""
-    source, width, tokens = spec.source, spec.text_encoder.get("hidden_size"), spec.text_encoder.get("vocab_size")
+    source, width, tokens = spec.source, spec.text_encoder["hidden_size"], spec.text_encoder["vocab_size"]
     if spec.unet.cross_attention_dim != width:
         raise InputError(
             f"{source}: the UNet reads text of width {spec.unet.cross_attention_dim}, the text encoder gives {width}: "
@@ -54,10 +110,11 @@ def check_parts(spec: ModelSpec) -> None:
             f"{source}: the tokenizer has {len(spec.tokenizer)} tokens, the text encoder {tokens} rows: "
             "they belong to different models"
         )
-    if (last := max(spec.tokenizer.get_vocab().values())) >= tokens:
+    if (numbers := sorted(spec.tokenizer.get_vocab().values())) != list(range(tokens)):
+        wrong = next(number for i, number in enumerate(numbers) if number != i)
         raise InputError(
-            f"{source}: the tokenizer's numbers go up to {last}, the text encoder has {tokens} rows: "
-            "they belong to different models"
+            f"{source}: the tokenizer's numbers go up to {numbers[-1]}, {wrong} among them, the text encoder has "
+            f"{tokens} rows: they belong to different models"
         )
 
 
@@ -66,22 +123,26 @@ def load_weights(
 ) -> None:
     """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
 
-    `tensors` is emptied on the way, so that a file's pages leave memory as soon as they are converted. InputErrors as
-    `check_keys` raises them; another lists every weight that is no finite number.
+    `tensors` is emptied on the way, so that a file's pages leave memory once they are converted. Raises InputError as
+    `check_keys` does, and one that lists every weight that is no finite number after conversion.
     """
     given = check_keys(module, tensors, source)
     tensors.clear()
     device = torch.empty(0, device=device).device  # "cuda" with its number: each thread has a current GPU of its own
 
-    def convert(name: str) -> Tensor | None:
+    def convert(name: str) -> Tensor | str:
         tensor = given.pop(name)
-        return tensor.to(device=device, dtype=dtype) if _is_finite(tensor) else None
+        converted = tensor.to(device=device, dtype=dtype, copy=True)  # no mapping stays: the file may change
+        if is_finite(converted):
+            return converted
+        if is_finite(tensor):
+            return f"{name} holds values beyond the range of {name_of(dtype)}"
+        return f"{name} holds values that are not finite numbers"
 
     names, large = list(given), sum(tensor.nbytes for tensor in given.values()) >= WORTH_THREADS
     with ThreadPoolExecutor(WORKERS) as pool:
         weights = dict(zip(names, (pool.map if large else map)(convert, names), strict=True))
-    broken = [name for name in names if weights[name] is None]
-    _refuse([f"{name} holds values that are not finite numbers" for name in broken], source, BROKEN)
+    _raise_for([[problem for problem in weights.values() if isinstance(problem, str)]], source, BROKEN)
     module.load_state_dict(weights, strict=True, assign=True)
     _fill_position_ids(module, device)
     module.eval()
@@ -90,46 +151,48 @@ def load_weights(
 def check_keys(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The tensors in the shapes of a module, which may be on the meta device. No weight is read.
 
-    One InputError lists every missing, unexpected or wrong-shaped key; another every tensor that is no weight.
+    Raises one InputError for all missing, unexpected or wrong-shaped keys; another for tensors that are no weights.
     """
     wanted = module.state_dict()
-    given = {name: _reshaped(tensor, wanted.get(name)) for name, tensor in tensors.items()}
-    problems = [f"{name} is missing" for name in wanted if name not in given]
-    problems += [f"{name} is unexpected" for name in given if name not in wanted]
-    problems += [
+    given = {name: _reshape(tensor, wanted.get(name)) for name, tensor in tensors.items()}
+    missing = [f"{name} is missing" for name in wanted if name not in given]
+    unexpected = [f"{name} is unexpected" for name in given if name not in wanted]
+    misshapen = [
         f"{name} is {list(given[name].shape)} instead of {list(wanted[name].shape)}"
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
-    _refuse(problems, source, "does not hold the weights that its configuration describes")
-    foreign = {name: given[name].dtype for name in wanted if given[name].dtype not in WEIGHT_TYPES.values()}
-    kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in foreign.items()}
-    _refuse([f"{name} is {kind}, not fp16, bf16 or fp32" for name, kind in kinds.items()], source, BROKEN)
+    _raise_for([missing, unexpected, misshapen], source, "does not hold the weights that its configuration describes")
+    kinds = {name: given[name].dtype for name in wanted if given[name].dtype not in WEIGHT_TYPES.values()}
+    foreign = [f"{name} is {str(kind).removeprefix('torch.')}, not fp16, bf16 or fp32" for name, kind in kinds.items()]
+    _raise_for([foreign], source, BROKEN)
     return {name: given[name] for name in wanted}
 
 
-def _reshaped(tensor: Tensor, wanted: Tensor | None) -> Tensor:
-    """1x1 convolutions of the original layout as linear layers, where the module has those: (c, c, 1, 1) -> (c, c)"""
+def _reshape(tensor: Tensor, wanted: Tensor | None) -> Tensor:
+    """A 1x1 convolution of the original layout as the linear layer of the module: (c, c, 1, 1) -> (c, c)"""
     if wanted is not None and wanted.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
     return tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers."""
-    low_and_high = torch.stack(tensor.aminmax())  # one pass without a temporary; not-a-number propagates
-    return bool(low_and_high.isfinite().all())
+def _raise_for(problems: list[list[str]], source: str, what: str) -> None:
+    """Raise InputError if there are problems. A long list shows as many of each kind, since they explain each other."""
+    count = sum(map(len, problems))
+    if not count:
+        return
+    in_turn: Iterable[str | None] = chain.from_iterable(zip_longest(*problems))
+    shown = set(islice(filter(None, in_turn), SHOWN))
+    listed = [problem for kind in problems for problem in kind if problem in shown]
+    rest = f"; and {count - SHOWN} more" if count > SHOWN else ""
+    raise InputError(f"{source} {what} ({count}): {'; '.join(listed)}{rest}")
 
 
-def _refuse(problems: list[str], source: str, what: str) -> None:
-    if problems:
-        rest = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise InputError(f"{source} {what} ({len(problems)}): {'; '.join(problems[:SHOWN])}{rest}")
-
-
-def _fill_position_ids(module: nn.Module, device: torch.device | str) -> None:
-    """The text tower's table 0, 1, 2 ... is not part of the file: on the meta device it was never computed."""
+def _fill_position_ids(module: nn.Module, device: torch.device) -> None:
+    """Compute the text encoder's table 0, 1, 2, ..., which is in no file and has no values on the meta device."""
     for owner in module.modules():
         buffer = owner._buffers.get("position_ids")
         if buffer is not None:
-            owner.position_ids = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+            owner.register_buffer(
+                "position_ids", torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False
+            )

@@ -1,7 +1,7 @@
-"""Original single files (CompVis, Stability AI): UNet, VAE and text tower in one .safetensors, without any config.
+"""Original single files (CompVis, Stability AI): UNet, VAE and text encoder in one .safetensors, no configuration.
 
-The shapes tell the widths, levels and layers; the family tells the rest: SD 1 has OpenAI's text tower and 8 heads
-everywhere, SD 2 has open_clip's and heads of 64 features.
+The shapes tell the widths, levels and layers. The family tells the rest: SD 1 has OpenAI's text encoder and 8 heads
+everywhere, SD 2 has open_clip's, heads of 64 features, and linear projections in its transformers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
-from bas.pretrained.loading import Parts
-from bas.pretrained.unsupported import refuse_channels, refuse_incomplete
-from bas.schedulers import NoiseSchedule
+from bas.pretrained.loading import Parts, unwrap_keys
+from bas.pretrained.unsupported import WHOLE_MODEL, check_channels, check_complete
+from bas.schedulers import NoiseSchedule, PredictionType
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -32,19 +32,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
-SD_STEPS_OFFSET = 1  # what the scheduler_config.json of every Stable Diffusion says
+SD_STEPS_OFFSET = 1  # of every Stable Diffusion's scheduler, and of diffusers' pipeline whatever the file says
+EMBEDDER = "conditioner.embedders.0."  # the text encoder's prefix in Stability AI's later code
+FAMILY_WIDTHS = {768: False, 1024: True}  # of the published text encoders: whether it is SD 2's
+MAX_YAML_BYTES = 2**20
+PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)
 
-# ModelSpec, a convention for the metadata of .safetensors files: how it names prediction types.
+# ModelSpec, a convention for the metadata of .safetensors files, and its names of prediction types.
 SPEC = "modelspec."
-SPEC_PREDICTION = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+SPEC_PREDICTION: dict[str, PredictionType] = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+}
 
-# The rule of thumb other tools go by (ComfyUI's, for one): in v-prediction SD 2 models this bias spreads wider.
+# The rule of other tools, such as ComfyUI: this bias has a wider spread in v-prediction models of SD 2.
 V_PREDICTION_BIAS = "1.transformer_blocks.0.norm1.bias"  # of the last output block
 V_PREDICTION_SPREAD = 0.09
 
 
 class _Shapes:
-    """The shapes of a file's matrices and convolutions; asking for a missing one is an InputError."""
+    """The shapes of a file's matrices and convolutions. Raises InputError for a missing one."""
 
     def __init__(self, tensors: dict[str, Tensor], path: Path):
         self.tensors, self.path = tensors, path
@@ -65,22 +74,41 @@ class _Shapes:
         return sum(1 for _ in takewhile(lambda i: pattern.format(i) in self.tensors, count()))
 
 
-def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
-    """A single file in parts, under our names. InputError when it is anything but a whole SD 1.x or 2.x model."""
+def read_single_file(path: Path, prediction_type: PredictionType | None = None) -> Parts:
+    """Read a single file in parts. Raises InputError unless it is a whole Stable Diffusion 1.x or 2.x model."""
     tensors, metadata = read_tensors(path)
-    refuse_incomplete(tensors, path)
+    tensors = _original_names(tensors, path)
+    check_complete(tensors, path)
     shapes = _Shapes(tensors, path)
-    refuse_channels(shapes(f"{UNET}input_blocks.0.0.weight")[1], path)
-    prediction_type, reason = _prediction_type(tensors, metadata, prediction_type)
+    latents = shapes(f"{VAE}post_quant_conv.weight")[0]
+    check_channels(shapes(f"{UNET}input_blocks.0.0.weight")[1], latents, path)
+    _check_family(shapes)
+    prediction_type, reason = _prediction_type(tensors, metadata, prediction_type, path)
     log.info("%s: prediction type %s, %s", path, prediction_type, reason)
     unet, vae, text = infer_configs(tensors, metadata, prediction_type, path)
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
-    schedule = NoiseSchedule(prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET)
+    zero_snr = "ztsnr" in tensors and prediction_type == "v_prediction"
+    schedule = NoiseSchedule(
+        prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET, rescale_betas_zero_snr=zero_snr
+    )
     return Parts(ModelSpec(unet, vae, text, tokenizer, schedule, source=path), from_original(tensors, unet, vae))
 
 
+def _original_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The keys without wrappers' prefixes, the text encoder's behind `cond_stage_model.` wherever the file has them."""
+    tensors = unwrap_keys(tensors, str(path))
+    if not any(name.startswith(EMBEDDER) for name in tensors):
+        return tensors
+    if any(".label_emb." in name for name in tensors):
+        raise InputError(f"{path} is a Stable Diffusion XL model: {WHOLE_MODEL}")
+    return {
+        f"cond_stage_model.{name.removeprefix(EMBEDDER)}" if name.startswith(EMBEDDER) else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
-    """CLIP's tokenizer from the package: SD 1 pads with the end of text, SD 2 with `!` (id 0)."""
+    """Load CLIP's tokenizer from the package. SD 1 pads with the end of text, SD 2 with `!` (id 0)."""
     tokenizer = load_tokenizer(CLIP_VOCABULARY)
     if pad_with_exclamation_mark:
         tokenizer.add_special_tokens({"pad_token": "!"})
@@ -88,7 +116,7 @@ def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
 
 
 def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the original layout. InputError when it cannot tell what this model is: its readers see only shapes."""
+    """Write the original layout. Raises InputError for a model that its readers, who see only shapes, would misread."""
     path, parts = Path(path), Parts.of(models, dtype)
     spec = parts.spec
     if len(spec.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
@@ -109,14 +137,14 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
 
 
 def _architecture(sd2: bool, prediction_type: str) -> str:
-    """The model's name in ModelSpec."""
+    """The name of the architecture in ModelSpec."""
     if not sd2:
         return "stable-diffusion-v1"
     return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
 
 def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict) -> list[str]:
-    """Settings that a reader of the single file would take to be others than they are."""
+    """The settings that a reader of the single file would get wrong."""
     given = {
         "unet": vars(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
         "vae": vars(spec.vae),
@@ -124,7 +152,7 @@ def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict) 
         "scheduler": vars(spec.schedule),
     }
     read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(NoiseSchedule())}
-    # These say nothing about the arithmetic, or are given in the metadata, or are free for the user to choose.
+    # These do not change the arithmetic, or are in the metadata, or are the user's to choose.
     silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
     silent |= {"prediction_type", "steps_offset", "timestep_spacing", "alphas_cumprod"}
     silent_of = {"vae": {"sample_size"}}
@@ -136,23 +164,41 @@ def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict) 
     ]
 
 
-# --- What the shapes tell -----------------------------------------------------------------------------------------
+# --- Configurations from shapes -----------------------------------------------------------------------------------
 
 
-def _is_sd2(tensors: dict[str, Tensor]) -> bool:
+def _has_open_clip(tensors: dict[str, Tensor]) -> bool:
+    """Whether the text encoder has open_clip's names."""
     return any(name.startswith(OPEN_CLIP) for name in tensors)
 
 
+def _is_sd2(tensors: dict[str, Tensor]) -> bool:
+    """Whether this is SD 2, whose transformers project linearly; its text encoder may have either names."""
+    projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
+    return projection.ndim == 2 if projection is not None else _has_open_clip(tensors)
+
+
+def _check_family(shapes: _Shapes) -> None:
+    """Raise InputError when UNet and text encoder are of different families."""
+    sd2, names = _is_sd2(shapes.tensors), _has_open_clip(shapes.tensors)
+    width = shapes(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    unet = f"{shapes.path} has the UNet of Stable Diffusion {2 if sd2 else 1}"
+    if names and not sd2:
+        raise InputError(f"{unet} and the text encoder of 2 (open_clip): they belong to different models")
+    if FAMILY_WIDTHS.get(width, sd2) != sd2:
+        raise InputError(f"{unet}, which reads text of width {width}, as {1 if sd2 else 2} has it: it is damaged")
+
+
 def infer_configs(
-    tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: str, path: Path
+    tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: PredictionType, path: Path
 ) -> tuple[UNetConfig, VAEConfig, dict]:
-    """The configurations of UNet, VAE and text tower that a single file leaves unsaid."""
+    """Infer the configurations of UNet, VAE and text encoder from the shapes of a single file."""
     shapes, sd2 = _Shapes(tensors, path), _is_sd2(tensors)
     said = re.fullmatch(r"(\d{2,5})x\1", metadata.get(f"{SPEC}resolution", ""))
     resolution = int(said[1]) if said else 768 if sd2 and prediction_type == "v_prediction" else 512
     vae = _infer_vae(shapes, resolution)
     unet = _infer_unet(shapes, resolution // vae.factor, sd2)
-    return unet, vae, _infer_open_clip(shapes) if sd2 else _infer_clip(shapes)
+    return unet, vae, _infer_open_clip(shapes) if _has_open_clip(tensors) else _infer_clip(shapes, sd2)
 
 
 def _infer_unet(shapes: _Shapes, sample_size: int, sd2: bool) -> UNetConfig:
@@ -197,21 +243,21 @@ def _infer_vae(shapes: _Shapes, resolution: int) -> VAEConfig:
     )
 
 
-def _infer_clip(shapes: _Shapes) -> dict:
-    """OpenAI's text tower; some files leave the inner prefix out."""
+def _infer_clip(shapes: _Shapes, sd2: bool) -> dict:
+    """Infer a text encoder with transformers' names; some files leave the inner prefix out."""
     inner = "text_model." if f"{CLIP}text_model.final_layer_norm.weight" in shapes else ""
     layer = f"{CLIP}{inner}encoder.layers.{{}}.mlp.fc1.weight"
     return _text_config(
         shapes(f"{CLIP}{inner}embeddings.token_embedding.weight"),
         positions=shapes(f"{CLIP}{inner}embeddings.position_embedding.weight")[0],
         hidden=shapes(layer.format(0))[0],
-        layers=shapes.count(layer),
-        activation="quick_gelu",
+        layers=min(shapes.count(layer), OPEN_CLIP_LAYERS) if sd2 else shapes.count(layer),
+        activation="gelu" if sd2 else "quick_gelu",
     )
 
 
 def _infer_open_clip(shapes: _Shapes) -> dict:
-    """open_clip's text tower as far as SD 2 reads it."""
+    """Infer open_clip's text encoder, without the last layer, which SD 2 does not use."""
     layer = f"{OPEN_CLIP}transformer.resblocks.{{}}.mlp.c_fc.weight"
     return _text_config(
         shapes(f"{OPEN_CLIP}token_embedding.weight"),
@@ -223,7 +269,7 @@ def _infer_open_clip(shapes: _Shapes) -> dict:
 
 
 def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers: int, activation: str) -> dict:
-    """A text tower's config.json; the token ids are the last two of CLIP's vocabulary."""
+    """A text encoder's config.json; the token ids are the last two of CLIP's vocabulary."""
     rows, width = embedding[:2]
     return {
         "model_type": "clip_text_model",
@@ -241,20 +287,34 @@ def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers
     }
 
 
-def _prediction_type(tensors: dict[str, Tensor], metadata: dict[str, str], asked_for: str | None) -> tuple[str, str]:
-    """What the UNet predicts, and how that is known."""
+def _prediction_type(
+    tensors: dict[str, Tensor], metadata: dict[str, str], asked_for: PredictionType | None, path: Path
+) -> tuple[PredictionType, str]:
+    """The prediction type of the UNet, and its source in words."""
     if asked_for:
         return asked_for, "as asked for"
-    if (said := metadata.get(f"{SPEC}prediction_type")) in SPEC_PREDICTION:
-        return SPEC_PREDICTION[said], f"as the file's metadata says ({said})"
+    if (given := metadata.get(f"{SPEC}prediction_type")) in SPEC_PREDICTION:
+        return SPEC_PREDICTION[given], f"from the file's metadata ({given})"
+    if "v_pred" in tensors:
+        return "v_prediction", "from the file's marker v_pred"
+    if (given := _read_parameterization(path.with_suffix(".yaml"))) in SPEC_PREDICTION:
+        return SPEC_PREDICTION[given], f"from {path.with_suffix('.yaml').name} (parameterization: {given})"
     if not _is_sd2(tensors):
-        return "epsilon", "as every Stable Diffusion 1.x"
+        return "epsilon", "as most Stable Diffusion 1.x; --prediction_type v_prediction for the others"
     blocks = (re.match(rf"{re.escape(UNET)}output_blocks\.(\d+)\.", name) for name in tensors)
     last = max((int(block[1]) for block in blocks if block), default=0)
     bias = tensors.get(f"{UNET}output_blocks.{last}.{V_PREDICTION_BIAS}")
     spread = bias.float().std(correction=0).item() if bias is not None else 0.0
-    guess = "v_prediction" if spread > V_PREDICTION_SPREAD else "epsilon"
+    guess: PredictionType = "v_prediction" if spread > V_PREDICTION_SPREAD else "epsilon"
     return guess, (
-        f"guessed from a bias that spreads by {spread:.3f} (above {V_PREDICTION_SPREAD}: v_prediction); "
-        "if pictures come out as noise or washed out, ask for the other one"
+        f"guessed from a bias that spreads by {spread:.3f} (above {V_PREDICTION_SPREAD}: v_prediction); if images are "
+        "noise or washed out, use --prediction_type with the other one"
     )
+
+
+def _read_parameterization(path: Path) -> str | None:
+    """The parameterization (`v` or `eps`) in the .yaml that original code and web interfaces keep beside a model."""
+    if not path.is_file() or path.stat().st_size > MAX_YAML_BYTES:
+        return None
+    found = PARAMETERIZATION.search(path.read_text(encoding="utf-8", errors="replace"))
+    return found[1] if found else None

@@ -1,4 +1,4 @@
-"""Models of other kinds, recognised by names and shapes and refused by name, with what to do instead."""
+"""Models that bas does not support, recognised by names and shapes; the error says what they are and what to do."""
 
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ WHOLE_MODEL = "give a whole Stable Diffusion 1.x or 2.x model"
 
 KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
     (r"(^|[._])lora[._]|\.hada_w|\.lokr_w", "a LoRA", "it holds changes to a model: merge it into one first"),
-    (r"^conditioner\.embedders\.|^text_encoder_2\.", "a Stable Diffusion XL model", WHOLE_MODEL),
+    (r"^conditioner\.embedders\.[1-9]|^text_encoder_2\.", "a Stable Diffusion XL model", WHOLE_MODEL),
     (r"joint_blocks\.", "a Stable Diffusion 3 model", WHOLE_MODEL),
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux model", WHOLE_MODEL),
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
@@ -24,7 +24,13 @@ ALONE = (  # for files that hold no UNet in the original layout
     (r"^(down_blocks|mid_block|up_blocks|input_blocks|output_blocks)\.", "a UNet alone"),
     (r"(^|\.)(text_model|embeddings|resblocks|token_embedding)\.", "a text encoder alone"),
 )
-PIPELINES = (  # beginnings of a model_index.json's class name
+# Class names of a model_index.json whose networks are those of Stable Diffusion, and what else may stand there.
+SUPPORTED = {
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"),
+    *("StableDiffusionAttendAndExcitePipeline", "StableDiffusionSAGPipeline", "StableDiffusionPanoramaPipeline"),
+    *("StableDiffusionPipelineSafe", "StableDiffusionPAGPipeline", "CycleDiffusionPipeline"),
+}
+PIPELINES = (  # how the class name begins, what the model is
     ("StableDiffusionXL", "a Stable Diffusion XL model"),
     ("StableDiffusion3", "a Stable Diffusion 3 model"),
     ("Flux", "a Flux model"),
@@ -33,17 +39,11 @@ PIPELINES = (  # beginnings of a model_index.json's class name
     ("StableDiffusionUpscale", "an upscaler"),
     ("StableDiffusionInstructPix2Pix", "an InstructPix2Pix model"),
 )
-CLASSES = {  # what each folder of a model must be
+CLASSES = {  # the classes of each part of a model
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
-CHANNELS = {  # input channels of the UNet that betray what else it reads
-    5: "a depth model",
-    7: "an upscaler",
-    8: "an InstructPix2Pix model",
-    9: "an inpainting model",
 }
 BASE_ADVICE = "use the base model it was made from"
 ELSEWHERE = {  # of a tokenizer_config.json: arguments by which transformers would read files outside the folder
@@ -51,14 +51,14 @@ ELSEWHERE = {  # of a tokenizer_config.json: arguments by which transformers wou
 }
 
 
-def refuse_other_kinds(names: Iterable[str], path: Path) -> None:
-    """InputError when the keys of a file, or the files of a folder, show another kind of model."""
+def check_kind(names: Iterable[str], path: Path) -> None:
+    """Raise InputError when the keys of a file, or the files of a folder, are those of another kind of model."""
     if kind := other_kind(names):
         raise InputError(f"{path} is {kind[0]}: {kind[1]}")
 
 
 def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
-    """What these keys of a file, or files of a folder, belong to if not to a model, and what to do with it."""
+    """The kind of model that keys of a file, or files of a folder, belong to if it is another one, and what to do."""
     names = list(names)
     for pattern, what, advice in KINDS:
         if any(re.search(pattern, name) for name in names):
@@ -66,11 +66,11 @@ def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def refuse_incomplete(tensors: dict[str, Tensor], path: Path) -> None:
-    """InputError unless a single file holds UNet, VAE and text encoder in the original layout."""
+def check_complete(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise InputError unless a single file holds UNet, VAE and text encoder in the original layout."""
     if not tensors:
         raise InputError(f"{path} holds no tensors: {WHOLE_MODEL}")
-    refuse_other_kinds(tensors, path)
+    check_kind(tensors, path)
     if not any(name.startswith("model.diffusion_model.") for name in tensors):
         for pattern, what in ALONE:
             if any(re.search(pattern, name) for name in tensors):
@@ -81,29 +81,40 @@ def refuse_incomplete(tensors: dict[str, Tensor], path: Path) -> None:
             raise InputError(f"{path} holds no {what}: use the full file, not one pruned of it")
 
 
-def refuse_channels(channels: object, path: Path) -> None:
-    """InputError naming the kind of model whose UNet has this many input channels."""
-    if isinstance(channels, int) and channels in CHANNELS:
-        raise InputError(f"{path} is {CHANNELS[channels]} ({channels} input channels): {BASE_ADVICE}")
+def check_channels(channels: object, latents: object, path: Path) -> None:
+    """Raise InputError when the UNet reads more than the VAE's latents. channels, latents: of their configurations
+
+    The number beyond the latents tells the kind: a depth map, a small image, an image's latents, those and a mask.
+    """
+    if not isinstance(channels, int) or not isinstance(latents, int):
+        return  # for the check of the configuration
+    kinds = {1: "a depth model", 3: "an upscaler", latents: "an InstructPix2Pix model"}
+    kinds[latents + 1] = "an inpainting model"
+    if kind := kinds.get(channels - latents):
+        raise InputError(f"{path} is {kind} ({channels} input channels): {BASE_ADVICE}")
 
 
-def refuse_pipeline(index: dict, path: Path) -> None:
-    """InputError when a model_index.json describes anything but Stable Diffusion 1.x or 2.x."""
+def check_pipeline(index: dict, path: Path) -> None:
+    """Raise InputError when a model_index.json describes anything but Stable Diffusion 1.x or 2.x."""
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise InputError(f"{path} has {name!r} as its _class_name: {WHOLE_MODEL}")
-    for beginning, what in PIPELINES:
-        if name.startswith(beginning):
-            raise InputError(f"{path} is {what} ({name}): {WHOLE_MODEL}")
-    for part, classes in CLASSES.items():
+    if name not in SUPPORTED:
+        what = next((what for beginning, what in PIPELINES if name.startswith(beginning)), "a model of another kind")
+        raise InputError(f"{path} is {what} ({name}): {WHOLE_MODEL}")
+    for part in CLASSES:
         entry = index.get(part)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if found not in classes:
-            raise InputError(f"{path} has {found!r} as its {part}, bas needs {classes[0]}: {WHOLE_MODEL}")
+        check_class(part, entry[1] if isinstance(entry, list) and len(entry) == 2 else entry, path)
 
 
-def refuse_tokenizer(config: dict, path: Path) -> None:
-    """InputError when a tokenizer_config.json names files elsewhere, or a length that no prompt can have."""
+def check_class(part: str, name: object, path: Path) -> None:
+    """Raise InputError unless this is a class of a part of the model."""
+    if name not in CLASSES[part]:
+        raise InputError(f"{path} has {name!r} as its {part}, bas needs {CLASSES[part][0]}: {WHOLE_MODEL}")
+
+
+def check_tokenizer_config(config: dict, path: Path) -> None:
+    """Raise InputError when a tokenizer_config.json names files elsewhere, or a length that no prompt can have."""
     if found := ELSEWHERE & config.keys():
         raise InputError(f"{path} sets {min(found)}: bas reads a tokenizer from its own folder alone")
     length = config.get("model_max_length")
