@@ -38,9 +38,36 @@ class Progress:
             f"{self.stage} {done}/{self.total}",
             *(f"{name} {value:.4f}" for name, value in (values or {}).items()),
         ]
-        line = "  ".join([*parts, f"{speed:.2f} {self.unit}/s", f"{left} left"])
-        with suppress(OSError):  # nobody reads on, or the terminal is gone; the work goes on
+        self.write("  ".join([*parts, f"{speed:.2f} {self.unit}/s", f"{left} left"]), finished)
+
+    def write(self, line: str, finished: bool) -> None:
+        """Print one line, over the one before on a terminal."""
+        with suppress(OSError):  # the reader or the terminal is gone; the work goes on
             self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
             if self.live and finished:
                 self.stream.write("\n")
             self.stream.flush()
+
+
+class ImageProgress(Progress):
+    """Counts the denoising steps of images and prints how many images are done, the step, and the time left.
+
+    A terminal shows it all the time; in a log file each ten seconds bring a line, so that a short job prints none.
+    """
+
+    def __init__(self, images: int, steps: int, stream: TextIO | None = None):
+        super().__init__("images", images * steps, stream=stream)
+        self.images, self.steps = images, steps
+        self.counted = self.done = self.at = 0
+
+    def step(self, images: int) -> None:
+        """Count one denoising step of a batch of that many images."""
+        first, self.counted, self.at = not self.counted, self.counted + images, self.at + 1
+        finished, at = self.counted >= self.total, self.at
+        if at == self.steps:
+            self.done, self.at = self.done + images, 0
+        if not (self.due() or (self.live and (first or finished))):
+            return
+        self.printed = time.monotonic()
+        left = clock((self.total - self.counted) * (self.printed - self.began) / self.counted)
+        self.write(f"images {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished)

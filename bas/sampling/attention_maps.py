@@ -1,13 +1,14 @@
-"""Where each handle looks while a picture is drawn: cross-attention maps, averaged over steps, heads and layers.
+"""Where each handle looks while an image is generated: cross-attention averaged over steps, heads and layers.
 
 The maps are those that the attention loss reads in training (paper, eq. 2): the same layers, on the same grid.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -24,52 +25,58 @@ from bas.losses import handle_maps
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import known_handles, tokenize
 from bas.pretrained.hub import read_model_row
-from bas.sampling.prompt_strength import read_strengths
+from bas.runtime.progress import ImageProgress
+from bas.sampling.prompt_strength import read_prompt
 from bas.sampling.sampler import check_settings, decode, generate_with_maps, latent_shape
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-CELL = 192  # pixels of one picture on the sheet
+CELL = 192  # pixels of one image on the sheet
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One picture, and where the words of its prompt looked while it was drawn."""
+    """One image, and where the words of its prompt looked while it was generated."""
 
-    picture: Image.Image
+    image: Image.Image
     names: tuple[str, ...]  # n handles or words
     maps: np.ndarray  # (n, gh, gw) float32: the mean share of a cell's attention that goes to each
 
 
 @torch.inference_mode()
 def attend(
-    models: Models, prompt: str, config: SampleConfig, side: int | None = None, words: bool = False
+    models: Models,
+    prompt: str,
+    config: SampleConfig,
+    side: int | None = None,
+    words: bool = False,
+    progress: ImageProgress | None = None,
 ) -> Attention:
-    """Draw one picture and keep the attention of each handle of the prompt, with `words` that of every word.
+    """Generate one image and keep the attention of each handle of the prompt, with `words` that of every word.
 
     side: cells along the shorter side of the maps; None is as the model was trained, else a quarter of the latent's.
-    Raises InputError as `plan_maps` does.
+    InputError as in `plan_maps`, RunError as in `denoise`.
     """
     places, size = plan_maps(models.spec, prompt, config, side, words)
-    latents, average = generate_with_maps([prompt], [config.seed], models, config, size)
-    (picture,) = to_images(decode(models, latents))
+    latents, average = generate_with_maps([prompt], [config.seed], models, config, size, progress)
+    (image,) = to_images(decode(models, latents))
     columns = [
         handle_maps(average, torch.tensor([positions], device=average.device))[0].mean(dim=0)
         for positions in places.values()
     ]
-    return Attention(picture, tuple(places), torch.stack(columns).cpu().numpy())
+    return Attention(image, tuple(places), torch.stack(columns).cpu().numpy())
 
 
 def plan_maps(
     spec: ModelSpec, prompt: str, config: SampleConfig, side: int | None, words: bool
 ) -> tuple[dict[str, list[int]], tuple[int, int]]:
-    """Token positions by name, and (gh, gw) of the maps. Reads no weight.
+    """Find the token positions by name, and (gh, gw) of the maps, before any weight is read.
 
-    Raises InputError for a prompt without a handle, unknown handles, and a grid without cross-attention.
+    InputError for a prompt without a handle, for unknown handles, and for a grid without cross-attention.
     """
     check_settings(spec, config)
-    (ids,) = tokenize(spec.tokenizer, [read_strengths(prompt)[0]])
+    (ids,) = tokenize(spec.tokenizer, [read_prompt(prompt).text])
     places = find_places(spec.tokenizer, ids.tolist(), words)
     if not places:
         raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
@@ -78,7 +85,7 @@ def plan_maps(
 
 
 def trained_grid(path: Path) -> int | None:
-    """The `side` of the maps that a model's attention loss reads, as its run or its own row of settings notes them."""
+    """The `side` of the maps that the attention loss of a model read, from its run or from its own settings."""
     if (path / CONCEPTS).is_file():
         _, note = read_concepts(path)
         return note["config"]["attention_grid"]
@@ -86,36 +93,50 @@ def trained_grid(path: Path) -> int | None:
 
 
 def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[str, list[int]]:
-    """Where each handle of a prompt stands, with `words` each word too. ids: (77,) -> token positions by name
+    """Find where each handle of a prompt stands, with `words` each word too. ids: (77,) -> token positions by name
 
-    A word of several pieces has several positions; so has a name that comes twice.
+    A word of several pieces has several positions, and so have a handle of several vectors and a name that stands
+    twice. An added token is a word of its own, and the name of a word is its decoded text.
     """
-    handles, found, word = known_handles(tokenizer), {}, []
-    tokens = tokenizer.convert_ids_to_tokens(ids[: ids.index(tokenizer.eos_token_id)])
-    for i, token in enumerate(tokens[1:], start=1):
-        word.append(i)
-        if token in handles or token.endswith("</w>"):
-            name = "".join(tokens[j] for j in word).removesuffix("</w>")
-            if words or token in handles:
-                found[name] = found.get(name, []) + word
-            word = []
+    handles, added, end = known_handles(tokenizer), tokenizer.get_added_vocab(), cast(int, tokenizer.eos_token_id)
+    found: dict[str, list[int]] = {}
+    word: list[int] = []
+
+    def end_word() -> None:
+        if word and words:
+            name = str(tokenizer.decode([ids[i] for i in word])).strip()
+            found[name] = found.get(name, []) + word
+        word.clear()
+
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids[: ids.index(end)])):
+        handle = re.sub(r"_\d+$", "", token)  # <toy>_1 is a further vector of <toy>
+        if token in added:
+            end_word()
+            if i and (words or handle in handles):
+                name = handle if handle in handles else token
+                found[name] = [*found.get(name, []), i]
+        else:
+            word.append(i)
+            if token.endswith("</w>"):
+                end_word()
+    end_word()
     return found
 
 
 def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path, settings: dict) -> Path:
-    """Write picture.png with the settings that made it, for each name mapN.npy and its overlay, maps.json, sheet.png.
+    """Write picture.png with its settings, for each name mapN.npy and its overlay mapN.png, maps.json and sheet.png.
 
-    A handle has the colour that it has in all pictures of its run. Returns the path of the sheet.
+    A handle has the colour that it has in all figures of its run. Returns the path of the sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_image(attention.picture, folder / "picture.png", settings)
+    save_image(attention.image, folder / "picture.png", settings)
     others = [name for name in attention.names if name not in handles]
     colours = [(*handles, *others).index(name) for name in attention.names]
-    overlays = [overlay_attention(m, attention.picture, c) for m, c in zip(attention.maps, colours, strict=True)]
+    overlays = [overlay_attention(m, attention.image, c) for m, c in zip(attention.maps, colours, strict=True)]
     for i, (values, overlay) in enumerate(zip(attention.maps, overlays, strict=True)):
         np.save(folder / f"map{i}.npy", values, allow_pickle=False)
         save_image(overlay, folder / f"map{i}.png")
     write_json(folder / "maps.json", {f"map{i}": name for i, name in enumerate(attention.names)})
-    labels = ["picture", *attention.names]
-    save_image(grid([[attention.picture, *overlays]], [labels], CELL), folder / "sheet.png")
+    labels = ["image", *attention.names]
+    save_image(grid([[attention.image, *overlays]], [labels], CELL), folder / "sheet.png")
     return folder / "sheet.png"

@@ -1,7 +1,7 @@
 """Local editing by example: Blended Latent Diffusion (Avrahami, Fried and Lischinski 2023) with learnt concepts.
 
-Inside the mask the latents follow the prompt; outside they are, after every step, those of the picture itself, noised
-to the level that the step has reached (algorithm 1 there). At the end the pixels outside are put back untouched.
+Inside the mask the latents follow the prompt. Outside, after every step, they are those of the image itself, noised to
+the level of that step (algorithm 1 there). At the end the pixels outside are restored exactly.
 """
 
 import json
@@ -23,35 +23,44 @@ from bas.io.images import fit, pixels, read_mask, to_images
 from bas.io.settings_file import read_toml
 from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
+from bas.runtime.progress import ImageProgress
 from bas.sampling.prompt_strength import encode_prompts
-from bas.sampling.sampler import check_request, decode, denoise, denoising_timesteps, latent_shape, standard_normal
+from bas.sampling.sampler import (
+    check_request,
+    decode,
+    denoise,
+    denoising_timesteps,
+    latent_shape,
+    standard_normal,
+    with_float32_vae,
+)
 from bas.schedulers import add_noise
 
 
 @dataclass(frozen=True)
 class Region:
-    """One place to edit, and what shall be there."""
+    """One place to edit, and the prompt for it."""
 
-    mask: np.ndarray  # (H, W) float32 in [0, 1] at the picture's size, 1 where it may change
+    mask: np.ndarray  # (H, W) float32 in [0, 1] at the image's size, 1 where it may change
     prompt: str
-    file: Path | None = None  # that the mask was read from
+    file: Path | None = None  # of the mask
 
 
 # --- Reading the regions ------------------------------------------------------------------------------------------
 
 
-def read_region(mask: Path, prompt: str, image: Path, picture: Image.Image) -> Region:
-    """A region from its mask file, brought to the picture's size. Raises InputError for a mask that marks nothing."""
-    layer = match_size(read_mask(mask), mask, picture, image)
+def read_region(mask: Path, prompt: str, file: Path, image: Image.Image) -> Region:
+    """Read a region from its mask file, resized to the image. InputError for a mask that marks nothing."""
+    layer = match_size(read_mask(mask), mask, image, file)
     if layer.max() == 0:
-        raise InputError(f"{mask} is black all over: paint white what shall change")
+        raise InputError(f"{mask} is black all over: paint white what may change")
     return Region(layer, prompt, mask)
 
 
-def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
-    """The regions of a JSON file, in order: [{"mask": "mask0.png", "prompt": "a photo of <asset0>"}, ...]
+def read_regions(path: Path, file: Path, image: Image.Image) -> list[Region]:
+    """Read the regions of a JSON file, in order: [{"mask": "mask0.png", "prompt": "a photo of <asset0>"}, ...]
 
-    In a file that ends in .toml they are tables [[regions]]. Mask files are named relative to the list. Raises
+    In a file that ends in .toml they are tables [[regions]]. Mask files are named relative to the list.
     InputError for anything else.
     """
     rows = read_toml(path).get("regions") if path.suffix.lower() == ".toml" else read_content(path)
@@ -60,35 +69,41 @@ def read_regions(path: Path, image: Path, picture: Image.Image) -> list[Region]:
     for row in rows:
         if not isinstance(row, dict) or row.keys() != {"mask", "prompt"} or {*map(type, row.values())} != {str}:
             raise InputError(f'--regions {path}: {json.dumps(row)[:60]} is not {{"mask": FILE, "prompt": TEXT}}')
-    return [read_region(path.parent / row["mask"], row["prompt"], image, picture) for row in rows]
+    return [read_region(path.parent / row["mask"], row["prompt"], file, image) for row in rows]
 
 
 # --- Editing ------------------------------------------------------------------------------------------------------
 
 
 def edit(
-    models: Models, picture: Image.Image, regions: list[Region], config: EditConfig | None = None, **overrides
+    models: Models,
+    image: Image.Image,
+    regions: list[Region],
+    config: EditConfig | None = None,
+    progress: ImageProgress | None = None,
+    **overrides,
 ) -> list[Image.Image]:
-    """Edit the regions one after another, each in the result of the one before. -> `num_images` pictures of its size
+    """Edit the regions one after another, each in the result of the one before. -> `num_images` images of its size
 
     Result i depends on seed + i alone, and editing two regions at once equals editing one in the other's result.
-    Raises InputError for unknown handles, sizes the model cannot take, and masks too small for its grid.
+    InputError for unknown handles, sizes that the model cannot take, and masks too small for its grid; RunError for
+    numbers that are not finite.
     """
-    config = replace(config or EditConfig(), **overrides)
+    config = (config or EditConfig()).changed(**overrides)
     seeds = [config.seed + i for i in range(config.num_images)]
     results = []
     for first in range(0, len(seeds), config.batch_size):
         batch = seeds[first : first + config.batch_size]
-        pictures = [picture] * len(batch)
+        images = [image] * len(batch)
         for region in regions:
-            pictures = edit_region(models, pictures, region, batch, config)
-        results += pictures
+            images = edit_region(models, images, region, batch, config, progress)
+        results += images
     return results
 
 
-def check_edit(spec: ModelSpec, picture: Image.Image, regions: list[Region], config: EditConfig) -> None:
-    """Raises InputError for what `edit` would refuse. Reads no weight."""
-    width, height = working_size(spec, picture.size, config)
+def check_edit(spec: ModelSpec, image: Image.Image, regions: list[Region], config: EditConfig) -> None:
+    """Check a request of `edit` before any weight is read. InputError for what is wrong."""
+    width, height = working_size(spec, image.size, config)
     factor = spec.vae.factor
     check_request(spec, [region.prompt for region in regions], replace(config, width=width, height=height))
     for region in regions:
@@ -97,32 +112,51 @@ def check_edit(spec: ModelSpec, picture: Image.Image, regions: list[Region], con
 
 @torch.inference_mode()
 def edit_region(
-    models: Models, pictures: list[Image.Image], region: Region, seeds: list[int], config: EditConfig
+    models: Models,
+    images: list[Image.Image],
+    region: Region,
+    seeds: list[int],
+    config: EditConfig,
+    progress: ImageProgress | None = None,
 ) -> list[Image.Image]:
-    """Edit one region of pictures of one size, each with its own seed, all with the region's prompt."""
+    """Edit one region of images of one size, each with its own seed, all with the region's prompt."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    width, height = working_size(models.spec, pictures[0].size, config)
-    images = [pixels(fit(picture, (width, height), Image.Resampling.BICUBIC)) for picture in pictures]
-    source = (encode_images(models, torch.stack(images)).mean * models.vae.config.scaling_factor).to(models.device)
-    inside = latent_mask(region.mask, source.shape[-2:]).to(models.device)
+    width, height = working_size(models.spec, images[0].size, config)
+    source = encode_source(models, [pixels(fit(image, (width, height), Image.Resampling.BICUBIC)) for image in images])
+    inside = latent_mask(region.mask, (source.shape[-2], source.shape[-1])).to(models.device)
 
     def blend(_i: int, prev_t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+        if progress:
+            progress.step(len(z))
         return torch.where(inside, z, noised(models, source, prev_t, generators))
 
-    context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(pictures))
-    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(pictures))
+    context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(images))
+    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(images))
     timesteps = denoising_timesteps(models.schedule, config)
-    start = int(len(timesteps) * config.blending_start_percentage)
+    start = skipped_steps(config)
     z = noised(models, source, timesteps[start], generators)
     z = denoise(models, z, context, negative, config, generators, blend, start)
-    drawn = [fit(result, pictures[0].size, Image.Resampling.LANCZOS) for result in to_images(decode(models, z))]
+    results = [fit(result, images[0].size, Image.Resampling.LANCZOS) for result in to_images(decode(models, z))]
     if not config.composite:
-        return drawn
-    return [composite(old, new, region.mask) for old, new in zip(pictures, drawn, strict=True)]
+        return results
+    return [composite(old, new, region.mask) for old, new in zip(images, results, strict=True)]
+
+
+def skipped_steps(config: EditConfig) -> int:
+    """How many of the noisiest steps an edit leaves out."""
+    return int(config.num_inference_steps * config.blending_start_percentage)
+
+
+def encode_source(models: Models, images: list[Tensor]) -> Tensor:
+    """Encode images (3, H, W) into latents (b, c, h, w) as the UNet sees them, again in float32 if that overflows."""
+    mean = encode_images(models, torch.stack(images)).mean
+    if not mean.isfinite().all():
+        mean = encode_images(with_float32_vae(models), torch.stack(images)).mean
+    return (mean * models.vae.config.scaling_factor).to(models.device)
 
 
 def noised(models: Models, source: Tensor, t: int, generators: list[torch.Generator]) -> Tensor:
-    """Clean latents (b, c, h, w) brought to timestep t by fresh noise; t < 0 is the end, where they stay clean."""
+    """Bring clean latents (b, c, h, w) to timestep t by fresh noise; below 0 is the end, where they stay clean."""
     if t < 0:
         return source
     eps = standard_normal(source.shape[1:], generators).to(source.device)
@@ -130,9 +164,9 @@ def noised(models: Models, source: Tensor, t: int, generators: list[torch.Genera
 
 
 def latent_mask(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """The latent cells that may change: those at least half inside. mask: (H, W) -> (1, 1, h, w) bool
+    """Mark the latent cells that may change: those at least half inside. mask: (H, W) -> (1, 1, h, w) bool
 
-    Raises InputError when no cell is, because the mask is too small or too thin.
+    InputError if there is none, because the mask is too small or too thin.
     """
     inside = F.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], grid) >= 0.5
     if not inside.any():
@@ -143,19 +177,19 @@ def latent_mask(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 
 def composite(old: Image.Image, new: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The new picture inside the mask, the old one outside, mixed where the mask is soft; exactly the old at 0."""
+    """Put the new image inside the mask and the old one outside, mixed where the mask is soft; exactly the old at 0."""
     weight = mask[..., None]
     mixed = np.asarray(new, np.float32) * weight + np.asarray(old, np.float32) * (1 - weight)
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
 def working_size(spec: ModelSpec, size: tuple[int, int], config: EditConfig) -> tuple[int, int]:
-    """The (W, H) at which a picture of this (W, H) is edited: the flags', or the nearest size the model takes.
+    """The (W, H) at which an image of this (W, H) is edited: the flags', or the nearest size that the model takes.
 
     The shorter side is what the model was trained for; both are rounded to its multiple, so nothing is cut off.
     """
     multiple, scale = spec.size_multiple, spec.resolution / min(size)
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
     width, height = config.width or width, config.height or height
-    latent_shape(spec, replace(config, width=width, height=height))  # refuses what the model cannot take
+    latent_shape(spec, replace(config, width=width, height=height))  # raises for what the model cannot take
     return width, height

@@ -17,10 +17,10 @@ from bas.errors import InputError
 from bas.io.figures import grid
 from bas.io.images import save_image
 from bas.models.bundle import Models, ModelSpec
-from bas.runtime.progress import Progress
+from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import sample_each
 
-CONTEXTS = (  # what stands behind "a photo of <asset0> and <asset1>" in the paper's evaluation
+CONTEXTS = (  # they follow "a photo of <asset0> and <asset1>" in the paper's evaluation
     "at the beach",
     "in the jungle",
     "in the snow",
@@ -33,7 +33,7 @@ CONTEXTS = (  # what stands behind "a photo of <asset0> and <asset1>" in the pap
     "floating on top of water",
 )
 GRID = "grid.png"
-CELL = 192  # pixels of one picture on the grid
+CELL = 192  # pixels of one image on the grid
 
 
 def subsets(handles: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -42,30 +42,30 @@ def subsets(handles: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def vary(models: Models, folder: Path, config: SampleConfig) -> Path:
-    """All concepts of a run together, `num_images` times, as single files and on one near-square grid.
+    """Generate all concepts of a run together, `num_images` times, as single files and on one near-square grid.
 
-    Returns the grid's path. Raises InputError for a model without handles.
+    Returns the grid's path. InputError for a model without handles.
     """
     prompt = all_together(models)
-    pictures = draw(models, [prompt], folder, config)
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = [range(i, min(i + columns, len(pictures))) for i in range(0, len(pictures), columns)]
+    images = generate_files(models, [prompt], folder, config)
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     labels = [[f"seed {config.seed + i}" for i in row] for row in rows]
-    return save_grid([[pictures[i] for i in row] for row in rows], labels, prompt, folder)
+    return save_grid([[images[i] for i in row] for row in rows], labels, prompt, folder)
 
 
 def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: SampleConfig) -> Path:
-    """Every non-empty subset of a run's concepts in every context, as single files and on a grid, a row per subset.
+    """Generate every non-empty subset of a run's concepts in every context, as files and on a grid, a row per subset.
 
-    Returns the grid's path. Raises InputError for a model without handles.
+    Returns the grid's path. InputError for a model without handles.
     """
     prompts = combinations_in(models, contexts)
-    pictures = draw(models, prompts, folder, config)
+    images = generate_files(models, prompts, folder, config)
     texts = [prompt for prompt in prompts for _ in range(config.num_images)]
     columns = len(contexts) * config.num_images
-    begins = range(0, len(pictures), columns)
-    cut = [[column[i : i + columns] for i in begins] for column in (pictures, texts)]
-    return save_grid(*cut, f"{len(prompts) // len(contexts)} combinations in {len(contexts)} contexts", folder)
+    starts = range(0, len(images), columns)
+    rows, labels = [images[i : i + columns] for i in starts], [texts[i : i + columns] for i in starts]
+    return save_grid(rows, labels, f"{len(prompts) // len(contexts)} combinations in {len(contexts)} contexts", folder)
 
 
 def combinations_in(models: Models | ModelSpec, contexts: tuple[str, ...]) -> list[str]:
@@ -79,23 +79,21 @@ def all_together(models: Models | ModelSpec) -> str:
 
 
 def handles_of(models: Models | ModelSpec) -> tuple[str, ...]:
-    """The concepts that a model was taught. Raises InputError if there are none."""
+    """The learnt concepts of a model. InputError if there are none."""
     if not models.handles:
         raise InputError(f"{models.source} has no handles: give the folder of a finished `bas train`")
     return models.handles
 
 
-def draw(models: Models, prompts: list[str], folder: Path, config: SampleConfig) -> list[Image.Image]:
-    """Sample and save each picture, with its settings, as soon as it is there: FOLDER/0000.png, 0001.png, ..."""
+def generate_files(models: Models, prompts: list[str], folder: Path, config: SampleConfig) -> list[Image.Image]:
+    """Generate images and save each with its settings as soon as it is done: FOLDER/0000.png, 0001.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
-    bar, pictures = Progress("gallery", len(jobs), unit="pictures"), []
-    for (prompt, seed), picture in zip(jobs, sample_each(models, prompts, config), strict=True):
-        name = f"{len(pictures):04d}.png"
-        save_image(picture, folder / name, asdict(config) | {"prompt": prompt, "seed": seed})
-        pictures.append(picture)
-        bar.show(len(pictures))
-    return pictures
+    progress, images = ImageProgress(len(jobs), config.num_inference_steps), []
+    for (prompt, seed), image in zip(jobs, sample_each(models, prompts, config, progress), strict=True):
+        save_image(image, folder / f"{len(images):04d}.png", asdict(config) | {"prompt": prompt, "seed": seed})
+        images.append(image)
+    return images
 
 
 def save_grid(rows: list[list[Image.Image]], labels: list[list[str]], title: str, folder: Path) -> Path:

@@ -1,14 +1,15 @@
-"""Prompts in which a handle has a strength: `a photo of (<asset0>:1.3) and <asset1>`, `(<asset1>:0)` to remove it.
+"""Prompts with strengths: `a photo of (<asset0>:1.3) and a (red:1.4) ball`, `(<asset1>:0)` to remove a handle.
 
-A strength s says how much of what the handle does to the prompt's token states is kept: c = c0 + s (c1 - c0), where
-c1 are the states with the handle and c0 those without it. c0 hides the handle from the tokens behind it, and where
-the handle itself stands puts what an empty prompt has there. So 1 changes nothing, 0 removes every trace of the
-handle while all other words stay in their places, and numbers above 1 go beyond what was learnt.
+A strength s scales what a handle or a phrase does to the prompt's token states: c = c0 + s (c1 - c0), where c1 are the
+states with its tokens and c0 those without them. In c0 no other token attends to these tokens, and their own places
+hold what an empty prompt has there. So 1 changes nothing, 0 removes every trace while all other words stay in their
+places, and values above 1 extrapolate. The strength of a handle holds wherever it stands, that of a phrase only there.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,75 +21,164 @@ from bas.models.text import HANDLE, encode_ids, tokenize
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
-STRONGEST = 5.0  # far beyond where pictures fall apart
-STRENGTH = re.compile(rf"\(\s*({HANDLE.pattern})\s*:\s*([^()]*?)\s*\)")
-LOOKS_LIKE = re.compile(rf"\([^()]*{HANDLE.pattern}[^()]*:[^()]*\)")
+STRONGEST = 5.0  # images fall apart far below
+NAME = HANDLE.pattern
+STRENGTH = re.compile(rf"\(\s*({NAME})\s*:\s*([^()]*?)\s*\)")
+LOOKS_LIKE = re.compile(rf"\([^()]*{NAME}[^()]*:[^()]*\)")
+PHRASE = re.compile(r"\(\s*([^()\[\]{}<>:]*[^\W\d_][^()\[\]{}<>:]*?)\s*:\s*(\d+\.?\d*|\.\d+)\s*\)")
+END = r"(?=[\s,.;:!?)]|$)"
+UNREAD = re.compile(  # weights as A1111, ComfyUI, InvokeAI and Compel write them
+    rf"\(+(?:[^()]*\([^()]*:\s*[-+.\d]+\s*\)[^()]*|\s*\([^()]*\)\s*)\)+"  # ((red)), (a (red:1.2) ball)
+    rf"|\([^()]*:\s*[-+]?[.\d]+\s*\)"  # (red:9)
+    rf"|\([^()]*\)(?:\++|-+|\d*\.?\d+){END}"  # (red ball)++, (red ball)1.3
+    r"|\[[^\[\]]*\]|\{[^{}]*\}"  # [red], [red:blue:0.5], {red}
+    rf"|{NAME}(?:\++|-+|\d*\.\d+|:\d+\.?\d*){END}"  # <toy>+, <toy>:1.3
+    rf"|\w+(?:\+\++|--+){END}"  # red++
+    rf"|\(\s*{NAME}\s*\)"  # (<toy>)
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt without its strengths, and the strengths."""
+
+    parts: tuple[tuple[str, float], ...]  # in order, each with the strength of its phrase; 1 for ordinary text
+    handles: dict[str, float]  # strengths by handle
+
+    @property
+    def text(self) -> str:
+        """The prompt as the tokenizer reads it."""
+        return " ".join(text for text, _ in self.parts)
+
+    @property
+    def has_strengths(self) -> bool:
+        """Whether anything has a strength."""
+        return bool(self.handles) or len(self.parts) > 1
 
 
 def bare_handles(prompt: str, handles: tuple[str, ...]) -> list[str]:
-    """The handles of whose names a prompt holds the mere word, where it holds no handle at all."""
+    """The handles whose names a prompt contains as mere words, if it contains no handle at all."""
     if any(handle in prompt for handle in handles):
         return []
     words = set(re.findall(r"[\w-]+", prompt))
     return [handle for handle in handles if handle[1:-1] in words]
 
 
-def read_strengths(prompt: str) -> tuple[str, dict[str, float]]:
-    """A prompt without its strengths, and the strengths by handle.
+def read_prompt(prompt: str) -> Prompt:
+    """Split a prompt into its text and its strengths.
 
-    `a photo of (<toy>:1.3)` -> ("a photo of <toy>", {"<toy>": 1.3}). Raises InputError for a strength that is no
-    number from 0 to 5, that holds more than one handle, or that contradicts another.
+    InputError for a handle's strength that is no number from 0 to 5, that holds more than one handle or contradicts
+    another, and for weights in other tools' syntax around a handle.
     """
-    strengths: dict[str, float] = {}
-    for handle, text in STRENGTH.findall(prompt):
+    handles: dict[str, float] = {}
+    for handle, number in STRENGTH.findall(prompt):
         try:
-            value = float(text)
+            value = float(number)
         except ValueError:
             value = float("nan")
         if not 0 <= value <= STRONGEST:
-            raise InputError(f"({handle}:{text}): a strength is a number from 0 to {STRONGEST:g}")
-        if strengths.setdefault(handle, value) != value:
-            raise InputError(f"{handle} has two strengths, {strengths[handle]:g} and {value:g}")
+            raise InputError(f"({handle}:{number}): a strength is a number from 0 to {STRONGEST:g}")
+        if handles.setdefault(handle, value) != value:
+            raise InputError(f"{handle} has two strengths, {handles[handle]:g} and {value:g}")
+    if nested := re.search(rf"\(\s*{STRENGTH.pattern}\s*\)", prompt):
+        raise InputError(
+            f"{nested[0]}: bas reads no nested strengths; write {nested[0].strip('( )')} in one pair of ( )"
+        )
     plain = STRENGTH.sub(r"\1", prompt)
     if found := LOOKS_LIKE.search(plain):
         raise InputError(f"{found[0]}: a strength belongs to one handle alone, as (<asset0>:1.3)")
-    return plain, strengths
+    parts = read_phrases(plain)
+    for text, _ in parts:
+        for piece in UNREAD.findall(text):
+            if HANDLE.search(piece) and not re.fullmatch(rf"\(\s*{NAME}\s*\)", piece):
+                raise InputError(f"{piece}: bas reads no such weight; write (<asset0>:1.3) with the handle in it")
+    return Prompt(parts, handles)
+
+
+def read_phrases(text: str) -> tuple[tuple[str, float], ...]:
+    """Cut a text at its weighted phrases that stand in no other brackets.
+
+    "a (red:1.4) ball" -> ("a", 1), ("red", 1.4), ("ball", 1)
+    """
+    parts, end = [], 0
+    for found in PHRASE.finditer(text):
+        before = text[: found.start()]
+        if (
+            float(found[2]) <= STRONGEST
+            and before.count("(") == before.count(")")
+            and before.count("[") == before.count("]")
+        ):
+            parts += [(text[end : found.start()], 1.0), (found[1], float(found[2]))]
+            end = found.end()
+    if not parts:
+        return ((text, 1.0),)
+    return tuple((part.strip(), strength) for part, strength in [*parts, (text[end:], 1.0)])
+
+
+def unread_weights(prompt: str) -> list[str]:
+    """The pieces of a prompt that look like weights of other tools and stay text."""
+    return [piece for text, _ in read_prompt(prompt).parts for piece in UNREAD.findall(text)]
 
 
 def encode_prompts(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token states of prompts, strengths applied. -> (b, 77, d) on the tower's device"""
-    plain, strengths = zip(*(read_strengths(prompt) for prompt in prompts), strict=True)
-    ids = tokenize(tokenizer, list(plain)).to(text_encoder.device)
+    """Encode prompts into token states, strengths applied. -> (b, 77, d) on the text encoder's device"""
+    read = [read_prompt(prompt) for prompt in prompts]
+    ids = tokenize(tokenizer, [prompt.text for prompt in read]).to(text_encoder.device)
     states = encode_ids(text_encoder, ids)
-    if not any(strengths):
+    if not any(prompt.has_strengths for prompt in read):
         return states
     empty = encode_ids(text_encoder, tokenize(tokenizer, [""]).to(text_encoder.device))
     rows = []
-    for row, state, by_handle in zip(ids, states, strengths, strict=True):
-        by_id = {tokenizer.convert_tokens_to_ids(handle): strength for handle, strength in by_handle.items()}
-        rows.append(apply_strengths(text_encoder, row[None], state[None], empty, by_id))
+    for row, state, prompt in zip(ids, states, read, strict=True):
+        changes = find_strengths(tokenizer, prompt, row[None])
+        rows.append(apply_strengths(text_encoder, row[None], state[None], empty, changes))
     return torch.cat(rows)
 
 
-def apply_strengths(
-    text_encoder: CLIPTextModel, ids: Tensor, states: Tensor, empty: Tensor, strengths: dict[int, float]
-) -> Tensor:
-    """One prompt's states with strengths by token id. ids: (1, 77); states, empty: (1, 77, d) -> (1, 77, d)
+def find_strengths(tokenizer: CLIPTokenizer, prompt: Prompt, ids: Tensor) -> list[tuple[Tensor, float]]:
+    """The tokens of a prompt that have a strength, as masks over its places, each with the strength. ids: (1, 77)"""
+    changes = [(torch.isin(ids, vectors(tokenizer, handle, ids)), value) for handle, value in prompt.handles.items()]
+    places = torch.arange(ids.shape[1], device=ids.device)[None]
+    for i, (_, strength) in enumerate(prompt.parts):
+        if strength != 1:
+            first, last = (count_tokens(tokenizer, Prompt(prompt.parts[:n], {}).text) for n in (i, i + 1))
+            changes.append(((places > first) & (places <= last), strength))  # place 0 is the start token
+    return changes
 
-    Handles of strength 0 are taken out first, together; the others are then changed one by one.
+
+def vectors(tokenizer: CLIPTokenizer, handle: str, ids: Tensor) -> Tensor:
+    """The token ids of a handle: its own, and those of `<handle>_1`, `<handle>_2`, ... of an embedding of several."""
+    added = tokenizer.get_added_vocab()
+    several = [number for token, number in added.items() if re.fullmatch(rf"{re.escape(handle)}(_\d+)?", token)]
+    return torch.tensor(several, device=ids.device)
+
+
+def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
+    """How many tokens a text takes, without the start and the end, of those that the model reads."""
+    (ids,) = tokenize(tokenizer, [text]).tolist()
+    return ids.index(tokenizer.eos_token_id) - 1
+
+
+def apply_strengths(
+    text_encoder: CLIPTextModel, ids: Tensor, states: Tensor, empty: Tensor, changes: list[tuple[Tensor, float]]
+) -> Tensor:
+    """Change one prompt's states by the strengths of masked tokens. ids, masks: (1, 77); states, empty: (1, 77, d)
+
+    Tokens of strength 0 are removed first, together; the others are then changed one by one. -> (1, 77, d)
     """
-    removed = [handle for handle, strength in strengths.items() if strength == 0]
-    base = encode_without(text_encoder, ids, empty, removed) if removed else states
+    removed = torch.zeros_like(ids, dtype=torch.bool)
+    for mask, strength in changes:
+        if strength == 0:
+            removed |= mask
+    base = encode_without(text_encoder, ids, empty, removed) if removed.any() else states
     changed = base
-    for handle, strength in strengths.items():
-        if strength not in (0, 1):
-            without = encode_without(text_encoder, ids, empty, [*removed, handle])
-            changed = changed + (strength - 1) * (base - without)
+    for mask, strength in changes:
+        if strength not in (0, 1) and mask.any():
+            changed = changed + (strength - 1) * (base - encode_without(text_encoder, ids, empty, removed | mask))
     return changed
 
 
-def encode_without(text_encoder: CLIPTextModel, ids: Tensor, empty: Tensor, hidden: list[int]) -> Tensor:
-    """Token states as if these tokens were not there, all others in their places. (1, 77) -> (1, 77, d)"""
-    gone = torch.isin(ids, torch.tensor(hidden, device=ids.device))
+def encode_without(text_encoder: CLIPTextModel, ids: Tensor, empty: Tensor, gone: Tensor) -> Tensor:
+    """Encode a prompt as if some tokens were not there, all others in their places. gone: (1, 77) bool -> (1, 77, d)"""
     states = text_encoder(input_ids=ids, attention_mask=(~gone).long()).last_hidden_state
     return torch.where(gone[..., None], empty, states)

@@ -1,7 +1,8 @@
-"""From a prompt to pictures: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
+"""From a prompt to images: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
 
 import logging
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -9,13 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import SampleConfig
-from bas.errors import InputError
+from bas.errors import InputError, RunError
 from bas.io.images import to_images
 from bas.losses import average_maps
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import tokenize
 from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
-from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_strengths
+from bas.runtime.progress import ImageProgress
+from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_prompt, unread_weights
 from bas.schedulers import (
     NoiseSchedule,
     clean_and_noise,
@@ -32,54 +34,67 @@ log = logging.getLogger(__name__)
 def sample(
     models: Models, prompts: str | list[str], config: SampleConfig | None = None, **overrides
 ) -> list[Image.Image]:
-    """Generate `num_images` pictures for each prompt, prompt by prompt.
+    """Generate `num_images` images for each prompt, prompt by prompt.
 
-    Settings come from `config`, single ones can be given by name: `sample(models, "a photo of <asset0>", seed=3)`.
-    Picture i of each prompt depends on seed + i alone, not on the batch it is made in.
-    Raises InputError for unknown handles and for sizes the model cannot take.
+    Settings come from `config`; single ones can be given by name: `sample(models, "a photo of <asset0>", seed=3)`.
+    Image i of each prompt depends on seed + i alone, not on the batch in which it is generated.
+    InputError for unknown handles and for sizes that the model cannot take, RunError for numbers that are not finite.
     """
-    config = replace(config or SampleConfig(), **overrides)
-    return list(sample_each(models, [prompts] if isinstance(prompts, str) else list(prompts), config))
+    config = (config or SampleConfig()).changed(**overrides)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    check_request(models.spec, prompts, config)
+    return list(sample_each(models, prompts, config))
 
 
 def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig) -> None:
-    """Raises InputError for handles, strengths, sizes and steps that `sample` would refuse. Reads no weight.
+    """Check handles, strengths, sizes and steps before any weight is read. InputError for what is wrong.
 
-    Warns of what is likely a slip: a handle without its brackets, a setting that changes nothing.
+    Warn of what is likely a slip: a handle without its brackets, a weight that is not read, a setting without effect.
     """
     check_settings(spec, config)
     for prompt in prompts:
-        tokenize(spec.tokenizer, [read_strengths(prompt)[0]])
+        tokenize(spec.tokenizer, [read_prompt(prompt).text])
     for setting, reason in without_effect(config).items():
         log.warning("--%s has no effect: %s", setting, reason)
     for prompt in prompts:
         if bare := bare_handles(prompt, spec.handles):
             log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
+    for prompt in dict.fromkeys([*prompts, config.negative_prompt]):
+        for piece in unread_weights(prompt):
+            log.warning("%r is no weight that bas reads, so it stays text: write (words:1.3) or (<asset0>:1.3)", piece)
 
 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:
-    """The part of `check_request` that no prompt takes part in, without its warnings."""
+    """The part of `check_request` that needs no prompt, without its warnings."""
     latent_shape(spec, config)
     denoising_timesteps(spec.schedule, config)
-    tokenize(spec.tokenizer, [read_strengths(config.negative_prompt)[0]])
+    tokenize(spec.tokenizer, [read_prompt(config.negative_prompt).text])
 
 
 def without_effect(config: SampleConfig) -> dict[str, str]:
-    """Settings that were given but change nothing, by name, each with its reason."""
+    """Settings that were given but change nothing: the reason by name."""
     unused = {}
     if config.eta and config.sampler != "ddim":
         unused["eta"] = f"it is the noise of --sampler ddim, and this one is {config.sampler}"
-    if config.negative_prompt and config.guidance_scale == 1:
-        unused["negative_prompt"] = "--guidance_scale 1 turns guidance off"
+    if config.negative_prompt and config.guidance_scale <= 1:
+        unused["negative_prompt"] = f"--guidance_scale {config.guidance_scale:g} turns guidance off"
     return unused
 
 
-def sample_each(models: Models, prompts: list[str], config: SampleConfig) -> Iterator[Image.Image]:
-    """The pictures of `sample`, one by one, as soon as their batch is done."""
+def sample_each(
+    models: Models, prompts: list[str], config: SampleConfig, progress: ImageProgress | None = None
+) -> Iterator[Image.Image]:
+    """The images of `sample`, one by one, each as soon as its batch is done. `progress` counts the steps."""
+
+    def count(_i: int, _t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+        if progress:
+            progress.step(len(z))
+        return z
+
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
-        latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config)
+        latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config, count)
         yield from to_images(decode(models, latents))
 
 
@@ -97,9 +112,9 @@ def generate(
     on_step: OnStep | None = None,
     return_maps: ReturnMaps = False,
 ) -> Tensor:
-    """One clean latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them
+    """Denoise one latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them
 
-    `on_step` and `return_maps` as in `denoise`.
+    `on_step` and `return_maps` as in `denoise`, and its RunError.
     """
     context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
@@ -109,16 +124,23 @@ def generate(
 
 
 def generate_with_maps(
-    prompts: list[str], seeds: list[int], models: Models, config: SampleConfig, grid: tuple[int, int]
+    prompts: list[str],
+    seeds: list[int],
+    models: Models,
+    config: SampleConfig,
+    grid: tuple[int, int],
+    progress: ImageProgress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`generate`, and where each token of the prompts was looked for: maps averaged over steps, heads and layers.
+    """`generate`, and the attention to each token of the prompts, averaged over steps, heads and layers.
 
-    grid: (gh, gw), of the layers to average. -> latents (b, c, h, w), maps (b, gh, gw, 77)
+    grid: (gh, gw) of the layers that are averaged. -> latents (b, c, h, w), maps (b, gh, gw, 77)
     """
     averages: list[Tensor] = []
 
     def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
         averages.append(average_maps(maps))
+        if progress:
+            progress.step(len(z))
         return z
 
     latents = generate(prompts, seeds, models, config, collect, grid)
@@ -136,10 +158,10 @@ def denoise(
     start: int = 0,
     return_maps: ReturnMaps = False,
 ) -> Tensor:
-    """Walk z from noise to a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d).
+    """Denoise z step by step until it is a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d)
 
-    `start` skips that many of the noisiest steps; `on_step` sees and may change the latents after each of the others,
-    beside the attention maps that `return_maps` asks for.
+    `start` skips that many of the noisiest steps. `on_step` sees the latents after each of the others, with the
+    attention maps that `return_maps` asks for, and may change them. RunError if the result is not finite.
     """
     schedule = models.schedule
     timesteps = denoising_timesteps(schedule, config)
@@ -151,14 +173,16 @@ def denoise(
             z0, _ = clean_and_noise(schedule, z, output, t)
             z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
         else:
-            ancestral = config.sampler == "ddpm"
-            noise = standard_normal(z.shape[1:], generators).to(z.device) if ancestral or config.eta > 0 else None
-            if ancestral:
+            random = config.sampler == "ddpm" or config.eta > 0
+            noise = standard_normal(z.shape[1:], generators).to(z.device) if random else None
+            if config.sampler == "ddpm" and noise is not None:
                 z = ddpm_step(schedule, z, output, t, prev_t, noise)
             else:
                 z = ddim_step(schedule, z, output, t, prev_t, config.eta, noise)
         if on_step is not None:
             z = on_step(i, prev_t, z, maps)
+    if not z.isfinite().all():
+        raise RunError(f"denoising in {arithmetic(models)} gives numbers that are not finite: {advice(models)}")
     return z
 
 
@@ -171,13 +195,14 @@ def guided_output(
     scale: float,
     return_maps: ReturnMaps = False,
 ) -> UNetOutput:
-    """The UNet's prediction, pushed away from the negative prompt by the guidance scale, and the prompt's own maps.
+    """Predict with classifier-free guidance (Ho and Salimans 2022): negative + scale (prompt - negative).
 
-    -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) each, those that `return_maps` asks for
+    A scale of 1 or less turns guidance off, as in diffusers: the result is the prompt's prediction alone.
+    -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) of the prompt, those that `return_maps` asks for
     """
     dtype = models.unet.conv_in.weight.dtype
     timesteps = torch.full((len(z),), t, device=z.device)
-    if scale == 1:
+    if scale <= 1:
         output, maps = models.unet(z.to(dtype), timesteps, context.to(dtype), return_maps)
         return UNetOutput(output.float(), maps)
     both = torch.cat([negative, context]).to(dtype)
@@ -195,7 +220,7 @@ def denoising_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[i
 
 
 def latent_shape(spec: ModelSpec, config: SampleConfig) -> tuple[int, int, int]:
-    """(c, h, w) of the latents for the picture size asked for. Raises InputError for a size the model cannot take."""
+    """(c, h, w) of the latents for the image size asked for. Raises InputError for a size the model cannot take."""
     sides = []
     for name in ("height", "width"):
         side = getattr(config, name) or spec.resolution
@@ -206,13 +231,43 @@ def latent_shape(spec: ModelSpec, config: SampleConfig) -> tuple[int, int, int]:
 
 
 def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
-    """Noise drawn on the CPU, one generator per picture, so that a seed means the same on every device. (b, *shape)"""
+    """Sample noise on the CPU, one generator per image, so that a seed means the same on every device. (b, *shape)"""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.inference_mode()
 def decode(models: Models, latents: Tensor) -> Tensor:
-    """Latents (b, c, h, w) as the UNet sees them -> pictures (b, 3, H, W) float32 in [0, 1]"""
+    """Decode latents (b, c, h, w) as the UNet sees them. -> images (b, 3, H, W) float32 in [0, 1]
+
+    An image that overflows is decoded once more in float32. RunError if it is not finite there either.
+    """
     vae = models.vae
-    z = (latents / vae.config.scaling_factor).to(vae.post_quant_conv.weight.dtype)
-    return (vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
+    z = latents / vae.config.scaling_factor
+    images = vae.decode(z.to(vae.post_quant_conv.weight.dtype)).float()
+    broken = ~images.flatten(1).isfinite().all(dim=1)
+    if broken.any() and arithmetic(models) != "float32":
+        log.warning("the decoder overflows in %s: %d images are decoded in float32", arithmetic(models), broken.sum())
+        with torch.autocast(models.device.type, enabled=False):
+            images[broken] = with_float32_vae(models).vae.decode(z[broken].float())
+        broken = ~images.flatten(1).isfinite().all(dim=1)
+    if broken.any():
+        raise RunError("the decoder gives numbers that are not finite, even in float32: the model's VAE is damaged")
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def with_float32_vae(models: Models) -> Models:
+    """The same models with a copy of the VAE in float32, for images whose numbers are beyond 16 bits."""
+    return replace(models, vae=deepcopy(models.vae).float())
+
+
+def arithmetic(models: Models) -> str:
+    """The number format in which the networks compute now, as PyTorch names it: "float16"."""
+    kind, dtype = models.device.type, models.unet.conv_in.weight.dtype
+    return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype).removeprefix("torch.")
+
+
+def advice(models: Models) -> str:
+    """What to do about numbers that are not finite."""
+    if arithmetic(models) == "float16":
+        return "float16 overflowed; use bf16 or fp32 as --precision"
+    return "lower --guidance_scale, or name a model whose weights are sound"

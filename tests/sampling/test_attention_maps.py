@@ -7,12 +7,14 @@ import pytest
 import torch
 from einops import reduce
 from PIL import Image
+from tokenizers import AddedToken
 
 from bas.cli.entry import main
 from bas.config import SampleConfig
 from bas.io.figures import concept_colour
 from bas.models.text import tokenize
 from bas.pretrained.folder import save_model
+from bas.pretrained.hub import load
 from bas.sampling.attention_maps import Attention, attend, find_places, trained_grid, write_attention
 from bas.sampling.sampler import sample
 from tests.helpers.tiny import refused, taught, write_model
@@ -41,8 +43,43 @@ def test_words_of_several_pieces_and_words_that_come_twice_have_several_places(m
     assert found == {"a": [1, 4], "<asset0>": [2], ",": [3], "photo": [5], "of": [6], "bat": [7, 8]}
 
 
+@pytest.fixture(scope="module")
+def padded(models, tmp_path_factory):
+    """A tokenizer as SD 2 has it: `!` is its padding, and so an added token; `<bag>` is a handle of two vectors."""
+    save_model(models, tmp_path_factory.mktemp("padded") / "model")
+    tokenizer = load(tmp_path_factory.getbasetemp() / "padded0" / "model").tokenizer
+    tokenizer.add_special_tokens({"pad_token": "!"})
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in ("<bag>", "<bag>_1")])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "found"),
+    [
+        ("bat! <asset0>", False, {"<asset0>": [4]}),
+        ("bat! <asset0>", True, {"bat": [1, 2], "!": [3], "<asset0>": [4]}),
+        ("a!<asset0>!a", True, {"a": [1, 5], "!": [2, 4], "<asset0>": [3]}),
+        ("a <bag><bag>_1 at", True, {"a": [1], "<bag>": [2, 3], "at": [4]}),
+        ("a <bag><bag>_1 at", False, {"<bag>": [2, 3]}),
+    ],
+)
+def test_an_added_token_is_a_word_of_its_own(padded, prompt, words, found):
+    ids = padded(prompt).input_ids
+    assert find_places(padded, ids, words) == found
+
+
+def test_words_are_named_by_their_text():
+    """Outside ASCII too: the miniature's vocabulary spells it in bytes."""
+    tokenizer = load(None).tokenizer
+    for prompt in ("café müll", "写真", "naïve ❤"):
+        ids = tokenizer(prompt).input_ids
+        found = find_places(tokenizer, ids, words=True)
+        assert list(found) == prompt.split()
+        assert sorted(place for places in found.values() for place in places) == list(range(1, len(ids) - 1))
+
+
 def test_the_picture_is_the_one_that_sample_draws(models):
-    assert attend(models, PROMPT, FAST).picture == sample(models, PROMPT, FAST)[0]
+    assert attend(models, PROMPT, FAST).image == sample(models, PROMPT, FAST)[0]
 
 
 def test_maps_are_the_mean_over_steps_heads_and_layers_of_the_prompts_own_half(models, monkeypatch):

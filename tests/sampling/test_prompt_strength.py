@@ -6,7 +6,7 @@ import torch
 from bas.cli.entry import main
 from bas.models.text import encode_ids, tokenize
 from bas.pretrained.folder import save_model
-from bas.sampling.prompt_strength import encode_prompts, read_strengths
+from bas.sampling.prompt_strength import encode_prompts, read_prompt, unread_weights
 from bas.sampling.sampler import sample
 from tests.helpers.tiny import refused, taught, write_model
 
@@ -39,21 +39,93 @@ def place(models, prompt, handle):
     ],
 )
 def test_strengths_are_read_out_of_a_prompt(prompt, plain, strengths):
-    assert read_strengths(prompt) == (plain, strengths)
+    assert (read_prompt(prompt).text, read_prompt(prompt).handles) == (plain, strengths)
 
 
 @pytest.mark.parametrize("text", ["much", "", "-1", "5.1", "inf", "nan", "1,3"])
 def test_a_strength_that_is_no_number_from_0_to_5_is_refused(text):
     with refused(f"(<toy>:{text})", "number from 0 to 5"):
-        read_strengths(f"a photo of (<toy>:{text})")
+        read_prompt(f"a photo of (<toy>:{text})")
 
 
 def test_one_strength_for_one_handle():
     with refused("<toy> has two strengths, 1.2 and 0.8"):
-        read_strengths("(<toy>:1.2) and (<toy>:0.8)")
+        read_prompt("(<toy>:1.2) and (<toy>:0.8)")
     for prompt in ("(a red <toy>:1.3)", "(<toy> and <bowl>:1.3)"):
         with refused(prompt, "one handle alone"):
-            read_strengths(prompt)
+            read_prompt(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a (red:1.4) ball", (("a", 1), ("red", 1.4), ("ball", 1))),
+        ("(best quality:1.2), a bowl", (("", 1), ("best quality", 1.2), (", a bowl", 1))),
+        ("(<toy>:2) and ( a bowl : .5 )", (("<toy> and", 1), ("a bowl", 0.5), ("", 1))),
+        ("a photo (at 10:30) in 4:3", (("a photo (at 10:30) in 4:3", 1),)),
+    ],
+)
+def test_phrases_have_strengths_too(prompt, parts):
+    assert read_prompt(prompt).parts == parts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("((red)) and (((blue)))", ["((red))", "(((blue)))"]),
+        ("(a (red:1.2) ball)", ["(a (red:1.2) ball)"]),
+        ("red++ and blue-- and (a bowl)+ and (a stone)1.3", ["red++", "blue--", "(a bowl)+", "(a stone)1.3"]),
+        ("[red] [red:blue:0.5] {red}", ["[red]", "[red:blue:0.5]", "{red}"]),
+        ("(red:9) and (red:-1)", ["(red:9)", "(red:-1)"]),
+        ("two toys (<toy>)", ["(<toy>)"]),
+        ("a toy (red) -- at 10:30 by-hand, <toy>-like", []),
+    ],
+)
+def test_weights_of_other_tools_are_named(prompt, pieces):
+    assert [piece.strip() for piece in unread_weights(prompt)] == pieces
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("((<toy>))", "<toy>++", "<toy>+", "[<toy>:0.5]", "[<toy>]", "{<toy>}", "(<toy>)1.3", "<toy>:1.4"),
+        *("((<toy>:1.3))", "(<toy> and <bowl>)++", "((a <toy>))"),
+    ],
+)
+def test_a_weight_of_another_tool_around_a_handle_is_an_error(piece):
+    with refused(piece, "bas reads no"):
+        read_prompt(f"a photo of {piece} at the beach")
+
+
+def test_a_phrase_of_strength_1_changes_nothing_and_of_0_leaves_no_trace(models):
+    plain, one, gone, other = encode(models, "a photo of", "a (photo:1) of", "a (photo:0) of", "a (beach:0) of")
+    assert torch.equal(plain, one)
+    assert torch.equal(gone, other)
+    assert (gone[2] == encode(models, "")[0, 2]).all()
+    assert not torch.equal(gone[3], plain[3])
+
+
+def test_strengths_of_phrases_lie_on_a_line_and_belong_to_one_place(models):
+    """The same word elsewhere keeps its strength of 1; a handle's strength holds beside it."""
+    prompt = "a bowl and a ({}:{}) at (<asset0>:{})"
+    none, half, one, more = encode(models, *(prompt.format("bowl", s, 1) for s in (0, 0.5, 1, 1.5)))
+    torch.testing.assert_close(half, (none + one) / 2)
+    torch.testing.assert_close(more, one + (one - none) / 2)
+    assert torch.equal(none[:5], one[:5])
+    assert not torch.equal(none[5], one[5])
+    both = encode(models, prompt.format("bowl", 0, 0))[0]
+    empty = encode(models, "")[0]
+    assert torch.equal(both[[5, 7]], empty[[5, 7]])
+    assert not torch.equal(both[2], empty[2])
+
+
+def test_the_command_names_weights_that_stay_text(models, tmp_path, caplog, capsys):
+    save_model(models, tmp_path / "model")
+    words = ["sample", str(tmp_path / "model"), "--num_inference_steps", "1", "--output_path", str(tmp_path / "x.png")]
+    assert main([*words, "--prompt", "a ((bowl))", "--negative_prompt", "[stone]"]) == 0
+    assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
+    assert main([*words, "--prompt", "a <asset0>++"]) == 2
+    assert "<asset0>++: bas reads no such weight" in capsys.readouterr().err
 
 
 def test_strength_1_changes_nothing(models):

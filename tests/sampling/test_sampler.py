@@ -118,7 +118,9 @@ def test_unknown_handles_are_named_with_the_known_ones(models, bench):
 
 def test_a_handle_without_brackets_is_told(models, caplog):
     """Only where the prompt names no handle: beside one, the word may well be meant."""
-    check_request(models.spec, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig())
+    check_request(
+        models.spec, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig()
+    )
     assert caplog.messages == [
         "'a photo of asset1, at the beach' names no handle: for the concept write <asset1>, with < >"
     ]

@@ -1,4 +1,4 @@
-"""Draw a picture and show where each handle looked: overlays, and the maps as .npy."""
+"""Generate an image and show where each handle looked: overlays, and the maps as .npy."""
 
 import argparse
 from dataclasses import asdict, fields
@@ -8,6 +8,7 @@ from bas.cli.open_model import add_model, find_model, open_model
 from bas.config import SampleConfig
 from bas.io.files import new_folder
 from bas.models.bundle import ModelSpec
+from bas.runtime.progress import ImageProgress
 from bas.sampling.attention_maps import attend, plan_maps, write_attention
 from bas.sampling.sampler import check_request
 
@@ -17,20 +18,22 @@ EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1>
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)
-    parser.add_argument("--prompt", metavar="TEXT", required=True, help="what to draw")
-    parser.add_argument("--words", action="store_true", help="maps of every word, not of the handles alone")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the prompt of the image")
+    parser.add_argument("--words", action="store_true", help="write a map of every word, not of the handles alone")
     parser.add_argument(
         "--attention_grid",
         type=int,
         metavar="INT",
         help="cells along the shorter side of the maps (default: as in training, else a quarter of the latent's)",
     )
-    parser.add_argument("--output_dir", default="attention", help="new folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", default="attention", metavar="DIR", help="new folder to write (default: %(default)s)"
+    )
     add_fields(parser, SampleConfig, {f.name for f in fields(SampleConfig)} - {"num_images", "batch_size"})
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw, write the maps, and print where the sheet is."""
+    """Generate the image, write the maps, and print where the sheet is."""
     config, path = SampleConfig(**given(args, SampleConfig)), find_model(args)
     side = args.attention_grid
     folder = new_folder(args.output_dir)
@@ -40,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
         plan_maps(spec, args.prompt, config, side, args.words)
 
     models = open_model(args, check)
-    attention = attend(models, args.prompt, config, side, args.words)
+    progress = ImageProgress(1, config.num_inference_steps)
+    attention = attend(models, args.prompt, config, side, args.words, progress)
     settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
     print(write_attention(attention, models.handles, folder, settings))

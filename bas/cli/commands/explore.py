@@ -1,9 +1,10 @@
-"""Draw every combination of a run's concepts in every context: single pictures, and one labelled grid."""
+"""Generate every combination of a run's concepts in every context: single images, and one labelled grid."""
 
 import argparse
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.open_model import add_gallery, add_model, find_model, gallery_folder, open_model, print_gallery
+from bas.cli.open_model import add_model, find_model, open_model
+from bas.cli.output_files import add_gallery, gallery_folder, print_gallery
 from bas.config import SampleConfig
 from bas.sampling.gallery import CONTEXTS, combinations_in, explore
 from bas.sampling.sampler import check_request
@@ -29,7 +30,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw, and print where the grid is."""
+    """Generate the images, and print where the grid is."""
     config = SampleConfig(**given(args, SampleConfig))
     folder = gallery_folder(args, find_model(args), "exploration")
     contexts = tuple(args.contexts)

@@ -1,9 +1,10 @@
-"""Draw all concepts of a run together, again and again: one picture for each seed, and a grid of all."""
+"""Generate all concepts of a run together: one image for each seed, and a grid of all."""
 
 import argparse
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.open_model import add_gallery, add_model, find_model, gallery_folder, open_model, print_gallery
+from bas.cli.open_model import add_model, find_model, open_model
+from bas.cli.output_files import add_gallery, gallery_folder, print_gallery
 from bas.config import VaryConfig
 from bas.sampling.gallery import all_together, vary
 from bas.sampling.sampler import check_request
@@ -19,7 +20,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw, and print where the grid is."""
+    """Generate the images, and print where the grid is."""
     config = VaryConfig(**given(args, VaryConfig))
     folder = gallery_folder(args, find_model(args), "variations")
     models = open_model(args, lambda spec: check_request(spec, [all_together(spec)], config))

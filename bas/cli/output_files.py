@@ -1,0 +1,54 @@
+"""Where the images of a command go: numbered files, or the folder of a gallery."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from bas.cli.flags import Parser
+from bas.errors import InputError
+from bas.io.files import new_folder
+from bas.io.images import image_path, numbered_paths
+from bas.io.run_files import SETTINGS
+from bas.web.report import renew_report
+
+log = logging.getLogger(__name__)
+
+
+def add_output_path(parser: Parser, default: str) -> None:
+    """Declare --output_path of a command that writes images."""
+    text = "image to write, .png, .jpg or .webp; several are numbered (default: %(default)s)"
+    parser.add_argument("--output_path", metavar="FILE", default=default, help=text)
+
+
+def check_output_path(name: str, count: int, *inputs: Path | None) -> Path:
+    """Return the path under which `count` images are saved, and warn of files that they replace.
+
+    InputError for a path that can be no image, and for one that the command reads.
+    """
+    target = image_path(name)
+    replaced = [path for path in numbered_paths(target, count) if path.exists()]
+    for path in replaced:
+        if any(each and each.exists() and path.samefile(each) for each in inputs):
+            raise InputError(f"--output_path {path} is an input of this command: name another file")
+    if replaced:
+        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
+        log.warning("%s%s will be replaced: name another --output_path to keep what is there", replaced[0], more)
+    return target
+
+
+def add_gallery(parser: Parser, name: str) -> None:
+    """Declare --output_dir of a command that generates a gallery."""
+    text = f"new folder to write (default: RUN/{name}, which the run's page shows; {name} for other models)"
+    parser.add_argument("--output_dir", metavar="DIR", help=text)
+
+
+def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
+    """The new folder of a gallery: the one that is named, else one in the run."""
+    return new_folder(args.output_dir or str(model / name if (model / SETTINGS).is_file() else name))
+
+
+def print_gallery(grid: Path) -> None:
+    """Print where the grid is, and the page of the run that now shows it."""
+    print(grid)
+    if page := renew_report(grid.parent):
+        print(page)
