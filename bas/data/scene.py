@@ -3,7 +3,6 @@
 A scene may hold extra images of the same concepts. Image and masks are resized and cropped together.
 """
 
-import unicodedata
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -12,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bas.errors import MAX_SIDE, InputError
+from bas.errors import CONTROL, MAX_SIDE, InputError, is_utf8
 from bas.io.images import fit, pixels
 from bas.models.text import HANDLE
 
-TEXT_DIRECTION = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # they reorder a line that shows a word
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
 MAX_CLOSE_UP_CONCEPTS = 8  # N concepts have 2^N - 2 close-ups
 CLOSE_UP_SHARE = 0.7  # of a close-up's side that its concepts cover
@@ -117,8 +115,8 @@ def bracketed(name: str) -> str:
 
 
 def check_word(word: str | None, handle: str) -> None:
-    """Raise InputError for an initial word that cannot be shown or written: with control characters, or half of one."""
-    if word and any(unicodedata.category(c) in ("Cc", "Cs") or c in TEXT_DIRECTION for c in word):
+    """Raise InputError for an initial word with control characters, or with half of a surrogate pair."""
+    if word and (CONTROL.search(word) or not is_utf8(word)):
         raise InputError(f"the initial word of {handle}, {word!a}, holds control characters: write it again")
 
 

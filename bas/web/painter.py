@@ -1,31 +1,36 @@
-"""A mask painter: one page (templates/paint.html) served on loopback, which loads and saves one scene folder.
+"""The mask painter: one page (templates/paint.html), served on loopback, that loads and saves one scene folder.
 
-Only this machine can reach the server, and only with the random token in its address; the Host header is checked, so
-that no foreign page can reach it through a name of its own (DNS rebinding).
+Only this machine reaches the server, and only with the random token in its address. The Host header is checked, so
+that no foreign page reaches it through a name of its own (DNS rebinding).
 """
 
 import base64
-import binascii
 import io
 import json
+import logging
 import secrets
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
+from shlex import quote
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 
 from PIL import Image
 
 from bas.data.mask_formats import MAX_MASKS
+from bas.data.scene import bracketed, check_word
 from bas.data.scene_writer import Draft, concepts_to_edit, write_draft
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS
 from bas.models.text import check_name
+from bas.web.elements import environment
 
-PAGE = Path(__file__).parent / "templates" / "paint.html"
-MAX_BODY = 2**26  # bytes of a request; masks compress well, so this is plenty
+log = logging.getLogger(__name__)
+
+MAX_BODY = 2**26  # bytes of a request, far above the masks of a scene
+MAX_WORD = 100  # characters
 POLICY = (
     "default-src 'none'; img-src 'self' data:; connect-src 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,10 +41,10 @@ POLICY = (
 
 
 def save_scene(draft: Draft, concepts: Any) -> str:
-    """Write mask0.png, mask1.png, ..., scene.json and the picture; returns a line for people.
+    """Write mask0.png, mask1.png, ..., scene.json and the image. -> a line that says what to do next
 
-    concepts: a list of {"handle", "word", "mask": a PNG in base64}, as the page sends it. Everything is checked before
-    anything is written: InputError for what no training could use. Masks of concepts that are gone are removed.
+    concepts: a list of {"handle", "word", "mask": a PNG in base64}, as the page sends it. Raises InputError for what
+    training could not use, before anything is written. Masks of removed concepts are removed.
     """
     if not isinstance(concepts, list) or not 0 < len(concepts) <= MAX_MASKS:
         raise InputError(f"a scene has 1 to {MAX_MASKS} concepts")
@@ -48,28 +53,36 @@ def save_scene(draft: Draft, concepts: Any) -> str:
         raise InputError("two concepts have the same handle")
     masks = [_read_png(c.get("mask"), n["handle"], draft.image.size) for c, n in zip(concepts, names, strict=True)]
     write_draft(draft, masks, names)
-    return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}"
+    return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}. {next_steps(draft)}"
+
+
+def next_steps(draft: Draft) -> str:
+    """The commands that follow, for the page and the terminal."""
+    folder = quote(str(draft.folder))
+    return f"Next: `bas masks {folder}` checks them, `bas train {folder}` learns the concepts"
 
 
 def _check_names(concept: Any) -> dict:
-    """Handle and initial word of one concept, checked."""
+    """The handle, with or without < >, and the initial word of one concept. Raises InputError for bad ones."""
     handle, word = (concept.get("handle"), concept.get("word")) if isinstance(concept, dict) else (None, None)
+    handle = bracketed(handle) if isinstance(handle, str) else handle
     check_name(handle)
-    if word is not None and not (isinstance(word, str) and len(word) <= 100):
-        raise InputError(f"the initial word of {handle} is no short text")
+    if word is not None and not (isinstance(word, str) and len(word) <= MAX_WORD):
+        raise InputError(f"the initial word of {handle} is no text of {MAX_WORD} characters or fewer")
+    check_word(word, handle)
     return {"handle": handle, "word": word or None}
 
 
 def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:
-    """A mask sent by the page, as a grey picture of the photograph's size that shows something and leaves some out."""
+    """A mask sent by the page, as a grey image. Raises InputError for another size, an empty mask and a full one."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as picture:
-            if picture.size != size:
-                raise InputError(f"the mask of {handle} is not of the picture's size")
-            mask = picture.convert("L")
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
+            if image.size != size:
+                raise InputError(f"the mask of {handle} does not have the size of the image")
+            mask = image.convert("L")
     except InputError:
         raise
-    except (TypeError, ValueError, binascii.Error, OSError, SyntaxError) as error:
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
         raise InputError(f"the mask of {handle} is no PNG") from error
     if mask.getextrema()[1] == 0:
         raise InputError(f"nothing is painted for {handle}: paint it, or remove it")
@@ -82,12 +95,13 @@ def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:
 
 
 @dataclass
-class Studio:
-    """What every request shares."""
+class Session:
+    """The scene being painted, shared by all requests."""
 
     draft: Draft
     token: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     lock: threading.Lock = field(default_factory=threading.Lock)  # one save at a time
+    saved: bool = False
 
 
 class Server(ThreadingMixIn, TCPServer):
@@ -97,7 +111,7 @@ class Server(ThreadingMixIn, TCPServer):
     daemon_threads = True
 
     def __init__(self, draft: Draft, port: int):
-        self.studio = Studio(draft)
+        self.session = Session(draft)
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
@@ -106,21 +120,28 @@ class Server(ThreadingMixIn, TCPServer):
     @property
     def url(self) -> str:
         """The address of the page, token included."""
-        return f"http://127.0.0.1:{self.server_address[1]}/{self.studio.token}/"
+        return f"http://127.0.0.1:{self.server_address[1]}/{self.session.token}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a fault in one line. A client that hangs up is none."""
+        error = sys.exception()
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            log.error("a request failed: %s: %s", type(error).__name__, error)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers four addresses below /TOKEN/: the page itself, image, scene, and save."""
+    """Answer four addresses below /TOKEN/: the page itself, image, scene, and save."""
 
+    server: Server
     timeout = 60  # seconds that a silent client may keep a thread
 
     def do_GET(self):
-        """The page, the photograph as JPEG, or the scene as JSON."""
+        """Send the page, the image as JPEG, or the scene as JSON."""
         place = self._place()
-        draft = self.server.studio.draft
+        draft = self.server.session.draft
         if place == "":
             nonce = secrets.token_urlsafe(16)
-            page = PAGE.read_text(encoding="utf-8").replace("{nonce}", nonce)
+            page = environment().get_template("paint.html").render(nonce=nonce)
             self._answer(200, page.encode(), "text/html; charset=utf-8", POLICY.replace("{nonce}", nonce))
         elif place == "image":
             self._answer(200, _encode(draft.image, "JPEG"), "image/jpeg")
@@ -142,12 +163,14 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(403, "the request comes from another page")
         elif self.headers.get_content_type() != "application/json":
             self._refuse(415, "expected JSON")
-        elif not length.isdecimal():
-            self._refuse(411, "how long is it?")
-        elif int(length) > MAX_BODY:
+        elif not (length.isascii() and length.isdecimal()):
+            self._refuse(411, "the request states no length")
+        elif len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:
             self._refuse(413, "the masks are too large")
+        elif len(body := self.rfile.read(int(length))) < int(length):
+            self._refuse(400, "the request is incomplete")
         else:
-            self._save(self.rfile.read(int(length)))
+            self._save(body)
 
     def _describe(self, draft: Draft) -> None:
         try:
@@ -160,8 +183,9 @@ class Handler(BaseHTTPRequestHandler):
     def _save(self, body: bytes) -> None:
         try:
             content = json.loads(body)
-            with self.server.studio.lock:
-                message = save_scene(self.server.studio.draft, content["concepts"])
+            with self.server.session.lock:
+                message = save_scene(self.server.session.draft, content["concepts"])
+                self.server.session.saved = True
         except InputError as error:
             self._refuse(400, str(error))
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -172,19 +196,19 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, json.dumps({"message": message}).encode())
 
     def _place(self) -> str | None:
-        """What is asked for below /TOKEN/, or None after a refusal."""
+        """The path below /TOKEN/. Without the right host and token it answers 403 and returns None."""
         port = self.server.server_address[1]
         if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
-            self._refuse(403, "this server answers to 127.0.0.1 alone")
+            self._refuse(403, "this server answers at 127.0.0.1 alone")
             return None
         root, token, place = [*self.path.split("/", 2), "", ""][:3]
-        if root or not secrets.compare_digest(token.encode(), self.server.studio.token.encode()):
+        if root or not secrets.compare_digest(token.encode(), self.server.session.token.encode()):
             self._refuse(403, "open the address that bas paint printed, token included")
             return None
         return place
 
     def _refuse(self, status: int, message: str) -> None:
-        self.close_connection = True  # whatever else was sent stays unread
+        self.close_connection = True  # the rest of the request stays unread
         self._answer(status, json.dumps({"message": message}).encode())
 
     def _answer(self, status: int, body: bytes, kind: str = "application/json", policy: str = "default-src 'none'"):
@@ -202,15 +226,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def version_string(self) -> str:
-        """What the Server header says."""
+        """The Server header."""
         return "bas paint"
 
     def log_message(self, *args) -> None:
-        """Say nothing: the page tells what happens."""
+        """Log nothing: the page shows what happens."""
 
 
 def describe(draft: Draft) -> dict:
-    """What the page needs to begin: sizes, colours, and the concepts with their masks as data URLs."""
+    """The state that the page begins with: sizes, colours, and the concepts with their masks as data URLs."""
     concepts = [
         {**concept, "mask": _data_url(Image.fromarray(concept["mask"])) if concept["mask"] is not None else None}
         for concept in concepts_to_edit(draft)
@@ -220,11 +244,11 @@ def describe(draft: Draft) -> dict:
     return {"name": name, "width": width, "height": height, "colours": CONCEPT_COLOURS, "concepts": concepts}
 
 
-def _encode(picture: Image.Image, kind: str) -> bytes:
+def _encode(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, quality=92)
+    image.save(buffer, kind, quality=92)
     return buffer.getvalue()
 
 
-def _data_url(picture: Image.Image) -> str:
-    return "data:image/png;base64," + base64.b64encode(_encode(picture, "PNG")).decode()
+def _data_url(image: Image.Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(_encode(image, "PNG")).decode()

@@ -3,8 +3,11 @@
 import base64
 import io
 import json
+import re
 import socket
+import struct
 import threading
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,7 @@ from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft
-from bas.web.painter import MAX_BODY, Handler, Server, Studio
+from bas.web.painter import MAX_BODY, Handler, Server, Session
 from tests.helpers.browser import Browser
 from tests.helpers.tiny import refused
 
@@ -31,20 +34,34 @@ def photo(tmp_path):
 
 
 @pytest.fixture
-def studio(photo):
+def session(photo):
     """What the server of `bas paint photo.png` holds."""
-    return Studio(open_draft(photo, None))
+    return Session(open_draft(photo, None))
 
 
-def ask(studio, method="GET", place="", host=f"127.0.0.1:{PORT}", path=None, body=b"", **headers):
+def talk(session, request):
+    """Send these bytes and nothing more -> all that is answered."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(30)
+        sender = threading.Thread(target=lambda: (ours.sendall(request), ours.shutdown(socket.SHUT_WR)))
+        sender.start()
+        Handler(theirs, ("127.0.0.1", 1), SimpleNamespace(session=session, server_address=("127.0.0.1", PORT)))
+        theirs.shutdown(socket.SHUT_RDWR)
+        answer = b"".join(iter(lambda: ours.recv(65536), b""))
+        sender.join(timeout=30)
+    return answer
+
+
+def ask(session, method="GET", place="", host=f"127.0.0.1:{PORT}", path=None, body=b"", **headers):
     """One request over a pair of sockets -> status, headers and body of the answer."""
     ours, theirs = socket.socketpair()
     sent = {"Host": host, "Content-Length": str(len(body)), "Content-Type": "application/json"}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-    lines = [f"{method} {path or f'/{studio.token}/{place}'} HTTP/1.0", *(f"{k}: {v}" for k, v in sent.items() if v)]
+    lines = [f"{method} {path or f'/{session.token}/{place}'} HTTP/1.0", *(f"{k}: {v}" for k, v in sent.items() if v)]
     with ours, theirs:
         ours.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-        Handler(theirs, ("127.0.0.1", 1), SimpleNamespace(studio=studio, server_address=("127.0.0.1", PORT)))
+        Handler(theirs, ("127.0.0.1", 1), SimpleNamespace(session=session, server_address=("127.0.0.1", PORT)))
         theirs.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: ours.recv(65536), b""))
     head, _, rest = answer.partition(b"\r\n\r\n")
@@ -63,21 +80,21 @@ def soft(shift=0):
     return np.roll(np.arange(W * H).reshape(H, W) % 256, shift, axis=1).astype(np.uint8)
 
 
-def save(studio, *concepts, **headers):
+def save(session, *concepts, **headers):
     body = json.dumps({"concepts": list(concepts)}).encode()
-    status, _, answer = ask(studio, "POST", "save", body=body, **headers)
+    status, _, answer = ask(session, "POST", "save", body=body, **headers)
     return status, json.loads(answer)["message"]
 
 
 # --- The scene folder ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(studio, photo):
+def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(session, photo):
     folder = photo.parent / "photo"
     first, second = {"handle": "<toy>", "word": "toy"}, {"handle": "<bowl>", "word": None}
-    assert save(studio, first | {"mask": png(soft())}, second | {"mask": png(soft(7))}) == (
+    assert save(session, first | {"mask": png(soft())}, second | {"mask": png(soft(7))}) == (
         200,
-        f"Saved 2 masks to {folder}",
+        f"Saved 2 masks to {folder}. Next: `bas masks {folder}` checks them, `bas train {folder}` learns the concepts",
     )
     assert (folder / "img.png").read_bytes() == photo.read_bytes()
     assert np.array_equal(np.asarray(Image.open(folder / "mask1.png")), soft(7))
@@ -86,7 +103,7 @@ def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(studio, photo)
     assert (scene.handles, scene.words) == (("<toy>", "<bowl>"), ("toy", None))
     assert np.array_equal(scene.masks[0], soft().astype(np.float32) / 255)
 
-    for again in (studio, Studio(open_draft(photo, None)), Studio(open_draft(folder, None))):
+    for again in (session, Session(open_draft(photo, None)), Session(open_draft(folder, None))):
         content = json.loads(ask(again, place="scene")[2])
         assert (content["name"], content["width"], content["height"]) == (str(folder), W, H)
         assert [{k: row[k] for k in ("handle", "word")} for row in content["concepts"]] == [first, second]
@@ -94,12 +111,12 @@ def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(studio, photo)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(sent)))), soft(7))
 
 
-def test_masks_of_removed_concepts_go_and_other_notes_stay(studio, photo):
+def test_masks_of_removed_concepts_go_and_other_notes_stay(session, photo):
     folder = photo.parent / "photo"
     rows = [{"handle": f"<a{i}>", "word": None, "mask": png(soft(i))} for i in range(3)]
-    save(studio, *rows)
+    save(session, *rows)
     (folder / "scene.json").write_text(json.dumps({"title": "mine", "concepts": []}))
-    assert save(studio, rows[2]) == (200, f"Saved 1 mask to {folder}")
+    assert save(session, rows[2])[1].startswith(f"Saved 1 mask to {folder}. Next: `bas masks ")
     assert sorted(path.name for path in folder.iterdir()) == ["img.png", "mask0.png", "scene.json"]
     assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(2))
     notes = json.loads((folder / "scene.json").read_text())
@@ -109,40 +126,44 @@ def test_masks_of_removed_concepts_go_and_other_notes_stay(studio, photo):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"handle": "toy"}, "handle 'toy': expected <name> with 1 to 32 letters, digits, _ or -"),
+        ({"handle": "a toy"}, "handle '<a toy>': expected <name> with 1 to 32 letters, digits, _ or -"),
         ({"handle": "<../../x>"}, "handle '<../../x>': expected <name>"),
         ({"handle": None}, "handle None: expected <name>"),
-        ({"word": 3}, "the initial word of <a> is no short text"),
-        ({"word": "x" * 101}, "the initial word of <a> is no short text"),
+        ({"word": 3}, "the initial word of <a> is no text of 100 characters or fewer"),
+        ({"word": "x" * 101}, "the initial word of <a> is no text of 100 characters or fewer"),
+        ({"word": "\ud800"}, "the initial word of <a>, '\\ud800', holds control characters: write it again"),
+        ({"word": "a\udfffb"}, "the initial word of <a>, 'a\\udfffb', holds control characters: write it again"),
+        ({"word": "a\x1b[2J"}, "the initial word of <a>, 'a\\x1b[2J', holds control characters: write it again"),
+        ({"word": "a\u202eb"}, "the initial word of <a>, 'a\\u202eb', holds control characters: write it again"),
         ({"mask": "?"}, "the mask of <a> is no PNG"),
         ({"mask": None}, "the mask of <a> is no PNG"),
-        ({"mask": png(soft()[:-1])}, "the mask of <a> is not of the picture's size"),
+        ({"mask": png(soft()[:-1])}, "the mask of <a> does not have the size of the image"),
         ({"mask": png(soft() * 0)}, "nothing is painted for <a>: paint it, or remove it"),
         ({"mask": png(soft() * 0 + 255)}, "everything is painted for <a>: leave out what is not the concept"),
     ],
 )
-def test_what_cannot_be_saved_is_refused_and_nothing_is_written(studio, photo, changes, message):
+def test_what_cannot_be_saved_is_refused_and_nothing_is_written(session, photo, changes, message):
     good = {"handle": "<b>", "word": None, "mask": png(soft())}
-    status, said = save(studio, good, {"handle": "<a>", "word": None, "mask": png(soft(1))} | changes)
+    status, said = save(session, good, {"handle": "<a>", "word": None, "mask": png(soft(1))} | changes)
     assert status == 400
     assert said.startswith(message)
     assert not (photo.parent / "photo").exists()
 
 
-def test_scenes_that_are_none(studio):
+def test_scenes_that_are_none(session):
     row = {"handle": "<a>", "word": None, "mask": png(soft())}
-    assert save(studio, row, row) == (400, "two concepts have the same handle")
-    assert save(studio) == (400, "a scene has 1 to 64 concepts")
-    assert save(studio, 3) == (400, "handle None: expected <name> with 1 to 32 letters, digits, _ or -")
+    assert save(session, row, row) == (400, "two concepts have the same handle")
+    assert save(session) == (400, "a scene has 1 to 64 concepts")
+    assert save(session, 3) == (400, "handle None: expected <name> with 1 to 32 letters, digits, _ or -")
     for body in (b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000):
-        status, _, answer = ask(studio, "POST", "save", body=body)
+        status, _, answer = ask(session, "POST", "save", body=body)
         assert (status, json.loads(answer)) == (400, {"message": "expected a scene as JSON"})
 
 
-def test_a_folder_that_is_spoilt_meanwhile_is_told(studio, photo):
-    save(studio, {"handle": "<a>", "word": None, "mask": png(soft())})
+def test_a_folder_that_is_spoilt_meanwhile_is_told(session, photo):
+    save(session, {"handle": "<a>", "word": None, "mask": png(soft())})
     (photo.parent / "photo" / "mask0.png").write_text("no picture")
-    status, _, answer = ask(studio, place="scene")
+    status, _, answer = ask(session, place="scene")
     assert status == 400
     assert "mask0.png is not a readable" in json.loads(answer)["message"]
 
@@ -151,7 +172,7 @@ def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_
     other = tmp_path / "scene"
     other.mkdir()
     Image.new("RGB", (W, H)).save(other / "img.png")
-    with refused(f"{other} holds another picture, img.png: name another --output_dir"):
+    with refused(f"{other} holds another image, img.png: name another --output_dir"):
         open_draft(photo, other)
     np.save(other / "masks.npy", (soft() > 9)[None])
     with refused(f"{other} has its masks in masks.npy, not in mask0.png: name another --output_dir"):
@@ -162,23 +183,23 @@ def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_
         open_draft(tmp_path, None)
     with refused("missing.png is not a file"):
         open_draft(tmp_path / "missing.png", None)
-    studio = Studio(open_draft(other / "img.png", tmp_path / "new"))  # but they can be the start of a new scene
-    (row,) = json.loads(ask(studio, place="scene")[2])["concepts"]
-    assert save(studio, row | {"mask": row["mask"].partition(",")[2]})[0] == 200
+    session = Session(open_draft(other / "img.png", tmp_path / "new"))  # but they can be the start of a new scene
+    (row,) = json.loads(ask(session, place="scene")[2])["concepts"]
+    assert save(session, row | {"mask": row["mask"].partition(",")[2]})[0] == 200
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "mask0.png")) > 0, soft() > 9)
 
 
 # --- The server ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_asks_nobody_else(studio):
-    status, headers, page = ask(studio)
+def test_the_page_asks_nobody_else(session):
+    status, headers, page = ask(session)
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     assert b"{nonce}" not in page
     assert b"http" not in page
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; img-src 'self' data:; connect-src 'self'")
-    assert headers["Content-Security-Policy"] != ask(studio)[1]["Content-Security-Policy"]
+    assert headers["Content-Security-Policy"] != ask(session)[1]["Content-Security-Policy"]
     assert (headers["Cache-Control"], headers["Referrer-Policy"]) == ("no-store", "no-referrer")
 
 
@@ -186,57 +207,133 @@ def test_the_picture_is_sent_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (W, H)).save(tmp_path / "turned.jpg", exif=exif)
-    studio = Studio(open_draft(tmp_path / "turned.jpg", None))
-    status, headers, picture = ask(studio, place="image")
+    session = Session(open_draft(tmp_path / "turned.jpg", None))
+    status, headers, picture = ask(session, place="image")
     assert (status, headers["Content-Type"]) == (200, "image/jpeg")
     assert Image.open(io.BytesIO(picture)).size == (H, W)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("path", ["/", "/wrong/", "/wrong/save", "*", "//", "http://evil/", "/é/"])
-def test_without_the_token_nothing_is_answered(studio, method, path):
-    status, _, answer = ask(studio, method, path=path)
+def test_without_the_token_nothing_is_answered(session, method, path):
+    status, _, answer = ask(session, method, path=path)
     assert status == 403
     assert json.loads(answer) == {"message": "open the address that bas paint printed, token included"}
 
 
 @pytest.mark.parametrize("host", [None, "evil.example", f"evil.example:{PORT}", "127.0.0.1", "127.0.0.1:1", "0.0.0.0"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_other_hosts_are_refused(studio, method, host):
-    status, _, answer = ask(studio, method, "save" if method == "POST" else "", host=host)
+def test_other_hosts_are_refused(session, method, host):
+    status, _, answer = ask(session, method, "save" if method == "POST" else "", host=host)
     assert status == 403
-    assert json.loads(answer) == {"message": "this server answers to 127.0.0.1 alone"}
+    assert json.loads(answer) == {"message": "this server answers at 127.0.0.1 alone"}
 
 
-def test_localhost_is_this_machine(studio):
-    assert ask(studio, host=f"localhost:{PORT}")[0] == 200
+def test_localhost_is_this_machine(session):
+    assert ask(session, host=f"localhost:{PORT}")[0] == 200
 
 
 @pytest.mark.parametrize("place", ["../../etc/passwd", "%2e%2e/x", "paint.html", "image/", "save", "scene?x"])
-def test_no_path_leads_anywhere_else(studio, place):
-    assert ask(studio, place=place)[0] == 404
-    assert ask(studio, "POST", "image")[0] == 404
+def test_no_path_leads_anywhere_else(session, place):
+    assert ask(session, place=place)[0] == 404
+    assert ask(session, "POST", "image")[0] == 404
 
 
-def test_other_pages_cannot_save(studio):
+def test_other_pages_cannot_save(session):
     row = {"handle": "<a>", "word": None, "mask": png(soft())}
-    assert save(studio, row, Origin="http://evil.example")[0] == 403
-    assert save(studio, row, Origin="null")[0] == 403
-    assert save(studio, row, Content_Type="text/plain")[0] == 415
-    assert save(studio, row, Content_Type="application/x-www-form-urlencoded")[0] == 415
-    assert save(studio, row, Origin=f"http://127.0.0.1:{PORT}")[0] == 200
+    assert save(session, row, Origin="http://evil.example")[0] == 403
+    assert save(session, row, Origin="null")[0] == 403
+    assert save(session, row, Content_Type="text/plain")[0] == 415
+    assert save(session, row, Content_Type="application/x-www-form-urlencoded")[0] == 415
+    assert save(session, row, Origin=f"http://127.0.0.1:{PORT}")[0] == 200
 
 
 @pytest.mark.parametrize(
-    ("length", "status"), [(str(MAX_BODY + 1), 413), ("9" * 30, 413), ("-1", 411), ("a", 411), (None, 411)]
+    ("length", "status"),
+    [(str(MAX_BODY + 1), 413), ("9" * 5000, 413), ("0" * 60000, 413), ("-1", 411), ("a", 411), ("²", 411), (None, 411)],
 )
-def test_too_large_or_unmeasured_bodies_stay_unread(studio, length, status):
-    assert ask(studio, "POST", "save", Content_Length=length)[0] == status
+def test_too_large_or_unmeasured_bodies_stay_unread(session, length, status):
+    assert ask(session, "POST", "save", Content_Length=length)[0] == status
 
 
-def test_other_methods_are_unknown(studio):
-    assert ask(studio, "PUT", "save")[0] == 501
-    assert ask(studio, "DELETE", "save")[0] == 501
+def test_handles_may_be_given_without_brackets(session, photo):
+    rows = [{"handle": name, "word": None, "mask": png(soft(i))} for i, name in enumerate(("dog", "<cat>", "<cow"))]
+    assert save(session, *rows)[0] == 200
+    concepts = json.loads((photo.parent / "photo" / "scene.json").read_text())["concepts"]
+    assert [concept["handle"] for concept in concepts] == ["<dog>", "<cat>", "<cow>"]
+    assert save(session, rows[0], rows[1] | {"handle": "<dog>"}) == (400, "two concepts have the same handle")
+
+
+def bomb(width, height):
+    """A PNG header of any size, and next to nothing behind it, in base64."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return base64.b64encode(head + b"\0\0\1\0IDAT").decode()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (bomb(12_000, 12_000), "the mask of <a> does not have the size of the image"),
+        (bomb(60_000, 60_000), "the mask of <a> is no PNG"),
+        (bomb(W, H), "the mask of <a> is no PNG"),
+    ],
+)
+def test_masks_that_are_header_bombs_are_refused(session, mask, message):
+    assert save(session, {"handle": "<a>", "word": None, "mask": mask}) == (400, message)
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        "GET /{token}/ HTTP/1.1\r\n" + "".join(f"X-{i}: 1\r\n" for i in range(200)) + "\r\n",
+        "GET /{token}/ HTTP/1.1\r\nX: " + "x" * 70_000 + "\r\n\r\n",
+        "GET /{token}/" + "x" * 70_000 + " HTTP/1.1\r\n\r\n",
+        "GET /{token}/ HTTP/9.9\r\n\r\n",
+        "\x00\x01\x02\r\n\r\n",
+    ],
+    ids=["200 headers", "a long header", "a long address", "another version", "no request"],
+)
+def test_requests_that_are_none_are_answered_without_a_trace(session, request_head, capsys):
+    answer = talk(session, request_head.replace("{token}", session.token).encode())
+    assert re.match(rb"HTTP/1.\d (400|414|431|505) ", answer) or answer.startswith(b"<!DOCTYPE")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_incomplete_body_is_not_saved(session, photo):
+    body = json.dumps({"concepts": [{"handle": "<a>", "word": None, "mask": png(soft())}]}).encode()
+    head = f"POST /{session.token}/save HTTP/1.1\r\nHost: 127.0.0.1:{PORT}\r\nContent-Type: application/json\r\n"
+    answer = talk(session, f"{head}Content-Length: {len(body) + 1}\r\n\r\n".encode() + body)
+    assert b"the request is incomplete" in answer
+    assert not (photo.parent / "photo").exists()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /", b"GET /{token}/image HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n"])
+def test_clients_that_hang_up_leave_no_trace(session, capfd, caplog, sent):
+    with Server(session.draft, 0) as server:
+        token, port = server.session.token.encode(), str(server.server_address[1]).encode()
+        ours, theirs = socket.socketpair()
+        ours.sendall(sent.replace(b"{token}", token).replace(b"{port}", port))
+        ours.close()
+        server.process_request_thread(theirs, ("127.0.0.1", 1))
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.messages
+
+
+def test_a_fault_of_the_server_is_one_line(session, caplog, capfd, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: 1 / 0)
+    with Server(session.draft, 0) as server:
+        ours, theirs = socket.socketpair()
+        with ours:
+            ours.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            server.process_request_thread(theirs, ("127.0.0.1", 1))
+    assert capfd.readouterr() == ("", "")
+    assert caplog.messages == ["a request failed: ZeroDivisionError: division by zero"]
+
+
+def test_other_methods_are_unknown(session):
+    assert ask(session, "PUT", "save")[0] == 501
+    assert ask(session, "DELETE", "save")[0] == 501
 
 
 def test_the_server_is_bound_to_loopback_and_a_taken_port_is_one_line(photo):
@@ -244,8 +341,8 @@ def test_the_server_is_bound_to_loopback_and_a_taken_port_is_one_line(photo):
     with Server(draft, 0) as server:
         host, port = server.server_address
         assert host == "127.0.0.1"
-        assert server.url == f"http://127.0.0.1:{port}/{server.studio.token}/"
-        assert len(server.studio.token) >= 20
+        assert server.url == f"http://127.0.0.1:{port}/{server.session.token}/"
+        assert len(server.session.token) >= 20
         with refused(f"--port {port} cannot be used"):
             Server(draft, port)
     with refused("--port 99999 cannot be used"):
@@ -259,6 +356,7 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(photo, monkeypatch,
     monkeypatch.setattr(Server, "serve_forever", interrupted)
     assert main(["paint", str(photo), "--output_dir", str(photo.parent / "new")]) == 0
     printed = capsys.readouterr().out
+    assert "Next:" not in printed  # nothing was saved
     assert printed.startswith("Open http://127.0.0.1:")
     assert f"saving writes {photo.parent / 'new'}. Ctrl+C ends." in printed
     assert main(["paint", str(photo.parent / "none.png")]) == 2
@@ -329,7 +427,7 @@ def assert_painted(mask, start, end, size):
 
 def test_painting_erasing_undoing_and_saving(page, photo):
     browser, server = page
-    folder = server.studio.draft.folder
+    folder = server.session.draft.folder
     size = browser.run("brushSize()")
     assert size == 4
     start, end = (10, 8), (38, 22)
@@ -394,7 +492,7 @@ def test_fingers_paint_and_two_of_them_only_zoom(page):
         points = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(fingers)]
         browser.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
     assert browser.run("zoom") > 1.5
-    (mask,) = saved(browser, server.studio.draft.folder)
+    (mask,) = saved(browser, server.session.draft.folder)
     assert_painted(mask, start, end, browser.run("brushSize()"))
 
 
@@ -405,4 +503,4 @@ def test_what_the_server_refuses_is_said_on_the_page(page):
     said = browser.run("document.querySelector('#status').textContent")
     assert said == "nothing is painted for <asset0>: paint it, or remove it"
     assert browser.problems.pop().endswith("400 (Bad Request)")
-    assert not server.studio.draft.folder.exists()
+    assert not server.session.draft.folder.exists()

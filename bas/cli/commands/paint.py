@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bas.cli.flags import Parser
 from bas.data.scene_writer import open_draft
-from bas.web.painter import Server
+from bas.web.painter import Server, next_steps
 
 EXAMPLES = (
     "bas paint photo.jpg",
@@ -27,3 +27,5 @@ def run(args: argparse.Namespace) -> None:
     with Server(draft, args.port) as server, contextlib.suppress(KeyboardInterrupt):
         print(f"Open {server.url} in a browser on this machine; saving writes {draft.folder}. Ctrl+C ends.", flush=True)
         server.serve_forever()
+    if server.session.saved:
+        print(f"\n{next_steps(draft)}")
