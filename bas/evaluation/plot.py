@@ -29,7 +29,6 @@ def scatter(summary: dict[str, dict[str, Interval]]) -> Image.Image:
             elinewidth=1.2,
             label=method,
         )
-        axes.annotate(method, (x.mean, y.mean), (6, 5), textcoords="offset points")
     axes.set_xlabel(COLUMNS[X].heading)
     axes.set_ylabel(COLUMNS[Y].heading)
     sheet.legend(loc="outside right upper", frameon=False)
