@@ -1,6 +1,6 @@
-"""What a file or a folder is, whether it would load, and what this machine has: facts for people and for programs.
+"""What a file or a folder is, whether it would load, and what this machine has, for people and for programs.
 
-Models are checked name by name and shape by shape against networks on the meta device; no weight is read for that.
+Models are checked name by name and shape by shape against networks on the meta device, without reading a weight.
 """
 
 import importlib.metadata
@@ -9,6 +9,7 @@ import platform
 import shutil
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from bas import __version__
 from bas.data.scene_folder import find_files, images_in, numbered_folders
-from bas.errors import InputError
-from bas.io.files import cache_dir, human_size, read_json, reading
+from bas.errors import InputError, printable
+from bas.io.files import cache_dir, human_size, reading
 from bas.io.images import open_image
-from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_concepts, read_metadata
-from bas.io.settings_file import check_metadata
+from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_concepts, read_metadata, read_settings
 from bas.io.tensors import read_tensors
 from bas.models.bundle import COMPONENTS, Models
 from bas.pretrained.folder import build_on_meta, weights_hash
@@ -37,12 +37,12 @@ CHECKED = "every weight has its place and shape (values are not read)"
 
 
 def describe(path: Path, hashes: bool = True) -> dict:
-    """What lies at `path`: facts by name, `what` and `loads` first. `hashes` reads all weights, once per file."""
+    """Describe what is at `path`, by name, `what` and `loads` first. `hashes` reads all weights, once per file."""
     try:
         with reading(path):
             if path.is_dir():
                 return _describe_folder(path, hashes)
-            return _describe_tensors(path, hashes) if path.suffix == ".safetensors" else _describe_picture(path)
+            return _describe_tensors(path, hashes) if path.suffix == ".safetensors" else _describe_image(path)
     except InputError as error:
         return {"what": "a folder" if os.path.isdir(path) else "a file", "loads": False, "problem": str(error)}
 
@@ -56,16 +56,16 @@ def _describe_folder(path: Path, hashes: bool) -> dict:
     if (path / SETTINGS).exists():
         return _describe_unfinished(path)
     if any((path / component).is_dir() for component in COMPONENTS) or not images_in(path):
-        facts = describe_model(path, hashes)
-        return {"what": _folder_kind(path, facts)} | facts
+        details = describe_model(path, hashes)
+        return {"what": _folder_kind(path, details)} | details
     return _describe_scene(path)
 
 
-def _folder_kind(path: Path, facts: dict) -> str:
-    """A name for a model folder that is no run of bas."""
-    if facts.get("handles"):
+def _folder_kind(path: Path, details: dict) -> str:
+    """Name a model folder that is no run of bas."""
+    if details.get("handles"):
         return "a model with handles, as the official code writes it"
-    if facts["loads"]:
+    if details["loads"]:
         return "a base model"
     if (path / "model_index.json").is_file():
         return "a diffusers folder"
@@ -74,50 +74,50 @@ def _folder_kind(path: Path, facts: dict) -> str:
 
 
 def _describe_run(path: Path, hashes: bool) -> dict:
-    """A finished run: its model, and what concepts.safetensors notes of how it came about."""
-    tensors, note = read_concepts(path)
-    config = note["config"]
+    """Describe a finished run: its model, and the metadata of concepts.safetensors."""
+    tensors, metadata = read_concepts(path)
+    config = metadata["config"]
     _, rows, columns = tensors["masks"].shape
     return {
         "what": "a finished run of bas",
         **describe_model(path, hashes),
-        "handles": note["handles"],
+        "handles": metadata["handles"],
         "trained at": f"{columns}x{rows} pixels",
         "steps": f"{config['phase1_train_steps']} + {config['phase2_train_steps']}",
         "scene": config["instance_data_dir"],
         "base": config["pretrained_model_name_or_path"] or SHIPPED,
-        "base hash": note["base"],
-        "written by": f"bas {note['version']}",
+        "base hash": metadata["base"],
+        "written by": f"bas {metadata['version']}",
     }
 
 
 def _describe_unfinished(path: Path) -> dict:
-    note = check_metadata(path / SETTINGS, read_json(path / SETTINGS))
+    metadata = read_settings(path)
     lines = (path / METRICS).read_bytes().count(b"\n") if (path / METRICS).exists() else 0
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
-    advice = "add --resume_from_checkpoint latest to go on" if checkpoints else "it has no checkpoint: start it anew"
+    advice = "add --resume_from_checkpoint latest to continue" if checkpoints else "it has no checkpoint, start it anew"
     return {
         "what": "an unfinished run of bas",
         "loads": False,
-        "problem": f"its training has not ended; {advice}",
-        "handles": note["handles"],
+        "problem": f"its training has not ended: {advice}",
+        "handles": metadata["handles"],
         "steps done": lines,
         "checkpoints": checkpoints,
-        "base hash": note["base"],
-        "written by": f"bas {note['version']}",
+        "base hash": metadata["base"],
+        "written by": f"bas {metadata['version']}",
     }
 
 
 def _describe_scene(path: Path) -> dict:
-    picture, masks = find_files(path)
-    opened = open_image(picture)
+    file, masks = find_files(path)
+    image = open_image(file)
     return {
         "what": "a scene to train on",
         "loads": False,
-        "problem": f"it is no model; train on it with: bas train {quote(str(path))}",
-        "picture": f"{picture.name}, {opened.width}x{opened.height} pixels",
+        "problem": f"it is no model; to train on it: bas train {quote(str(path))}",
+        "image": f"{file.name}, {image.width}x{image.height} pixels",
         "masks": [mask.name for mask in masks],
-        "further pictures": [shot.name for shot in numbered_folders(path)],
+        "further images": [folder.name for folder in numbered_folders(path)],
     }
 
 
@@ -125,18 +125,18 @@ def _describe_scene(path: Path) -> dict:
 
 
 def describe_model(path: Path, hashes: bool) -> dict:
-    """Architecture, precision, handles and hash of a model folder or single file, or the reason it does not load."""
+    """Describe the networks, precision, handles and hash of a model folder or file, or the reason it does not load."""
     try:
         models, tensors = build_on_meta(path)
         for component in COMPONENTS:
             check_keys(getattr(models, component), tensors[component], f"{path} ({component})")
     except InputError as error:
         return {"loads": False, "problem": str(error)}
-    facts = {"loads": True, "checked": CHECKED, **_architecture(models, tensors)}
+    details = {"loads": True, "checked": CHECKED, **_architecture(models, tensors)}
     if hashes:
-        facts["hash"] = weights_hash(path)
-        facts["known as"] = known_as(facts["hash"])
-    return facts
+        details["hash"] = weights_hash(path)
+        details["known as"] = known_as(details["hash"])
+    return details
 
 
 def _architecture(models: Models, tensors: dict[str, dict[str, Tensor]]) -> dict:
@@ -156,13 +156,13 @@ def _architecture(models: Models, tensors: dict[str, dict[str, Tensor]]) -> dict
 
 
 def precision(tensors) -> str:
-    """The number formats of these tensors, the most frequent first: "fp16", "fp32 and int64"."""
+    """Name the number formats of tensors, the most frequent first: "fp16", "fp32 and int64"."""
     kinds = [str(t.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp") for t in tensors]
     return " and ".join(sorted(set(kinds), key=lambda kind: (-kinds.count(kind), kind)))
 
 
 def known_as(digest: str) -> str | None:
-    """The name in weights/manifest.json of the weights with this hash, if they are there."""
+    """The name in weights/manifest.json of the weights with this hash, None if there is none."""
     for name, row in manifest().items():
         if digest in (row.get("sha256"), row.get("single_file", {}).get("sha256")):
             return name
@@ -173,20 +173,27 @@ def known_as(digest: str) -> str | None:
 
 
 def _describe_tensors(path: Path, hashes: bool) -> dict:
-    """A .safetensors file: a whole model, the concepts of a run, or one of the kinds that bas refuses by name."""
+    """Describe a .safetensors file: a whole model, the concepts of a run, or a kind that bas does not take."""
     tensors, metadata = read_tensors(path)
     if metadata.get("bas") == "concepts-1":
-        note = read_metadata(path, metadata)
+        of_run = read_metadata(path, metadata)
         problem = f"it is part of a run: give the folder {path.parent}"
-        facts = {"what": "the concepts of a run of bas", "loads": False, "problem": problem, "handles": note["handles"]}
-        return facts | {"base hash": note["base"], "written by": f"bas {note['version']}"}
-    facts = describe_model(path, hashes)
-    if facts["loads"]:
-        return {"what": "a base model in one file"} | facts | {"metadata": metadata}
+        details = {
+            "what": "the concepts of a run of bas",
+            "loads": False,
+            "problem": problem,
+            "handles": of_run["handles"],
+            "base hash": of_run["base"],
+            "written by": f"bas {of_run['version']}",
+        }
+        return details
+    details = describe_model(path, hashes)
+    if details["loads"]:
+        return {"what": "a base model in one file"} | details | {"metadata": metadata}
     kind = other_kind(tensors)
     return {
         "what": kind[0] if kind else "a .safetensors file",
-        **facts,
+        **details,
         "tensors": len(tensors),
         "parameters": {"total": sum(t.numel() for t in tensors.values())},
         "precision": precision(tensors.values()),
@@ -194,17 +201,17 @@ def _describe_tensors(path: Path, hashes: bool) -> dict:
     }
 
 
-def _describe_picture(path: Path) -> dict:
-    """A picture with the settings that bas wrote into it; anything else is a file that does not load."""
+def _describe_image(path: Path) -> dict:
+    """Describe an image with the settings that bas wrote into it; any other file does not load."""
     try:
-        with Image.open(path) as picture:
-            note = picture.info.get("bas")
-            size = f"{picture.width}x{picture.height} pixels"
+        with Image.open(path) as image:
+            settings = image.info.get("bas")
+            size = f"{image.width}x{image.height} pixels"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {"what": "a file"} | describe_model(path, hashes=False)
-    what = "a picture made by bas" if note else "a picture"
+    what = "an image made by bas" if settings else "an image"
     return {"what": what, "loads": False, "problem": "it is no model", "size": size} | (
-        {"made with": note} if note else {}
+        {"made with": settings} if settings else {}
     )
 
 
@@ -212,7 +219,7 @@ def _describe_picture(path: Path) -> dict:
 
 
 def describe_machine() -> dict:
-    """Versions, devices, caches with their sizes, and which known models are here."""
+    """Describe versions, devices, caches with their sizes, and which known models are here."""
     device = pick_device(None)
     return {
         "bas": __version__,
@@ -243,7 +250,7 @@ def _devices() -> list[str]:
 
 
 def _cache(folder: Path) -> str:
-    """Size of a cache folder and how much the disk has left."""
+    """The size of a cache folder, and the free space of its disk."""
     if not folder.is_dir():
         return "empty"
     used = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_symlink() and file.is_file())
@@ -251,7 +258,7 @@ def _cache(folder: Path) -> str:
 
 
 def _place(name: str) -> str:
-    """Where a known model lies, or how to get it."""
+    """The folder of a known model, or how to get it."""
     try:
         folder = find(name)
     except InputError:
@@ -263,19 +270,22 @@ def _place(name: str) -> str:
 # --- For people ---------------------------------------------------------------------------------------------------
 
 
-def as_text(facts: dict) -> str:
-    """Facts as aligned lines, a name and its value each; what is not known is left out."""
-    width = max(map(len, facts)) + 2
+def as_text(details: dict[str, Any]) -> str:
+    """Write details as aligned lines, a name and its value each, without the unknown ones.
+
+    Control characters are escaped: names and values come from foreign files, and must not forge a line.
+    """
+    width = max(map(len, details)) + 2
     lines = []
-    for name, value in facts.items():
+    for name, value in details.items():
         if value not in (None, [], {}):
-            first, *rest = _values(name, value)
-            lines += [f"{name:<{width}}{first}", *(" " * width + more for more in rest)]
+            first, *rest = map(printable, _values(name, value))
+            lines += [f"{printable(name):<{width}}{first}", *(" " * width + more for more in rest)]
     return "\n".join(lines)
 
 
-def _values(name: str, value: object) -> list[str]:
-    """A value in as many lines as it takes."""
+def _values(name: str, value: Any) -> list[str]:
+    """One value as one or more lines."""
     if name == "bytes":
         return [human_size(value)]
     if name == "parameters":
@@ -283,5 +293,5 @@ def _values(name: str, value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"{key}: {entry}" for key, entry in value.items()]
     if isinstance(value, list):
-        return value if name == "devices" else [" ".join(value)]
-    return [{True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)]
+        return value if name == "devices" else [" ".join(map(str, value))]
+    return [{True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)]

@@ -13,6 +13,12 @@ from bas.errors import InputError
 
 log = logging.getLogger(__name__)
 
+BYTE_ORDER_MARKS = {  # of other encodings; the longer ones first
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 
 
@@ -33,15 +39,33 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
+def decode_text(data: bytes) -> str:
+    """The characters of a UTF-8 file, with or without a byte order mark. ValueError for another encoding."""
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"it is {name}: save it as UTF-8")
+    if b"\0" in data[:4]:
+        raise ValueError("it is UTF-16 or no text: save it as UTF-8")
+    return data.decode("utf-8-sig")
+
+
+def parse_json(data: bytes) -> Any:
+    """Whatever a JSON text holds. ValueError for anything else, and for half a character."""
+    try:
+        content = json.loads(decode_text(data), object_pairs_hook=without_duplicates)
+        if b"\\ud" in data or b"\\uD" in data:  # may be half a character, which can neither be written nor tokenized
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return content
+
+
 def read_content(path: Path) -> Any:
     """Whatever a JSON file holds. InputError when it cannot be read, or is no JSON."""
     data = read_bytes(path)
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates)
-        if b"\\ud" in data or b"\\uD" in data:  # may be half a character, which can neither be written nor tokenized
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
-        return content
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): mend it, or copy it again") from None
 
 
@@ -56,14 +80,55 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+Shape = type | tuple[type, ...] | dict[Any, Any] | list[Any]  # a value's type; entries by name; of each of a list
+
+
+def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
+    """ValueError unless a value of JSON has this shape. An object may hold others, which under `...` have a shape."""
+    if isinstance(shape, dict):
+        check_shape(value, dict, name)
+        for key in (shape.keys() | value.keys()) - {...} if ... in shape else shape:
+            if key not in value:
+                raise ValueError(f"{name} has no {key}")
+            check_shape(value[key], shape.get(key, shape.get(...)), key)
+    elif isinstance(shape, list):
+        check_shape(value, list, name)
+        for each in value:
+            check_shape(each, shape[0], f"an entry of {name}")
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.40}")
+
+
+def read_record(path: Path, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
+    """The object in a JSON file that bas wrote itself. InputError, which ends with `advice`, for a damaged one."""
+    data = read_bytes(path)
+    try:
+        check_shape(record := parse_json(data), shape)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged or was changed ({error}): {advice}") from None
+    return record
+
+
+def read_records(path: Path, shape: dict[Any, Any], advice: str) -> list[dict[str, Any]]:
+    """The objects of a file that holds one a line; a last line that is still being written is left out."""
+    records = []
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
+        try:
+            check_shape(record := parse_json(line), shape)
+        except ValueError as error:
+            raise InputError(f"{path} is damaged or was changed (line {number}: {error}): {advice}") from None
+        records.append(record)
+    return records
+
+
 def read_cache(path: Path) -> dict[str, Any]:
     """The object in a JSON file that can be made again; empty where it is missing or, with a warning, damaged."""
     if not path.exists():
         return {}
     try:
-        return read_json(path)
+        return read_record(path, {}, "it is made anew")
     except InputError as error:
-        log.warning("%s; it is made anew", error)
+        log.warning("%s", error)
         return {}
 
 

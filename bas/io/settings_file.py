@@ -12,7 +12,7 @@ from typing import Any
 
 from bas.config import TrainConfig, check_setting, setting_rows
 from bas.errors import InputError, did_you_mean
-from bas.io.files import read_bytes
+from bas.io.files import decode_text, read_bytes
 
 CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
@@ -39,7 +39,7 @@ def read_toml(file: Path) -> dict:
     """The content of a TOML file. Raises InputError when it cannot be read or is none."""
     content = read_bytes(file)
     try:
-        return tomllib.loads(content.decode("utf-8"))
+        return tomllib.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from None
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import encode_images
 from bas.errors import InputError
-from bas.io.files import cache_dir, read_json, reading, write_json
+from bas.io.files import cache_dir, read_record, reading, write_json
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
@@ -62,7 +62,7 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
 
 def _refuse_others(folder: Path, key: dict) -> None:
     """InputError for class images that were made with something else than `key` has."""
-    made_with = read_json(folder / KEY_FILE)
+    made_with = read_record(folder / KEY_FILE, {}, "remove it if all images are your own, else name another folder")
     differs = [name for name in key if made_with.get(name) != key[name]]
     if differs:
         raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")

@@ -16,8 +16,8 @@ from bas.config import TrainConfig
 from bas.data.collages import scene_for_method
 from bas.data.scene_folder import images_in, require_scene_folder
 from bas.errors import InputError, RunError
-from bas.io.files import read_json, reading
-from bas.io.run_files import CONCEPTS, METRICS, SETTINGS
+from bas.io.files import reading
+from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_settings
 from bas.runtime.device import is_out_of_memory
 from bas.training.base_model import Base
 from bas.training.dry_run import memory_advice
@@ -119,5 +119,5 @@ def is_finished(settings: TrainConfig) -> bool:
     if not (folder / CONCEPTS).exists():
         return False
     facts = {"config": asdict(settings), **scene_state(scene_for_method(settings))}
-    check_resumable(folder, facts, read_json(folder / SETTINGS))
+    check_resumable(folder, facts, read_settings(folder))
     return True

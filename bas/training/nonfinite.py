@@ -61,6 +61,7 @@ def check_weights(run: Run, trained: dict[str, nn.Parameter], when: str) -> None
 
 def warn_of_overflows(folder: Path, phase: Phase) -> None:
     """Warn of the steps of a phase that its gradient scaler left out, counted from the metrics of all its sessions."""
-    norms = [row["grad_norm"] for row in read_rows(folder / METRICS) if row["phase"] == phase.name]
+    rows = [row for row in read_rows(folder / METRICS) if row["phase"] == phase.name]
+    norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
     if left_out := sum(not math.isfinite(norm) for norm in norms):
         log.warning("%s: fp16 overflowed in %d of %d steps, which changed nothing", phase.name, left_out, len(norms))

@@ -7,6 +7,8 @@ from pathlib import Path
 from bas.config import TrainConfig, flag_of
 from bas.data.scene import Scene
 from bas.errors import InputError
+from bas.io.files import check_shape
+from bas.training.run_folder import ANOTHER, NOTE
 
 # Where it runs, where things lie, how it is watched and what spares memory; every other setting stays as it was.
 FREE_ON_RESUME = {
@@ -29,6 +31,7 @@ FREE_ON_RESUME = {
 
 FLAGS = {f.name: flag_of(f) for f in fields(TrainConfig)}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
+NOTED = {"step": int, "metrics": int, "scaler": dict, "facts": {"config": dict}}
 SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how a refusal names it
     "handles": "handles",
     "words": "initial words",
@@ -53,6 +56,14 @@ def scene_state(scene: Scene) -> dict:
 def _plain(value: object) -> object:
     """A setting as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_note(checkpoint: Path, note: dict) -> None:
+    """InputError for a checkpoint's note that lacks what a run needs to go on."""
+    try:
+        check_shape(note, NOTED)
+    except ValueError as error:
+        raise InputError(f"{checkpoint / NOTE} is damaged or was changed ({error}): {ANOTHER}") from None
 
 
 def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import read_json, sync, write_json
+from bas.io.files import read_record, sync, write_json
 from bas.io.run_files import CHECKPOINTS, CONCEPTS, METRICS, PREVIEWS, SCENE, SETTINGS
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS
@@ -36,6 +36,7 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a network drive
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
 STATE, NOTE = "state.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: files of their own, so that only one lies in the host's memory at a time
+ANOTHER = "resume from another checkpoint, or start anew"
 MANIFEST = "manifest.json"  # a checkpoint's last file: one without it was cut off and does not count
 
 
@@ -269,12 +270,12 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and note of a checkpoint, checked against its manifest. Raises InputError for a damaged one."""
     tensors: dict[str, Tensor] = {}
-    for name, expected in read_json(folder / MANIFEST).items():
+    for name, expected in read_record(folder / MANIFEST, {NOTE: dict, STATE: dict}, ANOTHER).items():
         if not (folder / name).is_file() or _describe(folder / name) != expected:
             raise InputError(f"checkpoint {folder} is damaged: {name} is not what was written")
         if name != NOTE:
             tensors |= read_tensors(folder / name)[0]
-    return tensors, read_json(folder / NOTE)
+    return tensors, read_record(folder / NOTE, {}, ANOTHER)
 
 
 # --- The concepts file --------------------------------------------------------------------------------------------

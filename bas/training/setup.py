@@ -30,7 +30,7 @@ from bas.training.disk_space import require_disk_space
 from bas.training.master_weights import Exact, cast_weights
 from bas.training.optimizer import adamw8bit
 from bas.training.preview import write_scene
-from bas.training.resume import check_resumable, scene_state
+from bas.training.resume import check_note, check_resumable, scene_state
 from bas.training.run_folder import MetricsLog, drop_later, find_checkpoint, load_checkpoint, prepare_folder
 from bas.training.tensorboard import EventLog, writer_class
 
@@ -106,6 +106,7 @@ def setup_run(
     }
     saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
     if checkpoint:
+        check_note(checkpoint, note)
         check_resumable(checkpoint, facts, note["facts"])
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

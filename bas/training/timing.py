@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 
 from bas import __version__
-from bas.io.files import read_json, write_json
+from bas.io.files import write_json
+from bas.io.run_files import TIMES, read_sessions
 
 try:
     import resource  # not on Windows: there the process's memory stays unknown
 except ImportError:
     resource = None
-
-TIMES = "times.json"
 
 
 class Timing:
@@ -42,8 +41,7 @@ class Timing:
         self.session["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.session["stages"].append({"stage": stage, "seconds": round(now - self.began, 3), **peak_memory(device)})
         self.began = now
-        sessions = read_json(path)["sessions"] if path.exists() else []
-        earlier = [session for session in sessions if session["started"] != self.session["started"]]
+        earlier = [session for session in read_sessions(folder) if session["started"] != self.session["started"]]
         write_json(path, {"sessions": [*earlier, self.session]})
 
 

@@ -16,15 +16,13 @@ from PIL import Image
 from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.io.figures import tint_masks
-from bas.io.files import human_size, read_json, write_text
-from bas.io.run_files import CONCEPTS, METRICS, SCENE, SETTINGS, read_rows
-from bas.io.settings_file import check_metadata
+from bas.io.files import human_size, write_text
+from bas.io.run_files import CONCEPTS, METRICS, SCENE, SETTINGS, read_rows, read_sessions, read_settings
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import SHIPPED
 from bas.runtime.progress import clock
 from bas.sampling.gallery import GRID
 from bas.training.preview import PICTURES
-from bas.training.timing import TIMES
 from bas.web.elements import Chip, Figure, Table, chip, figure, readable, readable_masks, render, spread, table
 
 REPORT = "report.html"
@@ -32,7 +30,7 @@ SHEET = "demo.png"  # the sheet that `bas demo` leaves in its run; the page show
 SHEET_SIDE = 1600  # pixels of a sheet of many images
 MOST_STEPS = 12  # previews on the page
 SMOOTHED = 1 / 25  # the share of a run that the bold curves average over
-UNTRAINED = "the model is not trained yet, so this cannot look like the concept"
+UNTRAINED = "cannot look like the concept yet"
 SERIES = {  # of metrics.jsonl, in the order of the page
     "reconstruction": "masked reconstruction (eq. 1)",
     "attention": "cross-attention (eq. 2)",
@@ -89,8 +87,7 @@ def page(run: Path) -> str:
     """Return the page of a run. Raises InputError for a folder that is no run."""
     if not (run / SETTINGS).is_file():
         raise InputError(f"{run} is no run of bas: it has no {SETTINGS}")
-    metadata, rows = check_metadata(run / SETTINGS, read_json(run / SETTINGS)), read_rows(run / METRICS)
-    sessions = read_json(run / TIMES).get("sessions", []) if (run / TIMES).exists() else []
+    metadata, rows, sessions = read_settings(run), read_rows(run / METRICS), read_sessions(run)
     handles, finished = metadata["handles"], (run / CONCEPTS).exists()
     scene = Scene(readable(run / SCENE / "img.png"), readable_masks(run / SCENE, len(handles)), handles)
     previews = sorted((run / PICTURES).glob("step-*"), key=_step)
@@ -203,7 +200,7 @@ def _handle_strip(scene: Scene, previews: Sequence[Path], index: int, trained_fr
 def _caption(preview: Path, trained_from: int) -> str:
     """Name a preview's step, and say where it cannot look like the concept yet."""
     step = _step(preview)
-    return f"step {step}" if step >= trained_from else f"step {step}, phase 1: {UNTRAINED}"
+    return f"step {step}" if step >= trained_from else f"step {step}, in phase 1: {UNTRAINED}"
 
 
 def _step(preview: Path) -> int:

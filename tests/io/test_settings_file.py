@@ -168,7 +168,7 @@ def test_sampling_takes_prompts_and_model_from_the_file(tmp_path, monkeypatch):
     path = write(tmp_path, 'model_path = "a"\nprompt = ["x", "y"]\nseed = 5\nguidance_scale = 3')
     calls = []
 
-    def record(models, prompts, config):
+    def record(models, prompts, config, *others):
         calls.append((models, prompts, config))
         raise InputError("far enough")
 

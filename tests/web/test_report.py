@@ -244,9 +244,9 @@ def test_pictures_are_whole_or_absent(tmp_path, monkeypatch):
         ({"handles": []}, " does not hold what bas notes of a run"),
         ({"handles": [3]}, " does not hold what bas notes of a run"),
         ({"base": 3}, " does not hold what bas notes of a run"),
-        ({"config": {"phase1_train_steps": "400"}}, ": phase1_train_steps is '400', expected a whole number"),
-        ({"config": {"phase2_train_steps": None}}, ": phase2_train_steps is None, expected a whole number"),
-        ({"config": {"pretrained_model_name_or_path": 3}}, ": pretrained_model_name_or_path is 3, expected a string"),
+        ({"config": {"phase1_train_steps": "400"}}, ": phase1_train_steps is '400': expected a whole number"),
+        ({"config": {"phase2_train_steps": None}}, ": phase2_train_steps is None: expected a whole number"),
+        ({"config": {"pretrained_model_name_or_path": 3}}, ": pretrained_model_name_or_path is 3: expected a string"),
     ],
 )
 def test_spoilt_notes_of_a_run_are_named(tmp_path, spoilt, message):
