@@ -77,20 +77,20 @@ def test_the_square_has_nine_places_along_the_longer_side():
 
 def test_most_things_then_most_area_then_the_middle(world):
     both = (1, box(0, 0, 40, 100)), (18, box(60, 0, 40, 100))
-    world.row(1, (180, 100), *both)
+    world.picture(1, (180, 100), *both)
     assert world.square().box == (0, 0, 100, 100)  # only there both are whole
-    world.row(2, (180, 100), *both, (62, box(100, 0, 80, 100)))
+    world.picture(2, (180, 100), *both, (62, box(100, 0, 80, 100)))
     choice = world.square(2, max_things=4)
     # From 20 to 120 all three have 20 columns or more: 20 + 40 + 20; more to the left no chair, to the right no person.
     assert choice.box == (20, 0, 120, 100)
     assert [segment.word for segment in choice.segments] == ["dog", "person", "chair"]
     assert [segment.share for segment in choice.segments] == [0.4, 0.2, 0.2]
-    world.row(3, (180, 100), (1, box(60, 0, 60, 50)), (18, box(60, 50, 60, 50)))
+    world.picture(3, (180, 100), (1, box(60, 0, 60, 50)), (18, box(60, 50, 60, 50)))
     assert world.square(3).box == (40, 0, 140, 100)
 
 
 def test_the_masks_are_those_pixels_in_the_square(world):
-    world.row(1, (180, 100), (1, box(90, 10, 40, 80)), (18, box(130, 0, 50, 60)))
+    world.picture(1, (180, 100), (1, box(90, 10, 40, 80)), (18, box(130, 0, 50, 60)))
     choice = world.square()
     assert choice.box == (80, 0, 180, 100)
     wanted = np.zeros((100, 100), bool)
@@ -102,17 +102,17 @@ def test_the_masks_are_those_pixels_in_the_square(world):
 
 
 def test_fifteen_percent_of_the_square_is_the_border(world):
-    world.row(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 100)))
+    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 100)))
     assert [segment.share for segment in world.square().segments] == [0.5, 0.15]
-    world.row(2, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 99)))
+    world.picture(2, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 99)))
     assert world.square(2) is None
     assert world.square(2, min_share=0.148) is not None
 
 
 def test_a_class_counts_once_and_its_largest_thing_is_the_concept(world):
-    world.row(1, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)))
+    world.picture(1, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)))
     assert world.square() is None
-    world.row(2, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)), (18, box(60, 0, 30, 100)))
+    world.picture(2, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)), (18, box(60, 0, 30, 100)))
     assert [(segment.word, segment.share) for segment in world.square(2).segments] == [("person", 0.4), ("dog", 0.3)]
 
 
@@ -120,7 +120,7 @@ def test_a_class_counts_once_and_its_largest_thing_is_the_concept(world):
     "other", [(52, box(50, 0, 50, 100)), (200, box(50, 0, 50, 100)), (18, box(50, 0, 50, 100), {"iscrowd": 1})]
 )
 def test_dropped_classes_stuff_and_crowds_are_no_concepts(world, other):
-    world.row(1, (100, 100), (1, box(0, 0, 50, 100)), other)
+    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), other)
     assert world.square() is None
     assert (world.square(dropped=()) is not None) == (other[0] == 52)  # a class that is dropped by choice alone
 
@@ -128,7 +128,7 @@ def test_dropped_classes_stuff_and_crowds_are_no_concepts(world, other):
 @pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/secret.png"])
 def test_pictures_outside_their_folder_are_refused(world, name):
     path = world.write(images=[{"id": 1, "file_name": name, "width": 10, "height": 10}])
-    with refused(f"image 0: {name!r} leads out of the folder of the pictures"):
+    with refused(f"image 0: {name!r} leads out of the folder of images"):
         read_annotations(path, ())
 
 
@@ -138,7 +138,7 @@ def test_run_lengths_in_both_forms_count_as_polygons_do(world):
     disc, half = (x - 40) ** 2 + (y - 45) ** 2 < 900, x >= 70
     packed = oracle.encode(np.asfortranarray(half.astype(np.uint8)))
     crowd = {"iscrowd": 1}
-    world.row(
+    world.picture(
         1, (120, 90), (18, runs(disc)), (1, {"size": [90, 120], "counts": packed["counts"].decode()}),
         (62, runs(np.ones((90, 120), bool)), crowd),
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_run_lengths_in_both_forms_count_as_polygons_do(world):
 
 def test_what_states_a_small_area_is_not_drawn(world):
     """The file's areas spare most of the work; a mask that cannot be drawn would be an error."""
-    world.row(1, (100, 100), (1, box(0, 0, 50, 100)), (18, "nonsense", {"area": 100.0}))
+    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, "nonsense", {"area": 100.0}))
     assert world.square() is None
 
 
@@ -162,7 +162,7 @@ def test_what_states_a_small_area_is_not_drawn(world):
 def many(world, count):
     for identity in range(1, count + 1):
         second = 18 if identity % 3 else 1  # every third picture shows one class only
-        world.row(identity, (120, 100), (1, box(0, 0, 50, 100)), (second, box(50, 0, 50, 100)))
+        world.picture(identity, (120, 100), (1, box(0, 0, 50, 100)), (second, box(50, 0, 50, 100)))
     return world.write()
 
 
@@ -188,7 +188,7 @@ def test_fewer_scenes_than_asked_is_a_warning_and_none_an_error(world, caplog):
     path = many(world, 4)
     assert len(chosen_ids(path)) == 3
     assert "has only 3 scenes that keep the rules" in caplog.text
-    with refused("has no picture that keeps the rules"):
+    with refused("has no image that keeps the rules"):
         chosen_ids(path, min_things=3)
 
 
@@ -231,10 +231,10 @@ def test_what_cannot_be_used_is_one_line_and_code_2(world, tmp_path, capsys):
     assert 'is not {"images": [{...}, ...]}' in run(source=world.write(images=[]))
     path = world.write(images=[{"id": 1, "file_name": "a", "width": 10, "height": -1}])
     assert "image 0: height is -1" in run(source=path)
-    assert "annotates picture" in run(source=world.write(images=world.images[:1]))
+    assert "annotates image" in run(source=world.write(images=world.images[:1]))
     path = world.write()
     (pictures / "000000000002.png").unlink()
-    assert "lacks 1 of 4 pictures, 000000000002.png first" in run(source=path)
+    assert "lacks 1 of 4 images, 000000000002.png first" in run(source=path)
     small = {**world.rows[0], "segmentation": {"size": [5, 5], "counts": [25]}}
     assert "annotation 1 is 5x5, its picture 120x100" in run(source=world.write(annotations=[small, world.rows[1]]))
 

@@ -279,7 +279,7 @@ def test_segments_from_files_have_their_pictures_size(pictures, tmp_path):
     Image.fromarray((half_mask() * 255).astype(np.uint8)).save(tmp_path / "a.png")
     (found,) = read_segments([tmp_path / "a.png"], pictures[:1])
     assert np.abs(found - half_mask()).max() < 0.003
-    with refused("a.png is 40x30, its picture 30x40"):
+    with refused("a.png is 40x30, its image 30x40"):
         read_segments([tmp_path / "a.png"], [pictures[0].transpose(Image.Transpose.ROTATE_90)])
 
 

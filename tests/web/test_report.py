@@ -113,6 +113,24 @@ def test_further_photographs_are_shown(tmp_path):
     assert shown == ["image 2: <bowl>", "image 10: <creature>, <bowl>", "image close-up-1: <creature>, <bowl>"]
 
 
+def test_the_sheet_of_the_demo_comes_first_and_words_are_explained(tmp_path):
+    """The sheet stands before every other image; one sentence each says what handle, attention map and phases are."""
+    folder = run_folder(tmp_path / "run")
+    Image.new("RGB", (300, 200)).save(folder / "demo.png")
+    parsed = Page(page(folder))
+    assert (parsed.all("img")[0]["width"], parsed.all("img")[0]["height"]) == ("300", "200")
+    assert len(parsed.all("img")) == 1 + 4 + 2 * 6 + 2
+    text = "".join(parsed.texts)
+    for word in ("Handle:", "Attention map:", "Two phases:"):
+        assert text.count(word) == 1
+
+
+def test_a_preview_of_phase_1_says_that_it_cannot_look_like_the_concept_yet(run):
+    """Phase 1 has 20 of 40 steps: of the previews at 20 and 40 the first one says so, for two handles and for both."""
+    captions = [image["alt"] for image in Page(page(run)).all("img") if image["alt"].startswith("step")]
+    assert captions == [f"step 20, in phase 1: {UNTRAINED}", "step 40"] * 3
+
+
 def test_the_curves_are_metrics_jsonl(run):
     rows, data = read_rows(run / "metrics.jsonl"), Page(page(run)).data
     assert data["steps"] == [row["step"] for row in rows]
