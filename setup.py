@@ -21,7 +21,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["bas", "bas.*"]), "bas.weights"],
     package_dir={"bas.weights": "weights"},
-    package_data={"bas": ["py.typed", "web/templates/*", "pretrained/clip_vocabulary/*"], "bas.weights": ["**/*"]},
+    package_data={
+        "bas": ["py.typed", "web/templates/*", "pretrained/*.json", "pretrained/clip_vocabulary/*"],
+        "bas.weights": ["**/*"],
+    },
     install_requires=[
         "torch>=2.10",
         "transformers>=5.3",

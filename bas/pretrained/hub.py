@@ -1,7 +1,7 @@
-"""Models by name: what is here already is found without the network; only `download` goes there.
+"""Models by name: found on this machine without the network, described from the package, fetched by `download` alone.
 
-The known names are the rows of weights/manifest.json. Downloads lie in the Hugging Face cache, shared with other tools.
-huggingface_hub is imported where it is used: it brings an HTTP client, and most models are paths.
+The known names are the rows of weights/manifest.json. Downloads are in Hugging Face's cache, shared with other tools.
+huggingface_hub is imported in functions: it brings an HTTP client, and most models are paths.
 """
 
 import logging
@@ -15,18 +15,23 @@ from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.io.files import read_json, reading
 from bas.io.settings_file import check_settings
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
+from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained import folder as model_folder
 from bas.pretrained.folder import STEMS, component_files
+from bas.pretrained.single_file import clip_tokenizer
+from bas.schedulers import NoiseSchedule, PredictionType
 
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
-# Installed, the shipped weights are part of the package; in a checkout they stand beside it.
+# Installed, the shipped weights are part of the package; in a checkout they are beside it.
 WEIGHTS = PACKAGE / "weights" if (PACKAGE / "weights").is_dir() else PACKAGE.parent / "weights"
-SHIPPED = "mini"  # the model that takes part when none is named
+SHIPPED = "mini"  # the model where none is named
+KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"  # of the known models that are not shipped
 MODEL_ROW = "bas.json"  # in a model folder: the training settings that suit this model
 
+WEIGHT_FILES = {".safetensors", ".ckpt", ".bin", ".pt", ".pth"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 CONFIGS = ("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "scheduler", "tokenizer")), "tokenizer/*.txt")
 
@@ -35,23 +40,24 @@ def load(
     model: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    prediction_type: str | None = None,
+    prediction_type: PredictionType | None = None,
 ) -> Models:
-    """`bas.pretrained.folder.load` of a path, a known name or a hub id; without one, of the shipped miniature."""
+    """Load a path, a known name or a hub id as `bas.pretrained.folder.load` does; without one, the miniature."""
     return model_folder.load(find(model), device, dtype, prediction_type)
 
 
 def train_config(scene: str | Path, **settings) -> TrainConfig:
-    """The settings of a training as `bas train SCENE` has them: those given, over those that suit the base model.
+    """The settings of a training as in `bas train SCENE`: those given, over those that suit the base model.
 
     `weights` is short for `pretrained_model_name_or_path`, as on the command line.
 
-    InputError for a setting that does not exist or is out of range, and for a base model that is not here.
+    Raises InputError for a setting that does not exist or is out of range, and for a base model that is not here.
     """
     if "weights" in settings:
         settings["pretrained_model_name_or_path"] = settings.pop("weights")
     base = settings.get("pretrained_model_name_or_path")
-    row = read_model_row(find(None if base is None else str(base)))
+    name = None if base is None else str(base)
+    row = None if is_known_elsewhere(name) else read_model_row(find(name))
     return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, row)
 
 
@@ -61,34 +67,67 @@ def manifest() -> dict[str, dict]:
 
 
 def find(name: str | Path | None) -> Path:
-    """Where a model lies on this machine. `name`: a path, a known name, a hub id, or None for the shipped miniature.
+    """Where a model is on this machine. `name`: a path, a known name, a hub id, or None for the shipped miniature.
 
-    The network is never asked. InputError when the model is not here, saying how to get it; and for an empty name.
+    The network is never asked. Raises InputError when the model is not here, saying how to get it.
     """
     if name == "":
         raise InputError("the model's name is empty: leave it out for the miniature")
     name = str(SHIPPED if name is None else name)
+    if (path := _find(name)) is not None:
+        return path
+    known = manifest()
+    if "folder" in known.get(name, {}):
+        raise InputError(f"the model {name!r} is not part of this installation: name another with --weights")
+    path = Path(os.path.expanduser(name))
+    if name not in known and path.parent != Path() and path.parent.is_dir():
+        raise InputError(f"{name} does not exist: {path.parent} holds no {path.name}")
+    if name not in known and (not HUB_ID.fullmatch(name) or path.suffix in WEIGHT_FILES):
+        raise InputError(f"{name} does not exist, and is no known model: those are {', '.join(known)}")
+    raise InputError(f"{name} is no path here and no model that was downloaded: `bas download {name}` fetches one")
+
+
+def _find(name: str) -> Path | None:
+    """Where a model is on this machine, None if it is not here."""
     path = Path(os.path.expanduser(name))  # unlike the method of Path, no error for a user who is not known
     if os.path.lexists(path):  # False, not an error, for names that no path can have
         return path
     known = manifest()
     if "folder" in known.get(name, {}):
         folder = WEIGHTS / known[name]["folder"]
-        if not folder.is_dir():
-            raise InputError(f"the model {name!r} is not part of this installation: name another with --weights")
-        return folder
+        return folder if folder.is_dir() else None
     if name not in known and not HUB_ID.fullmatch(name):
-        raise InputError(f"{name} does not exist, and is no known model: those are {', '.join(known)}")
-    for hub_id in _hub_ids(name):
-        if index := cached(hub_id, "model_index.json"):
-            return index.parent
-    if path.parent != Path() and path.parent.is_dir():
-        raise InputError(f"{name} does not exist: {path.parent} holds no {path.name}")
-    raise InputError(f"{name} is no path here and no model that was downloaded: `bas download {name}` fetches one")
+        return None
+    indices = (cached(hub_id, "model_index.json") for hub_id in _hub_ids(name))
+    return next((index.parent for index in indices if index), None)
+
+
+def is_known_elsewhere(name: str | Path | None) -> bool:
+    """Whether this is a known model that was not downloaded: its configurations are part of the package."""
+    return name is not None and str(name) in read_json(KNOWN_CONFIGS) and _find(str(name)) is None
+
+
+def find_spec(name: str | Path | None, prediction_type: PredictionType | None = None) -> ModelSpec:
+    """Describe a model by its name; a known one need not be downloaded for that. No weight is read.
+
+    Raises InputError as `find` and `read_spec` do.
+    """
+    if name is None or not is_known_elsewhere(name):
+        return model_folder.read_spec(find(name), prediction_type)
+    configs = read_json(KNOWN_CONFIGS)[str(name)]
+    schedule = configs["scheduler"] | ({"prediction_type": prediction_type} if prediction_type else {})
+    return ModelSpec(
+        UNetConfig.from_json(configs["unet"]),
+        VAEConfig.from_json(configs["vae"]),
+        configs["text_encoder"],
+        clip_tokenizer(pad_with_exclamation_mark=configs["text_encoder"]["hidden_act"] == "gelu"),
+        NoiseSchedule.from_json(schedule),
+        source=Path(name),
+    )
 
 
 def cached(hub_id: str, file: str) -> Path | None:
-    """Where a file that was downloaded from the hub lies, None if it was not. The network is not asked."""
+    """Where a file of the hub is on this machine, None if it was not downloaded. The network is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(hub_id, file)
@@ -98,7 +137,8 @@ def cached(hub_id: str, file: str) -> Path | None:
 def download(name: str, half: bool = False) -> Path:
     """Fetch a known model, or any by its hub id, and return its folder. `half` takes the 16-bit files.
 
-    Only .safetensors, .json and .txt files that bas reads are fetched. Mirrors are tried in turn.
+    Only .safetensors, .json and .txt files that bas reads are fetched. Mirrors are tried in turn. Raises InputError
+    with the reason of each, and other ways to get the model.
     """
     known = manifest()
     if "folder" in known.get(name, {}):
@@ -108,22 +148,36 @@ def download(name: str, half: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    failures = []
+    failures, advice = [], []
     for hub_id in _hub_ids(name):
         try:
             folder = Path(snapshot_download(hub_id, allow_patterns=_patterns(half)))
             for part, stem in STEMS.items():
                 component_files(folder / part, stem)
-        except (HfHubHTTPError, HFValidationError, OSError, InputError) as error:
+        except Exception as error:
+            told = isinstance(error, (HfHubHTTPError, HFValidationError, OSError, InputError))
+            if not told and not type(error).__module__.startswith("httpx"):  # of the hub's client, by version
+                raise
             failures.append(f"{hub_id}: {_first_line(error)}")
             log.warning("%s", failures[-1])
+            advice.append(_advice(error, hub_id, half))
         else:
             return folder
-    raise InputError(f"{name} could not be downloaded ({'; '.join(failures)})")
+    raise InputError(f"{name} could not be downloaded ({'; '.join(failures)}): {'; or '.join(dict.fromkeys(advice))}")
+
+
+def _advice(error: Exception, hub_id: str, half: bool) -> str:
+    """What to do after a failed download."""
+    if isinstance(error, InputError):
+        return "leave out --half, it may have full precision alone" if half else "add --half, it may be 16-bit alone"
+    return (
+        "check the network, behind a proxy set HTTPS_PROXY, or fetch the files of "
+        f"https://huggingface.co/{hub_id} by other means and give their folder"
+    )
 
 
 def read_model_row(folder: Path) -> dict | None:
-    """The training settings that a model brings along, or None: its own row between the defaults and the preset."""
+    """The training settings in a model's bas.json, or None. They come between the defaults and the preset."""
     path = folder / MODEL_ROW
     with reading(path):
         if not path.is_file():

