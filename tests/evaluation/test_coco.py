@@ -236,7 +236,7 @@ def test_what_cannot_be_used_is_one_line_and_code_2(world, tmp_path, capsys):
     (pictures / "000000000002.png").unlink()
     assert "lacks 1 of 4 images, 000000000002.png first" in run(source=path)
     small = {**world.rows[0], "segmentation": {"size": [5, 5], "counts": [25]}}
-    assert "annotation 1 is 5x5, its picture 120x100" in run(source=world.write(annotations=[small, world.rows[1]]))
+    assert "annotation 1 is 5x5, its image 120x100" in run(source=world.write(annotations=[small, world.rows[1]]))
 
 
 def test_a_picture_of_another_size_is_named(world, tmp_path, capsys):

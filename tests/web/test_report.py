@@ -23,7 +23,7 @@ from bas.sampling.gallery import save_grid
 from bas.training.preview import write_shot
 from bas.training.timing import Timing, peak_memory
 from bas.web.elements import spread
-from bas.web.report import line, page, running_mean, write_report
+from bas.web.report import UNTRAINED, line, page, running_mean, write_report
 from tests.helpers import tiny
 from tests.helpers.browser import Browser
 
