@@ -27,19 +27,29 @@ from bas.pretrained import hub
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "weights").rglob("*.md"))]
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "tests").rglob("*.md"))]
 MINI = hub.find(None)
 
-NOT_BAS = ("python3 -m venv .venv", ". .venv/bin/activate", "pip install -c constraints.txt -e '.[test]'", "pytest")
-MENTIONED = {  # in a sentence or as a link: no whole command
+INSTALL = "pip install -c constraints.txt -e"
+CPU_BUILD = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+NOT_BAS = {"python3 -m venv .venv", ". .venv/bin/activate", f"{INSTALL} .", CPU_BUILD, f"{INSTALL} '.[test]'", "pytest"}
+MENTIONED = {  # in a sentence: no whole command
     "train --background_handle",
-    "train --deterministic",
     "train SCENE SCENE …",
     "train --help",
     "COMMAND --help",
     "coco ANNOTATIONS",
     "study EVALUATION",
+    "edit RUN",
 }
-STANDS_FOR = {"PATH": "RUN", "IMAGE": "photo.jpg", "NAME": "sd15", "METHOD": "sam", "FILE": "model.safetensors"}
+STANDS_FOR = {
+    "PATH": "RUN",
+    "IMAGE": "photo.jpg",
+    "NAME": "sd15",
+    "METHOD": "sam",
+    "FILE": "model.safetensors",
+    "TEXT": "a photo of <asset0>",
+}
 DOWNLOADED = {"sd21-base": "mini"}  # after --weights
 SAMPLING = "--num_inference_steps 2 --device cpu"
 STEPS = "--phase1_train_steps 1 --phase2_train_steps 1 --num_class_images 1"
@@ -53,8 +63,8 @@ REFUSED = {  # what cannot run on what ships, by a word of the command, and what
     "--auto": "hf download facebook/sam-vit-base",  # the segmentation model is in nobody's cache here
     "export": "a single file carries no tokenizer",  # the miniature has a vocabulary of its own
 }
-NOT_SHIPPED = {"coco", "study", "coco_scenes/000000123456"}  # need COCO, an evaluation's pictures: one line says so
-AT_ONCE = ("coco", "study", "info", "masks", "paint", "download", "export")  # draw nothing
+NOT_SHIPPED = {"coco", "study", "coco_scenes/000000123456"}  # need COCO, an evaluation's images: one line says so
+AT_ONCE = ("coco", "study", "info", "masks", "paint", "download", "export")  # generate nothing
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
@@ -111,31 +121,81 @@ def test_commands_were_found():
     assert {shlex.split(line)[1] for line in ALL} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_ends_with_examples_of_its_own_command(command):
-    lines = examples(command)
-    assert lines
-    assert all(shlex.split(line)[:2] == ["bas", command] for line in lines)
+def test_help_ends_with_examples_of_its_own_command():
+    found = {command: examples(command) for command in COMMANDS}
+    assert all(found.values())
+    wrong = [line for command, lines in found.items() for line in lines if shlex.split(line)[:2] != ["bas", command]]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("line", ALL)
-def test_a_command_parses(line):
-    words = words_of(line)
-    args = build_parser(words[0]).parse_args(words)
-    assert args.command == words[0]
+def test_every_command_parses():
+    """A wrong flag ends the parser, which prints the line of the mistake."""
+    for line in ALL:
+        words = words_of(line)
+        assert build_parser(words[0]).parse_args(words).command == words[0]
 
 
-def test_other_programs_are_few_and_known():
+def test_other_programs_of_the_readme_are_known():
     lines = [line for block in blocks(ROOT / "README.md", "sh") for line in re.split(r"\n| && ", block.strip())]
-    assert {line for line in lines if not line.startswith("bas ")} == set(NOT_BAS)
+    assert {line for line in lines if not line.startswith("bas ")} == NOT_BAS
+
+
+def test_the_cpu_build_is_that_of_the_constraints():
+    assert CPU_BUILD.split()[2] in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    """The workflow calls .ci/run, and the pre-commit hooks call its checks."""
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "set -euo pipefail" in script
+    assert script[-4:] == ["ruff check .", "ruff format --check .", "pyright bas", "pytest"]
+    assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"entry: (\w+)", hooks) == ["ruff", "ruff", "pyright"]
 
 
 def test_tools_that_are_named_are_there():
-    named = {
-        name for page in PAGES for name in re.findall(r"python -m (tools[.\w]+)", page.read_text(encoding="utf-8"))
-    }
+    texts = "\n".join(page.read_text(encoding="utf-8") for page in LINKING)
+    named = set(re.findall(r"python -m (tools(?:\.[a-z_]+)*)", texts))
     assert len(named) >= 3
     assert all(find_spec(name) for name in named)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as forges and the site make them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings():
+    broken, inside = [], 0
+    for page in LINKING:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            if "://" not in link:
+                inside += 1
+                if not target.exists() or (anchor and anchor not in anchors(target)):
+                    broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
+    assert inside > 60
+
+
+def test_pages_of_the_site_link_to_pages_of_the_site():
+    """docs/ is built into a site of its own: nothing outside of it is there."""
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    assert not [page.name for page in pages if "](../" in page.read_text(encoding="utf-8").replace("](../index", "")]
+
+
+def test_every_room_is_described():
+    """CONTRIBUTING has a row for each room and for each file beside them; the site has a page for each."""
+    rooms = {path.parent.name for path in (ROOT / "bas").glob("*/__init__.py")}
+    files = {path.name for path in (ROOT / "bas").glob("*.py") if not path.name.startswith("__")}
+    table = re.findall(r"^\| `bas/([\w.]+?)/?` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(table) == sorted(rooms | files)
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = set(re.findall(r"^::: bas\.(\w+)$", pages, re.MULTILINE))
+    assert {name.removesuffix(".py") for name in rooms | files} <= shown
 
 
 # --- Running ------------------------------------------------------------------------------------------------------
@@ -157,15 +217,15 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
-    """The current folder, with scenes, pictures and masks under the names that the pages use, and no network."""
+    """The current folder, with scenes, images and masks under the names that the pages use, and no network."""
     for name in ("SCENE", "my_scene", "creature", "photo", "one", "two", "three"):
         shutil.copytree(MINI / "scenes" / "playroom", tmp_path / name)
     for name in ("SCENES", "scenes", "my_scenes"):
         shutil.copytree(MINI / "scenes", tmp_path / name)
     hard_links(MINI, tmp_path / "my_model")
     (tmp_path / "MODEL").symlink_to("my_model")
-    with Image.open(MINI / "scenes" / "shore" / "img.png") as picture:
-        picture.convert("RGB").resize((512, 448)).save(tmp_path / "photo.jpg")
+    with Image.open(MINI / "scenes" / "shore" / "img.png") as image:
+        image.convert("RGB").resize((512, 448)).save(tmp_path / "photo.jpg")
     left = np.zeros((448, 512), np.uint8)
     left[60:300, 20:240] = 255
     for name, mask in (("where", left), ("left", left), ("right", left[:, ::-1])):
@@ -205,7 +265,7 @@ def run(desk: Path, line: str, capsys) -> None:
     for path in outputs(words):
         shutil.rmtree(path, ignore_errors=True)  # a run is written into a new folder
     if "photo.jpg" in words:
-        shutil.rmtree(desk / "photo")  # the scene that is made of the picture
+        shutil.rmtree(desk / "photo")  # the scene that is made of the image
     capsys.readouterr()
     code = main([*words, *FEWER.get(words[0], "").split()])
     told = capsys.readouterr()
@@ -241,12 +301,22 @@ def test_a_command_runs_on_the_shipped_model(line, desk, trained, capsys):
 
 
 @pytest.mark.slow
-def test_python_of_the_readme_runs(desk, trained):
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+def test_python_that_samples_runs(page, desk, trained):
     put_run(desk, trained)
-    (code,) = blocks(ROOT / "README.md", "python")
+    (code,) = blocks(ROOT / page, "python")
     names: dict = {}
     exec(code.replace('"cuda"', '"cpu"'), names)
-    assert [picture.size for picture in names["pictures"]] == [(64, 64)] * 2
+    assert [image.size for image in names["images"]] == [(64, 64)] * 2
+
+
+@pytest.mark.slow
+def test_python_that_trains_runs(desk):
+    (code,) = blocks(ROOT / "docs" / "training.md", "python")
+    short = "phase1_train_steps=1, phase2_train_steps=1, num_class_images=1, img_log_steps=0, device='cpu'"
+    names: dict = {}
+    exec(code.replace('weights="sd21-base"', short), names)
+    assert (names["run"] / "concepts.safetensors").exists()
 
 
 def test_python_for_notebooks_runs():
@@ -260,7 +330,7 @@ def test_python_for_notebooks_runs():
     assert shapes["up_blocks.1.attentions.0"] == (1, 4, 8, 8, 77)
     assert len(shapes) == len(names["maps"])
     assert [maps.shape for maps in names["seen"]] == [(1, 16, 16, 77)] * 10
-    assert names["picture"].size == (64, 64)
+    assert names["image"].size == (64, 64)
     assert not names["latents"].clone().is_inference()
     models.unet.get_submodule("mid_block.resnets.0")
 
