@@ -178,7 +178,7 @@ def _describe_tensors(path: Path, hashes: bool) -> dict:
     if metadata.get("bas") == "concepts-1":
         of_run = read_metadata(path, metadata)
         problem = f"it is part of a run: give the folder {path.parent}"
-        details = {
+        return {
             "what": "the concepts of a run of bas",
             "loads": False,
             "problem": problem,
@@ -186,7 +186,6 @@ def _describe_tensors(path: Path, hashes: bool) -> dict:
             "base hash": of_run["base"],
             "written by": f"bas {of_run['version']}",
         }
-        return details
     details = describe_model(path, hashes)
     if details["loads"]:
         return {"what": "a base model in one file"} | details | {"metadata": metadata}

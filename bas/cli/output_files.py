@@ -26,14 +26,19 @@ def check_output_path(name: str, count: int, *inputs: Path | None) -> Path:
     InputError for a path that can be no image, and for one that the command reads.
     """
     target = image_path(name)
-    replaced = [path for path in numbered_paths(target, count) if path.exists()]
-    for path in replaced:
-        if any(each and each.exists() and path.samefile(each) for each in inputs):
+    paths = numbered_paths(target, count)
+    for path in paths:
+        if path.exists() and any(each and each.exists() and path.samefile(each) for each in inputs):
             raise InputError(f"--output_path {path} is an input of this command: name another file")
-    if replaced:
-        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
-        log.warning("%s%s will be replaced: name another --output_path to keep what is there", replaced[0], more)
+    warn_of_replacement(paths)
     return target
+
+
+def warn_of_replacement(paths: list[Path]) -> None:
+    """Warn of files that exist and will be replaced."""
+    if replaced := [path for path in paths if path.exists()]:
+        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
+        log.warning("%s%s will be replaced; name another file to keep it", replaced[0], more)
 
 
 def add_gallery(parser: Parser, name: str) -> None:

@@ -1,6 +1,8 @@
 """The command line: the official lines work, wrong input is one line and exit code 2, help tells every flag."""
 
+import io
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,10 +14,12 @@ import pytest
 from PIL import ExifTags, Image
 
 import bas
-from bas.cli.entry import COMMANDS, main
+from bas.cli.entry import COMMANDS, OneLine, build_parser, full_parser, main
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import RunError
 from tests.helpers.tiny import write_class_images
+
+ROOT = Path(bas.__file__).parents[1]
 
 
 @pytest.fixture
@@ -96,16 +100,24 @@ def test_several_pictures_and_a_grid(bench, tmp_path, capsys):
 def test_wrong_lines_are_refused_in_one_line(bench, tmp_path, failure):
     scene, model = bench.scene, ["--weights", bench.model]
     cases = [
-        ([], "COMMAND"),
+        (["--debug"], "COMMAND"),
         (["trian"], "unknown command trian; did you mean train?"),
         (["train", scene, "--phase1_steps", "3"], "did you mean --phase1_train_steps?"),
         (["train", scene, "--learning_rat", "3"], "did you mean --learning_rate?"),
+        (["train", scene, "--learning-rate=3"], "did you mean --learning_rate?"),
+        (["train", scene, "--lr", "3"], "bas calls it --initial_learning_rate and --learning_rate"),
+        (["train", scene, "--max_train_steps", "3"], "bas calls it --phase1_train_steps and --phase2_train_steps"),
+        (["train", scene, "--xformers"], "leave it out: PyTorch's fused attention is always used"),
+        (["sample", "run", "--steps", "3"], "bas calls it --num_inference_steps"),
+        (["sample", "run", "--size=64"], "bas calls it --width and --height"),
+        (["vary", "run", "--CFG", "3"], "bas calls it --guidance_scale"),
+        (["generate", "run"], "unknown command generate; bas calls it sample"),
         (["train", scene, "--phase1_train_steps", "many"], "many"),
         (["train", scene, "--phase1_train_steps", "-1", *model], "--phase1_train_steps is -1"),
         (["train", scene, "--optimizer", "sgd"], "sgd"),
         (["train", *model], "name a scene folder"),
         (["train", scene, "--instance_data_dir", "other", *model], "two scenes"),
-        (["train", tmp_path / "none", *model, "--output_dir", tmp_path / "run"], "is not a folder"),
+        (["train", tmp_path / "none", *model, "--output_dir", tmp_path / "run"], "does not exist"),
         (["train", scene, "--weights", "no-model"], "no-model"),
         (["train", scene, *model, "--num_of_assets", "2"], "3 masks"),
         (["train", scene, *model, "--device", "abacus"], "--device abacus"),
@@ -126,7 +138,7 @@ def test_wrong_lines_are_refused_in_one_line(bench, tmp_path, failure):
 
 
 def test_debug_shows_the_trace(bench, tmp_path):
-    with pytest.raises(ValueError, match="is not a folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         main(["train", str(tmp_path / "none"), "--weights", str(bench.model), "--debug"])
 
 
@@ -136,6 +148,76 @@ def test_failed_training_has_its_own_exit_code(bench, failure, monkeypatch):
 
     monkeypatch.setattr(import_module("bas.cli.commands.train"), "train", fail)
     assert failure("train", bench.scene, "--weights", bench.model) == (1, "bas: phase1 step 3: loss is nan\n")
+
+
+# --- First steps and streams ---------------------------------------------------------------------------------------
+
+
+def test_no_command_shows_the_first_steps(capsys):
+    """The commands that it shows exist, with these flags; it is no error."""
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split("   ")[0].split() for line in shown.splitlines() if line.startswith("  bas ")]
+    assert [words[1] for words in lines] == ["demo", "download", "paint", "masks", "train", "sample"]
+    for _, command, *words in lines:
+        flags = {word for word in words if word.startswith("--")}
+        assert (
+            flags <= build_parser(command)._subparsers._group_actions[0].choices[command]._option_string_actions.keys()
+        )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(tmp_path, closed):
+    """As under cron: the work is done, and no file that is written receives what is printed."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import logging, sys, types\n"
+        "from bas.cli import entry\n"
+        "def run(args):\n"
+        f"    with open({str(tmp_path / 'out.txt')!r}, 'w') as file:\n"
+        "        print('printed'); print('told', file=sys.stderr); logging.warning('logged')\n"
+        "        file.write('written')\n"
+        "stub = types.ModuleType('stub', 'A command.')\n"
+        "stub.EXAMPLES, stub.configure, stub.run = (), lambda parser: None, run\n"
+        "sys.modules['bas.cli.commands.info'] = stub\n"
+        "sys.exit(entry.main(['info']))\n"
+    )
+    words = f"PYTHONPATH={ROOT} {sys.executable} {script} {closed}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert (tmp_path / "out.txt").read_text() == "written"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_what_an_encoding_lacks_is_escaped(monkeypatch, encoding):
+    """A folder of another script, or of bytes that are no character, is printed after the work: no trace, code 0."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding, errors="strict"))
+    monkeypatch.setattr("bas.cli.commands.info.run", lambda args: print("写真/\udcff is ready"))
+    assert main(["info"]) == 0
+    name = "写真" if encoding == "utf-8" else "\\u5199\\u771f"
+    assert printed.getvalue().decode(encoding) == f"{name}/\\udcff is ready\n"
+
+
+def test_no_message_holds_control_characters(capsys, tmp_path):
+    """A file's name can neither forge a line nor reach the terminal, in errors or in the log."""
+    assert main(["info", f"{tmp_path}/x\nbas: all is well\x1b[2J\u202e"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"bas: {tmp_path}/x\\nbas: all is well\\x1b[2J\\u202e ")
+    assert line.count("\n") == 1
+    record = logging.LogRecord("bas", logging.WARNING, "", 0, "%s is turned", ("a\rb\x9b",), None)
+    assert OneLine().format(record) == "bas: a\\rb\\x9b is turned"
+
+
+def test_every_command_can_be_completed():
+    """The parser for shtab has every command with its flags, and completes file names where they are meant."""
+    parser = full_parser()
+    commands = parser._subparsers._group_actions[0].choices
+    assert list(commands) == list(COMMANDS)
+    files = {name: {a.dest for a in sub._actions if hasattr(a, "complete")} for name, sub in commands.items()}
+    assert {"scenes", "output_dir", "class_data_dir", "config"} <= files["train"]
+    assert {"run", "output_path"} <= files["sample"]
+    assert "seed" not in files["train"]
 
 
 # --- Help ---------------------------------------------------------------------------------------------------------
@@ -166,8 +248,7 @@ def test_package_and_help_do_without_torch():
     """Both answer at once, and on a machine where PyTorch is broken."""
     shown = "from bas.cli.entry import build_parser; build_parser(None).print_help()"
     code = f"import sys; {shown}; assert 'torch' not in sys.modules"
-    root = Path(bas.__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "train" in result.stdout
 

@@ -6,13 +6,14 @@ import struct
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from bas import __version__
 from bas.cli.entry import main
 from bas.cli.inspection import as_text, describe, describe_machine
 from bas.data.scene import subset_prompt
+from bas.errors import CONTROL
 from bas.io.files import human_size, write_json
 from bas.io.images import save_image
 from bas.io.run_files import save_concepts
@@ -60,7 +61,7 @@ def test_a_base_model_in_numbers(base):
 
 def test_without_hash_no_weight_is_read(base, monkeypatch):
     monkeypatch.setattr("bas.cli.inspection.weights_hash", lambda path: pytest.fail("the weights were hashed"))
-    monkeypatch.setattr("bas.pretrained.loading._is_finite", lambda tensor: pytest.fail("a weight was read"))
+    monkeypatch.setattr("bas.pretrained.loading.is_finite", lambda tensor: pytest.fail("a weight was read"))
     assert "hash" not in describe(base, hashes=False)
 
 
@@ -88,12 +89,12 @@ def test_a_finished_run_tells_where_it_comes_from(tuned, tmp_path):
 def test_an_unfinished_run_says_how_to_go_on(tmp_path):
     write_json(tmp_path / "settings.json", NOTE)
     (tmp_path / "metrics.jsonl").write_text("{}\n{}\n{}\n")
-    assert describe(tmp_path)["problem"] == "its training has not ended; it has no checkpoint: start it anew"
+    assert describe(tmp_path)["problem"] == "its training has not ended: it has no checkpoint, start it anew"
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / "manifest.json", {})
     facts = describe(tmp_path)
-    assert facts["problem"] == "its training has not ended; add --resume_from_checkpoint latest to go on"
+    assert facts["problem"] == "its training has not ended: add --resume_from_checkpoint latest to continue"
     assert (facts["what"], facts["steps done"]) == ("an unfinished run of bas", 3)
     assert facts["checkpoints"] == ["step-000002"]
 
@@ -114,7 +115,7 @@ def bitmap(side: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"nothing", "is not a readable PNG, JPEG, WEBP, BMP, TIFF picture: "),
+        (b"nothing", "is not a readable PNG, JPEG, WEBP, BMP, TIFF, GIF, AVIF image: "),
         (bitmap(12_000), "is 12000x12000: more than 100 megapixels, make it smaller"),
         (bitmap(65_000), "exceeds limit"),  # Pillow's own
     ],
@@ -142,7 +143,7 @@ def test_a_scene_is_named_and_counted(tmp_path):
     scene = tiny.write_scene(tmp_path / "scene", concepts=2, size=(48, 32))
     facts = describe(scene)
     assert (facts["what"], facts["loads"]) == ("a scene to train on", False)
-    assert (facts["picture"], facts["masks"]) == ("img.png, 48x32 pixels", ["mask0.png", "mask1.png"])
+    assert (facts["image"], facts["masks"]) == ("img.png, 48x32 pixels", ["mask0.png", "mask1.png"])
 
 
 @pytest.mark.parametrize(
@@ -196,9 +197,28 @@ def test_a_picture_tells_its_settings(tmp_path):
     save_image(Image.new("RGB", (6, 4)), tmp_path / "a.png", {"prompt": subset_prompt(HANDLES), "seed": 7})
     Image.new("RGB", (6, 4)).save(tmp_path / "b.png")
     ours, other = describe(tmp_path / "a.png"), describe(tmp_path / "b.png")
-    assert (ours["what"], ours["size"]) == ("a picture made by bas", "6x4 pixels")
+    assert (ours["what"], ours["size"]) == ("an image made by bas", "6x4 pixels")
     assert json.loads(ours["made with"]) == {"prompt": "a photo of <toy> and <bowl>", "seed": 7}
-    assert (other["what"], "made with" in other) == ("a picture", False)
+    assert (other["what"], "made with" in other) == ("an image", False)
+
+
+def test_foreign_text_cannot_forge_a_line_or_reach_the_terminal(tmp_path):
+    """From a file's name, its metadata, a tensor's name, and the settings of an image."""
+    path = tmp_path / "x\nloads  yes.safetensors"
+    save_file({"a\x1b[31m": torch.zeros(1)}, path, {"title\r": "fine\nloads  yes\x1b]0;t\x07", "note": "\u202egnp"})
+    image = Image.new("RGB", (4, 4))
+    save_image(image, tmp_path / "a.png", {"prompt": "x"})
+    with Image.open(tmp_path / "a.png") as opened:
+        extra = PngImagePlugin.PngInfo()
+        extra.add_itxt("bas", "one\ntwo\x9b2J")
+        opened.save(tmp_path / "b.png", pnginfo=extra)
+    for file in (path, tmp_path / "b.png"):
+        details = describe(file)
+        lines = as_text({"path": str(file), **details}).splitlines()
+        assert sum(line.startswith("loads") for line in lines) == 1
+        assert not CONTROL.search("".join(lines))
+    assert "made with  one\\ntwo\\x9b2J" in lines
+    assert "note: \\u202egnp" in as_text(describe(path))
 
 
 def test_the_machine(monkeypatch, tmp_path):

@@ -20,5 +20,5 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Download, and print where it lies."""
+    """Download, and print the folder."""
     print(download(args.name, args.half))

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from bas.cli.flags import Parser
+from bas.cli.output_files import warn_of_replacement
 from bas.errors import InputError
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
@@ -19,13 +20,14 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check what can be checked without weights; then load strictly, rename, write."""
+    """Check everything that needs no weights; then load strictly, rename the keys, and write."""
     target, path = Path(args.output_path), find(args.model)
     if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
-        raise InputError(f"{target}: name a .safetensors file in a folder that is there")
+        raise InputError(f"{target}: name a .safetensors file in an existing folder")
     if handles := read_spec(path).handles:
         raise InputError(
-            f"{path} has the handles {' '.join(handles)}: a single file carries none, use the folder itself"
+            f"{path} has the handles {' '.join(handles)}: a single file cannot hold them, use the folder itself"
         )
+    warn_of_replacement([target])
     save_single_file(load(path), target)
     print(target)

@@ -1,4 +1,4 @@
-"""Tell what a file or a folder is and whether it would load; without one, what this machine has."""
+"""Say what a file or a folder is and whether it would load; without one, what this machine has."""
 
 import argparse
 import json
@@ -16,15 +16,15 @@ EXAMPLES = (
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("path", metavar="PATH", nargs="?", help="a file, a folder, a known name or a hub id")
-    parser.add_argument("--json", action="store_true", help="the facts as one JSON object, for programs")
-    parser.add_argument("--no_hash", action="store_true", help="leave the hash out: it reads all weights once")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.add_argument("--no_hash", action="store_true", help="skip the hash, which reads all weights once")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the facts."""
+    """Print the description."""
     if args.path:
         path = find(args.path)
-        facts = {"path": str(path), **describe(path, hashes=not args.no_hash)}
+        details = {"path": str(path), **describe(path, hashes=not args.no_hash)}
     else:
-        facts = describe_machine()
-    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+        details = describe_machine()
+    print(json.dumps(details, indent=2) if args.json else as_text(details))

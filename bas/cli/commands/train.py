@@ -1,4 +1,4 @@
-"""Learn the concepts of a scene: two phases, then a tuned model in the run folder. Or of many scenes, one by one."""
+"""Learn the concepts of a scene in two phases, into a run folder with the tuned model; or of many scenes in turn."""
 
 import argparse
 import logging
@@ -44,13 +44,13 @@ def configure(parser: Parser) -> None:
     )
     add_config(parser)
     parser.add_argument(
-        "--dry_run", action="store_true", help="say what would be done and what it takes; write nothing"
+        "--dry_run", action="store_true", help="count steps, time, memory and disk space; write nothing"
     )
     add_fields(parser, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, and say how to sample from the result."""
+    """Train, and print how to sample from the result."""
     flags = given(args, TrainConfig)
     explicit = {**read_config(args.config, setting_rows(TrainConfig)), **flags}
     named = explicit.pop("instance_data_dir", None)
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> None:
 def one_scene(config: TrainConfig, dry: bool) -> None:
     """Train one scene into --output_dir itself."""
     if dry:
-        facts = dry_run(config)
-        print(as_text(facts))
-        refuse_full_disk(facts, config)
+        details = dry_run(config)
+        print(as_text(details))
+        check_disk_space(details, config)
         return
     try:
         folder = train(config)
@@ -92,17 +92,17 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
 
 
 def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool) -> None:
-    """Train this process's share of the scenes; the first process then lists what failed. RunError if anything did."""
+    """Train this process's share of the scenes; the first process lists those that failed. RunError if any did."""
     if dry:
         left, failed = to_train(config, scenes)
         finished = len(scenes) - len(left) - len(failed)
         below = f"; below is {left[0].instance_data_dir} alone, but for the disk" if len(left) > 1 else ""
-        facts = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "refused": failed}
-        facts |= dry_run(left[0], len(left)) if left else {}
-        print(as_text(facts))
+        details = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "refused": failed}
+        details |= dry_run(left[0], len(left)) if left else {}
+        print(as_text(details))
         if failed:
             raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under refused")
-        refuse_full_disk(facts, config)
+        check_disk_space(details, config)
         return
     if ranks.first:
         names = ", ".join(scene.resolve().name for scene in scenes)
@@ -111,21 +111,21 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
     share, failed = ranks.part(scenes), []
     with ranks.connected() as gather:
         for i, outcome in enumerate(train_each(config, share), start=1):
-            say(outcome, f"[{i}/{len(share)}]")
+            print_outcome(outcome, f"[{i}/{len(share)}]")
             if outcome.error:
                 failed.append([outcome.scene, outcome.error])
         failed = gather(failed)
     ranks.conclude(failed, len(scenes), "scenes")
 
 
-def refuse_full_disk(facts: dict, config: TrainConfig) -> None:
-    """InputError where a dry run found too little room for all that is to be trained."""
-    if facts.get("disk", "").startswith(TOO_LITTLE):
-        raise InputError(f"--output_dir {config.output_dir} has too little room, as listed under disk: {MAKE_ROOM}")
+def check_disk_space(details: dict, config: TrainConfig) -> None:
+    """InputError if the dry run found too little disk space for all scenes."""
+    if details.get("disk", "").startswith(TOO_LITTLE):
+        raise InputError(f"--output_dir {config.output_dir} has too little space, as listed under disk: {MAKE_ROOM}")
 
 
 def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig], dict[str, str]]:
-    """The settings of the scenes that are not finished and can be trained, and what is wrong with others, by scene."""
+    """Sort the scenes: the settings of those that are left to train, and the errors of others by scene."""
     left, failed = [], {}
     for scene in scenes:
         settings = settings_of(scene, config)
@@ -138,8 +138,8 @@ def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig]
     return left, failed
 
 
-def say(outcome: Outcome, count: str) -> None:
-    """One line about a scene, and the page of its run."""
+def print_outcome(outcome: Outcome, count: str) -> None:
+    """Print one line about a scene, and write the page of its run."""
     if outcome.error:
         log.error("%s %s failed: %s", count, outcome.scene, outcome.error)
     elif outcome.earlier:
@@ -150,9 +150,9 @@ def say(outcome: Outcome, count: str) -> None:
 
 
 def try_report(run: Path) -> Path | None:
-    """Write the page of a finished run; where that fails, say so, as the run itself is whole."""
+    """Write the page of a finished run. If that fails, log why, as the run itself is complete."""
     try:
         return write_report(run)
     except (InputError, OSError) as error:
-        log.warning("%s has no page: %s; `bas report` writes it anew", run, error)
+        log.warning("%s has no page: %s; write it with bas report", run, error)
         return None
