@@ -1,1 +1,4 @@
-"""The command line: where `bas` starts, the flags, what a file or folder is, and one module for each command."""
+"""The command line: where `bas` starts, its flags, and one module for each command.
+
+entry.py finds the command and turns errors into exit codes; commands/ has one module for each.
+"""

@@ -1,1 +1,1 @@
-"""Model files: folders, single files and names of the hub, read into the networks or refused by name."""
+"""Model files: folders, single files and hub names, read into the networks or rejected by name."""

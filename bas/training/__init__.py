@@ -1,1 +1,5 @@
-"""Training: the loop of both phases, and all that surrounds it in a run folder."""
+"""The training loop, and what surrounds it in a run folder.
+
+loop.py has the step and both phases. The attention loss is computed in bas/losses.py. run_folder.py saves a run, its
+metrics and its checkpoints.
+"""

@@ -188,11 +188,15 @@ def test_pages_of_the_site_link_to_pages_of_the_site():
 
 
 def test_every_room_is_described():
-    """CONTRIBUTING has a row for each room and for each file beside them; the site has a page for each."""
+    """CONTRIBUTING has a row for each file of bas, and for each room with its first sentence; the site shows each."""
     rooms = {path.parent.name for path in (ROOT / "bas").glob("*/__init__.py")}
     files = {path.name for path in (ROOT / "bas").glob("*.py") if not path.name.startswith("__")}
-    table = re.findall(r"^\| `bas/([\w.]+?)/?` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
-    assert sorted(table) == sorted(rooms | files)
+    rows = re.findall(r"^\| `bas/([\w.]+?)/?` \| (.*) \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(rooms | files)
+    for name, text in rows:
+        if name in rooms:
+            sentence = import_module(f"bas.{name}").__doc__.splitlines()[0].rstrip(".")
+            assert text == sentence[0].lower() + sentence[1:]
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
     shown = set(re.findall(r"^::: bas\.(\w+)$", pages, re.MULTILINE))
     assert {name.removesuffix(".py") for name in rooms | files} <= shown
