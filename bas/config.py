@@ -168,6 +168,17 @@ METHODS: dict[str, Method] = {
 }
 PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False}
 
+# What the bas.json of a model may set: how the model is trained. Which files are read or written, on which device and
+# from which checkpoint is for the user alone to say: a model may come from anywhere.
+OF_A_MODEL = (
+    *("resolution", "center_crop", "close_ups", "attention_grid", "phase1_train_steps", "phase2_train_steps"),
+    *("initial_learning_rate", "learning_rate", "scale_lr", "train_text_encoder", "unet_layers", "apply_masked_loss"),
+    *("normalize_masked_loss", "lambda_attention", "attention_loss", "subset_sampling", "flip_probability"),
+    *("with_prior_preservation", "prior_loss_weight", "class_prompt", "num_class_images", "train_batch_size"),
+    *("gradient_accumulation_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
+    *("max_grad_norm", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "preview_inference_steps"),
+)
+
 # How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the
 # moments' precision; the training of the UNet outside its cross-attention, and with it some likeness.
 LEAN = {"mixed_precision": "bf16", "gradient_checkpointing": True}
@@ -192,6 +203,12 @@ class TrainConfig(Settings):
         group="scene",
         common=True,
         flag=("--weights",),
+    )
+    prediction_type: str | None = setting(
+        None,
+        "what the base model predicts, where its files say something else or nothing",
+        group="expert",
+        choices=("epsilon", "v_prediction"),
     )
     output_dir: str = setting("outputs", "the run folder to write", group="output", common=True)
     num_of_assets: int | None = setting(

@@ -7,7 +7,6 @@ In the sampling steps t and prev_t are whole numbers; prev_t < 0 is the end, bey
 import logging
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from bas.errors import InputError, check_bool, check_choice, check_float, check_
 
 log = logging.getLogger(__name__)
 
-PredictionType = Literal["epsilon", "v_prediction"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 SPACINGS = ("leading", "trailing", "linspace")
 # The schedulers of diffusers that Stable Diffusion models name. Others (flow matching, consistency models) belong to
@@ -42,7 +40,7 @@ class NoiseSchedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
-    prediction_type: PredictionType = "epsilon"
+    prediction_type: str = "epsilon"
     steps_offset: int = 0
     timestep_spacing: str | None = None  # None: "leading" for DDIM and DDPM, else "linspace", as in diffusers
     set_alpha_to_one: bool = False  # True: DDIM ends at a = 1; False: at a of timestep 0, as Stable Diffusion does

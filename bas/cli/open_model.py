@@ -10,14 +10,20 @@ from bas.models.bundle import Models, ModelSpec
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, pick_device, pick_precision
+from bas.schedulers import PREDICTION_TYPES
 
 
 def add_model(parser: Parser) -> None:
-    """Declare RUN, --model_path, and the two flags of the machine."""
+    """Declare RUN, --model_path, --prediction_type, and the two flags of the machine."""
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
     )
     parser.add_argument("--model_path", metavar="RUN", help="the same, as the official script names it")
+    parser.add_argument(
+        "--prediction_type",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts, where its files say something else or nothing",
+    )
     add_machine(parser)
 
 
@@ -34,6 +40,7 @@ def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -
     `check` sees the model's description before any weight is read, and raises InputError for what it cannot do.
     """
     path, device = find_model(args), pick_device(args.device)
-    spec = read_spec(path)
+    spec = read_spec(path, args.prediction_type)
     check(spec)
-    return load(path, device=device, dtype=DTYPES[pick_precision(args.precision, device, spec.unet_size)])
+    dtype = DTYPES[pick_precision(args.precision, device, spec.unet_size)]
+    return load(path, device, dtype, args.prediction_type)

@@ -40,7 +40,7 @@ from bas.models.vae import VAE
 from bas.pretrained.loading import TEXT_PREFIX, Parts, check_parts, fit_text_encoder, load_weights, unwrap_keys
 from bas.pretrained.single_file import SD_STEPS_OFFSET, read_single_file
 from bas.pretrained.unsupported import check_channels, check_class, check_kind, check_pipeline, check_tokenizer_config
-from bas.schedulers import NoiseSchedule, PredictionType
+from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -58,7 +58,7 @@ def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    prediction_type: PredictionType | None = None,
+    prediction_type: str | None = None,
 ) -> Models:
     """Load a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
 
@@ -71,9 +71,7 @@ def load(
     return models
 
 
-def build_on_meta(
-    path: Path, prediction_type: PredictionType | None = None
-) -> tuple[Models, dict[str, dict[str, Tensor]]]:
+def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
     """Build a model's networks on the meta device, with shapes but no weights, and return its tensors beside it.
 
     The tensors are memory-mapped: only those that are used are read.
@@ -91,7 +89,7 @@ def build_networks(spec: ModelSpec) -> Models:
     return Models(unet, vae, text_encoder, spec.tokenizer, spec.schedule, spec.handles, spec.source)
 
 
-def read_spec(path: Path, prediction_type: PredictionType | None = None) -> ModelSpec:
+def read_spec(path: Path, prediction_type: str | None = None) -> ModelSpec:
     """Describe a model without building its networks: enough to check a request. No weight is read.
 
     Raises InputError as `build_on_meta` does, without importing transformers' networks.
@@ -99,7 +97,7 @@ def read_spec(path: Path, prediction_type: PredictionType | None = None) -> Mode
     return _read_parts(path, prediction_type).spec
 
 
-def _read_parts(path: Path, prediction_type: PredictionType | None) -> Parts:
+def _read_parts(path: Path, prediction_type: str | None) -> Parts:
     """Take a folder or a single file apart, and check its parts alone and against each other."""
     with _blaming(path):
         folder = path.is_dir()
@@ -125,7 +123,7 @@ def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> 
 # --- Reading a folder ---------------------------------------------------------------------------------------------
 
 
-def _read_folder(folder: Path, prediction_type: PredictionType | None) -> Parts:
+def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     """Read a diffusers folder in parts."""
     index = folder / "model_index.json"
     if index.exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from bas.config import TrainConfig, setting_rows
+from bas.config import OF_A_MODEL, TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.io.files import read_json, reading
 from bas.io.settings_file import check_settings
@@ -20,7 +20,7 @@ from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained import folder as model_folder
 from bas.pretrained.folder import STEMS, component_files
 from bas.pretrained.single_file import clip_tokenizer
-from bas.schedulers import NoiseSchedule, PredictionType
+from bas.schedulers import NoiseSchedule
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def load(
     model: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    prediction_type: PredictionType | None = None,
+    prediction_type: str | None = None,
 ) -> Models:
     """Load a path, a known name or a hub id as `bas.pretrained.folder.load` does; without one, the miniature."""
     return model_folder.load(find(model), device, dtype, prediction_type)
@@ -107,7 +107,7 @@ def is_known_elsewhere(name: str | Path | None) -> bool:
     return name is not None and str(name) in read_json(KNOWN_CONFIGS) and _find(str(name)) is None
 
 
-def find_spec(name: str | Path | None, prediction_type: PredictionType | None = None) -> ModelSpec:
+def find_spec(name: str | Path | None, prediction_type: str | None = None) -> ModelSpec:
     """Describe a model by its name; a known one need not be downloaded for that. No weight is read.
 
     Raises InputError as `find` and `read_spec` do.
@@ -185,7 +185,10 @@ def read_model_row(folder: Path) -> dict | None:
     row = read_json(path).get("train", {})
     if not isinstance(row, dict):
         raise InputError(f"{path}: train is {row!r:.60}, expected settings by name")
-    return check_settings(path, row, setting_rows(TrainConfig))
+    known = setting_rows(TrainConfig)
+    if others := sorted((row.keys() & known.keys()) - {*OF_A_MODEL}):
+        raise InputError(f"{path} sets {', '.join(others)}: a model may set only how it is trained; remove it there")
+    return check_settings(path, row, known)
 
 
 def _hub_ids(name: str) -> list[str]:

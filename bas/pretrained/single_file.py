@@ -24,7 +24,7 @@ from bas.models.text import load_tokenizer
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
 from bas.pretrained.loading import Parts, unwrap_keys
 from bas.pretrained.unsupported import WHOLE_MODEL, check_channels, check_complete
-from bas.schedulers import NoiseSchedule, PredictionType
+from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -40,7 +40,7 @@ PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.M
 
 # ModelSpec, a convention for the metadata of .safetensors files, and its names of prediction types.
 SPEC = "modelspec."
-SPEC_PREDICTION: dict[str, PredictionType] = {
+SPEC_PREDICTION: dict[str, str] = {
     "epsilon": "epsilon",
     "eps": "epsilon",
     "v": "v_prediction",
@@ -74,7 +74,7 @@ class _Shapes:
         return sum(1 for _ in takewhile(lambda i: pattern.format(i) in self.tensors, count()))
 
 
-def read_single_file(path: Path, prediction_type: PredictionType | None = None) -> Parts:
+def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     """Read a single file in parts. Raises InputError unless it is a whole Stable Diffusion 1.x or 2.x model."""
     tensors, metadata = read_tensors(path)
     tensors = _original_names(tensors, path)
@@ -190,7 +190,7 @@ def _check_family(shapes: _Shapes) -> None:
 
 
 def infer_configs(
-    tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: PredictionType, path: Path
+    tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: str, path: Path
 ) -> tuple[UNetConfig, VAEConfig, dict]:
     """Infer the configurations of UNet, VAE and text encoder from the shapes of a single file."""
     shapes, sd2 = _Shapes(tensors, path), _is_sd2(tensors)
@@ -288,8 +288,8 @@ def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers
 
 
 def _prediction_type(
-    tensors: dict[str, Tensor], metadata: dict[str, str], asked_for: PredictionType | None, path: Path
-) -> tuple[PredictionType, str]:
+    tensors: dict[str, Tensor], metadata: dict[str, str], asked_for: str | None, path: Path
+) -> tuple[str, str]:
     """The prediction type of the UNet, and its source in words."""
     if asked_for:
         return asked_for, "as asked for"
@@ -305,7 +305,7 @@ def _prediction_type(
     last = max((int(block[1]) for block in blocks if block), default=0)
     bias = tensors.get(f"{UNET}output_blocks.{last}.{V_PREDICTION_BIAS}")
     spread = bias.float().std(correction=0).item() if bias is not None else 0.0
-    guess: PredictionType = "v_prediction" if spread > V_PREDICTION_SPREAD else "epsilon"
+    guess: str = "v_prediction" if spread > V_PREDICTION_SPREAD else "epsilon"
     return guess, (
         f"guessed from a bias that spreads by {spread:.3f} (above {V_PREDICTION_SPREAD}: v_prediction); if images are "
         "noise or washed out, use --prediction_type with the other one"

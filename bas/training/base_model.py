@@ -31,10 +31,17 @@ class Base:
         self.encoded: dict[tuple, tuple[Posterior, str]] = {}
 
     @classmethod
-    def open(cls, path: Path, device: torch.device, weights: str | None = None, keep: bool = False) -> "Base":
+    def open(
+        cls,
+        path: Path,
+        device: torch.device,
+        weights: str | None = None,
+        keep: bool = False,
+        prediction_type: str | None = None,
+    ) -> "Base":
         """Load the models at `path`, whose hash is `weights`. InputError if a file changes meanwhile."""
         weights = weights or weights_hash(path, remembered=False)
-        models = load(path, device=device)
+        models = load(path, device=device, prediction_type=prediction_type)
         if weights_hash(path) != weights:
             raise InputError(f"{path} was changed while it was read: start again")
         return cls(path, models, weights, keep)

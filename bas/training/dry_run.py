@@ -22,7 +22,8 @@ from bas.losses import resize_mask
 from bas.models.bundle import COMPONENTS, Models
 from bas.models.text import add_handles, tokenize
 from bas.models.vae import Posterior
-from bas.pretrained.folder import build_on_meta
+from bas.pretrained.folder import build_networks, build_on_meta
+from bas.pretrained.hub import find_spec, is_known_elsewhere
 from bas.pretrained.loading import check_keys
 from bas.runtime.device import DTYPES
 from bas.runtime.progress import clock
@@ -33,7 +34,8 @@ from bas.training.optimizer import ADAM_BYTES
 from bas.training.run_folder import check_output_folder, find_checkpoint, newest_kept
 from bas.training.setup import check_input
 
-CHECKED = "scene, masks, handles, words, sizes, device, run folder; every weight's name and shape (no values)"
+CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
+CHECKED = f"{CHECKED_WITHOUT_BASE}; every weight's name and shape (no values)"
 MEMORY_RULE = (
     "weights, masters, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half "
     "size in fp16); the allocator, work space of kernels and recomputed blocks come on top"
@@ -75,7 +77,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     That is but for a disk without room, which is among the facts, and a checkpoint that was made with something else.
     `runs` such runs, one after another, are what the disk has to hold.
     """
-    scene, base, device, precision = check_input(config)
+    scene, base, device, precision = check_input(config, weights=False)
     check_output_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
     find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
     plan = plan_run(config, scene, base, precision)
@@ -93,7 +95,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     return {
         "scene": f"{config.instance_data_dir}, trained at {plan.image.shape[2]}x{plan.image.shape[1]} pixels",
         "handles": ", ".join(f"{h} from {w!r}" if w else h for h, w in zip(scene.handles, scene.words, strict=True)),
-        "base": f"{base}, {plan.models.schedule.prediction_type}",
+        "base": f"{base}, {plan.models.schedule.prediction_type}{_not_here(config)}",
         "device": f"{device}, mixed precision {precision}",
         "steps": {
             p.name: f"{p.steps}, training {c.trained:,} numbers ({', '.join(p.trains)})" for p, c in plan.costs.items()
@@ -105,15 +107,24 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
         "counted by": TIME_RULE.format(speed=speed / 1e12),
         "files": {name: human_size(size) for name, size in files.items()},
         "disk": f"{verdict}: {human_size(needed)} of {human_size(free)} free",
-        "checked": CHECKED,
+        "checked": CHECKED if base.exists() else CHECKED_WITHOUT_BASE,
     }
+
+
+def _not_here(config: TrainConfig) -> str:
+    """A remark behind the base that is described without its files."""
+    name = config.pretrained_model_name_or_path
+    return f"; not here yet: bas download {name}" if is_known_elsewhere(name) else ""
 
 
 def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> Plan:
     """Lay out the run of this scene on this base, and count each phase."""
-    models, tensors = build_on_meta(base)
-    for component in COMPONENTS:
-        check_keys(getattr(models, component), tensors[component], f"{base} ({component})")
+    if is_known_elsewhere(config.pretrained_model_name_or_path):
+        models = build_networks(find_spec(config.pretrained_model_name_or_path, config.prediction_type))
+    else:
+        models, tensors = build_on_meta(base, config.prediction_type)
+        for component in COMPONENTS:
+            check_keys(getattr(models, component), tensors[component], f"{base} ({component})")
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     numbers = count_numbers(models)

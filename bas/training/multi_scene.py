@@ -91,7 +91,8 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
     """
     if config.resume_from_checkpoint not in (None, "latest"):
         raise InputError("--resume_from_checkpoint: with several scenes each goes on by itself; leave it out")
-    path, device, _ = check_machine(config)
+    spec, device, _ = check_machine(config)
+    path = spec.source or Path()
     base = None
     for scene in scenes:
         settings = settings_of(scene, config)
@@ -100,7 +101,7 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
             if is_finished(settings):
                 yield Outcome(**names, earlier=True)
                 continue
-            base = base or Base.open(path, device, keep=True)
+            base = base or Base.open(path, device, keep=True, prediction_type=config.prediction_type)
             log.info("training on %s", scene)
             train(settings, base)
         except (InputError, RunError, OSError) as error:

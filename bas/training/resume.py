@@ -63,7 +63,7 @@ def check_note(checkpoint: Path, note: dict) -> None:
     try:
         check_shape(note, NOTED)
     except ValueError as error:
-        raise InputError(f"{checkpoint / NOTE} is damaged or was changed ({error}): {ANOTHER}") from None
+        raise InputError(f"{checkpoint / NOTE} is not as bas wrote it ({error}): {ANOTHER}") from None
 
 
 def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:

@@ -16,11 +16,11 @@ from bas.errors import InputError
 from bas.io.files import write_json, write_text
 from bas.io.run_files import METRICS, SETTINGS
 from bas.io.settings_file import CONFIG, to_toml
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.compile import compile_unet
 from bas.models.text import add_handles
-from bas.pretrained.folder import read_spec, weights_hash
-from bas.pretrained.hub import find
+from bas.pretrained.folder import weights_hash
+from bas.pretrained.hub import find, find_spec
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
 from bas.schedulers import sampling_timesteps
@@ -61,32 +61,40 @@ class Run:
     overflows: int = 0  # steps in a row that fp16 left out
 
 
-def check_machine(config: TrainConfig) -> tuple[Path, torch.device, str]:
-    """Base, device and precision: what is wrong with them, and with settings that no scene can make good."""
+def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec, torch.device, str]:
+    """Base, device and precision: what is wrong with them, and with settings that no scene can make good.
+
+    Without `weights`, a known base need not be downloaded.
+    """
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
-    base, device = find(config.pretrained_model_name_or_path), pick_device(config.device)
-    precision = pick_precision(config.mixed_precision, device, read_spec(base).unet_size)
+    name, device = config.pretrained_model_name_or_path, pick_device(config.device)
+    if weights:
+        find(name)
+    spec = find_spec(name, config.prediction_type)
+    precision = pick_precision(config.mixed_precision, device, spec.unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
     if config.optimizer == "adamw8bit":
         adamw8bit()
     if config.report_to == "tensorboard":
         writer_class()
-    return base, device, precision
+    return spec, device, precision
 
 
-def check_input(config: TrainConfig) -> tuple[Scene, Path, torch.device, str]:
-    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read."""
+def check_input(config: TrainConfig, weights: bool = True) -> tuple[Scene, Path, torch.device, str]:
+    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read.
+
+    Without `weights`, a known base need not be downloaded; its path is then its name.
+    """
     scene = scene_for_method(config)
-    base, device, precision = check_machine(config)
-    spec = read_spec(base)
+    spec, device, precision = check_machine(config, weights)
     size = check_scene(spec, scene, config)
     if any(phase.prior for phase in config.phases):
         check_class_folder(replace(config, mixed_precision=precision), spec.schedule, size)
     if config.img_log_steps:
         sampling_timesteps(spec.schedule, config.preview_inference_steps)
-    return scene, base, device, precision
+    return scene, spec.source or Path(), device, precision
 
 
 def setup_run(
@@ -112,7 +120,7 @@ def setup_run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
-        base = Base.open(path, device, facts["base"])
+        base = Base.open(path, device, facts["base"], prediction_type=config.prediction_type)
     models = fresh_models(base, scene, config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
     exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}

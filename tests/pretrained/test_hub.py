@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import bas
+from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.pretrained import hub
@@ -266,3 +267,21 @@ def test_an_error_of_the_program_is_not_called_one_of_the_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(TypeError, match="a slip"):
         hub.download("owner/name")
+
+
+def test_masks_and_a_dry_run_need_no_weights_of_a_known_model(tmp_path, monkeypatch, capsys):
+    """The scene is brought to the size of SD 2.1, a plan is counted for it, and training itself says what is missing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "cached", lambda *args: None)
+    scene = str(hub.find("mini") / "scenes/playroom")
+    assert main(["masks", scene, "--weights", "sd21"]) == 0
+    assert "256x256 pixels, 768x768 for sd21" in capsys.readouterr().out
+    quick = ["--phase2_train_steps", "0", "--no_prior_preservation", "--device", "cpu", "--mixed_precision", "no"]
+    assert main(["train", scene, "--weights", "sd15", "--dry_run", *quick]) == 0
+    out = capsys.readouterr().out
+    assert "sd15, epsilon; not here yet: bas download sd15" in out
+    assert "phase1: 400, training 2,304 numbers (handles)" in out
+    assert "name and shape" not in out
+    assert main(["train", scene, "--weights", "sd15", *quick]) == 2
+    assert "bas download sd15" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

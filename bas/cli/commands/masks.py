@@ -18,8 +18,7 @@ from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft, write_draft
 from bas.errors import InputError
 from bas.io.images import check_not_input, image_path, save_image
-from bas.pretrained.folder import read_spec
-from bas.pretrained.hub import find, train_config
+from bas.pretrained.hub import find_spec, train_config
 from bas.runtime.device import pick_device
 
 log = logging.getLogger(__name__)
@@ -82,8 +81,8 @@ def check(args: argparse.Namespace) -> None:
     if target:
         check_not_input(target, *Path(args.scene).glob("*"))
     config = train_config(args.scene, **given(args, TrainConfig))
-    model = find(config.pretrained_model_name_or_path)
-    scene, spec = load_scene(config), read_spec(model)
+    spec = find_spec(config.pretrained_model_name_or_path)
+    scene, model = load_scene(config), spec.source or Path()
     view = view_scene(scene, spec, config)
     size, resized = ("x".join(map(str, image.size)) for image in (scene.image, view.image))
     concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
