@@ -19,7 +19,7 @@ from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, generate_images, measure_attention
-from bas.io.files import read_json, write_json
+from bas.io.files import read_record, write_json
 from bas.io.run_files import CHECKPOINTS, METRICS
 from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets
@@ -27,6 +27,16 @@ from bas.training.base_model import Base
 from bas.training.loop import trained
 
 PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
+TRIAL_SHAPE = {
+    "scene": str,
+    "method": str,
+    "seed": int,
+    "handles": [str],
+    "words": list,
+    "attention_iou": [(int, float)],
+    "pictures": [{"file": str, "prompt": str, "concepts": [int]}],
+    "seconds": {...: (int, float)},
+}
 SEEDS_APART = 10_000  # between the image seeds of two training seeds: more than a trial has images
 
 
@@ -98,16 +108,26 @@ def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) 
     )
 
 
+def as_object(value: object) -> dict:
+    """The entries of an object in JSON, none for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def read_trial(folder: Path) -> dict:
+    """Read a trial's cell.json. Raises InputError where it is damaged."""
+    return read_record(folder / TRIAL, TRIAL_SHAPE, "remove it, and the same command makes the trial again")
+
+
 def agree_on(folder: Path, facts: dict) -> None:
     """Write plan.json, what all trials of a folder share. Raises InputError where its trials share something else."""
     path = folder / PLAN
     if path.exists():
-        noted = read_json(path)
+        noted = read_record(path, {}, "name a new --output_dir")
         differs = [
             f"{part} {name}".strip()
             for part, values in facts.items()
             for name, value in (values.items() if isinstance(values, dict) else [("", values)])
-            if (noted.get(part, {}).get(name) if name else noted.get(part)) != value
+            if (as_object(noted.get(part)).get(name) if name else noted.get(part)) != value
         ]
         if differs:
             raise InputError(f"{folder} holds an evaluation with another {', '.join(differs)}: name a new --output_dir")

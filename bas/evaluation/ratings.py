@@ -11,8 +11,9 @@ import numpy as np
 from bas.errors import InputError
 from bas.evaluation.libraries import optional_library
 from bas.evaluation.study import KEY
-from bas.io.files import read_json
+from bas.io.files import read_json, read_record
 
+KEY_SHAPE = {"study": str, "questions": {...: {"method": str}}}
 QUESTIONS = {"identity": "the same concept", "prompt": "what the text says"}
 CONFIDENCE = 0.95
 
@@ -65,10 +66,10 @@ def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
 
     Raises InputError for answers to another study, for marks other than 1 to 5, and for a page that was given twice.
     """
-    key = read_json(study / KEY) if (study / KEY).is_file() else {}
-    questions = key.get("questions")
-    if not isinstance(questions, dict):
+    if not (study / KEY).is_file():
         raise InputError(f"{study} is no study of bas: it has no {KEY}")
+    key = read_record(study / KEY, KEY_SHAPE, "restore it from a copy: without it no answer can be told apart")
+    questions = key["questions"]
     ratings, seen = [], {}
     for path in answers:
         content = read_json(path)

@@ -16,10 +16,10 @@ from bas.config import SampleConfig
 from bas.errors import InputError, RunError
 from bas.evaluation.page import page
 from bas.evaluation.plot import scatter
-from bas.evaluation.protocol import TRIAL, Trial, run_trial
+from bas.evaluation.protocol import Trial, read_trial, run_trial
 from bas.evaluation.scores import Scorer, Segments, read_rows, score_trial
 from bas.evaluation.tables import markdown, summarise
-from bas.io.files import read_json, write_text
+from bas.io.files import write_text
 from bas.io.images import save_image
 from bas.pretrained.folder import read_spec
 from bas.runtime.device import DTYPES, is_out_of_memory
@@ -113,7 +113,7 @@ def write_results(folder: Path, trials: list[Trial], facts: dict[str, str]) -> l
 
 def measured_seconds(trials: list[Trial]) -> float | None:
     """Return the mean seconds of the finished trials; None before the first is finished."""
-    notes = [read_json(trial.folder / TRIAL)["seconds"] for trial in trials if trial.finished]
+    notes = [read_trial(trial.folder)["seconds"] for trial in trials if trial.finished]
     return sum(sum(note.values()) for note in notes) / len(notes) if notes else None
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from bas.evaluation.generation import read_scene, segment_path
 from bas.evaluation.metrics import Identity, in_words, leakage
-from bas.evaluation.protocol import TRIAL, Trial
+from bas.evaluation.protocol import Trial, read_trial
 from bas.evaluation.segments import read_segments
-from bas.io.files import read_json, write_text
+from bas.io.files import read_records, write_text
 from bas.io.images import to_image
 
 ROWS = "rows.jsonl"  # of a trial
@@ -35,7 +35,7 @@ class Scorer(Identity, Protocol):
 
 def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
     """Score a trial's images, write its rows and return them. size: the model's resolution and size multiple."""
-    noted = read_json(trial.folder / TRIAL)
+    noted = read_trial(trial.folder)
     scene, scene_image, masks = read_scene(trial.training, *size)
     reference, layers = to_image(scene_image), list(masks.numpy())
     handles, words = noted["handles"], [str(word) for word in scene.words]
@@ -89,4 +89,5 @@ def open_image(path: Path) -> Image.Image:
 def read_rows(trial: Trial) -> list[dict]:
     """Read the rows of a trial; none where it is not scored."""
     path = trial.folder / ROWS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    shape = {"row": str, "scene": str, "method": str}
+    return read_records(path, shape, "remove it, and the same command scores the trial again") if path.exists() else []

@@ -101,24 +101,26 @@ def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
 
 def read_record(path: Path, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
     """The object in a JSON file that bas wrote itself. InputError, which ends with `advice`, for a damaged one."""
-    data = read_bytes(path)
-    try:
-        check_shape(record := parse_json(data), shape)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged or was changed ({error}): {advice}") from None
-    return record
+    return _check_record(str(path), read_bytes(path), shape, advice)
 
 
 def read_records(path: Path, shape: dict[Any, Any], advice: str) -> list[dict[str, Any]]:
     """The objects of a file that holds one a line; a last line that is still being written is left out."""
-    records = []
-    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
-        try:
-            check_shape(record := parse_json(line), shape)
-        except ValueError as error:
-            raise InputError(f"{path} is damaged or was changed (line {number}: {error}): {advice}") from None
-        records.append(record)
-    return records
+    lines = read_bytes(path).split(b"\n")[:-1]
+    return [_check_record(f"{path} line {i}", line, shape, advice) for i, line in enumerate(lines, start=1)]
+
+
+def _check_record(name: str, data: bytes, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
+    """The object in a JSON text. InputError, from `name` to `advice`, for anything else."""
+    try:
+        record = parse_json(data)
+    except ValueError as error:
+        raise InputError(f"{name} is not valid JSON ({error}): {advice}") from None
+    try:
+        check_shape(record, shape)
+    except ValueError as error:
+        raise InputError(f"{name} is not as bas wrote it ({error}): {advice}") from None
+    return record
 
 
 def read_cache(path: Path) -> dict[str, Any]:

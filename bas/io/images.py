@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bas.errors import InputError
 from bas.io.files import replacing
+from bas.io.png import without_long_notes
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on large sizes and damaged notes: judged here
-            with Image.open(path, formats=_formats(path)) as opened:
+            with Image.open(without_long_notes(path), formats=_formats(path)) as opened:
                 image = _decode(opened, path)
                 return image.convert("RGB") if image.mode == "LAB" else image  # Pillow turns it to nothing else
     except InputError:
@@ -93,7 +94,7 @@ def _from_header(path: Path, read: Callable[[Image.Image], T]) -> T | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_formats(path)) as image:
+            with Image.open(without_long_notes(path), formats=_formats(path)) as image:
                 return read(image)
     except Exception:  # a broken file makes Pillow raise nearly anything
         return None

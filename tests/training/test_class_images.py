@@ -163,7 +163,7 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
         with refused("keyed", *words) if words != ["another base"] else nullcontext():  # which takes the weights
             check_class_folder(args[0], models.schedule, args[2])
     (tmp_path / "keyed" / "key.json").write_text("{")
-    with refused("key.json", "is damaged or was changed"):
+    with refused("key.json", "is not valid JSON"):
         class_images(models, config, "base", (32, 32))
 
 

@@ -1,0 +1,52 @@
+"""PNG files whose notes or colour profile are longer than Pillow unpacks: read without them."""
+
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # bas applies no profile, and of the notes only the orientation
+LONGEST = 2**20  # bytes of one note, unpacked: Pillow raises above it, since a bomb could stand there
+ALL_NOTES = 2**25  # bytes of all notes together; Pillow raises above 2**26
+
+
+def without_long_notes(path: Path) -> Path | IO[bytes]:
+    """The path itself, or the file's content without the notes that Pillow refuses to unpack."""
+    with path.open("rb") as file:
+        if file.read(8) != SIGNATURE:
+            return path
+        long, total = [], 0
+        while len(head := file.read(8)) == 8:
+            begin, length, kind = file.tell() - 8, int.from_bytes(head[:4]), head[4:]
+            if kind in NOTES:
+                size = unpacked_size(kind, file.read(length))
+                total += size if size <= LONGEST else 0
+                if size > LONGEST or total > ALL_NOTES:
+                    long.append((begin, begin + 12 + length))
+            file.seek(begin + 12 + length)  # behind the chunk's checksum
+        if not long:
+            return path
+        file.seek(0)
+        data = file.read()
+    kept, at = [], 0
+    for begin, end in long:
+        kept.append(data[at:begin])
+        at = end
+    return BytesIO(b"".join([*kept, data[at:]]))
+
+
+def unpacked_size(kind: bytes, content: bytes) -> int:
+    """The bytes of a note, as far as LONGEST + 1 where it is compressed."""
+    _, _, text = content.partition(b"\0")  # behind the keyword
+    packed = kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and text[:1] != b"\0")
+    if kind == b"iTXt":
+        text = text[2:].split(b"\0", 2)[-1]  # behind the language and the translated keyword
+    elif packed:
+        text = text[1:]  # behind the method of compression
+    if not packed:
+        return len(text)
+    try:
+        return len(zlib.decompressobj().decompress(text, LONGEST + 1))
+    except zlib.error:  # Pillow leaves it out
+        return 0
