@@ -11,7 +11,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import bas
 from bas.cli.entry import main
-from bas.config import TrainConfig
+from bas.config import OF_A_MODEL, TrainConfig
 from bas.errors import InputError
 from bas.pretrained import hub
 from bas.pretrained.folder import save_model
@@ -193,6 +193,32 @@ def test_a_training_row_is_checked_as_a_config_file_is(train, message, tmp_path)
     (tmp_path / "bas.json").write_text(json.dumps({"train": train}))
     with refused(f"{tmp_path / 'bas.json'}: {message}"):
         hub.read_model_row(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("output_dir", "/home/victim"),
+        ("class_data_dir", "../classes"),
+        ("resume_from_checkpoint", "latest"),
+        ("instance_data_dir", "other"),
+        ("pretrained_model_name_or_path", "other"),
+        ("device", "cpu"),
+        ("report_to", "tensorboard"),
+        ("checkpoints_total_limit", 1),
+    ],
+)
+def test_a_model_sets_only_how_it_is_trained(tmp_path, name, value):
+    """A file from elsewhere does not decide what is read or written."""
+    row = {"train": {name: value, "learning_rate": 1e-5}}
+    (tmp_path / "bas.json").write_text(json.dumps(row))
+    with refused(f"{tmp_path / 'bas.json'} sets {name}", "only how it is trained"):
+        hub.train_config("scene", weights=str(tmp_path))
+
+
+def test_the_settings_of_the_miniature_are_allowed():
+    row = json.loads((hub.find(None) / "bas.json").read_text())["train"]
+    assert row.keys() <= {*OF_A_MODEL} <= {*TrainConfig.__dataclass_fields__}
 
 
 # --- Known models that are not here -----------------------------------------------------------------------------------
