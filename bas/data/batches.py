@@ -7,6 +7,7 @@ come from one CPU generator: a seed means the same on every device, and a resume
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ def encode_image(
         views.append(
             EncodedView(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid))
         )
-    return EncodedImage(tuple(views), tuple(shown))
+    return EncodedImage((views[0], views[1]), tuple(shown))
 
 
 def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
@@ -150,10 +151,11 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
             if share >= LARGE_OVERLAP:
                 other = scene.handles[j]
                 log.warning("%.0f %% of the mask of %s lies in that of %s: %s", 100 * share, handle, other, SHARED)
+    height, width = image.shape[1:]
     for extra in scene.extra_images:
         names = {i: f"{scene.handles[i]} in extra image {extra.name}" for i in sorted(extra.masks)}
-        check_grids(spec, extra.tensors(*image.shape[1:], len(scene))[1], names, config, warn)
-    return tuple(image.shape[1:])
+        check_grids(spec, extra.tensors(height, width, len(scene))[1], names, config, warn)
+    return height, width
 
 
 def most_handles(spec: ModelSpec) -> int:
@@ -167,7 +169,8 @@ def check_grids(spec: ModelSpec, masks: Tensor, handles: dict[int, str], config:
 
     With `warn`, logs a warning about a mask that is empty on the attention grid. handles: names by concept.
     """
-    latent = tuple(side // spec.vae.factor for side in masks.shape[-2:])
+    height, width = masks.shape[-2:]
+    latent = height // spec.vae.factor, width // spec.vae.factor
     grid = attention_grid(spec, latent, config.attention_grid)
     for i, handle in handles.items():
         flips = torch.stack([masks[i], masks[i].flip(-1)])
@@ -194,12 +197,13 @@ def prepare(
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
         class_ids = prompts[torch.arange(len(class_posterior.mean)) % len(prompts)]
     encoded = [encode_image(models, image, masks, range(len(scene)), config)]
+    height, width = image.shape[1:]
     for extra in scene.extra_images:
-        pixels, layers = extra.tensors(*image.shape[1:], len(scene))
+        pixels, layers = extra.tensors(height, width, len(scene))
         encoded.append(encode_image(models, pixels, layers, sorted(extra.masks), config))
     return TrainingData(
         images=tuple(encoded),
-        handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
+        handle_ids=tuple(cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(scene.handles)))),
         handles=scene.handles,
         class_posterior=class_posterior,
         class_ids=class_ids,
@@ -256,7 +260,7 @@ def sample_batch(
         masks.append(view.attention_masks[padded])
         positions.append(torch.tensor(places + [0] * (count - len(chosen))))
         present.append(torch.tensor([1.0] * len(chosen) + [0.0] * (count - len(chosen))))
-    if phase.prior:
+    if phase.prior and data.class_posterior is not None and data.class_ids is not None:
         index = torch.randint(len(data.class_ids), (config.train_batch_size,), generator=generator)
         posterior = Posterior(*(part[index] for part in data.class_posterior))
         means += posterior.mean

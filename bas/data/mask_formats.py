@@ -24,6 +24,7 @@ from bas.data.mask_shapes import (
     read_numbers,
     read_points,
     read_size,
+    runs_size,
     segmentation_mask,
 )
 from bas.errors import InputError
@@ -287,10 +288,7 @@ def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     for i, annotation in enumerate(annotations):
         runs = annotation["segmentation"] if isinstance(annotation.get("segmentation"), dict) else None
         if runs:
-            stated = read_size(
-                *reversed(read_numbers(runs.get("size"), 2, f"{path} annotation {i}")), f"{path} annotation {i}"
-            )
-            check_total(str(path), len(annotations), stated)
+            check_total(str(path), len(annotations), runs_size(runs, f"{path} annotation {i}"))
         draw = partial(_annotated, annotation, size, f"{path} annotation {i}")
         word = words.get(str(annotation.get("category_id")))
         found.append(FoundMask(f"{path.name} annotation {i}", draw, word=word, sized=sized or bool(runs)))

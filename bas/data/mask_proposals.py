@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from bas.errors import InputError
 from bas.pretrained.helper_models import find_helper, load_helper
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin, SamModel, SamProcessor
+    from transformers import SamModel
 
 GRID = 16  # points per side that SAM is asked at when neither points nor boxes are given
 POINTS_PER_BATCH = 32  # through SAM's decoder
@@ -78,7 +78,7 @@ def propose(method: str, image: Image.Image, config: ProposalConfig, device: tor
     return refined
 
 
-def load_segmenter(row: Segmenter, name: str) -> tuple[torch.nn.Module, ProcessorMixin]:
+def load_segmenter(row: Segmenter, name: str) -> tuple[Any, Any]:
     """Load the model and its processor, as `load_helper` does."""
     return load_helper(find_helper(name, "--segmenter"), row.kind, row.model, row.processor)
 
@@ -89,7 +89,7 @@ def load_segmenter(row: Segmenter, name: str) -> tuple[torch.nn.Module, Processo
 class SamReader:
     """SAM on one image, which is encoded once for all prompts."""
 
-    def __init__(self, model: SamModel, processor: SamProcessor, image: Image.Image):
+    def __init__(self, model: SamModel, processor: Any, image: Image.Image):
         inputs = processor(image, return_tensors="pt")
         self.model, self.processor, self.image = model, processor, image
         self.sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
@@ -108,7 +108,7 @@ class SamReader:
         return self.processor.post_process_masks([logits[:, None]], *self.sizes, binarize=False)[0][:, 0]
 
 
-def sam(model, processor, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
+def sam(model: Any, processor: Any, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
     """Segment what points or boxes mark; without them everything, from a grid of points."""
     reader = SamReader(model, processor, image)
     asked = [reader.ask(**prompt)[0] for prompt in read_prompts(image, config)]
@@ -141,7 +141,7 @@ def find_everything(reader: SamReader, config: ProposalConfig) -> Tensor:
     return logits[chosen]
 
 
-def clipseg(model, processor, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
+def clipseg(model: Any, processor: Any, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
     """Segment what each word names."""
     words = list(config.words)
     inputs = processor(text=words, images=[image] * len(words), padding=True, return_tensors="pt")
@@ -152,7 +152,7 @@ def clipseg(model, processor, image: Image.Image, config: ProposalConfig) -> lis
     return [Proposal(mask, word) for mask, word in zip(inside.cpu().numpy(), words, strict=True)]
 
 
-def mask2former(model, processor, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
+def mask2former(model: Any, processor: Any, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
     """The largest segments of a panoptic segmentation, each with the name of its class."""
     outputs = model(**processor(image, return_tensors="pt").to(model.device))
     size = image.height, image.width

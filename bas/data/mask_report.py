@@ -58,8 +58,9 @@ def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
     pixels, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
     check_handles(spec.tokenizer, scene.handles)
     views = []
+    height, width = pixels.shape[1:]
     for extra in scene.extra_images:
-        other, layers = extra.tensors(*pixels.shape[1:], len(scene))
+        other, layers = extra.tensors(height, width, len(scene))
         views.append(_view_image(extra.name, other, layers, sorted(extra.masks), scene, spec, config))
     first = _view_image("", pixels, masks, range(len(scene)), scene, spec, config)
     return replace(first, extra=tuple(views))
@@ -129,7 +130,7 @@ def table(view: SceneView) -> str:
 
     Cells are counted by the mask's value, so soft edges count in part.
     """
-    rows = [TITLES]
+    rows: list[tuple[str, ...]] = [TITLES]
     for c in view.concepts:
         cells = [f"{grid.sum():.4g} of {grid.size}" for grid in (c.latent, c.attention)]
         overlaps = ", ".join(f"{share:.0%} in {j}" for j, share in c.overlaps.items()) or "-"

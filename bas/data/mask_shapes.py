@@ -28,7 +28,8 @@ def segmentation_mask(segmentation: Any, size: tuple[int, int], name: str) -> np
     size: (W, H) that polygons are rasterised at; run lengths state their own. Raises InputError for another form.
     """
     if isinstance(segmentation, dict):
-        return decode_runs(segmentation.get("counts"), *_rows_and_columns(segmentation, name), name)
+        w, h = runs_size(segmentation, name)
+        return decode_runs(segmentation.get("counts"), h, w, name)
     if not isinstance(segmentation, list) or not segmentation:
         raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
     mask = np.zeros(size[::-1], dtype=bool)
@@ -63,10 +64,10 @@ def decode_runs(counts: Any, h: int, w: int, name: str, by_rows: bool = False) -
     counts: numbers, or COCO's compressed string. by_rows: along the rows instead, as other tools write them.
     """
     runs = unpack_counts(counts) if isinstance(counts, str) else counts
-    numbers = isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs)
-    if not numbers or sum(runs) != h * w:
+    numbers = runs if isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs) else []
+    if sum(numbers) != h * w:
         raise InputError(f"{name}: the run lengths do not add up to {h}x{w} pixels")
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    flat = np.repeat(np.arange(len(numbers)) % 2 == 1, numbers)
     return flat.reshape(h, w) if by_rows else flat.reshape(w, h).T
 
 
@@ -105,15 +106,11 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def contradiction(mask: np.ndarray, annotation: dict) -> str | None:
     """What a COCO annotation's own bbox or area says against its mask, (H, W) bool. None where they agree."""
-    try:
-        x, y, w, h = (float(value) for value in annotation.get("bbox") or ())
-    except (TypeError, ValueError):
-        box = None
-    else:
-        box = (x, y, x + w, y + h) if np.isfinite([x, y, w, h]).all() and w > 0 and h > 0 else None
-    found = mask_box(mask)
-    if box and not _boxes_agree(found, box) and not _boxes_agree(found, (x, y, w, h)):  # or as corners
-        return f"its mask lies in {list(found)}, but its bbox is {annotation['bbox']}"
+    found, stated = mask_box(mask), _finite(annotation.get("bbox"), (4,))
+    if stated is not None and (stated[2:] > 0).all():
+        x, y, w, h = stated.tolist()
+        if not _boxes_agree(found, (x, y, x + w, y + h)) and not _boxes_agree(found, (x, y, w, h)):  # or as corners
+            return f"its mask lies in {list(found)}, but its bbox is {annotation['bbox']}"
     area = annotation.get("area")
     if not isinstance(area, (int, float)) or isinstance(area, bool) or not 0 < area < FARTHEST**2:
         return None
@@ -148,7 +145,7 @@ def check_annotation(mask: np.ndarray, annotation: dict, name: str) -> str | Non
 
 def _other_readings(segmentation: dict, name: str) -> Iterator[tuple[np.ndarray, str]]:
     """Masks that run lengths would give if they were written by other rules, each with what is to be changed."""
-    h, w = _rows_and_columns(segmentation, name)
+    w, h = runs_size(segmentation, name)
     for rows, columns in dict.fromkeys([(h, w), (w, h)]):
         for by_rows in (False, True):
             mask = decode_runs(segmentation.get("counts"), rows, columns, name, by_rows)
@@ -216,10 +213,10 @@ def read_size(width: Any, height: Any, name: str) -> tuple[int, int]:
     return w, h
 
 
-def _rows_and_columns(segmentation: dict, name: str) -> tuple[int, int]:
-    """The size of run lengths, (H, W)."""
-    w, h = read_size(*reversed(read_numbers(segmentation.get("size"), 2, name)), name)
-    return h, w
+def runs_size(segmentation: dict, name: str) -> tuple[int, int]:
+    """The size that COCO run lengths state, as (W, H). InputError as `read_size`."""
+    rows, columns = read_numbers(segmentation.get("size"), 2, name)
+    return read_size(columns, rows, name)
 
 
 def _finite(values: Any, shape: tuple[int, ...], flat: bool = False) -> np.ndarray | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from shlex import quote
 from socketserver import TCPServer, ThreadingMixIn
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -65,11 +65,11 @@ def next_steps(draft: Draft) -> str:
 def _check_names(concept: Any) -> dict:
     """The handle, with or without < >, and the initial word of one concept. Raises InputError for bad ones."""
     handle, word = (concept.get("handle"), concept.get("word")) if isinstance(concept, dict) else (None, None)
-    handle = bracketed(handle) if isinstance(handle, str) else handle
+    handle = bracketed(handle) if isinstance(handle, str) else None
     check_name(handle)
     if word is not None and not (isinstance(word, str) and len(word) <= MAX_WORD):
         raise InputError(f"the initial word of {handle} is no text of {MAX_WORD} characters or fewer")
-    check_word(word, handle)
+    check_word(word, str(handle))
     return {"handle": handle, "word": word or None}
 
 
@@ -132,13 +132,17 @@ class Server(ThreadingMixIn, TCPServer):
 class Handler(BaseHTTPRequestHandler):
     """Answer four addresses below /TOKEN/: the page itself, image, scene, and save."""
 
-    server: Server
     timeout = 60  # seconds that a silent client may keep a thread
 
-    def do_GET(self):
+    @property
+    def session(self) -> Session:
+        """The server's."""
+        return cast("Server", self.server).session
+
+    def do_GET(self) -> None:
         """Send the page, the image as JPEG, or the scene as JSON."""
         place = self._place()
-        draft = self.server.session.draft
+        draft = self.session.draft
         if place == "":
             nonce = secrets.token_urlsafe(16)
             page = environment().get_template("paint.html").render(nonce=nonce)
@@ -150,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         elif place is not None:
             self._refuse(404, "there is no such page")
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         """Save the scene."""
         place = self._place()
         if place is None:
@@ -183,9 +187,9 @@ class Handler(BaseHTTPRequestHandler):
     def _save(self, body: bytes) -> None:
         try:
             content = json.loads(body)
-            with self.server.session.lock:
-                message = save_scene(self.server.session.draft, content["concepts"])
-                self.server.session.saved = True
+            with self.session.lock:
+                message = save_scene(self.session.draft, content["concepts"])
+                self.session.saved = True
         except InputError as error:
             self._refuse(400, str(error))
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -197,12 +201,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _place(self) -> str | None:
         """The path below /TOKEN/. Without the right host and token it answers 403 and returns None."""
-        port = self.server.server_address[1]
+        port = cast("Server", self.server).server_address[1]
         if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
             self._refuse(403, "this server answers at 127.0.0.1 alone")
             return None
         root, token, place = [*self.path.split("/", 2), "", ""][:3]
-        if root or not secrets.compare_digest(token.encode(), self.server.session.token.encode()):
+        if root or not secrets.compare_digest(token.encode(), self.session.token.encode()):
             self._refuse(403, "open the address that bas paint printed, token included")
             return None
         return place
@@ -211,7 +215,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True  # the rest of the request stays unread
         self._answer(status, json.dumps({"message": message}).encode())
 
-    def _answer(self, status: int, body: bytes, kind: str = "application/json", policy: str = "default-src 'none'"):
+    def _answer(
+        self, status: int, body: bytes, kind: str = "application/json", policy: str = "default-src 'none'"
+    ) -> None:
         self.send_response(status)
         for name, value in (
             ("Content-Type", kind),
@@ -229,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
         """The Server header."""
         return "bas paint"
 
-    def log_message(self, *args) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the page shows what happens."""
 
 
