@@ -29,7 +29,7 @@ from bas.pretrained.hub import SHIPPED, find, manifest
 from bas.pretrained.loading import check_keys
 from bas.pretrained.unsupported import other_kind
 from bas.runtime.device import pick_device, pick_precision
-from bas.training.run_folder import list_checkpoints
+from bas.training.checkpoints import list_checkpoints
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
 EXTRAS = ("tensorboard", "bitsandbytes")

@@ -1,7 +1,7 @@
-"""Class images for the prior preservation loss (Ruiz et al. 2023), L_prior of the official code: made once, and cached.
+"""Class images for the prior preservation loss (Ruiz et al. 2023), L_prior of the official code: generated and cached.
 
-They depend on the weights, the prompts, the size and the sampling settings, not on the scene. The folder is named
-after a hash of exactly these, so that any run with the same base and settings finds them.
+They depend on the weights, the prompts, the size and the sampling settings, not on the scene. The cache folder is named
+by a hash of exactly these, so every run with the same base and settings finds them.
 """
 
 import hashlib
@@ -18,6 +18,9 @@ from PIL import Image, ImageOps
 
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import encode_images
+from bas.data.mask_exports import unread_masks
+from bas.data.mask_formats import mask_file
+from bas.data.scene_folder import images_in
 from bas.errors import InputError
 from bas.io.files import cache_dir, read_record, reading, write_json
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
@@ -27,15 +30,17 @@ from bas.runtime.device import autocast
 from bas.runtime.progress import Progress
 from bas.sampling.sampler import decode, generate
 from bas.schedulers import NoiseSchedule
+from bas.training.run_folder import TEMPORARY
 
 log = logging.getLogger(__name__)
 
 KEY_FILE = "key.json"
+SIDECARS = (".json", ".jsonl", ".txt", ".caption", ".md", ".csv", ".xml", ".xmp", ".yaml", ".toml", ".html")
 LOCK = ".lock"  # held while class images are made
 
 
 def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:
-    """Everything that a generated class image depends on, image i taking prompt i (cyclic) and seed + i."""
+    """Everything that a generated class image depends on. Image i has prompt i, cyclic, and seed + i."""
     chosen = asdict(settings)
     del chosen["batch_size"], chosen["num_images"]
     prompts = list(config.class_prompt)
@@ -49,19 +54,19 @@ def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, sett
 
 
 def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
-    """Where the class images live, and whether they are ours to key. Raises InputError if another run made them."""
+    """The folder of the class images, and whether bas made them. Raises InputError if it made them with another key."""
     if config.class_data_dir is None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / digest, True
     folder = Path(config.class_data_dir)
     if not (folder / KEY_FILE).exists():
-        return folder, not _pictures(folder)
-    _refuse_others(folder, key)
+        return folder, not _images(folder)
+    _check_key(folder, key)
     return folder, True
 
 
-def _refuse_others(folder: Path, key: dict) -> None:
-    """InputError for class images that were made with something else than `key` has."""
+def _check_key(folder: Path, key: dict) -> None:
+    """Raise InputError for class images that were made with something else than `key` has."""
     made_with = read_record(folder / KEY_FILE, {}, "remove it if all images are your own, else name another folder")
     differs = [name for name in key if made_with.get(name) != key[name]]
     if differs:
@@ -69,9 +74,10 @@ def _refuse_others(folder: Path, key: dict) -> None:
 
 
 def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple[int, int]) -> None:
-    """InputError for a --class_data_dir that `class_images` would refuse, as far as can be told without the weights.
+    """Check --class_data_dir as far as possible without the weights.
 
-    That is one that can be no folder, whose pictures cannot be read, or that were made with other settings.
+    size: rows and columns of pixels. Raises InputError for what is no folder, for a scene folder, for images that
+    cannot be read, and for class images that were made with other settings.
     """
     if config.class_data_dir is None:
         return
@@ -80,14 +86,28 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
         present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not present.is_dir():
             raise InputError(f"--class_data_dir {folder}: {present} is not a folder")
-        if (folder / "mask0.png").exists():
-            raise InputError(f"--class_data_dir {folder} is a scene: name a folder of class images, or a new one")
-        for path in _pictures(folder)[: config.num_class_images]:
+        if not folder.exists():
+            return
+        if masks := mask_file(folder) or (images_in(folder) and unread_masks(folder)):
+            name = masks.name if isinstance(masks, Path) else masks
+            raise InputError(
+                f"--class_data_dir {folder} is a scene ({name}): name a folder of class images, or a new one"
+            )
+        images = _images(folder)
+        for path in images[: config.num_class_images]:
             open_image(path)
+        if unread := _unread(folder):
+            names = f"{', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}"
+            if len(images) < config.num_class_images:
+                raise InputError(
+                    f"--class_data_dir {folder} has {len(images)} of {config.num_class_images} class images, but "
+                    f"{names} cannot be read: convert them to PNG, or move them away so that the others are generated"
+                )
+            log.warning("%s: %s are not read as class images", folder, names)
         keyed = (folder / KEY_FILE).exists()
     if keyed:
         key = cache_key(config, "", schedule, SampleConfig(height=size[0], width=size[1], seed=config.seed))
-        _refuse_others(folder, {name: value for name, value in key.items() if name != "base"})
+        _check_key(folder, {name: value for name, value in key.items() if name != "base"})
 
 
 def class_images(
@@ -96,9 +116,9 @@ def class_images(
     base_hash: str,
     size: tuple[int, int],
 ) -> tuple[Posterior, str]:
-    """The VAE posteriors of `num_class_images` class images of (rows, columns) pixels, generating what is missing.
+    """The VAE posteriors of `num_class_images` class images, generating what is missing.
 
-    -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the pictures' files.
+    size: rows and columns of pixels. -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the images' files.
     """
     settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
     key = cache_key(config, base_hash, models.schedule, settings)
@@ -107,20 +127,23 @@ def class_images(
     with taking_turns(folder):
         if keyed and not (folder / KEY_FILE).exists():
             write_json(folder / KEY_FILE, key)
-        found = len(_pictures(folder))
+        for leftover in folder.glob(".*.tmp"):
+            if TEMPORARY.fullmatch(leftover.name):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+        found = len(_images(folder))
         if found < config.num_class_images:
             log.info("generating %d class images into %s", config.num_class_images - found, folder)
             _generate_missing(models, config, settings, folder, found)
-    chosen = _pictures(folder)[: config.num_class_images]
+    chosen = _images(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
-    with autocast(models.device, "no"):  # in float32 like the photograph, whatever precision drew them
+    with autocast(models.device, "no"):  # in float32 like the scene's image, whatever precision generated them
         return encode_images(models, torch.stack([pixels(image) for image in images])), content
 
 
 @contextmanager
 def taking_turns(folder: Path) -> Iterator[None]:
-    """One process at a time: a second one waits, and finds what the first has made. Without locks, none waits."""
+    """Let one process in at a time: a second one waits, and finds the first one's images. Without locks none waits."""
     lock = FileLock(folder / LOCK)
     with suppress(OSError):  # a folder that is only read from, or a drive without locks
         lock.acquire()
@@ -131,17 +154,25 @@ def taking_turns(folder: Path) -> Iterator[None]:
 
 
 def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:
+    """Generate class images until there are as many as the settings ask for; those that exist stay."""
     total, prompts = config.num_class_images, config.class_prompt
     bar = Progress("class images", total, found, unit="images")
     missing = [i for i in range(total) if not (folder / f"{i:05d}.png").exists()][: total - found]
     for start in range(0, len(missing), config.sample_batch_size):
         batch = missing[start : start + config.sample_batch_size]
         texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
-        pictures = to_images(decode(models, generate(texts, seeds, models, settings)))
-        for i, picture in zip(batch, pictures, strict=True):
-            save_image(picture, folder / f"{i:05d}.png")
+        images = to_images(decode(models, generate(texts, seeds, models, settings)))
+        for i, image in zip(batch, images, strict=True):
+            save_image(image, folder / f"{i:05d}.png")
         bar.show(found + start + len(batch))
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
+    """The image files in a folder, by name."""
     return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+
+
+def _unread(folder: Path) -> list[str]:
+    """The names of files that may be images but are not read; captions and metadata beside images are no such files."""
+    files = (p for p in folder.glob("[!.]*") if p.is_file() and p.suffix.lower() not in (*SUFFIXES, *SIDECARS))
+    return sorted(path.name for path in files)

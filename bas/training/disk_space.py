@@ -1,20 +1,25 @@
-"""The room that a training takes on disk: counted from the base's headers, before its weights are read."""
+"""The disk space that a training takes, counted before its weights are read, and what is said when a write fails."""
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bas.config import Phase, TrainConfig
-from bas.errors import InputError
+from bas.errors import InputError, RunError
 from bas.io.files import human_size
 from bas.io.run_files import CHECKPOINTS
 from bas.models.bundle import COMPONENTS, Models, cross_attention, keys_and_values
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES
+from bas.training.checkpoints import newest_kept
 from bas.training.optimizer import ADAM_BYTES
 
 WHILE_TRAINING = "checkpoints, while training"
 METRICS_LINE = 220  # bytes, roughly
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # None: of a library, which hides the number
 MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
 
 
@@ -61,3 +66,16 @@ def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
             f"--output_dir {folder} has {human_size(free)} of room, the run takes {human_size(sum(files.values()))} "
             f"({parts}): {MAKE_ROOM}"
         )
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within the block an OSError becomes a RunError that names the run folder, the reason and what is kept."""
+    try:
+        yield
+    except OSError as error:
+        advice = "make room" if error.errno in DISK_IS_FULL else "make the folder writable"
+        raise RunError(
+            f"writing to {folder} failed: {error.strerror or error}; {newest_kept(folder)}: "
+            f"{advice}, then --resume_from_checkpoint latest"
+        ) from error

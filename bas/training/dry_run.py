@@ -1,7 +1,7 @@
-"""What a training would do and take, without reading weights or writing anything: `bas train --dry_run`.
+"""`bas train --dry_run`: what a training would do and take, without reading weights or writing anything.
 
-One step of each phase runs on the meta device, where tensors have shapes but no values. That counts exactly what is
-trained, what a step keeps for its backward pass, and its floating-point operations (2 per multiply-add).
+One step of each phase runs on the meta device, where tensors have shapes but no values. That counts exactly which
+parameters are trained, what a step keeps for its backward pass, and its floating-point operations (2 per multiply-add).
 """
 
 import os
@@ -27,11 +27,13 @@ from bas.pretrained.hub import find_spec, is_known_elsewhere
 from bas.pretrained.loading import check_keys
 from bas.runtime.device import DTYPES
 from bas.runtime.progress import clock
+from bas.training.checkpoints import find_checkpoint, newest_kept
 from bas.training.disk_space import WHILE_TRAINING, count_numbers, files_to_come, free_disk_space
-from bas.training.loop import trainable_parameters, training_step
+from bas.training.loop import training_step
 from bas.training.nonfinite import ANEW
 from bas.training.optimizer import ADAM_BYTES
-from bas.training.run_folder import check_output_folder, find_checkpoint, newest_kept
+from bas.training.phase_state import trainable_parameters
+from bas.training.run_folder import check_output_folder
 from bas.training.setup import check_input
 
 CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
@@ -40,7 +42,10 @@ MEMORY_RULE = (
     "weights, masters, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half "
     "size in fp16); the allocator, work space of kernels and recomputed blocks come on top"
 )
-TIME_RULE = "counted operations at {speed:.3g} TFLOP/s, a matrix product here just now: a lower bound, expect more"
+TIME_RULE = (
+    "at the least: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while it "
+    "does nothing else; a training also waits for memory and takes longer"
+)
 
 TOO_LITTLE = "NOT ENOUGH"  # how the facts of a disk without room begin
 
@@ -72,10 +77,10 @@ class Plan:
 
 
 def dry_run(config: TrainConfig, runs: int = 1) -> dict:
-    """The facts of a run that is not started. Raises InputError for whatever `train` would refuse at its start.
+    """What a run would do and take, by name. Raises InputError where `train` would before it reads weights.
 
-    That is but for a disk without room, which is among the facts, and a checkpoint that was made with something else.
-    `runs` such runs, one after another, are what the disk has to hold.
+    A full disk is no error here but one of the entries, and the settings of a checkpoint are not compared. runs: how
+    many such runs, one after another, the disk has to hold.
     """
     scene, base, device, precision = check_input(config, weights=False)
     check_output_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
@@ -103,7 +108,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
         "memory": {phase.name: sum_of(parts) for phase, parts in plan.memory.items()},
         "estimated by": MEMORY_RULE,
         "warning": memory_warning(plan.peak, device, replace(config, mixed_precision=precision)),
-        "time": {name: clock(value) for name, value in seconds.items()},
+        "time": {name: f"at least {clock(value)}" for name, value in seconds.items()},
         "counted by": TIME_RULE.format(speed=speed / 1e12),
         "files": {name: human_size(size) for name, size in files.items()},
         "disk": f"{verdict}: {human_size(needed)} of {human_size(free)} free",
@@ -129,8 +134,8 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> P
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     numbers = count_numbers(models)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
-    data = blank_material(models, scene, masks, config)
-    if precision == "bf16":  # as `bas.training.master_weights.lower` does
+    data = blank_data(models, scene, masks, config)
+    if precision == "bf16":  # as `cast_weights` does
         models.unet.bfloat16()
         models.text_encoder.bfloat16()
     costs = {phase: phase_cost(models, data, phase, config) for phase in config.phases}
@@ -148,7 +153,7 @@ SAVINGS = (  # what to try when memory runs out, the least harm to the result fi
     ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
     ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
 )
-GOES_ON = ("--gradient_checkpointing",)  # with these a run that is there goes on, the others are of a new one
+RESUMABLE = ("--gradient_checkpointing",)  # with these the run can be resumed; the others need a new one
 
 
 def memory_advice(config: TrainConfig, used: int | None) -> str:
@@ -162,16 +167,16 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
     needed = peak({})
     saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
     options = {flag: f"{flag} (about {human_size(size)} less)" for flag, size in saved.items() if size > 0.01 * needed}
-    going_on = [options.pop(flag) + ", --resume_from_checkpoint latest" for flag in GOES_ON if flag in options]
+    resumed = [options.pop(flag) + ", --resume_from_checkpoint latest" for flag in RESUMABLE if flag in options]
     anew = f"{ANEW} {', '.join(options.values()) or 'a smaller --resolution'}"
     seen = f", {human_size(used)} of it used at most" if used else ""
     return (
         f"{device} is out of memory: the run takes at least {human_size(needed)}{seen}; "
-        f"{newest_kept(Path(config.output_dir))}; try, in this order: {'; '.join([*going_on, anew])}"
+        f"{newest_kept(Path(config.output_dir))}; try, in this order: {'; '.join([*resumed, anew])}"
     )
 
 
-def blank_material(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> TrainingData:
+def blank_data(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> TrainingData:
     """Training data of the right shapes without the VAE's work: empty latents, the real masks and prompts."""
     factor, channels = models.vae.config.factor, models.vae.config.latent_channels
     h, w = (side // factor for side in masks.shape[-2:])
@@ -261,22 +266,26 @@ def unet_operations(models: Models, data: TrainingData) -> int:
     return counter.get_total_flops()
 
 
-def matrix_speed(device: torch.device, dtype: torch.dtype, least: float = 0.2) -> float:
-    """Floating-point operations a second of a matrix product, over at least so many seconds.
+def matrix_speed(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Floating-point operations per second of a matrix product, as on an idle machine.
 
-    A GPU shows what it can do in large products only, and with several of them between two waits for the last one.
+    On a CPU the time of one thread is counted, which other programs do not lengthen, and multiplied by the number of
+    threads. A GPU reaches its speed in large products only, and with several of them between two waits; there the
+    fastest of the rounds counts.
     """
-    side, at_once = (8192, 8) if device.type == "cuda" else (1024, 1)
+    side, at_once = (8192, 8) if device.type == "cuda" else (512, 4)
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
+    threads = torch.get_num_threads()
     a = torch.randn(side, side, device=device).to(dtype)
-
-    def multiply() -> None:
-        for _ in range(at_once):
-            product = a @ a
-        product.sum().item()  # waits for the device
-
-    multiply()
-    began, rounds = time.monotonic(), 0
-    while time.monotonic() - began < least:
-        multiply()
-        rounds += 1
-    return 2 * side**3 * at_once * rounds / (time.monotonic() - began)
+    torch.set_num_threads(1)
+    try:
+        seconds = []
+        for _ in range(rounds + 1):  # the first one warms up
+            began = clock()
+            for _ in range(at_once):
+                product = a @ a
+            product.sum().item()  # waits for the device
+            seconds.append(clock() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * side**3 * at_once * (1 if device.type == "cuda" else threads) / max(min(seconds[1:]), 1e-9)

@@ -1,58 +1,71 @@
-"""Weights that compute at 16 bits, and the float32 masters behind them that the optimizer steps and the run saves.
+"""Weights that compute in bf16, and the float32 masters behind them that the optimizer steps and the run saves.
 
-A step of 1e-6 is far below what bf16 can hold of a weight: it would round away. So the networks compute with rounded
-copies, half as large and fast to multiply, while gradients add up, clip and step in float32 (Micikevicius et al. 2018).
+A step of 1e-6 is far below the spacing of bf16 numbers around a weight: it would round away. So the networks compute
+with rounded copies, half as large and fast to multiply, while gradients are summed, clipped and applied in float32
+(Micikevicius et al. 2018, section 3.1).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-Exact = dict[nn.Parameter, Tensor]  # the float32 values of each weight that was lowered
+Float32Values = dict[nn.Parameter, Tensor]  # the float32 values of each weight that was cast
 
 
-def cast_weights(networks: Iterable[nn.Module], dtype: torch.dtype) -> Exact:
-    """Round the weights of these networks to 16 bits, in place. -> their exact values, in the host's memory"""
-    exact = {}
+def cast_weights(networks: Iterable[nn.Module], dtype: torch.dtype) -> Float32Values:
+    """Round the weights of these networks to `dtype`, in place. -> their float32 values, in the host's memory"""
+    values = {}
     for network in networks:
         for parameter in network.parameters():
-            exact[parameter] = parameter.detach().cpu()
+            values[parameter] = parameter.detach().cpu()
             parameter.data = parameter.detach().to(dtype)
-    return exact
+    return values
 
 
-def restore_weights(exact: Exact) -> None:
-    """Give lowered weights their exact values back, as far as they have come, in place."""
-    for parameter, value in exact.items():
+def restore_weights(values: Float32Values) -> None:
+    """Give cast weights their float32 values back, in place: the trained ones where they were trained."""
+    for parameter, value in values.items():
         parameter.data = value.to(parameter.device)
-    exact.clear()
+    values.clear()
 
 
 class MasterWeights:
-    """What the optimizer sees of the weights that get a gradient: float32 masters, or where there are none themselves.
+    """The float32 weights that gradients are summed, clipped and applied in.
 
-    With no lowered weight all methods but `release` do nothing: the loop is the same in every precision.
+    A weight that was not cast is its own master, so the loop is the same in every precision.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], exact: Exact):
-        self.weights = weights
-        self.named = {}
-        for name, weight in weights.items():
-            if weight in exact:
-                exact[weight] = exact[weight].to(weight.device)  # from now on the master itself
-                self.named[name] = nn.Parameter(exact[weight])
-            else:
-                self.named[name] = weight
-        self.pairs = [(weights[name], master) for name, master in self.named.items() if master is not weights[name]]
+    def __init__(
+        self,
+        optimized: Mapping[str, nn.Parameter],
+        values: Float32Values,
+        with_grad: Mapping[str, nn.Parameter] | None = None,
+    ):
+        """Build the masters of the weights that a phase optimizes.
+
+        optimized: the model's weights by name. values: of `cast_weights`; a master shares memory with its value.
+        with_grad: weights that get a gradient, which counts when gradients are clipped, but no step.
+        """
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # weight of the model, its master
+        self.optimized = {name: self._master(weight, values) for name, weight in optimized.items()}
+        self.only_clipped = {name: self._master(weight, values) for name, weight in (with_grad or {}).items()}
+
+    def _master(self, weight: nn.Parameter, values: Float32Values) -> nn.Parameter:
+        if weight not in values:
+            return weight
+        values[weight] = values[weight].to(weight.device)
+        master = nn.Parameter(values[weight])
+        self.pairs.append((weight, master))
+        return master
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What is clipped and stepped, in the order of the weights."""
-        return list(self.named.values())
+    def master_params(self) -> list[nn.Parameter]:
+        """All parameters whose gradients are clipped, in a fixed order: the optimized ones first."""
+        return [*self.optimized.values(), *self.only_clipped.values()]
 
     def collect_gradients(self) -> None:
-        """Add the gradient of one backward pass to that of the masters, one weight at a time to keep memory flat."""
+        """Add the gradient of one backward pass to the masters', one weight at a time to keep memory flat."""
         for weight, master in self.pairs:
             if weight.grad is not None:
                 gradient, weight.grad = weight.grad.float(), None
@@ -60,12 +73,12 @@ class MasterWeights:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Round the masters, after a step, into the weights that compute."""
+        """Round the masters into the model's weights, in place."""
         if self.pairs:
             weights, masters = zip(*self.pairs, strict=True)
             torch._foreach_copy_(weights, masters)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        for parameter in self.parameters:
+        for parameter in self.master_params:
             parameter.grad = None

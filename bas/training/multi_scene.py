@@ -9,20 +9,20 @@ the others from being trained.
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bas.config import TrainConfig
-from bas.data.collages import scene_for_method
 from bas.data.scene_folder import images_in, require_scene_folder
 from bas.errors import InputError, RunError
 from bas.io.files import reading
-from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_settings
+from bas.io.run_files import METRICS, SETTINGS
 from bas.runtime.device import is_out_of_memory
 from bas.training.base_model import Base
 from bas.training.dry_run import memory_advice
 from bas.training.loop import train
-from bas.training.resume import check_resumable, scene_state
+from bas.training.resume import is_finished
+from bas.training.run_folder import clear_finished, holds_checkpoints
 from bas.training.setup import check_machine
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
         names = {"scene": str(scene), "folder": settings.output_dir}
         try:
             if is_finished(settings):
+                if holds_checkpoints(Path(settings.output_dir)):
+                    clear_finished(Path(settings.output_dir))
                 yield Outcome(**names, earlier=True)
                 continue
             base = base or Base.open(path, device, keep=True, prediction_type=config.prediction_type)
@@ -112,13 +114,3 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
             yield Outcome(**names, error=memory_advice(settings, None))
         else:
             yield Outcome(**names)
-
-
-def is_finished(settings: TrainConfig) -> bool:
-    """Whether the run is there already. Raises InputError when it was made with other settings or of another scene."""
-    folder = Path(settings.output_dir)
-    if not (folder / CONCEPTS).exists():
-        return False
-    facts = {"config": asdict(settings), **scene_state(scene_for_method(settings))}
-    check_resumable(folder, facts, read_settings(folder))
-    return True

@@ -1,4 +1,4 @@
-"""The optimizers of the training: AdamW and Adam as fused kernels, and AdamW with 8-bit moments, which is an extra."""
+"""The optimizers: AdamW and Adam as fused kernels, and AdamW with 8-bit moments, which is an extra."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,11 @@ from torch import nn
 from bas.config import TrainConfig
 from bas.errors import InputError
 
-ADAM_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2}  # of the two moments, for every number that is trained
+ADAM_BYTES = {"adamw": 8, "adam": 8, "adamw8bit": 2}  # of the two moments per trained number
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that the config names, with its settings. `set_rate` sets the rate."""
+    """Build the optimizer that the config names. Its learning rate is 0 until `set_learning_rate`."""
     parameters = list(parameters)
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
     if config.optimizer == "adamw8bit":
@@ -21,8 +21,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
     return kind(parameters, 0.0, betas, config.adam_epsilon, decay, fused=True)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -69,9 +69,14 @@ def write_preview(
         save_image(picture, separate / f"sample-{place}.png")
     for place, picture in enumerate(looks):
         save_image(picture, separate / f"attention-{place}.png")
-    path = folder / PREVIEWS / f"step-{step:06d}.png"
+    path = sheet_path(folder, step)
     save_image(sheet, path)
     return path
+
+
+def sheet_path(run: Path, step: int) -> Path:
+    """Where the preview of a step lies; it is written last, so a preview that has it is complete."""
+    return run / PREVIEWS / f"step-{step:06d}.png"
 
 
 def write_scene(folder: Path, scene: Scene, image: Tensor, masks: Tensor) -> None:

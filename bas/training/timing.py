@@ -12,6 +12,7 @@ import torch
 from bas import __version__
 from bas.io.files import write_json
 from bas.io.run_files import TIMES, read_sessions
+from bas.training.disk_space import writing
 
 try:
     import resource  # not on Windows: there the process's memory stays unknown
@@ -36,13 +37,14 @@ class Timing:
         self.began = time.monotonic()
 
     def note(self, stage: str, folder: Path, device: torch.device) -> None:
-        """The stage that ends now, into FOLDER/times.json beside the sessions before this one."""
+        """End a stage: add it to FOLDER/times.json, which keeps the sessions before this one."""
         now, path = time.monotonic(), folder / TIMES
         self.session["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.session["stages"].append({"stage": stage, "seconds": round(now - self.began, 3), **peak_memory(device)})
         self.began = now
         earlier = [session for session in read_sessions(folder) if session["started"] != self.session["started"]]
-        write_json(path, {"sessions": [*earlier, self.session]})
+        with writing(folder):
+            write_json(path, {"sessions": [*earlier, self.session]})
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

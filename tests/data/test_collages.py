@@ -15,8 +15,8 @@ from bas.data.collages import collect, scene_for_method
 from bas.data.scene import Scene, with_background
 from bas.data.scene_folder import load_scene
 from bas.pretrained.folder import build_on_meta
-from bas.training import loop as training
 from bas.training.disk_space import count_numbers, files_to_come
+from bas.training.phase_state import trainable_parameters
 from tests.helpers.tiny import WEIGHTS, refused, write_scene
 
 
@@ -190,7 +190,7 @@ def test_a_baseline_moves_what_its_row_says(bench, tmp_path, method, moved):
 
 def test_custom_diffusion_trains_every_cross_attention_layer(bench):
     models, _ = bench.prepared(bench.config())
-    trained = training.trainable_parameters(models, Phase("x", 1, 0.0, ("handles", "cross_attention_kv"), True))
+    trained = trainable_parameters(models, Phase("x", 1, 0.0, ("handles", "cross_attention_kv"), True))
     layers = [name for name, _ in models.unet.named_modules() if name.endswith("attn2")]
     expected = {f"unet.{layer}.{side}.weight" for layer in layers for side in ("to_k", "to_v")}
     assert len(layers) == 10

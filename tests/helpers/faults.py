@@ -26,10 +26,10 @@ def before_step(patch: pytest.MonkeyPatch, step: int, act: Callable) -> None:
     """Let `act(models, optimizer)` happen just before this step of the session, counted from 1."""
     original, steps = training.optimizer_step, iter(range(1, 1000))
 
-    def stepping(models, batches, config, optimizer, scaler, clipped, precision):
+    def stepping(models, batches, config, state):
         if next(steps) == step:
-            act(models, optimizer)
-        return original(models, batches, config, optimizer, scaler, clipped, precision)
+            act(models, state.optimizer)
+        return original(models, batches, config, state)
 
     patch.setattr(training, "optimizer_step", stepping)
 

@@ -21,10 +21,10 @@ import torch
 
 import bas
 from bas.config import TrainConfig
-from bas.io import files
+from bas.io import files, run_files
 from bas.pretrained import folder as model_folder
+from bas.training import checkpoints
 from bas.training import loop as training
-from bas.training import run_folder
 from tests.helpers.tiny import Bench, file_hashes
 
 PHASE_STEPS, SAVE_EVERY = 20, 3
@@ -80,17 +80,17 @@ def in_save(name: str, step: int) -> Arrange:
         if name == "before its folder":
             patch(training, "save_checkpoint", lambda run, number, *rest: number == step)
         elif name == "in its tensors":
-            patch(run_folder, "write_tensors", lambda path, *rest: path.parent.name == temporary, half_written)
+            patch(checkpoints, "write_tensors", lambda path, *rest: path.parent.name == temporary, half_written)
         elif name == "before its note":
-            patch(run_folder, "write_json", lambda path, *rest: path.name == "state.json" and temporary in path.parts)
+            patch(checkpoints, "write_json", lambda path, *rest: path.name == "state.json" and temporary in path.parts)
         elif name == "before its manifest":
-            patch(run_folder, "write_json", lambda path, *rest: path.name == "manifest.json")
+            patch(checkpoints, "write_json", lambda path, *rest: path.name == "manifest.json")
         elif name == "before its renaming":
-            patch(run_folder.os, "replace", lambda source, *rest: Path(source).name == temporary)
+            patch(checkpoints.os, "replace", lambda source, *rest: Path(source).name == temporary)
         elif name == "before older ones go":
-            patch(run_folder, "sync", lambda path: path.name == "checkpoints" and (path / folder).exists())
+            patch(checkpoints, "sync", lambda path: path.name == "checkpoints" and (path / folder).exists())
         elif name == "while older ones go":
-            patch(run_folder.shutil, "rmtree", lambda path, *rest: is_older(Path(path), folder), remove_one)
+            patch(checkpoints, "remove_checkpoint", lambda path: is_older(path, folder), remove_one)
 
     return arrange
 
@@ -120,7 +120,7 @@ def in_final_save(stem: str) -> Arrange:
 
     def arrange(done: int) -> None:
         path = f"{stem}.safetensors"
-        for module in (model_folder, run_folder):
+        for module in (model_folder, run_files):
             patch(module, "write_tensors", lambda target, *rest: target.as_posix().endswith(path), leave_temporary)
 
     return arrange
@@ -132,7 +132,7 @@ def leave_temporary(path: Path, *args) -> None:
 
 def in_last_clearing(done: int) -> None:
     """When all is saved, and only the checkpoints are to go."""
-    patch(training.shutil, "rmtree", lambda path, *rest: Path(path).name == "checkpoints")
+    patch(training, "remove_all", lambda *args: True)
 
 
 FAST_POINTS = ("in its tensors", "before its manifest")  # of a save, in the ordinary tests
@@ -184,7 +184,7 @@ def die_in(name: str, number: int, config: TrainConfig) -> None:
     """Train, or go on, until the kill of this number of the case of this name (patches do not travel, names do)."""
     torch.set_num_threads(1)  # cases may run side by side
     case = next(case for case in cases() if case.name == name)
-    whole = run_folder.list_checkpoints(Path(config.output_dir))
+    whole = checkpoints.list_checkpoints(Path(config.output_dir))
     case.kills[number](int(whole[-1].name[-6:]) if whole else 0)
     bas.train(config)
 
@@ -195,7 +195,7 @@ def finish(config: TrainConfig, last: Path) -> None:
     clear_up = training.finish
 
     def note_state(run):
-        files = sorted(run_folder.list_checkpoints(run.folder)[-1].glob("*.safetensors"))
+        files = sorted(checkpoints.list_checkpoints(run.folder)[-1].glob("*.safetensors"))
         last.write_bytes(b"".join(path.read_bytes() for path in files))
         clear_up(run)
 
@@ -209,7 +209,7 @@ def child(work: Callable[..., None], *args) -> int | None:
     Not forked from this process, whose threads would not go along and whose locks would: from a clean server.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kills"])
+    context.set_forkserver_preload(["tests.helpers.kills"])
     process = context.Process(target=on_threads, args=(torch.get_num_threads(), work, *args))
     process.start()
     process.join(LONGEST)
@@ -259,7 +259,7 @@ class Harness:
             for number in range(len(case.kills)):
                 ended = child(die_in, case.name, number, config)
                 assert ended == -signal.SIGKILL, f"{case.name}: the run ended with {ended}, not by the kill"
-            if not (run / run_folder.CONCEPTS).exists():
+            if not (run / run_files.CONCEPTS).exists():
                 assert child(finish, config, last) == 0, f"{case.name}: it could not be resumed"
             left = file_hashes(run)
             if last.exists():

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,14 @@ def write_class_images(folder: Path, count: int = 2, size: tuple[int, int] = (32
     for i, picture in enumerate(noise):
         Image.fromarray(picture).save(folder / f"{i}.png")
     return folder
+
+
+def write_settings(run: Path, **changes) -> Path:
+    """The settings.json of a run that bas began in this folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    metadata = {"config": asdict(TrainConfig(**changes)), "handles": ["<asset0>"], "base": "x", "version": "1"}
+    (run / "settings.json").write_text(json.dumps(metadata))
+    return run
 
 
 class Bench:

@@ -16,8 +16,8 @@ from bas.errors import RunError
 from bas.io.run_files import read_rows
 from bas.runtime.device import deterministic
 from bas.runtime.signals import Interrupted
+from bas.training.checkpoints import list_checkpoints
 from bas.training.nonfinite import OVERFLOWS, flush_and_check, is_finite
-from bas.training.run_folder import list_checkpoints
 from bas.training.setup import Run
 from tests.helpers.faults import before_step, resume, training
 from tests.helpers.tiny import file_hashes
@@ -71,7 +71,7 @@ def test_a_number_that_is_not_finite_stops_the_run_within_its_step(bench, tmp_pa
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     kept = f"step-{step - 1:06d} is kept; " if step > 1 else "; no checkpoint was saved yet; "
-    assert f"{kept}begin anew, in another --output_dir, with a lower learning rate" in str(caught.value)
+    assert f"{kept}start anew, in another --output_dir, with a lower learning rate" in str(caught.value)
     assert [path.name for path in list_checkpoints(run)] == ([f"step-{step - 1:06d}"] if step > 1 else [])
     assert not (run / "concepts.safetensors").exists()
     assert file_hashes(resume(bench, run, checkpointing_steps=1)) == whole
@@ -144,7 +144,7 @@ def test_fp16_that_always_overflows_stops(tmp_path):
             def flush(self):
                 return rows_with(norms)
 
-        return Run(None, tmp_path, None, None, "fp16", *[None] * 5, Log())
+        return Run(None, tmp_path, None, None, "fp16", *[None] * 5, Log(), None)
 
     overflow, fine = [float("inf")] * (OVERFLOWS - 1), [1.0]
     run = run_of(overflow + fine + overflow)

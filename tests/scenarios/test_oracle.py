@@ -29,9 +29,10 @@ from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import decode, denoise, denoising_timesteps
 from bas.schedulers import add_noise, ddim_step
 from bas.training import loop as training
-from bas.training.loop import optimizer_step, trainable_parameters, training_step
+from bas.training.loop import optimizer_step, training_step
 from bas.training.master_weights import MasterWeights
 from bas.training.optimizer import build_optimizer
+from bas.training.phase_state import PhaseState, trainable_parameters
 from bas.training.setup import check_input, setup_run
 
 OFFICIAL = Path(__file__).parents[1] / "reference" / "official"
@@ -299,12 +300,13 @@ def test_first_step_of_each_phase(step, monkeypatch):
     trained = trainable_parameters(models, phase)
     optimizer = build_optimizer(trained.values(), CONFIG)
     optimizer.param_groups[0]["lr"] = phase.lr
-    clipped = dict(trained)
+    only_clipped = {}
     if step == 0:
-        clipped["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+        only_clipped["embedding"] = models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     seen = record_gradients(monkeypatch, trained)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    values = optimizer_step(models, [batch(step)], CONFIG, optimizer, scaler, MasterWeights(clipped, {}), "no")
+    state = PhaseState(MasterWeights(trained, {}, only_clipped), optimizer, scaler, "no")
+    values = optimizer_step(models, [batch(step)], CONFIG, state)
     assert_step_equals(step, trained, seen, values)
 
 
@@ -329,13 +331,13 @@ def whole_run(tmp_path_factory):
     def draw(data, models, phase, config, generator):
         return batch(len(steps))
 
-    def step(models, batches, config, optimizer, scaler, clipped, precision):
+    def step(models, batches, config, state):
         trained = trainable_parameters(models, CONFIG.phases[len(steps) // 3])
         if len(steps) < 3:
             models.text_encoder.get_input_embeddings().weight.requires_grad_(True)
         with pytest.MonkeyPatch.context() as patch:
             seen = record_gradients(patch, trained)
-            values = optimizer_step(models, batches, config, optimizer, scaler, clipped, precision)
+            values = optimizer_step(models, batches, config, state)
         steps.append(({name: p.detach().clone() for name, p in trained.items()}, seen, values))
         return values
 

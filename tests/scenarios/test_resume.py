@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import bas
+from bas.training import checkpoints, run_folder
 from bas.training import loop as training
-from bas.training import run_folder
 from tests.helpers.tiny import WEIGHTS, file_hashes, refused
 
 
@@ -63,7 +63,7 @@ def resume(bench, run, **changes):
 def test_resumed_run_equals_an_uninterrupted_one(bench, tmp_path, cut_off, uninterrupted, step):
     """Cut off in phase 1, in the first step of phase 2, and within it."""
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), step)
-    assert [p.name for p in run_folder.list_checkpoints(tmp_path / "run")] == [f"step-{step - 1:06d}"]
+    assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "run")] == [f"step-{step - 1:06d}"]
     assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
 
 
@@ -122,7 +122,7 @@ def test_latest_without_a_checkpoint_starts_anew(bench, tmp_path, uninterrupted,
 def test_explicit_checkpoint_into_another_folder(bench, tmp_path, cut_off, uninterrupted):
     """The weights come out the same; the new folder's metrics hold the steps done there and nothing else."""
     cut_off(bench.config(tmp_path / "first", checkpointing_steps=1), 5)
-    (checkpoint,) = run_folder.list_checkpoints(tmp_path / "first")
+    (checkpoint,) = checkpoints.list_checkpoints(tmp_path / "first")
     run = bas.train(bench.config(tmp_path / "second", resume_from_checkpoint=str(checkpoint)))
     hashes = file_hashes(run)
     assert {name: hashes[name] for name in WEIGHTS} == {name: uninterrupted[name] for name in WEIGHTS}
@@ -136,7 +136,7 @@ def test_an_older_checkpoint_takes_the_later_ones_with_it(bench, tmp_path, cut_o
     cut_off(bench.config(run, **saving), 5)
     second = run / "checkpoints" / "step-000002"
     cut_off(bench.config(run, resume_from_checkpoint=str(second), **saving), 2)
-    assert [path.name for path in run_folder.list_checkpoints(run)] == ["step-000002", "step-000003"]
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["step-000002", "step-000003"]
     assert file_hashes(resume(bench, run)) == uninterrupted
 
 
@@ -151,7 +151,7 @@ def test_kill_9(bench, tmp_path):
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums depends on it
     child = subprocess.Popen(command, cwd=root, env=os.environ | threads, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not any(p.name > "step-000014" for p in run_folder.list_checkpoints(run)):
+    while not any(p.name > "step-000014" for p in checkpoints.list_checkpoints(run)):
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -168,7 +168,7 @@ def test_kill_9(bench, tmp_path):
 @pytest.mark.parametrize("writer", ["write_tensors", "write_json", "sync"])
 def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypatch, cut_off, uninterrupted, writer):
     """The second save dies: in its tensors, in its note, or just after its place was taken."""
-    original, saves = getattr(run_folder, writer), []
+    original, saves = getattr(checkpoints, writer), []
 
     def dying(path, *args):
         if path.parent.name.startswith(".step-000002") or (writer == "sync" and (path / "step-000002").exists()):
@@ -177,11 +177,11 @@ def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypa
         return original(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, writer, dying)
+        patch.setattr(checkpoints, writer, dying)
         with pytest.raises(CutOff):
             bas.train(bench.config(tmp_path / "run", checkpointing_steps=1))
     assert saves
-    whole = [path.name for path in run_folder.list_checkpoints(tmp_path / "run")]
+    whole = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
     assert whole == (["step-000001", "step-000002"] if writer == "sync" else ["step-000001"])
     assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
 
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(
     monkeypatch.setattr("bas.training.setup.prepare_folder", prepare)
     assert file_hashes(resume(bench, tmp_path / "run", checkpointing_steps=4)) == uninterrupted
     told = (
-        f"{checkpoints / 'step-000002'} was cut off while it was written or removed: it does not count, and is cleared"
+        f"{checkpoints / 'step-000002'} was cut off while it was written or removed: it does not count and is removed"
     )
     assert told in caplog.messages
     assert kept == ["step-000003", "step-of-mine"]
@@ -235,7 +235,7 @@ def test_only_whole_checkpoints_are_listed(tmp_path):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.safetensors").touch()
     (tmp_path / "checkpoints" / "step-000001" / "manifest.json").touch()
-    assert [path.name for path in run_folder.list_checkpoints(tmp_path)] == ["step-000001"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-000001"]
 
 
 def test_a_checkpoint_of_one_file_goes_on(bench, tmp_path, cut_off, uninterrupted):
@@ -247,13 +247,13 @@ def test_a_checkpoint_of_one_file_goes_on(bench, tmp_path, cut_off, uninterrupte
         tensors |= load_file(path)
         path.unlink()
     save_file(tensors, checkpoint / "state.safetensors")
-    manifest = {name: run_folder._describe(checkpoint / name) for name in ("state.safetensors", "state.json")}
-    run_folder.write_json(checkpoint / "manifest.json", manifest)
+    manifest = {name: checkpoints.describe_file(checkpoint / name) for name in ("state.safetensors", "state.json")}
+    checkpoints.write_json(checkpoint / "manifest.json", manifest)
     assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
 
 
 def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
-    with refused("step-000009", "no whole checkpoint"):
+    with refused("step-000009", "no complete checkpoint"):
         bas.train(bench.config(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "step-000009")))
 
 
@@ -331,10 +331,10 @@ def forget(checkpoint: Path, *facts: str, settings: tuple[str, ...] = ()) -> Non
         del note["facts"][fact]
     for setting in settings:
         del note["facts"]["config"][setting]
-    run_folder.write_json(checkpoint / "state.json", note)
+    checkpoints.write_json(checkpoint / "state.json", note)
     names = json.loads((checkpoint / "manifest.json").read_text())
-    manifest = {name: run_folder._describe(checkpoint / name) for name in names}
-    run_folder.write_json(checkpoint / "manifest.json", manifest)
+    manifest = {name: checkpoints.describe_file(checkpoint / name) for name in names}
+    checkpoints.write_json(checkpoint / "manifest.json", manifest)
 
 
 def test_a_checkpoint_that_notes_less_is_held_to_what_it_notes(bench, tmp_path, cut_off, uninterrupted):

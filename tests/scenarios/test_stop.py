@@ -16,8 +16,8 @@ import torch
 import bas
 from bas.cli.entry import main
 from bas.runtime.signals import Interrupted, Interrupts
-from bas.training import run_folder
-from bas.training.run_folder import list_checkpoints
+from bas.training import checkpoints
+from bas.training.checkpoints import list_checkpoints
 from tests.helpers.faults import before_step, heard, resume, training
 from tests.helpers.kills import child
 from tests.helpers.tiny import file_hashes
@@ -75,14 +75,14 @@ def test_a_signal_at_a_checkpoint_saves_its_step_once(bench, tmp_path, monkeypat
 
 def stubborn(bench, run):
     """Train, be asked to stop before step 3, and be asked again while that is under way."""
-    saving = run_folder.write_json
+    saving = checkpoints.write_json
 
     def again(path, content):
         os.kill(os.getpid(), signal.SIGTERM)
         saving(path, content)
 
     before_step(pytest.MonkeyPatch(), 3, lambda *args: os.kill(os.getpid(), signal.SIGINT))
-    run_folder.write_json = again
+    checkpoints.write_json = again
     with heard():
         bas.train(bench.config(run, checkpointing_steps=0))
 

@@ -13,13 +13,15 @@ import bas
 from bas.cli.entry import main
 from bas.errors import InputError, RunError
 from bas.io import files
+from bas.io import tensors as tensor_files
 from bas.io.files import new_folder
-from bas.training import run_folder
+from bas.training import checkpoints, metrics
+from bas.training.checkpoints import list_checkpoints
 from bas.training.disk_space import free_disk_space
-from bas.training.run_folder import list_checkpoints, locked, prepare_folder
+from bas.training.run_folder import locked, prepare_folder
 from tests.helpers.faults import before_step, full_disk, opened, resume, training, unprivileged
 from tests.helpers.kills import child
-from tests.helpers.tiny import file_hashes, refused
+from tests.helpers.tiny import file_hashes, refused, write_settings
 
 # --- Two runs in one folder -------------------------------------------------------------------------------------------
 
@@ -34,7 +36,7 @@ def test_the_second_of_two_runs_is_refused_and_the_first_goes_on(bench, tmp_path
     bas.train(bench.config(tmp_path / "run"))
     assert answers == [0]
     assert file_hashes(tmp_path / "run") == whole
-    assert not (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run" / ".bas.lock").exists()
 
 
 def expect_refusal(bench, run):
@@ -79,7 +81,7 @@ def test_of_racing_processes_one_holds_the_folder(tmp_path):
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999])
 def test_a_full_disk_keeps_the_old_checkpoint(bench, tmp_path, monkeypatch, whole, share):
-    run, original = tmp_path / "run", run_folder.write_tensors
+    run, original = tmp_path / "run", checkpoints.write_tensors
     size = {}
 
     def write(path, tensors, *rest):
@@ -91,7 +93,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(bench, tmp_path, monkeypatch, whol
         return original(path, tensors, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_tensors", write)
+        patch.setattr(checkpoints, "write_tensors", write)
         with pytest.raises(RunError, match=r"writing to .* failed: .*(large|space).*make room") as caught:
             bas.train(bench.config(run, checkpointing_steps=1))
     assert "\n" not in str(caught.value)
@@ -105,10 +107,10 @@ def test_a_disk_that_fills_at_the_metrics_or_at_the_end_loses_nothing(bench, tmp
     def refuse(*args, **kwargs):
         raise no_space
 
-    for module, name in ((run_folder.MetricsLog, "flush"), (training, "save_model"), (training, "save_concepts")):
+    for module, name in ((metrics.MetricsLog, "flush"), (training, "save_model"), (training, "save_concepts")):
         with monkeypatch.context() as patch:
             if name == "flush":
-                original, calls = run_folder.MetricsLog.flush, iter(range(100))
+                original, calls = metrics.MetricsLog.flush, iter(range(100))
                 patch.setattr(module, name, lambda log, f=original, c=calls: refuse() if next(c) == 4 else f(log))
             else:
                 patch.setattr(module, name, refuse)
@@ -120,7 +122,7 @@ def test_a_disk_that_fills_at_the_metrics_or_at_the_end_loses_nothing(bench, tmp
 
 def test_a_write_that_claims_success_is_looked_at_on_the_disk(bench, tmp_path, monkeypatch, whole):
     """A file that is shorter than its header says never takes the place of a whole one."""
-    run, original, sizes = tmp_path / "run", files.save_file, []
+    run, original, sizes = tmp_path / "run", tensor_files.save_file, []
 
     def cut_short(tensors, path, metadata):
         original(tensors, path, metadata)
@@ -129,7 +131,7 @@ def test_a_write_that_claims_success_is_looked_at_on_the_disk(bench, tmp_path, m
             os.truncate(path, sizes[0] - 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", cut_short)
+        patch.setattr(tensor_files, "save_file", cut_short)
         with pytest.raises(RunError, match=r"safetensors cannot be written: .*make room"):
             bas.train(bench.config(run, checkpointing_steps=1))
     assert sizes
@@ -142,7 +144,7 @@ def test_only_leftovers_of_a_run_are_cleared(tmp_path):
     theirs = [tmp_path / "notes" / ".draft.tmp", tmp_path / ".cache.tmp" / "kept"]
     ours = [tmp_path / ".settings.json.71.tmp", tmp_path / "checkpoints" / ".step-000003.tmp" / "state.json"]
     ours += [tmp_path / "scene" / "close-up-0" / ".mask0.png.71.tmp", tmp_path / "unet" / ".a.safetensors.9.tmp"]
-    for path in (*theirs, *ours, tmp_path / "settings.json"):
+    for path in (*theirs, *ours, write_settings(tmp_path) / "metrics.jsonl"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     prepare_folder(tmp_path, resuming=True)

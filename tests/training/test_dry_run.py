@@ -29,11 +29,12 @@ from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.signals import Interrupted
 from bas.schedulers import NoiseSchedule
 from bas.training import loop as training
+from bas.training.checkpoints import Checkpoint
 from bas.training.disk_space import count_numbers, files_to_come, require_disk_space
 from bas.training.dry_run import (
     SAVINGS,
     Cost,
-    blank_material,
+    blank_data,
     dry_run,
     matrix_speed,
     memory_advice,
@@ -43,7 +44,8 @@ from bas.training.dry_run import (
     plan_run,
     sum_of,
 )
-from bas.training.loop import train, train_phase, trainable_parameters, training_step
+from bas.training.loop import train, train_phase, training_step
+from bas.training.phase_state import trainable_parameters
 from bas.training.setup import check_input, setup_run
 from tests.helpers import tiny
 from tests.helpers.faults import before_step
@@ -73,7 +75,7 @@ def on_meta(settings: TrainConfig):
     picture = load_scene(settings)
     _, masks = picture.tensors(models.resolution, models.size_multiple)
     add_handles(models.text_encoder, models.tokenizer, picture.handles, picture.words, 0)
-    return models, blank_material(models, picture, masks, settings)
+    return models, blank_data(models, picture, masks, settings)
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,8 @@ def test_a_checkpoint_and_the_model_are_as_large_as_said(real, costs, tmp_path):
     networks = (models.unet, models.vae, models.text_encoder)
     weights = 4 * sum(p.numel() for network in networks for p in network.parameters())
     expected = files_to_come(numbers, settings)
-    run.done = 2
-    run.saved = {f"trained.{name}": p.detach() for name, p in trainable_parameters(run.models, phase).items()}
+    tensors = {f"trained.{name}": p.detach() for name, p in trainable_parameters(run.models, phase).items()}
+    run.checkpoint = Checkpoint(run.folder / "elsewhere", 2, tensors, 0, {}, 0, {})
     train_phase(run, replace(phase, steps=1), 2)
     files = list(run.folder.glob("checkpoints/*/*.safetensors"))
     assert sorted(path.name for path in files) == ["exp_avg.safetensors", "exp_avg_sq.safetensors", "state.safetensors"]
@@ -239,11 +241,12 @@ def test_what_train_would_refuse_is_refused(changes, message, scene, model, tmp_
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(scene, model, tmp_path):
-    with pytest.raises(InputError, match="step-000009: there is no whole checkpoint there"):
+    with pytest.raises(InputError, match="step-000009: there is no complete checkpoint there"):
         dry_run(config(scene, model, tmp_path / "run", resume_from_checkpoint=str(tmp_path / "step-000009")))
 
 
 def test_a_used_folder_is_refused(scene, model, tmp_path):
+    tiny.write_settings(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="holds an unfinished run"):
         dry_run(config(scene, model, tmp_path))
@@ -272,7 +275,7 @@ def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_p
     assert re.fullmatch(
         r"bas: cpu is out of memory: the run takes at least [\d.]+ [kM]B; no checkpoint was saved yet; "
         r"try, in this order: --gradient_checkpointing \(about .+ less\), --resume_from_checkpoint latest; "
-        r"begin anew, in another --output_dir, with --mixed_precision bf16 \(about .+ less\), "
+        r"start anew, in another --output_dir, with --mixed_precision bf16 \(about .+ less\), "
         r"--optimizer adamw8bit \(about .+ less\), --no_train_text_encoder \(about .+ less\), "
         r"--unet_layers cross_attention \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
         line,
@@ -332,7 +335,7 @@ def sd21(precision: torch.dtype):
     add_handles(models.text_encoder, models.tokenizer, handles, (None, None), 0)
     models.unet.to(precision)
     models.text_encoder.to(precision)
-    return models, blank_material(models, SimpleNamespace(handles=handles), torch.ones(2, 512, 512), TrainConfig())
+    return models, blank_data(models, SimpleNamespace(handles=handles), torch.ones(2, 512, 512), TrainConfig())
 
 
 def test_a_step_at_full_size_costs_what_was_predicted():

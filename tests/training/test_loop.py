@@ -19,7 +19,8 @@ from bas.runtime.device import autocast
 from bas.schedulers import training_target
 from bas.training import loop as training
 from bas.training.master_weights import MasterWeights
-from bas.training.run_folder import MetricsLog
+from bas.training.metrics import MetricsLog
+from bas.training.phase_state import PhaseState, trainable_parameters
 from tests.helpers.tiny import WEIGHTS, file_hashes, write_model, write_scene
 
 EVERYTHING = Phase("all", 1, 0.0, ("handles", "embedding", "unet", "text_encoder"), True)
@@ -34,7 +35,7 @@ def draw(prepared, config: TrainConfig, seed: int = 0, phase: int = -1) -> Batch
 
 def gradients(models, batch: Batch, config: TrainConfig, phase: Phase = EVERYTHING) -> dict[str, torch.Tensor]:
     """The gradient of the loss for everything that a phase trains."""
-    trained = training.trainable_parameters(models, phase)
+    trained = trainable_parameters(models, phase)
     loss, _ = training.training_step(models, batch, config)
     return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
@@ -82,8 +83,8 @@ def test_phase1_computes_no_other_gradient(bench):
     config = bench.config()
     prepared = bench.prepared(config)
     models, batch = prepared[0], draw(prepared, config, phase=0)
-    training.trainable_parameters(models, EVERYTHING)
-    training.trainable_parameters(models, HANDLES)
+    trainable_parameters(models, EVERYTHING)
+    trainable_parameters(models, HANDLES)
     training.training_step(models, batch, config)[0].backward()
     handles = models.text_encoder.get_input_embeddings().handles
     for network in (models.unet, models.vae, models.text_encoder):
@@ -253,11 +254,12 @@ def test_single_subsets_show_one_concept(bench):
 
 def take_step(models, batches, config, phase):
     """One optimizer step of plain SGD at rate 1: returns what it returns, and how far each parameter moved."""
-    trained = training.trainable_parameters(models, phase)
+    trained = trainable_parameters(models, phase)
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    values = training.optimizer_step(models, batches, config, optimizer, scaler, MasterWeights(trained, {}), "no")
+    state = PhaseState(MasterWeights(trained, {}), optimizer, scaler, "no")
+    values = training.optimizer_step(models, batches, config, state)
     moved = {name: (before[name] - p).detach() for name, p in trained.items()}
     with torch.no_grad():
         for name, p in trained.items():
@@ -342,7 +344,7 @@ def test_exact_phase1_prior_cannot_reach_the_handles_but_the_clipping(bench, tmp
     models, data = bench.prepared(config)
     batch = draw((models, data), config, phase=0)
     assert len(batch.z0) == 2
-    trained = training.trainable_parameters(models, HANDLES)
+    trained = trainable_parameters(models, HANDLES)
     _, parts = training.training_step(models, batch, config)
     (gradient,) = torch.autograd.grad(parts["prior"], [trained["handles"]], retain_graph=True)
     assert (gradient == 0).all()
@@ -458,7 +460,7 @@ def test_concepts_file_says_what_was_learnt(bench, tmp_path):
     tensors, note = read_concepts(run)
     assert note["handles"] == ["<toy>", "<Bowl>", "<x-1>"]
     assert torch.equal(tensors["handles"], changed(bench, run)[1])
-    _, masks = bas.data.scene.load_scene(config).tensors(32, 8)
+    _, masks = bas.data.scene_folder.load_scene(config).tensors(32, 8)
     assert torch.equal(tensors["masks"], (masks * 255).round().to(torch.uint8))
     assert note["base"] == bas.pretrained.folder.weights_hash(bench.model)
     assert note["config"]["learning_rate"] == 2e-6

@@ -15,6 +15,7 @@ from bas.models.text import add_handles
 from bas.pretrained.folder import load
 from bas.training import loop as training
 from bas.training.master_weights import MasterWeights, cast_weights, restore_weights
+from bas.training.phase_state import trainable_parameters
 from tests.helpers.tiny import WEIGHTS, file_hashes
 
 MINI = Path(bas.__file__).parents[1] / "weights" / "mini"
@@ -27,7 +28,7 @@ def test_small_steps_add_up_in_the_masters_and_reach_the_weight_rounded():
     network.weight.data.fill_(1.0)
     exact = cast_weights([network], torch.bfloat16)
     masters = MasterWeights({"weight": network.weight}, exact)
-    optimizer = torch.optim.SGD(masters.parameters, lr=1e-6)
+    optimizer = torch.optim.SGD(masters.master_params, lr=1e-6)
     for _ in range(1000):
         network.weight.grad = torch.full_like(network.weight, -1.0)
         masters.collect_gradients()
@@ -36,17 +37,17 @@ def test_small_steps_add_up_in_the_masters_and_reach_the_weight_rounded():
         masters.zero_grad()
     assert network.weight.dtype == torch.bfloat16
     assert network.weight.item() == 1.0
-    assert masters.named["weight"].item() == pytest.approx(1.001, abs=1e-4)
+    assert masters.optimized["weight"].item() == pytest.approx(1.001, abs=1e-4)
     restore_weights(exact)
     assert network.weight.dtype == torch.float32
-    assert network.weight.item() == masters.named["weight"].item()
+    assert network.weight.item() == masters.optimized["weight"].item()
 
 
 def test_a_larger_step_is_published():
     network = nn.Linear(1, 1, bias=False)
     masters = MasterWeights({"weight": network.weight}, cast_weights([network], torch.bfloat16))
     with torch.no_grad():
-        masters.named["weight"].fill_(0.3)
+        masters.optimized["weight"].fill_(0.3)
     masters.copy_to_model()
     assert network.weight.item() == torch.tensor(0.3).bfloat16().item() != pytest.approx(0.3, abs=1e-5)
 
@@ -59,15 +60,15 @@ def test_gradients_of_several_batches_add_up_in_float32():
         network.weight.grad = torch.full_like(network.weight, gradient)
         masters.collect_gradients()
         assert network.weight.grad is None
-    assert masters.named["weight"].grad.item() == 1 + 2.0**-9
+    assert masters.optimized["weight"].grad.item() == 1 + 2.0**-9
     masters.zero_grad()
-    assert masters.named["weight"].grad is None
+    assert masters.optimized["weight"].grad is None
 
 
 def test_weights_that_were_not_lowered_are_their_own_masters():
     network = nn.Linear(2, 2)
     masters = MasterWeights(dict(network.named_parameters()), {})
-    assert all(master is weight for master, weight in zip(masters.parameters, network.parameters(), strict=True))
+    assert all(master is weight for master, weight in zip(masters.master_params, network.parameters(), strict=True))
     network.weight.grad = gradient = torch.ones(2, 2)
     masters.collect_gradients()
     assert network.weight.grad is gradient
@@ -82,7 +83,7 @@ def test_bf16_gradients_are_those_of_float32_to_three_digits():
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, 0)
     data = prepare(models, scene, image, masks, config, None)
     batch = sample_batch(data, models, EVERYTHING, config, torch.Generator().manual_seed(0))
-    weights = training.trainable_parameters(models, EVERYTHING)
+    weights = trainable_parameters(models, EVERYTHING)
 
     def measured() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, parts = training.training_step(models, batch, config)

@@ -1,167 +1,128 @@
-"""The run folder's own files: metrics, checkpoints, concepts; each whole or absent."""
+"""The run folder: whether a run may write to it, the lock on it, and what is removed from it."""
 
 import errno
 import json
-import shutil
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
+from bas.cli.entry import main
 from bas.config import TrainConfig
-from bas.io.run_files import read_concepts, save_concepts
-from bas.io.tensors import write_tensors
-from bas.training.optimizer import build_optimizer
-from bas.training.run_folder import (
-    MetricsLog,
-    drop_later,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    locked,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
-from tests.helpers.tiny import refused
+from bas.errors import RunError
+from bas.training.checkpoints import remove_all
+from bas.training.disk_space import writing
+from bas.training.run_folder import check_output_folder, locked, prepare_folder
+from tests.helpers.tiny import refused, write_scene, write_settings
+
+METADATA = {"config": asdict(TrainConfig("scene")), "handles": ["<asset0>"], "base": "x", "version": "1"}
 
 
-def test_metrics_are_read_together_and_continued_at_their_length(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    for step in (1, 2):
-        values = {"loss": torch.tensor(step / 2, dtype=torch.bfloat16), "grad_norm": torch.tensor(3)}
-        log.add("phase1", step, 0.5, values)
-    assert log.length == 0
-    rows = log.flush()
-    assert rows[1] == {"phase": "phase1", "step": 2, "lr": 0.5, "loss": 1.0, "grad_norm": 3.0}
-    assert log.flush() == []
-    length = log.length
-    log.add("phase2", 3, 0.1, {"loss": torch.tensor(float("nan"))})
-    log.flush()
-    assert len(log.path.read_text().splitlines()) == 3
-    MetricsLog(log.path, length)
-    assert [json.loads(line) for line in log.path.read_text().splitlines()] == rows
-    MetricsLog(log.path, 10 * length)  # longer than the file: nothing is made up
-    assert log.length == length
-    MetricsLog(log.path)
-    assert log.length == 0
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The content of all files in a folder, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adam", "adamw8bit"])
-def test_optimizer_comes_back_to_the_bit(kind):
-    """Two steps, saved, restored into a new optimizer: the third step is the same."""
-    if kind == "adamw8bit":
-        pytest.importorskip("bitsandbytes", reason="8-bit moments are an extra that is not installed")
-
-    def fresh():
-        parameters = [torch.nn.Parameter(torch.arange(n, dtype=torch.float32)) for n in (3, 5000, 5000)]
-        return parameters, build_optimizer(parameters, TrainConfig(optimizer=kind))
-
-    def step(parameters, optimizer, seed):
-        optimizer.param_groups[0]["lr"] = 0.1
-        for i, parameter in enumerate(parameters):
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + i))
-        optimizer.step()
-
-    ours, optimizer = fresh()
-    for seed in (1, 2):
-        step(ours, optimizer, seed)
-    found = optimizer_tensors(optimizer)
-    assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)  # safetensors saves no shared memory
-    saved = {name: tensor.clone() for name, tensor in found.items()}
-    if kind != "adamw8bit":
-        assert set(saved) == {f"optimizer.{i}.{name}" for i in (0, 1, 2) for name in ("step", "exp_avg", "exp_avg_sq")}
-    theirs, other = fresh()
-    restore_optimizer(other, saved | {"trained.x": torch.zeros(1)})
-    for source, target in zip(ours, theirs, strict=True):
-        target.data.copy_(source.data)
-    step(ours, optimizer, 3)
-    step(theirs, other, 3)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+# --- Folders that bas did not write -----------------------------------------------------------------------------------
 
 
-def test_checkpoint_round_trip_and_pruning(tmp_path):
-    tensors = {"trained.a": torch.randn(3), "generator": torch.Generator().get_state()}
-    for step in (5, 20, 10):
-        save_checkpoint(tmp_path, step, tensors, {"step": step, "note": "ü"}, keep=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000010", "step-000020"]
-    assert find_checkpoint(tmp_path, "latest").name == "step-000020"
-    assert find_checkpoint(tmp_path, None) is None
-    read, note = load_checkpoint(tmp_path / "checkpoints" / "step-000010")
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensors[name]) for name in read)
-    assert note == {"step": 10, "note": "ü"}
+def foreign_folder(folder: Path, name: str, content: str) -> Path:
+    """A folder of another program, with files of names that a run has too."""
+    for place in ("checkpoints/step-1000/model.safetensors", "unet/.x.tmp", ".draft.12.tmp", ".lock"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(f"precious {place}")
+    (folder / name).write_text(content)
+    return folder
 
 
-def test_checkpoint_of_the_same_step_is_replaced(tmp_path):
-    for value in (1.0, 2.0):
-        save_checkpoint(tmp_path, 5, {"a": torch.tensor([value])}, {"value": value}, keep=1)
-    tensors, note = load_checkpoint(tmp_path / "checkpoints" / "step-000005")
-    assert (tensors["a"].item(), note["value"]) == (2.0, 2.0)
+FOREIGN = {
+    "an editor's settings": ("settings.json", '{"editor.fontSize": 14}'),
+    "a trainer's metrics": ("metrics.jsonl", "".join(f'{{"epoch": {i}}}\n' for i in range(100))),
+    "settings that are a list": ("settings.json", "[]"),
+    "settings with a config": ("settings.json", json.dumps(METADATA | {"config": {"lr": 0.1}})),
+    "settings without handles": ("settings.json", json.dumps(METADATA | {"handles": []})),
+    "damaged settings": ("settings.json", json.dumps(METADATA)[:100]),
+    "settings of bas beside other files": ("settings.json", json.dumps(METADATA)),
+}
 
 
-def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
-    """Six digits are no limit, and a copy that someone has put aside is no checkpoint of the run."""
-    for step in (999_800, 1_000_000):
-        save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {}, keep=2)
-    shutil.copytree(tmp_path / "checkpoints" / "step-999800", tmp_path / "checkpoints" / "step-999800 kept")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-999800", "step-1000000"]
-    assert find_checkpoint(tmp_path, "latest").name == "step-1000000"
+@pytest.mark.parametrize("resuming", [False, True])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_that_bas_did_not_write_is_refused_and_left_alone(tmp_path, kind, resuming):
+    folder = foreign_folder(tmp_path / "foreign", *FOREIGN[kind])
+    before = files_in(folder)
+    with refused("foreign"):
+        prepare_folder(folder, resuming)
+    assert files_in(folder) == before
 
 
-def test_the_checkpoint_just_written_is_never_the_one_that_goes(tmp_path):
-    for step in (40, 30):
-        saved = save_checkpoint(tmp_path, step, {"a": torch.zeros(1)}, {}, keep=1)
-    assert list_checkpoints(tmp_path) == [saved]
-    assert saved.name == "step-000030"
+@pytest.mark.parametrize("kind", ["an editor's settings", "a trainer's metrics"])
+@pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]])
+def test_the_command_refuses_it_with_2(bench, tmp_path, kind, resume, capsys):
+    folder = foreign_folder(tmp_path / "foreign", *FOREIGN[kind])
+    before = files_in(folder)
+    assert main([*bench.command(folder), *resume]) == 2
+    assert files_in(folder) == before
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_checkpoint_that_is_being_removed_does_not_count(tmp_path, monkeypatch):
-    """Cut off before its first file is gone."""
-    save_checkpoint(tmp_path, 1, {"a": torch.zeros(1)}, {}, keep=1)
-    monkeypatch.setattr("bas.training.run_folder.shutil.rmtree", lambda *args, **kwargs: None)
-    drop_later(tmp_path, 0)
-    assert list_checkpoints(tmp_path) == []
+def test_of_many_scenes_the_one_whose_folder_is_foreign_is_refused(bench, tmp_path, caplog):
+    scenes = [write_scene(tmp_path / name, 2) for name in ("ant", "bee")]
+    folder = foreign_folder(tmp_path / "out" / "ant", *FOREIGN["a trainer's metrics"])
+    before = files_in(folder)
+    words = bench.command(tmp_path / "out", *map(str, scenes))
+    assert main([*words, "--phase1_train_steps", "1", "--phase2_train_steps", "0"]) == 1
+    assert files_in(folder) == before
+    assert (tmp_path / "out" / "bee" / "concepts.safetensors").exists()
+    assert "ant is not empty: name a new folder" in caplog.text
 
 
-def test_concepts_round_trip(tmp_path):
-    rows, masks = torch.randn(2, 16), torch.rand(2, 4, 6)
-    written = {"config": asdict(TrainConfig()), "handles": ["<a>", "<b>"], "base": "x", "version": "1"}
-    save_concepts(tmp_path, rows, masks, ("<a>", "<b>"), written)
-    tensors, note = read_concepts(tmp_path)
-    assert torch.equal(tensors["handles"], rows)
-    assert (tensors["masks"] / 255 - masks).abs().max() <= 0.5 / 255 + 1e-6
-    assert note == json.loads(json.dumps(written))
+def test_in_a_run_only_what_bas_wrote_is_removed(tmp_path):
+    """Half-written files of bas go; folders called like a checkpoint, and files beside a checkpoint's, stay."""
+    run = write_settings(tmp_path / "run")
+    theirs = ["checkpoints/step-000004/weights.bin", "checkpoints/step-000002/notes.txt", "unet/.x.tmp", ".draft.tmp"]
+    ours = ["checkpoints/step-000003/state.json", "checkpoints/.step-000005.tmp/.state.safetensors.7.tmp"]
+    ours += ["unet/.config.json.71.tmp", ".settings.json.71.tmp"]
+    whole = ["checkpoints/step-000002/manifest.json", "checkpoints/step-000002/state.json"]
+    for name in [*theirs, *ours, *whole, "metrics.jsonl"]:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    prepare_folder(run, resuming=True)
+    left = files_in(run).keys() - {"settings.json", "metrics.jsonl"}
+    assert left == {*theirs, *whole}
+    remove_all(run)
+    assert files_in(run).keys() - {"settings.json", "metrics.jsonl"} == set(theirs)
 
 
-def test_other_safetensors_are_no_concepts(tmp_path):
-    write_tensors(tmp_path / "concepts.safetensors", {"a": torch.zeros(1)})
-    with refused("concepts.safetensors was not written by bas"):
-        read_concepts(tmp_path)
+def test_a_checkpoint_behind_a_link_is_not_removed(tmp_path):
+    run, elsewhere = write_settings(tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "state.json").write_text("kept")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-000001").symlink_to(elsewhere)
+    (run / "metrics.jsonl").touch()
+    prepare_folder(run, resuming=True)
+    remove_all(run)
+    assert (elsewhere / "state.json").read_text() == "kept"
 
 
-NOTE = {"config": {}, "handles": ["<a>"], "base": "x", "version": "1"}
+@pytest.mark.parametrize("leftover", [".bas.lock", ".lock", ".git/config"])
+def test_hidden_files_do_not_make_a_folder_used(tmp_path, leftover):
+    (tmp_path / leftover).parent.mkdir(exist_ok=True)
+    (tmp_path / leftover).touch()
+    check_output_folder(tmp_path, resuming=False)
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {},
-        {"handles": '["<a>"]'},
-        {"handles": '["<a>"]', "note": "[" * 100_000},
-        {"handles": '["<a>"]', "note": "[]"},
-        {"handles": '["<a>"]', "note": json.dumps(NOTE | {"config": None})},
-        {"handles": '["<a>"', "note": json.dumps(NOTE)},
-        {"handles": "[]", "note": json.dumps(NOTE)},
-        {"note": json.dumps(NOTE)},
-    ],
-)
-def test_concepts_without_their_notes_are_refused(tmp_path, metadata):
-    tensors = {"handles": torch.zeros(1, 4), "masks": torch.zeros(1, 4, 6)}
-    write_tensors(tmp_path / "concepts.safetensors", tensors, {"bas": "concepts-1", **metadata})
-    with refused(f"{tmp_path / 'concepts.safetensors'} does not hold what bas notes of a run"):
-        read_concepts(tmp_path)
+def test_a_run_that_was_killed_before_its_first_step_is_begun_again(tmp_path):
+    """It holds the settings and the scene, and no metrics."""
+    run = write_settings(tmp_path / "run")
+    write_scene(run / "scene")
+    (run / "config.toml").touch()
+    prepare_folder(run, resuming=False)
+
+
+# --- The lock ---------------------------------------------------------------------------------------------------------
 
 
 def test_read_only_output_is_refused(tmp_path, monkeypatch):
@@ -179,14 +140,37 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         pass
 
 
-def test_new_folder_is_made_and_left_empty(tmp_path):
-    with locked(tmp_path / "deep" / "run"):
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
+    (tmp_path / "there").mkdir()
+    with locked(tmp_path / "there" / "deep" / "run"):
+        assert (tmp_path / "there" / "deep" / "run").is_dir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
+    assert list((tmp_path / "there").iterdir()) == []
+    with locked(tmp_path / "there"):
         pass
-    assert list((tmp_path / "deep" / "run").iterdir()) == []
+    assert (tmp_path / "there").is_dir()
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
-    """safetensors writes files for their owner alone; a run folder is shared like any other file."""
-    write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
-    (tmp_path / "plain").touch()
-    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+@pytest.mark.parametrize("words", [["--resolution", "33"], ["--resume_from_checkpoint", "nowhere"]])
+def test_a_refused_command_leaves_no_folder(bench, tmp_path, words):
+    assert main([*bench.command(tmp_path / "new" / "run"), *words]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Errors of the disk -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room, then"),
+        (errno.EDQUOT, "make room, then"),
+        (errno.EROFS, "make the folder writable, then"),
+        (errno.EACCES, "make the folder writable, then"),
+    ],
+)
+def test_a_write_that_fails_says_why_and_what_to_do(tmp_path, number, advice):
+    with pytest.raises(RunError) as caught, writing(tmp_path):
+        raise OSError(number, os.strerror(number))
+    told = f"writing to {tmp_path} failed: {os.strerror(number)}; no checkpoint was saved yet: {advice} --resume"
+    assert str(caught.value).startswith(told)

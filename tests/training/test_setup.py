@@ -14,7 +14,7 @@ from tests.helpers.tiny import refused
         ({"num_of_assets": 2}, ["--num_of_assets is 2", "3 masks"]),
         ({"pretrained_model_name_or_path": "no-such-model"}, ["no-such-model", "no known model"]),
         ({"device": "nonsense"}, ["--device nonsense"]),
-        ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "no whole checkpoint"]),
+        ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "no complete checkpoint"]),
     ],
 )
 def test_wrong_input_is_found_before_weights_are_read(bench, tmp_path, monkeypatch, flags, words):

@@ -9,6 +9,7 @@ from torch import Tensor
 from bas.data.batches import Batch
 from bas.losses import resize_mask
 from bas.runtime.device import autocast
+from bas.training.phase_state import trainable_parameters
 from tools.bench.bas_side import Mode, configure, start_new, training
 from tools.bench.material import Material
 from tools.bench.official_loop import Example, OfficialLoop, read_scene
@@ -70,7 +71,7 @@ def fidelity(reference: Reference, material: Material, mode: Mode, phase: int, r
     config = configure(material, mode, phase, run)
     side = start_new(config)
     models, plan = side.models, config.phases[0]
-    trained = training.trainable_parameters(models, plan)
+    trained = trainable_parameters(models, plan)
     batch = to_batch(reference, list(side.material.handle_ids), plan.prior).to(models.device)
     resident = models.unet.conv_in.weight.dtype != torch.float32  # 16-bit weights need no autocast
     with autocast(models.device, "no" if resident else side.precision):

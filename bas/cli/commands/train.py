@@ -10,7 +10,7 @@ import torch
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import TrainConfig, setting_rows
+from bas.config import RUNS, TrainConfig, setting_rows
 from bas.errors import InputError, RunError
 from bas.io.run_files import read_concepts
 from bas.io.settings_file import read_config
@@ -20,9 +20,11 @@ from bas.runtime.distributed import Ranks, announce
 from bas.training.disk_space import MAKE_ROOM
 from bas.training.dry_run import TOO_LITTLE, dry_run, memory_advice
 from bas.training.loop import train
-from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, is_finished, settings_of, train_each
+from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, settings_of, train_each
+from bas.training.resume import is_finished
+from bas.training.run_folder import clear_finished
 from bas.training.setup import check_input, log_miniature
-from bas.web.report import write_report
+from bas.web.report import REPORT, write_report
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +61,10 @@ def run(args: argparse.Namespace) -> None:
     names = args.scenes or ([named] if named else [])
     if not names or "" in names:
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
-    config = train_config(names[0], **explicit)
     ranks = Ranks.from_environment()
-    if len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0])):
+    several = len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0]))
+    config = train_config(names[0], **({"output_dir": RUNS} if several else {}) | explicit)
+    if several:
         scenes = find_scenes(names)
         if ranks.first:
             log_miniature(config)
@@ -77,8 +80,12 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
         print(as_text(details))
         check_disk_space(details, config)
         return
+    folder = Path(config.output_dir)
     try:
-        folder = train(config)
+        if config.resume_from_checkpoint and not (folder / REPORT).exists() and is_finished(config):
+            clear_finished(folder)  # killed after its last write: what is left to do follows
+        else:
+            train(config)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -143,6 +150,8 @@ def print_outcome(outcome: Outcome, count: str) -> None:
     if outcome.error:
         log.error("%s %s failed: %s", count, outcome.scene, outcome.error)
     elif outcome.earlier:
+        if not (Path(outcome.folder) / REPORT).exists():
+            try_report(Path(outcome.folder))
         announce(f"{count} {outcome.folder} was finished before")
     else:
         try_report(Path(outcome.folder))

@@ -1,0 +1,73 @@
+"""What a phase trains: groups of parameters by name, and the state that its steps change."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bas.config import Phase, TrainConfig
+from bas.models.bundle import Models, cross_attention, keys_and_values
+from bas.training.checkpoints import Checkpoint, restore_optimizer
+from bas.training.master_weights import Float32Values, MasterWeights
+from bas.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True)
+class PhaseState:
+    """What the steps of one phase change."""
+
+    weights: MasterWeights
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss; it does nothing unless the precision is fp16
+    precision: str  # "no", "fp16" or "bf16"
+
+
+def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
+    """The groups of weights that a phase can name in `Phase.trains`, each by the parameters' names in checkpoints."""
+    embedding, text = models.text_encoder.get_input_embeddings(), models.text_encoder.named_parameters()
+    return {
+        "handles": {"handles": embedding.handles},
+        "embedding": {"embedding": embedding.weight},
+        "unet": {f"unet.{name}": p for name, p in models.unet.named_parameters()},
+        "cross_attention": {f"unet.{name}": p for name, p in cross_attention(models.unet).items()},
+        "cross_attention_kv": {f"unet.{name}": p for name, p in keys_and_values(models.unet).items()},
+        "text_encoder": {f"text_encoder.{name}": p for name, p in text if "token_embedding" not in name},
+    }
+
+
+def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter]:
+    """Freeze everything but what this phase trains, and return that by name, in a fixed order."""
+    groups = parameter_groups(models)
+    for module in (models.unet, models.vae, models.text_encoder):
+        module.requires_grad_(False)
+    optimized = {name: p for group in phase.trains for name, p in groups[group].items()}
+    for parameter in optimized.values():
+        parameter.requires_grad_(True)
+    return optimized
+
+
+def build_phase_state(
+    models: Models, phase: Phase, config: TrainConfig, precision: str, exact: Float32Values
+) -> PhaseState:
+    """The state at the beginning of a phase: masters of its weights, a fresh optimizer and loss scale."""
+    optimized = trainable_parameters(models, phase)
+    groups = parameter_groups(models)
+    with_grad = {name: p.requires_grad_(True) for group in phase.clips for name, p in groups[group].items()}
+    weights = MasterWeights(optimized, exact, with_grad)
+    return PhaseState(
+        weights=weights,
+        optimizer=build_optimizer(weights.optimized.values(), config),
+        scaler=torch.amp.GradScaler(models.device.type, enabled=precision == "fp16"),
+        precision=precision,
+    )
+
+
+def restore_phase(state: PhaseState, checkpoint: Checkpoint, within: bool) -> None:
+    """Copy a checkpoint's weights into a phase's, and with `within`, if it is of this phase, the optimizer's state."""
+    with torch.no_grad():
+        for name, parameter in state.weights.optimized.items():
+            parameter.copy_(checkpoint.tensors[f"trained.{name}"])
+    state.weights.copy_to_model()
+    if within:
+        restore_optimizer(state.optimizer, checkpoint.tensors)
+        state.scaler.load_state_dict(checkpoint.scaler)
