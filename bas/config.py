@@ -15,6 +15,7 @@ from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_flo
 
 MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
+RUNS = "runs"  # folder of the run folders, where none is named
 
 # The headings of the help, in this order. The flags that people use first have a heading of their own.
 GROUPS = ("used most", "scene", "method", "training", "memory and speed", "output", "expert")
@@ -126,6 +127,7 @@ class Phase:
     lr: float
     trains: tuple[Part, ...]
     prior: bool  # whether class images take part in each step
+    clips: tuple[Literal["embedding"], ...] = ()  # further groups whose gradient counts in the clipped norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +212,12 @@ class TrainConfig(Settings):
         group="expert",
         choices=("epsilon", "v_prediction"),
     )
-    output_dir: str = setting("outputs", "the run folder to write", group="output", common=True)
+    output_dir: str = setting(
+        "",
+        "the run folder to write (default: runs/SCENE; of several scenes, the folder of theirs: runs)",
+        group="output",
+        common=True,
+    )
     num_of_assets: int | None = setting(
         None, "number of concepts, checked against the masks (default: as many as masks)", group="scene", least=1
     )
@@ -423,6 +430,9 @@ class TrainConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.output_dir and self.instance_data_dir:
+            scene = os.path.basename(os.path.abspath(self.instance_data_dir))
+            object.__setattr__(self, "output_dir", os.path.join(RUNS, scene))
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise InputError(
                 f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler constant has none; use constant_with_warmup"
@@ -456,6 +466,7 @@ class TrainConfig(Settings):
                 self.initial_learning_rate * scale,
                 ("handles",),
                 prior and self.exact_phase1,
+                clips=("embedding",) if self.exact_phase1 else (),
             ),
             Phase("phase2", self.phase2_train_steps, self.learning_rate * scale, tuned, prior),
         )
@@ -467,6 +478,8 @@ class TrainConfig(Settings):
 
         The optimizer that comes out of them brings its own defaults (OPTIMIZERS).
         """
+        if explicit.get("output_dir") == "":  # a shell variable that is not set
+            raise InputError(f"--output_dir is empty: leave it out for {RUNS}/SCENE, or name a folder")
         preset = PRESETS.get(explicit.get("preset", ""), {})
         card = CARDS.get(explicit.get("card", ""), {})
         method = PLAIN if explicit.get("method") in METHODS else {}

@@ -22,7 +22,7 @@ from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import images_in
 from bas.errors import InputError
-from bas.io.files import cache_dir, read_record, reading, write_json
+from bas.io.files import cache_dir, clear_leftovers, read_record, reading, write_json
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
@@ -125,6 +125,7 @@ def class_images(
     folder, keyed = find_folder(config, key)
     folder.mkdir(parents=True, exist_ok=True)
     with taking_turns(folder):
+        clear_leftovers(folder)
         if keyed and not (folder / KEY_FILE).exists():
             write_json(folder / KEY_FILE, key)
         for leftover in folder.glob(".*.tmp"):

@@ -1,16 +1,18 @@
-"""What a resumed run must share with the one that it goes on with, and the refusal where it does not."""
+"""What a resumed run must share with the one that it continues, and the errors where it does not."""
 
 import hashlib
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from bas.config import TrainConfig, flag_of
+from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
-from bas.io.files import check_shape
-from bas.training.run_folder import ANOTHER, NOTE
+from bas.io.run_files import CONCEPTS, METRICS, read_settings
+from bas.training.checkpoints import Checkpoint
 
-# Where it runs, where things lie, how it is watched and what spares memory; every other setting stays as it was.
+# Settings that may change on resuming: the device, paths, logging, saving, and what only saves memory.
 FREE_ON_RESUME = {
     "device",
     "gradient_checkpointing",  # computes the same numbers again
@@ -31,8 +33,7 @@ FREE_ON_RESUME = {
 
 FLAGS = {f.name: flag_of(f) for f in fields(TrainConfig)}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
-NOTED = {"step": int, "metrics": int, "scaler": dict, "facts": {"config": dict}}
-SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how a refusal names it
+SAME_ON_RESUME = {  # beside the settings, where a checkpoint has it: its name in the error
     "handles": "handles",
     "words": "initial words",
     "scene": "scene",
@@ -44,10 +45,10 @@ SAME_ON_RESUME = {  # beside the settings, as far as a checkpoint notes it: how 
 
 
 def scene_state(scene: Scene) -> dict:
-    """What a resumed run must share of its scene: handles, initial words, and the sha256 of all pictures and masks."""
+    """What a resumed run must share of its scene: handles, initial words, and the sha256 of all images and masks."""
     digest = hashlib.sha256()
-    for picture, masks in scene.images:
-        digest.update(repr((picture.size, sorted(masks))).encode() + picture.tobytes())
+    for image, masks in scene.images:
+        digest.update(repr((image.size, sorted(masks))).encode() + image.tobytes())
         for i in sorted(masks):
             digest.update(masks[i].tobytes())
     return {"handles": list(scene.handles), "words": list(scene.words), "scene": digest.hexdigest()}
@@ -58,22 +59,50 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_note(checkpoint: Path, note: dict) -> None:
-    """InputError for a checkpoint's note that lacks what a run needs to go on."""
-    try:
-        check_shape(note, NOTED)
-    except ValueError as error:
-        raise InputError(f"{checkpoint / NOTE} is not as bas wrote it ({error}): {ANOTHER}") from None
+def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
+    """Check that the run at `place` was made with these settings, and all else that both know of.
 
-
-def check_resumable(checkpoint: Path, facts: dict, noted: dict) -> None:
-    """Raises InputError unless the checkpoint was made with these settings, and with all else that both know of."""
-    known = [what for what in SAME_ON_RESUME if what in facts and what in noted]
-    free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # what it came to is compared
-    ours, theirs = facts["config"], DEFAULTS | noted["config"]  # an earlier version knew fewer settings
+    metadata: of this run, as far as it is known yet; earlier: of the run at `place`. Raises InputError naming what
+    differs.
+    """
+    known = [name for name in SAME_ON_RESUME if name in metadata and name in earlier]
+    free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # its result is compared
+    ours, theirs = metadata["config"], DEFAULTS | earlier["config"]  # an earlier version knew fewer settings
     differs = [FLAGS[name] for name in ours if name not in free and _plain(ours[name]) != _plain(theirs[name])]
-    differs += [SAME_ON_RESUME[what].format(**noted) for what in known if facts[what] != noted[what]]
+    differs += [SAME_ON_RESUME[name].format(**earlier) for name in known if metadata[name] != earlier[name]]
     if differs:
+        raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start anew")
+
+
+def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:
+    """Check that a checkpoint's step is one of the run's `steps`, and that the run's metrics reach it.
+
+    A checkpoint of another folder may continue in a new one, without metrics. Raises InputError naming both sides.
+    """
+    if checkpoint.step > steps:
+        raise InputError(f"{checkpoint.folder} is of step {checkpoint.step}, this run has {steps}: it is another run's")
+    path = run / METRICS
+    if not path.exists() and run.resolve() not in checkpoint.folder.resolve().parents:
+        return
+    content = path.read_bytes()[: checkpoint.metrics] if path.exists() else b""
+    lines = content.split(b"\n")
+    try:
+        step = json.loads(lines[-2])["step"] if len(lines) > 1 else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = "unknown"
+    whole = len(content) == checkpoint.metrics and not lines[-1]
+    if checkpoint.metrics and (not whole or step != checkpoint.step):
         raise InputError(
-            f"{checkpoint} was made with another {', '.join(differs)}: resume with the same, or start anew"
+            f"{path} does not reach {checkpoint.folder}: {len(content)} bytes up to step {step or 0} here, "
+            f"{checkpoint.metrics} bytes up to step {checkpoint.step} there; copy the file again, or resume in a new "
+            "--output_dir"
         )
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether --output_dir holds this run, finished. Raises InputError for one of other settings or another scene."""
+    folder = Path(config.output_dir)
+    if not (folder / CONCEPTS).exists():
+        return False
+    check_resumable(folder, {"config": asdict(config), **scene_state(scene_for_method(config))}, read_settings(folder))
+    return True

@@ -1,4 +1,4 @@
-"""What a run is made of: the checks before weights are read, and all that its steps share."""
+"""The setup of a run: the checks before weights are read, and all that its steps share."""
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
@@ -19,19 +19,22 @@ from bas.io.settings_file import CONFIG, to_toml
 from bas.models.bundle import Models, ModelSpec
 from bas.models.compile import compile_unet
 from bas.models.text import add_handles
-from bas.pretrained.folder import weights_hash
+from bas.pretrained.folder import build_on_meta, weights_hash
 from bas.pretrained.hub import find, find_spec
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
 from bas.schedulers import sampling_timesteps
 from bas.training.base_model import Base
+from bas.training.checkpoints import Checkpoint, check_tensors, find_checkpoint, load_checkpoint, remove_later
 from bas.training.class_images import check_class_folder
-from bas.training.disk_space import require_disk_space
-from bas.training.master_weights import Exact, cast_weights
+from bas.training.disk_space import require_disk_space, writing
+from bas.training.master_weights import Float32Values, cast_weights
+from bas.training.metrics import MetricsLog
 from bas.training.optimizer import adamw8bit
+from bas.training.phase_state import trainable_parameters
 from bas.training.preview import write_scene
-from bas.training.resume import check_note, check_resumable, scene_state
-from bas.training.run_folder import MetricsLog, drop_later, find_checkpoint, load_checkpoint, prepare_folder
+from bas.training.resume import check_progress, check_resumable, scene_state
+from bas.training.run_folder import prepare_folder
 from bas.training.tensorboard import EventLog, writer_class
 
 log = logging.getLogger(__name__)
@@ -49,16 +52,19 @@ class Run:
     image: Tensor  # (3, H, W) in [-1, 1]
     masks: Tensor  # (N, H, W) in [0, 1]
     data: TrainingData
-    facts: dict  # settings, scene, hash of the base, version: what a resumed run must share
+    metadata: dict  # settings, scene, hash of the base, version: what a resumed run must share
     generator: torch.Generator  # the source of every random draw of the steps
     metrics: MetricsLog
-    done: int = 0  # steps that a checkpoint brings along
-    saved: dict[str, Tensor] = field(default_factory=dict)  # its tensors
-    scaler_state: dict = field(default_factory=dict)  # and its loss scale
-    exact: Exact = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits
+    checkpoint: Checkpoint | None = None  # from which the run continues
+    exact: Float32Values = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits
     events: EventLog | None = None  # for TensorBoard, when asked for
     interrupts: Interrupts = field(default_factory=Interrupts)
-    overflows: int = 0  # steps in a row that fp16 left out
+    overflows: int = 0  # steps in a row that fp16 skipped
+
+    @property
+    def done(self) -> int:
+        """Steps that the checkpoint brings along."""
+        return self.checkpoint.step if self.checkpoint else 0
 
 
 def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec, torch.device, str]:
@@ -100,49 +106,56 @@ def check_input(config: TrainConfig, weights: bool = True) -> tuple[Scene, Path,
 def setup_run(
     config: TrainConfig, scene: Scene, path: Path, device: torch.device, precision: str, base: Base | None = None
 ) -> Run:
-    """Load the base unless it is in memory, and compute what all steps share. The rest is what `check_input` found."""
+    """Load the base unless it is in memory, and compute what all steps share.
+
+    scene to precision: what `check_input` returned. The run folder must be held by `locked`. Raises InputError for a
+    run folder, a disk or a checkpoint that the run cannot use, before weights are read and before anything but
+    half-written files is removed.
+    """
     folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
-    checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
     require_disk_space(folder, path, config)
-    facts = {
+    place = find_checkpoint(folder, config.resume_from_checkpoint)
+    metadata = {
         "config": asdict(config),
         **scene_state(scene),
-        "base": base.hash if base else weights_hash(path, remembered=checkpoint is None),
+        "base": base.hash if base else weights_hash(path, remembered=place is None),
         "precision": precision,
         "version": __version__,
     }
-    saved, note = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+    checkpoint = load_checkpoint(place) if place else None
     if checkpoint:
-        check_note(checkpoint, note)
-        check_resumable(checkpoint, facts, note["facts"])
+        check_resumable(checkpoint.folder, metadata, checkpoint.metadata)
+        check_progress(checkpoint, folder, sum(phase.steps for phase in config.phases))
+        check_parameters(checkpoint, path, scene, config)
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
-        base = Base.open(path, device, facts["base"], prediction_type=config.prediction_type)
+        base = Base.open(path, device, metadata["base"], prediction_type=config.prediction_type)
     models = fresh_models(base, scene, config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
     exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
-    class_posterior, facts["schedule"], facts["class_images"] = None, models.schedule.to_json(), None
+    class_posterior, metadata["schedule"], metadata["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         settings = replace(config, mixed_precision=precision)
         # Uncompiled, though an earlier scene may have compiled the base's modules.
         with autocast(device, precision), torch.compiler.set_stance("force_eager"):
-            class_posterior, facts["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
+            class_posterior, metadata["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
     if checkpoint:
-        check_resumable(checkpoint, facts, note["facts"])
-    write_json(folder / SETTINGS, facts)
-    write_text(folder / CONFIG, to_toml(asdict(config)))
-    write_scene(folder, scene, image, masks)
+        check_resumable(checkpoint.folder, metadata, checkpoint.metadata)
     data = prepare(models, scene, image, masks, config, class_posterior)
     compile_unet(models.unet, config.compile)
-
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:
-        generator.set_state(saved["generator"])
-        drop_later(folder, note["step"])
-    done = note.get("step", 0)
+        generator.set_state(checkpoint.tensors["generator"])
+    with writing(folder):
+        write_json(folder / SETTINGS, metadata)
+        write_text(folder / CONFIG, to_toml(asdict(config)))
+        write_scene(folder, scene, image, masks)
+        if checkpoint:
+            remove_later(folder, checkpoint.step)
+        metrics = MetricsLog(folder / METRICS, checkpoint.metrics if checkpoint else 0)
     return Run(
         config=config,
         folder=folder,
@@ -152,19 +165,30 @@ def setup_run(
         image=image,
         masks=masks,
         data=data,
-        facts=facts,
+        metadata=metadata,
         generator=generator,
-        metrics=MetricsLog(folder / METRICS, note.get("metrics", 0)),
-        done=done,
-        saved=saved,
-        scaler_state=note.get("scaler", {}),
+        metrics=metrics,
+        checkpoint=checkpoint,
         exact=exact,
-        events=EventLog(folder, done) if config.report_to == "tensorboard" else None,
+        events=EventLog(folder, checkpoint.step if checkpoint else 0) if config.report_to == "tensorboard" else None,
+        overflows=checkpoint.overflows if checkpoint else 0,
     )
 
 
+def check_parameters(checkpoint: Checkpoint, base: Path, scene: Scene, config: TrainConfig) -> None:
+    """Check that a checkpoint's tensors are those of the phase that its step lies in. Reads no weight."""
+    models, _ = build_on_meta(base)
+    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    left = checkpoint.step
+    for phase in config.phases:
+        if left <= phase.steps:
+            check_tensors(checkpoint, trainable_parameters(models, phase), config.optimizer in ("adamw", "adam"))
+            return
+        left -= phase.steps
+
+
 def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
-    """Fresh models of the base that have the scene's handles and draw at the size that they are trained at."""
+    """Fresh models of the base with the scene's handles, which generate images of the size they are trained at."""
     models = base.fresh()
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     if config.resolution:
@@ -176,7 +200,7 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
 
 
 def log_miniature(config: TrainConfig) -> None:
-    """Say so where no base is named: nobody shall wait for a photograph's concepts in vain."""
+    """Log that the base is the shipped miniature, where none is named: it cannot learn from photographs."""
     if config.pretrained_model_name_or_path is None:
         log.info(
             "the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"
