@@ -116,11 +116,14 @@ def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
     else:
         read = read_mask if files[0].name.startswith("mask") else read_cutout
         check_total(str(files[0].parent), len(files), max(map(image_size, files), key=lambda size: size[0] * size[1]))
-        found = [
-            FoundMask(path.name, partial(read, path), oriented=read_orientation(path) is not None) for path in files
-        ]
+        found = [mask_in_file(path, read) for path in files]
     check_total(str(files[0].parent), len(found), size)
     return found
+
+
+def mask_in_file(path: Path, read: Callable[[Path], np.ndarray] = read_mask) -> FoundMask:
+    """The one mask of an image file."""
+    return FoundMask(path.name, partial(read, path), oriented=read_orientation(path) is not None)
 
 
 def check_total(name: str, count: int, size: tuple[int, int]) -> None:

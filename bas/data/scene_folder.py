@@ -9,7 +9,6 @@ of its concept in the first image, which shows all concepts. A concept without a
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -18,7 +17,14 @@ from PIL import Image
 
 from bas.config import TrainConfig
 from bas.data.mask_exports import unread_masks
-from bas.data.mask_formats import READERS, FoundMask, find_source, read_number, read_source
+from bas.data.mask_formats import (
+    READERS,
+    FoundMask,
+    find_source,
+    mask_in_file,
+    read_number,
+    read_source,
+)
 from bas.data.scene import (
     DARKEST_MASK,
     MAX_CONCEPTS,
@@ -31,7 +37,7 @@ from bas.data.scene import (
 )
 from bas.errors import InputError, did_you_mean
 from bas.io.files import read_content, reading
-from bas.io.images import SUFFIXES, TURNS, read_image, read_mask, read_orientation
+from bas.io.images import SUFFIXES, TURNS, read_image, read_orientation
 from bas.models.text import check_name
 
 log = logging.getLogger(__name__)
@@ -148,10 +154,9 @@ def read_extra_image(folder: Path, count: int) -> ExtraImage:
         if kind == "mask":
             if number >= count:
                 raise InputError(f"{path}: the scene has the concepts 0 to {count - 1}, as its first image shows them")
-            mask = match_size(read_mask(path), path, image, image_path)
-            check_coverage(path, mask)
-            masks[number] = mask
-            found.append(FoundMask(path.name, partial(read_mask, path), oriented=read_orientation(path) is not None))
+            found.append(mask_in_file(path))
+            masks[number] = match_size(found[-1].values, path, image, image_path)
+            check_coverage(path, masks[number])
     if not masks:
         advice = unread_masks(folder) or "name each by the concept that it shows"
         raise InputError(f"{folder} has no mask0.png, mask1.png, ...: {advice}")
@@ -241,7 +246,7 @@ def warn_if_turned(image_path: Path, image: Image.Image, masks: Sequence[FoundMa
     if unknown:
         names = unknown[0] if len(unknown) == 1 else f"{unknown[0]} to {unknown[-1]}"
         turn = f"{image_path} is {TURNS[orientation]} by its EXIF tag, and is used upright".replace("turned m", "m")
-        advice = "look with `bas masks SCENE --output_path masks.png`, and turn the masks if they are wrong"
+        advice = "save the image without the tag, or turn the masks"
         log.warning("%s; if %s was drawn on the stored image, it does not fit: %s", turn, names, advice)
 
 

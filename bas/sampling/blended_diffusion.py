@@ -16,10 +16,11 @@ from torch import Tensor
 
 from bas.config import EditConfig
 from bas.data.batches import encode_images
-from bas.data.scene_folder import match_size
+from bas.data.mask_formats import mask_in_file
+from bas.data.scene_folder import match_size, warn_if_turned
 from bas.errors import InputError
 from bas.io.files import read_content
-from bas.io.images import fit, pixels, read_mask, to_images
+from bas.io.images import fit, pixels, to_images
 from bas.io.settings_file import read_toml
 from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
@@ -51,7 +52,9 @@ class Region:
 
 def read_region(mask: Path, prompt: str, file: Path, image: Image.Image) -> Region:
     """Read a region from its mask file, resized to the image. InputError for a mask that marks nothing."""
-    layer = match_size(read_mask(mask), mask, image, file)
+    found = mask_in_file(mask)
+    layer = match_size(found.values, mask, image, file)
+    warn_if_turned(file, image, [found])
     if layer.max() == 0:
         raise InputError(f"{mask} is black all over: paint white what may change")
     return Region(layer, prompt, mask)
