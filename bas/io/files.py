@@ -1,11 +1,14 @@
 """Files: read so that a bad one is named, written so that a half-written one never shows. Nothing is unpickled."""
 
+import errno
 import json
 import logging
 import os
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ BYTE_ORDER_MARKS = {  # of other encodings; the longer ones first
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+LONGEST_NAME = "x" * 40  # of the files in a folder of images
+LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp")  # as `temporary_path` names it
+LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
 
 
@@ -174,6 +180,7 @@ def new_folder(name: str) -> Path:
     InputError if it holds something or cannot be made. A command that fails afterwards leaves no empty folder.
     """
     folder = Path(name)
+    check_length(folder / LONGEST_NAME, "--output_dir")
     try:
         made = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -187,20 +194,70 @@ def new_folder(name: str) -> Path:
     return folder
 
 
+def temporary_path(path: Path) -> Path:
+    """The name under which `replacing` writes a file before it takes the path's place."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def check_length(path: Path, flag: str) -> None:
+    """InputError, for a path that comes from `flag`, where the system takes none so long."""
+    try:
+        os.lstat(temporary_path(path))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{flag}: {path} would be too long for this system: name a shorter path") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the system within the block name `path`: that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary_path(path))):
+            error.filename = str(path)
+        raise
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`. When the block ends well, it is flushed to disk and takes the path's place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
-        temporary.touch()
-        readers = temporary.stat().st_mode  # as the user's umask has it; safetensors makes files for the owner alone
-        yield temporary
-        temporary.chmod(readers)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with naming(path):
+            temporary.touch()
+            readers = (
+                temporary.stat().st_mode
+            )  # as the user's umask has it; safetensors makes files for the owner alone
+            yield temporary
+            temporary.chmod(readers)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `replacing` whose processes were killed. Nothing below the folder is touched."""
+    for path in folder.glob(".*.tmp"):
+        match = LEFTOVER.fullmatch(path.name)
+        with suppress(OSError):  # gone already, or another user's
+            if match and (not is_running(int(match[1])) or time.time() - path.lstat().st_mtime > LONG_AGO):
+                path.unlink()
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number. True where the system does not tell without harm, as on Windows."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

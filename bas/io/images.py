@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import replacing
+from bas.io.files import check_length, replacing
 from bas.io.png import without_long_notes
 
 log = logging.getLogger(__name__)
@@ -199,9 +199,10 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
 def image_path(name: str) -> Path:
     """A path for an image to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
     path = Path(name)
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--output_path {name}: name a .png, .jpg or .webp file")
+    check_length(path.with_stem(f"{path.stem}-0000"), "--output_path")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not existing.is_dir():
         raise InputError(f"--output_path {name}: {path if path.is_dir() else existing} is in the way")
     return path

@@ -23,6 +23,7 @@ from bas.errors import InputError
 from bas.io.files import (
     cache_dir,
     check_json_size,
+    clear_leftovers,
     read_cache,
     read_json,
     replacing,
@@ -324,6 +325,7 @@ def _file_hash(path: Path, remembered: bool) -> str:
         return digest
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(memory.parent)
         write_json(memory, known | {key: {"state": state, "sha256": digest}})
     except OSError as error:
         log.warning("cannot cache the hash of %s in %s: %s", path, memory, error.strerror)

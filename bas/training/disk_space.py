@@ -74,8 +74,9 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
         advice = "make room" if error.errno in DISK_IS_FULL else "make the folder writable"
         raise RunError(
-            f"writing to {folder} failed: {error.strerror or error}; {newest_kept(folder)}: "
+            f"writing to {folder} failed: {reason}; {newest_kept(folder)}: "
             f"{advice}, then --resume_from_checkpoint latest"
         ) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bas.io.files import naming
+
 
 @dataclass(frozen=True)
 class Row:
@@ -55,7 +57,7 @@ class MetricsLog:
     def flush(self) -> list[dict]:
         """Append all pending rows to the file and return them, oldest first."""
         rows = [row.read() for row in self.pending]
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())

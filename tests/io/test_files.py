@@ -1,0 +1,236 @@
+"""Files as people and machines leave them: other encodings, damage, full disks, killed processes, long names."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bas.cli.entry import main
+from bas.io import files
+from bas.io.files import (
+    check_length,
+    check_shape,
+    clear_leftovers,
+    is_running,
+    new_folder,
+    read_cache,
+    read_json,
+    read_record,
+    read_records,
+    replacing,
+    write_text,
+)
+from bas.io.images import image_path
+from bas.io.settings_file import read_toml
+from tests.helpers.faults import full_disk
+from tests.helpers.tiny import refused
+
+# --- Encodings --------------------------------------------------------------------------------------------------------
+
+TEXTS = {"json": '{"handle": "<Käthe>"}', "toml": 'handle = "<Käthe>"'}
+READERS = {"json": read_json, "toml": read_toml}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_byte_order_mark_is_no_part_of_the_text(kind, tmp_path):
+    """As Windows' editors write it."""
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(TEXTS[kind].encode("utf-8-sig"))
+    assert READERS[kind](path) == {"handle": "<Käthe>"}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [("utf-16", "UTF-16"), ("utf-32", "UTF-32"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16")],
+)
+def test_another_encoding_is_named(kind, encoding, name, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(TEXTS[kind].encode(encoding))
+    with refused(f"{path} is not valid {kind.upper()}", f"it is {name}", "save it as UTF-8"):
+        READERS[kind](path)
+
+
+def test_settings_with_a_byte_order_mark_reach_the_command(bench, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_bytes("log_steps = 0".encode("utf-8-sig"))
+    assert main(["train", str(bench.scene), "--config", str(path)]) == 2
+    assert capsys.readouterr().err == f"bas: {path}: log_steps is 0: expected a whole number from 1 to 1000000\n"
+
+
+# --- Records ----------------------------------------------------------------------------------------------------------
+
+SHAPE = {"step": int, "rows": [{"loss": (int, float)}], "seconds": {...: (int, float)}}
+
+
+def test_a_shape_takes_what_it_describes_and_other_entries():
+    check_shape({"step": 3, "rows": [{"loss": 1}, {"loss": 0.5, "more": None}], "seconds": {}, "more": 1}, SHAPE)
+    check_shape({"step": 3, "rows": [], "seconds": {"a": 1, "b": 2.5}}, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", r"it is \[\]"),
+        ("null", "it is None"),
+        ("{}", "it has no step"),
+        ('{"step": true}', "step is True"),
+        ('{"step": 1.0}', "step is 1.0"),
+        ('{"step": 1}', "it has no rows"),
+        ('{"step": 1, "rows": {}}', "rows is {}"),
+        ('{"step": 1, "rows": [1]}', "an entry of rows is 1"),
+        ('{"step": 1, "rows": [{}]}', "an entry of rows has no loss"),
+        ('{"step": 1, "rows": [{"loss": "x"}]}', "loss is 'x'"),
+        ('{"step": 1, "rows": [], "seconds": {"a": null}}', "a is None"),
+    ],
+)
+def test_a_record_of_another_shape_is_named_with_what_to_do(content, reason, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with refused(f"{path} is not as bas wrote it ({reason.replace(chr(92), '')}): start anew"):
+        read_record(path, SHAPE, "start anew")
+    path.write_text(f"{content}\n{content}\n")
+    with refused(f"{path} line 1 is not as bas wrote it"):
+        read_records(path, SHAPE, "start anew")
+
+
+DAMAGE = (b"", b"{", b"\xff", b'{"a": 1}}', b'{"a": 1, "a": 2}', b"[" * 100_000, b'{"a": "\\ud800"}', b"9" * 5000)
+
+
+@pytest.mark.parametrize("data", DAMAGE, ids=range(len(DAMAGE)))
+def test_damage_is_one_line_with_what_to_do(data, tmp_path, caplog):
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    with refused(f"{path} is not valid JSON", ": start anew"):
+        read_record(path, {}, "start anew")
+    path.write_bytes(b"{}\n" + data + b"\n{}\n")
+    with refused(f"{path} line 2 is not valid JSON", ": start anew"):
+        read_records(path, {}, "start anew")
+    assert read_cache(path) == {}
+    assert caplog.text.count("it is made anew") == 1
+
+
+def test_a_line_that_is_still_written_is_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert read_records(path, {"a": int}, "") == [{"a": 1}, {"a": 2}]
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_named_with_its_file(tmp_path):
+    """Whatever is written: the system's error names no file."""
+    path = tmp_path / "a.txt"
+    with full_disk(1000), pytest.raises(OSError, match="File too large") as caught:
+        write_text(path, "a" * 100_000)
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No space left") as caught, replacing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{path}'"
+
+
+def test_the_command_names_the_file(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    target = tmp_path / "a.png"
+    monkeypatch.setattr(files, "sync", full)
+    assert main(["sample", "--prompt", "a", "--num_inference_steps", "1", "--output_path", str(target)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"bas: {target}: No space left on device"
+
+
+def test_another_files_error_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a"):
+        (tmp_path / "b").read_bytes()
+    assert caught.value.filename == str(tmp_path / "b")
+
+
+# --- What killed processes leave --------------------------------------------------------------------------------------
+
+
+def killed_in_a_write(folder) -> int:
+    """Kill a process while it writes FOLDER/a.json, and return its number."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from bas.io.files import replacing\n"
+        "with replacing(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(folder / "a.json")]) as process:
+        assert process.wait() == -signal.SIGKILL
+    return process.pid
+
+
+def test_what_a_killed_process_left_is_cleared_and_nothing_else(tmp_path):
+    dead = killed_in_a_write(tmp_path)
+    leftover, own, old = (tmp_path / f".{name}.tmp" for name in (f"a.json.{dead}", f"a.{os.getpid()}", "a.1"))
+    foreign = [tmp_path / name for name in (f"a.json.{dead}.tmp", ".a.tmp", ".a.json", f".a.{dead}.tmp.png")]
+    for path in (own, old, *foreign):
+        path.touch()
+    os.utime(old, (time.time() - 100_000,) * 2)
+    (tmp_path / "inside").mkdir()
+    inside = tmp_path / "inside" / leftover.name
+    inside.touch()
+    assert leftover.exists()
+    clear_leftovers(tmp_path)
+    assert {*tmp_path.iterdir()} == {own, *foreign, inside.parent}  # process 1 lives, but wrote nothing for a day
+    assert inside.exists()
+
+
+def test_which_processes_run():
+    assert is_running(os.getpid())
+    assert is_running(1)
+    assert not is_running(2**22 + 1)  # beyond Linux's numbers
+    assert not is_running(10**30)
+
+
+def test_the_cache_is_cleared_where_it_is_written(tmp_path, monkeypatch):
+    from bas.pretrained import folder
+
+    monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder, "SETTLED", 0)
+    (tmp_path / "cache").mkdir()
+    killed_in_a_write(tmp_path / "cache")
+    (tmp_path / "abc").write_bytes(b"abc")
+    folder.weights_hash(tmp_path / "abc")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes.json"]
+    assert len(json.loads((tmp_path / "cache" / "hashes.json").read_text())) == 1
+
+
+# --- Long names -------------------------------------------------------------------------------------------------------
+
+
+def deep(length: int) -> str:
+    """A relative path of so many characters."""
+    return ("a" * 99 + "/") * (length // 100) + "a" * (length % 100)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, deep(4050), deep(5000)], ids=["name", "room for the folder", "path"])
+def test_a_path_that_is_too_long_is_refused_before_the_work(name, bench, tmp_path, monkeypatch, capsys):
+    """Also where the folder itself could be made, but not the files in it."""
+    monkeypatch.chdir(tmp_path)
+    message = "would be too long for this system: name a shorter path"
+    with refused("--output_dir: ", message):
+        new_folder(name)
+    with refused("--output_path: ", message):
+        image_path(f"{name}/{'a' * 30}.png")
+    assert main(bench.command(name)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bas: --output_dir: ")
+    assert error.endswith(f"{message}\n")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_too_long_with_what_a_write_adds(tmp_path):
+    """255 bytes are the most; `replacing` adds a dot, the process's number and .tmp."""
+    check_length(tmp_path / ("a" * 200), "--output_path")
+    with refused("--output_path: "):
+        check_length(tmp_path / ("a" * 250), "--output_path")
+    with refused("--output_path: "):
+        image_path(str(tmp_path / f"{'ä' * 120}.png"))
