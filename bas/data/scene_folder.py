@@ -118,7 +118,7 @@ def find_image(folder: Path) -> Path:
         suffixes = (*SUFFIXES, *UNREADABLE)
         others = [path.name for path in folder.iterdir() if path.suffix.lower() in suffixes and not read_number(path)]
         advice = (
-            "convert it"
+            "convert it to img.jpg or img.png"
             if all(Path(name).suffix.lower() in UNREADABLE for name in others)
             else "rename the one you mean"
         )
