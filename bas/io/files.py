@@ -96,7 +96,7 @@ def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
         for key in (shape.keys() | value.keys()) - {...} if ... in shape else shape:
             if key not in value:
                 raise ValueError(f"{name} has no {key}")
-            check_shape(value[key], shape.get(key, shape.get(...)), key)
+            check_shape(value[key], shape[key if key in shape else ...], key)
     elif isinstance(shape, list):
         check_shape(value, list, name)
         for each in value:

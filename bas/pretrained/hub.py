@@ -18,8 +18,9 @@ from bas.io.settings_file import check_settings
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained import folder as model_folder
-from bas.pretrained.folder import STEMS, component_files
+from bas.pretrained.folder import STEMS, component_files, read_spec
 from bas.pretrained.single_file import clip_tokenizer
+from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.schedulers import NoiseSchedule
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,19 @@ CONFIGS = ("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "schedule
 
 def load(
     model: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
 ) -> Models:
-    """Load a path, a known name or a hub id as `bas.pretrained.folder.load` does; without one, the miniature."""
-    return model_folder.load(find(model), device, dtype, prediction_type)
+    """Load a path, a known name or a hub id as the commands do; without one, the miniature.
+
+    Without `device`, the GPU if there is one; without `dtype`, what --precision auto stands for on that device. Raises
+    InputError as `bas.pretrained.folder.load` does, and for a device that is not there.
+    """
+    path, device = find(model), pick_device(device)
+    if dtype is None:
+        dtype = DTYPES[pick_precision("auto", device, read_spec(path, prediction_type).unet_size)]
+    return model_folder.load(path, device, dtype, prediction_type)
 
 
 def train_config(scene: str | Path, **settings) -> TrainConfig:

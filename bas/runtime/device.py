@@ -15,13 +15,14 @@ log = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def pick_device(name: str | None) -> torch.device:
+def pick_device(name: str | torch.device | None) -> torch.device:
     """The device asked for, or the GPU if there is one. Raises InputError for a device that is not there.
 
     A GPU becomes the current one, where events, graphs and Triton's kernels go, and TF32 is off until training asks.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = str(name)
     try:
         device = torch.empty(0, device=name).device  # "cuda" with its number
     except (RuntimeError, AssertionError) as error:

@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+import bas
+from bas.cli.flags import Parser
+from bas.cli.open_model import add_model, open_model
 from bas.pretrained.loading import load_weights
 from bas.runtime import device as machine
 from bas.runtime.device import CPU_BF16_WEIGHTS, is_out_of_memory, pick_device, pick_precision
+from tests.helpers.tiny import refused
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -109,8 +113,50 @@ def test_without_a_gpu_the_cpu_is_picked(monkeypatch):
 
 
 def test_weights_go_to_the_gpu_of_the_thread_that_asks(monkeypatch):
-    """`load_weights` converts in other threads, each with a current GPU of its own: they are told a device with its number."""
+    """`load_weights` converts in threads, each with a current GPU of its own: they are told a device with its number."""
     module, weight = nn.Linear(2, 1, bias=False, device="meta"), torch.ones(1, 2)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=CPU))
     load_weights(module, {"weight": weight}, "a file", "cuda", torch.float32)
     assert torch.equal(module.weight, weight)
+
+
+# --- The same machine for Python and for the commands -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [(1, torch.bfloat16), (10**12, torch.float32)])
+def test_python_computes_as_the_command_does(monkeypatch, bench, weights, dtype):
+    """bf16 pays from some number of weights on; a processor that has it is played."""
+    monkeypatch.setattr(machine, "CPU_BF16_WEIGHTS", weights)
+    monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    parser = Parser()
+    add_model(parser)
+    command = open_model(parser.parse_args([str(bench.model)]), lambda spec: None)
+    python = bas.load(bench.model)
+    assert python.unet.conv_in.weight.dtype == command.unet.conv_in.weight.dtype == dtype
+    assert python.device == command.device == CPU
+
+
+def test_what_python_asks_for_is_taken(monkeypatch, bench):
+    monkeypatch.setattr(machine, "CPU_BF16_WEIGHTS", 1)
+    monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    for dtype in (torch.float32, torch.float16):
+        assert bas.load(bench.model, device=CPU, dtype=dtype).unet.conv_in.weight.dtype == dtype
+    with refused("--device nowhere cannot be used here"):
+        bas.load(bench.model, device="nowhere")
+
+
+def test_python_picks_the_gpu_and_turns_tf32_off_as_the_command_does(monkeypatch, bench):
+    """Loading stops where a GPU would be needed."""
+    asked, empty = [], torch.empty
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *a, **how: gpu if how.get("device") == "cuda" else empty(*a, **how))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(machine, "gpu_multiplies_bf16", lambda device: True)
+    monkeypatch.setattr("bas.pretrained.folder.load", lambda *args: asked.append(args))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    bas.load(bench.model)
+    assert asked == [(bench.model, torch.device("cuda", 0), torch.bfloat16, None)]
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32

@@ -14,9 +14,7 @@ from bas.evaluation.metrics import attention_iou
 from bas.io.figures import grid, overlay_attention, tint_masks
 from bas.io.images import save_image, to_image
 from bas.io.run_files import CONCEPTS, METRICS
-from bas.pretrained.folder import load
-from bas.pretrained.hub import find, train_config
-from bas.runtime.device import pick_device
+from bas.pretrained.hub import find, load, train_config
 from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import sample_each
 from bas.training.loop import train
@@ -65,7 +63,7 @@ def demo(output_dir: Path, device: str | None = None) -> Result:
         log.info("%s holds a finished run: only the images are generated", output_dir)
     else:
         train(config)
-    models = load(output_dir, device=pick_device(device))
+    models = load(output_dir, device)
     scene = load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
     shown, layers, handles = to_image(image), dict(enumerate(masks.numpy())), scene.handles
