@@ -41,7 +41,8 @@ def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "u
     if len(grids := {tuple(probs.shape[2:4]) for probs in chosen}) > 1:
         raise ValueError(f"maps on several grids cannot be averaged: ask the UNet for one of {sorted(grids)}")
     heads = sum(probs.shape[1] for probs in chosen)
-    return sum(reduce(probs, "b heads h w k -> b h w k", "sum") for probs in chosen) / heads
+    first, *others = (reduce(probs, "b heads h w k -> b h w k", "sum") for probs in chosen)
+    return sum(others, first) / heads
 
 
 def handle_maps(average: Tensor, positions: Tensor) -> Tensor:

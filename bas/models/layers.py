@@ -55,7 +55,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """x: (b, c_in, h, w), time: (b, time_dim) or None -> (b, c_out, h, w)"""
         hidden = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
+        if self.time_emb_proj is not None and time is not None:
             hidden = hidden + self.time_emb_proj(F.silu(time))[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))

@@ -13,11 +13,10 @@ import logging
 import re
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from bas.errors import MAX_CHANNELS, InputError, check_float, check_positive, is_utf8
@@ -196,7 +195,7 @@ def add_handles(
     Raises InputError for a malformed name, or one that the vocabulary already has.
     """
     check_handles(tokenizer, handles)
-    weight = text_encoder.get_input_embeddings().weight.detach()
+    weight = text_encoder.get_input_embeddings().get_parameter("weight").detach()
     if len(tokenizer) != len(weight):
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(weight)} rows: they don't match"
@@ -204,8 +203,9 @@ def add_handles(
     generator = torch.Generator().manual_seed(seed)
     rows = [initial_row(weight, tokenizer, word, generator) for word in words]
     # Not normalized: handles are matched before the text is lower-cased, so `<Toy>` and `<toy>` stay different.
-    added: list[str | AddedToken] = [AddedToken(handle, normalized=False) for handle in handles]
-    tokenizer.add_tokens(added)
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(handle, normalized=False) for handle in handles])
     embedding = HandleEmbedding(weight, torch.stack(rows))
     text_encoder.set_input_embeddings(embedding)
     return embedding
@@ -292,10 +292,10 @@ def find_words(tokenizer: CLIPTokenizer, ids: list[int]) -> list[tuple[str, list
 
     def close() -> None:
         if word:
-            words.append((tokenizer.decode([ids[i] for i in word]).strip(), word.copy()))
+            words.append((str(tokenizer.decode([ids[i] for i in word])).strip(), word.copy()))
             word.clear()
 
-    for i in range(1, ids.index(tokenizer.eos_token_id)):
+    for i in range(1, ids.index(cast(int, tokenizer.eos_token_id))):
         if ids[i] in owner:
             close()
             words.append((owner[ids[i]], [i]))

@@ -40,6 +40,8 @@ class Stage(nn.Module):
     place: str
     gradient_checkpointing = False
     name = ""  # in the UNet
+    resnets: nn.ModuleList
+    attentions: nn.ModuleList
 
     def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int):
         super().__init__()
@@ -190,8 +192,8 @@ class UNet(nn.Module):
             maps += block_maps
         x, block_maps = self.mid_block(x, time, context, return_maps)
         maps += block_maps
+        taken = self.config.layers_per_block + 1  # skip connections of an up block
         for block in self.up_blocks:
-            taken = len(block.resnets)
             x, block_maps = block(x, skips[-taken:], time, context, return_maps)
             skips = skips[:-taken]
             maps += block_maps
@@ -199,5 +201,6 @@ class UNet(nn.Module):
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Keep only the input of each residual block and transformer for the backward pass, and recompute the rest."""
-        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            block.gradient_checkpointing = on
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.gradient_checkpointing = on

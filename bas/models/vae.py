@@ -67,16 +67,13 @@ class CoderBlock(nn.Module):
         super().__init__()
         widths = [c_in] + [c_out] * (layers - 1)
         self.resnets = nn.ModuleList(ResnetBlock(width, c_out, None, groups, NORM_EPS) for width in widths)
-        if isinstance(resample, Downsample):
-            self.downsamplers = nn.ModuleList([resample])
-        elif isinstance(resample, Upsample):
-            self.upsamplers = nn.ModuleList([resample])
+        self.downsamplers = nn.ModuleList([resample] if isinstance(resample, Downsample) else [])
+        self.upsamplers = nn.ModuleList([resample] if isinstance(resample, Upsample) else [])
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c_in, h, w) -> (b, c_out, h', w')"""
-        for child in self.children():
-            for module in child:
-                x = module(x)
+        for module in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = module(x)
         return x
 
 

@@ -296,7 +296,7 @@ def test_an_error_of_the_program_is_not_called_one_of_the_network(monkeypatch):
 
 
 def test_masks_and_a_dry_run_need_no_weights_of_a_known_model(tmp_path, monkeypatch, capsys):
-    """The scene is brought to the size of SD 2.1, a plan is counted for it, and training itself says what is missing."""
+    """The scene is brought to the model's size, a plan is counted, and training itself says what is missing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "cached", lambda *args: None)
     scene = str(hub.find("mini") / "scenes/playroom")
