@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from PIL import Image
 from bas.cli.entry import main
 from bas.cli.open_model import open_model
 from bas.config import SampleConfig
+from bas.errors import RunError
+from bas.pretrained.folder import save_model
 from bas.runtime import device as machine
+from bas.sampling import sampler
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import check_request, decode, generate, guided_output, sample
 from tests.helpers.tiny import refused, taught
@@ -72,20 +76,23 @@ def test_settings_come_from_a_config_and_by_name(models):
 
 
 def test_guidance_pushes_away_from_the_negative_prompt(models):
-    """negative + scale x (prompt - negative); at 1 it is the prompt's prediction alone, in one pass."""
+    """negative + scale x (prompt - negative); at 1 or less it is the prompt's prediction alone, as in diffusers."""
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500
     with torch.inference_mode():
         context, negative = (encode_prompts(models.text_encoder, models.tokenizer, [p]) for p in (PROMPT, "a bowl"))
         for_prompt, for_negative = (models.unet(z, torch.tensor([t]), c).sample for c in (context, negative))
-        for scale in (0.0, 1.0, 3.0):
-            found = guided_output(models, z, t, context, negative, scale)
-            found = getattr(found, "sample", found)
+        for scale in (0.0, 0.5, 1.0):
+            assert torch.equal(guided_output(models, z, t, context, negative, scale).sample, for_prompt)
+        for scale in (1.01, 3.0):
+            found = guided_output(models, z, t, context, negative, scale).sample
             assert (found - (for_negative + scale * (for_prompt - for_negative))).abs().max() < 1e-5
 
 
-def test_guidance_of_one_ignores_the_negative_prompt(models):
-    plain = latents(models, guidance_scale=1.0)
-    assert torch.equal(plain, latents(models, guidance_scale=1.0, negative_prompt="a bowl"))
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.0])
+def test_guidance_of_one_or_less_ignores_the_negative_prompt(models, scale):
+    plain = latents(models, guidance_scale=scale)
+    assert torch.equal(plain, latents(models, guidance_scale=scale, negative_prompt="a bowl"))
+    assert (plain - latents(models, ("a stone",), guidance_scale=scale)).abs().max() > 1e-3
     assert (plain - latents(models, guidance_scale=7.5)).abs().max() > 1e-3
     assert (latents(models) - latents(models, negative_prompt="a bowl")).abs().max() > 1e-3
     assert (latents(models, negative_prompt=PROMPT) - plain).abs().max() < 1e-5 * plain.abs().max()
@@ -137,6 +144,9 @@ def test_settings_without_effect_are_told(models, caplog):
     (second,) = sample(models, PROMPT, **FAST | settings | {"eta": 0.0, "negative_prompt": ""})
     assert first.tobytes() == second.tobytes()
     caplog.clear()
+    check_request(models.spec, [PROMPT], SampleConfig(guidance_scale=0, negative_prompt="a stone"))
+    assert caplog.messages == ["--negative_prompt has no effect: --guidance_scale 0 turns guidance off"]
+    caplog.clear()
     check_request(models.spec, [PROMPT], SampleConfig(eta=0.5, negative_prompt="a stone"))
     assert caplog.messages == []
 
@@ -154,6 +164,124 @@ def test_more_steps_than_timesteps_are_refused(models):
         sample(models, PROMPT, num_inference_steps=1001)
 
 
+# --- Numbers that are not finite ----------------------------------------------------------------------------------
+
+
+def overflowing(models, network):
+    """These models in float16, with last layers whose product float16 cannot hold, though it holds their weights."""
+    last = {
+        "vae": ("decoder.conv_norm_out", "decoder.conv_out"),
+        "unet": ("conv_norm_out", "conv_out"),
+        "text_encoder": ("final_layer_norm",),
+    }
+    modules = dict(getattr(models, network).named_modules())
+    for ending in last[network]:
+        (layer,) = (module for name, module in modules.items() if name.removeprefix("text_model.") == ending)
+        with torch.no_grad():
+            layer.weight.mul_(30_000 / layer.weight.abs().max())
+    return models.to(dtype=torch.float16)
+
+
+def test_a_decoder_that_overflows_is_repeated_in_float32(bench, caplog):
+    models = overflowing(taught(bench.model), "vae")
+    z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = (models.vae.float().decode(z / 0.18215) / 2 + 0.5).clamp(0, 1)
+        models.vae.half()
+        assert not models.vae.decode((z / 0.18215).half()).isfinite().all()
+    found = decode(models, z)
+    assert torch.equal(found, expected)
+    assert {parameter.dtype for parameter in models.vae.parameters()} == {torch.float16}
+    assert caplog.messages == ["the decoder overflows in float16: 2 images are decoded in float32"]
+
+
+def test_only_images_that_overflow_are_decoded_again(bench, monkeypatch):
+    """The other images of the batch keep their bits."""
+    models = taught(bench.model).to(dtype=torch.float16)
+    z = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain, original = decode(models, z), models.vae.decode
+
+    def broken(latents):
+        images = original(latents)
+        images[1, 0, 3, 3] = float("inf")
+        return images
+
+    monkeypatch.setattr(models.vae, "decode", broken)
+    monkeypatch.setattr(sampler, "with_float32_vae", lambda models: replace(models, vae=taught(bench.model).vae))
+    found = decode(models, z)
+    assert torch.equal(found[[0, 2]], plain[[0, 2]])
+    assert found[1].isfinite().all()
+    assert (found[1] - plain[1]).abs().max() < 0.02
+
+
+def test_a_decoder_that_is_broken_in_float32_too_ends_the_run(models, monkeypatch):
+    monkeypatch.setattr(models.vae, "decode", lambda z: torch.full((len(z), 3, 32, 32), float("nan")))
+    with pytest.raises(RunError, match="even in float32: the model's VAE is damaged"):
+        sample(models, PROMPT, **FAST)
+
+
+@pytest.mark.parametrize("network", ["unet", "text_encoder"])
+def test_latents_that_are_not_finite_end_the_run_with_advice(bench, network):
+    models = overflowing(taught(bench.model), network)
+    with pytest.raises(RunError, match=r"denoising in float16 .* not finite: float16 overflowed; use bf16 or fp32"):
+        sample(models, PROMPT, **FAST)
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim", "ddpm", "dpmpp_2m"])
+def test_no_sampler_hides_numbers_that_are_not_finite(models, monkeypatch, sampler_name):
+    """One value of one step is enough; float32 has other advice."""
+    original, calls = models.unet.forward, []
+
+    def broken(*args, **kwargs):
+        output = original(*args, **kwargs)
+        calls.append(output.sample)
+        if len(calls) == 2:
+            output.sample[0, 0, 0, 0] = float("nan")
+        return output
+
+    monkeypatch.setattr(models.unet, "forward", broken)
+    with pytest.raises(RunError, match=r"denoising in float32 .* not finite: lower --guidance_scale"):
+        sample(models, PROMPT, sampler=sampler_name, **FAST)
+
+
+def test_the_command_exits_with_1_and_writes_no_black_image(bench, tmp_path, capsys):
+    model = tmp_path / "model"
+    save_model(overflowing(taught(bench.model), "unet").to(dtype=torch.float32), model)
+    words = ["sample", model, "--prompt", "a bowl", "--num_inference_steps", "2", "--precision", "fp16"]
+    assert main([*map(str, words), "--output_path", str(tmp_path / "out" / "x.png")]) == 1
+    assert capsys.readouterr().err.endswith("float16 overflowed; use bf16 or fp32 as --precision\n")
+    assert not (tmp_path / "out" / "x.png").exists()
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_would_be_replaced_is_told(bench, tmp_path, caplog):
+    words = ["sample", str(bench.model), "--prompt", "a bowl", "--num_inference_steps", "1", "--num_images"]
+    out = str(tmp_path / "x.png")
+    assert main([*words, "1", "--output_path", out]) == 0
+    assert caplog.messages == []
+    assert main([*words, "2", "--output_path", out]) == 0  # x-0.png and x-1.png
+    assert caplog.messages == []
+    assert main([*words, "1", "--output_path", out]) == 0
+    assert main([*words, "2", "--output_path", out]) == 0
+    assert caplog.messages == [
+        f"{tmp_path}/x.png will be replaced; name another file to keep it",
+        f"{tmp_path}/x-0.png and 1 more will be replaced; name another file to keep it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("vary", "--output_dir"), ("explore", "--output_dir"), ("attend", "--output_dir"), ("sample", "--output_path")],
+)
+def test_a_refused_command_leaves_no_folder(bench, tmp_path, command, flag):
+    words = [command, str(bench.model), flag, str(tmp_path / "new" / "below" / "x.png")]
+    words += ["--prompt", "a photo of <asset3>"] if command in ("attend", "sample") else []
+    assert main(words) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_comes_close(bench, models):
     exact = latents(models)
     rough = taught(bench.model).to(dtype=torch.bfloat16)
@@ -169,6 +297,7 @@ def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, mon
     pictures = {}
     for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
         words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision)
+        words.prediction_type = None
         models = open_model(words, lambda models: None)
         networks = models.unet, models.vae, models.text_encoder
         assert {weight.dtype for network in networks for weight in network.parameters()} == {dtype}
