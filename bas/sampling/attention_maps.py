@@ -5,10 +5,9 @@ The maps are those that the attention loss reads in training (paper, eq. 2): the
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from bas.io.images import save_image, to_images
 from bas.io.run_files import CONCEPTS, read_concepts
 from bas.losses import handle_maps
 from bas.models.bundle import Models, ModelSpec
-from bas.models.text import known_handles, tokenize
+from bas.models.text import find_words, known_handles, tokenize
 from bas.pretrained.hub import read_model_row
 from bas.runtime.progress import ImageProgress
 from bas.sampling.prompt_strength import read_prompt
@@ -96,30 +95,13 @@ def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[s
     """Find where each handle of a prompt stands, with `words` each word too. ids: (77,) -> token positions by name
 
     A word of several pieces has several positions, and so have a handle of several vectors and a name that stands
-    twice. An added token is a word of its own, and the name of a word is its decoded text.
+    twice.
     """
-    handles, added, end = known_handles(tokenizer), tokenizer.get_added_vocab(), cast(int, tokenizer.eos_token_id)
+    handles = known_handles(tokenizer)
     found: dict[str, list[int]] = {}
-    word: list[int] = []
-
-    def end_word() -> None:
-        if word and words:
-            name = str(tokenizer.decode([ids[i] for i in word])).strip()
-            found[name] = found.get(name, []) + word
-        word.clear()
-
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(ids[: ids.index(end)])):
-        handle = re.sub(r"_\d+$", "", token)  # <toy>_1 is a further vector of <toy>
-        if token in added:
-            end_word()
-            if i and (words or handle in handles):
-                name = handle if handle in handles else token
-                found[name] = [*found.get(name, []), i]
-        else:
-            word.append(i)
-            if token.endswith("</w>"):
-                end_word()
-    end_word()
+    for name, positions in find_words(tokenizer, ids):
+        if words or name in handles:
+            found.setdefault(name, []).extend(positions)
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.models.text import HANDLE, encode_ids, tokenize
+from bas.models.text import HANDLE, encode_ids, handle_ids, tokenize
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -137,20 +137,16 @@ def encode_prompts(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompt
 
 def find_strengths(tokenizer: CLIPTokenizer, prompt: Prompt, ids: Tensor) -> list[tuple[Tensor, float]]:
     """The tokens of a prompt that have a strength, as masks over its places, each with the strength. ids: (1, 77)"""
-    changes = [(torch.isin(ids, vectors(tokenizer, handle, ids)), value) for handle, value in prompt.handles.items()]
+    changes = [
+        (torch.isin(ids, torch.tensor(handle_ids(tokenizer, handle), device=ids.device)), value)
+        for handle, value in prompt.handles.items()
+    ]
     places = torch.arange(ids.shape[1], device=ids.device)[None]
     for i, (_, strength) in enumerate(prompt.parts):
         if strength != 1:
             first, last = (count_tokens(tokenizer, Prompt(prompt.parts[:n], {}).text) for n in (i, i + 1))
             changes.append(((places > first) & (places <= last), strength))  # place 0 is the start token
     return changes
-
-
-def vectors(tokenizer: CLIPTokenizer, handle: str, ids: Tensor) -> Tensor:
-    """The token ids of a handle: its own, and those of `<handle>_1`, `<handle>_2`, ... of an embedding of several."""
-    added = tokenizer.get_added_vocab()
-    several = [number for token, number in added.items() if re.fullmatch(rf"{re.escape(handle)}(_\d+)?", token)]
-    return torch.tensor(several, device=ids.device)
 
 
 def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
