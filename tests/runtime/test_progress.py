@@ -5,7 +5,7 @@ import io
 import pytest
 
 from bas.runtime import progress
-from bas.runtime.progress import Progress, clock
+from bas.runtime.progress import ImageProgress, Progress, clock
 
 
 class Terminal(io.StringIO):
@@ -63,3 +63,38 @@ def test_speed_counts_from_where_a_resumed_stage_began(now):
     now[0] += 5.0
     bar.show(60)
     assert "60/100  2.00 steps/s  0:20 left" in stream.getvalue()
+
+
+def test_images_are_counted_batch_by_batch(now):
+    """Five images of three steps in batches of two: the image count, the step of the batch, and the time left."""
+    stream = Terminal()
+    bar = ImageProgress(5, 3, stream=stream)
+    for batch in (2, 2, 1):
+        for _ in range(3):
+            now[0] += batch
+            bar.step(batch)
+    lines = [line.removesuffix("\033[K") for line in stream.getvalue().split("\r")[1:]]
+    assert lines[:4] == [
+        "images 0/5  step 1/3  0:13 left",
+        "images 0/5  step 2/3  0:11 left",
+        "images 2/5  step 3/3  0:09 left",
+        "images 2/5  step 1/3  0:07 left",
+    ]
+    assert lines[6:] == [
+        "images 4/5  step 1/3  0:02 left",
+        "images 4/5  step 2/3  0:01 left",
+        "images 5/5  step 3/3  0:00 left\033[K\n",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.9, 0), (3.0, 2)])
+def test_images_in_a_log_file_bring_a_line_each_ten_seconds(now, seconds, expected):
+    """So a short job prints none."""
+    stream = io.StringIO()
+    bar = ImageProgress(2, 5, stream=stream)
+    for _ in range(10):
+        now[0] += seconds
+        bar.step(1)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == expected
+    assert lines[:1] == ["images 0/2  step 4/5  0:18 left"][:expected]
