@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from bas.errors import InputError
 from bas.models.text import add_handles
 from bas.pretrained.folder import load, save_model
-from bas.pretrained.ldm_keys import CLIP, UNET
+from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, UNET
 from bas.pretrained.single_file import CLIP_VOCABULARY, clip_tokenizer, save_single_file
 from tests.helpers.families import FAMILIES, TEXT_FILE, UNET_FILE, VAE_FILE, change_tensors, refusal, tiny
 
@@ -160,3 +160,153 @@ def test_the_shipped_vocabulary_is_clips():
     assert ids == [[49406, 320, 1125, 539, 320, 2368, 256, 49407, 49407]]
     ids = clip_tokenizer(pad_with_exclamation_mark=True)(prompt, padding="max_length", max_length=9).input_ids
     assert ids == [[49406, 320, 1125, 539, 320, 2368, 0, 49407, 0]]  # as the published SD 2 tokenizer has it
+
+
+# --- Families by shapes, layouts of others, leftovers -----------------------------------------------------------------
+
+
+def assert_same(ours, theirs) -> None:
+    """Weights and configurations of two models are the same."""
+    assert (ours.spec.unet.heads, ours.spec.vae) == (theirs.spec.unet.heads, theirs.spec.vae)
+    assert ours.spec.text_encoder == theirs.spec.text_encoder
+    for part in ("unet", "vae", "text_encoder"):
+        given, expected = getattr(ours, part).state_dict(), getattr(theirs, part).state_dict()
+        assert given.keys() == expected.keys()
+        assert all(torch.equal(given[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("inner", ["text_model.", ""])
+def test_sd2_with_the_text_names_of_transformers_is_sd2(inner, sd2_file, tmp_path):
+    """Its UNet's linear projections tell: heads of 64 features, GELU, padding with `!`; 24 layers are 23."""
+    expected = load(sd2_file)
+    tensors = {key: tensor for key, tensor in load_file(sd2_file).items() if not key.startswith("cond_stage_model.")}
+    text = {key.removeprefix("text_model."): weight for key, weight in expected.text_encoder.state_dict().items()}
+    tensors |= {f"{CLIP}{inner}{key}": weight.clone() for key, weight in text.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    models = load(tmp_path / "model.safetensors")
+    assert_same(models, expected)
+    assert models.text_encoder.config.hidden_act == "gelu"
+    assert models.unet.config.heads == (1, 1, 2)
+    assert models.tokenizer.pad_token_id == 0
+    last = "encoder.layers.1."
+    for number in range(2, 24):
+        layer = {key.replace(last, f"encoder.layers.{number}."): w for key, w in text.items() if key.startswith(last)}
+        tensors |= {f"{CLIP}{inner}{key}": weight.clone() for key, weight in layer.items()}
+    save_file(tensors, tmp_path / "deep.safetensors")
+    assert load(tmp_path / "deep.safetensors").text_encoder.config.num_hidden_layers == 23
+
+
+def test_a_text_encoder_of_the_other_family_is_refused(sd2_file, tmp_path):
+    """The UNet projects by convolutions, as SD 1, and the text encoder is open_clip's, as SD 2's."""
+    path = tmp_path / "model.safetensors"
+    save_single_file(tiny("sd1", whole_vocabulary=True), path)
+    tensors = {key: tensor for key, tensor in load_file(path).items() if not key.startswith(CLIP)}
+    tensors |= {key: tensor for key, tensor in load_file(sd2_file).items() if key.startswith(OPEN_CLIP)}
+    save_file(tensors, path)
+    assert refusal(path) == (
+        f"{path} has the UNet of Stable Diffusion 1 and the text encoder of 2 (open_clip): "
+        "they belong to different models"
+    )
+
+
+@pytest.mark.parametrize(("family", "width"), [("sd1", 1024), ("sd2", 768)])
+def test_a_width_of_the_other_family_is_refused(family, width, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_single_file(tiny(family, whole_vocabulary=True), path)
+    name = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    change_tensors(path, lambda tensors: tensors.update({name: torch.zeros(len(tensors[name]), width)}))
+    ours, other = ("1", "2") if family == "sd1" else ("2", "1")
+    assert refusal(path) == (
+        f"{path} has the UNet of Stable Diffusion {ours}, which reads text of width {width}, as {other} has it: "
+        "it is damaged"
+    )
+
+
+def test_sd2_in_the_later_layout_is_read_and_sdxls_refiner_is_not(sd2_file, tmp_path):
+    """Stability AI's later code keeps the text encoder under conditioner.embedders.0."""
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(sd2_file)
+    renamed = {key.replace("cond_stage_model.", "conditioner.embedders.0."): value for key, value in tensors.items()}
+    save_file(renamed | {"denoiser.sigmas": torch.zeros(1000)}, path)
+    assert_same(load(path), load(sd2_file))
+    save_file(renamed | {f"{UNET}label_emb.0.0.weight": torch.zeros(1)}, path)
+    assert refusal(path) == f"{path} is a Stable Diffusion XL model: give a whole Stable Diffusion 1.x or 2.x model"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("global_step", "epoch", "iteration", "logit_scale", "v_pred", "embedding_manager.initial_embeddings.weight"),
+        *("embedding_manager.string_to_param_dict.*", "optimizer_states.0.x", "model_ema.num_updates"),
+    ],
+)
+def test_leftovers_of_training_are_left_out(name, sd2_file, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(sd2_file) | {name: torch.ones(2, 3)}, path)
+    assert_same(load(path, prediction_type="epsilon"), load(sd2_file, prediction_type="epsilon"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_removed(prefix, sd2_file, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({f"{prefix}{key}": value for key, value in load_file(sd2_file).items()}, path)
+    assert_same(load(path), load(sd2_file))
+
+
+def test_a_compiled_unet_in_a_whole_model_is_read(sd2_file, tmp_path):
+    """Its wrapper's prefix stands in the middle of the names."""
+    path = tmp_path / "model.safetensors"
+    save_file({key.replace(UNET, f"{UNET}_orig_mod."): value for key, value in load_file(sd2_file).items()}, path)
+    assert_same(load(path), load(sd2_file))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_text_encoder_cut_to_fewer_layers_is_read(layers, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_single_file(tiny("sd1", whole_vocabulary=True), path)
+    change_tensors(path, lambda t: [t.pop(key) for key in list(t) if f"encoder.layers.{layers}." in key])
+    models = load(path)
+    assert models.text_encoder.config.num_hidden_layers == layers
+    assert models.spec.text_encoder["num_hidden_layers"] == layers
+
+
+# --- Prediction types -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+@pytest.mark.parametrize(
+    ("markers", "yaml", "metadata", "asked_for", "expected", "zero_snr"),
+    [
+        (("v_pred",), None, None, None, "v_prediction", False),
+        (("v_pred", "ztsnr"), None, None, None, "v_prediction", True),
+        (("ztsnr",), None, None, "epsilon", "epsilon", False),
+        (("v_pred",), None, None, "epsilon", "epsilon", False),
+        (("v_pred",), None, "epsilon", None, "epsilon", False),
+        ((), 'parameterization: "v"', None, None, "v_prediction", False),
+        ((), "parameterization: eps # as published", None, None, "epsilon", False),
+        ((), "parameterization: 'v'", "epsilon", None, "epsilon", False),
+        ((), "# parameterization: v", None, "v_prediction", "v_prediction", False),
+    ],
+)
+def test_what_tells_the_prediction_type(family, markers, yaml, metadata, asked_for, expected, zero_snr, tmp_path):
+    """First the user, then the file's metadata, then its markers, then the .yaml beside it."""
+    path = tmp_path / "model.safetensors"
+    save_single_file(tiny(family, whole_vocabulary=True), path)
+    given = {"modelspec.prediction_type": metadata} if metadata else None
+    save_file(load_file(path) | {name: torch.zeros(0) for name in markers}, path, given)
+    if yaml:
+        text = f"model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    {yaml}\n    timesteps: 1\n"
+        path.with_suffix(".yaml").write_text(text)
+    schedule = load(path, prediction_type=asked_for).schedule
+    assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == (expected, zero_snr)
+    assert (schedule.alpha(999) == 0) is zero_snr
+
+
+def test_sd1_with_nothing_beside_it_predicts_noise(tmp_path, caplog):
+    path = tmp_path / "model.safetensors"
+    save_single_file(tiny("sd1", whole_vocabulary=True), path)
+    save_file(load_file(path), path)
+    path.with_suffix(".yaml").write_bytes(b"\xff\xfe\x00")
+    with caplog.at_level(logging.INFO, "bas"):
+        assert load(path).schedule.prediction_type == "epsilon"
+    assert "--prediction_type v_prediction for the others" in caplog.text
