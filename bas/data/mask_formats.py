@@ -28,8 +28,8 @@ from bas.data.mask_shapes import (
     segmentation_mask,
 )
 from bas.errors import InputError
-from bas.io.files import read_content
 from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation
+from bas.io.json_files import read_content
 
 log = logging.getLogger(__name__)
 

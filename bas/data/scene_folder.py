@@ -36,8 +36,9 @@ from bas.data.scene import (
     with_close_ups,
 )
 from bas.errors import InputError, did_you_mean
-from bas.io.files import read_content, reading
+from bas.io.files import reading
 from bas.io.images import SUFFIXES, TURNS, read_image, read_orientation
+from bas.io.json_files import read_content
 from bas.models.text import check_name
 
 log = logging.getLogger(__name__)

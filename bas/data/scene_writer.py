@@ -10,8 +10,9 @@ from PIL import ExifTags, Image
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
 from bas.data.scene_folder import find_image, images_in, match_size, read_names
 from bas.errors import InputError
-from bas.io.files import read_json, reading, replacing, write_json
+from bas.io.files import reading, replacing
 from bas.io.images import read_image, read_orientation
+from bas.io.json_files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from bas.config import CocoConfig
 from bas.data.mask_formats import entries
 from bas.data.mask_shapes import segmentation_mask
 from bas.errors import InputError, check_positive
-from bas.io.files import read_content, write_json
 from bas.io.images import MAX_PIXELS, read_image, save_image
+from bas.io.json_files import read_content, write_json
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, generate_images, measure_attention
-from bas.io.files import read_record, write_json
+from bas.io.json_files import read_record, write_json
 from bas.io.run_files import CHECKPOINTS, METRICS
 from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets

@@ -11,7 +11,7 @@ import numpy as np
 from bas.errors import InputError
 from bas.evaluation.libraries import optional_library
 from bas.evaluation.study import KEY
-from bas.io.files import read_json, read_record
+from bas.io.json_files import read_json, read_record
 
 KEY_SHAPE = {"study": str, "questions": {...: {"method": str}}}
 QUESTIONS = {"identity": "the same concept", "prompt": "what the text says"}

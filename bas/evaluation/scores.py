@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from bas.evaluation.generation import read_scene, segment_path
-from bas.evaluation.metrics import Identity, in_words, leakage
+from bas.evaluation.metrics import Identity, class_prompt, leakage
 from bas.evaluation.protocol import Trial, read_trial
 from bas.evaluation.segments import read_segments
-from bas.io.files import read_records, write_text
+from bas.io.files import write_text
 from bas.io.images import to_image
+from bas.io.json_files import read_records
 
 ROWS = "rows.jsonl"  # of a trial
 
@@ -41,7 +42,7 @@ def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: S
     handles, words = noted["handles"], [str(word) for word in scene.words]
     entries = noted["pictures"]
     images = [open_image(trial.folder / entry["file"]) for entry in entries]
-    texts = [in_words(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
+    texts = [class_prompt(entry["prompt"], dict(zip(handles, words, strict=True))) for entry in entries]
 
     common = {"scene": trial.scene, "method": trial.method, "seed": trial.seed}
     rows = [{"row": "picture", **common, **entry, "text": text} for entry, text in zip(entries, texts, strict=True)]

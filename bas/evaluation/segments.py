@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bas.errors import InputError
-from bas.io.files import read_json
 from bas.io.images import read_mask
+from bas.io.json_files import read_json
 from bas.pretrained.helper_models import find_helper, load_helper
 
 MASKFORMER = "facebook/maskformer-swin-base-coco"  # hub id

@@ -18,10 +18,11 @@ from PIL import Image
 from bas.config import StudyConfig
 from bas.errors import InputError
 from bas.evaluation.masking import blacken
-from bas.evaluation.metrics import in_words
+from bas.evaluation.metrics import class_prompt
 from bas.evaluation.protocol import RUN, TRIAL, TRIALS
-from bas.io.files import read_json, write_json, write_text
+from bas.io.files import write_text
 from bas.io.images import read_image, read_mask
+from bas.io.json_files import read_json, write_json
 from bas.training.preview import SCENE
 from bas.web.elements import data_uri, render
 
@@ -99,7 +100,7 @@ def read_trial(trial: Path, reference: Path) -> Iterator[Item]:
                 yield Item(
                     method=noted["method"],
                     scene=noted["scene"],
-                    prompt=in_words(row["prompt"], names),
+                    prompt=class_prompt(row["prompt"], names),
                     word=words[concept],
                     image=trial / row["file"],
                     reference=reference / "img.png",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import read_record, read_records
+from bas.io.json_files import read_record, read_records
 from bas.io.settings_file import check_metadata
 from bas.io.tensors import read_tensors, write_tensors
 

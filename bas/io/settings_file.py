@@ -12,7 +12,8 @@ from typing import Any
 
 from bas.config import TrainConfig, check_setting, setting_rows
 from bas.errors import InputError, did_you_mean
-from bas.io.files import decode_text, read_bytes
+from bas.io.files import read_bytes
+from bas.io.json_files import decode_text
 
 CONFIG = "config.toml"  # of a run
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import MAX_JSON_BYTES, human_size, replacing, require_file, without_duplicates
+from bas.io.files import human_size, replacing, require_file
+from bas.io.json_files import MAX_JSON_BYTES, without_duplicates
 
 MAX_TENSORS = 20_000  # ten times the largest file of this family
 MAPPED_ALONE = 2**18  # bytes: what is smaller shares one mapping with the others of its file

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bas.errors import MAX_CHANNELS, InputError, check_float, check_positive, is_utf8
-from bas.io.files import read_json
+from bas.io.json_files import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -20,17 +20,8 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.io.files import (
-    cache_dir,
-    check_json_size,
-    clear_leftovers,
-    read_cache,
-    read_json,
-    replacing,
-    require_file,
-    write_json,
-    write_text,
-)
+from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
+from bas.io.json_files import check_json_size, read_cache, read_json, write_json
 from bas.io.run_files import METRICS
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS, Models, ModelSpec

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bas.errors import InputError
-from bas.io.files import read_json
+from bas.io.json_files import read_json
 from bas.pretrained.hub import HUB_ID, cached
 
 

@@ -13,7 +13,8 @@ import torch
 
 from bas.config import OF_A_MODEL, TrainConfig, setting_rows
 from bas.errors import InputError
-from bas.io.files import read_json, reading
+from bas.io.files import reading
+from bas.io.json_files import read_json
 from bas.io.settings_file import check_settings
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig

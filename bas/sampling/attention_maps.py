@@ -17,8 +17,8 @@ from bas.config import SampleConfig
 from bas.data.batches import attention_grid
 from bas.errors import InputError
 from bas.io.figures import grid, overlay_attention
-from bas.io.files import write_json
 from bas.io.images import save_image, to_images
+from bas.io.json_files import write_json
 from bas.io.run_files import CONCEPTS, read_concepts
 from bas.losses import handle_maps
 from bas.models.bundle import Models, ModelSpec

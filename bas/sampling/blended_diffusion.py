@@ -19,8 +19,8 @@ from bas.data.batches import encode_images
 from bas.data.mask_formats import mask_in_file
 from bas.data.scene_folder import match_size, warn_if_turned
 from bas.errors import InputError
-from bas.io.files import read_content
 from bas.io.images import fit, pixels, to_images
+from bas.io.json_files import read_content
 from bas.io.settings_file import read_toml
 from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap

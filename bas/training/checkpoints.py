@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bas.errors import InputError, check_int
-from bas.io.files import read_record, sync, write_json
+from bas.io.files import sync
+from bas.io.json_files import read_record, write_json
 from bas.io.run_files import CHECKPOINTS
 from bas.io.settings_file import check_metadata
 from bas.io.tensors import read_tensors, write_tensors

@@ -22,8 +22,9 @@ from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import images_in
 from bas.errors import InputError
-from bas.io.files import cache_dir, clear_leftovers, read_record, reading, write_json
+from bas.io.files import cache_dir, clear_leftovers, reading
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
+from bas.io.json_files import read_record, write_json
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
 from bas.runtime.device import autocast

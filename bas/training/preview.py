@@ -16,8 +16,8 @@ from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import attention_grid, encode_images, handle_positions
 from bas.data.scene import Scene, subset_prompt
 from bas.io.figures import grid, overlay_attention, tint_masks
-from bas.io.files import write_json
 from bas.io.images import save_image, to_image
+from bas.io.json_files import write_json
 from bas.io.run_files import PREVIEWS, SCENE
 from bas.losses import average_maps, handle_maps
 from bas.models.bundle import Models

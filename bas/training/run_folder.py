@@ -18,7 +18,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bas.errors import InputError
-from bas.io.files import check_length, read_record
+from bas.io.files import check_length
+from bas.io.json_files import read_record
 from bas.io.run_files import CHECKPOINTS, CONCEPTS, METRICS, PREVIEWS, SCENE, SETTINGS, read_settings
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import COMPONENTS

@@ -13,7 +13,8 @@ from bas.data.batches import TrainingData, check_scene, prepare
 from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
-from bas.io.files import write_json, write_text
+from bas.io.files import write_text
+from bas.io.json_files import write_json
 from bas.io.run_files import METRICS, SETTINGS
 from bas.io.settings_file import CONFIG, to_toml
 from bas.models.bundle import Models, ModelSpec

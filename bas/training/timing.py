@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bas import __version__
-from bas.io.files import write_json
+from bas.io.json_files import write_json
 from bas.io.run_files import TIMES, read_sessions
 from bas.training.disk_space import writing
 

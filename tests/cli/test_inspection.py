@@ -14,8 +14,9 @@ from bas.cli.entry import main
 from bas.cli.inspection import as_text, describe, describe_machine
 from bas.data.scene import subset_prompt
 from bas.errors import CONTROL
-from bas.io.files import human_size, write_json
+from bas.io.files import human_size
 from bas.io.images import save_image
+from bas.io.json_files import write_json
 from bas.io.run_files import save_concepts
 from bas.models.bundle import COMPONENTS
 from bas.models.text import add_handles

@@ -12,20 +12,9 @@ import pytest
 
 from bas.cli.entry import main
 from bas.io import files
-from bas.io.files import (
-    check_length,
-    check_shape,
-    clear_leftovers,
-    is_running,
-    new_folder,
-    read_cache,
-    read_json,
-    read_record,
-    read_records,
-    replacing,
-    write_text,
-)
+from bas.io.files import check_length, clear_leftovers, is_running, new_folder, replacing, write_text
 from bas.io.images import image_path
+from bas.io.json_files import check_shape, read_cache, read_json, read_record, read_records
 from bas.io.settings_file import read_toml
 from tests.helpers.faults import full_disk
 from tests.helpers.tiny import refused

@@ -113,7 +113,7 @@ def test_without_a_gpu_the_cpu_is_picked(monkeypatch):
 
 
 def test_weights_go_to_the_gpu_of_the_thread_that_asks(monkeypatch):
-    """`load_weights` converts in threads, each with a current GPU of its own: they are told a device with its number."""
+    """`load_weights` converts in threads, each with a current GPU of its own: so the device has its number."""
     module, weight = nn.Linear(2, 1, bias=False, device="meta"), torch.ones(1, 2)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=CPU))
     load_weights(module, {"weight": weight}, "a file", "cuda", torch.float32)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import bas
 from bas.cli.entry import main
 from bas.errors import InputError
-from bas.io.files import MAX_JSON_BYTES
+from bas.io.json_files import MAX_JSON_BYTES
 from bas.io.tensors import MAX_TENSORS, read_tensors
 from bas.pretrained.folder import load
 from bas.pretrained.ldm_keys import CLIP, UNET

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bas.evaluation.baselines import PAPER
 from bas.evaluation.protocol import PLAN
-from bas.io.files import write_json
+from bas.io.json_files import write_json
 from tools.checks import methods as check_methods
 from tools.checks.methods import RECORDED, condense, differences, markdown, merged, write_scenes
 

@@ -37,8 +37,9 @@ from bas.errors import InputError
 from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid, tint_masks
-from bas.io.files import read_json, write_json, write_text
+from bas.io.files import write_text
 from bas.io.images import save_image
+from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
 from bas.pretrained.folder import load, weights_hash

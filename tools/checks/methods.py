@@ -27,8 +27,8 @@ from bas.evaluation.plot import scatter
 from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
-from bas.io.files import read_json
 from bas.io.images import save_image
+from bas.io.json_files import read_json
 from tools.mini_world.scenes import render_concepts, save_scene
 
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from bas.io.files import write_json
+from bas.io.json_files import write_json
 from bas.io.tensors import write_tensors
 from tools.train_mini.codec import Scaling
 

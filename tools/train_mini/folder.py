@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTextModel
 
 from bas.errors import InputError
-from bas.io.files import write_json
+from bas.io.json_files import write_json
 from bas.models.bundle import Models
 from bas.models.unet import UNet
 from bas.pretrained.folder import MODEL_INDEX, load
@@ -20,9 +19,8 @@ from tools.train_mini.clip import load_clip
 from tools.train_mini.codec import Scaling, measure_scaling, to_latents, to_tensor
 from tools.train_mini.decoder import load_vae, save_decoder
 from tools.train_mini.files import save_weights, write_scaling
+from tools.train_mini.fit import load_newest
 from tools.train_mini.recipe import SCHEDULE, SEED, Recipe
-
-UNETS = ("unet.safetensors", "unet.ckpt", "unet_start.safetensors")  # the newest of a run is the first that is there
 
 
 def start_from(recipe: Recipe, run: Path, folder: Path, with_clip: bool) -> None:
@@ -71,20 +69,10 @@ def translate(models: Models, recipe: Recipe, scaling: Scaling) -> UNet:
 
 
 def newest_unet(recipe: Recipe, run: Path) -> UNet:
-    """A run's UNet: the finished one, or the average so far of an unfinished one, or the one it started from.
-
-    Raises InputError where there is none yet.
-    """
+    """A run's newest UNet. InputError where there is none yet."""
     unet = UNet(recipe.unet)
-    newest = next((run / name for name in UNETS if (run / name).exists()), None)
-    if newest is None:
+    if not load_newest("unet", unet, run):
         raise InputError(f"{run} has no UNet yet: run the stage unet first")
-    if newest.suffix == ".ckpt":
-        averages = torch.load(newest, map_location="cpu", weights_only=True)["ema"]
-        for parameter, mean in zip(unet.parameters(), averages[-1], strict=True):
-            parameter.data.copy_(mean)
-    else:
-        unet.load_state_dict(load_file(newest))
     return unet
 
 

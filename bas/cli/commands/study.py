@@ -10,7 +10,8 @@ from bas.errors import InputError
 from bas.evaluation.libraries import optional_library
 from bas.evaluation.ratings import as_json, compare, read_ratings, tables
 from bas.evaluation.study import read_items, write_study
-from bas.io.files import new_folder, write_json
+from bas.io.files import new_folder
+from bas.io.json_files import write_json
 
 EXAMPLES = (
     "bas study evaluation --output_dir study",

@@ -1,0 +1,133 @@
+"""JSON files: of models, of people, and those that bas wrote itself. An error says in one line what is wrong."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from bas.errors import InputError
+from bas.io.files import read_bytes, reading, require_file, write_text
+
+log = logging.getLogger(__name__)
+
+BYTE_ORDER_MARKS = {  # of other encodings; the longer ones first
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
+Shape = type | tuple[type, ...] | dict[Any, Any] | list[Any]  # a value's type; entries by name; of each of a list
+
+
+def decode_text(data: bytes) -> str:
+    """The characters of a UTF-8 file, with or without a byte order mark. ValueError for another encoding."""
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"it is {name}: save it as UTF-8")
+    if b"\0" in data[:4]:
+        raise ValueError("it is UTF-16 or no text: save it as UTF-8")
+    return data.decode("utf-8-sig")
+
+
+def parse_json(data: bytes) -> Any:
+    """Whatever a JSON text holds. ValueError for anything else, and for half a character."""
+    try:
+        content = json.loads(decode_text(data), object_pairs_hook=without_duplicates)
+        if b"\\ud" in data or b"\\uD" in data:  # may be half a character, which can neither be written nor tokenized
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return content
+
+
+def read_content(path: Path) -> Any:
+    """Whatever a JSON file holds. InputError when it cannot be read, or is no JSON."""
+    data = read_bytes(path)
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): mend it, or copy it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. InputError when it is missing, too large, or anything but one JSON object."""
+    with reading(path):
+        require_file(path)
+        check_json_size(path)
+    content = read_content(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object: it is not a model's")
+    return content
+
+
+def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
+    """ValueError unless a value of JSON has this shape. An object may hold others, which under `...` have a shape."""
+    if isinstance(shape, dict):
+        check_shape(value, dict, name)
+        for key in (shape.keys() | value.keys()) - {...} if ... in shape else shape:
+            if key not in value:
+                raise ValueError(f"{name} has no {key}")
+            check_shape(value[key], shape[key if key in shape else ...], key)
+    elif isinstance(shape, list):
+        check_shape(value, list, name)
+        for each in value:
+            check_shape(each, shape[0], f"an entry of {name}")
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.40}")
+
+
+def read_record(path: Path, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
+    """The object in a JSON file that bas wrote itself. InputError, which ends with `advice`, for a damaged one."""
+    return _check_record(str(path), read_bytes(path), shape, advice)
+
+
+def read_records(path: Path, shape: dict[Any, Any], advice: str) -> list[dict[str, Any]]:
+    """The objects of a file that holds one a line; a last line that is still being written is left out."""
+    lines = read_bytes(path).split(b"\n")[:-1]
+    return [_check_record(f"{path} line {i}", line, shape, advice) for i, line in enumerate(lines, start=1)]
+
+
+def _check_record(name: str, data: bytes, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
+    """The object in a JSON text. InputError, from `name` to `advice`, for anything else."""
+    try:
+        record = parse_json(data)
+    except ValueError as error:
+        raise InputError(f"{name} is not valid JSON ({error}): {advice}") from None
+    try:
+        check_shape(record, shape)
+    except ValueError as error:
+        raise InputError(f"{name} is not as bas wrote it ({error}): {advice}") from None
+    return record
+
+
+def read_cache(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that can be made again; empty where it is missing or, with a warning, damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return read_record(path, {}, "it is made anew")
+    except InputError as error:
+        log.warning("%s", error)
+        return {}
+
+
+def check_json_size(path: Path) -> None:
+    """InputError for a file that is too large to be a model's description."""
+    if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than any configuration: it belongs to something else")
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's entries. ValueError for a name that stands twice: readers differ in which one they take."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice!r} stands twice")
+    return entries
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write one JSON object, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
