@@ -124,7 +124,7 @@ class Metrics:
         return cls(PromptSimilarity(str(towers), device), ObjectSimilarity(device))
 
 
-def in_words(prompt: str, names: dict[str, str]) -> str:
+def class_prompt(prompt: str, names: dict[str, str]) -> str:
     """Replace each handle of a prompt by its class name, so that CLIP can read it. names: by handle"""
     for handle, name in names.items():
         prompt = prompt.replace(handle, name)

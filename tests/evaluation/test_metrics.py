@@ -13,7 +13,7 @@ from bas.evaluation.metrics import (
     Metrics,
     PromptSimilarity,
     attention_iou,
-    in_words,
+    class_prompt,
     leakage,
 )
 from bas.evaluation.object_similarity import ObjectSimilarity
@@ -164,7 +164,7 @@ def test_models_that_are_not_here_or_of_another_kind_are_named(folders, tmp_path
 
 def test_handles_become_class_names():
     names = {"<asset0>": "bowl", "<asset1>": "toy dog"}
-    assert in_words("a photo of <asset1> and <asset0> at the beach", names) == (
+    assert class_prompt("a photo of <asset1> and <asset0> at the beach", names) == (
         "a photo of toy dog and bowl at the beach"
     )
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_true_concepts_in_another_place_count_as_right_without_guests(validated)
 def test_other_concepts_do_not_count_as_right(validated):
     """Images of another scene's true concepts, of another number, hold few of a scene's concepts and no whole scene."""
     single, whole = [], []
-    for (_, truth, _, _), (_, _, others, _) in zip(validated, validated[1:], strict=False):
+    for (_, truth, _, _), (_, _, others, _) in pairwise(validated):
         found = likenesses(truth, others) >= RIGHT
         single.append(found.mean())
         whole.append(found.all(axis=1).mean())
@@ -113,7 +114,7 @@ def test_settings_are_read_as_toml():
 
 
 def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, capsys):
-    """On the tiny model: a table, scores and a sheet; a second call neither trains nor measures, another setting does."""
+    """On the tiny model: table, scores, sheet. A second call neither trains nor measures, another setting measures."""
     monkeypatch.setattr(combine, "train_recogniser", lambda *args, **kwargs: Recogniser().eval())
     settings = ("phase1_train_steps=1", "phase2_train_steps=1", "num_class_images=1", "device=cpu")
     flags = ["--scenes", "1", "--weights", str(bench.model), "--output_dir", str(tmp_path), "--places", "2"]
