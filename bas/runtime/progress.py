@@ -63,11 +63,13 @@ class ImageProgress(Progress):
     def step(self, images: int) -> None:
         """Count one denoising step of a batch of that many images."""
         first, self.counted, self.at = not self.counted, self.counted + images, self.at + 1
-        finished, at = self.counted >= self.total, self.at
-        if at == self.steps:
+        at, saved = self.at, self.at == self.steps
+        if saved:
             self.done, self.at = self.done + images, 0
-        if not (self.due() or (self.live and (first or finished))):
+        if not (self.due() or (self.live and (first or saved))):
             return
         self.printed = time.monotonic()
         left = clock((self.total - self.counted) * (self.printed - self.began) / self.counted)
-        self.write(f"images {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished)
+        self.write(
+            f"images {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished=saved
+        )  # saved images are printed next

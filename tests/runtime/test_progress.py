@@ -77,7 +77,7 @@ def test_images_are_counted_batch_by_batch(now):
     assert lines[:4] == [
         "images 0/5  step 1/3  0:13 left",
         "images 0/5  step 2/3  0:11 left",
-        "images 2/5  step 3/3  0:09 left",
+        "images 2/5  step 3/3  0:09 left\033[K\n",
         "images 2/5  step 1/3  0:07 left",
     ]
     assert lines[6:] == [
