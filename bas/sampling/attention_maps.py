@@ -86,8 +86,8 @@ def plan_maps(
 def trained_grid(path: Path) -> int | None:
     """The `side` of the maps that the attention loss of a model read, from its run or from its own settings."""
     if (path / CONCEPTS).is_file():
-        _, note = read_concepts(path)
-        return note["config"]["attention_grid"]
+        _, metadata = read_concepts(path)
+        return metadata["config"]["attention_grid"]
     return (read_model_row(path) or {}).get("attention_grid")
 
 

@@ -58,6 +58,6 @@ def run(args: argparse.Namespace) -> None:
     images = edit(models, image, regions, config, ImageProgress(config.num_images, steps))
 
     shared = asdict(config) | {"prompts": [region.prompt for region in regions], "model": name}
-    notes = [shared | {"seed": config.seed + i} for i in range(config.num_images)]
-    for path in save_images(images, notes, target):
+    records = [shared | {"seed": config.seed + i} for i in range(config.num_images)]
+    for path in save_images(images, records, target):
         print(path)

@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> None:
     progress = ImageProgress(len(jobs), config.num_inference_steps)
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
-    notes = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
+    records = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
     if args.grid:
         rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]
         labels = [[f"{jobs[i][0]}, seed {jobs[i][1]}" for i in row] for row in rows]
         cells = list(images)
         images = [grid([[cells[i] for i in row] for row in rows], labels, max(192, min(512, cells[0].width)))]
-        notes = [asdict(config) | {"prompts": prompts, "model": name}]
-    for path in save_images(images, notes, target):
+        records = [asdict(config) | {"prompts": prompts, "model": name}]
+    for path in save_images(images, records, target):
         print(path, flush=True)

@@ -91,10 +91,10 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
             raise
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         raise RunError(memory_advice(config, used)) from error
-    _, note = read_concepts(folder)
+    _, metadata = read_concepts(folder)
     if page := try_report(folder):
         print(f"{page} shows how it went")
-    command = f'bas sample {quote(str(folder))} --prompt "a photo of {note["handles"][0]} at the beach"'
+    command = f'bas sample {quote(str(folder))} --prompt "a photo of {metadata["handles"][0]} at the beach"'
     print(f"{folder} is ready. Try: {command}")
 
 
