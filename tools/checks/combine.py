@@ -227,7 +227,7 @@ def measure(
     images = generate(models, asked, config)
     drawn = [true_image(layout, *request, seed) for request in asked for seed in range(config.num_images)]
     shown, true = read_images(truth, asked, images, recogniser), read_images(truth, asked, drawn, recogniser)
-    decoded = [Image.fromarray(image) for image in through_vae(models, [np.asarray(truth.image)])]
+    decoded = [Image.fromarray(image) for image in through_vae(models, [np.array(truth.image)])]
     image, masks = load_scene(trained).tensors(models.resolution, models.size_multiple)
     maps = scene_attention(models, models.handles[: len(truth.masks)], image, trained)
     save_image(sheet(truth, decoded[0], images, shown, config.num_images), folder / "sheet.png")
