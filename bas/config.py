@@ -15,6 +15,9 @@ from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_flo
 
 MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
+COUNTS = {"least": 0, "most": MAX_COUNT}  # the limits of whole numbers, unless a setting's row has others
+NUMBERS = {"least": 0, "most": math.inf}
+ANY = {"least": -math.inf, "most": math.inf}
 RUNS = "runs"  # folder of the run folders, where none is named
 
 # The headings of the help, in this order. The flags that people use first have a heading of their own.
@@ -61,32 +64,35 @@ def value_type(row: Field) -> tuple[type, bool, bool]:
     return typing.cast(type, row.type), False, False
 
 
-def check_setting(row: Field, value: Any, name: str) -> Any:
-    """Return a value as its setting takes it: a list as a tuple, a path as text. InputError if it is wrong."""
+def check_setting(row: Field, value: Any, name: str, limits: bool = True) -> Any:
+    """Return a value as its setting takes it: a list as a tuple, a path as text. InputError if it is wrong.
+
+    Without `limits`, only its type is checked, not the range or the choices.
+    """
     kind, several, optional = value_type(row)
     if several and isinstance(value, (list, tuple)):
-        return tuple(check_one(row, kind, each, name) for each in value)
+        return tuple(check_one(row, kind, each, name, limits) for each in value)
     if several:
         raise InputError(f"{name} is {value!r:.60}: expected a list")
     if value == "" and row.default != "":  # for example an unset variable of the shell
         raise InputError(f"{name} is empty: leave it out, or give it a value")
-    return None if value is None and optional else check_one(row, kind, value, name)
+    return None if value is None and optional else check_one(row, kind, value, name, limits)
 
 
-def check_one(row: Field, kind: type, value: Any, name: str) -> Any:
+def check_one(row: Field, kind: type, value: Any, name: str, limits: bool) -> Any:
     """Return one value of a setting, of the given type. InputError if it is wrong."""
     if kind is bool:
         return check_bool(name, value)
     if kind is int:
-        return check_int(name, value, **({"least": 0, "most": MAX_COUNT} | row.metadata["limits"]))
+        return check_int(name, value, **(COUNTS | row.metadata["limits"] if limits else ANY))
     if kind is float:
-        return float(check_float(name, value, **({"least": 0, "most": math.inf} | row.metadata["limits"])))
+        return float(check_float(name, value, **(NUMBERS | row.metadata["limits"] if limits else ANY)))
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
         raise InputError(f"{name} is {text!r:.60}: expected a string")
     if not is_utf8(text):  # the files of a run are UTF-8
         raise InputError(f"{name} {text!r} is not UTF-8: rename it")
-    return check_choice(name, text, row.metadata["choices"]) if row.metadata["choices"] else text
+    return check_choice(name, text, row.metadata["choices"]) if limits and row.metadata["choices"] else text
 
 
 def setting_rows(kind: type) -> dict[str, Field]:
@@ -485,9 +491,9 @@ class TrainConfig(Settings):
         method = PLAIN if explicit.get("method") in METHODS else {}
         merged = {**(model_row or {}), **preset, **card, **method, **explicit}
         merged = OPTIMIZERS.get(merged.get("optimizer", ""), {}) | merged
-        unknown = merged.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise InputError(f"unknown training settings: {', '.join(sorted(unknown))}")
+        known = setting_rows(cls)
+        for name in merged.keys() - known.keys():
+            raise InputError(f"unknown training setting {name}{did_you_mean(name, known)}")
         return cls(**merged)
 
 

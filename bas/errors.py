@@ -35,10 +35,26 @@ class RunError(RuntimeError):
         super().__init__(printable(message))
 
 
+def is_own_fault(error: Exception) -> bool:
+    """Whether an error is a mistake in bas's own code, and no word about the file that it was reading.
+
+    Libraries raise nearly anything for a broken file, so their callers catch everything, and ask this first.
+    """
+    trace, depth = error.__traceback__, 0
+    while trace and trace.tb_next:
+        trace, depth = trace.tb_next, depth + 1
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("bas."):
+        return False
+    # In the caller's own frame, a library's code in C may have raised all but these two.
+    mistakes = (NameError, AssertionError) if depth == 0 else (NameError, AssertionError, AttributeError, TypeError)
+    return isinstance(error, mistakes)
+
+
 def check_int(name: str, value: Any, least: float, most: float) -> int:
     """Return the value. InputError unless it is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{name} is {value!r:.60}: expected a whole number from {least:.0f} to {most:.0f}")
+        limits = f" from {least:.0f} to {most:.0f}" if math.isfinite(most) else ""
+        raise InputError(f"{name} is {value!r:.60}: expected a whole number{limits}")
     return value
 
 
@@ -58,10 +74,12 @@ def check_float(
     """Return the value. InputError unless it is a finite number from `least` to `most`, `above` < it < `below`."""
     sound = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not (sound and least <= value <= most and above < value < below):
-        limits = [f"more than {above:g}" if above >= least else f"{least:g} or more"]
-        if min(most, below) < math.inf:
-            limits.append(f"less than {below:g}" if below <= most else f"{most:g} or less")
-        raise InputError(f"{name} is {value!r:.60}: expected a finite number, {' and '.join(limits)}")
+        limits = [
+            f"more than {above:g}" if above >= least else f"{least:g} or more",
+            f"less than {below:g}" if below <= most else f"{most:g} or less",
+        ]
+        finite = " and ".join(limit for limit in limits if "inf" not in limit)
+        raise InputError(f"{name} is {value!r:.60}: expected a finite number{', ' * bool(finite)}{finite}")
     return value
 
 

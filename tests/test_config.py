@@ -215,7 +215,7 @@ def test_a_warm_up_needs_a_course_that_has_one():
 
 
 def test_unknown_settings_and_presets_are_refused():
-    with refused("unknown training settings: nonsense"):
+    with refused("unknown training setting nonsense"):
         TrainConfig.resolve({}, {"nonsense": 1})
     with refused("--preset is 'x'", "official, paper"):
         TrainConfig.resolve({"preset": "x"})

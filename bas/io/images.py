@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from bas.errors import InputError
+from bas.errors import InputError, is_own_fault
 from bas.io.files import check_length, replacing
 from bas.io.png import without_long_notes
 
@@ -53,6 +53,8 @@ def open_image(path: Path) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything
+        if is_own_fault(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if path.stat().st_size == 0:
             reason = "it is empty"
@@ -96,7 +98,9 @@ def _from_header(path: Path, read: Callable[[Image.Image], T]) -> T | None:
             warnings.simplefilter("ignore")
             with Image.open(without_long_notes(path), formats=_formats(path)) as image:
                 return read(image)
-    except Exception:  # a broken file makes Pillow raise nearly anything
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        if is_own_fault(error):
+            raise
         return None
 
 

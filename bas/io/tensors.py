@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bas.errors import InputError
+from bas.errors import InputError, is_own_fault
 from bas.io.files import human_size, replacing, require_file
 from bas.io.json_files import MAX_JSON_BYTES, without_duplicates
 
@@ -49,6 +49,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if is_own_fault(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a sound .safetensors file ({reason}): copy or download it again") from None
 

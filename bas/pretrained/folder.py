@@ -165,7 +165,7 @@ def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises nothing more specific
-        if isinstance(error, InputError) and str(path) in str(error):
+        if isinstance(error, NameError) or (isinstance(error, InputError) and str(path) in str(error)):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be used: {reason}") from error

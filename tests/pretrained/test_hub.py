@@ -109,7 +109,7 @@ def test_settings_suit_the_model_as_on_the_command_line(tmp_path):
     assert (config.instance_data_dir, config.learning_rate) == ("my_scene", 1e-5)
     assert row["attention_grid"] == config.attention_grid != TrainConfig().attention_grid
     assert bas.train_config("my_scene", weights=hub.find("mini")).pretrained_model_name_or_path == str(hub.find("mini"))
-    with refused("unknown training settings: rate"):
+    with refused("unknown training setting rate"):
         bas.train_config("my_scene", rate=1)
 
 
