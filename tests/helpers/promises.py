@@ -4,44 +4,56 @@ import re
 from collections import Counter
 
 PROMISES = (  # what is promised, and a pattern that the names of its tests match, as file::test
-    ("a killed run, resumed, ends with the bits of a whole one (eight kills; kills.py tries seventy)", r"test_kills"),
-    ("what must be the same on resuming is; what only watches may change", r"test_resume|the_loss_scale_of"),
     (
-        "a save is whole or absent",
+        "a killed run, resumed, ends with the bits of an uninterrupted one (eight kills; kills.py tries seventy)",
+        r"test_kills",
+    ),
+    (
+        "a resumed run has the same settings and files, except those that only watch it",
+        r"test_resume|the_loss_scale_of",
+    ),
+    (
+        "a save is complete or absent",
         r"test_run_folder|pretrained/test_folder::.*(mapped_files|failed_save|index_is)|on_the_disk|claims_success",
     ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
-    ("nobody reads the output", r"test_stop::.*(pipe|full_disk|nobody_reads|cannot_be_written)"),
     (
-        "one run a folder, and nothing that is there is written over",
+        "the reader of the output is gone: one exit code, no trace",
+        r"test_stop::.*(pipe|full_disk|nobody_reads|cannot_be_written)",
+    ),
+    (
+        "one run in a folder, and no file of it is overwritten",
         r"second_of_two|racing|must_be_free|only_leftovers",
     ),
     (
-        "a full or read-only disk loses nothing, and is told before weights are read",
+        "a full or read-only disk loses nothing, and is reported before weights are read",
         r"test_survival::.*(full_disk|disk_that|read_only|sees_it)|test_dry_run::.*disk",
     ),
-    ("out of memory: advice with numbers, the checkpoint kept", r"memory_is|savings|without_memory|memory_keeps"),
+    (
+        "out of memory: advice with numbers, and the checkpoint is kept",
+        r"memory_is|savings|without_memory|memory_keeps",
+    ),
     (
         "a number that is not finite stops the run within its step and is named",
         r"test_numbers::.*(not_finite|went_wrong|bad_step)|dead_map|dead_padding",
     ),
     ("fp16 may overflow: such steps change nothing and are counted", r"test_numbers::.*fp16"),
     (
-        "a seed decides: the same bits again, a batch as each alone to 1e-5, a deterministic mode",
+        "the seed decides: the same bits again, a batch equals its images alone to 1e-5, a deterministic mode",
         r"test_numbers::.*(source_of_chance|deterministic|gpu_cannot)|seed_alone|differ_and_repeat|seed_decides",
     ),
     (
-        "a bad model is refused with file and reason, unopened and in little memory",
+        "a bad model is rejected with file and reason, without unpickling and in little memory",
         r"test_bad_models::(?!.*thousand_mutated)|test_unsupported|pretrained/test_folder::.*(wrong_keys|unusable)"
         r"|test_single_file::.*(further_inputs|unknown_and|lacks)",
     ),
-    ("20,000 mutated headers are refused, or read as what they hold", r"twenty_thousand_mutated"),
+    ("20,000 mutated headers are rejected, or read as what they hold", r"twenty_thousand_mutated"),
     (
-        "a bad picture or mask is refused, or read by a stated rule with these values",
+        "a bad image or mask is rejected, or read by a stated rule with these values",
         r"test_bad_images|test_mask_formats|test_mask_report|test_scene::(?!.*(sampling|always_drawn|_prompts))",
     ),
     (
-        "a handle is known, whole and no path; settings have a range",
+        "a handle is known, well-formed and no path; settings have a range",
         r"test_prompt_strength|test_settings_file|test_text::.*(handle|prompt|token)",
     ),
     (
@@ -49,11 +61,11 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_early|cli/test_entry::.*(wrong_lines|debug|exit_code|130)|training/test_setup::test_wrong_input",
     ),
     (
-        "on a GPU nothing is left on the CPU, and the numbers are the CPU's: all tried on a simulated one",
+        "on a GPU nothing stays on the CPU, and the numbers are those of the CPU (a simulated GPU)",
         r"test_simulated_gpu",
     ),
-    ("no test touches the network or the home folder; their order does not matter", r"test_conftest"),
-    ("the guards stand where mutations.py takes them out", r"test_mutations"),
+    ("no test uses the network or the home folder; the order of tests does not matter", r"test_conftest"),
+    ("the guards stand where mutations.py removes them", r"test_mutations"),
 )
 
 
