@@ -506,7 +506,7 @@ class SampleConfig(Settings):
 
     negative_prompt: str = setting("", "what the images should not show")
     num_inference_steps: int = setting(50, "denoising steps", least=1)
-    guidance_scale: float = setting(7.5, "strength of the prompt (classifier-free guidance); 1 turns guidance off")
+    guidance_scale: float = setting(7.5, "strength of the prompt (classifier-free guidance); 1 or less turns it off")
     sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
     eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm", most=1)
     steps_offset: int | None = setting(

@@ -35,6 +35,10 @@ class RunError(RuntimeError):
         super().__init__(printable(message))
 
 
+class NotFiniteError(RunError):
+    """What a network computes is not finite: a number overflowed, or a weight is broken."""
+
+
 def is_own_fault(error: Exception) -> bool:
     """Whether an error is a mistake in bas's own code, and no word about the file that it was reading.
 

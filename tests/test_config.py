@@ -244,7 +244,7 @@ def test_settings_from_python_are_taken_as_those_of_flags():
         ({"handles": "ab"}, "--handles is 'ab': expected a list"),
         ({"handles": ("a", 1)}, "--handles is 1: expected a string"),
         ({"output_dir": 5}, "--output_dir is 5: expected a string"),
-        ({"output_dir": ""}, "--output_dir is empty"),
+        ({"placeholder_token": ""}, "--placeholder_token is empty"),
         ({"pretrained_model_name_or_path": ""}, "--weights is empty"),
         ({"output_dir": "a\udc80"}, "is not UTF-8"),
     ):

@@ -24,22 +24,22 @@ TIMES = "times.json"
 NUMBER = (int, float)
 ROW = {"phase": str, "step": int, ...: NUMBER}  # of the metrics
 SESSION = {"started": str, "device": str, "versions": dict, "stages": [{"stage": str, "seconds": NUMBER}]}
-SCENE, PREVIEWS = "scene", "previews"  # what the training saw, and what it drew meanwhile
+SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images generated during training
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """The metadata in a run's settings.json. InputError where it is missing or damaged."""
+    """Read a run's metadata from its settings.json. InputError if the file is missing or damaged."""
     path = run / SETTINGS
     return check_metadata(path, read_record(path, {}, "restore it from a copy, or train anew"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, none where it is missing. InputError for a damaged line."""
+    """Read the rows of metrics.jsonl, one per optimizer step; none without the file. InputError for a damaged line."""
     return read_records(path, ROW, "restore it from a copy, or remove it") if path.exists() else []
 
 
 def read_sessions(run: Path) -> list[dict[str, Any]]:
-    """The sessions in a run's times.json; none where it is missing or, with a warning, damaged."""
+    """Read the sessions of a run from its times.json. A damaged file gives a warning and no sessions."""
     path = run / TIMES
     if not path.exists():
         return []
@@ -50,27 +50,27 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
         return []
 
 
-def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str], note: dict) -> None:
-    """The small file that says what a run learnt. rows: (N, d) float32; masks: (N, H, W) in 0..1, kept as 8 bits."""
+def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str], metadata: dict[str, Any]) -> None:
+    """Write what a run learnt of its concepts: the handles' rows (N, d) as float32, the masks (N, H, W) as 8 bits."""
     tensors = {"handles": rows.float(), "masks": (masks * 255).round().to(torch.uint8)}
-    metadata = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(note)}
-    write_tensors(run / CONCEPTS, tensors, metadata)
+    texts = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(metadata)}
+    write_tensors(run / CONCEPTS, tensors, texts)
 
 
-def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a run's concepts file and the run's facts. Raises InputError for a file that is something else."""
+def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors of a run's concepts file and the run's metadata. InputError if bas did not write it."""
     path = run / CONCEPTS
-    tensors, metadata = read_tensors(path)
-    ours = metadata.get("bas") == "concepts-1" and {"handles", "masks"} <= tensors.keys()
+    tensors, texts = read_tensors(path)
+    ours = texts.get("bas") == "concepts-1" and {"handles", "masks"} <= tensors.keys()
     if not ours or tensors["masks"].ndim != 3:
         raise InputError(f"{path} was not written by bas")
-    return tensors, read_metadata(path, metadata)
+    return tensors, read_metadata(path, texts)
 
 
-def read_metadata(path: Path, metadata: dict[str, str]) -> dict:
-    """What a concepts file's metadata notes of its run. Raises InputError where it is not as written."""
+def read_metadata(path: Path, texts: dict[str, str]) -> dict[str, Any]:
+    """Return a run's metadata from the texts of its concepts file. InputError if they are damaged."""
     try:
-        facts = {**json.loads(metadata["note"]), "handles": json.loads(metadata["handles"])}
+        metadata = {**json.loads(texts["note"]), "handles": json.loads(texts["handles"])}
     except (KeyError, ValueError, TypeError, RecursionError):
-        facts = None
-    return check_metadata(path, facts)
+        metadata = None
+    return check_metadata(path, metadata)

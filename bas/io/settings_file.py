@@ -1,33 +1,33 @@
-"""Settings in files: in TOML for --config, in a model's own row, and in what a run notes of itself.
+"""Settings in files: the TOML file of --config, the bas.json of a model, the metadata of a run.
 
-Flags win over the first two, where a key that is no setting is an error. Each run keeps its resolved settings as
-RUN/config.toml, which can be given to --config again.
+Flags win over the first two. Each run keeps its resolved settings as RUN/config.toml, which --config takes again.
 """
 
 import json
 import tomllib
-from dataclasses import Field, fields
+from dataclasses import Field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bas.config import TrainConfig, check_setting, setting_rows
 from bas.errors import InputError, did_you_mean
 from bas.io.files import read_bytes
-from bas.io.json_files import decode_text
+from bas.io.json_files import check_shape, decode_text
 
 CONFIG = "config.toml"  # of a run
+METADATA = {"config": dict, "handles": [str], "base": str, "version": str}
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
 
 
 def read_config(path: str | None, known: dict[str, Field]) -> dict[str, Any]:
-    """The settings in a TOML file, lists as tuples; none without a path. InputError for what is no setting here."""
+    """Read the settings in a TOML file; none without a path. Raises as `check_settings`."""
     if path is None:
         return {}
     return check_settings(Path(path), read_toml(Path(path)), known)
 
 
 def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
-    """The settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
+    """Return the settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
     for name in settings.keys() - known.keys():
         for row in known.values():
             if row.type is bool and f"--{name}" in (f"--no_{row.name}", *row.metadata["flag"]):
@@ -37,7 +37,7 @@ def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]
 
 
 def read_toml(file: Path) -> dict:
-    """The content of a TOML file. Raises InputError when it cannot be read or is none."""
+    """Read a TOML file. InputError if it cannot be read or is no TOML."""
     content = read_bytes(file)
     try:
         return tomllib.loads(decode_text(content))
@@ -45,28 +45,29 @@ def read_toml(file: Path) -> dict:
         raise InputError(f"{file} is not valid TOML: {str(error).splitlines()[0]}") from None
 
 
-def check_metadata(file: Path, facts: object) -> dict:
-    """What a run notes of itself: config, handles, base and version. Raises InputError where one is not as written.
+def check_metadata(file: Path, metadata: object) -> dict[str, Any]:
+    """Return a run's metadata: its settings, handles, base and version. InputError if a part is missing or wrong.
 
-    Another version may have written it: settings that are unknown here stay, those that it lacks are at their defaults.
+    Another version of bas may have written it. Settings that are unknown here stay; those that it lacks get their
+    defaults; ranges and choices may have changed, so only types are checked.
     """
-    kinds = {"config": dict, "handles": list, "base": str, "version": str}
-    if not (
-        isinstance(facts, dict)
-        and all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
-        and facts["handles"]
-        and all(isinstance(handle, str) for handle in facts["handles"])
-    ):
-        raise InputError(f"{file} does not hold what bas notes of a run: it was changed, or something else wrote it")
-    defaults = {f.name: f.default for f in fields(TrainConfig)}
-    config = defaults | facts["config"]
-    changed = {name: value for name, value in config.items() if name in defaults and value != defaults[name]}
-    check_settings(file, changed, setting_rows(TrainConfig))
-    return facts | {"config": config}
+    try:
+        check_shape(metadata, METADATA)
+        record = cast(dict[str, Any], metadata)
+        if not record["handles"]:
+            raise ValueError("handles is []")
+    except ValueError as error:
+        raise InputError(f"{file} is not as bas wrote it ({error}): restore it from a copy, or train anew") from None
+    rows = setting_rows(TrainConfig)
+    config = {name: row.default for name, row in rows.items()} | record["config"]
+    for name, row in rows.items():
+        if config[name] != row.default:
+            check_setting(row, config[name], f"{file}: {name}", limits=False)
+    return record | {"config": config}
 
 
 def to_toml(settings: dict) -> str:
-    """Settings as a TOML file that `read_config` takes; what is None is left out."""
+    """Write settings as a TOML file that `read_config` takes, without those that are None."""
     kept = {name: value for name, value in settings.items() if value is not None and name not in NOT_KEPT}
     return "".join(f"{name} = {_literal(value)}\n" for name, value in kept.items())
 

@@ -47,7 +47,7 @@ NOTE = {"config": {}, "handles": ["<a>"], "base": "x", "version": "1"}
 def test_concepts_without_their_notes_are_refused(tmp_path, metadata):
     tensors = {"handles": torch.zeros(1, 4), "masks": torch.zeros(1, 4, 6)}
     write_tensors(tmp_path / "concepts.safetensors", tensors, {"bas": "concepts-1", **metadata})
-    with refused(f"{tmp_path / 'concepts.safetensors'} does not hold what bas notes of a run"):
+    with refused(f"{tmp_path / 'concepts.safetensors'} is not as bas wrote it"):
         read_concepts(tmp_path)
 
 

@@ -66,7 +66,7 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
         ("handles = ['<toy>', 1]", "handles is 1: expected a string"),
         ("optimizer = ['adam']", "optimizer is ['adam']: expected a string"),
         ("optimizer = 'sgd'", "optimizer is 'sgd': expected one of adamw, adam, adamw8bit"),
-        ("output_dir = ''", "output_dir is empty"),
+        ("placeholder_token = ''", "placeholder_token is empty"),
         (
             "no_prior_preservation = true",
             "no_prior_preservation is a flag of the command: in a file write with_prior_preservation = false",
@@ -183,5 +183,5 @@ def test_sampling_takes_prompts_and_model_from_the_file(tmp_path, monkeypatch):
         ("b", ["x", "y"], SampleConfig(seed=6, guidance_scale=3.0)),
         ("c", ["z"], SampleConfig(seed=5, guidance_scale=3.0)),
     ]
-    with pytest.raises(InputError, match="say what to draw"):
+    with pytest.raises(InputError, match="no prompt"):
         sample_command.run(parse(sample_command, ["b"]))

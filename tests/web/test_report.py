@@ -258,10 +258,10 @@ def test_pictures_are_whole_or_absent(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoilt", "message"),
     [
-        ({"config": None}, " does not hold what bas notes of a run: it was changed, or something else wrote it"),
-        ({"handles": []}, " does not hold what bas notes of a run"),
-        ({"handles": [3]}, " does not hold what bas notes of a run"),
-        ({"base": 3}, " does not hold what bas notes of a run"),
+        ({"config": None}, " is not as bas wrote it"),
+        ({"handles": []}, " is not as bas wrote it"),
+        ({"handles": [3]}, " is not as bas wrote it"),
+        ({"base": 3}, " is not as bas wrote it"),
         ({"config": {"phase1_train_steps": "400"}}, ": phase1_train_steps is '400': expected a whole number"),
         ({"config": {"phase2_train_steps": None}}, ": phase2_train_steps is None: expected a whole number"),
         ({"config": {"pretrained_model_name_or_path": 3}}, ": pretrained_model_name_or_path is 3: expected a string"),
