@@ -55,10 +55,10 @@ class ImageProgress(Progress):
     A terminal shows it all the time; in a log file each ten seconds bring a line, so that a short job prints none.
     """
 
-    def __init__(self, images: int, steps: int, stream: TextIO | None = None):
-        super().__init__("images", images * steps, stream=stream)
-        self.images, self.steps = images, steps
-        self.counted = self.done = self.at = 0
+    def __init__(self, images: int, steps: int, stream: TextIO | None = None, stage: str = "images", done: int = 0):
+        super().__init__(stage, (images - done) * steps, stream=stream)
+        self.images, self.steps, self.done = images, steps, done
+        self.counted = self.at = 0
 
     def step(self, images: int) -> None:
         """Count one denoising step of a batch of that many images."""
@@ -70,6 +70,10 @@ class ImageProgress(Progress):
             return
         self.printed = time.monotonic()
         left = clock((self.total - self.counted) * (self.printed - self.began) / self.counted)
+<<<<<<< HEAD
         self.write(
             f"images {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished=saved
         )  # saved images are printed next
+=======
+        self.write(f"{self.stage} {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished)
+>>>>>>> d16b624 (wip)

@@ -1,4 +1,4 @@
-"""A base model in memory: read once, then trained on one scene after another, each time from the weights it had."""
+"""A base model in memory: loaded once, then trained on one scene after another, each time from its first weights."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -51,7 +51,7 @@ class Base:
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def fresh(self) -> Models:
-        """The models as they were read, without handles and gradients, whatever was done with them since."""
+        """The models as they were loaded, without handles and gradients, however they were trained since."""
         if self.kept:
             self.models.text_encoder.set_input_embeddings(self.embedding)
         for name, state in self.kept.items():
@@ -71,7 +71,7 @@ class Base:
 
 @torch.no_grad()
 def put_back(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a network's weights the values and the precision of `state`."""
+    """Restore the values and the precision of `state` in a network's weights, in place."""
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if name not in state:  # a table that is no weight
             continue

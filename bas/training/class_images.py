@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import encode_images
@@ -26,9 +27,10 @@ from bas.io.files import cache_dir, clear_leftovers, reading
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.io.json_files import read_record, write_json
 from bas.models.bundle import Models
+from bas.models.unet import AttentionMap
 from bas.models.vae import Posterior
 from bas.runtime.device import autocast
-from bas.runtime.progress import Progress
+from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import decode, generate
 from bas.schedulers import NoiseSchedule
 from bas.training.run_folder import TEMPORARY
@@ -137,7 +139,7 @@ def class_images(
             log.info("generating %d class images into %s", config.num_class_images - found, folder)
             _generate_missing(models, config, settings, folder, found)
     chosen = _images(folder)[: config.num_class_images]
-    images = [ImageOps.fit(read_image(path), size[::-1], Image.Resampling.BICUBIC) for path in chosen]
+    images = [ImageOps.fit(read_image(path), (size[1], size[0]), Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
     with autocast(models.device, "no"):  # in float32 like the scene's image, whatever precision generated them
         return encode_images(models, torch.stack([pixels(image) for image in images])), content
@@ -158,15 +160,19 @@ def taking_turns(folder: Path) -> Iterator[None]:
 def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfig, folder: Path, found: int) -> None:
     """Generate class images until there are as many as the settings ask for; those that exist stay."""
     total, prompts = config.num_class_images, config.class_prompt
-    bar = Progress("class images", total, found, unit="images")
+    progress = ImageProgress(total, settings.num_inference_steps, stage="class images", done=found)
+
+    def count(_i: int, _t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+        progress.step(len(z))
+        return z
+
     missing = [i for i in range(total) if not (folder / f"{i:05d}.png").exists()][: total - found]
     for start in range(0, len(missing), config.sample_batch_size):
         batch = missing[start : start + config.sample_batch_size]
         texts, seeds = [prompts[i % len(prompts)] for i in batch], [settings.seed + i for i in batch]
-        images = to_images(decode(models, generate(texts, seeds, models, settings)))
+        images = to_images(decode(models, generate(texts, seeds, models, settings, count)))
         for i, image in zip(batch, images, strict=True):
             save_image(image, folder / f"{i:05d}.png")
-        bar.show(found + start + len(batch))
 
 
 def _images(folder: Path) -> list[Path]:

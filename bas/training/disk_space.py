@@ -29,7 +29,7 @@ def count_numbers(models: Models) -> dict[str, int]:
     groups["cross_attention"] = cross_attention(models.unet).values()
     groups["cross_attention_kv"] = keys_and_values(models.unet).values()
     numbers = {name: sum(p.numel() for p in group) for name, group in groups.items()}
-    rows = models.text_encoder.get_input_embeddings().weight.numel()
+    rows = models.text_encoder.get_input_embeddings().get_parameter("weight").numel()
     return {**numbers, "text_encoder": numbers["text_encoder"] - rows, "embedding": rows}
 
 
@@ -58,7 +58,7 @@ def free_disk_space(folder: Path) -> int:
 
 
 def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
-    """InputError when the disk of the run folder has less room than the run's files will take."""
+    """InputError when the disk of the run folder has less space than the run's files will take."""
     files, free = files_to_come(count_numbers(build_on_meta(base)[0]), config), free_disk_space(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())

@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ def blank_data(models: Models, scene: Scene, masks: Tensor, config: TrainConfig)
     )
     return TrainingData(
         images=(EncodedImage((view, view), tuple(range(len(scene.handles)))),),
-        handle_ids=tuple(models.tokenizer.convert_tokens_to_ids(list(scene.handles))),
+        handle_ids=tuple(cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(scene.handles)))),
         handles=scene.handles,
         class_posterior=Posterior(empty.mean[None], empty.logvar[None]),
         class_ids=tokenize(models.tokenizer, list(config.class_prompt[:1])),
@@ -282,9 +283,7 @@ def matrix_speed(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> f
         seconds = []
         for _ in range(rounds + 1):  # the first one warms up
             began = clock()
-            for _ in range(at_once):
-                product = a @ a
-            product.sum().item()  # waits for the device
+            torch.stack([a @ a for _ in range(at_once)]).sum().item()  # waits for the device
             seconds.append(clock() - began)
     finally:
         torch.set_num_threads(threads)

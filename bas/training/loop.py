@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bas.config import Phase, TrainConfig
 from bas.data.batches import Batch, sample_batch
+from bas.errors import NotFiniteError
 from bas.io.run_files import save_concepts
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.models.bundle import Models
@@ -30,7 +31,7 @@ from bas.training.disk_space import writing
 from bas.training.master_weights import restore_weights
 from bas.training.nonfinite import check_weights, flush_and_check, is_finite, warn_of_overflows
 from bas.training.optimizer import set_learning_rate
-from bas.training.phase_state import PhaseState, build_phase_state, restore_phase
+from bas.training.phase_state import PhaseState, build_phase_state, handle_embedding, restore_phase
 from bas.training.preview import sheet_path, write_preview
 from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished, holds_checkpoints, locked
@@ -203,8 +204,12 @@ def do_rare_work(run: Run, state: PhaseState, step: int) -> None:
         raise Interrupted(f"stopped {where}, saved in {run.folder}; --resume_from_checkpoint latest continues", signal)
     due = bool(config.img_log_steps) and step % config.img_log_steps == 0
     if due and not (resumed and sheet_path(run.folder, step).exists()):
-        with writing(run.folder), autocast(run.models.device, run.precision):
-            sheet = write_preview(run.folder, run.models, run.scene.handles, run.image, run.masks, config, step)
+        try:
+            with writing(run.folder), autocast(run.models.device, run.precision):
+                sheet = write_preview(run.folder, run.models, run.scene.handles, run.image, run.masks, config, step)
+        except NotFiniteError as error:  # the training itself may go on well: losses and weights are checked
+            log.warning("no preview after step %d: %s", step, error)
+            return
         if run.events:
             run.events.add_sheet(sheet, step)
 
@@ -231,8 +236,7 @@ def finish(run: Run) -> None:
     restore_weights(run.exact)
     with writing(run.folder):
         save_model(run.models, run.folder, DTYPES[run.config.save_precision])
-        rows = run.models.text_encoder.get_input_embeddings().handles
-        save_concepts(run.folder, rows, run.masks, run.scene.handles, run.metadata)
+        save_concepts(run.folder, handle_embedding(run.models).handles, run.masks, run.scene.handles, run.metadata)
         remove_all(run.folder)
     if run.events:
         run.events.close()

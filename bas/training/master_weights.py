@@ -76,7 +76,7 @@ class MasterWeights:
         """Round the masters into the model's weights, in place."""
         if self.pairs:
             weights, masters = zip(*self.pairs, strict=True)
-            torch._foreach_copy_(weights, masters)
+            torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

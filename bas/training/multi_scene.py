@@ -2,8 +2,8 @@
 
     OUT/NAME/    the run of the scene folder called NAME
 
-What is finished is left as it is, what is unfinished goes on from its checkpoint, and a scene that fails does not keep
-the others from being trained.
+A finished run is left as it is, an unfinished one continues from its checkpoint. A scene that fails does not stop the
+others.
 """
 
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one scene."""
+    """The result of one scene."""
 
     scene: str
     folder: str
@@ -78,39 +78,39 @@ def scenes_in(folder: Path) -> list[Path]:
 
 
 def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
-    """The settings of one scene's run, which goes on where there is something to go on from."""
+    """The settings of one scene's run, which resumes where it was begun."""
     folder = Path(config.output_dir) / scene.resolve().name
     resume = "latest" if (folder / METRICS).exists() else None
     return replace(config, instance_data_dir=str(scene), output_dir=str(folder), resume_from_checkpoint=resume)
 
 
 def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
-    """Train the scenes one after another into folders of `config.output_dir`; yields what became of each.
+    """Train the scenes one after another into folders of `config.output_dir`; yields the outcome of each.
 
     Raises InputError for what is wrong with the base, the machine or the settings; Interrupted after a signal.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
-        raise InputError("--resume_from_checkpoint: with several scenes each goes on by itself; leave it out")
+        raise InputError("--resume_from_checkpoint: several scenes resume by themselves; leave it out")
     spec, device, _ = check_machine(config)
     path = spec.source or Path()
     base = None
     for scene in scenes:
         settings = settings_of(scene, config)
-        names = {"scene": str(scene), "folder": settings.output_dir}
+        outcome = Outcome(str(scene), settings.output_dir)
         try:
             if is_finished(settings):
                 if holds_checkpoints(Path(settings.output_dir)):
                     clear_finished(Path(settings.output_dir))
-                yield Outcome(**names, earlier=True)
+                yield replace(outcome, earlier=True)
                 continue
             base = base or Base.open(path, device, keep=True, prediction_type=config.prediction_type)
             log.info("training on %s", scene)
             train(settings, base)
         except (InputError, RunError, OSError) as error:
-            yield Outcome(**names, error=str(error))
+            yield replace(outcome, error=str(error))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            yield Outcome(**names, error=memory_advice(settings, None))
+            yield replace(outcome, error=memory_advice(settings, None))
         else:
-            yield Outcome(**names)
+            yield outcome

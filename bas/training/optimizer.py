@@ -1,6 +1,6 @@
 """The optimizers: AdamW and Adam as fused kernels, and AdamW with 8-bit moments, which is an extra."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
     parameters = list(parameters)
     betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
     if config.optimizer == "adamw8bit":
-        return adamw8bit()(parameters, 0.0, betas, config.adam_epsilon, decay)
+        return adamw8bit()(parameters, lr=0.0, betas=betas, eps=config.adam_epsilon, weight_decay=decay)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, 0.0, betas, config.adam_epsilon, decay, fused=True)
+    return kind(parameters, lr=0.0, betas=betas, eps=config.adam_epsilon, weight_decay=decay, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -27,10 +27,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def adamw8bit() -> type[torch.optim.Optimizer]:
+def adamw8bit() -> Callable[..., torch.optim.Optimizer]:
     """AdamW of bitsandbytes (Dettmers et al. 2022). Raises InputError where that is not installed."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("--optimizer adamw8bit is an extra: pip install bitsandbytes") from None
     return AdamW8bit

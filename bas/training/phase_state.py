@@ -7,6 +7,7 @@ from torch import nn
 
 from bas.config import Phase, TrainConfig
 from bas.models.bundle import Models, cross_attention, keys_and_values
+from bas.models.text import HandleEmbedding
 from bas.training.checkpoints import Checkpoint, restore_optimizer
 from bas.training.master_weights import Float32Values, MasterWeights
 from bas.training.optimizer import build_optimizer
@@ -22,9 +23,16 @@ class PhaseState:
     precision: str  # "no", "fp16" or "bf16"
 
 
+def handle_embedding(models: Models) -> HandleEmbedding:
+    """The token embedding of models that have handles."""
+    embedding = models.text_encoder.get_input_embeddings()
+    assert isinstance(embedding, HandleEmbedding), "add_handles comes first"
+    return embedding
+
+
 def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
     """The groups of weights that a phase can name in `Phase.trains`, each by the parameters' names in checkpoints."""
-    embedding, text = models.text_encoder.get_input_embeddings(), models.text_encoder.named_parameters()
+    embedding, text = handle_embedding(models), models.text_encoder.named_parameters()
     return {
         "handles": {"handles": embedding.handles},
         "embedding": {"embedding": embedding.weight},
@@ -52,7 +60,9 @@ def build_phase_state(
     """The state at the beginning of a phase: masters of its weights, a fresh optimizer and loss scale."""
     optimized = trainable_parameters(models, phase)
     groups = parameter_groups(models)
-    with_grad = {name: p.requires_grad_(True) for group in phase.clips for name, p in groups[group].items()}
+    with_grad = {name: p for group in phase.clips for name, p in groups[group].items()}
+    for parameter in with_grad.values():
+        parameter.requires_grad_(True)
     weights = MasterWeights(optimized, exact, with_grad)
     return PhaseState(
         weights=weights,

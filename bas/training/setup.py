@@ -142,7 +142,7 @@ def setup_run(
         settings = replace(config, mixed_precision=precision)
         # Uncompiled, though an earlier scene may have compiled the base's modules.
         with autocast(device, precision), torch.compiler.set_stance("force_eager"):
-            class_posterior, metadata["class_images"] = base.class_images(settings, tuple(image.shape[-2:]))
+            class_posterior, metadata["class_images"] = base.class_images(settings, (image.shape[1], image.shape[2]))
     if checkpoint:
         check_resumable(checkpoint.folder, metadata, checkpoint.metadata)
     data = prepare(models, scene, image, masks, config, class_posterior)

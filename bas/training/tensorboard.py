@@ -14,11 +14,11 @@ class EventLog:
     """Writes RUN/tensorboard. InputError where the package tensorboard, an extra, is missing."""
 
     def __init__(self, run: Path, done: int):
-        """A resumed run goes on after `done` steps: what was written beyond them is dropped from the curves."""
+        """Open the log. A resumed run continues after `done` steps: later points are dropped from the curves."""
         self.writer = writer_class()(str(run / EVENTS), purge_step=done + 1 if done else None)
 
     def add(self, rows: list[dict]) -> None:
-        """Rows of metrics.jsonl as scalars by their names."""
+        """Add rows of metrics.jsonl as scalars by their names."""
         for row in rows:
             for name, value in row.items():
                 if name not in ("phase", "step"):
@@ -26,7 +26,7 @@ class EventLog:
         self.writer.flush()
 
     def add_sheet(self, path: Path, step: int) -> None:
-        """A preview sheet as a picture."""
+        """Add a preview sheet as an image."""
         with Image.open(path) as sheet:
             self.writer.add_image("preview", np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
         self.writer.flush()

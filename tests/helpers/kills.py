@@ -209,7 +209,7 @@ def child(work: Callable[..., None], *args) -> int | None:
     Not forked from this process, whose threads would not go along and whose locks would: from a clean server.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.kills"])
+    context.set_forkserver_preload(["tests.helpers.kills", "bas.cli.commands.train"])
     process = context.Process(target=on_threads, args=(torch.get_num_threads(), work, *args))
     process.start()
     process.join(LONGEST)

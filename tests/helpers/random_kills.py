@@ -195,7 +195,7 @@ class Kind:
             tensors, _ = read_tensors(run / "concepts.safetensors")
             concepts = b"".join(tensors[name].contiguous().numpy().tobytes() for name in sorted(tensors))
             found = file_hashes(run) | {"concepts": hashlib.sha256(concepts).hexdigest()}
-            for path in sorted([*run.rglob("previews/**/*.png"), *run.rglob("scene/*")]):
+            for path in sorted([*run.rglob("previews/**/*.png"), *run.rglob("scene/**/*.png")]):
                 found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
             found["files"] = " ".join(sorted(str(path.relative_to(run)) for path in run.rglob("*")))
             left |= {f"{run.name}/{name}": value for name, value in found.items()}

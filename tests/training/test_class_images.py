@@ -27,7 +27,7 @@ def asked(monkeypatch):
     """Pictures are drawn from noise instead of being denoised; the list holds (prompt, seed) of each."""
     jobs = []
 
-    def generate(prompts, seeds, models, settings):
+    def generate(prompts, seeds, models, settings, on_step):
         jobs.extend(zip(prompts, seeds, strict=True))
         shape = (4, settings.height // 2, settings.width // 2)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
