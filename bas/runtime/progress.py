@@ -1,4 +1,4 @@
-"""One line that tells how far a run is: redrawn on a terminal, now and then a new line in a log file."""
+"""A progress line: redrawn on a terminal, a new line every ten seconds in a log file."""
 
 import sys
 import time
@@ -7,14 +7,14 @@ from typing import TextIO
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Progress:
-    """Counts the steps of one stage and prints speed and time left, measured since the stage began."""
+    """Counts the steps of one stage and prints its speed and the time left."""
 
     def __init__(self, stage: str, total: int, done: int = 0, unit: str = "steps", stream: TextIO | None = None):
         self.stage, self.total, self.first, self.unit = stage, total, done, unit
@@ -23,11 +23,11 @@ class Progress:
         self.began = self.printed = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the last line is old: half a second on a terminal, ten in a log file."""
+        """Whether the last line is older than half a second on a terminal, ten in a log file."""
         return time.monotonic() - self.printed >= (0.5 if self.live else 10)
 
     def show(self, done: int, values: dict[str, float] | None = None) -> None:
-        """Print the state after `done` of `total` steps, with named values beside it."""
+        """Print the state after `done` of `total` steps, with named values."""
         now, finished = time.monotonic(), done >= self.total
         if not self.live and not finished and not self.due():
             return
@@ -52,7 +52,7 @@ class Progress:
 class ImageProgress(Progress):
     """Counts the denoising steps of images and prints how many images are done, the step, and the time left.
 
-    A terminal shows it all the time; in a log file each ten seconds bring a line, so that a short job prints none.
+    In a log file a job of less than ten seconds prints no line.
     """
 
     def __init__(self, images: int, steps: int, stream: TextIO | None = None, stage: str = "images", done: int = 0):
@@ -70,10 +70,5 @@ class ImageProgress(Progress):
             return
         self.printed = time.monotonic()
         left = clock((self.total - self.counted) * (self.printed - self.began) / self.counted)
-<<<<<<< HEAD
-        self.write(
-            f"images {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished=saved
-        )  # saved images are printed next
-=======
-        self.write(f"{self.stage} {self.done}/{self.images}  step {at}/{self.steps}  {left} left", finished)
->>>>>>> d16b624 (wip)
+        line = f"{self.stage} {self.done}/{self.images}  step {at}/{self.steps}  {left} left"
+        self.write(line, finished=saved)  # saved images are printed next
