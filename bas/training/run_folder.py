@@ -111,9 +111,10 @@ def _advice(folder: Path) -> str:
 
 
 def holds_checkpoints(folder: Path) -> bool:
-    """Whether a run folder holds checkpoints, complete or not, which a finished run does not."""
-    inside = (folder / CHECKPOINTS).glob("*")
-    return any(UNFINISHED.fullmatch(path.name) or path.name.removeprefix("step-").isdecimal() for path in inside)
+    """Whether a run folder holds checkpoints, complete or not, or their empty folder; a finished run does not."""
+    names = [path.name for path in (folder / CHECKPOINTS).glob("*")]
+    own = any(UNFINISHED.fullmatch(name) or name.removeprefix("step-").isdecimal() for name in names)
+    return own or ((folder / CHECKPOINTS).is_dir() and not names)
 
 
 def prepare_folder(folder: Path, resuming: bool) -> None:
