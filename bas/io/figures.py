@@ -1,9 +1,9 @@
-"""Images for people: grids with labels, masks and attention maps laid over the photograph."""
+"""Figures: labelled grids of images, masks and attention maps laid over an image."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# One colour per concept, told apart by people with any colour vision (Okabe and Ito 2008).
+# One colour per concept, distinct for every kind of colour vision (Okabe and Ito 2008).
 CONCEPT_COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -18,7 +18,7 @@ MARGIN = 8
 
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, title: str = "") -> Image.Image:
-    """Rows of images, each scaled to fit a square cell, its label below; rows may differ in length."""
+    """Arrange images in rows of square cells with a label below each; rows may differ in length."""
     font = label_font(max(11, cell // 14))
     line = sum(font.getmetrics())
     wrapped = [[wrap(text, font, cell) for text in row] for row in labels]
@@ -38,14 +38,14 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, titl
 
 
 def label_font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, at a size in pixels."""
+    """Load Pillow's own font, size in pixels."""
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return font
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break a label into lines that fit the width in pixels."""
+    """Break a label into lines that fit a width in pixels."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -56,7 +56,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def enlarge(image: Image.Image, cell: int) -> Image.Image:
-    """Scale to fit a square cell, keeping the shape, on paper colour."""
+    """Resize an image to fit a square cell, with its shape kept and the rest in paper colour."""
     scale = cell / max(image.size)
     resampling = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     fitted = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], resampling)
@@ -71,12 +71,12 @@ def concept_colour(index: int) -> tuple[int, int, int]:
 
 
 def as_hex(colour: tuple[int, int, int]) -> str:
-    """A colour as pages write it, #rrggbb."""
+    """Write a colour as pages do, #rrggbb."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def tint_masks(image: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
-    """The photograph with masks (H, W) in 0..1, by concept index, tinted in their concepts' colours."""
+    """Tint an image with masks (H, W) in 0..1, by concept index, in their concepts' colours."""
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32)
     for index, mask in masks.items():
         alpha = 0.5 * mask[..., None]
@@ -85,7 +85,7 @@ def tint_masks(image: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
 
 
 def overlay_attention(values: np.ndarray, image: Image.Image, index: int) -> Image.Image:
-    """A concept's attention map (h, w), scaled to its maximum, as its colour over the darkened photograph."""
+    """Lay a concept's attention map (h, w), scaled to its maximum, over the darkened image in the concept's colour."""
     peak = values.max()
     scaled = values / peak if peak > 0 else np.zeros_like(values)
     light = Image.fromarray((scaled * 255).round().astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC)

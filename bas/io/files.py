@@ -1,4 +1,4 @@
-"""Files: read so that a bad one is named, written so that a half-written one never shows. Nothing is unpickled."""
+"""Files: errors name the file that caused them; a file is written as a whole or not at all."""
 
 import errno
 import logging
@@ -20,7 +20,7 @@ LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system refuses within the block becomes an InputError that names the file, `path` unless it is known."""
+    """Turn an OSError within the block into an InputError that names the file: the error's own, or else `path`."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of an ordinary file. InputError when it is none, or cannot be read."""
+    """Read an ordinary file. InputError if it is something else or cannot be read."""
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
         raise InputError(f"{path} is not a file")
     with reading(path):
@@ -36,7 +36,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def require_file(path: Path) -> None:
-    """InputError unless `path` is an ordinary file, or a link to one: opening a pipe would wait for ever."""
+    """InputError unless `path` is an ordinary file or a link to one: opening a pipe would block."""
     if path.is_symlink() and not path.exists():
         raise InputError(f"{path} is a link to a file that is missing: download the model again")
     if not path.exists():
@@ -46,7 +46,7 @@ def require_file(path: Path) -> None:
 
 
 def human_size(size: float) -> str:
-    """Bytes as people read them: 4.1 GB."""
+    """Format bytes for people: 4.1 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -75,12 +75,12 @@ def new_folder(name: str) -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """The name under which `replacing` writes a file before it takes the path's place."""
+    """The path at which `replacing` writes a file before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def check_length(path: Path, flag: str) -> None:
-    """InputError, for a path that comes from `flag`, where the system takes none so long."""
+    """InputError, naming `flag`, if the system cannot write a file of this path because it is too long."""
     try:
         os.lstat(temporary_path(path))
     except OSError as error:
@@ -90,7 +90,7 @@ def check_length(path: Path, flag: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let errors of the system within the block name `path`: that of a full disk names no file."""
+    """Let an OSError within the block name `path`. The error of a full disk names no file."""
     try:
         yield
     except OSError as error:
@@ -101,16 +101,14 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`. When the block ends well, it is flushed to disk and takes the path's place."""
+    """Yield a temporary path beside `path`. After a block without error, flush it to disk and rename it to `path`."""
     temporary = temporary_path(path)
     try:
         with naming(path):
             temporary.touch()
-            readers = (
-                temporary.stat().st_mode
-            )  # as the user's umask has it; safetensors makes files for the owner alone
+            mode = temporary.stat().st_mode  # of the user's umask; safetensors makes files for their owner alone
             yield temporary
-            temporary.chmod(readers)
+            temporary.chmod(mode)
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
@@ -119,7 +117,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `replacing` whose processes were killed. Nothing below the folder is touched."""
+    """Remove from a folder, not from those in it, the temporary files of processes that were killed."""
     for path in folder.glob(".*.tmp"):
         match = LEFTOVER.fullmatch(path.name)
         with suppress(OSError):  # gone already, or another user's
@@ -128,7 +126,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether there is a process of this number. True where the system does not tell without harm, as on Windows."""
+    """Whether a process of this number is running. Always true on Windows, where asking would end it."""
     if os.name != "posix":
         return True
     try:
@@ -141,7 +139,7 @@ def is_running(process: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Make the operating system write a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -150,11 +148,11 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file as a whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
 def cache_dir() -> Path:
-    """Where bas keeps what it can make again: $BAS_CACHE, or ~/.cache/bas."""
+    """The folder of what can be made again: $BAS_CACHE, or ~/.cache/bas."""
     return Path(os.environ.get("BAS_CACHE") or Path.home() / ".cache" / "bas")

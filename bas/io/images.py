@@ -1,4 +1,4 @@
-"""Image files as the method needs them: an upright RGB photograph, a soft mask. What cannot be used is named."""
+"""Image files: read as upright RGB images and soft masks, written with the settings that made them."""
 
 import importlib.util
 import json
@@ -41,12 +41,12 @@ T = TypeVar("T")
 
 
 def open_image(path: Path) -> Image.Image:
-    """A decoded, upright image of an allowed format. Raises InputError naming the file and the reason."""
+    """Decode an image of an allowed format and turn it upright. InputError that names the file and the reason."""
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
         raise InputError(f"{path} is not a file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on large sizes and damaged notes: judged here
+            warnings.simplefilter("ignore")  # of Pillow, about large sizes and damaged notes: checked here
             with Image.open(without_long_notes(path), formats=_formats(path)) as opened:
                 image = _decode(opened, path)
                 return image.convert("RGB") if image.mode == "LAB" else image  # Pillow turns it to nothing else
@@ -105,7 +105,7 @@ def _from_header(path: Path, read: Callable[[Image.Image], T]) -> T | None:
 
 
 def _decode(image: Image.Image, path: Path) -> Image.Image:
-    """The pixels of an opened file, upright. Size and frames are read from its header before."""
+    """Decode an opened file and turn it upright, after a check of the size and the frames in its header."""
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{path} is {image.width}x{image.height}: more than 100 megapixels, make it smaller")
     frames = getattr(image, "n_frames", 1)
@@ -118,17 +118,17 @@ def _decode(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether it is a grey image of 16 bits or floats, which Pillow would clip to 8 bits."""
+    """Whether an image is grey with 16 bits or floats, which Pillow would clip to 8 bits."""
     return image.mode.startswith(("I", "F"))
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether pixels can be transparent: by a channel, or by a colour or palette entry that stands for it."""
+    """Whether pixels can be transparent: by a channel, a colour or a palette entry."""
     return not _is_deep(image) and image.has_transparency_data
 
 
 def _grey(image: Image.Image, path: Path) -> np.ndarray:
-    """One channel as float32 in [0, 1], whatever its depth. (H, W) Raises InputError for values beyond."""
+    """Convert an image to one channel (H, W), float32 in [0, 1], from any depth. InputError for values outside."""
     if not _is_deep(image):
         values = np.array(image.convert("L"), dtype=np.float32)
         values /= 255.0  # in place: a copy of 100 megapixels takes 400 MB
@@ -141,9 +141,9 @@ def _grey(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The photograph as RGB: 16-bit and float greys scaled down, transparent pixels laid over white.
+    """Read an image as 8-bit RGB: 16-bit and float greys scaled, transparent pixels laid over white.
 
-    The values are those stored: a colour profile is not applied.
+    A colour profile is not applied.
     """
     image = open_image(path)
     if _is_deep(image):
@@ -164,7 +164,7 @@ def varies(band: Image.Image) -> bool:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """One mask, (H, W) float32 in [0, 1]. In an RGBA file the channel that varies is the mask."""
+    """Read one mask, (H, W) float32 in [0, 1]. In an RGBA file the mask is the channel that varies."""
     image = open_image(path)
     if has_alpha(image):
         image = image.convert("RGBA")
@@ -201,7 +201,7 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
 
 
 def image_path(name: str) -> Path:
-    """A path for an image to write. Raises InputError unless it ends in .png, .jpg or .webp and can be a file."""
+    """Return the path of an image to write. InputError unless it ends in .png, .jpg or .webp and can be a file."""
     path = Path(name)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--output_path {name}: name a .png, .jpg or .webp file")
@@ -213,15 +213,15 @@ def image_path(name: str) -> Path:
 
 
 def check_not_input(target: Path, *inputs: Path) -> None:
-    """InputError when an image would be written over a file that the command reads."""
+    """InputError if an image would be written over a file that the command reads."""
     if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
         raise InputError(f"--output_path {target} is what the command reads: name another file")
 
 
 def save_image(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write an image, whole or not at all, in the format that its name ends in.
+    """Write an image as a whole or not at all, in the format of its suffix.
 
-    `settings`, those that made it, become the PNG text `bas`, or the EXIF user comment of other formats.
+    settings: what made it, kept as the PNG text `bas` or as the EXIF user comment of other formats.
     """
     kind = Image.registered_extensions()[path.suffix.lower()]
     options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
@@ -241,21 +241,21 @@ def numbered_paths(target: Path, count: int) -> list[Path]:
     return [target] if count == 1 else [target.with_stem(f"{target.stem}-{i:0{digits}}") for i in range(count)]
 
 
-def save_images(images: Iterable[Image.Image], notes: list[dict], target: Path) -> Iterator[Path]:
-    """Save each image as it comes, with its note: one under the name given, several with a number. -> their paths"""
+def save_images(images: Iterable[Image.Image], settings: list[dict], target: Path) -> Iterator[Path]:
+    """Save each image as it arrives, with its settings, under `numbered_paths`. Yields their paths."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for image, note, path in zip(images, notes, numbered_paths(target, len(notes)), strict=True):
-        save_image(image, path, note)
+    for image, made_by, path in zip(images, settings, numbered_paths(target, len(settings)), strict=True):
+        save_image(image, path, made_by)
         yield path
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1], as a scene has its photograph -> an 8-bit RGB image"""
+    """Convert a tensor (3, H, W) in [-1, 1] to an 8-bit RGB image."""
     return to_images(image[None] / 2 + 0.5)[0]
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
-    """(b, 3, H, W) in [0, 1] -> 8-bit RGB images"""
+    """Convert a tensor (b, 3, H, W) in [0, 1] to 8-bit RGB images."""
     array = (rearrange(images, "b c h w -> b h w c") * 255).round().to(torch.uint8).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(image)) for image in array]
 

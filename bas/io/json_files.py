@@ -18,11 +18,13 @@ BYTE_ORDER_MARKS = {  # of other encodings; the longer ones first
     b"\xfe\xff": "UTF-16",
 }
 MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
-Shape = type | tuple[type, ...] | dict[Any, Any] | list[Any]  # a value's type; entries by name; of each of a list
+Shape = (
+    type | tuple[type, ...] | dict[Any, Any] | list[Any]
+)  # the type of a value; the shapes of an object's entries; that of all entries of a list
 
 
 def decode_text(data: bytes) -> str:
-    """The characters of a UTF-8 file, with or without a byte order mark. ValueError for another encoding."""
+    """Decode UTF-8, with or without a byte order mark. ValueError for another encoding."""
     for mark, name in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             raise ValueError(f"it is {name}: save it as UTF-8")
@@ -32,10 +34,10 @@ def decode_text(data: bytes) -> str:
 
 
 def parse_json(data: bytes) -> Any:
-    """Whatever a JSON text holds. ValueError for anything else, and for half a character."""
+    """Parse a JSON text. ValueError if it is none, repeats a name, or contains half of a surrogate pair."""
     try:
         content = json.loads(decode_text(data), object_pairs_hook=without_duplicates)
-        if b"\\ud" in data or b"\\uD" in data:  # may be half a character, which can neither be written nor tokenized
+        if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair can be neither written nor tokenized
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -43,7 +45,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_content(path: Path) -> Any:
-    """Whatever a JSON file holds. InputError when it cannot be read, or is no JSON."""
+    """Read a JSON file. InputError if it cannot be read or is no JSON."""
     data = read_bytes(path)
     try:
         return parse_json(data)
@@ -52,7 +54,7 @@ def read_content(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. InputError when it is missing, too large, or anything but one JSON object."""
+    """Read a model's JSON file. InputError if it is missing, too large, or holds no JSON object."""
     with reading(path):
         require_file(path)
         check_json_size(path)
@@ -63,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
-    """ValueError unless a value of JSON has this shape. An object may hold others, which under `...` have a shape."""
+    """ValueError unless a JSON value has this shape. Entries of no name here are free, or as under `...`."""
     if isinstance(shape, dict):
         check_shape(value, dict, name)
         for key in (shape.keys() | value.keys()) - {...} if ... in shape else shape:
@@ -79,18 +81,18 @@ def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
 
 
 def read_record(path: Path, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
-    """The object in a JSON file that bas wrote itself. InputError, which ends with `advice`, for a damaged one."""
+    """Read a JSON object that bas wrote itself. InputError, which ends with `advice`, if it is damaged."""
     return _check_record(str(path), read_bytes(path), shape, advice)
 
 
 def read_records(path: Path, shape: dict[Any, Any], advice: str) -> list[dict[str, Any]]:
-    """The objects of a file that holds one a line; a last line that is still being written is left out."""
+    """Read a file of one such object per line, without a last line that is still being written."""
     lines = read_bytes(path).split(b"\n")[:-1]
     return [_check_record(f"{path} line {i}", line, shape, advice) for i, line in enumerate(lines, start=1)]
 
 
 def _check_record(name: str, data: bytes, shape: dict[Any, Any], advice: str) -> dict[str, Any]:
-    """The object in a JSON text. InputError, from `name` to `advice`, for anything else."""
+    """Parse and check a JSON object. InputError, which begins with `name` and ends with `advice`, if it is damaged."""
     try:
         record = parse_json(data)
     except ValueError as error:
@@ -103,7 +105,7 @@ def _check_record(name: str, data: bytes, shape: dict[Any, Any], advice: str) ->
 
 
 def read_cache(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that can be made again; empty where it is missing or, with a warning, damaged."""
+    """Read a JSON object that can be made again. A damaged file gives a warning; that and a missing one, no entries."""
     if not path.exists():
         return {}
     try:
@@ -114,13 +116,13 @@ def read_cache(path: Path) -> dict[str, Any]:
 
 
 def check_json_size(path: Path) -> None:
-    """InputError for a file that is too large to be a model's description."""
+    """InputError if a file is larger than any model's configuration."""
     if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path} is larger than any configuration: it belongs to something else")
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's entries. ValueError for a name that stands twice: readers differ in which one they take."""
+    """Build a JSON object. ValueError if a name stands twice, because readers differ in which entry they take."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -129,5 +131,5 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write one JSON object, whole or not at all."""
+    """Write a JSON object as a whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")

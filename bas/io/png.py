@@ -1,4 +1,4 @@
-"""PNG files whose notes or colour profile are longer than Pillow unpacks: read without them."""
+"""PNG files without the notes and colour profiles that are too long for Pillow to unpack."""
 
 import zlib
 from io import BytesIO
@@ -12,7 +12,7 @@ ALL_NOTES = 2**25  # bytes of all notes together; Pillow raises above 2**26
 
 
 def without_long_notes(path: Path) -> Path | IO[bytes]:
-    """The path itself, or the file's content without the notes that Pillow refuses to unpack."""
+    """Return the path itself or, for a file with notes that Pillow does not unpack, the content without them."""
     with path.open("rb") as file:
         if file.read(8) != SIGNATURE:
             return path
@@ -37,7 +37,7 @@ def without_long_notes(path: Path) -> Path | IO[bytes]:
 
 
 def unpacked_size(kind: bytes, content: bytes) -> int:
-    """The bytes of a note, as far as LONGEST + 1 where it is compressed."""
+    """Count the bytes of a note, at most LONGEST + 1 of a compressed one."""
     _, _, text = content.partition(b"\0")  # behind the keyword
     packed = kind in (b"zTXt", b"iCCP") or (kind == b"iTXt" and text[:1] != b"\0")
     if kind == b"iTXt":

@@ -31,14 +31,15 @@ FOREIGN = (  # how the file begins, what it is, what to do
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, memory-mapped rather than copied, and the file's metadata.
+    """Read the tensors of a .safetensors file, memory-mapped, and the file's metadata.
 
-    Large weights are mapped one by one: the pages that were read of one leave memory with it, not with the last of all.
+    Large tensors have a mapping each, so that the memory of one is free as soon as it is dropped. InputError for a file
+    that is damaged or of another kind.
     """
     try:
         check_foreign_file(path)
         header, start = _read_header(path)
-        with safe_open(path, framework="pt") as file:  # holds the header against the file
+        with safe_open(path, framework="pt") as file:  # compares the header with the file's length
             tensors = {}
             for name in file.keys():  # noqa: SIM118
                 tensor = _mapped(path, header[name], start)
@@ -56,7 +57,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_foreign_file(path: Path) -> None:
-    """InputError naming what the file is, when its first bytes show that it cannot be a .safetensors file."""
+    """InputError that says what a file is if its first bytes are not those of a .safetensors file."""
     require_file(path)
     with path.open("rb") as file:
         head = file.read(64)
@@ -70,10 +71,10 @@ def check_foreign_file(path: Path) -> None:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a .safetensors file, and the byte at which its tensors begin.
+    """Return the header of a .safetensors file and the byte at which its tensors begin.
 
-    InputError or ValueError for one that the library would read, but that no model has: it takes time and memory by the
-    gigabyte for millions of tensors, and of two tensors of one name the last.
+    InputError or ValueError for headers that the library accepts and no model has: millions of tensors, which take
+    gigabytes to list, and names that stand twice.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -86,7 +87,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _mapped(path: Path, entry: dict[str, Any], start: int) -> Tensor | None:
-    """One tensor of a header that was checked, in a mapping of its own; None for a small one and for other numbers."""
+    """Map one tensor of a checked header. None for a small one, and for a type that is none of weights."""
     begin, end = entry["data_offsets"]
     if end - begin < MAPPED_ALONE or entry["dtype"] not in WEIGHT_TYPES:
         return None
@@ -95,15 +96,15 @@ def _mapped(path: Path, entry: dict[str, Any], start: int) -> Tensor | None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file, whole or not at all. `metadata` joins the format note that readers expect.
+    """Write a .safetensors file as a whole or not at all, with `metadata` beside the `format` that readers expect.
 
-    What stands on the disk is opened before it takes the path's place: a write that claims success may be cut short.
+    The written file is opened before it is renamed to `path`, because a write that reports success may be cut short.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         try:
             save_file(whole, temporary, {"format": "pt", **(metadata or {})})
-            with safe_open(temporary, framework="pt"):  # refuses a file of another length than its header says
+            with safe_open(temporary, framework="pt"):  # raises if the file has another length than its header says
                 pass
-        except SafetensorError as error:  # a full disk, say, which the library wraps
+        except SafetensorError as error:  # the library wraps the system's errors, such as that of a full disk
             raise OSError(f"{path} cannot be written: {error}") from error

@@ -1,1 +1,1 @@
-"""The machine: its device, the processes that share a job, signals and the progress line."""
+"""The machine: device, processes that share a job, signals and the progress line."""

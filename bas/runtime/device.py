@@ -1,4 +1,4 @@
-"""Where, in what precision and how repeatably to compute: decided once, from the flags and what the machine has."""
+"""The device, the precision and the determinism of a computation, from the flags and the machine."""
 
 import logging
 import os
@@ -16,9 +16,9 @@ DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU if there is one. Raises InputError for a device that is not there.
+    """Return the named device, or without a name the GPU if there is one. InputError if it is not there.
 
-    A GPU becomes the current one, where events, graphs and Triton's kernels go, and TF32 is off until training asks.
+    A GPU becomes the current one, to which events belong, and TF32 is turned off.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +56,7 @@ def pick_precision(name: str, device: torch.device, weights: int = 0) -> str:
 
 
 def gpu_multiplies_bf16(device: torch.device) -> bool:
-    """Whether this GPU has bf16 products in hardware; NVIDIA's before Ampere only emulate them, slowly."""
+    """Whether a GPU multiplies bf16 in hardware; NVIDIA GPUs before Ampere emulate it."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -65,23 +65,23 @@ def gpu_multiplies_bf16(device: torch.device) -> bool:
 
 @cache
 def warn_of_emulation(device: torch.device) -> None:
-    """Say, once for each GPU, that bf16 costs time on it."""
+    """Warn once for each GPU that it emulates bf16."""
     name = torch.cuda.get_device_name(device)
     log.warning("%s (%s) only emulates bf16, slowly and in more memory than is counted: use fp16 there", device, name)
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this processor has bf16 products in hardware; an older PyTorch does not tell, and that is a no."""
+    """Whether the processor multiplies bf16 in hardware. False where PyTorch cannot tell."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Mixed precision: float32 weights, products in `precision`, softmax and losses in float32."""
+    """Compute with float32 weights, products in `precision`, softmax and losses in float32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=DTYPES[precision] != torch.float32)
 
 
-OUT_OF_MEMORY = (  # what PyTorch has no class of its own for: the machine's memory, and CUDA's beside its allocator
+OUT_OF_MEMORY = (  # errors without a class: of the machine's memory, and of CUDA's libraries
     "DefaultCPUAllocator",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -91,17 +91,17 @@ OUT_OF_MEMORY = (  # what PyTorch has no class of its own for: the machine's mem
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, the device's or the machine's."""
+    """Whether an error says that the memory of the device or of the machine ran out."""
     told = any(text in str(error) for text in OUT_OF_MEMORY)
     return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Within the block, if `wanted`, PyTorch takes only kernels that give the same bits on every run.
+    """Within the block, if `wanted`, use only kernels that give the same bits on every run.
 
-    An operation that has none raises RuntimeError. Not before the block may the process have multiplied matrices on a
-    GPU: cuBLAS reads its variable once (PyTorch's notes on reproducibility).
+    RuntimeError for an operation without such a kernel. Enter the block before the first matrix product on a GPU,
+    because cuBLAS reads its environment variable once (PyTorch's notes on reproducibility).
     """
     if not wanted:
         yield
@@ -109,7 +109,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # which picks kernels by their speed at the moment
+    torch.backends.cudnn.benchmark = False  # it picks kernels by a measurement of their speed
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Work shared among processes: which part of it is this one's, told by the environment that torchrun sets.
+"""Work shared among processes that torchrun starts: each takes the items at its own positions.
 
-The parts are fixed by position, so nothing is negotiated; the processes speak to each other only at the end.
+The processes exchange data only at the end of the work.
 """
 
 import json
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Gather = Callable[[list], list]
-PATIENCE = timedelta(days=7)  # how long a process that is done waits for the others
+PATIENCE = timedelta(days=7)  # how long a process waits for the others at the end
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`: its number over all machines, and on its own machine."""
+    """The number of this process among `world`, over all machines, and on its own machine."""
 
     rank: int = 0
     world: int = 1
@@ -36,7 +36,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """RANK, WORLD_SIZE and LOCAL_RANK; one process alone where they are not set. InputError for nonsense."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, or take one process alone. InputError for values that do not fit."""
         names = {"rank": ("RANK", 0), "world": ("WORLD_SIZE", 1), "local": ("LOCAL_RANK", 0)}
         values = {}
         for field, (variable, default) in names.items():
@@ -50,15 +50,15 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process prints and writes for all."""
         return self.rank == 0
 
     def part(self, items: list[T]) -> list[T]:
-        """This process's share: every `world`-th item, from its own number on."""
+        """Return this process's share: every `world`-th item, starting at its own number."""
         return items[self.rank :: self.world]
 
     def device(self, name: str | None) -> str | None:
-        """The device asked for; where that is any GPU and processes share a machine's, the one of this process."""
+        """Return the device to use: the named one, or this process's own GPU where several share a machine."""
         if name not in (None, "cuda") or self.world == 1 or not torch.cuda.is_available():
             return name
         device = f"cuda:{self.local % torch.cuda.device_count()}"
@@ -66,9 +66,9 @@ class Ranks:
         return device
 
     def conclude(self, failed: list[list[str]], total: int, what: str) -> None:
-        """End a command of whose work these items, a name and an error each, failed: the first process lists them.
+        """End a command some of whose items failed; `failed` holds a name and an error of each.
 
-        RunError if any did; in the other processes SystemExit, for one line is enough.
+        The first process lists them and raises RunError; the others raise SystemExit.
         """
         if failed and not self.first:
             sys.exit(1)
@@ -79,11 +79,10 @@ class Ranks:
 
     @contextmanager
     def connected(self) -> Iterator[Gather]:
-        """Within the block the processes reach each other; it yields the function that gathers their lists.
+        """Connect the processes; yields a function that gathers one list of JSON values from each.
 
-        That waits for the last process and returns all their lists, of what JSON can hold, as one, in their order. Each
-        process calls it as often as the others. They meet in torchrun's store alone: a process group would keep threads
-        that outlive the work.
+        The function waits for all processes and returns their lists, joined by their numbers. Every process
+        calls it equally often. It uses torchrun's store: a process group would keep threads after the work.
         """
         if self.world == 1:
             yield list
@@ -104,6 +103,6 @@ class Ranks:
 
 
 def announce(line: str) -> None:
-    """One line on standard output, in one write: the lines of several processes do not run into each other."""
+    """Print one line in one write, so that lines of several processes are not mixed."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
