@@ -452,7 +452,9 @@ def sample_as_recorded(models: Models, name: str, steps: int = 50) -> list[Tenso
         return z
 
     with torch.inference_mode(), pytest.raises(Enough):
-        denoise(models, SAMPLING[f"{name}.latents_init"], context[1:], context[:1], SampleConfig(), [], watch)
+        denoise(
+            models, SAMPLING[f"{name}.latents_init"], context[1:], context[:1], SampleConfig(steps_offset=0), [], watch
+        )
     return seen
 
 
