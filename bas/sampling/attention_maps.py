@@ -55,7 +55,7 @@ def attend(
     """Generate one image and keep the attention of each handle of the prompt, with `words` that of every word.
 
     side: cells along the shorter side of the maps; None is as the model was trained, else a quarter of the latent's.
-    InputError as in `plan_maps`, RunError as in `denoise`.
+    InputError as in `plan_maps`, NotFiniteError as in `denoise`.
     """
     places, size = plan_maps(models.spec, prompt, config, side, words)
     latents, average = generate_with_maps([prompt], [config.seed], models, config, size, progress)

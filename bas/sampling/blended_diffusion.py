@@ -89,8 +89,8 @@ def edit(
     """Edit the regions one after another, each in the result of the one before. -> `num_images` images of its size
 
     Result i depends on seed + i alone, and editing two regions at once equals editing one in the other's result.
-    InputError for unknown handles, sizes that the model cannot take, and masks too small for its grid; RunError for
-    numbers that are not finite.
+    InputError for unknown handles, sizes that the model cannot take, and masks too small for its grid;
+    NotFiniteError for numbers that are not.
     """
     config = (config or EditConfig()).changed(**overrides)
     seeds = [config.seed + i for i in range(config.num_images)]

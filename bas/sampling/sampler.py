@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import SampleConfig
-from bas.errors import InputError, RunError
+from bas.errors import NotFiniteError
 from bas.io.images import to_images
 from bas.losses import average_maps
 from bas.models.bundle import Models, ModelSpec
@@ -38,7 +38,7 @@ def sample(
 
     Settings come from `config`; single ones can be given by name: `sample(models, "a photo of <asset0>", seed=3)`.
     Image i of each prompt depends on seed + i alone, not on the batch in which it is generated.
-    InputError for unknown handles and for sizes that the model cannot take, RunError for numbers that are not finite.
+    InputError for unknown handles and for sizes that the model cannot take, NotFiniteError for numbers that are not.
     """
     config = (config or SampleConfig()).changed(**overrides)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -114,7 +114,7 @@ def generate(
 ) -> Tensor:
     """Denoise one latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them
 
-    `on_step` and `return_maps` as in `denoise`, and its RunError.
+    `on_step` and `return_maps` as in `denoise`, and its NotFiniteError.
     """
     context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
@@ -161,7 +161,7 @@ def denoise(
     """Denoise z step by step until it is a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d)
 
     `start` skips that many of the noisiest steps. `on_step` sees the latents after each of the others, with the
-    attention maps that `return_maps` asks for, and may change them. RunError if the result is not finite.
+    attention maps that `return_maps` asks for, and may change them. NotFiniteError if the result is not finite.
     """
     schedule = models.schedule
     timesteps = denoising_timesteps(schedule, config)
@@ -182,7 +182,7 @@ def denoise(
         if on_step is not None:
             z = on_step(i, prev_t, z, maps)
     if not z.isfinite().all():
-        raise RunError(f"denoising in {arithmetic(models)} gives numbers that are not finite: {advice(models)}")
+        raise NotFiniteError(f"denoising in {arithmetic(models)} gives numbers that are not finite: {advice(models)}")
     return z
 
 
@@ -224,9 +224,9 @@ def latent_shape(spec: ModelSpec, config: SampleConfig) -> tuple[int, int, int]:
     sides = []
     for name in ("height", "width"):
         side = getattr(config, name) or spec.resolution
-        if side < spec.size_multiple or side % spec.size_multiple:
-            raise InputError(f"--{name} {side}: this model takes multiples of {spec.size_multiple} pixels")
+        spec.check_side(f"--{name}", side)
         sides.append(side // spec.vae.factor)
+    spec.grids(*sides)
     return spec.unet.in_channels, *sides
 
 
@@ -239,7 +239,7 @@ def standard_normal(shape: tuple[int, ...], generators: list[torch.Generator]) -
 def decode(models: Models, latents: Tensor) -> Tensor:
     """Decode latents (b, c, h, w) as the UNet sees them. -> images (b, 3, H, W) float32 in [0, 1]
 
-    An image that overflows is decoded once more in float32. RunError if it is not finite there either.
+    An image that overflows is decoded once more in float32. NotFiniteError if it is not finite there either.
     """
     vae = models.vae
     z = latents / vae.config.scaling_factor
@@ -251,7 +251,9 @@ def decode(models: Models, latents: Tensor) -> Tensor:
             images[broken] = with_float32_vae(models).vae.decode(z[broken].float())
         broken = ~images.flatten(1).isfinite().all(dim=1)
     if broken.any():
-        raise RunError("the decoder gives numbers that are not finite, even in float32: the model's VAE is damaged")
+        raise NotFiniteError(
+            "the decoder gives numbers that are not finite, even in float32: the model's VAE is damaged"
+        )
     return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -269,5 +271,6 @@ def arithmetic(models: Models) -> str:
 def advice(models: Models) -> str:
     """What to do about numbers that are not finite."""
     if arithmetic(models) == "float16":
-        return "float16 overflowed; use bf16 or fp32 as --precision"
+        training = torch.is_autocast_enabled(models.device.type)
+        return f"float16 overflowed; use bf16 or {'no as --mixed_precision' if training else 'fp32 as --precision'}"
     return "lower --guidance_scale, or name a model whose weights are sound"

@@ -4,6 +4,7 @@ Phase 1 trains the new handles alone; phase 2 trains the UNet and the text encod
 loop and the same `training_step`: a phase is a row of data (`TrainConfig.phases`).
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished, holds_checkpoints, locked
 from bas.training.setup import Run, check_input, setup_run
 from bas.training.timing import Timing
+
+log = logging.getLogger(__name__)
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
-from bas.errors import RunError
+from bas.errors import NotFiniteError, RunError
 from bas.io.run_files import read_rows
 from bas.runtime.device import deterministic
 from bas.runtime.signals import Interrupted
@@ -290,3 +290,20 @@ def test_a_step_uses_nothing_that_a_gpu_cannot_repeat(bench, monkeypatch, tmp_pa
     bas.train(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=1))
     assert {"convolution_backward.default", "gather.default"} <= noted.names  # the loss's maps, the UNet's gradient
     assert [name for name in sorted(noted.names) if name.startswith(UNREPEATABLE)] == []
+
+
+def test_a_preview_that_is_not_finite_is_left_out(bench, tmp_path, monkeypatch, caplog):
+    """It overflows alone, in float16 or under guidance: the training goes on, to the same bits."""
+    original, calls = training.write_preview, []
+
+    def overflow(folder, *args):
+        calls.append(args[-1])
+        if len(calls) == 1:
+            raise NotFiniteError("denoising in float16 gives numbers that are not finite")
+        return original(folder, *args)
+
+    monkeypatch.setattr(training, "write_preview", overflow)
+    run = bas.train(bench.config(tmp_path / "run", img_log_steps=2, preview_inference_steps=1))
+    assert calls == [2, 4, 6]
+    assert [path.name for path in sorted((run / "previews").glob("*.png"))] == ["step-000004.png", "step-000006.png"]
+    assert "no preview after step 2: denoising in float16 gives numbers that are not finite" in caplog.messages
