@@ -84,19 +84,20 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
     side: cells along the shorter side. Raises InputError when the UNet has no cross-attention outside its middle on
     that grid.
     """
-    h, w = latent
-    grid = (round(side * h / min(latent)), round(side * w / min(latent))) if side else (h // 4, w // 4)
     config = spec.unet
-    levels = [
-        level for level in range(config.levels) if config.down_has_attention(level) or config.up_has_attention(level)
+    grids = [
+        grid
+        for level, grid in enumerate(spec.grids(*latent))
+        if config.down_has_attention(level) or config.up_has_attention(level)
     ]
-    grids = [(h >> level, w >> level) for level in levels]
-    if grid not in grids:
+    wanted = side or -(-min(latent) // 4)
+    grid = next((grid for grid in grids if min(grid) == wanted), None)
+    if grid is None:
         known = " or ".join(str(min(known)) for known in grids)
         pixels = min(latent) * spec.vae.factor
         other = f"; or is it another model, as this one was trained at {spec.resolution} pixels, not at {pixels}?"
         raise InputError(
-            f"no cross-attention on {min(grid)} cells along the shorter side: use --attention_grid {known}"
+            f"no cross-attention on {wanted} cells along the shorter side: use --attention_grid {known}"
             + (other if pixels != spec.resolution else "")
         )
     return grid
@@ -139,7 +140,9 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
     """
     if len(scene) > (most := most_handles(spec)):
         raise InputError(f"{len(scene)} concepts: a prompt of this model has room for {most} handles: use fewer masks")
-    image, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
+    side = config.resolution or spec.resolution
+    spec.check_side("--resolution", side)
+    image, masks = scene.tensors(side, spec.size_multiple, config.center_crop)
     check_handles(spec.tokenizer, scene.handles)
     for word in filter(None, scene.words):
         word_pieces(spec.tokenizer, word)

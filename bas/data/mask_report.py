@@ -55,7 +55,9 @@ def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
 
     Raises InputError for what training would refuse: a size, a grid, a handle or a word.
     """
-    pixels, masks = scene.tensors(config.resolution or spec.resolution, spec.size_multiple, config.center_crop)
+    side = config.resolution or spec.resolution
+    spec.check_side("--resolution", side)
+    pixels, masks = scene.tensors(side, spec.size_multiple, config.center_crop)
     check_handles(spec.tokenizer, scene.handles)
     views = []
     height, width = pixels.shape[1:]

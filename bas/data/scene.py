@@ -5,6 +5,7 @@ A scene may hold extra images of the same concepts. Image and masks are resized 
 
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import gcd
 
 import numpy as np
 import torch
@@ -70,8 +71,8 @@ class Scene:
     def tensors(self, resolution: int, multiple: int, square: bool = False) -> tuple[Tensor, Tensor]:
         """Resize and crop image and masks together. -> image (3, H, W) in [-1, 1], masks (N, H, W) in [0, 1]
 
-        resolution: pixels of the shorter side; multiple: what both sides are a multiple of; square: crop to a square.
-        Raises InputError for a resolution that is no such multiple.
+        resolution: pixels of the shorter side; square: crop to a square. Both sides become multiples of `multiple`, or
+        of its greatest divisor that the resolution has.
         """
         size, box = resize_and_crop_box(self.image.size, resolution, multiple, square)
         image = pixels(fit(self.image, size, Image.Resampling.BICUBIC).crop(box))
@@ -96,10 +97,9 @@ def resize_and_crop_box(
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     """How to bring a (W, H) image to the model: the size to resize it to, then the box to crop from its middle.
 
-    Raises InputError for a resolution that is not a multiple of `multiple`.
+    The sides of the box are multiples of `multiple`, or of its greatest divisor that the resolution has.
     """
-    if resolution % multiple:
-        raise InputError(f"--resolution {resolution}: this model takes multiples of {multiple} pixels")
+    multiple = gcd(resolution, multiple)
     resized = size_to_cover(size, (resolution, resolution))
     kept = (resolution, resolution) if square else tuple(side // multiple * multiple for side in resized)
     left, top = ((side - part) // 2 for side, part in zip(resized, kept, strict=True))

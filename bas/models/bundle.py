@@ -39,8 +39,31 @@ class ModelSpec:
 
     @property
     def size_multiple(self) -> int:
-        """Pixels: both sides of an image must be a multiple of this."""
+        """Pixels: sides of which this is a factor have grids that the UNet halves without rounding, as in training."""
         return self.vae.factor * 2 ** (self.unet.levels - 1)
+
+    def check_side(self, flag: str, side: int) -> None:
+        """Raise InputError for a side of images, in pixels, that is not one of whole latents."""
+        if side < self.vae.factor or side % self.vae.factor:
+            raise InputError(f"{flag} {side}: this model takes multiples of {self.vae.factor} pixels")
+
+    def grids(self, h: int, w: int) -> list[tuple[int, int]]:
+        """The (rows, columns) of the UNet's levels for latents of this size: halved and rounded up.
+
+        Raises InputError for latents that are so small that a normalization would see a single value.
+        """
+        grids = [(h, w)]
+        for _ in range(self.unet.levels - 1):
+            grids.append(((grids[-1][0] + 1) // 2, (grids[-1][1] + 1) // 2))
+        normalized = [
+            (width, self.unet.norm_num_groups, grid)
+            for width, grid in zip(self.unet.block_out_channels, grids, strict=True)
+        ]
+        normalized.append((self.vae.block_out_channels[-1], self.vae.norm_num_groups, (h, w)))
+        if any(width // groups * rows * columns < 2 for width, groups, (rows, columns) in normalized):
+            size = f"{w * self.vae.factor}x{h * self.vae.factor}"
+            raise InputError(f"images of {size} pixels are too small for this model: ask for larger ones")
+        return grids
 
     @property
     def resolution(self) -> int:
@@ -98,7 +121,7 @@ class Models:
 
     @property
     def size_multiple(self) -> int:
-        """Pixels: both sides of an image must be a multiple of this."""
+        """Pixels: sides of which this is a factor have grids that the UNet halves without rounding, as in training."""
         return self.spec.size_multiple
 
     @property

@@ -70,7 +70,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_around else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, c, h/2, w/2)"""
+        """(b, c, h, w) -> (b, c, h/2, w/2), rounded up"""
         return self.conv(x if self.pad_all_around else F.pad(x, (0, 1, 0, 1)))
 
 
@@ -81,6 +81,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, c, 2h, 2w)"""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(b, c, h, w) -> (b, c, 2h, 2w), or the first rows and columns of it, as many as `size` says"""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(x if size is None else x[..., : size[0], : size[1]])

@@ -140,15 +140,24 @@ class UpBlock(Stage):
         self.upsamplers = nn.ModuleList([Upsample(channels[level])] if level > 0 else [])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, return_maps: ReturnMaps
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        time: Tensor,
+        context: Tensor,
+        return_maps: ReturnMaps,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, list[AttentionMap]]:
-        """(b, c_in, h, w) and the skip connections of this level, used from the last -> (b, c_out, 2h, 2w), the maps"""
+        """(b, c_in, h, w) and the skip connections of this level, used from the last -> (b, c_out, 2h, 2w), the maps
+
+        size: rows and columns of the level above, where they are odd and so not twice those of this level.
+        """
         maps: list[AttentionMap] = []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, torch.cat([x, skips[-1 - i]], dim=1), time)
             x = self.attend(i, x, context, return_maps, maps)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, size)
         return x, maps
 
 
@@ -173,7 +182,7 @@ class UNet(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor | int, context: Tensor, return_maps: ReturnMaps = False
     ) -> UNetOutput:
-        """latents: (b, c, h, w), h and w multiples of 2^(levels-1); timesteps: (b,) or one; context: (b, k, d).
+        """latents: (b, c, h, w); timesteps: (b,) or one; context: (b, k, d).
 
         Returns the prediction (b, c, h, w) in the precision of the weights, and the attention maps that `return_maps`
         asks for: True for all, (h, w) for those of the layers on that grid, which may be none.
@@ -194,8 +203,10 @@ class UNet(nn.Module):
         maps += block_maps
         taken = self.config.layers_per_block + 1  # skip connections of an up block
         for block in self.up_blocks:
-            x, block_maps = block(x, skips[-taken:], time, context, return_maps)
-            skips = skips[:-taken]
+            used, skips = skips[-taken:], skips[:-taken]
+            above = tuple(skips[-1].shape[-2:]) if skips else None
+            size = above if above != tuple(2 * side for side in x.shape[-2:]) else None
+            x, block_maps = block(x, used, time, context, return_maps, size)
             maps += block_maps
         return UNetOutput(self.conv_out(F.silu(self.conv_norm_out(x))), maps)
 
