@@ -121,7 +121,7 @@ def test_wrong_lines_are_refused_in_one_line(bench, tmp_path, failure):
         (["train", scene, "--weights", "no-model"], "no-model"),
         (["train", scene, *model, "--num_of_assets", "2"], "3 masks"),
         (["train", scene, *model, "--device", "abacus"], "--device abacus"),
-        (["train", scene, *model, "--resolution", "33", "--output_dir", tmp_path / "r"], "multiples of 8"),
+        (["train", scene, *model, "--resolution", "33", "--output_dir", tmp_path / "r"], "multiples of 2"),
         (["train", scene, *model, "--adam_beta1", "1"], "--adam_beta1 is 1.0"),
         (["sample", bench.model], "--prompt"),
         (["sample", bench.model, "--prompt", "x", "--output_path", "x.txt"], ".png, .jpg or .webp"),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from bas.cli.entry import main
 from bas.config import EditConfig
+from bas.errors import RunError
 from bas.io.images import pixels, read_image
 from bas.pretrained.folder import save_model
 from bas.sampling import blended_diffusion as editing
@@ -138,8 +139,40 @@ def test_the_size_to_edit_at_is_the_nearest_the_model_takes(models):
     assert working_size(models.spec, (400, 300), EditConfig()) == (40, 32)
     assert working_size(models.spec, (90, 200), EditConfig()) == (32, 72)
     assert working_size(models.spec, (90, 200), EditConfig(width=64)) == (64, 72)
-    with refused("--height 30", "multiples of 8"):
-        working_size(models.spec, (90, 200), EditConfig(height=30))
+    with refused("--height 31", "multiples of 2"):
+        working_size(models.spec, (90, 200), EditConfig(height=31))
+
+
+@torch.inference_mode()
+def test_an_encoder_and_a_decoder_that_overflow_are_repeated_in_float32(bench, picture, caplog):
+    """Not black inside the mask: as with the VAE in float32."""
+    models = taught(bench.model)
+    for layer in ("encoder.conv_norm_out", "decoder.conv_norm_out", "decoder.conv_out"):
+        weight = models.vae.get_submodule(layer).weight
+        weight.mul_(30_000 / weight.abs().max())
+    models.vae.encoder.conv_out.weight.mul_(10)
+    models.to(dtype=torch.float16)
+    inputs = models, picture, [Region(left_half(), "a photo of <asset0>")]
+    (result,) = edit(*inputs, **FAST)
+    assert sum("the decoder overflows in float16" in message for message in caplog.messages) == 1
+    models.vae.float()
+    (expected,) = edit(*inputs, **FAST)
+    assert np.abs(np.asarray(result, int) - np.asarray(expected, int)).max() <= 1
+    assert np.asarray(result)[left_half() == 1].max() > 0
+
+
+def test_no_edit_of_numbers_that_are_not_finite_is_written(bench, picture, monkeypatch):
+    models = taught(bench.model)
+    original = models.unet.forward
+
+    def broken(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.sample[..., 0] = float("inf")  # inside the mask
+        return output
+
+    monkeypatch.setattr(models.unet, "forward", broken)
+    with pytest.raises(RunError, match="denoising in float32"):
+        edit(models, picture, [Region(left_half(), "a photo of <asset0>")], **FAST)
 
 
 # --- Files and the command ----------------------------------------------------------------------------------------

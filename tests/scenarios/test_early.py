@@ -94,7 +94,7 @@ TRAIN = [
     ("train {scene} --weights {model} --class_data_dir {text}", "text is a scene: name a folder of class images"),
     ("train {scene} --weights {model} --device meta", "--device meta cannot be used here: it computes nothing"),
     ("train {scene} --weights {model} --output_dir {run} --resume_from_checkpoint {none}", "none"),
-    ("train {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
+    ("train {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 2 pixels"),
     ("train {scene} --weights {model} --attention_grid 5", "no cross-attention on 5 cells"),
     ("train {scene} --weights {model} --initializer_tokens a a \\x20", "the initial word ' ' holds no token"),
     ("train {scene} --weights {taught}", "handle <asset0> is already a token of this model: choose another name"),
@@ -115,7 +115,7 @@ TRAIN = [
         "img.png is not a folder: a scene is a folder with img.jpg and mask0.png",
     ),
     ("train {none} --weights {model}", "none is not a folder: a scene is a folder with img.jpg and mask0.png"),
-    ("train {text} --weights {model}", "text/img.png is not a readable PNG, JPEG, WEBP, BMP, TIFF picture"),
+    ("train {text} --weights {model}", "text/img.png is not a readable PNG, JPEG, WEBP, BMP, TIFF, GIF, AVIF image"),
     ("train {truncated} --weights {model}", "truncated/mask1.png is not a readable PNG, JPEG, WEBP, BMP, TIFF"),
     ("train {black} --weights {model}", "black/mask1.png is black all over: paint the concept white"),
     ("train {wide} --weights {model}", "wide/mask1.png is 64x32, img.png is 32x32: they must have the same shape"),
@@ -134,7 +134,7 @@ SAMPLE = [
     ("sample {taught} --prompt bowl --negative_prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
     ("sample {taught} --prompt (<asset0>:9)", "(<asset0>:9): a strength is a number from 0 to 5"),
     ("sample {model} --prompt <asset0>", "known handles: none: this is a base model"),
-    ("sample {taught} --prompt bowl --height 31", "--height 31: this model takes multiples of 8 pixels"),
+    ("sample {taught} --prompt bowl --height 31", "--height 31: this model takes multiples of 2 pixels"),
     ("sample {taught} --prompt bowl --num_inference_steps 1001", "1001 denoising steps: this model was trained with"),
     ("sample {taught} --prompt bowl --num_inference_steps 1000 --sampler dpmpp_2m", "1000 denoising steps: this model"),
     ("vary {taught} --output_dir {new} --num_inference_steps 1001", "1001 denoising steps: this model was trained"),
@@ -147,7 +147,7 @@ SAMPLE = [
     ("sample {none} --prompt bowl", "none does not exist, and is no known model"),
     ("vary {model} --output_dir {new}", "has no handles: give the folder of a finished `bas train`"),
     ("vary {taught} --output_dir {scene}", "scene is not empty: name a new folder"),
-    ("vary {taught} --output_dir {new} --width 12", "--width 12: this model takes multiples of 8 pixels"),
+    ("vary {taught} --output_dir {new} --width 13", "--width 13: this model takes multiples of 2 pixels"),
     ("vary {taught} --output_dir {new} --negative_prompt <toy>", "unknown handle <toy> in '<toy>'"),
     ("explore {model} --output_dir {new}", "has no handles: give the folder of a finished `bas train`"),
     (
@@ -158,7 +158,7 @@ SAMPLE = [
     ("attend {taught} --output_dir {new} --prompt bowl", "'bowl' holds no handle: name one, or ask for all --words"),
     ("attend {taught} --output_dir {new} --prompt <toy>", f"unknown handle <toy> in '<toy>'; {HANDLES}"),
     ("attend {taught} --output_dir {new} --prompt <asset0> --attention_grid 5", "no cross-attention on 5 cells"),
-    ("attend {taught} --output_dir {new} --prompt <asset0> --height 9", "--height 9: this model takes multiples of 8"),
+    ("attend {taught} --output_dir {new} --prompt <asset0> --height 9", "--height 9: this model takes multiples of 2"),
     ("attend {taught} --output_dir {new} --prompt <asset0> --negative_prompt <toy>", "unknown handle <toy> in '<toy>'"),
 ]
 EDIT = [
@@ -191,7 +191,7 @@ EDIT = [
 ]
 OTHERS = [
     ("masks {black} --weights {model}", "black/mask1.png is black all over"),
-    ("masks {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 8 pixels"),
+    ("masks {scene} --weights {model} --resolution 33", "--resolution 33: this model takes multiples of 2 pixels"),
     ("masks {long} --weights {model}", "xxx cannot be read: File name too long"),
     ("masks {long} --auto sam", "xxx cannot be read: File name too long"),
     ("masks {scene} --weights {model} --output_path {scene}/mask0.png", "mask0.png is what the command reads"),

@@ -228,7 +228,7 @@ def test_a_disk_without_room_is_told_and_refused(scene, model, tmp_path, monkeyp
     ("changes", "message"),
     [
         ({"phase1_train_steps": 0, "phase2_train_steps": 0}, "both phases have 0 steps"),
-        ({"resolution": 33}, "this model takes multiples of 8 pixels"),
+        ({"resolution": 33}, "this model takes multiples of 2 pixels"),
         ({"attention_grid": 3}, "no cross-attention on 3 cells"),
         ({"handles": ("<a>",)}, "--handles gives 1 names"),
         ({"handles": ("a photo", "<a>")}, "handle '<a photo>': expected <name>"),
