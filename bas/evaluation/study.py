@@ -79,7 +79,7 @@ def read_items(source: Path) -> list[Item]:
         trials = sorted(path.parent for path in source.glob(EVALUATED))
         if not trials:
             raise InputError(f"{source} is no evaluation: it has no {EVALUATED}")
-        shown: dict[str, Path] = {}  # where each scene's photograph is taken from, for all methods
+        shown: dict[str, Path] = {}  # the folder of each scene's image, for all methods
         for trial in sorted(trials, key=lambda trial: trial.parent.name != METHOD):
             shown.setdefault(trial.parents[1].name, trial / RUN / SCENE)
         return [item for trial in trials for item in read_trial(trial, shown[trial.parents[1].name])]

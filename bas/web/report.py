@@ -64,7 +64,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Scene:
-    """The scene of a run as far as its files can be read; masks: (H, W) in 0..1 by concept."""
+    """The files of a run's scene that can be read; masks: (H, W) in 0..1 by concept."""
 
     image: Image.Image | None
     masks: dict[int, np.ndarray]
