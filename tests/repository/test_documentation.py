@@ -35,6 +35,8 @@ CPU_BUILD = "pip install torch==2.13.0 --index-url https://download.pytorch.org/
 NOT_BAS = {"python3 -m venv .venv", ". .venv/bin/activate", f"{INSTALL} .", CPU_BUILD, f"{INSTALL} '.[test]'", "pytest"}
 MENTIONED = {  # in a sentence: no whole command
     "train --background_handle",
+    "train --deterministic",
+    "train --dry_run",
     "train SCENE SCENE …",
     "train --help",
     "COMMAND --help",
