@@ -22,6 +22,14 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_stop::.*(pipe|full_disk|nobody_reads|cannot_be_written)",
     ),
     (
+        "closed streams, other encodings and foreign control characters change neither the work nor its lines",
+        r"test_entry::.*(closed_streams|encoding_lacks|control_characters)|forge_a_line|one_printable_line",
+    ),
+    (
+        "a model from elsewhere sets only how it is trained; a mistake of bas is not blamed on a file",
+        r"model_sets_only|settings_of_the_miniature|mistake_of_bas|library_raises",
+    ),
+    (
         "one run in a folder, and no file of it is overwritten",
         r"second_of_two|racing|must_be_free|only_leftovers",
     ),
@@ -36,6 +44,10 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     (
         "a number that is not finite stops the run within its step and is named",
         r"test_numbers::.*(not_finite|went_wrong|bad_step)|dead_map|dead_padding",
+    ),
+    (
+        "no image of numbers that are not finite is written: it is decoded in float32, or the command ends with 1",
+        r"test_sampler::.*(overflow|not_finite|black_image|broken_in)|test_blended_diffusion::.*(overflow|not_finite)",
     ),
     ("fp16 may overflow: such steps change nothing and are counted", r"test_numbers::.*fp16"),
     (
