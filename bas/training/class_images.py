@@ -33,7 +33,6 @@ from bas.runtime.device import autocast
 from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import decode, generate
 from bas.schedulers import NoiseSchedule
-from bas.training.run_folder import TEMPORARY
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +91,8 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
         if not folder.exists():
             return
         if masks := mask_file(folder) or (images_in(folder) and unread_masks(folder)):
-            name = masks.name if isinstance(masks, Path) else masks
-            raise InputError(
-                f"--class_data_dir {folder} is a scene ({name}): name a folder of class images, or a new one"
-            )
+            found = masks.name if isinstance(masks, Path) else "masks of another tool"
+            raise InputError(f"--class_data_dir {folder} is a scene, it has {found}: name a folder of class images")
         images = _images(folder)
         for path in images[: config.num_class_images]:
             open_image(path)
@@ -131,9 +128,6 @@ def class_images(
         clear_leftovers(folder)
         if keyed and not (folder / KEY_FILE).exists():
             write_json(folder / KEY_FILE, key)
-        for leftover in folder.glob(".*.tmp"):
-            if TEMPORARY.fullmatch(leftover.name):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
         found = len(_images(folder))
         if found < config.num_class_images:
             log.info("generating %d class images into %s", config.num_class_images - found, folder)

@@ -120,6 +120,11 @@ def holds_checkpoints(folder: Path) -> bool:
 def prepare_folder(folder: Path, resuming: bool) -> None:
     """Check a locked folder as `check_output_folder` does, then remove what a killed run left half-written."""
     check_output_folder(folder, resuming)
+    clear_half_written(folder)
+
+
+def clear_half_written(folder: Path) -> None:
+    """Remove the half-written files and checkpoints of a locked run: the process that wrote them was killed."""
     inside = (path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp"))
     for leftover in [*folder.glob(".*.tmp"), *inside]:
         if TEMPORARY.fullmatch(leftover.name) and leftover.is_file():
@@ -128,6 +133,7 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
 
 
 def clear_finished(folder: Path) -> None:
-    """Remove the checkpoints that a kill after the last write left in a finished run."""
+    """Remove the checkpoints and half-written files that a kill after the last step left in a finished run."""
     with locked(folder), writing(folder):
+        clear_half_written(folder)
         remove_all(folder)

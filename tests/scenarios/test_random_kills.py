@@ -1,7 +1,5 @@
 """Sixty runs of five kinds, each killed at random, resume at once and end with the bits of a whole run."""
 
-import random
-
 import pytest
 
 from tests.helpers.random_kills import KINDS, Kill, Kind, build_bench
@@ -42,6 +40,6 @@ def test_a_kill_inside_the_writing_of_a_file(kind, kills):
 @pytest.mark.parametrize("number", range(RUNS))
 def test_random_kills_resume_at_once_to_the_same_bits(kind, number):
     """Each of one to three kills; the seed of run i is SEED + i."""
-    chance, chosen = random.Random(SEED + number), kind(KINDS[number % len(KINDS)])
-    kills = [chosen.choose(chance) for _ in range(chance.randint(1, 3))]
+    chosen = kind(KINDS[number % len(KINDS)])
+    kills = chosen.choose_all(SEED + number)
     assert chosen.try_kills(kills)[0] == [], "; ".join(map(str, kills))

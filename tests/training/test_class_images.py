@@ -175,3 +175,78 @@ def test_a_file_is_no_folder_and_a_broken_picture_is_named(models, bench, tmp_pa
     (folder / "0.png").write_bytes(b"nothing")
     with refused("0.png", "not a readable"):
         check_class_folder(bench.config(class_data_dir=str(folder)), models.schedule, (32, 32))
+
+
+# --- Folders of the user ----------------------------------------------------------------------------------------------
+
+
+MASKS = {  # a file of each mask source, and of exports that bas does not read
+    "mask0.png": None,
+    "mask 1.jpg": None,
+    "cutout0.png": None,
+    "labels.png": None,
+    "regions.json": "{}",
+    "coco.json": "{}",
+    "masks.npy": "",
+    "scene.json": "{}",
+    "annotations.xml": "",
+    "img-masklabel.png": None,
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_scene_is_no_folder_of_class_images(models, bench, tmp_path, name):
+    """Whatever its masks are called; nothing is written there."""
+    folder = write_class_images(tmp_path / "scene", count=1)
+    (folder / "0.png").rename(folder / "img.png")
+    if MASKS[name] is None:
+        Image.new("L", (32, 32)).save(folder / name)
+    else:
+        (folder / name).write_text(MASKS[name])
+    before = sorted(folder.iterdir())
+    told = "masks of another tool" if name in ("annotations.xml", "img-masklabel.png") else name
+    with refused(f"--class_data_dir {folder} is a scene, it has {told}: name a folder of class images"):
+        check_class_folder(bench.config(class_data_dir=str(folder)), models.schedule, (32, 32))
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["1.psd", "1.jxl", "1.tga", "no suffix", "1.cr2"])
+def test_images_that_are_not_read_are_named_before_others_are_generated(models, bench, tmp_path, name, caplog):
+    folder = write_class_images(tmp_path / "mine", count=1)
+    (folder / name).write_bytes(b"an image")
+    for beside in ("0.txt", "0.json", "notes.md", ".DS_Store"):
+        (folder / beside).touch()
+    config = bench.config(class_data_dir=str(folder), num_class_images=2)
+    with refused(f"{folder} has 1 of 2 class images", f"but {name} cannot be read"):
+        check_class_folder(config, models.schedule, (32, 32))
+    check_class_folder(replace(config, num_class_images=1), models.schedule, (32, 32))
+    assert [record.getMessage() for record in caplog.records] == [f"{folder}: {name} are not read as class images"]
+    (folder / name).unlink()
+    check_class_folder(config, models.schedule, (32, 32))
+
+
+def test_what_a_killed_process_left_is_removed(models, bench, tmp_path, asked):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / ".00001.png.999999.tmp").write_bytes(b"half")
+    (folder / ".mine.tmp").touch()
+    class_images(models, bench.config(class_data_dir=str(folder)), "base", (32, 32))
+    assert not (folder / ".00001.png.999999.tmp").exists()
+    assert (folder / ".mine.tmp").exists()
+
+
+def test_the_progress_of_class_images_counts_steps(models, bench, tmp_path, monkeypatch):
+    """Each of the 50 denoising steps of the missing images, in batches."""
+    seen = []
+
+    class Bar:
+        def __init__(self, images, steps, stage, done):
+            seen.append((images, steps, stage, done))
+
+        def step(self, images):
+            seen.append(images)
+
+    monkeypatch.setattr("bas.training.class_images.ImageProgress", Bar)
+    config = bench.config(class_data_dir=str(tmp_path / "new"), num_class_images=3, sample_batch_size=2)
+    class_images(models, config, "base", (32, 32))
+    assert seen == [(3, 50, "class images", 0), *[2] * 50, *[1] * 50]

@@ -52,7 +52,7 @@ def alone(bench, scenes, tmp_path_factory) -> dict[str, dict[str, str]]:
 def test_each_scene_equals_the_same_trained_alone(bench, scenes, alone, tmp_path, monkeypatch):
     """To the bit, in any order, from one reading of the weights and of the class images."""
     loads, encodings = [], []
-    for module, name, calls in ((many, "load", loads), (base_model, "class_images", encodings)):
+    for module, name, calls in ((base_model, "load", loads), (base_model, "class_images", encodings)):
         original = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, f=original, c=calls, **kwargs: (c.append(1), f(*args, **kwargs))[1]
@@ -167,7 +167,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(bench, scenes, tmp_path, mon
     assert "alone is ready" in capsys.readouterr().out
     told = [f"{tmp_path / name} has no page: " for name in ("out/ant", "out/bee", "alone")]
     assert [line for line in caplog.messages if "page" in line] == [
-        f"{start}[Errno 28] No space left on device: 'report.html'; `bas report` writes it anew" for start in told
+        f"{start}[Errno 28] No space left on device: 'report.html'; write it with bas report" for start in told
     ]
 
 
@@ -193,7 +193,7 @@ def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
     (tmp_path / "run" / "settings.json").touch()
     with refused("run holds a run, not scenes"):
         find_scenes([str(tmp_path / "run")])
-    with refused("nowhere", "not a folder"):
+    with refused("nowhere does not exist"):
         find_scenes([str(scenes), "nowhere"])
     with refused("two scenes are called ant"):
         find_scenes([str(scenes), str(write_scene(tmp_path / "ant"))])
@@ -280,7 +280,7 @@ def test_processes_of_a_machine_share_its_gpus(monkeypatch, name, given):
 def test_lists_are_gathered_in_order_and_as_often_as_asked(monkeypatch):
     """Two processes' places, here of two threads, in one store: a second call sees nothing of the first."""
     store = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
+    monkeypatch.setattr("bas.runtime.distributed.rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
 
     def process(rank: int) -> list[list]:
         with Ranks(rank, 2).connected() as gather:
