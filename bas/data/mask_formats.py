@@ -28,8 +28,9 @@ from bas.data.mask_shapes import (
     segmentation_mask,
 )
 from bas.errors import InputError
+from bas.io.files import human_size
 from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation
-from bas.io.json_files import read_content
+from bas.io.json_files import MAX_JSON_BYTES, read_content
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +218,8 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
         shape = getattr(array, "shape", "no single array")
         raise InputError(f"{path} is {shape}: expected (concepts, rows, columns)")
     masks = array[None] if array.ndim == 2 else array
+    if masks.shape[:2] == size[::-1] and masks.shape[1:] != size[::-1]:
+        raise InputError(f"{path} is (rows, columns, concepts): save numpy.moveaxis(masks, -1, 0)")
     if masks.shape[1] * masks.shape[2] > MAX_PIXELS:
         raise InputError(f"{path} is {array.shape}: more than 100 megapixels, make it smaller")
     check_total(str(path), len(masks), masks.shape[:0:-1])
@@ -242,19 +245,26 @@ def _scaled(mask: np.ndarray, full: int) -> np.ndarray:
 # --- Shapes in JSON -----------------------------------------------------------------------------------------------
 
 
+def read_scene_json(path: Path) -> Any:
+    """The content of a scene's JSON file. Raises InputError for a file of many images, before it fills the memory."""
+    if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} is {human_size(path.stat().st_size)}: keep what belongs to this scene's image")
+    return read_content(path)
+
+
 def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """regions.json: {"concepts": [{"handle", "word", and "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]}, ...]}"""
     found, shapes = [], []
-    concepts = entries(read_content(path), "concepts", path)
+    concepts = entries(read_scene_json(path), "concepts", path)
     check_total(str(path), len(concepts), size)
     for i, concept in enumerate(concepts):
         name = f"{path} concept {i}"
         if ("polygon" in concept) == ("box" in concept):
             raise InputError(f'{name} needs either "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]')
         if "box" in concept:
-            x0, y0, x1, y1 = read_numbers(concept["box"], 4, name)
+            x0, y0, x1, y1 = read_numbers(concept["box"], 4, name).tolist()
             if x0 >= x1 or y0 >= y1:
-                raise InputError(f"{name}: the box {concept['box']} is empty: expected x0 < x1 and y0 < y1")
+                raise InputError(f"{name}: the box {[x0, y0, x1, y1]} is empty: expected x0 < x1 and y0 < y1")
             points = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
         else:
             points = read_points(concept["polygon"], name)
@@ -273,7 +283,7 @@ def _rasterised(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """coco.json, one image's part of a COCO file: each annotation is a concept, its category the initial word."""
-    content = read_content(path)
+    content = read_scene_json(path)
     annotations = entries(content, "annotations", path)
     images = {str(annotation.get("image_id")) for annotation in annotations}
     if len(images) > 1:

@@ -23,6 +23,7 @@ from bas.data.mask_formats import (
     find_source,
     mask_in_file,
     read_number,
+    read_scene_json,
     read_source,
 )
 from bas.data.scene import (
@@ -38,7 +39,6 @@ from bas.data.scene import (
 from bas.errors import InputError, did_you_mean
 from bas.io.files import reading
 from bas.io.images import SUFFIXES, TURNS, read_image, read_orientation
-from bas.io.json_files import read_content
 from bas.models.text import check_name
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
         return [mask.handle for mask in found], [mask.word for mask in found]
     if any(mask.handle or mask.word for mask in found):
         log.warning("%s names the concepts: the names beside the masks are not used", path)
-    content = read_content(path)
+    content = read_scene_json(path)
     try:
         names = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
         if not all(name is None or isinstance(name, str) for pair in names for name in pair):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from bas.config import CocoConfig
 from bas.data.mask_formats import entries
-from bas.data.mask_shapes import segmentation_mask
+from bas.data.mask_shapes import check_annotation, segmentation_mask
 from bas.errors import InputError, check_positive
 from bas.io.images import MAX_PIXELS, read_image, save_image
 from bas.io.json_files import read_content, write_json
@@ -145,6 +145,7 @@ def rasterise_mask(path: Path, segment: dict, row: dict) -> np.ndarray:
     """Rasterise an annotation's mask, (H, W) bool, at its image's stated size. Raises InputError for another size."""
     name, size = f"{path} annotation {segment.get('id')}", (row["width"], row["height"])
     mask = segmentation_mask(segment.get("segmentation"), size, name)
+    check_annotation(mask, segment, name)
     if mask.shape != size[::-1]:
         raise InputError(f"{name} is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}")
     return mask

@@ -245,3 +245,14 @@ def test_a_picture_of_another_size_is_named(world, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["coco", str(path), "--images", str(tmp_path / "pictures"), "--output_dir", str(out)]) == 2
     assert "000000000001.png is 60x50, but annotated at 120x100" in capsys.readouterr().err
+
+
+def test_run_lengths_that_contradict_their_bbox_are_refused(world):
+    """Inverted: without the 0 that COCO begins with where the first pixel is inside."""
+    mask = np.zeros((100, 100), bool)
+    mask[:60, :50] = True
+    counts = [run for run in runs(mask)["counts"] if run]
+    inverted = {"size": [100, 100], "counts": counts}
+    world.picture(1, (100, 100), (1, inverted, {"bbox": [0, 0, 50, 60]}), (18, box(50, 0, 50, 100)))
+    with refused("annotation 1: its mask lies in", "its run lengths are inverted, begin them with the pixels outside"):
+        world.square()
