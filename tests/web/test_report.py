@@ -20,7 +20,7 @@ from bas.io.figures import grid, overlay_attention
 from bas.io.run_files import read_rows
 from bas.pretrained.folder import weights_hash
 from bas.sampling.gallery import save_grid
-from bas.training.preview import write_shot
+from bas.training.preview import write_image
 from bas.training.timing import Timing, peak_memory
 from bas.web.elements import spread
 from bas.web.report import UNTRAINED, line, page, running_mean, write_report
@@ -247,7 +247,7 @@ def test_pictures_are_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", cut_short)
     image, masks = torch.zeros(3, 8, 8), {0: torch.zeros(8, 8)}
     for write in (
-        lambda: write_shot(tmp_path / "shot", image, masks),
+        lambda: write_image(tmp_path / "image", image, masks),
         lambda: save_grid([[Image.new("RGB", (8, 8))]], [["x"]], "", tmp_path),
     ):
         with pytest.raises(KeyboardInterrupt):

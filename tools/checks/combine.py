@@ -266,7 +266,7 @@ def sheet(truth: Truth, decoded: Image.Image, images: list[Image.Image], shown: 
 
 def read_shown(rows: list[dict]) -> list[Shown]:
     """Read images back from scores.json."""
-    return [Shown(**row | {"subset": tuple(row["subset"]), "likeness": tuple(row["likeness"])}) for row in rows]
+    return [Shown(tuple(row["subset"]), row["place"], row["seed"], tuple(row["likeness"]), row["seen"]) for row in rows]
 
 
 def by_size(scenes: dict[str, dict], kind: str) -> dict[str, dict[str, float]]:
