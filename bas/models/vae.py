@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from bas.models.attention import attend
 from bas.models.config import VAEConfig
 from bas.models.layers import Downsample, ResnetBlock, Upsample
 
@@ -43,7 +44,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)"""
         cells = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        out = self.to_out(F.scaled_dot_product_attention(self.to_q(cells), self.to_k(cells), self.to_v(cells)))
+        out = self.to_out(attend(self.to_q(cells), self.to_k(cells), self.to_v(cells)))
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[-2])
 
 

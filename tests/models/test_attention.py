@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bas.models.attention import CrossAttention, SelfAttention
+from bas.models import attention as layers
+from bas.models.attention import CrossAttention, SelfAttention, TransformerBlock, attend
 from tests.helpers.compare import assert_equals_live, assert_equals_stored, cases, filled
 from tools.reference.measure import uniform
 
@@ -98,3 +99,88 @@ def _tensors_made(module, *inputs):
     with Watch():
         module(*inputs)
     return made
+
+
+# --- The way of computing it ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """The names of the ways that `attend` takes, in order; the matrix products once for each chunk."""
+    taken, fused, openly = [], layers.F.scaled_dot_product_attention, layers._attend_openly
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", lambda *x: (taken.append("fused"), fused(*x))[1])
+    monkeypatch.setattr(layers, "_attend_openly", lambda *x: (taken.append("openly"), openly(*x))[1])
+    return taken
+
+
+def heads_of(n: int, m: int, dtype: torch.dtype, trains: bool) -> list[torch.Tensor]:
+    """Queries of n cells and keys and values of m, for two samples and two heads of 8 features."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 2, count, 8) for count in (n, m, m))
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_(trains) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trains", "most", "way"),
+    [
+        (torch.bfloat16, True, 2**24, "openly"),
+        (torch.bfloat16, False, 2**24, "fused"),  # forward alone, fused is faster
+        (torch.bfloat16, True, 2 * 2 * 16 * 77 - 1, "fused"),  # more than may be kept
+        (torch.float32, True, 2**24, "fused"),
+        (torch.float32, False, 2**24, "fused"),
+    ],
+)
+def test_only_training_in_bf16_on_a_cpu_is_spelt_out(dtype, trains, most, way, ways, monkeypatch):
+    monkeypatch.setattr(layers, "MOST_SCORES", most)
+    q, k, v = heads_of(16, 77, dtype, trains)
+    out = attend(q, k, v)
+    assert (ways, out.shape, out.dtype) == ([way], q.shape, dtype)
+    with torch.no_grad():
+        attend(q, k, v)
+    assert ways == [way, "fused"]
+
+
+def test_the_device_decides_too(ways):
+    """Tensors without values, as --dry_run counts with, take the fused way of a GPU."""
+    attend(*(x.to("meta") for x in heads_of(16, 77, torch.bfloat16, True)))
+    assert ways == ["fused"]
+
+
+def test_in_float32_nothing_changes():
+    """Bit for bit, gradients too."""
+    inputs = heads_of(64, 77, torch.float32, True)
+    outputs = [attend(*inputs), layers.F.scaled_dot_product_attention(*inputs)]
+    assert torch.equal(*outputs)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in outputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("at_once", "chunks"), [(2**22, 1), (2 * 2 * 60 * 77, 1), (2 * 2 * 30 * 77, 2), (1000, 15)])
+@pytest.mark.parametrize("m", [77, 60])
+def test_spelt_out_equals_fused_within_bf16_in_any_number_of_chunks(at_once, chunks, m, ways, monkeypatch):
+    """Output and gradients, by their norms, against float32; no chunk computes more scores than is stated."""
+    monkeypatch.setattr(layers, "SCORES_AT_ONCE", at_once)
+    exact = heads_of(60, m, torch.float32, True)
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    out, expected = attend(*half), layers.F.scaled_dot_product_attention(*exact)
+    assert len(ways) - 1 == -(-60 // -(-60 // -(-2 * 2 * 60 * m // at_once)))
+    if m == 77:
+        assert len(ways) - 1 == chunks
+    results = [out, *torch.autograd.grad(out.float().square().sum(), half)]
+    references = [expected, *torch.autograd.grad(expected.square().sum(), exact)]
+    for ours, theirs, most in zip(results, references, (0.01, 0.02, 0.02, 0.01), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - theirs).norm() < most * theirs.norm()
+
+
+def test_layers_train_in_bf16_autocast_by_the_open_way(ways):
+    """Both kinds of attention, once each; with probabilities asked for, cross-attention needs neither way."""
+    block = TransformerBlock(dim=16, context_dim=8, heads=2)
+    x, context = torch.randn(2, 64, 16), torch.randn(2, 77, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x, context)[0].float().sum().backward()
+    assert ways == ["openly"] * 2
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x, context, with_probs=True)
+    assert ways == ["openly"] * 3
