@@ -112,7 +112,8 @@ def open_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # of a file that became a terminal since it was opened
+                stream.reconfigure(errors="backslashreplace")
 
 
 def attempt(argv: list[str]) -> int:
