@@ -147,10 +147,10 @@ def test_the_size_to_edit_at_is_the_nearest_the_model_takes(models):
 def test_an_encoder_and_a_decoder_that_overflow_are_repeated_in_float32(bench, picture, caplog):
     """Not black inside the mask: as with the VAE in float32."""
     models = taught(bench.model)
-    for layer in ("encoder.conv_norm_out", "decoder.conv_norm_out", "decoder.conv_out"):
-        weight = models.vae.get_submodule(layer).weight
-        weight.mul_(30_000 / weight.abs().max())
-    models.vae.encoder.conv_out.weight.mul_(10)
+    for coder in (models.vae.encoder, models.vae.decoder):  # what the one layer multiplies, the next one divides
+        factor = 30_000 / coder.conv_norm_out.weight.abs().max()
+        coder.conv_norm_out.weight.mul_(factor)
+        coder.conv_out.weight.div_(factor)
     models.to(dtype=torch.float16)
     inputs = models, picture, [Region(left_half(), "a photo of <asset0>")]
     (result,) = edit(*inputs, **FAST)
@@ -265,7 +265,7 @@ def test_the_command_writes_the_edited_picture_with_its_settings(files, models, 
 
     for wrong in ([], where[:2], where[2:], [*where, "--regions", str(regions)]):
         assert main(["edit", *common, *wrong]) == 2
-        assert capsys.readouterr().err.startswith("bas: say where and what")
+        assert capsys.readouterr().err.startswith("bas: name a place and a prompt")
 
 
 def test_a_scene_is_edited_at_its_own_size(models, tmp_path):
@@ -276,3 +276,18 @@ def test_a_scene_is_edited_at_its_own_size(models, tmp_path):
     changed = differing(result, photo)
     assert not changed[region.mask == 0].any()
     assert changed[region.mask == 1].mean() > 0.9
+
+
+def test_no_numbered_result_replaces_an_input(files, models, capsys):
+    """A result's number may make it the name of an input, or of the mask."""
+    run = files / "run"
+    save_model(models, run)
+    for name in ("photo", "left"):
+        (files / f"{name}-1.png").write_bytes((files / f"{name}.png").read_bytes())
+    before = {path.name: path.read_bytes() for path in files.glob("*.png")}
+    for image, mask, target in (("photo-1", "left", "photo"), ("photo", "left-1", "left")):
+        words = ["edit", run, "--init_image", files / f"{image}.png", "--mask", files / f"{mask}.png"]
+        words += ["--prompt", "a <asset0>", "--num_images", 2, "--output_path", files / f"{target}.png"]
+        assert main([*map(str, words)]) == 2
+        assert f"--output_path {files / target}-1.png is an input of this command" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in files.glob("*.png")} == before
