@@ -10,6 +10,8 @@ from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
 from bas.io.run_files import CONCEPTS, METRICS, read_settings
+from bas.pretrained.folder import weights_hash
+from bas.pretrained.hub import find
 from bas.training.checkpoints import Checkpoint
 
 # Settings that may change on resuming: the device, paths, logging, saving, and what only saves memory.
@@ -100,9 +102,11 @@ def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether --output_dir holds this run, finished. Raises InputError for one of other settings or another scene."""
+    """Whether --output_dir holds this run, finished. InputError for one of other settings, another scene or base."""
     folder = Path(config.output_dir)
     if not (folder / CONCEPTS).exists():
         return False
-    check_resumable(folder, {"config": asdict(config), **scene_state(scene_for_method(config))}, read_settings(folder))
+    base = weights_hash(find(config.pretrained_model_name_or_path))
+    metadata = {"config": asdict(config), **scene_state(scene_for_method(config)), "base": base}
+    check_resumable(folder, metadata, read_settings(folder))
     return True

@@ -11,6 +11,7 @@ import pytest
 import bas
 from bas.pretrained.folder import load, weights_hash
 from bas.training.base_model import Base
+from bas.training.multi_scene import train_each
 from tests.helpers.faults import before_step, resume
 from tests.helpers.tiny import file_hashes, refused
 
@@ -112,6 +113,20 @@ def test_a_resumed_run_reads_the_base_even_where_its_hash_is_known(bench, model,
     assert weights_hash(model) == before  # what the cache says
     with refused("was made with another base"):
         resume(bench, tmp_path / "run", **changes)
+
+
+def test_a_finished_run_of_another_base_does_not_count_as_this_one(bench, model, tmp_path):
+    """Neither alone nor as one of several scenes."""
+    changes = {"pretrained_model_name_or_path": str(model), "phase2_train_steps": 0}
+    run = bas.train(bench.config(tmp_path / "runs" / bench.scene.name, **changes))
+    (outcome,) = train_each(bench.config(tmp_path / "runs", **changes), [bench.scene])
+    assert (outcome.earlier, outcome.error) == (True, None)
+    keep_times(replace_file)(model / UNET)
+    (outcome,) = train_each(bench.config(tmp_path / "runs", **changes), [bench.scene])
+    assert outcome.earlier is False
+    assert f"{run} was made with another base" in outcome.error
+    with refused(f"{run} already holds a finished run"):
+        bas.train(bench.config(run, **changes))
 
 
 def stopped(bench, tmp_path, monkeypatch, changes: dict) -> None:
