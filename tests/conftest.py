@@ -20,6 +20,12 @@ def pytest_addoption(parser):
     parser.addoption("--random_order", type=int, metavar="SEED", help="shuffle the modules, and the tests within each")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """A worker for each core, for the whole suite or a folder; none where single files or tests are named."""
+    named = [str(arg).split("::")[0] for arg in config.args]
+    return 0 if named and all(arg.endswith(".py") for arg in named) else os.cpu_count() or 1
+
+
 def pytest_report_header(config):
     """The seed, to repeat an order."""
     seed = config.getoption("random_order")
@@ -56,7 +62,10 @@ def pytest_configure(config):
     os.environ["BAS_CACHE"] = os.path.join(home, "bas-cache")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(4, os.cpu_count() or 1))
+        in_worker = "PYTEST_XDIST_WORKER" in os.environ
+        threads = 1 if in_worker else min(4, os.cpu_count() or 1)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
 class NetworkBlocked(RuntimeError):

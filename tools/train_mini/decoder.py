@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bas.errors import InputError
 from bas.models.vae import VAE
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import compose
 from tools.mini_world.random_drawings import random_drawing
 from tools.train_mini.codec import Scaling, measure_scaling, set_encoder, to_latents, to_tensor
 from tools.train_mini.files import read_scaling, save_weights, write_scaling
-from tools.train_mini.fit import fit
+from tools.train_mini.fit import fit, load_newest
 from tools.train_mini.recipe import SEED, Recipe, Stage
 
 ROUGH = 0.6  # share of the goal after which latents get more noise, so that the decoder forgives the UNet's errors
@@ -111,11 +112,11 @@ def train_decoder(recipe: Recipe, run: Path, device: torch.device) -> None:
 
 
 def load_vae(recipe: Recipe, run: Path) -> VAE:
-    """The autoencoder of a run: the set encoder, and the newest decoder (finished, best so far, or the start)."""
+    """The autoencoder of a run: the set encoder and its newest decoder. InputError where there is none yet."""
     vae = VAE(recipe.vae)
     set_encoder(vae, read_scaling(run))
-    names = ("decoder.safetensors", "decoder_best.safetensors", "decoder_start.safetensors")
-    LatentDecoder(vae).load_state_dict(load_file(next((run / n for n in names if (run / n).exists()), run / names[0])))
+    if not load_newest("decoder", LatentDecoder(vae), run):
+        raise InputError(f"{run} has no decoder yet: run the stage decoder first")
     return vae.requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.train_mini.files import plot_losses, save_weights
@@ -83,6 +84,28 @@ def fit(
         parameter.data.copy_(mean)
     save_weights(module, run / f"{name}.safetensors")
     plot_losses(run / f"{name}.jsonl")
+
+
+def load_newest(name: str, module: nn.Module, run: Path) -> bool:
+    """Load a stage's newest weights: finished, the average so far of unfinished ones, or those it starts from.
+
+    Returns False where there are none.
+    """
+    finished, checkpoint, start = (run / f"{name}{end}" for end in (".safetensors", ".ckpt", "_start.safetensors"))
+    if not finished.exists() and checkpoint.exists():
+        averages = torch.load(checkpoint, map_location="cpu", weights_only=True)["ema"]
+        for parameter, mean in zip(trainable(module), averages[-1], strict=True):
+            parameter.data.copy_(mean)
+        return True
+    newest = finished if finished.exists() else start
+    if newest.exists():
+        module.load_state_dict(load_file(newest))
+    return newest.exists()
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training changes, in order."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def write_line(log: Path, line: dict) -> None:
