@@ -22,7 +22,7 @@ from bas.evaluation.metrics import class_prompt
 from bas.evaluation.protocol import RUN, TRIAL, TRIALS
 from bas.io.files import write_text
 from bas.io.images import read_image, read_mask
-from bas.io.json_files import read_json, write_json
+from bas.io.json_files import decode_text, read_json, write_json
 from bas.training.preview import SCENE
 from bas.web.elements import data_uri, render
 
@@ -128,9 +128,9 @@ def read_list(path: Path) -> Iterator[Item]:
     Raises InputError for a file or a line of another kind.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is neither an evaluation's folder nor a list of images") from error
+        lines = [line for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is neither an evaluation's folder nor a list of images ({error})") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
