@@ -20,6 +20,7 @@ from bas.data.mask_exports import unread_masks
 from bas.data.mask_shapes import (
     check_annotation,
     check_units,
+    polygons,
     rasterise_polygon,
     read_numbers,
     read_points,
@@ -310,14 +311,14 @@ def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 def _check_polygons(annotations: list[dict], size: tuple[int, int], name: str) -> None:
     """Check the units of all polygons of a COCO file together."""
-    polygons = [
-        read_points(points, f"{name} annotation {i}", flat=True)
+    found = [
+        points
         for i, annotation in enumerate(annotations)
         if isinstance(annotation.get("segmentation"), list)
-        for points in annotation["segmentation"]
+        for points in polygons(annotation["segmentation"], f"{name} annotation {i}")
     ]
-    if polygons:
-        _warn(check_units(np.concatenate(polygons), size, name))
+    if found:
+        _warn(check_units(np.concatenate(found), size, name))
 
 
 def _annotated(annotation: dict, size: tuple[int, int], name: str) -> np.ndarray:

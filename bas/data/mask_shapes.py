@@ -30,12 +30,18 @@ def segmentation_mask(segmentation: Any, size: tuple[int, int], name: str) -> np
     if isinstance(segmentation, dict):
         w, h = runs_size(segmentation, name)
         return decode_runs(segmentation.get("counts"), h, w, name)
+    mask = np.zeros(size[::-1], dtype=bool)
+    for points in polygons(segmentation, name):
+        mask |= rasterise_polygon(points, size)
+    return mask
+
+
+def polygons(segmentation: Any, name: str) -> list[np.ndarray]:
+    """The corners of a COCO segmentation's polygons, (n, 2) each. One polygon may stand without the list around it."""
     if not isinstance(segmentation, list) or not segmentation:
         raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
-    mask = np.zeros(size[::-1], dtype=bool)
-    for points in segmentation:
-        mask |= rasterise_polygon(read_points(points, name, flat=True), size)
-    return mask
+    alone = all(isinstance(value, (int, float)) for value in segmentation)
+    return [read_points(points, name, flat=True) for points in ([segmentation] if alone else segmentation)]
 
 
 def rasterise_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:

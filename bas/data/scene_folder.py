@@ -180,6 +180,8 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
         log.warning("%s names the concepts: the names beside the masks are not used", path)
     content = read_scene_json(path)
     try:
+        if not all(isinstance(concept, dict) for concept in content["concepts"]):
+            raise TypeError("a concept is no object")
         names = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
         if not all(name is None or isinstance(name, str) for pair in names for name in pair):
             raise TypeError("a handle or a word is no text")

@@ -27,6 +27,10 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  #
 FIRST_FRAME = ("MPO", "GIF")  # of several frames the first is read: a phone's second image, or an animation
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
 ONE = np.float32(1 / 255)  # the value 1 of 255
+MAX_LABELS = 64  # colours; a drawn mask with soft edges has more
+MAX_NUMBER = 21  # classes of PASCAL VOC, with the background
+GREYISH = 30  # of 255, between the channels of a grey that was converted or compressed
+LABELS_ADVICE = "if it is a map of labels, name it labels.png; else save it in black and white"
 TURNS = {  # EXIF orientations (CIPA DC-008): what makes the stored image upright
     1: "upright",
     2: "mirrored",
@@ -175,11 +179,26 @@ def read_mask(path: Path) -> np.ndarray:
         image = image.getchannel("A") if alpha_varies else image.convert("RGB")
     elif image.mode == "P" and (inside := _inside_of_palette(image, path)) is not None:
         return inside
+    _check_no_labels(image, path)
     mask = _grey(image, path)
     if mask.max() == ONE and np.isin(mask, [0, float(ONE)]).all():
         log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
         mask = (mask > 0).astype(np.float32)
     return mask
+
+
+def _check_no_labels(image: Image.Image, path: Path) -> None:
+    """Raise InputError for a label map as a mask: of several colours, or of small numbers with an undecided 255."""
+    if _is_deep(image):
+        return
+    most = min(MAX_LABELS, image.width * image.height // 16)  # a small image has few colours in any case
+    colours = [colour for _, colour in image.convert("RGB").getcolors(most) or ()]
+    vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours)
+    levels = image.convert("L").histogram()
+    numbers, between, white = sum(levels[1:MAX_NUMBER]), sum(levels[MAX_NUMBER:255]), levels[255]
+    if vivid > 1 or numbers >= white > between == 0:
+        found = f"{vivid} colours" if vivid > 1 else "small numbers and 255"
+        raise InputError(f"{path} holds {found}: {LABELS_ADVICE}")
 
 
 def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
@@ -196,8 +215,7 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
     if len(used) == 2 and used[0] == 0 and colours[0].sum() < colours[1].sum():
         log.warning("%s has a palette: entry %d is read as inside, entry 0 as outside", path, used[1])
         return np.array(image, dtype=np.float32) / used[1]
-    labels = "if it is a map of labels, name it labels.png; else save it in black and white"
-    raise InputError(f"{path} has {len(used)} palette entries in colours: {labels}")
+    raise InputError(f"{path} has {len(used)} palette entries in colours: {LABELS_ADVICE}")
 
 
 def image_path(name: str) -> Path:

@@ -131,6 +131,11 @@ def test_polygons_that_contradict_their_bbox_are_read_with_a_warning(folder, cap
     ]
 
 
+def test_one_polygon_may_stand_without_the_list_around_it(folder):
+    (folder / "coco.json").write_text(json.dumps({"annotations": [{"segmentation": [8, 5, 38, 5, 38, 25, 8, 25]}]}))
+    assert load(folder)[0].sum() == 600
+
+
 # --- Units --------------------------------------------------------------------------------------------------------
 
 

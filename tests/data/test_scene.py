@@ -205,9 +205,10 @@ def test_frame(size, square, resized, box):
     assert resize_and_crop_box(size, 512, 64, square) == (resized, box)
 
 
-def test_resolution_must_suit_the_model():
-    with refused("--resolution 500", "multiples of 64"):
-        resize_and_crop_box((512, 512), 500, 64, False)
+@pytest.mark.parametrize(("resolution", "sides"), [(512, (640, 512)), (520, (688, 520)), (500, (664, 500))])
+def test_sides_are_multiples_of_what_divides_the_resolution(resolution, sides):
+    _, (left, top, right, bottom) = resize_and_crop_box((800, 600), resolution, 64, False)
+    assert (right - left, bottom - top) == sides
 
 
 @pytest.mark.parametrize("square", [False, True])

@@ -244,6 +244,37 @@ def test_a_mask_of_other_palettes_gets_a_hint(tmp_path, values, colours, count):
         load(folder)
 
 
+BORDER = np.where(np.roll(INSIDE, 2, axis=1) != INSIDE, 255, INSIDE)
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (BORDER.astype(np.uint8), "small numbers and 255"),  # 1 inside, 255 undecided
+        (np.where(BORDER == 255, 255, 15 * BORDER).astype(np.uint8), "small numbers and 255"),
+        (INSIDE[..., None] * [255, 0, 0] + np.roll(INSIDE, 16, 1)[..., None] * [0, 255, 0], "2 colours"),
+        (INSIDE[..., None] * [255, 0, 0] + (1 - INSIDE[..., None]) * [0, 0, 128], "2 colours"),
+    ],
+)
+def test_a_map_of_labels_as_a_mask_gets_a_hint(tmp_path, mask, found):
+    folder = write_scene(tmp_path / "s", concepts=1)
+    Image.fromarray(np.asarray(mask, np.uint8)).save(folder / "mask0.png")
+    with refused(
+        f"mask0.png holds {found}: if it is a map of labels, name it labels.png; else save it in black and white"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("low", [2, 8])
+def test_a_dark_corner_beside_white_is_a_mask(tmp_path, caplog, low):
+    folder = write_scene(tmp_path / "s", concepts=1)
+    mask = (255 * INSIDE).astype(np.uint8)
+    mask[30:, 28:] = low
+    Image.fromarray(mask).save(folder / "mask0.png")
+    assert np.array_equal(load(folder).masks[0], mask.astype(np.float32) / 255)
+    assert caplog.messages == []
+
+
 VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0)] + [(0, 0, 0)] * 252 + [(224, 224, 192)]
 
 
