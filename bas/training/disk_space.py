@@ -24,7 +24,7 @@ MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
 
 
 def count_numbers(models: Models) -> dict[str, int]:
-    """How many weights each group has that a phase may train (`Phase.trains`), and the VAE. The groups overlap."""
+    """Count the weights of each group that a phase can train (`Phase.trains`), and of the VAE. Groups overlap."""
     groups = {name: getattr(models, name).parameters() for name in COMPONENTS}
     groups["cross_attention"] = cross_attention(models.unet).values()
     groups["cross_attention_kv"] = keys_and_values(models.unet).values()
@@ -34,23 +34,23 @@ def count_numbers(models: Models) -> dict[str, int]:
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
-    """Bytes of each kind of file that the run folder has yet to hold: a run that goes on has checkpoints already."""
+    """Bytes of each kind of file that the run will write, less the checkpoints that a resumed run has already."""
 
-    def trained(phase: Phase) -> int:
+    def optimized(phase: Phase) -> int:
         return sum(numbers.get(name, 0) for name in phase.trains)
 
     steps = sum(phase.steps for phase in config.phases)
     weights = DTYPES[config.save_precision].itemsize * sum(numbers[name] for name in (*COMPONENTS, "embedding"))
     files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
     if config.checkpointing_steps and config.checkpointing_steps <= steps:
-        one = (4 + ADAM_BYTES[config.optimizer]) * max(trained(phase) for phase in config.phases)
+        one = (4 + ADAM_BYTES[config.optimizer]) * max(optimized(phase) for phase in config.phases)
         held = sum(path.stat().st_size for path in (Path(config.output_dir) / CHECKPOINTS).rglob("*.safetensors"))
         files[WHILE_TRAINING] = max(0, one * (config.checkpoints_total_limit + 1) - held)  # the new before the old goes
     return files
 
 
 def free_disk_space(folder: Path) -> int:
-    """Bytes that the disk of a folder, which need not exist yet, has left. InputError where it is read-only."""
+    """Free bytes on the disk of a folder, which need not exist yet. InputError where it is read-only."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not os.access(existing, os.W_OK):
         raise InputError(f"cannot write to --output_dir {folder}: {existing} is read-only for you")
@@ -58,12 +58,12 @@ def free_disk_space(folder: Path) -> int:
 
 
 def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
-    """InputError when the disk of the run folder has less space than the run's files will take."""
+    """Raise InputError if the run's files will take more than the free space on the disk of the run folder."""
     files, free = files_to_come(count_numbers(build_on_meta(base)[0]), config), free_disk_space(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
         raise InputError(
-            f"--output_dir {folder} has {human_size(free)} of room, the run takes {human_size(sum(files.values()))} "
+            f"--output_dir {folder} has {human_size(free)} free, the run takes {human_size(sum(files.values()))} "
             f"({parts}): {MAKE_ROOM}"
         )
 

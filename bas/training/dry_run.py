@@ -48,21 +48,21 @@ TIME_RULE = (
     "does nothing else; a training also waits for memory and takes longer"
 )
 
-TOO_LITTLE = "NOT ENOUGH"  # how the facts of a disk without room begin
+TOO_LITTLE = "NOT ENOUGH"  # first words of the entry `disk` where space is missing
 
 
 @dataclass(frozen=True)
 class Cost:
     """What one phase takes."""
 
-    trained: int  # numbers that are trained
+    trained: int  # parameters that are trained, counted one number at a time
     kept: int  # bytes that a step keeps for its backward pass, in the precision of the weights
     operations: int  # of one optimizer step
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would be, with shapes but no values."""
+    """A run laid out on the meta device: shapes without values."""
 
     models: Models
     image: Tensor
@@ -124,7 +124,7 @@ def _not_here(config: TrainConfig) -> str:
 
 
 def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> Plan:
-    """Lay out the run of this scene on this base, and count each phase."""
+    """Lay out the run of this scene on this base on the meta device, and count the cost of each phase."""
     if is_known_elsewhere(config.pretrained_model_name_or_path):
         models = build_networks(find_spec(config.pretrained_model_name_or_path, config.prediction_type))
     else:
@@ -158,7 +158,10 @@ RESUMABLE = ("--gradient_checkpointing",)  # with these the run can be resumed; 
 
 
 def memory_advice(config: TrainConfig, used: int | None) -> str:
-    """One line for a run that is out of memory: what it used at most, and what each flag that is left would save."""
+    """One line for a run that ran out of memory: what it takes at least, and what each unused flag would save.
+
+    used: the most bytes that it held, if known.
+    """
     scene, base, device, precision = check_input(config)
 
     def peak(changes: dict) -> int:
@@ -178,7 +181,7 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
 
 
 def blank_data(models: Models, scene: Scene, masks: Tensor, config: TrainConfig) -> TrainingData:
-    """Training data of the right shapes without the VAE's work: empty latents, the real masks and prompts."""
+    """Training data of the right shapes without encoding: latents of zeros, the real masks and prompts."""
     factor, channels = models.vae.config.factor, models.vae.config.latent_channels
     h, w = (side // factor for side in masks.shape[-2:])
     empty = Posterior(torch.zeros(channels, h, w), torch.zeros(channels, h, w))
@@ -196,7 +199,7 @@ def blank_data(models: Models, scene: Scene, masks: Tensor, config: TrainConfig)
 
 
 def phase_cost(models: Models, data: TrainingData, phase: Phase, config: TrainConfig) -> Cost:
-    """One step on the meta device, counted."""
+    """Count one step on the meta device."""
     trained = trainable_parameters(models, phase)
     weights = {p.untyped_storage()._cdata for component in COMPONENTS for p in getattr(models, component).parameters()}
     kept = {}
@@ -220,7 +223,7 @@ def phase_cost(models: Models, data: TrainingData, phase: Phase, config: TrainCo
 
 
 def phase_memory(weights: int, cost: Cost, precision: str, config: TrainConfig, copied: int) -> dict[str, int]:
-    """Bytes by what they are for. copied: how many weights autocast rounds, and keeps so until the backward pass."""
+    """Bytes by what they are for. copied: how many weights autocast rounds, and keeps until the backward pass."""
     masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
     copies = {"fp16 copies": 2 * copied} if precision == "fp16" and not config.gradient_checkpointing else {}
     adding = precision == "bf16" and config.gradient_accumulation_steps > 1  # one pass's own beside the masters' sum
@@ -235,13 +238,13 @@ def phase_memory(weights: int, cost: Cost, precision: str, config: TrainConfig, 
 
 
 def sum_of(parts: dict[str, int]) -> str:
-    """Sizes and their sum: 3.2 GB = 1.1 GB weights + ..."""
+    """Format sizes and their sum: 3.2 GB = 1.1 GB weights + ..."""
     summands = " + ".join(f"{human_size(size)} {name}" for name, size in parts.items())
     return f"{human_size(sum(parts.values()))} = {summands}"
 
 
 def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> str | None:
-    """One line when the device has less memory than the estimate."""
+    """One line of advice where the device has less memory than the estimate, else None."""
     if device.type == "cuda":
         held = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):
@@ -259,7 +262,7 @@ def class_image_operations(models: Models, data: TrainingData, config: TrainConf
 
 
 def unet_operations(models: Models, data: TrainingData) -> int:
-    """Operations of the UNet's forward pass over one picture of this size."""
+    """Operations of the UNet's forward pass for one image of this size."""
     z = data.images[0].views[0].posterior.mean[None].to("meta")
     context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -210,7 +210,7 @@ def do_rare_work(run: Run, state: PhaseState, step: int) -> None:
         try:
             with writing(run.folder), autocast(run.models.device, run.precision):
                 sheet = write_preview(run.folder, run.models, run.scene.handles, run.image, run.masks, config, step)
-        except NotFiniteError as error:  # the training itself may go on well: losses and weights are checked
+        except NotFiniteError as error:  # losses and weights have checks of their own
             log.warning("no preview after step %d: %s", step, error)
             return
         if run.events:

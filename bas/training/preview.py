@@ -45,7 +45,7 @@ def write_preview(
 
     image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1]. Returns the sheet's path.
     """
-    photo = to_image(image)
+    scene_image = to_image(image)
     prompts = [subset_prompt([handle]) for handle in handles]
     if len(handles) > 1:
         prompts.append(subset_prompt(handles))
@@ -60,11 +60,11 @@ def write_preview(
         images = list(sample_each(models, prompts, settings, progress))
         maps = scene_attention(models, handles, image, config)
     layers = dict(enumerate(masks.numpy()))
-    wanted = [tint_masks(photo, {i: layer}) for i, layer in layers.items()]
-    looks = [overlay_attention(values, photo, i) for i, values in enumerate(maps.numpy())]
+    wanted = [tint_masks(scene_image, {i: layer}) for i, layer in layers.items()]
+    looks = [overlay_attention(values, scene_image, i) for i, values in enumerate(maps.numpy())]
     pairs = [cell for pair in zip(wanted, looks, strict=True) for cell in pair]
     names = [name for handle in handles for name in (f"mask of {handle}", f"attention of {handle}")]
-    scene = [tint_masks(photo, layers), *images]
+    scene = [tint_masks(scene_image, layers), *images]
     sheet = grid([scene, pairs], [["scene and masks", *prompts], names], CELL, title=f"step {step}")
     separate = folder / PICTURES / f"step-{step:06d}"
     separate.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,10 @@ def write_image(folder: Path, image: Tensor, masks: dict[int, Tensor]) -> None:
 
 @torch.no_grad()
 def scene_attention(models: Models, handles: tuple[str, ...], image: Tensor, config: TrainConfig) -> Tensor:
-    """Each handle's averaged attention map on the scene itself, half noised. image: (3, H, W) -> (N, gh, gw) on CPU"""
+    """The averaged attention map of each handle on the scene's image, half noised (eq. 2).
+
+    image: (3, H, W) in [-1, 1] -> (N, gh, gw) on the CPU
+    """
     schedule, device = models.schedule, models.device
     z0 = encode_images(models, image[None]).mean * models.vae.config.scaling_factor
     eps = standard_normal(z0.shape[1:], [torch.Generator().manual_seed(config.seed)])

@@ -54,7 +54,7 @@ class Run:
     masks: Tensor  # (N, H, W) in [0, 1]
     data: TrainingData
     metadata: dict  # settings, scene, hash of the base, version: what a resumed run must share
-    generator: torch.Generator  # the source of every random draw of the steps
+    generator: torch.Generator  # of all random numbers of the steps
     metrics: MetricsLog
     checkpoint: Checkpoint | None = None  # from which the run continues
     exact: Float32Values = field(default_factory=dict)  # float32 values of the weights that compute at 16 bits

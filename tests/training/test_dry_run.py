@@ -301,7 +301,7 @@ def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tm
     needed = sum(files_to_come(count_numbers(build_on_meta(model)[0]), settings).values())
     monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: needed - 1)
-    with pytest.raises(InputError, match=r"has .* of room, the run takes .*: make room, or try"):
+    with pytest.raises(InputError, match=r"has .* free, the run takes .*: make room, or try"):
         train(settings)
     monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: needed)
     require_disk_space(tmp_path, model, settings)
