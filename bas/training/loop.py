@@ -35,7 +35,7 @@ from bas.training.optimizer import set_learning_rate
 from bas.training.phase_state import PhaseState, build_phase_state, handle_embedding, restore_phase
 from bas.training.preview import sheet_path, write_preview
 from bas.training.resume import is_finished
-from bas.training.run_folder import clear_finished, holds_checkpoints, locked
+from bas.training.run_folder import clear_finished, has_leftovers, locked
 from bas.training.setup import Run, check_input, setup_run
 from bas.training.timing import Timing
 
@@ -121,7 +121,7 @@ def train(config: TrainConfig, base: Base | None = None) -> Path:
     number stops being finite or the disk is full; Interrupted after a signal, once the state is saved.
     """
     folder = Path(config.output_dir)
-    if config.resume_from_checkpoint and holds_checkpoints(folder) and is_finished(config):
+    if config.resume_from_checkpoint and has_leftovers(folder) and is_finished(config):
         clear_finished(folder)
         return folder
     with trained(config, base) as run:

@@ -22,7 +22,7 @@ from bas.training.base_model import Base
 from bas.training.dry_run import memory_advice
 from bas.training.loop import train
 from bas.training.resume import is_finished
-from bas.training.run_folder import clear_finished, holds_checkpoints
+from bas.training.run_folder import clear_finished, has_leftovers
 from bas.training.setup import check_machine
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
         outcome = Outcome(str(scene), settings.output_dir)
         try:
             if is_finished(settings):
-                if holds_checkpoints(Path(settings.output_dir)):
+                if has_leftovers(Path(settings.output_dir)):
                     clear_finished(Path(settings.output_dir))
                 yield replace(outcome, earlier=True)
                 continue

@@ -105,13 +105,15 @@ def check_output_folder(folder: Path, resuming: bool) -> None:
 
 
 def _advice(folder: Path) -> str:
-    if holds_checkpoints(folder):
-        return "--resume_from_checkpoint latest clears its checkpoints, which a kill left there"
+    if has_leftovers(folder):
+        return "--resume_from_checkpoint latest completes it, as it was killed at its end"
     return "choose another --output_dir or remove it"
 
 
-def holds_checkpoints(folder: Path) -> bool:
-    """Whether a run folder holds checkpoints, complete or not, or their empty folder; a finished run does not."""
+def has_leftovers(folder: Path) -> bool:
+    """Whether a run holds checkpoints, their empty folder, a lock or half-written files; a finished run does not."""
+    if any(path.name == LOCK or TEMPORARY.fullmatch(path.name) for path in folder.glob(".*")):
+        return True
     names = [path.name for path in (folder / CHECKPOINTS).glob("*")]
     own = any(UNFINISHED.fullmatch(name) or name.removeprefix("step-").isdecimal() for name in names)
     return own or ((folder / CHECKPOINTS).is_dir() and not names)
@@ -133,7 +135,7 @@ def clear_half_written(folder: Path) -> None:
 
 
 def clear_finished(folder: Path) -> None:
-    """Remove the checkpoints and half-written files that a kill after the last step left in a finished run."""
+    """Remove what a kill after the last write of the training left in a finished run."""
     with locked(folder), writing(folder):
         clear_half_written(folder)
         remove_all(folder)

@@ -245,6 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="run i has seed + i")
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     held = fired = 0
@@ -257,7 +258,8 @@ def main() -> int:
             kills = kind.choose_all(args.seed + number)
             return kind.kind, kills, *kind.try_kills(kills)
 
-        for number, (name, kills, wrong, count) in enumerate(pool.map(try_run, range(args.runs))):
+        numbers = range(args.first, args.first + args.runs)
+        for number, (name, kills, wrong, count) in zip(numbers, pool.map(try_run, numbers), strict=True):
             held, fired = held + (not wrong), fired + count
             told = f"differs: {', '.join(wrong)}" if wrong else "the same bits"
             print(f"{number:3d} {name:15s} {'; '.join(map(str, kills))}: {told}", flush=True)
