@@ -45,14 +45,17 @@ class HelpFormatter(argparse.HelpFormatter):
         return "\n".join(line if line[:1] == " " else fill(line, width, indent) for line in text.splitlines())
 
 
+METAVARS = {str: "TEXT", int: "INT", float: "FLOAT"}
+
+
 def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection[str] | None = None) -> None:
-    """Declare one flag per dataclass field, or per one in `only`, in the groups that the fields name.
+    """Declare one flag per dataclass field, in the groups that the fields name; or per one in `only`, without groups.
 
     A flag that is not given leaves no value, so that presets can fill it. Every switch has both its flags: a value of
     a file, a preset or a model is changed either way.
     """
     chosen = [f for f in fields(settings) if only is None or f.name in only]
-    titles = [GROUPS[0] if f.metadata["common"] else f.metadata["group"] for f in chosen]
+    titles = ["" if only else GROUPS[0] if f.metadata["common"] else f.metadata["group"] or "" for f in chosen]
     places = {title: parser.add_argument_group(title) for title in GROUPS if title in titles}
     for f, title in zip(chosen, titles, strict=True):
         for names, options in arguments(f):
@@ -76,7 +79,7 @@ def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
         text += f" (default: {shown})"
     choices = f.metadata["choices"] or None
     options: dict[str, Any] = {"type": partial(read_value, f, kind), "help": text}
-    options |= {"metavar": None if choices else kind.__name__.upper()}
+    options |= {"metavar": None if choices else "DIR" if f.name.endswith("_dir") else METAVARS[kind]}
     options |= {"nargs": "+"} if several else {"choices": choices}
     if "bare" in f.metadata:
         options |= {"nargs": "?", "const": f.metadata["bare"]}
