@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -262,3 +263,39 @@ def test_ctrl_c_ends_with_one_line_and_130(monkeypatch, capsys):
     monkeypatch.setattr("bas.cli.commands.info.run", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err.strip() == "bas: interrupted"
+
+
+def test_help_of_training_is_grouped(capsys):
+    """The ten flags that people use first, then the others by what they are about; each stands once."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    output = capsys.readouterr().out
+    titles = re.findall(r"^(\S[^\n]*):$", output, re.MULTILINE)
+    assert titles[2:] == [
+        "used most",
+        "scene",
+        "method",
+        "training",
+        "memory and speed",
+        "output",
+        "expert",
+        "examples",
+    ]
+    first = output.split("used most:\n")[1].split("\n\n")[0]
+    flags = re.findall(r"^  (--\w+)", first, re.MULTILINE)
+    assert len(flags) == 10
+    assert {"--initializer_tokens", "--output_dir", "--phase1_train_steps", "--seed"} <= {*flags}
+    for f in fields(TrainConfig):
+        assert len(re.findall(rf"^  --(?:no_)?{f.name}\b", output, re.MULTILINE)) <= 1
+    usage = output.split("\n\n")[0]
+    assert usage == "usage: bas train [SCENE ...] [FLAGS]"
+
+
+def test_a_switch_is_turned_both_ways():
+    """Also back on, over a preset or a file that turned it off; its help is that of the switch."""
+    parser = build_parser("train")
+    for name, off in (("with_prior_preservation", "--no_prior_preservation"), ("close_ups", "--no_close_ups")):
+        assert getattr(parser.parse_args(["train", "scene", f"--{name}"]), name) is True
+        assert getattr(parser.parse_args(["train", "scene", off]), name) is False
+    help_text = " ".join(parser._subparsers._group_actions[0].choices["train"].format_help().split())
+    assert "--no_prior_preservation turn off: also train on class images" in help_text
