@@ -22,8 +22,6 @@ from bas.models.vae import Posterior
 
 log = logging.getLogger(__name__)
 
-SHARED = "their handles will share what is there"
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -152,13 +150,23 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
     for i, handle in enumerate(scene.handles if warn else ()):
         for j, share in overlaps(masks.numpy(), i).items():
             if share >= LARGE_OVERLAP:
-                other = scene.handles[j]
-                log.warning("%.0f %% of the mask of %s lies in that of %s: %s", 100 * share, handle, other, SHARED)
+                log.warning("%s", overlap_message(handle, scene.handles[j], share))
     height, width = image.shape[1:]
     for extra in scene.extra_images:
         names = {i: f"{scene.handles[i]} in extra image {extra.name}" for i in sorted(extra.masks)}
         check_grids(spec, extra.tensors(height, width, len(scene))[1], names, config, warn)
     return height, width
+
+
+def overlap_message(handle: str, other: str, share: float) -> str:
+    """The warning about a mask of which this share lies in another."""
+    shared = "their handles will share what is there"
+    return f"{100 * share:.0f} % of the mask of {handle} lies in the mask of {other}: {shared}"
+
+
+def vanishing_message(handle: str, grid: str, h: int, w: int) -> str:
+    """The message about a mask that is empty on a grid of h rows and w columns."""
+    return f"the mask of {handle} vanishes on the {grid} of {w}x{h} cells: make it larger, or raise --resolution"
 
 
 def most_handles(spec: ModelSpec) -> int:
@@ -178,9 +186,9 @@ def check_grids(spec: ModelSpec, masks: Tensor, handles: dict[int, str], config:
     for i, handle in handles.items():
         flips = torch.stack([masks[i], masks[i].flip(-1)])
         if (resize_mask(flips, *latent).amax(dim=(1, 2)) == 0).any():
-            raise InputError(f"the mask of {handle} vanishes on the latents' grid: paint it larger, or crop less")
+            raise InputError(vanishing_message(handle, "loss grid", *latent))
         if warn and config.lambda_attention and (resize_mask(flips, *grid).amax(dim=(1, 2)) == 0).any():
-            log.warning("the mask of %s is too small for the attention loss: paint it larger", handle)
+            log.warning("%s", vanishing_message(handle, "attention grid", *grid))
 
 
 def prepare(

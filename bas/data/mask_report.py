@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import TrainConfig
-from bas.data.batches import SHARED, attention_grid
+from bas.data.batches import attention_grid, overlap_message, vanishing_message
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps
 from bas.io.figures import grid, tint_masks
 from bas.io.images import to_image
@@ -108,16 +108,15 @@ def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
 def warnings(view: SceneView) -> list[str]:
     """What is possible but likely to disappoint, one line each. Words are judged in the first image alone."""
     lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
-    where_it_is = f"extra image {view.name}: " if view.name else ""
+    where_it_is = f" in extra image {view.name}" if view.name else ""
     for concept in view.concepts:
-        name = f"{where_it_is}mask {concept.number} ({concept.handle})"
+        name = f"{concept.handle}{where_it_is}"
         for where in concept.vanishes:
             h, w = (concept.latent if where == "loss grid" else concept.attention).shape
-            lines.append(f"{name} vanishes on the {where} of {w}x{h} cells: make it larger, or raise --resolution")
+            lines.append(vanishing_message(name, where, h, w))
         for j, share in concept.overlaps.items():
             if share >= LARGE_OVERLAP:
-                other = f"mask {j} ({handles[j]})"
-                lines.append(f"{share:.0%} of {name} lies in {other}: {SHARED}")
+                lines.append(overlap_message(name, handles[j], share))
         if view.name:
             continue
         if len(concept.pieces) > 1:

@@ -60,7 +60,7 @@ def test_masks_that_lie_in_each_other_are_told(bench, tmp_path, caplog):
     check_scene(models.spec, load_scene(config), config, warn=False)
     assert caplog.messages == []
     check_scene(models.spec, load_scene(config), config)
-    share, rest = "their handles will share what is there", "of the mask of <asset{}> lies in that of <asset{}>"
+    share, rest = "their handles will share what is there", "of the mask of <asset{}> lies in the mask of <asset{}>"
     assert caplog.messages == [f"48 % {rest.format(0, 1)}: {share}", f"100 % {rest.format(1, 0)}: {share}"]
 
 
@@ -227,4 +227,4 @@ def test_mask_that_vanishes_on_the_grids_is_noticed(bench, tmp_path, caplog):
     mask[2:5, 2:5] = 255
     Image.fromarray(mask).save(scene / "mask1.png")
     check_input(bench.config(instance_data_dir=str(scene)))
-    assert "the mask of <asset1> is too small for the attention loss" in caplog.text
+    assert "the mask of <asset1> vanishes on the attention grid of " in caplog.text

@@ -82,7 +82,7 @@ def test_a_mask_between_the_attention_cells_is_announced(model, tmp_path):
     assert seen.concepts[0].vanishes == ("attention grid",)
     assert seen.concepts[0].latent.sum() == 4
     assert warnings(seen)[0] == (
-        "mask 0 (<asset0>) vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution"
+        "the mask of <asset0> vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution"
     )
     assert not seen.concepts[1].vanishes
 
@@ -108,9 +108,9 @@ def test_large_overlaps_and_words_are_worth_a_line(model, tmp_path):
     masks = [box((0, 16), (0, 16)), box((0, 32), (0, 16))]
     lines = warnings(view(model, write(tmp_path / "s", masks, [{"word": "stone bowl"}, {}])))
     assert lines == [
-        "100% of mask 0 (<asset0>) lies in mask 1 (<asset1>): their handles will share what is there",
+        "100 % of the mask of <asset0> lies in the mask of <asset1>: their handles will share what is there",
         "'stone bowl' is 2 pieces: <asset0> starts from their mean",
-        "50% of mask 1 (<asset1>) lies in mask 0 (<asset0>): their handles will share what is there",
+        "50 % of the mask of <asset1> lies in the mask of <asset0>: their handles will share what is there",
         "<asset1> has no initial word: it starts from a random row; name one in scene.json",
     ]
 
@@ -155,7 +155,7 @@ def test_further_photographs_have_their_own_table_rows_and_warnings(model, tmp_p
         "1  <asset1>  stone  stone   1.6%      4 of 256   0 of 16         -",
     ]
     vanishes = "vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution"
-    assert warnings(seen)[-1] == f"extra image 1: mask 1 (<asset1>) {vanishes}"
+    assert warnings(seen)[-1] == f"the mask of <asset1> in extra image 1 {vanishes}"
     drawn, alone = sheet(seen), sheet(replace(seen, extra=()))
     assert drawn.height > 1.8 * alone.height
     below = np.asarray(drawn)[alone.height + 8 + 200, 8 + 200]  # in the second photograph: it is blue
@@ -193,8 +193,11 @@ def test_a_mask_that_training_refuses_is_refused_after_it_is_drawn(model, tmp_pa
     output, errors = capsys.readouterr()
     assert "0 of 256" in output
     assert Image.open(picture).width == 8 + 3 * (CELL + 8)
-    refusal = "bas: the mask of <asset0> vanishes on the latents' grid: paint it larger, or crop less"
+    refusal = (
+        "bas: the mask of <asset0> vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution"
+    )
     assert errors.splitlines()[-1] == refusal
+    assert errors.count(refusal) == 1
     assert main(["train", *words, "--output_dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines() == [refusal]
 

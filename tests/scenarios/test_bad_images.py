@@ -415,9 +415,9 @@ def test_a_single_white_pixel_is_read_and_announced_on_both_grids(tmp_path):
     read = load_scene(config)
     assert read.masks[1].sum() == read.masks[1][5, 5] == 1
     assert warnings(view_scene(read, read_spec(model), config)) == [
-        "mask 1 (<asset1>) vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution",
-        "mask 1 (<asset1>) vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution",
-        "100% of mask 1 (<asset1>) lies in mask 0 (<asset0>): their handles will share what is there",
+        "the mask of <asset1> vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution",
+        "the mask of <asset1> vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution",
+        "100 % of the mask of <asset1> lies in the mask of <asset0>: their handles will share what is there",
     ]
 
 

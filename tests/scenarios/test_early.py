@@ -103,7 +103,7 @@ TRAIN = [
     ("train {scene} --weights {model} --output_dir r\udce9n", "--output_dir 'r\\udce9n' is not UTF-8"),
     ("train {scene} --weights {model} --class_prompt a \udce9", "--class_prompt '\\udce9' is not UTF-8"),
     ("train {scene} --weights ~nobody-of-this-name/m", "~nobody-of-this-name/m does not exist, and is no known model"),
-    ("train {tiny} --weights {model}", "the mask of <asset1> vanishes on the latents' grid: paint it larger"),
+    ("train {tiny} --weights {model}", "the mask of <asset1> vanishes on the loss grid of"),
     ("train {strip} --weights {model}", "a picture of 600x1 would become 19200x32 for the model: crop it"),
     ("train {crowd} --weights {model}", "37 concepts: a prompt of this model has room for 36 handles: use fewer masks"),
     ("train {crowd} --weights {model} --close_ups", "--close_ups: 37 concepts have 137438953470 sets to show"),

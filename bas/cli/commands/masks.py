@@ -16,7 +16,7 @@ from bas.data.mask_proposals import METHODS, propose
 from bas.data.mask_report import sheet, table, view_scene, warnings
 from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft, write_draft
-from bas.errors import InputError
+from bas.errors import InputError, printable
 from bas.io.images import check_not_input, image_path, save_image
 from bas.pretrained.hub import find_spec, train_config
 from bas.runtime.device import pick_device
@@ -83,15 +83,21 @@ def check(args: argparse.Namespace) -> None:
     config = train_config(args.scene, **given(args, TrainConfig))
     spec = find_spec(config.pretrained_model_name_or_path)
     scene, model = load_scene(config), spec.source or Path()
-    view = view_scene(scene, spec, config)
+    view, refusal = view_scene(scene, spec, config), None
+    try:
+        check_scene(spec, scene, config, warn=False)
+    except InputError as error:
+        refusal = error
     size, resized = ("x".join(map(str, image.size)) for image in (scene.image, view.image))
     concepts = "1 concept" if len(scene) == 1 else f"{len(scene)} concepts"
-    print(f"{args.scene}: {concepts}; the image is {size} pixels, {resized} for {model.name}\n")
+    print(f"{printable(args.scene)}: {concepts}; the image is {size} pixels, {resized} for {model.name}\n")
     print(table(view))
     for line in warnings(view):
-        log.warning("%s", line)
+        if line != str(refusal):
+            log.warning("%s", line)
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
         save_image(sheet(view), target)
         print(f"\n{target}")
-    check_scene(spec, scene, config, warn=False)  # `warnings` has said it
+    if refusal:
+        raise refusal
