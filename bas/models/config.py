@@ -1,4 +1,4 @@
-"""The networks' configurations, as a checkpoint's config.json has them; what they do not know is refused."""
+"""The configurations of the networks, as in a checkpoint's config.json; unknown settings are errors."""
 
 from dataclasses import asdict, dataclass, fields
 
@@ -8,16 +8,16 @@ MAX_LAYERS = 16  # in one level; far above any model of this family
 
 
 def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
-    """Take the fields that `kind` knows; any other must hold one of its `inert` values, so nothing is ignored."""
+    """Take the fields of `kind`. Raises InputError for any other, unless it has one of its `inert` values."""
     known = {f.name for f in fields(kind)}
-    refused = [
+    unknown = [
         f"{key}={value!r}"
         for key, value in config.items()
         if key not in known and not key.startswith("_") and value not in inert.get(key, (None, False))
     ]
-    if refused:
+    if unknown:
         raise InputError(
-            f"{kind.__name__.removesuffix('Config')} config asks for what bas does not do: {', '.join(refused)}"
+            f"{kind.__name__.removesuffix('Config')} config asks for what bas does not do: {', '.join(unknown)}"
         )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
 
@@ -26,14 +26,14 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
 class UNetConfig:
     """The UNet's config.json, by its own field names. The defaults are Stable Diffusion 1.x."""
 
-    sample_size: int = 64  # latent rows and columns the model was trained for
+    sample_size: int = 64  # latent rows and columns that the model was trained on
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    attention_head_dim: int | tuple[int, ...] = 8  # in spite of the name: the NUMBER of heads, per level or for all
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads in spite of its name, per level or for all
     num_attention_heads: int | tuple[int, ...] | None = None  # the same under its right name, when a file has it
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
@@ -43,7 +43,7 @@ class UNetConfig:
     freq_shift: float = 0
     upcast_attention: bool = False  # accepted; softmax statistics are float32 here in any case
 
-    # Values under which fields that bas does not model change nothing.
+    # Values with which fields that bas does not know change nothing.
     INERT = {
         "act_fn": ("silu",),
         "downsample_padding": (1,),
@@ -65,7 +65,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
-        """Check a config.json and keep what describes this model; anything bas cannot honour is an InputError."""
+        """Check a config.json and keep what describes the network. Raises InputError for what bas does not support."""
         return cls(**_read_fields(cls, config, cls.INERT))
 
     def __post_init__(self):
@@ -97,7 +97,7 @@ class UNetConfig:
 
     @property
     def levels(self) -> int:
-        """How many grids the UNet works on."""
+        """The number of grids that the UNet works on."""
         return len(self.block_out_channels)
 
     @property
@@ -133,7 +133,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    sample_size: int = 512  # picture rows and columns the model was trained for
+    sample_size: int = 512  # image rows and columns that the model was trained on
     scaling_factor: float = 0.18215  # latents are multiplied by this for the diffusion model
 
     INERT = {
@@ -141,12 +141,12 @@ class VAEConfig:
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
         "mid_block_add_attention": (True,),
-        "force_upcast": (True, False),  # advice to run SDXL's VAE in float32
+        "force_upcast": (True, False),  # to run SDXL's VAE in float32
     }
 
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
-        """Check a config.json and keep what describes this model; anything bas cannot honour is an InputError."""
+        """Check a config.json and keep what describes the network. Raises InputError for what bas does not support."""
         levels = len(config.get("block_out_channels") or ())
         inert = {
             "down_block_types": (["DownEncoderBlock2D"] * levels,),
@@ -168,7 +168,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """Picture pixels per latent cell on each side."""
+        """Image pixels per latent cell on each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def to_json(self) -> dict:

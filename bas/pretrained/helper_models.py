@@ -1,6 +1,6 @@
-"""Models of transformers that are only looked through: found on this machine, read strictly from safetensors.
+"""Pretrained models of transformers that bas uses and never trains: found on this machine, read from safetensors.
 
-A name is a folder or a hub id that was downloaded before; the network is never asked, and no code of a model is run.
+A name is a folder or a hub id that was downloaded before. The network is never asked, and no code of a model is run.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from bas.pretrained.hub import HUB_ID, cached
 
 
 def find_helper(name: str, flag: str) -> Path:
-    """The folder of a model: a path, or a hub id that was downloaded before. `flag` is named when it is not here."""
+    """Find the folder of a model: a path, or a hub id that was downloaded before. Raises InputError that names `flag`."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -26,17 +26,17 @@ def find_helper(name: str, flag: str) -> Path:
 
 
 def load_helper(folder: Path, kind: str, model: str, processor: str, **options: Any) -> tuple[torch.nn.Module, Any]:
-    """The model and its processor, strictly: the right kind, from safetensors, no weight missing.
+    """Load a model and its processor: of the right kind, from safetensors, with every weight.
 
-    kind: the model_type that its config.json must state; model, processor: class names in transformers; options: of
-    the model. Raises InputError for anything else.
+    kind: the model_type that its config.json must have; model, processor: class names in transformers; options: of the
+    model. Raises InputError for anything else.
     """
     found = read_json(folder / "config.json").get("model_type")
     if found != kind:
         raise InputError(f"{folder} is a model of type {found}: this method needs {kind}")
-    import transformers  # here: what is wrong with the input is told before, without waiting for it
+    import transformers  # slow to import: errors in the input are raised before
 
-    transformers.logging.disable_progress_bar()  # it would stand among the lines of the command's own progress
+    transformers.logging.disable_progress_bar()  # it would mix with the command's own bar
     try:
         prepare = getattr(transformers, processor).from_pretrained(str(folder), local_files_only=True)
         network, report = getattr(transformers, model).from_pretrained(

@@ -89,10 +89,10 @@ def find(name: str | Path | None) -> Path:
     if "folder" in known.get(name, {}):
         raise InputError(f"the model {name!r} is not part of this installation: name another with --weights")
     path = Path(os.path.expanduser(name))
-    if name not in known and path.parent != Path() and path.parent.is_dir():
-        raise InputError(f"{name} does not exist: {path.parent} holds no {path.name}")
     if name not in known and (not HUB_ID.fullmatch(name) or path.suffix in WEIGHT_FILES):
         raise InputError(f"{name} does not exist, and is no known model: those are {', '.join(known)}")
+    if name not in known and path.parent != Path() and path.parent.is_dir():
+        raise InputError(f"{name} does not exist: {path.parent} holds no {path.name}")
     raise InputError(f"{name} is no path here and no model that was downloaded: `bas download {name}` fetches one")
 
 

@@ -257,7 +257,7 @@ NAN, INF = float("nan"), float("inf")
         (UNET_JSON, {"attention_head_dim": 8.5}, "(the number of heads) is 8.5: expected"),
         (UNET_JSON, {"num_attention_heads": {}}, "(the number of heads) is {}: expected"),
         (UNET_JSON, {"in_channels": [4]}, "in_channels is (4,): expected"),
-        (UNET_JSON, {"norm_eps": NAN}, "norm_eps is nan: expected a number from 0 to 1"),
+        (UNET_JSON, {"norm_eps": NAN}, "norm_eps is nan: expected a finite number"),
         (UNET_JSON, {"norm_eps": -1}, "norm_eps is -1: expected"),
         (UNET_JSON, {"freq_shift": INF}, "freq_shift is inf: expected"),
         (UNET_JSON, {"flip_sin_to_cos": "yes"}, "flip_sin_to_cos is 'yes': expected true or false"),
@@ -275,7 +275,7 @@ NAN, INF = float("nan"), float("inf")
         (SCHEDULER_JSON, {"steps_offset": 1.0}, "steps_offset is 1.0: expected a whole number"),
         (SCHEDULER_JSON, {"steps_offset": "x"}, "steps_offset is 'x': expected"),
         (SCHEDULER_JSON, {"set_alpha_to_one": "x"}, "set_alpha_to_one is 'x': expected true or false"),
-        (SCHEDULER_JSON, {"beta_start": NAN}, "betas run from nan to 0.012"),
+        (SCHEDULER_JSON, {"beta_start": NAN}, "beta_start is nan: expected a finite number"),
         (TOKENIZER_JSON, {"model_max_length": -1}, "model_max_length is -1, expected a number from 3"),
         (TOKENIZER_JSON, {"model_max_length": NAN}, "model_max_length is nan, expected"),
         (TOKENIZER_JSON, {"model_max_length": "x"}, "model_max_length is 'x', expected"),
@@ -319,8 +319,8 @@ def test_a_vocabulary_with_a_hole(folder):
     vocabulary = json.loads(path.read_text())
     path.write_text(json.dumps(vocabulary | {next(iter(vocabulary)): 100_000}))
     assert refusal(folder) == (
-        f"{folder}: the tokenizer's numbers go up to 100000, the text encoder has {len(vocabulary)} rows: "
-        "they belong to different models"
+        f"{path} gives {next(iter(vocabulary))!r} the number 100000: expected 0 to {len(vocabulary) - 1}, each once; "
+        "copy or download it again"
     )
 
 
