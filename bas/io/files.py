@@ -27,10 +27,15 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
 
 
+def not_a_file(path: Path) -> InputError:
+    """The error for a path that is missing, or is a folder, a pipe or a broken link."""
+    return InputError(f"{path} {'is not a file' if os.path.lexists(path) else 'does not exist'}")
+
+
 def read_bytes(path: Path) -> bytes:
     """Read an ordinary file. InputError if it is something else or cannot be read."""
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
-        raise InputError(f"{path} is not a file")
+        raise not_a_file(path)
     with reading(path):
         return path.read_bytes()
 

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from torch import Tensor
 
 from bas.errors import InputError, is_own_fault
-from bas.io.files import check_length, replacing
+from bas.io.files import check_length, not_a_file, replacing
 from bas.io.png import without_long_notes
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ T = TypeVar("T")
 def open_image(path: Path) -> Image.Image:
     """Decode an image of an allowed format and turn it upright. InputError that names the file and the reason."""
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
-        raise InputError(f"{path} is not a file")
+        raise not_a_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about large sizes and damaged notes: checked here

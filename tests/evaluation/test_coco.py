@@ -227,7 +227,7 @@ def test_what_cannot_be_used_is_one_line_and_code_2(world, tmp_path, capsys):
         return line
 
     assert f"--images {tmp_path / 'nowhere'} is not a folder" in run(images=tmp_path / "nowhere")
-    assert "none.json is not a file" in run(source=tmp_path / "none.json")
+    assert "none.json does not exist" in run(source=tmp_path / "none.json")
     assert 'is not {"images": [{...}, ...]}' in run(source=world.write(images=[]))
     path = world.write(images=[{"id": 1, "file_name": "a", "width": 10, "height": -1}])
     assert "image 0: height is -1" in run(source=path)

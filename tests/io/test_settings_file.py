@@ -91,7 +91,7 @@ def test_a_bad_file_is_one_line(tmp_path):
         with pytest.raises(InputError, match=r"run\.toml is not valid TOML: .+") as error:
             read_config(path, {})
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=r"none\.toml is not a file"):
+    with pytest.raises(InputError, match=r"none\.toml does not exist"):
         read_config(str(tmp_path / "none.toml"), {})
 
 

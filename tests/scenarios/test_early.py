@@ -109,7 +109,7 @@ TRAIN = [
     ("train {crowd} --weights {model} --close_ups", "--close_ups: 37 concepts have 137438953470 sets to show"),
     ("train {long} --weights {model}", "xxx cannot be read: File name too long"),
     ("train {scene} {long} --weights {model}", "xxx cannot be read: File name too long"),
-    ("train {scene} --config {long}", "xxx is not a file"),
+    ("train {scene} --config {long}", "xxx does not exist"),
     (
         "train {scene}/img.png --weights {model}",
         "img.png is not a folder: a scene is a folder with img.jpg and mask0.png",
@@ -178,7 +178,7 @@ EDIT = [
         "name a .png, .jpg or .webp",
     ),
     ("--init_image {scene}/img.png --regions {folder}/list.json", "black.png is black all over"),
-    ("--init_image {scene}/img.png --regions {none}", "none is not a file"),
+    ("--init_image {scene}/img.png --regions {none}", "none does not exist"),
     (
         "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --output_path {scene}/img.png",
         "img.png is what the command reads: name another file",
@@ -187,7 +187,7 @@ EDIT = [
         "--init_image {scene}/img.png --mask {scene}/mask0.png --prompt bowl --output_path {scene}/mask0.png",
         "mask0.png is what the command reads: name another file",
     ),
-    ("--init_image {scene}/img.png --regions {long}", "xxx is not a file"),
+    ("--init_image {scene}/img.png --regions {long}", "xxx does not exist"),
 ]
 OTHERS = [
     ("masks {black} --weights {model}", "black/mask1.png is black all over"),

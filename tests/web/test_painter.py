@@ -181,7 +181,7 @@ def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_
         open_draft(other, photo)
     with refused(f"{tmp_path} needs exactly one image named img.jpg"):
         open_draft(tmp_path, None)
-    with refused("missing.png is not a file"):
+    with refused("missing.png does not exist"):
         open_draft(tmp_path / "missing.png", None)
     session = Session(open_draft(other / "img.png", tmp_path / "new"))  # but they can be the start of a new scene
     (row,) = json.loads(ask(session, place="scene")[2])["concepts"]
@@ -360,7 +360,7 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(photo, monkeypatch,
     assert printed.startswith("Open http://127.0.0.1:")
     assert f"saving writes {photo.parent / 'new'}. Ctrl+C ends." in printed
     assert main(["paint", str(photo.parent / "none.png")]) == 2
-    assert capsys.readouterr().err == f"bas: {photo.parent / 'none.png'} is not a file\n"
+    assert capsys.readouterr().err == f"bas: {photo.parent / 'none.png'} does not exist\n"
 
 
 # --- The page in a browser ----------------------------------------------------------------------------------------
