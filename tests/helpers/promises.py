@@ -9,12 +9,25 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_kills",
     ),
     (
+        "a run killed inside the writing of its files resumes at once (three runs; random_kills.py tries sixty)",
+        r"test_random_kills",
+    ),
+    (
+        "what a kill after the last step left to do is done when the command is repeated",
+        r"training/test_resume::.*(made_good|gets_one|prevented)|left_in_a_finished_run",
+    ),
+    (
         "a resumed run has the same settings and files, except those that only watch it",
-        r"test_resume|the_loss_scale_of",
+        r"scenarios/test_resume|the_loss_scale_of|counted_on_after_a_resume",
+    ),
+    (
+        "a checkpoint or metrics that do not fit the run are refused before weights are read, naming both sides",
+        r"training/test_(checkpoints|resume)::.*(damaged|other_parameters|do_not_reach|beyond_the_run|another_run|were_cut)",
     ),
     (
         "a save is complete or absent",
-        r"test_run_folder|pretrained/test_folder::.*(mapped_files|failed_save|index_is)|on_the_disk|claims_success",
+        r"training/test_checkpoints::.*(round_trip|the_bit|same_step|order|just_written|being_removed)"
+        r"|training/test_metrics|io/test_run_files|pretrained/test_folder::.*(mapped_files|failed_save|index_is)|on_the_disk|claims_success",
     ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
     (
@@ -28,6 +41,10 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     (
         "a model from elsewhere sets only how it is trained; a mistake of bas is not blamed on a file",
         r"model_sets_only|settings_of_the_miniature|mistake_of_bas|library_raises",
+    ),
+    (
+        "a folder that bas did not write is refused and left alone; in a run only what bas wrote is removed",
+        r"test_run_folder::.*(did_not_write|refuses_it|is_foreign|only_what_bas|behind_a_link)|scene_is_no_folder",
     ),
     (
         "one run in a folder, and no file of it is overwritten",

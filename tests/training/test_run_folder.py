@@ -13,7 +13,7 @@ from bas.config import TrainConfig
 from bas.errors import RunError
 from bas.training.checkpoints import remove_all
 from bas.training.disk_space import writing
-from bas.training.run_folder import check_output_folder, locked, prepare_folder
+from bas.training.run_folder import check_output_folder, clear_finished, has_leftovers, locked, prepare_folder
 from tests.helpers.tiny import refused, write_scene, write_settings
 
 METADATA = {"config": asdict(TrainConfig("scene")), "handles": ["<asset0>"], "base": "x", "version": "1"}
@@ -174,3 +174,22 @@ def test_a_write_that_fails_says_why_and_what_to_do(tmp_path, number, advice):
         raise OSError(number, os.strerror(number))
     told = f"writing to {tmp_path} failed: {os.strerror(number)}; no checkpoint was saved yet: {advice} --resume"
     assert str(caught.value).startswith(told)
+
+
+LEFTOVERS = (".bas.lock", ".report.html.999999.tmp", "checkpoints/step-000008/state.json", "checkpoints")
+
+
+@pytest.mark.parametrize("leftover", LEFTOVERS)
+def test_what_a_kill_left_in_a_finished_run_is_cleared(tmp_path, leftover):
+    run = write_settings(tmp_path / "run")
+    assert not has_leftovers(run)
+    if leftover == "checkpoints":
+        (run / leftover).mkdir()
+    else:
+        (run / leftover).parent.mkdir(parents=True, exist_ok=True)
+        (run / leftover).touch()
+    (run / ".mine.tmp").touch()
+    assert has_leftovers(run)
+    clear_finished(run)
+    assert not has_leftovers(run)
+    assert sorted(path.name for path in run.iterdir()) == [".mine.tmp", "settings.json"]
