@@ -1,1 +1,1 @@
-"""The disk: files that are whole or absent, images, figures and settings files."""
+"""The disk: files, JSON, weights, images, figures, settings files and the files of a run."""

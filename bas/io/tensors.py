@@ -1,6 +1,7 @@
 """Weights in .safetensors files: memory-mapped when read, replaced as a whole when written. Nothing is unpickled."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def _mapped(path: Path, entry: dict[str, Any], start: int) -> Tensor | None:
         return None
     data = np.memmap(path, mode="c", offset=start + begin, shape=end - begin)
     return torch.from_numpy(data).view(WEIGHT_TYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file as a whole or not at all."""
+    buffer = BytesIO()  # written to a full disk directly, numpy raises an error without a reason
+    np.save(buffer, array, allow_pickle=False)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -20,6 +20,7 @@ from bas.io.figures import grid, overlay_attention
 from bas.io.images import save_image, to_images
 from bas.io.json_files import write_json
 from bas.io.run_files import CONCEPTS, read_concepts
+from bas.io.tensors import write_array
 from bas.losses import handle_maps
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import find_words, known_handles, tokenize
@@ -116,7 +117,7 @@ def write_attention(attention: Attention, handles: tuple[str, ...], folder: Path
     colours = [(*handles, *others).index(name) for name in attention.names]
     overlays = [overlay_attention(m, attention.image, c) for m, c in zip(attention.maps, colours, strict=True)]
     for i, (values, overlay) in enumerate(zip(attention.maps, overlays, strict=True)):
-        np.save(folder / f"map{i}.npy", values, allow_pickle=False)
+        write_array(folder / f"map{i}.npy", values)
         save_image(overlay, folder / f"map{i}.png")
     write_json(folder / "maps.json", {f"map{i}": name for i, name in enumerate(attention.names)})
     labels = ["image", *attention.names]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from bas.cli.entry import main
@@ -16,6 +17,7 @@ from bas.io.files import check_length, clear_leftovers, is_running, new_folder, 
 from bas.io.images import image_path
 from bas.io.json_files import check_shape, read_cache, read_json, read_record, read_records
 from bas.io.settings_file import read_toml
+from bas.io.tensors import write_array
 from tests.helpers.faults import full_disk
 from tests.helpers.tiny import refused
 
@@ -223,3 +225,13 @@ def test_a_name_is_too_long_with_what_a_write_adds(tmp_path):
         check_length(tmp_path / ("a" * 250), "--output_path")
     with refused("--output_path: "):
         image_path(str(tmp_path / f"{'ä' * 120}.png"))
+
+
+def test_an_array_is_written_as_a_whole_or_not_at_all(tmp_path):
+    path, values = tmp_path / "map0.npy", np.linspace(0, 1, 20_000, dtype=np.float32).reshape(100, 200)
+    with full_disk(1000), pytest.raises(OSError, match="File too large") as caught:
+        write_array(path, values)
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+    write_array(path, values)
+    assert np.array_equal(np.load(path), values)
