@@ -1,7 +1,7 @@
 """Every setting of bas: training, sampling, masks, evaluation, and the presets as rows of data.
 
 A setting is one row: default, help, and range or choices. Flags, settings files and Python share the row, and
-`validate` checks them all. The networks' configurations are in bas/models/config.py.
+`check_setting` checks them all. The networks' configurations are in bas/models/config.py.
 """
 
 import math
@@ -46,17 +46,18 @@ def setting(
     choices: all the values that a text can have.
     limits: `least` and `most`, which belong to the range, or `above` and `below`, which do not.
     """
+    assert limits.keys() <= {"least", "most", "above", "below"}, limits
     row = {"help": help, "group": group, "common": common, "flag": flag, "choices": choices, "limits": limits}
     return field(default=default, metadata=row if bare is None else {**row, "bare": bare})
 
 
 def flag_of(row: Field) -> str:
-    """The flag of a setting: the shorter one, or the one that turns it off."""
+    """Return the flag of a setting: the shorter one, or the one that turns it off."""
     return next(iter(row.metadata["flag"]), f"--{row.name}")
 
 
 def value_type(row: Field) -> tuple[type, bool, bool]:
-    """The type of one value, whether the setting takes several, and whether it may be None."""
+    """Return the type of one value, whether the setting takes several, and whether it may be None."""
     if typing.get_origin(row.type) is tuple:
         return typing.get_args(row.type)[0], True, False
     if isinstance(row.type, types.UnionType):
@@ -96,7 +97,7 @@ def check_one(row: Field, kind: type, value: Any, name: str, limits: bool) -> An
 
 
 def setting_rows(kind: type) -> dict[str, Field]:
-    """The settings of a dataclass by name."""
+    """Return the settings of a dataclass by name."""
     return {row.name: row for row in fields(kind)}
 
 
@@ -112,7 +113,7 @@ class Settings:
     def changed(self, **values: Any) -> Self:
         """Return a copy with these values. InputError for one that is wrong, or of an unknown setting."""
         known = setting_rows(type(self))
-        for name in values.keys() - known.keys():
+        for name in sorted(values.keys() - known.keys()):
             raise InputError(f"unknown setting {name}{did_you_mean(name, known)}")
         return replace(self, **values)
 
@@ -142,12 +143,12 @@ class Method:
 
     trains: tuple[Part, ...]
     rate: str  # the setting that holds its learning rate
-    prior: bool  # whether class images take part, as far as --no_prior_preservation lets them
-    collection: bool  # whether it learns from concepts pasted on plain colours, or from the photograph as it is
-    factor: float = 1.0  # of the rate
+    prior: bool  # whether class images take part, unless --no_prior_preservation
+    collection: bool  # whether it learns from concepts pasted on plain colours instead of the image itself
+    factor: float = 1.0  # by which the rate is multiplied
 
 
-# `official` is the default of every field below; `paper` holds what the paper's text states instead.
+# `official` has the defaults below; `paper` has what the paper's text states instead.
 PRESETS: dict[str, dict] = {
     "official": {},
     "paper": {
@@ -157,13 +158,13 @@ PRESETS: dict[str, dict] = {
     },
 }
 
-# Adam adds its decay to the gradient, where AdamW's 1e-2 would outweigh the clipped gradient itself: the paper's 1e-8.
+# Adam adds its decay to the gradient, which AdamW's 1e-2 would outweigh. It gets the paper's 1e-8.
 OPTIMIZERS: dict[str, dict] = {"adam": {"adam_weight_decay": 1e-8}}
 
-# The baselines. Each takes as many steps as both phases together, so that all see the same number of examples; their
-# rates are those of the phase that trains the same, which by default are the usual ones of the methods: 5e-4 for
-# Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for Custom Diffusion (Kumari et al.
-# 2023), all as their diffusers examples have them.
+# The baselines. Each takes as many steps as both phases together, so that all see the same number of examples. Each
+# has the learning rate of the phase that trains the same weights. By default these are the rates of the methods'
+# diffusers examples: 5e-4 for Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for
+# Custom Diffusion (Kumari et al. 2023).
 EVERYTHING: tuple[Part, ...] = ("handles", "embedding", "unet", "text_encoder")
 METHODS: dict[str, Method] = {
     "ti-m": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=True),
@@ -187,8 +188,8 @@ OF_A_MODEL = (
     *("max_grad_norm", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "preview_inference_steps"),
 )
 
-# How the training of SD 2.1 at 512x512 fits a card, the least harm to the result first. What each gives up: time; the
-# moments' precision; the training of the UNet outside its cross-attention, and with it some likeness.
+# Settings with which SD 2.1 at 512x512 fits a card. 24gb costs time, 16gb also precision of the moments, 12gb the
+# training of the UNet outside its cross-attention, and with it some likeness.
 LEAN = {"mixed_precision": "bf16", "gradient_checkpointing": True}
 CARDS: dict[str, dict] = {
     "any": {},
@@ -304,7 +305,7 @@ class TrainConfig(Settings):
     lambda_attention: float = setting(1e-2, "weight of the cross-attention loss; 0 turns it off", group="method")
     attention_loss: str = setting(
         "mse",
-        "how maps are drawn onto masks: each scaled map by squared error, or the handles' shares by cross-entropy",
+        "how maps are compared with masks: each scaled map by squared error, or the handles' shares by cross-entropy",
         group="method",
         choices=("mse", "cross_entropy"),
     )
@@ -450,7 +451,7 @@ class TrainConfig(Settings):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The training plan (paper, section 3): first the handles, then everything. A baseline has one phase."""
+        """The training plan (paper, section 3): the handles first, then all weights. A baseline has one phase."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
         layers: Part = "unet" if self.unet_layers == "all" else "cross_attention"
         tuned: tuple[Part, ...] = ("handles", "embedding", layers)
@@ -480,9 +481,9 @@ class TrainConfig(Settings):
 
     @classmethod
     def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
-        """Settings from layers, the later winning: defaults, model's own row, preset, card, method, explicit flags.
+        """Merge the layers of settings, later ones winning: defaults, bas.json, preset, card, method, explicit flags.
 
-        The optimizer that comes out of them brings its own defaults (OPTIMIZERS).
+        The resulting optimizer adds its own defaults (OPTIMIZERS). InputError for a setting that is unknown or wrong.
         """
         if explicit.get("output_dir") == "":  # a shell variable that is not set
             raise InputError(f"--output_dir is empty: leave it out for {RUNS}/SCENE, or name a folder")
@@ -492,7 +493,7 @@ class TrainConfig(Settings):
         merged = {**(model_row or {}), **preset, **card, **method, **explicit}
         merged = OPTIMIZERS.get(merged.get("optimizer", ""), {}) | merged
         known = setting_rows(cls)
-        for name in merged.keys() - known.keys():
+        for name in sorted(merged.keys() - known.keys()):
             raise InputError(f"unknown training setting {name}{did_you_mean(name, known)}")
         return cls(**merged)
 

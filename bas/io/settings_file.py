@@ -30,7 +30,7 @@ def read_config(path: str | None, known: dict[str, Field]) -> dict[str, Any]:
 def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
     """Return the settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
     settings = {name: value for name, value in settings.items() if name not in RETIRED or value is not False}
-    for name in settings.keys() - known.keys():
+    for name in sorted(settings.keys() - known.keys()):
         for row in known.values():
             if row.type is bool and f"--{name}" in (f"--no_{row.name}", *row.metadata["flag"]):
                 raise InputError(f"{file}: {name} is a flag of the command: in a file write {row.name} = false")
