@@ -14,7 +14,7 @@ from bas.pretrained.hub import HUB_ID, cached
 
 
 def find_helper(name: str, flag: str) -> Path:
-    """Find the folder of a model: a path, or a hub id that was downloaded before. Raises InputError that names `flag`."""
+    """Find the folder of a model: a path, or a hub id that was downloaded before. Errors name `flag`."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path

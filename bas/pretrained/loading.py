@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bas.errors import InputError, RunError
 from bas.io.tensors import WEIGHT_TYPES
-from bas.models.bundle import Models, ModelSpec, is_finite
+from bas.models.bundle import COMPONENTS, Models, ModelSpec, is_finite
 from bas.models.text import merged_state_dict
 
 TEXT_PREFIX = "text_model."  # of the text encoder's keys in older versions of transformers
@@ -43,11 +43,28 @@ class Parts:
         tensors = {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()}
         broken = [f"{part} {key}" for part in tensors for key, tensor in tensors[part].items() if not is_finite(tensor)]
         if broken:
-            raise RunError(
-                f"the model cannot be saved in {name_of(dtype)}, {len(broken)} weights are beyond its range or no "
-                f"finite numbers ({broken[0]}): use --save_precision fp32 or bf16"
-            )
+            raise RunError(_not_savable(broken, dtype))
         return cls(models.spec, tensors)
+
+
+def check_savable(models: Models, dtype: torch.dtype) -> None:
+    """Raise InputError for weights that are beyond the range of the precision in which the model will be saved."""
+    broken = [
+        f"{component} {name}"
+        for component in COMPONENTS
+        for name, weight in getattr(models, component).named_parameters()
+        if weight.dtype != dtype and not is_finite(weight.detach().to(dtype))
+    ]
+    if broken:
+        raise InputError(_not_savable(broken, dtype))
+
+
+def _not_savable(broken: list[str], dtype: torch.dtype) -> str:
+    """The message about weights that cannot be saved."""
+    return (
+        f"the model cannot be saved in {name_of(dtype)}, {len(broken)} weights are beyond its range or no finite "
+        f"numbers ({broken[0]}): use --save_precision fp32 or bf16"
+    )
 
 
 def name_of(dtype: torch.dtype) -> str:
