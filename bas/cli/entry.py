@@ -168,10 +168,27 @@ class OneLine(logging.Formatter):
         return f"bas: {printable(record.message)}"
 
 
+class Once(logging.Filter):
+    """Pass each warning once, though a request is checked before the work and again in each batch of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.passed: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record says something new."""
+        message, known = record.getMessage(), len(self.passed)
+        if record.levelno != logging.WARNING:
+            return True
+        self.passed.add(message)
+        return len(self.passed) > known
+
+
 def set_up_logging() -> None:
     """Log to standard error; of the libraries, errors alone."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine())
+    handler.addFilter(Once())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("transformers", "huggingface_hub", "PIL", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

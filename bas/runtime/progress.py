@@ -18,8 +18,8 @@ class Progress:
 
     def __init__(self, stage: str, total: int, done: int = 0, unit: str = "steps", stream: TextIO | None = None):
         self.stage, self.total, self.first, self.unit = stage, total, done, unit
-        self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty()
+        self.stream = stream or sys.stderr  # None in a process without streams, such as a service
+        self.live = self.stream is not None and not self.stream.closed and self.stream.isatty()
         self.began = self.printed = time.monotonic()
 
     def due(self) -> bool:
@@ -42,7 +42,9 @@ class Progress:
 
     def write(self, line: str, finished: bool) -> None:
         """Print one line, over the one before on a terminal."""
-        with suppress(OSError):  # the reader or the terminal is gone; the work goes on
+        if self.stream is None:
+            return
+        with suppress(OSError, ValueError):  # the reader or the terminal is gone, the stream closed; the work goes on
             self.stream.write(f"\r{line}\033[K" if self.live else f"{line}\n")
             if self.live and finished:
                 self.stream.write("\n")

@@ -1,7 +1,7 @@
 """From a prompt to images: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 
@@ -59,9 +59,13 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig) -> 
     for prompt in prompts:
         if bare := bare_handles(prompt, spec.handles):
             log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
-    for prompt in dict.fromkeys([*prompts, config.negative_prompt]):
-        for piece in unread_weights(prompt):
-            log.warning("%r is no weight that bas reads, so it stays text: write (words:1.3) or (<asset0>:1.3)", piece)
+    warn_of_weights([*prompts, config.negative_prompt])
+
+
+def warn_of_weights(prompts: Iterable[str]) -> None:
+    """Warn of weights in other tools' syntax that stay text. InputError for those around a handle."""
+    for piece in dict.fromkeys(piece for prompt in prompts for piece in unread_weights(prompt)):
+        log.warning("%r is no weight that bas reads, so it stays text: write (words:1.3) or (<asset0>:1.3)", piece)
 
 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:

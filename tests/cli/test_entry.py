@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import bas
-from bas.cli.entry import COMMANDS, OneLine, build_parser, full_parser, main
+from bas.cli.entry import COMMANDS, Once, OneLine, build_parser, full_parser, main
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import RunError
 from tests.helpers.tiny import write_class_images
@@ -208,6 +208,17 @@ def test_no_message_holds_control_characters(capsys, tmp_path):
     assert line.count("\n") == 1
     record = logging.LogRecord("bas", logging.WARNING, "", 0, "%s is turned", ("a\rb\x9b",), None)
     assert OneLine().format(record) == "bas: a\\rb\\x9b is turned"
+
+
+def test_a_warning_comes_once():
+    """A request is checked before its weights are read, and again in each batch."""
+    once, rows = Once(), [("too long: %s", "x")] * 2 + [("saved", "")] * 2 + [("too short: %s", "x")]
+    levels = {"saved": logging.INFO}
+    records = [
+        logging.LogRecord("bas", levels.get(text, logging.WARNING), "", 0, text, (value,) if value else (), None)
+        for text, value in rows
+    ]
+    assert [once.filter(record) for record in records] == [True, False, True, True, True]
 
 
 def test_every_command_can_be_completed():

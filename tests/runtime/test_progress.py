@@ -98,3 +98,15 @@ def test_images_in_a_log_file_bring_a_line_each_ten_seconds(now, seconds, expect
     lines = stream.getvalue().splitlines()
     assert len(lines) == expected
     assert lines[:1] == ["images 0/2  step 4/5  0:18 left"][:expected]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_process_without_streams_shows_nothing(monkeypatch, closed):
+    """As a service has it, or a notebook that closed its stream; from Python, no command opens them again."""
+    stream = io.StringIO() if closed else None
+    if stream:
+        stream.close()
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    for bar in (Progress("phase1", 2), ImageProgress(1, 2)):
+        for done in (1, 2):
+            bar.show(done)

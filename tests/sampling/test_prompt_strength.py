@@ -8,6 +8,7 @@ from bas.models.text import encode_ids, tokenize
 from bas.pretrained.folder import save_model
 from bas.sampling.prompt_strength import encode_prompts, read_prompt, unread_weights
 from bas.sampling.sampler import sample
+from bas.training.setup import check_input
 from tests.helpers.tiny import refused, taught, write_model
 
 
@@ -124,6 +125,11 @@ def test_the_command_names_weights_that_stay_text(models, tmp_path, caplog, caps
     words = ["sample", str(tmp_path / "model"), "--num_inference_steps", "1", "--output_path", str(tmp_path / "x.png")]
     assert main([*words, "--prompt", "a ((bowl))", "--negative_prompt", "[stone]"]) == 0
     assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
+    caplog.clear()
+    words += ["--config", str(tmp_path / "run.toml")]
+    (tmp_path / "run.toml").write_text('prompt = ["a bowl++", "a stone"]')
+    assert main(words) == 0
+    assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'bowl++'"]
     assert main([*words, "--prompt", "a <asset0>++"]) == 2
     assert "<asset0>++: bas reads no such weight" in capsys.readouterr().err
 
@@ -218,3 +224,9 @@ def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["train", str(bench.scene), "--weights", str(bench.model), "--handles", "<..>", "<b>", "<c>"]) == 2
     assert capsys.readouterr().err == "bas: handle '<..>': expected <name> with 1 to 32 letters, digits, _ or -\n"
+
+
+def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):
+    """Training warns of a weight that it would read as brackets."""
+    check_input(bench.config(tmp_path / "run", class_prompt=("a [photo] at the beach", "a stone")))
+    assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'[photo]'"]
