@@ -28,6 +28,13 @@ from bas.training import loop as training
 from tests.helpers.tiny import Bench, file_hashes
 
 PHASE_STEPS, SAVE_EVERY = 20, 3
+PRELOADED = [  # once, in the process that children are forked from
+    "tests.helpers.kills",
+    "bas.cli.commands.train",
+    "torch._dynamo",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+]
 LONGEST = 300  # seconds that a child may take; it needs a few
 BORDER = PHASE_STEPS // SAVE_EVERY * SAVE_EVERY  # the last save before the phases meet
 MODEL_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "concepts")
@@ -209,7 +216,7 @@ def child(work: Callable[..., None], *args) -> int | None:
     Not forked from this process, whose threads would not go along and whose locks would: from a clean server.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.kills", "bas.cli.commands.train"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=on_threads, args=(torch.get_num_threads(), work, *args))
     process.start()
     process.join(LONGEST)
