@@ -58,11 +58,11 @@ def test_lines_of_the_official_readme(bench, tmp_path, capsys):
     assert settings["initializer_tokens"] == ["creature", "bowl", "stone"]
     assert (settings["phase1_train_steps"], settings["num_of_assets"]) == (2, 3)
 
-    picture = tmp_path / "result.jpg"
+    image = tmp_path / "result.jpg"
     prompt = "a photo of <asset0> at the beach"
-    assert main(["sample", "--model_path", str(run), "--prompt", prompt, "--output_path", str(picture)]) == 0
-    assert capsys.readouterr().out.split() == [str(picture)]
-    with Image.open(picture) as opened:
+    assert main(["sample", "--model_path", str(run), "--prompt", prompt, "--output_path", str(image)]) == 0
+    assert capsys.readouterr().out.split() == [str(image)]
+    with Image.open(image) as opened:
         assert (opened.format, opened.size) == ("JPEG", (32, 32))
         note = json.loads(opened.getexif()[ExifTags.Base.UserComment])
     assert (note["prompt"], note["seed"], note["num_inference_steps"]) == (prompt, 0, 50)
@@ -72,13 +72,13 @@ def test_python_calls(bench, tmp_path):
     """The same from Python."""
     run = bas.train(bas.TrainConfig(**vars(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=1))))
     models = bas.load(run)
-    pictures = bas.sample(models, ["a photo of <asset0>", "a bowl"], num_images=2, num_inference_steps=2, seed=1)
-    assert [picture.size for picture in pictures] == [(32, 32)] * 4
+    images = bas.sample(models, ["a photo of <asset0>", "a bowl"], num_images=2, num_inference_steps=2, seed=1)
+    assert [image.size for image in images] == [(32, 32)] * 4
     assert all(callable(getattr(bas, name)) for name in bas.__all__)
 
 
-def test_several_pictures_and_a_grid(bench, tmp_path, capsys):
-    """A file per picture, prompt by prompt, that says how it was made; or one sheet."""
+def test_several_images_and_a_grid(bench, tmp_path, capsys):
+    """A file per image, prompt by prompt, that says how it was made; or one sheet."""
     line = ["sample", str(bench.model), "--num_inference_steps", "2", "--num_images", "2", "--seed", "5"]
     prompts = ["--prompt", "a bowl", "a stone"]
     assert main([*line, *prompts, "--output_path", str(tmp_path / "a" / "out.png")]) == 0
@@ -89,8 +89,8 @@ def test_several_pictures_and_a_grid(bench, tmp_path, capsys):
     names = {f.name for f in fields(SampleConfig)}
     settings = {name: value for name, value in notes[3].items() if name in names} | {"num_images": 1}
     (again,) = bas.sample(bas.load(bench.model), "a stone", SampleConfig(**settings))
-    with Image.open(paths[3]) as picture:
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(again)).max() <= 1
+    with Image.open(paths[3]) as image:
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(again)).max() <= 1
     assert main([*line, *prompts, "--grid", "--output_path", str(tmp_path / "grid.webp")]) == 0
     assert [path.name for path in tmp_path.glob("grid*")] == ["grid.webp"]
 
@@ -172,11 +172,12 @@ def test_closed_streams_change_nothing(tmp_path, closed):
     """As under cron: the work is done, and no file that is written receives what is printed."""
     script = tmp_path / "command.py"
     script.write_text(
-        "import logging, sys, types\n"
+        "import logging, os, sys, types\n"
         "from bas.cli import entry\n"
         "def run(args):\n"
         f"    with open({str(tmp_path / 'out.txt')!r}, 'w') as file:\n"
         "        print('printed'); print('told', file=sys.stderr); logging.warning('logged')\n"
+        "        os.write(1, b'raw'); os.write(2, b'raw')\n"  # as a library in C prints
         "        file.write('written')\n"
         "stub = types.ModuleType('stub', 'A command.')\n"
         "stub.EXAMPLES, stub.configure, stub.run = (), lambda parser: None, run\n"

@@ -122,7 +122,7 @@ def bitmap(side: int) -> bytes:
     ],
     ids=["broken", "large", "a bomb"],
 )
-def test_a_scene_with_a_broken_picture_is_told(tmp_path, content, problem):
+def test_a_scene_with_a_broken_image_is_told(tmp_path, content, problem):
     scene = tiny.write_scene(tmp_path / "scene", concepts=2)
     (scene / "img.png").write_bytes(content)
     facts = describe(scene)
@@ -194,7 +194,7 @@ def test_what_is_no_model_says_why(name, content, problem, tmp_path):
     assert problem in facts["problem"]
 
 
-def test_a_picture_tells_its_settings(tmp_path):
+def test_an_image_tells_its_settings(tmp_path):
     save_image(Image.new("RGB", (6, 4)), tmp_path / "a.png", {"prompt": subset_prompt(HANDLES), "seed": 7})
     Image.new("RGB", (6, 4)).save(tmp_path / "b.png")
     ours, other = describe(tmp_path / "a.png"), describe(tmp_path / "b.png")

@@ -78,7 +78,7 @@ def test_words_are_named_by_their_text():
         assert sorted(place for places in found.values() for place in places) == list(range(1, len(ids) - 1))
 
 
-def test_the_picture_is_the_one_that_sample_draws(models):
+def test_the_image_is_the_one_that_sample_draws(models):
     assert attend(models, PROMPT, FAST).image == sample(models, PROMPT, FAST)[0]
 
 
@@ -155,8 +155,8 @@ def test_the_command(models, tmp_path, capsys):
     assert main(argv) == 0
     assert capsys.readouterr().out == f"{out / 'sheet.png'}\n"
     assert np.load(out / "map0.npy").shape == (8, 8)
-    with Image.open(out / "picture.png") as picture:
-        assert json.loads(picture.text["bas"])["prompt"] == "a photo of (<asset1>:1.5)"
+    with Image.open(out / "picture.png") as image:
+        assert json.loads(image.text["bas"])["prompt"] == "a photo of (<asset1>:1.5)"
     assert main(argv) == 2
 
 

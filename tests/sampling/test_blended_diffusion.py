@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def picture():
+def image():
     """40x32: not square, and not of a size the model takes."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8))
 
@@ -40,30 +40,30 @@ def left_half(width=40, height=32):
 
 
 def differing(a, b):
-    """Which pixels of two pictures differ. (H, W) bool"""
+    """Which pixels of two images differ. (H, W) bool"""
     return (np.asarray(a) != np.asarray(b)).any(axis=-1)
 
 
-def test_pixels_outside_the_mask_are_the_inputs_own(models, picture):
+def test_pixels_outside_the_mask_are_the_inputs_own(models, image):
     mask = left_half()
-    (result,) = edit(models, picture, [Region(mask, "a photo of <asset0>")], **FAST)
-    assert result.size == picture.size
-    changed = differing(result, picture)
+    (result,) = edit(models, image, [Region(mask, "a photo of <asset0>")], **FAST)
+    assert result.size == image.size
+    changed = differing(result, image)
     assert not changed[mask == 0].any()
     assert changed[mask == 1].mean() > 0.9
 
 
-def test_without_the_composite_the_decoder_shows_outside_too(models, picture):
-    (result,) = edit(models, picture, [Region(left_half(), "a photo of <asset0>")], composite=False, **FAST)
-    assert result.size == picture.size
-    assert differing(result, picture)[left_half() == 0].mean() > 0.9
+def test_without_the_composite_the_decoder_shows_outside_too(models, image):
+    (result,) = edit(models, image, [Region(left_half(), "a photo of <asset0>")], composite=False, **FAST)
+    assert result.size == image.size
+    assert differing(result, image)[left_half() == 0].mean() > 0.9
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
 def test_outside_the_mask_each_step_sees_the_source_at_its_own_noise_level(models, sampler, monkeypatch):
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    source = models.vae.encode(pixels(picture)[None]).mean * models.vae.config.scaling_factor
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    source = models.vae.encode(pixels(image)[None]).mean * models.vae.config.scaling_factor
     cells = ~latent_mask(left_half(64, 64), (32, 32)).expand_as(source)
     config = EditConfig(num_inference_steps=8, sampler=sampler, height=64, width=64, blending_start_percentage=0.25)
     original, seen, noises, ends = sampling.guided_output, [], [], []
@@ -76,7 +76,7 @@ def test_outside_the_mask_each_step_sees_the_source_at_its_own_noise_level(model
 
     monkeypatch.setattr(sampling, "guided_output", spy)
     monkeypatch.setattr(editing, "decode", lambda models, z: ends.append(z) or decode(models, z))
-    edit(models, picture, [Region(left_half(64, 64), "a photo of <asset0>")], config)
+    edit(models, image, [Region(left_half(64, 64), "a photo of <asset0>")], config)
     # The noisiest quarter of eight steps is left out, and what is left over the source is standard normal noise.
     assert seen == sampling_timesteps(models.schedule, 8, sampler)[2:]
     for noise in noises:
@@ -87,37 +87,37 @@ def test_outside_the_mask_each_step_sees_the_source_at_its_own_noise_level(model
     assert (ends[0][~cells] != source[~cells]).all()
 
 
-def test_regions_are_edited_in_order_each_in_the_result_of_the_one_before(models, picture):
+def test_regions_are_edited_in_order_each_in_the_result_of_the_one_before(models, image):
     first, second = Region(left_half(), "a photo of <asset0>"), Region(1 - left_half(), "a photo of <asset1>")
-    (both,) = edit(models, picture, [first, second], seed=3, **FAST)
-    (half,) = edit(models, picture, [first], seed=3, **FAST)
+    (both,) = edit(models, image, [first, second], seed=3, **FAST)
+    (half,) = edit(models, image, [first], seed=3, **FAST)
     (whole,) = edit(models, half, [second], seed=3, **FAST)
-    (swapped,) = edit(models, picture, [second, first], seed=3, **FAST)
+    (swapped,) = edit(models, image, [second, first], seed=3, **FAST)
     assert both == whole
     assert both != swapped
     assert not differing(both, half)[left_half() == 1].any()
 
 
-def test_a_result_depends_on_its_seed_alone(models, picture):
+def test_a_result_depends_on_its_seed_alone(models, image):
     region = Region(left_half(), "a photo of <asset0>")
-    three = edit(models, picture, [region], num_images=3, batch_size=2, seed=5, **FAST)
-    (last,) = edit(models, picture, [region], seed=7, **FAST)
+    three = edit(models, image, [region], num_images=3, batch_size=2, seed=5, **FAST)
+    (last,) = edit(models, image, [region], seed=7, **FAST)
     assert np.abs(np.asarray(three[2], int) - np.asarray(last, int)).max() <= 1
     assert differing(three[0], three[1]).any()
 
 
-def test_the_prompt_decides_what_comes_inside(models, picture):
-    results = [edit(models, picture, [Region(left_half(), f"a photo of {h}")], **FAST)[0] for h in models.handles[:2]]
+def test_the_prompt_decides_what_comes_inside(models, image):
+    results = [edit(models, image, [Region(left_half(), f"a photo of {h}")], **FAST)[0] for h in models.handles[:2]]
     assert differing(*results)[left_half() == 1].any()
 
 
-def test_skipping_more_steps_keeps_more_of_what_was_there(models, picture):
+def test_skipping_more_steps_keeps_more_of_what_was_there(models, image):
     region = Region(left_half(), "a photo of <asset0>")
     near, far = (
-        edit(models, picture, [region], blending_start_percentage=share, composite=False, **FAST)[0]
+        edit(models, image, [region], blending_start_percentage=share, composite=False, **FAST)[0]
         for share in (0.75, 0.0)
     )
-    distance = [np.abs(np.asarray(p, float) - np.asarray(picture))[left_half() == 1].mean() for p in (near, far)]
+    distance = [np.abs(np.asarray(p, float) - np.asarray(image))[left_half() == 1].mean() for p in (near, far)]
     assert distance[0] < distance[1]
 
 
@@ -144,7 +144,7 @@ def test_the_size_to_edit_at_is_the_nearest_the_model_takes(models):
 
 
 @torch.inference_mode()
-def test_an_encoder_and_a_decoder_that_overflow_are_repeated_in_float32(bench, picture, caplog):
+def test_an_encoder_and_a_decoder_that_overflow_are_repeated_in_float32(bench, image, caplog):
     """Not black inside the mask: as with the VAE in float32."""
     models = taught(bench.model)
     for coder in (models.vae.encoder, models.vae.decoder):  # what the one layer multiplies, the next one divides
@@ -152,7 +152,7 @@ def test_an_encoder_and_a_decoder_that_overflow_are_repeated_in_float32(bench, p
         coder.conv_norm_out.weight.mul_(factor)
         coder.conv_out.weight.div_(factor)
     models.to(dtype=torch.float16)
-    inputs = models, picture, [Region(left_half(), "a photo of <asset0>")]
+    inputs = models, image, [Region(left_half(), "a photo of <asset0>")]
     (result,) = edit(*inputs, **FAST)
     assert sum("the decoder overflows in float16" in message for message in caplog.messages) == 1
     models.vae.float()
@@ -161,7 +161,7 @@ def test_an_encoder_and_a_decoder_that_overflow_are_repeated_in_float32(bench, p
     assert np.asarray(result)[left_half() == 1].max() > 0
 
 
-def test_no_edit_of_numbers_that_are_not_finite_is_written(bench, picture, monkeypatch):
+def test_no_edit_of_numbers_that_are_not_finite_is_written(bench, image, monkeypatch):
     models = taught(bench.model)
     original = models.unet.forward
 
@@ -172,15 +172,15 @@ def test_no_edit_of_numbers_that_are_not_finite_is_written(bench, picture, monke
 
     monkeypatch.setattr(models.unet, "forward", broken)
     with pytest.raises(RunError, match="denoising in float32"):
-        edit(models, picture, [Region(left_half(), "a photo of <asset0>")], **FAST)
+        edit(models, image, [Region(left_half(), "a photo of <asset0>")], **FAST)
 
 
 # --- Files and the command ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def files(tmp_path, picture):
-    picture.save(tmp_path / "photo.png")
+def files(tmp_path, image):
+    image.save(tmp_path / "photo.png")
     for name, mask in (("left", left_half()), ("right", 1 - left_half()), ("black", 0 * left_half())):
         Image.fromarray((mask * 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
     return tmp_path
@@ -191,21 +191,21 @@ def region_list(folder, rows):
     return folder / "regions.json"
 
 
-def test_a_list_of_regions_may_be_toml(files, picture):
+def test_a_list_of_regions_may_be_toml(files, image):
     lines = ["[[regions]]", 'mask = "left.png"', 'prompt = "a <asset0>"'] * 2
     (files / "regions.toml").write_text("\n".join(lines))
-    regions = read_regions(files / "regions.toml", files / "photo.png", picture)
+    regions = read_regions(files / "regions.toml", files / "photo.png", image)
     assert [region.prompt for region in regions] == ["a <asset0>"] * 2
     assert (regions[0].mask == left_half()).all()
     for text in ("[[regions]", "[[places]]\nmask = 'left.png'", "regions = 3"):
         (files / "regions.toml").write_text(text)
         with refused("regions.toml"):
-            read_regions(files / "regions.toml", files / "photo.png", picture)
+            read_regions(files / "regions.toml", files / "photo.png", image)
 
 
-def test_a_list_of_regions_names_masks_beside_it(files, picture):
+def test_a_list_of_regions_names_masks_beside_it(files, image):
     rows = [{"mask": "right.png", "prompt": "a bowl"}, {"mask": "left.png", "prompt": "a <asset0>"}]
-    regions = read_regions(region_list(files, rows), files / "photo.png", picture)
+    regions = read_regions(region_list(files, rows), files / "photo.png", image)
     assert [region.prompt for region in regions] == ["a bowl", "a <asset0>"]
     assert (regions[0].mask == 1 - left_half()).all()
     assert (regions[1].mask == left_half()).all()
@@ -216,26 +216,26 @@ def test_a_list_of_regions_names_masks_beside_it(files, picture):
     ["{", "[" * 100_000, "[]", "{}", [1], [{"mask": "left.png"}], [{"mask": "left.png", "prompt": 3}],
      [{"mask": "left.png", "prompt": "a", "seed": 1}]],
 )  # fmt: skip
-def test_a_bad_list_of_regions_is_refused(files, picture, rows):
+def test_a_bad_list_of_regions_is_refused(files, image, rows):
     with refused(str(files / "regions.json")):
-        read_regions(region_list(files, rows), files / "photo.png", picture)
+        read_regions(region_list(files, rows), files / "photo.png", image)
 
 
-def test_masks_that_cannot_be_meant_are_refused(files, picture):
+def test_masks_that_cannot_be_meant_are_refused(files, image):
     with refused("black.png", "black all over"):
-        read_region(files / "black.png", "a", files / "photo.png", picture)
+        read_region(files / "black.png", "a", files / "photo.png", image)
     with refused("gone.png"):
-        read_region(files / "gone.png", "a", files / "photo.png", picture)
+        read_region(files / "gone.png", "a", files / "photo.png", image)
     Image.new("L", (32, 40), 255).save(files / "turned.png")
     with refused("turned.png is 32x40", "photo.png is 40x32"):
-        read_region(files / "turned.png", "a", files / "photo.png", picture)
+        read_region(files / "turned.png", "a", files / "photo.png", image)
 
 
-def test_a_mask_too_small_for_the_grid_is_refused(models, picture):
+def test_a_mask_too_small_for_the_grid_is_refused(models, image):
     speck = np.zeros((32, 40), np.float32)
     speck[5, 5] = 1
     with refused("covers no cell of the 20x16 grid"):
-        edit(models, picture, [Region(speck, "a photo of <asset0>")], **FAST)
+        edit(models, image, [Region(speck, "a photo of <asset0>")], **FAST)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
@@ -244,7 +244,7 @@ def test_a_share_of_steps_outside_0_to_1_is_refused(share):
         EditConfig(blending_start_percentage=share)
 
 
-def test_the_command_writes_the_edited_picture_with_its_settings(files, models, capsys):
+def test_the_command_writes_the_edited_image_with_its_settings(files, models, capsys):
     run = files / "run"
     save_model(models, run)
     steps = ["--num_inference_steps", "4", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Galleries: which prompts are drawn, in which order, and where each picture lands."""
+"""Galleries: which prompts are drawn, in which order, and where each image lands."""
 
 import json
 
@@ -25,21 +25,21 @@ def models(tmp_path_factory):
 
 
 def note(path):
-    """The settings that a picture was saved with."""
-    with Image.open(path) as picture:
-        return json.loads(picture.text["bas"])
+    """The settings that an image was saved with."""
+    with Image.open(path) as image:
+        return json.loads(image.text["bas"])
 
 
 def columns(path):
     """How many cells a grid is wide."""
-    with Image.open(path) as picture:
-        return (picture.width - MARGIN) / (CELL + MARGIN)
+    with Image.open(path) as image:
+        return (image.width - MARGIN) / (CELL + MARGIN)
 
 
-def levels(path, picture):
-    """How far a file is from a picture: the largest difference of 255 levels."""
+def levels(path, image):
+    """How far a file is from an image: the largest difference of 255 levels."""
     with Image.open(path) as drawn:
-        return np.abs(np.asarray(drawn, int) - np.asarray(picture, int)).max()
+        return np.abs(np.asarray(drawn, int) - np.asarray(image, int)).max()
 
 
 def test_the_papers_ten_contexts():

@@ -1,4 +1,4 @@
-"""Sampling: one seed one picture, guidance as defined, sizes, samplers, prompts."""
+"""Sampling: one seed one image, guidance as defined, sizes, samplers, prompts."""
 
 import argparse
 import json
@@ -36,13 +36,13 @@ def latents(models, prompts=(PROMPT,), seeds=(0,), **changes):
     return generate(list(prompts), list(seeds), models, SampleConfig(**FAST | changes))
 
 
-def numbers(pictures) -> np.ndarray:
-    """Pictures as one array of whole numbers."""
-    return np.stack([np.asarray(picture) for picture in pictures]).astype(int)
+def numbers(images) -> np.ndarray:
+    """Images as one array of whole numbers."""
+    return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
 @pytest.mark.parametrize("changes", [{}, {"eta": 0.7}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m"}])
-def test_a_picture_depends_on_its_seed_alone(models, changes):
+def test_an_image_depends_on_its_seed_alone(models, changes):
     """Three seeds together and each alone, also where every step draws noise."""
     together = latents(models, [PROMPT] * 3, (4, 5, 6), guidance_scale=2.0, **changes)
     for i, seed in enumerate((4, 5, 6)):
@@ -60,13 +60,13 @@ def test_samplers_differ_and_repeat(models):
         assert all((one - other).abs().max() > 1e-3 for other in results[:i])
 
 
-def test_pictures_come_prompt_by_prompt_and_seed_by_seed(models):
+def test_images_come_prompt_by_prompt_and_seed_by_seed(models):
     """Two prompts, three seeds, batches of four: the same as one call each."""
     prompts = [PROMPT, "a bowl"]
-    pictures = sample(models, prompts, num_images=3, seed=7, batch_size=4, **FAST)
+    images = sample(models, prompts, num_images=3, seed=7, batch_size=4, **FAST)
     singles = [sample(models, prompt, seed=seed, **FAST)[0] for prompt in prompts for seed in (7, 8, 9)]
-    assert np.abs(numbers(pictures) - numbers(singles)).max() <= 1
-    assert len({picture.tobytes() for picture in pictures}) == 6
+    assert np.abs(numbers(images) - numbers(singles)).max() <= 1
+    assert len({image.tobytes() for image in images}) == 6
 
 
 def test_settings_come_from_a_config_and_by_name(models):
@@ -99,21 +99,21 @@ def test_guidance_of_one_or_less_ignores_the_negative_prompt(models, scale):
 
 
 def test_sizes(models):
-    (picture,) = sample(models, PROMPT, height=24, width=40, **FAST)
-    assert picture.size == (40, 24)
+    (image,) = sample(models, PROMPT, height=24, width=40, **FAST)
+    assert image.size == (40, 24)
     assert sample(models, PROMPT, **FAST)[0].size == (32, 32)
     for flags, words in (({"height": 31}, ["--height 31", "multiples of 2"]), ({"width": 1}, ["--width 1"])):
         with refused(*words):
             sample(models, PROMPT, **flags)
 
 
-def test_decoded_latents_become_eight_bit_pictures(models):
+def test_decoded_latents_become_eight_bit_images(models):
     z = latents(models, seeds=(2,))
     with torch.inference_mode():
         expected = (models.vae.decode(z / 0.18215) / 2 + 0.5).clamp(0, 1)
     assert torch.equal(decode(models, z), expected)
-    (picture,) = sample(models, PROMPT, seed=2, **FAST)
-    assert (numbers([picture])[0] == (expected[0].permute(1, 2, 0) * 255).round().numpy()).all()
+    (image,) = sample(models, PROMPT, seed=2, **FAST)
+    assert (numbers([image])[0] == (expected[0].permute(1, 2, 0) * 255).round().numpy()).all()
 
 
 def test_unknown_handles_are_named_with_the_known_ones(models, bench):
@@ -291,28 +291,28 @@ def test_half_precision_comes_close(bench, models):
 
 
 def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, monkeypatch):
-    """The rule is the training's. The pictures differ by less than one of 255 levels on average."""
+    """The rule is the training's. The images differ by less than one of 255 levels on average."""
     monkeypatch.setattr(machine, "CPU_BF16_WEIGHTS", 1)  # the tiny model counts as a large one
     monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: True)
-    pictures = {}
+    images = {}
     for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
         words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision)
         words.prediction_type = None
         models = open_model(words, lambda models: None)
         networks = models.unet, models.vae, models.text_encoder
         assert {weight.dtype for network in networks for weight in network.parameters()} == {dtype}
-        pictures[precision] = numbers(sample(models, "a bowl", num_images=2, num_inference_steps=2, guidance_scale=1.0))
-    assert 0 < np.abs(pictures["auto"] - pictures["fp32"]).mean() < 1
+        images[precision] = numbers(sample(models, "a bowl", num_images=2, num_inference_steps=2, guidance_scale=1.0))
+    assert 0 < np.abs(images["auto"] - images["fp32"]).mean() < 1
 
 
 def test_prompts_given_one_by_one_add_up(bench, tmp_path, capsys):
-    """Each picture's path is printed, in the order of the prompts."""
+    """Each image's path is printed, in the order of the prompts."""
     words = ["sample", bench.model, "--prompt", "a", "--prompt", "bowl", "stone", "--num_inference_steps", "1"]
     assert main([*map(str, words), "--output_path", str(tmp_path / "x.png")]) == 0
     paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.name for path in paths] == ["x-0.png", "x-1.png", "x-2.png"]
     prompts = []
     for path in paths:
-        with Image.open(path) as picture:
-            prompts.append(json.loads(picture.text["bas"])["prompt"])
+        with Image.open(path) as image:
+            prompts.append(json.loads(image.text["bas"])["prompt"])
     assert prompts == ["a", "bowl", "stone"]
