@@ -22,8 +22,10 @@ from bas.models.compile import compile_unet
 from bas.models.text import add_handles
 from bas.pretrained.folder import build_on_meta, weights_hash
 from bas.pretrained.hub import find, find_spec
+from bas.pretrained.loading import check_savable
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
+from bas.sampling.sampler import warn_of_weights
 from bas.schedulers import sampling_timesteps
 from bas.training.base_model import Base
 from bas.training.checkpoints import Checkpoint, check_tensors, find_checkpoint, load_checkpoint, remove_later
@@ -98,6 +100,7 @@ def check_input(config: TrainConfig, weights: bool = True) -> tuple[Scene, Path,
     spec, device, precision = check_machine(config, weights)
     size = check_scene(spec, scene, config)
     if any(phase.prior for phase in config.phases):
+        warn_of_weights(config.class_prompt)
         check_class_folder(replace(config, mixed_precision=precision), spec.schedule, size)
     if config.img_log_steps:
         sampling_timesteps(spec.schedule, config.preview_inference_steps)
@@ -135,6 +138,7 @@ def setup_run(
         log_miniature(config)
         base = Base.open(path, device, metadata["base"], prediction_type=config.prediction_type)
     models = fresh_models(base, scene, config)
+    check_savable(models, DTYPES[config.save_precision])
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
     exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
     class_posterior, metadata["schedule"], metadata["class_images"] = None, models.schedule.to_json(), None
