@@ -257,8 +257,9 @@ def sheet(truth: Truth, decoded: Image.Image, images: list[Image.Image], shown: 
         values = " ".join(f"{found.likeness[i]:.2f}" for i in found.subset)
         guests = "".join(f" +{i}" for i in found.guests(truth.cross))
         rows[-1].append(image)
-        labels[-1].append(f"{'right' if found.right else 'wrong'} {values}{guests} {found.place}")
-    return grid(rows, labels, CELL, title="per subset and place: likeness of the named concepts, +guests")
+        named = " and ".join(map(str, found.subset))
+        labels[-1].append(f"{named}, {found.place}: {'right' if found.right else 'wrong'} {values}{guests}")
+    return grid(rows, labels, CELL, title="named concepts, place, likeness, +guests")
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
