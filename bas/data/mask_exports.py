@@ -42,19 +42,20 @@ BY_NAME: tuple[tuple[str, str], ...] = (
     (r"masks?|labels?|annotations?|segmentations?|segmentation(class|object)(raw)?|segmentation_masks?", FOLDER),
 )
 OF_A_MASK = re.compile(r"mask|label|seg|matte|alpha|cut[ _-]?out|task-\d+-annotation", re.IGNORECASE)
-NUMBERS = re.compile(r"\s*\d+(\s+-?[\d.]+(e-?\d+)?){6,}\s*", re.IGNORECASE)  # a class, then x y x y x y ...
+NUMBERS = re.compile(r"\s*\d+(\s+-?[\d.]+(e-?\d+)?){4,}\s*", re.IGNORECASE)  # a class, then x y x y ...
 
 
-def unread_masks(folder: Path, image: Path | None = None) -> str | None:
-    """One line on the likeliest file of masks that bas does not read, None where there is none.
+def unread_masks(folder: Path) -> str | None:
+    """One line on the likeliest file of masks that bas does not read, None where there is none."""
+    found = find_export(folder)
+    return f"{found[0].name} {found[1]}" if found else None
 
-    image: the scene's image, which is passed over.
-    """
+
+def find_export(folder: Path) -> tuple[Path, str] | None:
+    """The likeliest file of masks that bas does not read, and what to do with it. None where there is none."""
     for path in sorted(folder.iterdir()):
-        if path == image or path.name.startswith(".") or path.name == "scene.json":
-            continue
-        if advice := _advice(path):
-            return f"{path.name} {advice}"
+        if not path.name.startswith(".") and path.name != "scene.json" and (advice := _advice(path)):
+            return path, advice
     return None
 
 

@@ -5,6 +5,7 @@ regions.json; coco.json; or masks.npy. Masks are read one at a time, after their
 """
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def list_sources(folder: Path) -> list[list[Path]]:
             first = "" if 0 in files else "; numbers begin with 0"
             raise InputError(f"{folder} has {kind}s up to {kind}{last}.png but lacks {', '.join(missing)}{first}")
     sources = [[files[i] for i in range(len(files))] for _, files in sorted(numbered.items(), reverse=True)]
-    return sources + [[folder / name] for name in READERS if (folder / name).is_file()]
+    return sources + [[folder / name] for name in READERS if os.path.lexists(folder / name)]
 
 
 def read_number(path: Path) -> tuple[str, int] | None:

@@ -8,6 +8,7 @@ of its concept in the first image, which shows all concepts. A concept without a
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from bas.config import TrainConfig
-from bas.data.mask_exports import unread_masks
+from bas.data.mask_exports import find_export
 from bas.data.mask_formats import (
     READERS,
     FoundMask,
@@ -159,8 +160,9 @@ def read_extra_image(folder: Path, count: int) -> ExtraImage:
             masks[number] = match_size(found[-1].values, path, image, image_path)
             check_coverage(path, masks[number])
     if not masks:
-        advice = unread_masks(folder) or "name each by the concept that it shows"
-        raise InputError(f"{folder} has no mask0.png, mask1.png, ...: {advice}")
+        export = find_export(folder)
+        advice = f"{export[0].name} is not read here" if export else "name each by the concept that it shows"
+        raise InputError(f"{folder} has no mask0.png, mask1.png, ..., as an extra image needs them: {advice}")
     warn_if_turned(image_path, image, found)
     return ExtraImage(folder.name, image, masks)
 
@@ -174,7 +176,7 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
     Without scene.json they are as the mask source names them. Raises InputError for another content or count.
     """
     path, count = folder / "scene.json", len(found)
-    if not path.exists():
+    if not os.path.lexists(path):
         return [mask.handle for mask in found], [mask.word for mask in found]
     if any(mask.handle or mask.word for mask in found):
         log.warning("%s names the concepts: the names beside the masks are not used", path)

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from bas.config import CocoConfig
-from bas.data.mask_formats import entries
+from bas.data.mask_formats import FoundMask, entries
 from bas.data.mask_shapes import check_annotation, segmentation_mask
+from bas.data.scene_folder import warn_if_turned
 from bas.errors import InputError, check_positive
 from bas.io.images import MAX_PIXELS, read_image, save_image
 from bas.io.json_files import read_content, write_json
@@ -201,6 +202,8 @@ def write_scene(choice: Choice, images: Path, folder: Path) -> None:
     if image.size != (choice.row["width"], choice.row["height"]):
         stated = f"{choice.row['width']}x{choice.row['height']}"
         raise InputError(f"{path} is {image.width}x{image.height}, but annotated at {stated}: it is another image")
+    masks = [FoundMask(f"annotation {s.annotation}", s.mask.copy) for s in choice.segments]
+    warn_if_turned(path, image, masks)
     folder.mkdir(parents=True)
     save_image(image.crop(choice.box), folder / "img.png")
     for i, segment in enumerate(choice.segments):

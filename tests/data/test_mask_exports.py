@@ -48,6 +48,7 @@ SAM = {"image": {"width": 32, "height": 32}, "annotations": [{"segmentation": {"
         ("region.json", "{}", "would not be read: name it regions.json"),
         ("COCO.JSON", "{}", "would not be read: name it coco.json"),
         ("img.txt", "0 0.1 0.2 0.3 0.4 0.5 0.6\n", "holds fractions of the sides, as YOLO writes them"),
+        ("img.txt", "12 0.5 0.5 0.2 0.25", "holds fractions of the sides, as YOLO writes them"),
         ("img.psd", "", "is not read: export each concept in white on black as mask0.png"),
     ],
 )
@@ -94,7 +95,8 @@ def test_beside_masks_they_are_passed_over(tmp_path):
 def test_an_extra_image_gets_the_same_answer(tmp_path):
     folder = write_scene(tmp_path / "s")
     (write_scene(folder / "1", concepts=0) / "annotations.xml").write_text("")
-    with refused(f"{folder / '1'} has no mask0.png, mask1.png, ...: annotations.xml is not read"):
+    named = "annotations.xml is not read here"
+    with refused(f"{folder / '1'} has no mask0.png, mask1.png, ..., as an extra image needs them: {named}"):
         load_scene(TrainConfig(instance_data_dir=str(folder)))
 
 
@@ -116,3 +118,11 @@ def test_a_file_of_every_source_makes_a_folder_a_scene(tmp_path, name):
     assert mask_file(tmp_path) is None
     (tmp_path / name).write_bytes(b"")
     assert mask_file(tmp_path) == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["labels.png", "coco.json", "masks.npy", "scene.json", "mask3.png"])
+def test_links_to_nowhere_are_named(tmp_path, name):
+    folder = write_scene(tmp_path / "s", concepts=3 if name in ("scene.json", "mask3.png") else 0)
+    (folder / name).symlink_to("nowhere")
+    with refused(name, "is not a"):
+        load_scene(TrainConfig(instance_data_dir=str(folder)))

@@ -9,7 +9,7 @@ from PIL import Image
 from bas.cli.entry import main
 from bas.config import CocoConfig, TrainConfig
 from bas.data.scene_folder import load_scene
-from bas.evaluation.coco import choose_scenes, choose_square, read_annotations, squares
+from bas.evaluation.coco import choose_scenes, choose_square, read_annotations, squares, write_scenes
 from tests.helpers.tiny import refused
 
 CLASSES = {1: "person", 18: "dog", 62: "chair", 52: "banana", 200: "sky"}
@@ -256,3 +256,17 @@ def test_run_lengths_that_contradict_their_bbox_are_refused(world):
     world.picture(1, (100, 100), (1, inverted, {"bbox": [0, 0, 50, 60]}), (18, box(50, 0, 50, 100)))
     with refused("annotation 1: its mask lies in", "its run lengths are inverted, begin them with the pixels outside"):
         world.square()
+
+
+def test_an_image_that_is_turned_by_its_tag_is_said(world, tmp_path, caplog):
+    """COCO annotates pixels as they are stored; by 180 degrees the size does not tell."""
+    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(50, 0, 50, 100)))
+    path = world.folder / "pictures" / f"{1:012d}.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    config = CocoConfig(scenes=1)
+    annotations = read_annotations(world.write(), config.dropped)
+    write_scenes(annotations, choose_scenes(annotations, config), world.folder / "pictures", tmp_path / "out", config)
+    assert [m.partition(",")[0] for m in caplog.messages] == [f"{path} is turned by 180 degrees by its EXIF tag"]
