@@ -1,15 +1,16 @@
 """What a resumed run must share with the one that it continues, and the errors where it does not."""
 
 import hashlib
-import json
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 
 from bas.config import TrainConfig, flag_of
 from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
-from bas.io.run_files import CONCEPTS, METRICS, read_settings
+from bas.io.json_files import check_shape, parse_json
+from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import find
 from bas.training.checkpoints import Checkpoint
@@ -87,18 +88,29 @@ def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:
     if not path.exists() and run.resolve() not in checkpoint.folder.resolve().parents:
         return
     content = path.read_bytes()[: checkpoint.metrics] if path.exists() else b""
-    lines = content.split(b"\n")
-    try:
-        step = json.loads(lines[-2])["step"] if len(lines) > 1 else None
-    except (ValueError, TypeError, KeyError, RecursionError):
-        step = "unknown"
-    whole = len(content) == checkpoint.metrics and not lines[-1]
-    if checkpoint.metrics and (not whole or step != checkpoint.step):
+    *lines, cut = content.split(b"\n")
+    step = _last_step(lines)
+    if checkpoint.metrics and (cut or len(content) < checkpoint.metrics or step != checkpoint.step):
         raise InputError(
-            f"{path} does not reach {checkpoint.folder}: {len(content)} bytes up to step {step or 0} here, "
+            f"{path} does not reach {checkpoint.folder}: {len(content)} bytes up to step {step} here, "
             f"{checkpoint.metrics} bytes up to step {checkpoint.step} there; copy the file again, or resume in a new "
             "--output_dir"
         )
+
+
+def _last_step(lines: list[bytes]) -> int | str:
+    """The step of the last of these lines of metrics: 0 without lines, "unknown" if one is damaged or missing."""
+    steps = []
+    for line in lines:
+        try:
+            row = parse_json(line)
+            check_shape(row, ROW)
+        except ValueError:
+            return "unknown"
+        steps.append(row["step"])
+    if any(after != before + 1 for before, after in pairwise(steps)):
+        return "unknown"
+    return steps[-1] if steps else 0
 
 
 def is_finished(config: TrainConfig) -> bool:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from shlex import split
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -32,14 +33,25 @@ COMMANDS = (
     f"attend {FROM_RUN} {BOTH} --output_dir {{folder}}/attend",
     f"edit {FROM_RUN} {BOTH} --init_image {{scene}}/img.png --mask {{scene}}/mask0.png "
     "--output_path {folder}/edit.png",
-    f"evaluate {{scene}} {MODEL} --output_dir {{folder}}/evaluation --methods bas cd-m --metrics miniature --prompts 1 "
-    "--phase1_train_steps 1 --phase2_train_steps 1 --num_inference_steps 2",
+    f"evaluate {{worded}} {MODEL} --output_dir {{folder}}/evaluation --methods bas cd-m --metrics miniature "
+    "--prompts 1 --phase1_train_steps 1 --phase2_train_steps 1 --num_inference_steps 2",
 )
 
 
 def commands(bench: Bench, folder: Path, device: str) -> list[list[str]]:
     """A training, what can be done with its run, and an evaluation, all into one folder."""
-    places = {"folder": folder, "scene": bench.scene, "model": bench.model, "class_images": bench.class_images}
+    worded = folder / "worded"  # an evaluation needs a word for each concept
+    if not worded.exists():
+        copytree(bench.scene, worded)
+        concepts = [{"word": word} for word in ("creature", "bowl", "stone")]
+        (worded / "scene.json").write_text(json.dumps({"concepts": concepts}))
+    places = {
+        "folder": folder,
+        "scene": bench.scene,
+        "worded": worded,
+        "model": bench.model,
+        "class_images": bench.class_images,
+    }
     return [split(f"{command} --device {device}".format(**places)) for command in COMMANDS]
 
 
