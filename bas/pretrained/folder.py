@@ -10,10 +10,12 @@ import json
 import logging
 import re
 import time
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -156,7 +158,21 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
             check_json_size(path)
         if (config := folder / "tokenizer_config.json").is_file():
             check_tokenizer_config(read_json(config), config)
-        return load_tokenizer(folder)
+        with without_marks(folder) as readable:
+            return load_tokenizer(readable)
+
+
+@contextmanager
+def without_marks(folder: Path) -> Iterator[Path]:
+    """Yield the folder or, where files begin with a byte order mark, a copy without it: libraries refuse the mark."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if not any(path.read_bytes().startswith(BOM_UTF8) for path in files):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        for path in files:
+            (Path(place) / path.name).write_bytes(path.read_bytes().removeprefix(BOM_UTF8))
+        yield Path(place)
 
 
 @contextmanager

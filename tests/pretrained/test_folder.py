@@ -324,6 +324,21 @@ def test_unusable_weights_are_refused(value, reason, folder):
     assert refusal(folder) == f"{folder} (unet) holds broken weights (1): {reason}"
 
 
+@pytest.mark.parametrize("marked", ["every file", "tokenizer/vocab.json", "tokenizer/merges.txt", "unet/config.json"])
+def test_byte_order_marks_change_nothing(marked, saved, tmp_path):
+    """As an editor of Windows writes them, in any description of a model."""
+    copy = Path(shutil.copytree(saved, tmp_path / "copy"))
+    texts = [path for path in copy.rglob("*") if path.suffix in (".json", ".txt")]
+    assert len(texts) > 6
+    for path in texts if marked == "every file" else [copy / marked]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    models, plain = load(copy), load(saved)
+    assert_same_weights(models, plain)
+    text = "a photo of a bowl"
+    assert models.tokenizer(text).input_ids == plain.tokenizer(text).input_ids
+    assert models.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+
+
 # --- Hashes ---------------------------------------------------------------------------------------------------------
 
 
