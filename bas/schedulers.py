@@ -21,7 +21,8 @@ SPACINGS = ("leading", "trailing", "linspace")
 # The schedulers of diffusers that Stable Diffusion models name. Others (flow matching, consistency models) belong to
 # networks that predict something else.
 SCHEDULERS = {
-    *("DDIMScheduler", "DDIMInverseScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler"),
+    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    *("PNDMScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepInverseScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
@@ -88,7 +89,7 @@ class NoiseSchedule:
         for key in OTHER_SPACINGS:
             if config.get(key):
                 _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
-        defaults = CLASS_DEFAULTS | {"set_alpha_to_one": name == "DDIMScheduler"}
+        defaults = CLASS_DEFAULTS | {"set_alpha_to_one": name in ("DDIMScheduler", "DDIMParallelScheduler")}
         names = {f.name for f in fields(cls) if f.init}
         given = {key: value for key, value in config.items() if key in names and value is not None}
         return cls(**defaults | given)

@@ -10,16 +10,24 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from bas.errors import InputError
+from bas.models.bundle import is_finite
+
 Float32Values = dict[nn.Parameter, Tensor]  # the float32 values of each weight that was cast
 
 
 def cast_weights(networks: Iterable[nn.Module], dtype: torch.dtype) -> Float32Values:
-    """Round the weights of these networks to `dtype`, in place. -> their float32 values, in the host's memory"""
+    """Round the weights of these networks to `dtype`, in place. -> their float32 values, in the host's memory
+
+    Raises InputError for a weight that is beyond the range of `dtype`.
+    """
     values = {}
     for network in networks:
-        for parameter in network.parameters():
+        for name, parameter in network.named_parameters():
             values[parameter] = parameter.detach().cpu()
             parameter.data = parameter.detach().to(dtype)
+            if not is_finite(parameter.data):
+                raise InputError(f"{name} holds values beyond the range of {dtype}: use --mixed_precision no")
     return values
 
 

@@ -45,3 +45,15 @@ def test_a_weight_beyond_fp16_costs_no_checkpoint(found, file, name, bench, tmp_
     assert not list((run / "checkpoints").glob("*"))
     weights = getattr(load(run), part).state_dict()
     assert max(weight.max() for weight in weights.values() if weight.dtype == torch.float32) == 70_144
+
+
+def test_a_weight_beyond_bf16_is_refused_where_it_would_be_rounded(bench, tmp_path, capsys):
+    """3.4e38 is the largest number of float32 within 0.1 %, and infinity in bf16, whose largest is 3.39e38."""
+    model, run = shutil.copytree(bench.model, tmp_path / "model"), tmp_path / "run"
+    file = Path(model) / "unet/diffusion_pytorch_model.safetensors"
+    change_tensors(file, lambda tensors: tensors["conv_out.bias"][0:1].fill_(3.4e38))
+    argv = [*bench.command(run), "--weights", str(model), "--mixed_precision", "bf16"]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "conv_out.bias holds values beyond the range of torch.bfloat16: use --mixed_precision no" in error
+    assert not (run / "metrics.jsonl").exists()
