@@ -53,7 +53,12 @@ class FoundMask:
     handle: str | None = None  # as the source names it, if it does
     word: str | None = None
     sized: bool = True  # whether the source states its own size
-    oriented: bool = False  # whether the source states by an EXIF tag which way is up
+    file: Path | None = None  # the image file that it stands in, if it does
+
+    @property
+    def oriented(self) -> bool:
+        """Whether the source states by an EXIF tag which way is up."""
+        return self.file is not None and read_orientation(self.file) is not None
 
     @property
     def values(self) -> np.ndarray:
@@ -126,7 +131,7 @@ def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
 
 def mask_in_file(path: Path, read: Callable[[Path], np.ndarray] = read_mask) -> FoundMask:
     """The one mask of an image file."""
-    return FoundMask(path.name, partial(read, path), oriented=read_orientation(path) is not None)
+    return FoundMask(path.name, partial(read, path), file=path)
 
 
 def check_total(name: str, count: int, size: tuple[int, int]) -> None:
@@ -174,8 +179,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     if not found:
         raise InputError(f"{path} holds no label: every pixel is 0, the background")
     check_total(str(path), len(found), image.size)
-    oriented = read_orientation(path) is not None
-    return [FoundMask(f"{path.name} {label_name(v)}", partial(_equal, labels, v), oriented=oriented) for v in found]
+    return [FoundMask(f"{path.name} {label_name(v)}", partial(_equal, labels, v), file=path) for v in found]
 
 
 def label_values(image: Image.Image) -> list[Any] | None:

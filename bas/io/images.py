@@ -91,8 +91,14 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def read_orientation(path: Path) -> int | None:
     """The EXIF orientation of an image, 1 to 8, None where it states none."""
-    value = _from_header(path, lambda image: image.getexif().get(ExifTags.Base.Orientation))
+    value = _from_header(path, _orientation)
     return value if value in TURNS else None
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation of an opened file, for which a PNG may be decoded. None for one that is too large."""
+    small = image.width * image.height <= MAX_PIXELS
+    return image.getexif().get(ExifTags.Base.Orientation) if small else None
 
 
 def _from_header(path: Path, read: Callable[[Image.Image], T]) -> T | None:
@@ -228,12 +234,6 @@ def image_path(name: str) -> Path:
     if path.is_dir() or not existing.is_dir():
         raise InputError(f"--output_path {name}: {path if path.is_dir() else existing} is in the way")
     return path
-
-
-def check_not_input(target: Path, *inputs: Path) -> None:
-    """InputError if an image would be written over a file that the command reads."""
-    if target.exists() and any(path.exists() and target.samefile(path) for path in inputs):
-        raise InputError(f"--output_path {target} is what the command reads: name another file")
 
 
 def save_image(image: Image.Image, path: Path, settings: dict | None = None) -> None:
