@@ -169,7 +169,8 @@ def train_phase(run: Run, phase: Phase, begin: int) -> None:
         lr = learning_rate(config, phase, step - begin)
         set_learning_rate(state.optimizer, lr)
         values = optimizer_step(run.models, sample_batches(run, phase), config, state)
-        log_step(run, phase, step + 1, lr, values, bar, begin)
+        run.metrics.add(phase.name, step + 1, lr, values)
+        show_progress(run, bar, step + 1, step + 1 - begin)
     check_weights(run, state.weights.optimized, f"at the end of {phase.name}")
     if run.precision == "fp16" and run.done < end:
         warn_of_overflows(run.folder, phase)
@@ -181,16 +182,15 @@ def sample_batches(run: Run, phase: Phase) -> Iterator[Batch]:
         yield sample_batch(run.data, run.models, phase, run.config, run.generator).to(run.models.device)
 
 
-def log_step(
-    run: Run, phase: Phase, step: int, lr: float, values: dict[str, Tensor], bar: Progress, begin: int
-) -> None:
-    """Log one step, and every few steps write the numbers and show them. RunError if one is not finite."""
-    run.metrics.add(phase.name, step, lr, values)
+def show_progress(run: Run, bar: Progress, step: int, done: int) -> None:
+    """Check the numbers of a step, and every few steps write and show them. RunError if one is not finite.
+
+    step: of the run; done: of the phase, whose last step is always shown.
+    """
     if (row := run.metrics.latest()) and not is_finite(row, run.precision):
         flush_and_check(run)  # writes this row, and raises
-    last = step == begin + phase.steps
-    if step % run.config.log_steps == 0 or last or (run.models.device.type == "cpu" and bar.due()):
-        bar.show(step - begin, flush_and_check(run))
+    if step % run.config.log_steps == 0 or done == bar.total or (run.models.device.type == "cpu" and bar.due()):
+        bar.show(done, flush_and_check(run))
 
 
 def do_rare_work(run: Run, state: PhaseState, step: int) -> None:
