@@ -9,7 +9,6 @@ from bas.errors import InputError
 from bas.io.files import new_folder
 from bas.io.images import image_path, numbered_paths
 from bas.io.run_files import SETTINGS
-from bas.web.report import renew_report
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +53,8 @@ def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
 
 def print_gallery(grid: Path) -> None:
     """Print where the grid is, and the page of the run that now shows it."""
+    from bas.web.report import renew_report  # here: other commands need no template engine
+
     print(grid)
     if page := renew_report(grid.parent):
         print(page)

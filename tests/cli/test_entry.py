@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -311,3 +312,15 @@ def test_a_switch_is_turned_both_ways():
         assert getattr(parser.parse_args(["train", "scene", off]), name) is False
     help_text = " ".join(parser._subparsers._group_actions[0].choices["train"].format_help().split())
     assert "--no_prior_preservation turn off: also train on class images" in help_text
+
+
+def test_public_names_are_ordinary_attributes(monkeypatch):
+    """Of an ordinary module: what is set is what is read, and what is taken back is there again."""
+    original = bas.train
+    monkeypatch.setattr(bas, "train", 3)
+    assert (bas.train, type(bas)) == (3, ModuleType)
+    monkeypatch.undo()
+    assert bas.train is original
+    assert {*bas.__all__, "__version__"} <= {*dir(bas)}
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        bas.nonsense  # noqa: B018

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from bas.cli.flags import Parser, add_fields, given
+from bas.cli.output_files import check_output_path
 from bas.config import ProposalConfig, TrainConfig
 from bas.data.batches import check_scene
 from bas.data.mask_formats import list_sources
@@ -17,7 +18,7 @@ from bas.data.mask_report import sheet, table, view_scene, warnings
 from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft, write_draft
 from bas.errors import InputError, printable
-from bas.io.images import check_not_input, image_path, save_image
+from bas.io.images import save_image
 from bas.pretrained.hub import find_spec, train_config
 from bas.runtime.device import pick_device
 
@@ -41,10 +42,12 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "scene", metavar="SCENE", help="folder with an image img.* and its masks; or an image, for --auto"
     )
-    parser.add_argument("--output_path", help="image to write of the masks as the losses see them")
+    parser.add_argument("--output_path", metavar="FILE", help="image to write of the masks as the losses see them")
     add_fields(parser, TrainConfig, only=SETTINGS)
     parser.add_argument("--auto", choices=METHODS, help="write a new scene with masks that this kind of model proposes")
-    parser.add_argument("--output_dir", help="scene to write with --auto (default: named after the image, beside it)")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="scene to write with --auto (default: named after the image, beside it)"
+    )
     parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda when there is one)")
     add_fields(parser, ProposalConfig)
 
@@ -77,9 +80,7 @@ def write_proposals(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Print the table, log the warnings, write the figure. Then raise InputError for what training would refuse."""
-    target = image_path(args.output_path) if args.output_path else None
-    if target:
-        check_not_input(target, *Path(args.scene).glob("*"))
+    target = check_output_path(args.output_path, 1, *Path(args.scene).glob("*")) if args.output_path else None
     config = train_config(args.scene, **given(args, TrainConfig))
     spec = find_spec(config.pretrained_model_name_or_path)
     scene, model = load_scene(config), spec.source or Path()
