@@ -360,7 +360,7 @@ def test_thousands_of_added_tokens_are_refused_at_once(tmp_path, file, content):
     """The tokenizers library takes the square of their number in time: minutes for 100,000."""
     folder = shutil.copytree(TOKENIZER, tmp_path / "tokenizer")
     (folder / file).write_text(json.dumps(content))
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(InputError, match=rf"{file} adds \d+ tokens: bas reads up to 1000"):
         load_tokenizer(folder)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 5  # of the CPU, which no load of the machine changes
