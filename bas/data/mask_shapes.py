@@ -195,11 +195,12 @@ def check_units(points: np.ndarray, size: tuple[int, int], name: str) -> str | N
 
 def read_points(values: Any, name: str, flat: bool = False) -> np.ndarray:
     """The corners of a polygon, (n, 2) float64 with n >= 3. flat: given as x0, y0, x1, y1, ... Or an InputError."""
+    count = len(values) // (2 if flat else 1) if isinstance(values, list) else 0
+    if count > MAX_POINTS:
+        raise InputError(f"{name} has {count} points: simplify it to {MAX_POINTS} or fewer")
     points = _finite(values, (-1, 2), flat)
     if points is None or len(points) < 3:
         raise InputError(f"{name}: {json.dumps(values)[:60]} is not three points [x, y] or more")
-    if len(points) > MAX_POINTS:
-        raise InputError(f"{name} has {len(points)} points: simplify it to {MAX_POINTS} or fewer")
     return _near(points, values, name)
 
 
