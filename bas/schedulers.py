@@ -7,6 +7,8 @@ In the sampling steps t and prev_t are whole numbers; prev_t < 0 is the end, bey
 import logging
 from dataclasses import dataclass, field, fields
 from functools import cache
+from typing import Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +91,8 @@ class NoiseSchedule:
         for key in OTHER_SPACINGS:
             if config.get(key):
                 _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
-        defaults = CLASS_DEFAULTS | {"set_alpha_to_one": name in ("DDIMScheduler", "DDIMParallelScheduler")}
+        ends_at_one = name in ("DDIMScheduler", "DDIMParallelScheduler")
+        defaults: dict[str, Any] = CLASS_DEFAULTS | {"set_alpha_to_one": ends_at_one}
         names = {f.name for f in fields(cls) if f.init}
         given = {key: value for key, value in config.items() if key in names and value is not None}
         return cls(**defaults | given)

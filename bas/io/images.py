@@ -198,7 +198,7 @@ def _check_no_labels(image: Image.Image, path: Path) -> None:
     if _is_deep(image):
         return
     most = min(MAX_LABELS, image.width * image.height // 16)  # a small image has few colours in any case
-    colours = [colour for _, colour in image.convert("RGB").getcolors(most) or ()]
+    colours = [colour for _, colour in image.convert("RGB").getcolors(most) or () if isinstance(colour, tuple)]
     vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours)
     levels = image.convert("L").histogram()
     numbers, between, white = sum(levels[1:MAX_NUMBER]), sum(levels[MAX_NUMBER:255]), levels[255]
