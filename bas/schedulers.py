@@ -8,7 +8,6 @@ import logging
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
-from typing import Any
 
 import torch
 from torch import Tensor
