@@ -12,6 +12,8 @@ import pytest
 import torch
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
+LONGEST = ("test_oracle", "test_simulated_gpu", "test_kills", "test_random_kills", "test_evaluation", "test_dry_run")
+MOST_WORKERS = 8  # more would wait for the longest module, each with a PyTorch of its own in memory
 
 
 def pytest_addoption(parser):
@@ -23,7 +25,7 @@ def pytest_addoption(parser):
 def pytest_xdist_auto_num_workers(config):
     """A worker for each core, for the whole suite or a folder; none where single files or tests are named."""
     named = [str(arg).split("::")[0] for arg in config.args]
-    return 0 if named and all(arg.endswith(".py") for arg in named) else os.cpu_count() or 1
+    return 0 if named and all(arg.endswith(".py") for arg in named) else min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def pytest_report_header(config):
@@ -47,9 +49,14 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Shuffle, as --random_order asks. A module's tests stay together: what they share is made once."""
+    """Shuffle, as --random_order asks; else the longest modules first, so that parallel workers end together.
+
+    A module's tests stay together: what they share is made once.
+    """
     seed = config.getoption("random_order")
-    if seed is not None:
+    if seed is None:
+        items.sort(key=lambda item: item.path.stem not in LONGEST)
+    else:
         order = random.Random(seed)
         place = {path: order.random() for path in sorted({item.path for item in items})}
         items.sort(key=lambda item: (place[item.path], order.random()))

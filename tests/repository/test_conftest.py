@@ -10,7 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 from bas.io.files import cache_dir
-from tests.conftest import NetworkBlocked, pytest_collection_modifyitems, pytest_report_header
+from tests.conftest import (
+    LONGEST,
+    NetworkBlocked,
+    pytest_collection_modifyitems,
+    pytest_report_header,
+    pytest_xdist_auto_num_workers,
+)
 from tests.helpers.promises import PROMISES, table
 
 TESTS = Path(__file__).parents[1]
@@ -51,6 +57,26 @@ def test_a_random_order_is_repeatable_and_keeps_modules_together():
     assert len({tuple(plain), tuple(first), tuple(second)}) == 3
     assert len([module for module, _ in groupby(first, key=lambda item: item[0])]) == 3
     assert any([i for module, i in first if module == name] != list(range(5)) for name in ("test_a", "test_b"))
+
+
+def test_the_longest_modules_come_first_in_their_order():
+    """Each name is that of a module of its own: a renamed one would lose its place."""
+    found = [path for path in sorted(TESTS.rglob("test_*.py")) if path.stem in LONGEST]
+    assert sorted(path.stem for path in found) == sorted(LONGEST)
+    items = [SimpleNamespace(path=path) for path in (Path("test_a.py"), *found, Path("test_z.py"))]
+    pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: None), items)
+    assert [item.path for item in items] == [*found, Path("test_a.py"), Path("test_z.py")]
+
+
+@pytest.mark.parametrize(
+    ("args", "workers"),
+    [([], 4), (["tests"], 4), (["tests/io"], 4), (["tests/a.py"], 0), (["tests/a.py::test_b", "tests/c.py"], 0)],
+)
+def test_single_files_are_run_without_workers(monkeypatch, args, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert pytest_xdist_auto_num_workers(SimpleNamespace(args=args)) == workers
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert pytest_xdist_auto_num_workers(SimpleNamespace(args=args)) == 2 * workers
 
 
 def test_the_seed_of_a_random_order_is_told():

@@ -192,10 +192,9 @@ def test_bas_takes_one_step_at_a_time_in_its_own_loop(material, tmp_path):
 def test_a_run_starts_in_the_thread_that_trains(material, tmp_path, monkeypatch):
     """PyTorch keeps the compiler's settings by thread: set in another one they would not hold for the steps."""
     threads = set()
-    for name in ("start", "sample_batch"):
-        original = getattr(bench_bas.training, name)
-        watched = partial(lambda f, *args: threads.add(threading.current_thread()) or f(*args), original)
-        monkeypatch.setattr(bench_bas.training, name, watched)
+    for module, name in ((bench_bas, "setup_run"), (bench_bas.training, "sample_batch")):
+        watched = partial(lambda f, *args: threads.add(threading.current_thread()) or f(*args), getattr(module, name))
+        monkeypatch.setattr(module, name, watched)
     side = BasSide(material, mode_named("fp32"), 1, tmp_path / "run")
     side.step()
     side.close()

@@ -72,7 +72,7 @@ def fidelity(reference: Reference, material: Material, mode: Mode, phase: int, r
     side = start_new(config)
     models, plan = side.models, config.phases[0]
     trained = trainable_parameters(models, plan)
-    batch = to_batch(reference, list(side.material.handle_ids), plan.prior).to(models.device)
+    batch = to_batch(reference, list(side.data.handle_ids), plan.prior).to(models.device)
     resident = models.unet.conv_in.weight.dtype != torch.float32  # 16-bit weights need no autocast
     with autocast(models.device, "no" if resident else side.precision):
         loss, parts = training.training_step(models, batch, config)
