@@ -12,7 +12,7 @@ import pytest
 import torch
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
-LONGEST = ("test_oracle", "test_simulated_gpu", "test_kills", "test_random_kills", "test_evaluation", "test_dry_run")
+LONGEST = {"test_simulated_gpu", "test_multi_scene", "test_dry_run", "test_train_mini", "test_kills"}  # start first
 MOST_WORKERS = 8  # more would wait for the longest module, each with a PyTorch of its own in memory
 
 
