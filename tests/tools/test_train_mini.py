@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 import bas
-from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from tools.mini_world.drawing import draw
@@ -24,34 +23,24 @@ from tools.train_mini.decoder import LatentDecoder, reconstruction_loss
 from tools.train_mini.files import save_weights, write_scaling
 from tools.train_mini.fit import fit
 from tools.train_mini.optimizer import Optimizer
-from tools.train_mini.recipe import MINIATURE, Recipe, Stage
+from tools.train_mini.recipe import MINIATURE, Stage
 
 MINI = Path(__file__).parents[2] / "weights" / "mini"
 TWO_STEPS = Stage(number=9, batch=2, goal=4, cooldown=2)
-SMALLEST = Recipe(
-    vae=VAEConfig(
-        latent_channels=12,
-        block_out_channels=(8, 16, 48),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-        scaling_factor=1.0,
-    ),
-    unet=UNetConfig(
-        sample_size=16,
-        in_channels=12,
-        out_channels=12,
+SMALLEST = replace(
+    MINIATURE,
+    vae=replace(MINIATURE.vae, block_out_channels=(8, 16, 48), norm_num_groups=8),
+    unet=replace(
+        MINIATURE.unet,
         block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=MINIATURE.unet.down_block_types[1:],
+        up_block_types=MINIATURE.unet.up_block_types[:2],
         attention_head_dim=2,
         cross_attention_dim=16,
         norm_num_groups=4,
     ),
     text_width=16,
     text_layers=1,
-    patch=8,
     clip=TWO_STEPS,
     decoder=TWO_STEPS,
     denoiser=TWO_STEPS,
