@@ -23,7 +23,7 @@ def pytest_addoption(parser):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A worker for each core, for the whole suite or a folder; none where single files or tests are named."""
+    """A worker for each core, up to eight, for the whole suite or a folder; none for single files or tests."""
     named = [str(arg).split("::")[0] for arg in config.args]
     return 0 if named and all(arg.endswith(".py") for arg in named) else min(MOST_WORKERS, os.cpu_count() or 1)
 
