@@ -6,7 +6,12 @@ images = bas.sample(models, "a photo of <asset0> at the beach", seed=1)
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+# Before PyTorch is imported: its idle CPU threads sleep instead of spinning, which on a busy machine takes the cores
+# from those that work. What the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "RunError", "SampleConfig", "TrainConfig", "load", "sample", "train", "train_config"]

@@ -2,11 +2,13 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import bas
@@ -167,6 +169,8 @@ def test_no_function_of_the_package_has_the_name_of_a_module():
 
 REPLACED = """
 import importlib, json, sys
+import pytest
+
 import bas
 
 for name in bas.__all__:
@@ -186,3 +190,13 @@ def test_what_is_put_in_place_of_a_function_stays(tmp_path):
     command = [sys.executable, "-c", REPLACED, json.dumps(sorted(MODULES))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "passive"), ("active", "active")])
+def test_idle_threads_sleep_unless_the_user_has_said_otherwise(given, policy):
+    """The policy is set before PyTorch is imported, which reads it once; a value of the user's stays."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    code = "import os, sys, bas; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == [policy, "False"]
