@@ -13,29 +13,18 @@ import pytest
 import torch
 
 from bas.models.bundle import Models
-from bas.models.config import UNetConfig, VAEConfig
+from bas.models.config import VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.pretrained.folder import save_model
 from bas.pretrained.single_file import clip_tokenizer
 from bas.schedulers import NoiseSchedule
+from tools.bench.material import SD21_TEXT, SD21_UNET
 
 pytestmark = pytest.mark.slow
 
 SCENE = Path(__file__).parents[1] / "reference" / "official" / "scene"
-SD21_BASE = UNetConfig(
-    attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=64
-)
-SD2_TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 77,
-    "hidden_act": "gelu",
-}
 
 # Runs the command and prints the peak of its resident memory: a child's own peak cannot be read from outside.
 MEASURED = """
@@ -51,7 +40,7 @@ def sd21_folder(tmp_path_factory) -> Path:
     """A whole SD 2.1-base of random weights in half precision, on disk."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sd21")
-    networks = UNet(SD21_BASE), VAE(VAEConfig()), build_text_encoder(SD2_TEXT)
+    networks = UNet(SD21_UNET), VAE(VAEConfig()), build_text_encoder(SD21_TEXT)
     save_model(
         Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule(steps_offset=1)),
         folder,

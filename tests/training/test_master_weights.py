@@ -16,6 +16,7 @@ from bas.pretrained.folder import load
 from bas.training import loop as training
 from bas.training.master_weights import MasterWeights, cast_weights, restore_weights
 from bas.training.phase_state import trainable_parameters
+from tests.helpers.faults import before_step
 from tests.helpers.tiny import WEIGHTS, file_hashes
 
 MINI = Path(bas.__file__).parents[1] / "weights" / "mini"
@@ -127,15 +128,12 @@ def test_a_bf16_run_resumes_to_the_bit(bench, tmp_path, monkeypatch, step):
     """Cut off in phase 1 and in phase 2: the masters are what a checkpoint holds."""
     flags = {"mixed_precision": "bf16", "checkpointing_steps": 1}
     whole = file_hashes(bas.train(bench.config(tmp_path / "whole", **flags)))
-    original, steps = training.optimizer_step, iter(range(1, 100))
 
-    def dying(*args):
-        if next(steps) == step:
-            raise KeyboardInterrupt
-        return original(*args)
+    def die(*_):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "optimizer_step", dying)
+        before_step(patch, step, die)
         with pytest.raises(KeyboardInterrupt):
             bas.train(bench.config(tmp_path / "run", **flags))
     resumed = bas.train(bench.config(tmp_path / "run", resume_from_checkpoint="latest", **flags))
