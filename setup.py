@@ -49,7 +49,7 @@ setup(
             "pytest-xdist>=3.6",
             "diffusers>=0.35",
             "ruff>=0.11",
-            "pyright>=1.1.400",
+            "pyright[nodejs]>=1.1.400",
             "scipy>=1.11",
             "matplotlib>=3.9",
             "pycocotools>=2.0.8",
