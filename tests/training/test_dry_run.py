@@ -49,7 +49,7 @@ from bas.training.phase_state import trainable_parameters
 from bas.training.setup import check_input, setup_run
 from tests.helpers import tiny
 from tests.helpers.faults import before_step
-from tests.scenarios.test_full_size import SD2_TEXT, SD21_BASE
+from tools.bench.material import SD21_TEXT, SD21_UNET
 
 FLAGS = ("--num_class_images", "1", "--device", "cpu")
 
@@ -344,7 +344,7 @@ def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monke
 def sd21(precision: torch.dtype):
     """SD 2.1-base on the meta device with two handles, and blank data at 512x512."""
     with torch.device("meta"):
-        networks = UNet(SD21_BASE), VAE(VAEConfig()), build_text_encoder(SD2_TEXT)
+        networks = UNet(SD21_UNET), VAE(VAEConfig()), build_text_encoder(SD21_TEXT)
     models = Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule())
     models.tokenizer.model_max_length = 77
     handles = ("<asset0>", "<asset1>")
