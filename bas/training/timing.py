@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,12 +11,8 @@ import torch
 from bas import __version__
 from bas.io.json_files import write_json
 from bas.io.run_files import TIMES, read_sessions
+from bas.runtime.memory import peak_bytes
 from bas.training.disk_space import writing
-
-try:
-    import resource  # not on Windows: there the process's memory stays unknown
-except ImportError:
-    resource = None
 
 
 class Timing:
@@ -53,7 +48,6 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
         peaks["gpu_bytes"] = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    if resource is not None:
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-        peaks["process_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if (held := peak_bytes()) is not None:
+        peaks["process_bytes"] = held
     return peaks

@@ -28,10 +28,11 @@ SCENE = Path(__file__).parents[1] / "reference" / "official" / "scene"
 
 # Runs the command and prints the peak of its resident memory: a child's own peak cannot be read from outside.
 MEASURED = """
-import json, resource, sys
+import json, sys
 from bas.cli.entry import main
+from bas.runtime.memory import peak_bytes
 code = main(sys.argv[1:])
-print(json.dumps({"code": code, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+print(json.dumps({"code": code, "peak_gb": peak_bytes() / 2**30}))
 """
 
 
@@ -50,7 +51,7 @@ def sd21_folder(tmp_path_factory) -> Path:
 
 
 def test_two_steps_of_phase1_at_full_size(sd21_folder, tmp_path):
-    """`bas train` reads 866 M + 340 M + 84 M weights, takes two steps on a real photograph, and writes the model."""
+    """`bas train` reads 866 M + 340 M + 84 M weights, takes two steps on a real image, and writes the model."""
     run = tmp_path / "run"
     flags = (
         "--phase1_train_steps 2 --phase2_train_steps 0 --img_log_steps 0 --checkpointing_steps 0 --save_precision fp16"

@@ -20,7 +20,7 @@ from tests.helpers.tiny import Bench
 from tools.bench import __main__ as bench
 from tools.bench import bas_side as bench_bas
 from tools.bench.bas_side import BasSide, Mode, mode_named
-from tools.bench.clock import interleave, own_peak_bytes, run_command
+from tools.bench.clock import interleave, run_command
 from tools.bench.material import Material, make_scene
 from tools.bench.table import Line, Stat, markdown, share, speedup, text_table
 
@@ -147,14 +147,6 @@ def test_a_budget_allows_thirty_rounds_and_no_more():
     assert len(found["a"]) == 30
 
 
-def test_the_peak_of_memory_counts_what_this_process_touched():
-    before = own_peak_bytes()
-    block = torch.ones(2**27)  # 512 MiB
-    after = own_peak_bytes()
-    assert after >= block.nbytes
-    assert after >= before
-
-
 def test_a_mode_that_this_version_lacks_says_what_is_missing():
     assert mode_named("fp32").available() == ""
     assert "no --no_such_flag" in Mode("x", {"no_such_flag": True}).available()
@@ -162,7 +154,7 @@ def test_a_mode_that_this_version_lacks_says_what_is_missing():
 
 
 def test_rectangles_stand_in_for_any_number_of_concepts(tmp_path):
-    """Eight masks that tile the picture: each pixel belongs to exactly one."""
+    """Eight masks that tile the image: each pixel belongs to exactly one."""
     scene = make_scene(tmp_path / "scene", 64, concepts=8)
     masks = np.stack([np.asarray(Image.open(path)) for path in sorted(scene.glob("mask*.png"))])
     assert masks.shape == (8, 64, 64)
@@ -252,9 +244,9 @@ def test_a_row_that_fails_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
         yield Line("class images", setting.name, note="3 images")
 
     monkeypatch.setitem(bench_rows.MEASURES, "imports", fail)
-    monkeypatch.setitem(bench_rows.MEASURES, "pictures", succeed)
+    monkeypatch.setitem(bench_rows.MEASURES, "images", succeed)
     monkeypatch.setattr(bench, "free_bytes", lambda: 1e12)
-    arguments = bench.read_arguments(["--quick", "--device", "cpu", "--rows", "imports", "pictures"])
+    arguments = bench.read_arguments(["--quick", "--device", "cpu", "--rows", "imports", "images"])
     saved = []
     bench.measure(bench.Bench(arguments, tmp_path), lambda lines: saved.append(list(lines)))
     notes = {line.row: line.note for line in saved[-1] if line.setting == "small SD 2, CPU"}

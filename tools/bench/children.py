@@ -13,7 +13,8 @@ def steps(task: dict) -> dict:
     """Seconds of the first and of later steps of one side, and the peak of memory."""
     import torch
 
-    from tools.bench.clock import own_peak_bytes, time_calls
+    from bas.runtime.memory import peak_bytes
+    from tools.bench.clock import time_calls
     from tools.bench.material import Material
 
     torch.set_num_threads(task["threads"])
@@ -35,7 +36,7 @@ def steps(task: dict) -> dict:
         torch.cuda.reset_peak_memory_stats()
     (first,) = time_calls(step, 1, material.device)
     later = time_calls(step, task["count"], material.device)
-    peak = torch.cuda.max_memory_allocated() if cuda else own_peak_bytes()
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_bytes() or 0
     return {"first": first, "later": later, "peak": peak}
 
 
@@ -55,7 +56,7 @@ def loading(task: dict) -> dict:
     """Seconds from a folder of float32 weights to a model in bf16, without the imports; peak of memory, with them."""
     import torch
 
-    from tools.bench.clock import own_peak_bytes
+    from bas.runtime.memory import peak_bytes
 
     torch.set_num_threads(task["threads"])
     cuda = task["device"].startswith("cuda")
@@ -77,7 +78,7 @@ def loading(task: dict) -> dict:
         torch.cuda.synchronize()
     seconds, loaded = time.perf_counter() - began, next(model.unet.parameters()).dtype
     assert loaded == torch.bfloat16
-    return {"seconds": seconds, "peak": own_peak_bytes()}
+    return {"seconds": seconds, "peak": peak_bytes() or 0}
 
 
 TASKS = {"steps": steps, "imports": imports, "loading": loading}

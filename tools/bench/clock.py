@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import bas
-from bas.training.timing import peak_memory
 
 ROOT = Path(__file__).parents[2]
 MEASURED_ROUNDS = 30  # of every side, when the budget allows
@@ -77,15 +76,6 @@ def ceilings(device: str) -> list[tuple[str, float, str]]:
 
 
 # --- Processes of their own ---------------------------------------------------------------------------------------
-
-
-def own_peak_bytes() -> int:
-    """The most memory this process held so far. Linux's count starts with the program; getrusage's with its parent."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return peak_memory(torch.device("cpu")).get("process_bytes", 0)
 
 
 def free_bytes() -> float:
