@@ -83,7 +83,9 @@ class NoiseSchedule:
         """
         name = config.get("_class_name", "DDIMScheduler")
         if name not in SCHEDULERS:
-            raise InputError(f"scheduler _class_name is {name!r}: expected one of Stable Diffusion, as DDIMScheduler")
+            raise InputError(
+                f"scheduler _class_name is {name!r}: expected a scheduler of Stable Diffusion, such as DDIMScheduler"
+            )
         for key in ("trained_betas", "thresholding"):
             if config.get(key):
                 raise InputError(f"scheduler {key} is {config[key]!r}: bas does not support it")
@@ -186,7 +188,9 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
         timesteps = [round(total - i * total / steps) - 1 for i in range(steps)]
     timesteps = [min(t, total - 1) for t in timesteps[:steps]]
     if len(set(timesteps)) < steps:
-        raise InputError(f"{steps} denoising steps shifted by {schedule.steps_offset} leave the {total} timesteps")
+        raise InputError(
+            f"{steps} denoising steps, shifted by {schedule.steps_offset}, go beyond the model's {total} timesteps: ask for fewer"
+        )
     return timesteps
 
 

@@ -50,7 +50,7 @@ COMMANDS = {
     "coco": "build the paper's data set from COCO",
     "study": "make the pages of a user study, or analyse its answers",
     "evaluate": "repeat the paper's comparison of methods on your scenes",
-    "report": "write the page of a run anew",
+    "report": "write the page of a run again",
     "info": "say what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",

@@ -95,7 +95,9 @@ def _describe_unfinished(path: Path) -> dict:
     metadata = read_settings(path)
     lines = (path / METRICS).read_bytes().count(b"\n") if (path / METRICS).exists() else 0
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
-    advice = "add --resume_from_checkpoint latest to continue" if checkpoints else "it has no checkpoint, start it anew"
+    advice = (
+        "add --resume_from_checkpoint latest to continue" if checkpoints else "it has no checkpoint, start it again"
+    )
     return {
         "what": "an unfinished run of bas",
         "loads": False,
@@ -114,7 +116,7 @@ def _describe_scene(path: Path) -> dict:
     return {
         "what": "a scene to train on",
         "loads": False,
-        "problem": f"it is no model; to train on it: bas train {quote(str(path))}",
+        "problem": f"it is not a model; to train on it: bas train {quote(str(path))}",
         "image": f"{file.name}, {image.width}x{image.height} pixels",
         "masks": [mask.name for mask in masks],
         "further images": [folder.name for folder in numbered_folders(path)],
@@ -209,7 +211,7 @@ def _describe_image(path: Path) -> dict:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {"what": "a file"} | describe_model(path, hashes=False)
     what = "an image made by bas" if settings else "an image"
-    return {"what": what, "loads": False, "problem": "it is no model", "size": size} | (
+    return {"what": what, "loads": False, "problem": "it is not a model", "size": size} | (
         {"made with": settings} if settings else {}
     )
 

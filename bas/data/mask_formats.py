@@ -350,7 +350,7 @@ def _text(row: dict, key: str, name: str) -> str | None:
     """A text that may be missing."""
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise InputError(f'{name}: "{key}" is {value!r}, not a text')
+        raise InputError(f'{name}: "{key}" is {value!r}, not a string')
     return value
 
 

@@ -20,7 +20,7 @@ MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond i
 MAX_CLOSE_UP_CONCEPTS = 8  # N concepts have 2^N - 2 close-ups
 CLOSE_UP_SHARE = 0.7  # of a close-up's side that its concepts cover
 WIDEST_CLOSE_UP = 0.9  # of the image's side: a wider close-up would show what the image shows
-DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a map of labels 1, 2, 3
+DARKEST_MASK = 0.1  # a mask that is nowhere lighter is something else, such as a label map 1, 2, 3
 SHOWN_OVERLAP = 0.005  # of a mask that lies in another: less rounds to nothing in a table
 LARGE_OVERLAP = 0.1  # two handles that share more of a mask are drawn to the same place
 

@@ -183,10 +183,10 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
     content = read_scene_json(path)
     try:
         if not all(isinstance(concept, dict) for concept in content["concepts"]):
-            raise TypeError("a concept is no object")
+            raise TypeError("a concept is not an object")
         names = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
         if not all(name is None or isinstance(name, str) for pair in names for name in pair):
-            raise TypeError("a handle or a word is no text")
+            raise TypeError("a handle or a word is not a string")
         for key in sorted({key for c in content["concepts"] for key in c} - {"handle", "word"}):
             if near := did_you_mean(key, ("handle", "word")):  # other keys are the user's own
                 raise TypeError(f"unknown {key}{near}")
@@ -265,7 +265,7 @@ def check_coverage(path: Path, mask: np.ndarray) -> None:
     if mask.max() == 0:
         raise InputError(f"{path} is black all over: paint the concept white")
     if mask.max() < DARKEST_MASK:
-        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a map of labels?")
+        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a label map?")
     if mask.min() == 1:
         raise InputError(f"{path} is white all over: leave out what is not the concept")
     if mask.max() < FAINT_MASK:

@@ -67,7 +67,7 @@ def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
     Raises InputError for answers to another study, for marks other than 1 to 5, and for a page that was given twice.
     """
     if not (study / KEY).is_file():
-        raise InputError(f"{study} is no study of bas: it has no {KEY}")
+        raise InputError(f"{study} is not a study of bas: it has no {KEY}")
     key = read_record(study / KEY, KEY_SHAPE, "restore it from a copy: without it no answer can be told apart")
     questions = key["questions"]
     ratings, seen = [], {}

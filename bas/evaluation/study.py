@@ -78,7 +78,7 @@ def read_items(source: Path) -> list[Item]:
     if source.is_dir():
         trials = sorted(path.parent for path in source.glob(EVALUATED))
         if not trials:
-            raise InputError(f"{source} is no evaluation: it has no {EVALUATED}")
+            raise InputError(f"{source} is not an evaluation: it has no {EVALUATED}")
         shown: dict[str, Path] = {}  # the folder of each scene's image, for all methods
         for trial in sorted(trials, key=lambda trial: trial.parent.name != METHOD):
             shown.setdefault(trial.parents[1].name, trial / RUN / SCENE)
@@ -138,7 +138,7 @@ def read_list(path: Path) -> Iterator[Item]:
         except (ValueError, KeyError, TypeError, RecursionError):
             texts = {}
         if not texts or not all(isinstance(text, str) for text in texts.values()):
-            raise InputError(f"{path} line {number} is no object with the texts {', '.join(FIELDS)}")
+            raise InputError(f"{path} line {number} is not an object with the strings {', '.join(FIELDS)}")
         image, reference, mask = (path.parent / texts[name] for name in ("picture", "reference", "mask"))
         yield Item(texts["method"], texts["scene"], texts["prompt"], texts["word"], image, reference, mask)
 

@@ -30,7 +30,7 @@ ONE = np.float32(1 / 255)  # the value 1 of 255
 MAX_LABELS = 64  # colours; a drawn mask with soft edges has more
 MAX_NUMBER = 21  # classes of PASCAL VOC, with the background
 GREYISH = 30  # of 255, between the channels of a grey that was converted or compressed
-LABELS_ADVICE = "if it is a map of labels, name it labels.png; else save it in black and white"
+LABELS_ADVICE = "if it is a label map, name it labels.png; else save it in black and white"
 TURNS = {  # EXIF orientations (CIPA DC-008): what makes the stored image upright
     1: "upright",
     2: "mirrored",

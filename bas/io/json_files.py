@@ -29,7 +29,7 @@ def decode_text(data: bytes) -> str:
         if data.startswith(mark):
             raise ValueError(f"it is {name}: save it as UTF-8")
     if b"\0" in data[:4]:
-        raise ValueError("it is UTF-16 or no text: save it as UTF-8")
+        raise ValueError("it is UTF-16 or not text: save it as UTF-8")
     return data.decode("utf-8-sig")
 
 
@@ -50,7 +50,7 @@ def read_content(path: Path) -> Any:
     try:
         return parse_json(data)
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): mend it, or copy it again") from None
+        raise InputError(f"{path} is not valid JSON ({error}): repair it, or copy it again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def read_cache(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return read_record(path, {}, "it is made anew")
+        return read_record(path, {}, "it is made again")
     except InputError as error:
         log.warning("%s", error)
         return {}
@@ -118,7 +118,7 @@ def read_cache(path: Path) -> dict[str, Any]:
 def check_json_size(path: Path) -> None:
     """InputError if a file is larger than any model's configuration."""
     if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than any configuration: it belongs to something else")
+        raise InputError(f"{path} is larger than any configuration of a model: name another file")
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{twice!r} stands twice")
+        raise ValueError(f"{twice!r} appears twice")
     return entries
 
 

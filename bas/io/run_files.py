@@ -30,7 +30,7 @@ SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images 
 def read_settings(run: Path) -> dict[str, Any]:
     """Read a run's metadata from its settings.json. InputError if the file is missing or damaged."""
     path = run / SETTINGS
-    return check_metadata(path, read_record(path, {}, "restore it from a copy, or train anew"))
+    return check_metadata(path, read_record(path, {}, "restore it from a copy, or train again"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def check_metadata(file: Path, metadata: object) -> dict[str, Any]:
         if not record["handles"]:
             raise ValueError("handles is []")
     except ValueError as error:
-        raise InputError(f"{file} is not as bas wrote it ({error}): restore it from a copy, or train anew") from None
+        raise InputError(f"{file} is not as bas wrote it ({error}): restore it from a copy, or train again") from None
     rows = setting_rows(TrainConfig)
     config = {name: row.default for name, row in rows.items()} | record["config"]
     for name, row in rows.items():

@@ -63,7 +63,7 @@ def check_foreign_file(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(64)
     if len(head) < 8:
-        raise InputError(f"{path} holds {len(head)} bytes, no model: copy or download it again")
+        raise InputError(f"{path} holds {len(head)} bytes, so it is not a model: copy or download it again")
     if head[8:9] == b"{":  # the length of the header, then the header
         return
     for beginning, what, advice in FOREIGN:
@@ -83,7 +83,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"its header claims {human_size(length)}")
         header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
     if isinstance(header, dict) and len(header) > MAX_TENSORS:
-        raise InputError(f"{path} holds {len(header)} tensors, more than any model: it belongs to something else")
+        raise InputError(f"{path} holds {len(header)} tensors, more than any model: name another file")
     return header, 8 + length
 
 

@@ -122,7 +122,7 @@ def _check_numbers(file: Path, vocabulary: object) -> None:
             )
         if number in tokens:
             raise InputError(
-                f"{file} gives {tokens[number]!r} and {token!r} one number, {number}: copy or download it again"
+                f"{file} gives {tokens[number]!r} and {token!r} the same number, {number}: copy or download it again"
             )
         tokens[number] = token
 
@@ -260,7 +260,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     known, added = known_handles(tokenizer), tokenizer.get_added_vocab()
     for prompt in prompts:
         if not is_utf8(prompt):
-            raise InputError(f"{prompt!r} is not UTF-8: write the prompt anew")
+            raise InputError(f"{prompt!r} is not UTF-8: write the prompt again")
         unknown = [name for name in BRACKETED.findall(prompt) if name not in added]
         rest = BRACKETED.sub(" ", prompt)
         unknown += [part for name in known for part in (name[:-1], name[1:]) if part in rest]

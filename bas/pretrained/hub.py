@@ -90,10 +90,10 @@ def find(name: str | Path | None) -> Path:
         raise InputError(f"the model {name!r} is not part of this installation: name another with --weights")
     path = Path(os.path.expanduser(name))
     if name not in known and (not HUB_ID.fullmatch(name) or path.suffix in WEIGHT_FILES):
-        raise InputError(f"{name} does not exist, and is no known model: those are {', '.join(known)}")
+        raise InputError(f"{name} does not exist, and is not a known model: those are {', '.join(known)}")
     if name not in known and path.parent != Path() and path.parent.is_dir():
         raise InputError(f"{name} does not exist: {path.parent} holds no {path.name}")
-    raise InputError(f"{name} is no path here and no model that was downloaded: `bas download {name}` fetches one")
+    raise InputError(f"{name} is neither a path nor a downloaded model: `bas download {name}` fetches one")
 
 
 def _find(name: str) -> Path | None:

@@ -81,7 +81,7 @@ def unwrap_keys(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     while any(name.startswith("module.") for name in names.values()):
         names = {name: new.removeprefix("module.") for name, new in names.items()}
     if len(set(names.values())) < len(names):
-        raise InputError(f"{source} holds weights twice, with and without a wrapper's prefix: save it anew")
+        raise InputError(f"{source} holds weights twice, with and without a wrapper's prefix: save it again")
     return {new: tensors[name] for name, new in names.items()}
 
 

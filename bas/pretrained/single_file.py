@@ -63,7 +63,7 @@ class _Shapes:
             raise InputError(f"{self.path} lacks {name}: it is damaged, download it again")
         shape = tuple(self.tensors[name].shape)
         if len(shape) < 2:
-            raise InputError(f"{self.path}: {name} is {list(shape)}, no matrix: it is damaged, download it again")
+            raise InputError(f"{self.path}: {name} is {list(shape)}, not a matrix: it is damaged, download it again")
         return shape
 
     def __contains__(self, name: str) -> bool:

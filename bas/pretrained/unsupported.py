@@ -75,7 +75,7 @@ def check_complete(tensors: dict[str, Tensor], path: Path) -> None:
         for pattern, what in ALONE:
             if any(re.search(pattern, name) for name in tensors):
                 raise InputError(f"{path} is {what}: {WHOLE_MODEL}")
-        raise InputError(f"{path} is no Stable Diffusion model (its first key is {min(tensors)!r}): {WHOLE_MODEL}")
+        raise InputError(f"{path} is not a Stable Diffusion model (its first key is {min(tensors)!r}): {WHOLE_MODEL}")
     for prefix, what in (("first_stage_model.", "VAE"), ("cond_stage_model.", "text encoder")):
         if not any(name.startswith(prefix) for name in tensors):
             raise InputError(f"{path} holds no {what}: use the full file, not one pruned of it")

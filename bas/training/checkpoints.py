@@ -36,7 +36,7 @@ FILES = (STATE, *(f"{name}.safetensors" for name in MOMENTS), NOTE, MANIFEST)
 TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.\d+\.tmp")  # of a write that was cut off
 UNFINISHED = re.compile(r"\.step-\d+\.tmp")  # the folder of a save that was cut off
 NOTE_SHAPE = {"step": int, "metrics": int, "scaler": {...: (int, float)}, "facts": dict}
-ANOTHER = "resume from another checkpoint, or start anew"
+ANOTHER = "resume from another checkpoint, or start again"
 MAX_BYTES = 2**53
 
 
@@ -220,7 +220,7 @@ def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
     if wanted == "latest":
         checkpoints = list_checkpoints(run)
         if not checkpoints:
-            log.warning("there is no checkpoint in %s yet: starting anew", run)
+            log.warning("there is no checkpoint in %s yet: the training starts at step 1", run)
         return checkpoints[-1] if checkpoints else None
     folder = Path(wanted)
     if not (folder / MANIFEST).is_file():

@@ -71,7 +71,7 @@ def scenes_in(folder: Path) -> list[Path]:
     inside = subfolders(folder)
     found = [path for path in inside if images_in(path)]
     if not found:
-        raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is no scene")
+        raise InputError(f"{folder} holds neither img.jpg, img.png, ... nor folders that do: it is not a scene")
     if left := [path.name for path in inside if path not in found]:
         log.warning("%s: no scene in %s, which have no img.*", folder, ", ".join(left))
     return found

@@ -17,7 +17,7 @@ from bas.training.setup import Run
 
 log = logging.getLogger(__name__)
 
-ANEW = "start anew, in another --output_dir, with"  # where no checkpoint helps
+ANEW = "start again, in another --output_dir, with"  # where no checkpoint helps
 OVERFLOWS = 25  # steps in a row that fp16 may skip; by then its loss scale has fallen by 2 ** 25
 
 

@@ -74,7 +74,7 @@ def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
     differs = [FLAGS[name] for name in ours if name not in free and _plain(ours[name]) != _plain(theirs[name])]
     differs += [SAME_ON_RESUME[name].format(**earlier) for name in known if metadata[name] != earlier[name]]
     if differs:
-        raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start anew")
+        raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start again")
 
 
 def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:

@@ -30,7 +30,7 @@ from bas.training.tensorboard import EVENTS
 log = logging.getLogger(__name__)
 
 LOCK = ".bas.lock"  # held while a process writes to the folder, and gone afterwards
-NO_RUN = "the folder is no run of bas, so name another --output_dir"
+NO_RUN = "the folder is not a run of bas: name another --output_dir"
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a network drive
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS)
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `replacing` calls a file while it is written

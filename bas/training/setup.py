@@ -208,5 +208,5 @@ def log_miniature(config: TrainConfig) -> None:
     """Log that the base is the shipped miniature, where none is named: it cannot learn from photographs."""
     if config.pretrained_model_name_or_path is None:
         log.info(
-            "the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"
+            "the base model is the miniature, which knows no photographs; its bas.json gives each setting that no flag gives"
         )

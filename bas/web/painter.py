@@ -68,7 +68,7 @@ def _check_names(concept: Any) -> dict:
     handle = bracketed(handle) if isinstance(handle, str) else None
     check_name(handle)
     if word is not None and not (isinstance(word, str) and len(word) <= MAX_WORD):
-        raise InputError(f"the initial word of {handle} is no text of {MAX_WORD} characters or fewer")
+        raise InputError(f"the initial word of {handle} is not a text of {MAX_WORD} characters or fewer")
     check_word(word, str(handle))
     return {"handle": handle, "word": word or None}
 
@@ -83,7 +83,7 @@ def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything
-        raise InputError(f"the mask of {handle} is no PNG") from error
+        raise InputError(f"the mask of {handle} is not a PNG") from error
     if mask.getextrema()[1] == 0:
         raise InputError(f"nothing is painted for {handle}: paint it, or remove it")
     if mask.getextrema()[0] == 255:

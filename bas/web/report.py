@@ -86,7 +86,7 @@ def renew_report(gallery: Path) -> Path | None:
 def page(run: Path) -> str:
     """Return the page of a run. Raises InputError for a folder that is no run."""
     if not (run / SETTINGS).is_file():
-        raise InputError(f"{run} is no run of bas: it has no {SETTINGS}")
+        raise InputError(f"{run} is not a run of bas: it has no {SETTINGS}")
     metadata, rows, sessions = read_settings(run), read_rows(run / METRICS), read_sessions(run)
     handles, finished = metadata["handles"], (run / CONCEPTS).exists()
     scene = Scene(readable(run / SCENE / "img.png"), readable_masks(run / SCENE, len(handles)), handles)

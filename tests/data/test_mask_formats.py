@@ -218,7 +218,7 @@ def test_neighbours_share_no_pixel_and_leave_none_out():
         ({"polygon": [[0, 0], [1, 1], [2, 1e999]]}, "is not three points [x, y] or more"),
         ({"polygon": [[0, 0], [1e308, 3], [-1e308, 2]]}, "concept 0: [[0, 0], [1e+308, 3], [-1e+308, 2]] lies beyond"),
         ({"box": [0, 0, 1e308, 2]}, "concept 0: [0, 0, 1e+308, 2] lies beyond any image: give pixels"),
-        ({"box": [0, 0, 2, 2], "word": 3}, 'concept 0: "word" is 3, not a text'),
+        ({"box": [0, 0, 2, 2], "word": 3}, 'concept 0: "word" is 3, not a string'),
         ({"box": [20, 20, 30, 30]}, "regions.json concept 0 is black all over"),
         ({"box": [0, 0, 2, 2], "handle": "a toy"}, "handle '<a toy>': expected <name>"),
     ],

@@ -375,8 +375,8 @@ def test_a_missing_package_is_named(tmp_path, picture, monkeypatch):
 
 def test_flags_of_auto_alone_are_an_error(tmp_path, capsys):
     assert main(["masks", str(tmp_path), "--words", "toy"]) == 2
-    assert capsys.readouterr().err == "bas: --words goes with --auto\n"
+    assert capsys.readouterr().err == "bas: --words needs --auto\n"
     assert main(["masks", str(tmp_path), "--auto", "sam", "--handles", "<a>"]) == 2
-    assert capsys.readouterr().err == "bas: --handles does not go with --auto\n"
+    assert capsys.readouterr().err == "bas: --handles cannot be combined with --auto\n"
     assert main(["masks", str(tmp_path), "--auto", "sam", "--output_path", "x.png"]) == 2
-    assert capsys.readouterr().err == "bas: --output_path does not go with --auto\n"
+    assert capsys.readouterr().err == "bas: --output_path cannot be combined with --auto\n"

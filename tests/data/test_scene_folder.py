@@ -240,7 +240,7 @@ def test_a_grey_palette_is_read_by_brightness(tmp_path, caplog):
 def test_a_mask_of_other_palettes_gets_a_hint(tmp_path, values, colours, count):
     folder = write_scene(tmp_path / "s", concepts=1)
     save_palette(folder / "mask0.png", values, colours)
-    with refused(f"mask0.png has {count} palette entries in colours: if it is a map of labels, name it labels.png"):
+    with refused(f"mask0.png has {count} palette entries in colours: if it is a label map, name it labels.png"):
         load(folder)
 
 
@@ -259,9 +259,7 @@ BORDER = np.where(np.roll(INSIDE, 2, axis=1) != INSIDE, 255, INSIDE)
 def test_a_map_of_labels_as_a_mask_gets_a_hint(tmp_path, mask, found):
     folder = write_scene(tmp_path / "s", concepts=1)
     Image.fromarray(np.asarray(mask, np.uint8)).save(folder / "mask0.png")
-    with refused(
-        f"mask0.png holds {found}: if it is a map of labels, name it labels.png; else save it in black and white"
-    ):
+    with refused(f"mask0.png holds {found}: if it is a label map, name it labels.png; else save it in black and white"):
         load(folder)
 
 

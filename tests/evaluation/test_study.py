@@ -126,11 +126,11 @@ def test_a_list_of_pictures_does_as_well(evaluation, tmp_path):
         item.image for item in read_items(evaluation)
     ]
     (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"method": "bas"}))
-    with refused("list.jsonl line 2 is no object with the texts method, scene, prompt"):
+    with refused("list.jsonl line 2 is not an object with the strings method, scene, prompt"):
         read_items(tmp_path / "list.jsonl")
     with refused("is neither an evaluation's folder nor a list"):
         read_items(tmp_path / "none.jsonl")
-    with refused("is no evaluation: it has no cells"):
+    with refused("is not an evaluation: it has no cells"):
         read_items(tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_answers_that_do_not_fit_are_named(evaluation, tmp_path):
             read_ratings(tmp_path, spoilt(answers={name: {"identity": mark, "prompt": 1}}))
     with refused("are the same participant's answers to one page: keep one"):
         read_ratings(tmp_path, [good, *spoilt()])
-    with refused("is no study of bas: it has no key.json"):
+    with refused("is not a study of bas: it has no key.json"):
         read_ratings(tmp_path / "elsewhere", [good])
 
 

@@ -83,11 +83,11 @@ def test_a_shape_takes_what_it_describes_and_other_entries():
 def test_a_record_of_another_shape_is_named_with_what_to_do(content, reason, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(content)
-    with refused(f"{path} is not as bas wrote it ({reason.replace(chr(92), '')}): start anew"):
-        read_record(path, SHAPE, "start anew")
+    with refused(f"{path} is not as bas wrote it ({reason.replace(chr(92), '')}): start again"):
+        read_record(path, SHAPE, "start again")
     path.write_text(f"{content}\n{content}\n")
     with refused(f"{path} line 1 is not as bas wrote it"):
-        read_records(path, SHAPE, "start anew")
+        read_records(path, SHAPE, "start again")
 
 
 DAMAGE = (b"", b"{", b"\xff", b'{"a": 1}}', b'{"a": 1, "a": 2}', b"[" * 100_000, b'{"a": "\\ud800"}', b"9" * 5000)
@@ -97,13 +97,13 @@ DAMAGE = (b"", b"{", b"\xff", b'{"a": 1}}', b'{"a": 1, "a": 2}', b"[" * 100_000,
 def test_damage_is_one_line_with_what_to_do(data, tmp_path, caplog):
     path = tmp_path / "a.json"
     path.write_bytes(data)
-    with refused(f"{path} is not valid JSON", ": start anew"):
-        read_record(path, {}, "start anew")
+    with refused(f"{path} is not valid JSON", ": start again"):
+        read_record(path, {}, "start again")
     path.write_bytes(b"{}\n" + data + b"\n{}\n")
-    with refused(f"{path} line 2 is not valid JSON", ": start anew"):
-        read_records(path, {}, "start anew")
+    with refused(f"{path} line 2 is not valid JSON", ": start again"):
+        read_records(path, {}, "start again")
     assert read_cache(path) == {}
-    assert caplog.text.count("it is made anew") == 1
+    assert caplog.text.count("it is made again") == 1
 
 
 def test_a_line_that_is_still_written_is_left_out(tmp_path):

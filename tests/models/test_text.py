@@ -319,7 +319,7 @@ def test_words_are_text_and_an_added_token_is_its_own(pad_with_exclamation_mark,
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"%": 3}, r"gives '#' and '%' one number, 3"),
+        ({"%": 3}, r"gives '#' and '%' the same number, 3"),
         ({"%": 2**40}, r"gives '%' the number 1099511627776: expected 0 to \d+, each once"),
         ({"%": -1}, r"gives '%' the number -1"),
         ({"%": 4.0}, r"gives '%' the number 4.0"),

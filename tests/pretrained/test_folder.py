@@ -389,7 +389,7 @@ def test_a_damaged_memory_of_hashes_is_made_anew(tmp_path, monkeypatch, entry, c
         memory.write_bytes(text)
         assert weights_hash(tmp_path / "abc") == first
         assert json.loads(memory.read_text()) == sound
-    assert caplog.text.count("it is made anew") == 5
+    assert caplog.text.count("it is made again") == 5
 
 
 def test_weights_hash_of_a_file_is_its_sha256(tmp_path, monkeypatch):

@@ -48,13 +48,13 @@ def test_a_path_is_itself(tmp_path, monkeypatch):
 
 
 def test_names_that_are_not_here_say_what_to_run(tmp_path):
-    expected = "^sd21-base is no path here and no model that was downloaded: `bas download sd21-base` fetches one$"
+    expected = "^sd21-base is neither a path nor a downloaded model: `bas download sd21-base` fetches one$"
     with pytest.raises(InputError, match=expected):
         hub.find("sd21-base")
     with pytest.raises(InputError, match=r"`bas download someone/model` fetches one$"):
         hub.find("someone/model")
     with pytest.raises(
-        InputError, match=r"^no/such/folder does not exist, and is no known model: those are mini, sd15, "
+        InputError, match=r"^no/such/folder does not exist, and is not a known model: those are mini, sd15, "
     ):
         hub.find("no/such/folder")
 
@@ -98,7 +98,7 @@ def test_a_model_is_opened_by_name(tmp_path, monkeypatch, cached):
     weights = sum(p.numel() for p in models.unet.parameters())
     assert repr(models).startswith(f"<Models from {folder}: unet of {weights:,} weights, vae of ")
     assert repr(models).endswith("; handles: none>")
-    with refused("no/such/folder does not exist, and is no known model: those are mini, sd15"):
+    with refused("no/such/folder does not exist, and is not a known model: those are mini, sd15"):
         bas.load("no/such/folder")
     assert bas.load().source == hub.find("mini")
 
@@ -254,7 +254,7 @@ def test_a_model_that_is_here_is_described_by_its_files(tmp_path, monkeypatch):
     assert hub.find_spec("sd15").unet.block_out_channels == (32, 64, 128)
     assert not hub.is_known_elsewhere("sd15")
     assert hub.find_spec(None).source == hub.find("mini")
-    with refused("owner/name is no path here and no model that was downloaded: `bas download owner/name`"):
+    with refused("owner/name is neither a path nor a downloaded model: `bas download owner/name`"):
         hub.find_spec("owner/name")
 
 

@@ -110,7 +110,7 @@ def test_compiled_blocks_are_read_and_a_weight_of_two_names_is_not(folder):
     assert_same(load(folder), expected)
     change_tensors(folder / UNET_FILE, lambda t: t.update({"module.conv_in.bias": t["conv_in.bias"] + 1}))
     assert refusal(folder) == (
-        f"{folder} (unet) holds weights twice, with and without a wrapper's prefix: save it anew"
+        f"{folder} (unet) holds weights twice, with and without a wrapper's prefix: save it again"
     )
 
 

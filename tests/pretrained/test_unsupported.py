@@ -72,7 +72,7 @@ def test_models_with_further_inputs_are_refused_by_name(channels, kind, folder):
         (
             "unet/config.json",
             {"addition_embed_type": "text_time"},
-            "config asks for what bas does not do: addition_embed_type",
+            "config has settings that bas does not support: addition_embed_type",
         ),
         ("text_encoder/config.json", {"vocab_size": 10**12}, "text encoder vocab_size is 1000000000000: expected"),
         (
@@ -314,7 +314,7 @@ def test_files_that_hold_no_tensors(content, reason, tmp_path):
         ),
         (["model.diffusion_model.joint_blocks.0.x"], f"is a Stable Diffusion 3 model: {WHOLE}"),
         (["double_blocks.0.img_attn.qkv.weight"], f"is a Flux model: {WHOLE}"),
-        (["fc.weight"], f"is no Stable Diffusion model (its first key is 'fc.weight'): {WHOLE}"),
+        (["fc.weight"], f"is not a Stable Diffusion model (its first key is 'fc.weight'): {WHOLE}"),
         (["model.diffusion_model.x", "cond_stage_model.x"], "holds no VAE: use the full file, not one pruned of it"),
         (["model.diffusion_model.x", "first_stage_model.x"], "holds no text encoder: use the full file"),
     ],

@@ -351,9 +351,9 @@ def test_one_level_of_alpha_beside_colour_already_asks(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "level", "message"),
     [
-        (np.uint16, 200, "mask1.png is nearly black, 1 of 255 at most: is it a map of labels?"),  # 8 bits stored as 16
-        (np.uint8, 25, "mask1.png is nearly black, 25 of 255 at most: is it a map of labels?"),
-        (np.uint8, 2, "mask1.png is nearly black, 2 of 255 at most: is it a map of labels?"),
+        (np.uint16, 200, "mask1.png is nearly black, 1 of 255 at most: is it a label map?"),  # 8 bits stored as 16
+        (np.uint8, 25, "mask1.png is nearly black, 25 of 255 at most: is it a label map?"),
+        (np.uint8, 2, "mask1.png is nearly black, 2 of 255 at most: is it a label map?"),
     ],
 )
 def test_nearly_black_masks_are_refused(scene, dtype, level, message):

@@ -66,7 +66,7 @@ def little_memory(most: int):
 def test_a_file_too_short_for_a_header(size, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(size))
-    assert refusal(path) == f"{path} holds {size} bytes, no model: copy or download it again"
+    assert refusal(path) == f"{path} holds {size} bytes, so it is not a model: copy or download it again"
 
 
 HEADERS = {
@@ -85,15 +85,15 @@ HEADERS = {
     "deep nesting of lists": (tensor_file('{"a":' + "[" * 100_000), f"{DAMAGED} (maximum recursion depth"),
     "a name twice": (
         tensor_file(f'{{"a": {json.dumps(ROW)}, "a": {json.dumps(ROW)}}}', BODY),
-        f"{DAMAGED} ('a' stands twice): copy or download it again",
+        f"{DAMAGED} ('a' appears twice): copy or download it again",
     ),
     "a field twice": (
         tensor_file('{"a": {"dtype": "I32", "dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}', BODY),
-        f"{DAMAGED} ('dtype' stands twice): ",
+        f"{DAMAGED} ('dtype' appears twice): ",
     ),
     "metadata twice": (
         tensor_file(f'{{"__metadata__": {{}}, "__metadata__": {{}}, "a": {json.dumps(ROW)}}}', BODY),
-        f"{DAMAGED} ('__metadata__' stands twice): ",
+        f"{DAMAGED} ('__metadata__' appears twice): ",
     ),
     "metadata of numbers": (tensor_file({"__metadata__": {"a": 1}, "a": ROW}, BODY), "invalid type: integer `1`"),
     "metadata that is a list": (tensor_file({"__metadata__": ["a"], "a": ROW}, BODY), "invalid type: sequence"),
@@ -144,7 +144,7 @@ def test_a_hundred_thousand_tensors_are_too_many(tmp_path):
     path.write_bytes(tensor_file(header))
     with little_memory(150_000_000):
         message = refusal(path)
-    assert message == f"{path} holds 100000 tensors, more than any model: it belongs to something else"
+    assert message == f"{path} holds 100000 tensors, more than any model: name another file"
     path.write_bytes(tensor_file(dict(list(header.items())[:MAX_TENSORS])))
     assert len(read_tensors(path)[0]) == MAX_TENSORS
 
@@ -302,7 +302,7 @@ def test_a_class_name_is_text(name, folder):
 def test_a_setting_that_stands_twice(folder):
     path = folder / UNET_JSON
     path.write_text(path.read_text().replace("{", '{"in_channels": 9,', 1))
-    assert refusal(folder) == f"{path} is not valid JSON ('in_channels' stands twice): mend it, or copy it again"
+    assert refusal(folder) == f"{path} is not valid JSON ('in_channels' appears twice): repair it, or copy it again"
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
@@ -370,8 +370,8 @@ def single(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        (f"{UNET}input_blocks.0.0.weight", torch.zeros(4), f": {UNET}input_blocks.0.0.weight is [4], no matrix"),
-        (f"{UNET}out.2.weight", torch.zeros(()), f": {UNET}out.2.weight is [], no matrix: it is damaged"),
+        (f"{UNET}input_blocks.0.0.weight", torch.zeros(4), f": {UNET}input_blocks.0.0.weight is [4], not a matrix"),
+        (f"{UNET}out.2.weight", torch.zeros(()), f": {UNET}out.2.weight is [], not a matrix: it is damaged"),
         (f"{UNET}out.2.weight", torch.zeros(0, 32, 3, 3), " cannot be used: unet out_channels is 0: expected"),
         (
             f"{CLIP}text_model.embeddings.token_embedding.weight",

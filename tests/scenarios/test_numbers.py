@@ -71,7 +71,7 @@ def test_a_number_that_is_not_finite_stops_the_run_within_its_step(bench, tmp_pa
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     kept = f"step-{step - 1:06d} is kept; " if step > 1 else "; no checkpoint was saved yet; "
-    assert f"{kept}start anew, in another --output_dir, with a lower learning rate" in str(caught.value)
+    assert f"{kept}start again, in another --output_dir, with a lower learning rate" in str(caught.value)
     assert [path.name for path in list_checkpoints(run)] == ([f"step-{step - 1:06d}"] if step > 1 else [])
     assert not (run / "concepts.safetensors").exists()
     assert file_hashes(resume(bench, run, checkpointing_steps=1)) == whole

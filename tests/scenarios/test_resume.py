@@ -302,7 +302,7 @@ def test_another_scene_is_refused(bench, tmp_path, cut_off, monkeypatch, kind, t
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
     monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     scene = other_scene(bench, tmp_path / "scene", kind)
-    with refused(f"step-000002 was made with another {told}: resume with the same, or start anew"):
+    with refused(f"step-000002 was made with another {told}: resume with the same, or start again"):
         resume(bench, tmp_path / "run", instance_data_dir=str(scene))
 
 

@@ -291,7 +291,7 @@ def test_out_of_memory_is_answered_with_what_each_flag_saves(scene, model, tmp_p
     assert re.fullmatch(
         r"bas: cpu is out of memory: the run takes at least [\d.]+ [kM]B; no checkpoint was saved yet; "
         r"try, in this order: --gradient_checkpointing \(about .+ less\), --resume_from_checkpoint latest; "
-        r"start anew, in another --output_dir, with --mixed_precision bf16 \(about .+ less\), "
+        r"start again, in another --output_dir, with --mixed_precision bf16 \(about .+ less\), "
         r"--optimizer adamw8bit \(about .+ less\), --no_train_text_encoder \(about .+ less\), "
         r"--unet_layers cross_attention \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
         line,

@@ -26,7 +26,7 @@ from bas.training.base_model import Base
 from bas.training.multi_scene import find_scenes, train_each
 from tests.helpers.tiny import file_hashes, refused, write_scene
 
-ADVICE = "resume with the same, or start anew"
+ADVICE = "resume with the same, or start again"
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,9 @@ def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monk
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert main(["train", str(scenes), *named]) == 0
-    told = ["the base is the miniature that ships, which knows no photographs; its bas.json sets what no flag does"]
+    told = [
+        "the base model is the miniature, which knows no photographs; its bas.json gives each setting that no flag gives"
+    ]
     assert caplog.messages == (told if rank == "0" else [])
 
 
@@ -241,9 +243,9 @@ def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys):
     assert main([*bench.command(tmp_path / "out", str(folder)), "--dry_run"]) == 2
     output, errors = capsys.readouterr()
     assert "3, of which 1 are finished\n" in output
-    assert re.search(r"refused +\S*bee: \S*mask0.png is black all over", output)
+    assert re.search(r"rejected +\S*bee: \S*mask0.png is black all over", output)
     assert "phase2" in output
-    assert errors == "bas: 1 of 3 scenes cannot be trained, as listed under refused\n"
+    assert errors == "bas: 1 of 3 scenes cannot be trained, as listed under rejected\n"
 
 
 def test_no_scene_at_all_is_refused(monkeypatch, tmp_path, capsys):

@@ -12,7 +12,7 @@ from tests.helpers.tiny import refused
         ({"phase1_train_steps": 0, "phase2_train_steps": 0}, ["nothing to train"]),
         ({"exact_phase1": True, "mixed_precision": "fp16"}, ["--exact_phase1", "bf16"]),
         ({"num_of_assets": 2}, ["--num_of_assets is 2", "3 masks"]),
-        ({"pretrained_model_name_or_path": "no-such-model"}, ["no-such-model", "no known model"]),
+        ({"pretrained_model_name_or_path": "no-such-model"}, ["no-such-model", "not a known model"]),
         ({"device": "nonsense"}, ["--device nonsense"]),
         ({"resume_from_checkpoint": "nowhere"}, ["nowhere", "no complete checkpoint"]),
     ],

@@ -288,7 +288,7 @@ def test_the_command_writes_the_page_or_says_why_not(run, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"bas: {tmp_path} is no run of bas: it has no settings.json\n"
+    assert capsys.readouterr().err == f"bas: {tmp_path} is not a run of bas: it has no settings.json\n"
 
 
 def test_training_leaves_what_its_page_shows(tmp_path, capsys):

@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> None:
     flags = {name for name, value in vars(args).items() if value is not None}
     of_auto = {*(f.name for f in fields(ProposalConfig)), "output_dir", "device"}
     if args.auto and (wrong := flags & {*SETTINGS, "output_path"}):
-        raise InputError(f"--{min(wrong)} does not go with --auto")
+        raise InputError(f"--{min(wrong)} cannot be combined with --auto")
     if not args.auto and (wrong := flags & of_auto):
-        raise InputError(f"--{min(wrong)} goes with --auto")
+        raise InputError(f"--{min(wrong)} needs --auto")
     (write_proposals if args.auto else check)(args)
 
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.analyse:
         for name in ["output_dir", *(f.name for f in fields(StudyConfig))]:
             if getattr(args, name, None) is not None:
-                raise InputError(f"--{name} does not go with --analyse")
+                raise InputError(f"--{name} cannot be combined with --analyse")
         analyse(Path(args.source), [Path(name) for name in args.analyse])
         return
     config, items = StudyConfig(**given(args, StudyConfig)), read_items(Path(args.source))

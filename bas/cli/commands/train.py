@@ -104,11 +104,11 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
         left, failed = to_train(config, scenes)
         finished = len(scenes) - len(left) - len(failed)
         below = f"; below is {left[0].instance_data_dir} alone, but for the disk" if len(left) > 1 else ""
-        details = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "refused": failed}
+        details = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "rejected": failed}
         details |= dry_run(left[0], len(left)) if left else {}
         print(as_text(details))
         if failed:
-            raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under refused")
+            raise InputError(f"{len(failed)} of {len(scenes)} scenes cannot be trained, as listed under rejected")
         check_disk_space(details, config)
         return
     if ranks.first:
