@@ -163,7 +163,7 @@ def test_the_target_read_back_gives_latents_and_noise(prediction):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_perfect_model_leads_back_to_the_picture(sampler, prediction):
+def test_a_perfect_model_leads_back_to_the_image(sampler, prediction):
     """A model that always answers with the true target brings pure noise to z0, whatever the number of steps."""
     schedule = NoiseSchedule(prediction_type=prediction, set_alpha_to_one=True)
     z0, eps = (uniform(name, 1, 2, 3, 3).double() for name in ("z0", "eps"))

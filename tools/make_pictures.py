@@ -1,4 +1,4 @@
-"""Make the pictures of the documentation anew: train on scenes of the miniature's world, run the real commands.
+"""Make the images of the documentation anew: train on scenes of the miniature's world, run the real commands.
 
     python -m tools.make_pictures --work_dir DIR
 
@@ -23,10 +23,10 @@ from tools.mini_world.captions import describe
 from tools.mini_world.places import PLACES
 from tools.mini_world.scenes import realise, save_scene
 
-PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
-PHOTO_SIDE = 64  # pixels: a photograph of the miniature's own size comes back untouched outside the mask
+IMAGES = Path(__file__).parent.parent / "docs" / "pictures"
+PHOTO_SIDE = 64  # pixels: an image of the miniature's own size comes back untouched outside the mask
 STRENGTHS = (0, 0.5, 1, 1.3, 2)
-MOST = 1300  # pixels of a picture's longer side in the documentation
+MOST = 1300  # pixels of an image's longer side in the documentation
 
 
 def run(*words: object) -> None:
@@ -37,45 +37,45 @@ def run(*words: object) -> None:
         raise SystemExit(code)
 
 
-def publish(picture: Path, name: str) -> None:
-    """Put a picture into the documentation, no larger than it is looked at."""
-    with Image.open(picture) as opened:
+def publish(image: Path, name: str) -> None:
+    """Put an image into the documentation, no larger than it is looked at."""
+    with Image.open(image) as opened:
         small = opened.convert("RGB")
     small.thumbnail((MOST, MOST), Image.Resampling.LANCZOS)
-    small.save(PICTURES / f"{name}.png", optimize=True)
+    small.save(IMAGES / f"{name}.png", optimize=True)
 
 
 def with_masks(folder: Path) -> Image.Image:
-    """The photograph of a scene folder, its masks in their concepts' colours."""
+    """The image of a scene folder, its masks in their concepts' colours."""
     masks = {int(path.stem.removeprefix("mask")): read_mask(path) for path in sorted(folder.glob("mask*.png"))}
     return tint_masks(read_image(folder / "img.png"), masks)
 
 
 def draw_edit(model: Path, work: Path) -> None:
-    """Put each learnt thing where another stood: the photograph and the mask, then one edit beside the other."""
+    """Put each learnt object where another stood: the image and the mask, then one edit beside the other."""
     photo, place = work / "photo", PLACES[PHOTO.background][0]
     save_scene(realise(PHOTO, describe(PHOTO), PHOTO_SIDE), photo)
     mask = np.zeros_like(found := read_mask(photo / "mask0.png"))
     mask[loose_box(found)] = 1
     Image.fromarray((255 * mask).astype(np.uint8)).save(work / "where.png")
     source = read_image(photo / "img.png")
-    pictures, labels = [source, tint_masks(source, {0: mask})], ["the photograph", "and the mask, a wide box"]
+    images, labels = [source, tint_masks(source, {0: mask})], ["the image", "and the mask, a wide box"]
     for i in range(3):
         labels.append(f"a photo of <asset{i}> {place}")
         target = work / f"edited {i}.png"
         words = ("--init_image", photo / "img.png", "--mask", work / "where.png", "--prompt", labels[-1])
         run("edit", model, *words, "--output_path", target)
-        pictures.append(Image.open(target))
-    grid([pictures], [labels], CELL).save(work / "edit.png")
+        images.append(Image.open(target))
+    grid([images], [labels], CELL).save(work / "edit.png")
 
 
-def draw_beside(photographs: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
-    """What went in and what comes out: photographs, their masks, below them four pictures of each prompt."""
+def draw_beside(images: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
+    """What went in and what comes out: images, their masks, below them four images of each prompt."""
     folder = work / name
     run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", folder / "drawn.png")
     drawn = [Image.open(path) for path in sorted(folder.glob("drawn-*.png"))]
-    rows = [[read_image(scene / "img.png"), with_masks(scene)] for scene in photographs]
-    labels = [[which, "and its masks"] for which in ("the photograph", *["a further one"] * (len(photographs) - 1))]
+    rows = [[read_image(scene / "img.png"), with_masks(scene)] for scene in images]
+    labels = [[which, "and its masks"] for which in ("the image", *["a further one"] * (len(images) - 1))]
     rows += [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
     labels += [[prompt] * 4 for prompt in prompts]
     grid(rows, labels, CELL).save(work / f"{name}.png")
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.make_pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work_dir", type=Path, required=True, help="folder for runs and single pictures")
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder for runs and single images")
     parser.add_argument("--steps", type=int, nargs=2, help="of both phases, for the runs of applications (a trial)")
     args = parser.parse_args()
     base, work, model = find(None), args.work_dir / "drawn", args.work_dir / "demo"
@@ -112,8 +112,8 @@ def main() -> None:
         folder = args.work_dir / "applications" / name
         learnt = learn(folder, base, layouts, args.steps, **flags)
         scene = folder / "scene"
-        photographs = [scene, *sorted(path for path in scene.iterdir() if path.is_dir())]
-        draw_beside(photographs, learnt.models.source, prompts, work, name)
+        images = [scene, *sorted(path for path in scene.iterdir() if path.is_dir())]
+        draw_beside(images, learnt.models.source, prompts, work, name)
 
     grids = {"demo": model / SHEET, "vary": work / "vary" / "grid.png", "explore": work / "explore" / "grid.png"}
     grids |= {"attend": work / "attend" / "sheet.png", "background": work / "one.png"}

@@ -64,7 +64,7 @@ def test_masks_that_lie_in_each_other_are_told(bench, tmp_path, caplog):
     assert caplog.messages == [f"48 % {rest.format(0, 1)}: {share}", f"100 % {rest.format(1, 0)}: {share}"]
 
 
-def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
+def test_mirrored_view_is_the_mirrored_image_encoded(bench, prepared):
     """The posterior of the flipped pixels, not the flipped posterior: the encoder isn't symmetric."""
     models, data = prepared
     image, masks = load_scene(bench.config()).tensors(32, models.size_multiple)
@@ -80,13 +80,13 @@ def test_mirrored_view_is_the_mirrored_picture_encoded(bench, prepared):
     assert not torch.allclose(mirrored.mean, straight.mean.flip(-1))
 
 
-def test_flip_probability_moves_picture_and_masks_together(bench, prepared):
+def test_flip_probability_moves_image_and_masks_together(bench, prepared):
     """0 never, 1 always, 1/2 in half of the draws; latents and masks always come from the same view."""
     _, data = prepared
-    (photograph,) = data.images
-    silent = torch.full_like(photograph.views[0].posterior.logvar, -80.0)  # a posterior without spread
-    views = tuple(replace(view, posterior=view.posterior._replace(logvar=silent)) for view in photograph.views)
-    quiet = replace(data, images=(replace(photograph, views=views),))
+    (image,) = data.images
+    silent = torch.full_like(image.views[0].posterior.logvar, -80.0)  # a posterior without spread
+    views = tuple(replace(view, posterior=view.posterior._replace(logvar=silent)) for view in image.views)
+    quiet = replace(data, images=(replace(image, views=views),))
     flips = []
     for seed in range(60):
         batch = draw(bench, (prepared[0], quiet), seed)

@@ -69,14 +69,14 @@ def inside(masks: list[np.ndarray]) -> np.ndarray:
 
 
 def test_a_collection_holds_the_concepts_on_plain_colours(bench):
-    """Inside the masks the photograph, outside one colour, its own for every picture; the first shows everything."""
+    """Inside the masks the image, outside one colour, its own for every image; the first shows everything."""
     scene = load_scene(bench.config())
     collection = collect(scene, 40, seed=3)
     assert (collection.handles, collection.words, len(collection.extra_images)) == (scene.handles, scene.words, 39)
     photo, colours, shown = np.asarray(scene.image), [], []
     views = collection.images
-    for picture, masks in views:
-        union, pixels = inside(list(masks.values())), np.asarray(picture)
+    for image, masks in views:
+        union, pixels = inside(list(masks.values())), np.asarray(image)
         assert np.array_equal(pixels[union == 1], photo[union == 1])
         (colour,) = {tuple(pixel) for pixel in pixels[union == 0].tolist()}
         soft = (union > 0) & (union < 1)
@@ -95,7 +95,7 @@ def test_a_collection_holds_the_concepts_on_plain_colours(bench):
     assert not np.array_equal(collect(scene, 1, seed=4).image, collection.image)
 
 
-def test_a_collection_draws_from_every_photograph(bench):
+def test_a_collection_draws_from_every_image(bench):
     """Each with its own concepts; a background that was asked for is one of them."""
     scene = with_background(load_scene(bench.config()), "bg")
     further = collect(scene, 2, seed=0).extra_images[0]
@@ -105,8 +105,8 @@ def test_a_collection_draws_from_every_photograph(bench):
     assert any(3 in shot.masks for shot in shots)
 
 
-def test_prompt_and_picture_of_a_collection_agree(bench):
-    """Each row names exactly the handles that its picture shows, in random order, and a flip moves both."""
+def test_prompt_and_image_of_a_collection_agree(bench):
+    """Each row names exactly the handles that its image shows, in random order, and a flip moves both."""
     config = baseline(bench, "run", "db-m", collection_size=6, train_batch_size=64)
     scene = scene_for_method(config)
     models, _ = bench.prepared(config)
@@ -125,7 +125,7 @@ def test_prompt_and_picture_of_a_collection_agree(bench):
     assert len({tuple(row.tolist()) for row in batch.input_ids}) > len(sets)
 
 
-def test_naive_baselines_see_the_photograph_under_one_prompt(bench):
+def test_naive_baselines_see_the_image_under_one_prompt(bench):
     config = baseline(bench, "run", "ti", train_batch_size=16)
     scene = scene_for_method(config)
     assert np.array_equal(scene.image, load_scene(config).image)

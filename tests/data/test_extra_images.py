@@ -1,4 +1,4 @@
-"""Several photographs of the same concepts: which are read, what is drawn from them, and one alone stays as it was."""
+"""Several images of the same concepts: which are read, what is drawn from them, and one alone stays as it was."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.helpers.tiny import refused, write_scene
 
 
 def add_shot(scene, name, boxes, size=(32, 32), seed=1):
-    """A further photograph of noise. boxes: (left, top, right, bottom) by concept, white in its mask."""
+    """A extra image of noise. boxes: (left, top, right, bottom) by concept, white in its mask."""
     folder = scene / name
     folder.mkdir()
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -29,7 +29,7 @@ def add_shot(scene, name, boxes, size=(32, 32), seed=1):
 
 @pytest.fixture
 def scene(tmp_path):
-    """Three concepts; a second photograph shows the first and the last, a third the one in the middle."""
+    """Three concepts; a second image shows the first and the last, a third the one in the middle."""
     folder = write_scene(tmp_path / "scene")
     add_shot(folder, "2", {0: (0, 0, 16, 16), 2: (16, 16, 32, 32)})
     add_shot(folder, "10", {1: (8, 0, 24, 32)}, seed=2)
@@ -40,13 +40,13 @@ def load(folder, **changes):
     return load_scene(TrainConfig(instance_data_dir=str(folder), **changes))
 
 
-def test_further_photographs_are_read_by_number_each_with_the_concepts_it_shows(scene):
+def test_extra_images_are_read_by_number_each_with_the_concepts_it_shows(scene):
     (scene / "notes").mkdir()
     loaded = load(scene)
     assert [(shot.name, sorted(shot.masks)) for shot in loaded.extra_images] == [("2", [0, 2]), ("10", [1])]
     assert loaded.extra_images[0].masks[2].sum() == 256
-    with Image.open(scene / "10" / "img.png") as picture:
-        assert np.array_equal(loaded.extra_images[1].image, picture)
+    with Image.open(scene / "10" / "img.png") as image:
+        assert np.array_equal(loaded.extra_images[1].image, image)
     assert load(write_scene(scene.parent / "alone")).extra_images == ()
 
 
@@ -64,7 +64,7 @@ def test_each_is_cut_to_the_shape_of_the_first(scene):
     assert torch.equal(image, torch.from_numpy(small.copy()).permute(2, 0, 1).float() / 127.5 - 1)
 
 
-def test_a_photograph_is_drawn_first_then_a_subset_of_what_it_shows(bench, scene):
+def test_an_image_is_drawn_first_then_a_subset_of_what_it_shows(bench, scene):
     config = bench.config(instance_data_dir=str(scene), with_prior_preservation=False)
     models, data = bench.prepared(config)
     loaded, generator, counts = load(scene), torch.Generator().manual_seed(0), {}
@@ -81,21 +81,21 @@ def test_a_photograph_is_drawn_first_then_a_subset_of_what_it_shows(bench, scene
         if place is not None:
             assert set(chosen) <= set(loaded.extra_images[place].masks)
             assert batch.present.sum() == len(chosen)
-    assert counts.keys() == {None, 0, 1}  # None: the first photograph
+    assert counts.keys() == {None, 0, 1}  # None: the first image
     assert all(75 <= count <= 125 for count in counts.values())
 
 
-def test_one_photograph_alone_costs_no_draw(bench):
+def test_one_image_alone_costs_no_draw(bench):
     _, data = bench.prepared(bench.config(with_prior_preservation=False))
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     (only,) = data.images
-    assert sample_image(data, generator) is only
+    assert sample_image(data, 0.0, generator) is only
     assert only.shown == (0, 1, 2)
     assert torch.equal(generator.get_state(), before)
 
 
-def test_further_photographs_that_cannot_be_used_are_refused(scene):
+def test_extra_images_that_cannot_be_used_are_refused(scene):
     with refused("mask3.png", "concepts 0 to 2"):
         load(add_shot(scene, "3", {3: (0, 0, 8, 8)}).parent)
     (scene / "3" / "mask3.png").unlink()
@@ -118,7 +118,7 @@ def test_a_concept_that_the_cut_leaves_out_is_refused_by_name(bench, scene):
         check_input(bench.config(instance_data_dir=str(scene), with_prior_preservation=False))
 
 
-def test_each_photograph_has_its_own_background(scene):
+def test_each_image_has_its_own_background(scene):
     add_shot(scene, "11", {0: (0, 0, 16, 32), 1: (16, 0, 32, 32)})
     loaded = load(scene, background_handle="bg")
     assert [sorted(shot.masks) for shot in loaded.extra_images] == [[0, 2, 3], [1, 3], [0, 1]]

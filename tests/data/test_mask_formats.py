@@ -73,18 +73,18 @@ def test_scene_json_wins_over_names_beside_the_masks_and_says_so(folder, caplog)
 
 def save_labels(folder, mode):
     if mode == "P":
-        picture = Image.fromarray(LABELS, "L").convert("P")
-        picture.putdata(LABELS.flatten().tolist())
-        picture.putpalette([255, 255, 255] * 256)  # colours alike: the entries count
+        image = Image.fromarray(LABELS, "L").convert("P")
+        image.putdata(LABELS.flatten().tolist())
+        image.putpalette([255, 255, 255] * 256)  # colours alike: the entries count
     elif mode == "RGB":
         palette = np.zeros((8, 3), np.uint8)
         palette[2], palette[7] = (0, 0, 255), (255, 0, 0)
-        picture = Image.fromarray(palette[LABELS])
+        image = Image.fromarray(palette[LABELS])
     elif mode == "LA":
-        picture = Image.fromarray(np.dstack([LABELS, np.full_like(LABELS, 255)]))
+        image = Image.fromarray(np.dstack([LABELS, np.full_like(LABELS, 255)]))
     else:
-        picture = Image.fromarray(LABELS.astype(np.uint16 if mode == "I;16" else np.uint8))
-    picture.save(folder / "labels.png")
+        image = Image.fromarray(LABELS.astype(np.uint16 if mode == "I;16" else np.uint8))
+    image.save(folder / "labels.png")
     assert Image.open(folder / "labels.png").mode == mode
 
 
@@ -149,9 +149,9 @@ def test_a_cutout_is_its_alpha_whatever_the_colours(folder):
 
 
 def test_a_cutout_with_a_transparent_palette_entry(folder):
-    picture = Image.fromarray(LABELS, "L").convert("P")
-    picture.putdata((LABELS > 0).astype(int).flatten().tolist())
-    picture.save(folder / "cutout0.png", transparency=0)
+    image = Image.fromarray(LABELS, "L").convert("P")
+    image.putdata((LABELS > 0).astype(int).flatten().tolist())
+    image.save(folder / "cutout0.png", transparency=0)
     assert np.array_equal(masks(folder)[0], LABELS > 0)
 
 
@@ -315,7 +315,7 @@ def test_annotations_that_are_none(folder, annotations, message):
 
 
 @pytest.mark.parametrize("size", [(-5, 4), (0, 4), (6, 0), (0.5, 4), (10**6, 10**6), (6, 10**9)])
-def test_sizes_that_no_picture_has(folder, size):
+def test_sizes_that_no_image_has(folder, size):
     images = [{"id": 1, "width": size[0], "height": size[1]}]
     write_json(folder, "coco.json", images=images, annotations=[{"image_id": 1, "segmentation": [[0, 0, 2, 0, 2, 2]]}])
     expected = "expected sides of 1 or more, and at most 100 megapixels"

@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def picture():
-    """A 60x40 picture with some content."""
+def image():
+    """A 60x40 image with some content."""
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 255, (5, 8, 3), dtype=np.uint8)).resize((W, H), Image.Resampling.BICUBIC)
 
@@ -129,11 +129,11 @@ def settings(folder, **changes):
 # --- The methods --------------------------------------------------------------------------------------------------
 
 
-def test_sam_points_and_boxes_are_those_of_transformers(folders, picture):
+def test_sam_points_and_boxes_are_those_of_transformers(folders, image):
     model, processor = load_segmenter(METHODS["sam"], str(folders["sam"]))
 
     def direct(**prompts):
-        inputs = processor(picture, **prompts, return_tensors="pt")
+        inputs = processor(image, **prompts, return_tensors="pt")
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
         with torch.no_grad():
             outputs = model(pixel_values=inputs["pixel_values"], **{k: inputs[k].float() for k in prompts})
@@ -141,19 +141,19 @@ def test_sam_points_and_boxes_are_those_of_transformers(folders, picture):
         return (masks[outputs.iou_scores[0, 0].argmax()].sigmoid() >= 0.5).numpy()
 
     inside = settings(folders["sam"], points=("10,20", "30,5+40,30"))
-    found = propose("sam", picture, inside, CPU)
+    found = propose("sam", image, inside, CPU)
     assert [proposal.mask.shape for proposal in found] == [(H, W)] * 2
     assert np.array_equal(found[0].mask, direct(input_points=[[[[10, 20]]]]))
     assert np.array_equal(found[1].mask, direct(input_points=[[[[30, 5], [40, 30]]]]))
-    (boxed,) = propose("sam", picture, settings(folders["sam"], boxes=("5,6,50,30",)), CPU)
+    (boxed,) = propose("sam", image, settings(folders["sam"], boxes=("5,6,50,30",)), CPU)
     assert np.array_equal(boxed.mask, direct(input_boxes=[[[5, 6, 50, 30]]]))
 
 
-class TwoThings:
+class TwoObjects:
     """In place of SAM: a large box where the left half is asked, a small one on the right, a vague one above."""
 
-    def __init__(self, picture):
-        self.image = picture
+    def __init__(self, image):
+        self.image = image
 
     def ask(self, input_points):
         points = np.array(input_points)[0, :, 0]
@@ -170,15 +170,15 @@ class TwoThings:
         return logits, scores
 
 
-def test_everything_keeps_each_thing_once_the_largest_first(picture):
-    found = find_everything(TwoThings(picture), ProposalConfig())
+def test_everything_keeps_each_object_once_the_largest_first(image):
+    found = find_everything(TwoObjects(image), ProposalConfig())
     assert [int((mask > 0).sum()) for mask in found] == [120, 16]
-    assert len(find_everything(TwoThings(picture), ProposalConfig(max_concepts=1))) == 1
-    assert len(find_everything(TwoThings(picture), ProposalConfig(min_coverage=0.05))) == 1
+    assert len(find_everything(TwoObjects(image), ProposalConfig(max_concepts=1))) == 1
+    assert len(find_everything(TwoObjects(image), ProposalConfig(min_coverage=0.05))) == 1
 
 
 def test_sam_lets_a_box_come_out_where_it_went_in(folders):
-    """SAM's grid is square and padded below or beside the picture."""
+    """SAM's grid is square and padded below or beside the image."""
     model, processor = load_segmenter(METHODS["sam"], str(folders["sam"]))
     for size in ((60, 40), (40, 60)):
         with torch.no_grad():
@@ -191,28 +191,28 @@ def test_sam_lets_a_box_come_out_where_it_went_in(folders):
         assert (rows.max() + 1, columns.max() + 1) == pytest.approx((6 * scale, 8 * scale), abs=1)
 
 
-def chances(folders, picture, words):
+def chances(folders, image, words):
     """CLIPSeg's probabilities, from transformers directly: (n, H, W)"""
     model, processor = load_segmenter(METHODS["clipseg"], str(folders["clipseg"]))
-    inputs = processor(text=words, images=[picture] * len(words), padding=True, return_tensors="pt")
+    inputs = processor(text=words, images=[image] * len(words), padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
     logits = logits.reshape(len(words), 1, *logits.shape[-2:])
     return F.interpolate(logits, (H, W), mode="bilinear")[:, 0].sigmoid().numpy()
 
 
-def test_clipseg_words_are_those_of_transformers(folders, picture):
-    direct = chances(folders, picture, ["bowl", "stone"])
+def test_clipseg_words_are_those_of_transformers(folders, image):
+    direct = chances(folders, image, ["bowl", "stone"])
     threshold = float(np.median(direct[0]))
-    found = propose("clipseg", picture, settings(folders["clipseg"], words=("bowl", "stone"), threshold=threshold), CPU)
+    found = propose("clipseg", image, settings(folders["clipseg"], words=("bowl", "stone"), threshold=threshold), CPU)
     assert [proposal.word for proposal in found] == ["bowl", "stone"]
     assert np.array_equal(found[0].mask, direct[0] >= threshold)
     assert 0.4 < found[0].mask.mean() < 0.6
-    (alone,) = propose("clipseg", picture, settings(folders["clipseg"], words=("bowl",), threshold=threshold), CPU)
+    (alone,) = propose("clipseg", image, settings(folders["clipseg"], words=("bowl",), threshold=threshold), CPU)
     assert (alone.mask == found[0].mask).mean() > 0.99
 
 
-def test_mask2former_segments_are_named_and_the_largest_come_first(panoptic, picture, monkeypatch):
+def test_mask2former_segments_are_named_and_the_largest_come_first(panoptic, image, monkeypatch):
     model, processor = panoptic
     segments = torch.zeros(H, W, dtype=torch.int64)
     segments[:20, :30], segments[25:, :], segments[0, 59] = 1, 2, 3
@@ -225,22 +225,22 @@ def test_mask2former_segments_are_named_and_the_largest_come_first(panoptic, pic
 
     monkeypatch.setattr(processor, "post_process_panoptic_segmentation", processed)
     with torch.no_grad():
-        found = mask2former(model, processor, picture, ProposalConfig())
+        found = mask2former(model, processor, image, ProposalConfig())
     assert [proposal.word for proposal in found] == ["wall", "dog"]
     assert np.array_equal(found[1].mask, (segments == 1).numpy())
 
 
-def test_mask2former_runs_on_a_random_model(panoptic, picture):
+def test_mask2former_runs_on_a_random_model(panoptic, image):
     model, processor = panoptic
     with torch.no_grad():
-        found = mask2former(model, processor, picture, ProposalConfig(threshold=0.01))
+        found = mask2former(model, processor, image, ProposalConfig(threshold=0.01))
     assert all(proposal.mask.shape == (H, W) and proposal.word in ("dog", "wall") for proposal in found)
 
 
 # --- Masks --------------------------------------------------------------------------------------------------------
 
 
-def test_growing_is_by_distance(picture):
+def test_growing_is_by_distance(image):
     mask = np.zeros((15, 21), bool)
     mask[4, 10] = mask[14, 0] = True
     rows, columns = np.indices(mask.shape)
@@ -268,11 +268,11 @@ def test_smoothing_removes_specks_and_keeps_straight_edges():
 # --- The command --------------------------------------------------------------------------------------------------
 
 
-def test_auto_writes_an_ordinary_scene(folders, picture, tmp_path, capsys):
-    picture.save(tmp_path / "photo.png")
+def test_auto_writes_an_ordinary_scene(folders, image, tmp_path, capsys):
+    image.save(tmp_path / "photo.png")
     scene = tmp_path / "photo"
     flags = ["--auto", "sam", "--segmenter", str(folders["sam"]), "--boxes", "5,6,50,30", "10,10,20,20"]
-    sums = [proposal.mask.sum() for proposal in propose("sam", picture, settings(folders["sam"], boxes=flags[5:]), CPU)]
+    sums = [proposal.mask.sum() for proposal in propose("sam", image, settings(folders["sam"], boxes=flags[5:]), CPU)]
     assert main(["masks", str(tmp_path / "photo.png"), *flags]) == 0
     assert f"{scene} is ready. Look: bas masks {scene}" in capsys.readouterr().out
     assert (scene / "img.png").read_bytes() == (tmp_path / "photo.png").read_bytes()
@@ -285,9 +285,9 @@ def test_auto_writes_an_ordinary_scene(folders, picture, tmp_path, capsys):
     assert capsys.readouterr().err == f"bas: {scene} has masks already: name another --output_dir\n"
 
 
-def test_words_become_initial_words(folders, picture, tmp_path, capsys):
-    picture.save(tmp_path / "img.png")
-    threshold = float(np.median(chances(folders, picture, ["bowl"])))
+def test_words_become_initial_words(folders, image, tmp_path, capsys):
+    image.save(tmp_path / "img.png")
+    threshold = float(np.median(chances(folders, image, ["bowl"])))
     flags = ["--auto", "clipseg", "--segmenter", str(folders["clipseg"]), "--words", "bowl", "--threshold", threshold]
     assert main(["masks", str(tmp_path), *map(str, flags)]) == 0
     assert capsys.readouterr().out.splitlines()[0].split()[::3] == ["mask0.png", "bowl"]
@@ -320,9 +320,9 @@ def test_words_become_initial_words(folders, picture, tmp_path, capsys):
         ("sam", {"min_coverage": 0.94}, "sam finds nothing here: lower --threshold or --min_coverage"),
     ],
 )
-def test_bad_requests_are_one_line(folders, picture, method, changes, message):
+def test_bad_requests_are_one_line(folders, image, method, changes, message):
     with refused(message):
-        propose(method, picture, settings(folders[method], **changes), CPU)
+        propose(method, image, settings(folders[method], **changes), CPU)
 
 
 @pytest.mark.parametrize(
@@ -341,36 +341,36 @@ def test_settings_are_checked(changes, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_weights_the_message_says_how_to_get_them(picture, method):
+def test_without_weights_the_message_says_how_to_get_them(image, method):
     name = METHODS[method].default
     words = ("toy",) if method == "clipseg" else ()
     with refused(f"{name} is not downloaded yet: run `hf download {name}`, or name a folder with --segmenter"):
-        propose(method, picture, ProposalConfig(words=words), CPU)
+        propose(method, image, ProposalConfig(words=words), CPU)
 
 
-def test_folders_that_hold_no_segmenter(folders, picture, tmp_path):
+def test_folders_that_hold_no_segmenter(folders, image, tmp_path):
     with refused("--segmenter x is neither a folder nor a hub id such as owner/model"):
-        propose("sam", picture, settings("x"), CPU)
+        propose("sam", image, settings("x"), CPU)
     with refused(f"{folders['clipseg']} is a model of type clipseg: this method needs sam"):
-        propose("sam", picture, settings(folders["clipseg"]), CPU)
+        propose("sam", image, settings(folders["clipseg"]), CPU)
     with refused("config.json"):
-        propose("sam", picture, settings(tmp_path), CPU)
+        propose("sam", image, settings(tmp_path), CPU)
     for file in folders["sam"].iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with refused(f"{tmp_path} cannot be read"):
-        propose("sam", picture, settings(tmp_path), CPU)
+        propose("sam", image, settings(tmp_path), CPU)
 
 
-def test_a_missing_package_is_named(tmp_path, picture, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, image, monkeypatch):
     def no_scipy(*args, **kwargs):
         raise ImportError("\nMask2FormerLoss requires the scipy library but it was not found.\nInstall it.\n")
 
     monkeypatch.setattr(hf.Mask2FormerImageProcessorPil, "from_pretrained", no_scipy)
     (tmp_path / "config.json").write_text('{"model_type": "mask2former"}')
     with refused("mask2former needs one more package: Mask2FormerLoss requires the scipy library"):
-        propose("mask2former", picture, settings(tmp_path), CPU)
+        propose("mask2former", image, settings(tmp_path), CPU)
 
 
 def test_flags_of_auto_alone_are_an_error(tmp_path, capsys):

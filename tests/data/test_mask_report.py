@@ -1,4 +1,4 @@
-"""`bas masks`: what the losses will see of a scene's masks, in numbers, in words and in a picture."""
+"""`bas masks`: what the losses will see of a scene's masks, in numbers, in words and in an image."""
 
 import json
 import shutil
@@ -129,15 +129,15 @@ def test_the_sheet_shows_the_cells_that_the_losses_read(model, tmp_path):
     assert tinted == [[False, True, True, False], [False, True, True, False], [False, False, True, True]]
 
 
-def test_a_wide_picture_has_wide_grids(model, tmp_path):
+def test_a_wide_image_has_wide_grids(model, tmp_path):
     folder = tiny.write_scene(tmp_path / "s", concepts=2, size=(64, 32))
     seen = view(model, folder)
     assert seen.concepts[0].latent.shape == (16, 32)
     assert seen.concepts[0].attention.shape == (4, 8)
 
 
-def test_further_photographs_have_their_own_table_rows_and_warnings(model, tmp_path):
-    """A second photograph, wider, that shows only the second concept: cut to 32x32, counted and drawn by itself."""
+def test_extra_images_have_their_own_table_rows_and_warnings(model, tmp_path):
+    """A second image, wider, that shows only the second concept: cut to 32x32, counted and drawn by itself."""
     folder = write(
         tmp_path / "s", [box((0, 16), (0, 16)), box((8, 24), (0, 32))], [{"word": "bowl"}, {"word": "stone"}]
     )
@@ -158,19 +158,19 @@ def test_further_photographs_have_their_own_table_rows_and_warnings(model, tmp_p
     assert warnings(seen)[-1] == f"the mask of <asset1> in extra image 1 {vanishes}"
     drawn, alone = sheet(seen), sheet(replace(seen, extra=()))
     assert drawn.height > 1.8 * alone.height
-    below = np.asarray(drawn)[alone.height + 8 + 200, 8 + 200]  # in the second photograph: it is blue
+    below = np.asarray(drawn)[alone.height + 8 + 200, 8 + 200]  # in the second image: it is blue
     assert below.tolist() == [0, 0, 255]
 
 
 def test_the_command_prints_and_draws(model, tmp_path, capsys, caplog):
     folder = tiny.write_scene(tmp_path / "s", concepts=5)
-    picture = tmp_path / "out" / "masks.png"
-    assert main(["masks", str(folder), "--weights", str(model), "--output_path", str(picture)]) == 0
+    image = tmp_path / "out" / "masks.png"
+    assert main(["masks", str(folder), "--weights", str(model), "--output_path", str(image)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{folder}: 5 concepts; the image is 32x32 pixels, 32x32 for ")
     assert [line.split()[1] for line in printed[3:8]] == [f"<asset{i}>" for i in range(5)]
-    assert printed[-1] == str(picture)
-    assert Image.open(picture).width == 8 + 6 * (CELL + 8)
+    assert printed[-1] == str(image)
+    assert Image.open(image).width == 8 + 6 * (CELL + 8)
     assert "5 concepts: the method works best with up to 4" in caplog.text
 
 
@@ -187,12 +187,12 @@ def test_the_command_sees_what_the_models_own_settings_show(model, tmp_path, cap
 
 
 def test_a_mask_that_training_refuses_is_refused_after_it_is_drawn(model, tmp_path, capsys):
-    folder, picture = write(tmp_path / "s", [box((5, 6), (5, 6)), box((8, 32), (0, 32))]), tmp_path / "masks.png"
+    folder, image = write(tmp_path / "s", [box((5, 6), (5, 6)), box((8, 32), (0, 32))]), tmp_path / "masks.png"
     words = [str(folder), "--weights", str(model)]
-    assert main(["masks", *words, "--output_path", str(picture)]) == 2
+    assert main(["masks", *words, "--output_path", str(image)]) == 2
     output, errors = capsys.readouterr()
     assert "0 of 256" in output
-    assert Image.open(picture).width == 8 + 3 * (CELL + 8)
+    assert Image.open(image).width == 8 + 3 * (CELL + 8)
     refusal = (
         "bas: the mask of <asset0> vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution"
     )

@@ -1,4 +1,4 @@
-"""Scenes: which pictures and masks are read, as which numbers, and which are refused, in which words."""
+"""Scenes: which images and masks are read, as which numbers, and which are refused, in which words."""
 
 import json
 import logging
@@ -27,9 +27,9 @@ RGB = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)
 
 
 def save(path, array, mode=None, **options):
-    """Write an array as a picture file, and return its path."""
-    picture = Image.fromarray(array)
-    (picture.convert(mode) if mode else picture).save(path, **options)
+    """Write an array as an image file, and return its path."""
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
     return path
 
 
@@ -47,7 +47,7 @@ def scene(tmp_path):
 # --- Modes --------------------------------------------------------------------------------------------------------
 
 
-def test_photograph_keeps_its_values_in_every_mode(tmp_path):
+def test_image_keeps_its_values_in_every_mode(tmp_path):
     """Greys become three equal channels, 16 bits are rounded to 8, a palette is looked up."""
     path = tmp_path / "img.png"
     grey = np.stack([GREY] * 3, axis=-1)
@@ -69,7 +69,7 @@ def test_photograph_keeps_its_values_in_every_mode(tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path / "img.tif")), grey)
 
 
-def test_cmyk_photograph_becomes_rgb(tmp_path):
+def test_cmyk_image_becomes_rgb(tmp_path):
     cmyk = np.zeros((6, 8, 4), np.uint8)
     cmyk[..., 0] = GREY  # cyan ink takes red away
     Image.fromarray(cmyk, "CMYK").save(tmp_path / "img.tif")
@@ -80,10 +80,10 @@ def test_cmyk_photograph_becomes_rgb(tmp_path):
 def test_transparent_pixels_become_white(tmp_path, caplog):
     alpha = np.full_like(GREY, 255)
     alpha[:, :4] = 0
-    picture = read_image(save(tmp_path / "img.png", np.dstack([RGB, alpha])))
+    image = read_image(save(tmp_path / "img.png", np.dstack([RGB, alpha])))
     expected = RGB.copy()
     expected[:, :4] = 255
-    assert np.array_equal(np.asarray(picture), expected)
+    assert np.array_equal(np.asarray(image), expected)
     assert "transparent" in caplog.text
 
 
@@ -135,7 +135,7 @@ def test_mask_of_zeros_and_ones_is_read_as_black_and_white(tmp_path, caplog):
 
 # --- Orientation --------------------------------------------------------------------------------------------------
 
-STORED = {  # how a camera stores the upright picture, by its EXIF note (CIPA DC-008, Orientation)
+STORED = {  # how a camera stores the upright image, by its EXIF note (CIPA DC-008, Orientation)
     1: lambda upright: upright,
     2: np.fliplr,
     3: lambda upright: np.rot90(upright, 2),
@@ -148,7 +148,7 @@ STORED = {  # how a camera stores the upright picture, by its EXIF note (CIPA DC
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_photograph_is_turned_upright(tmp_path, orientation):
+def test_image_is_turned_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(STORED[orientation](RGB))
@@ -157,7 +157,7 @@ def test_photograph_is_turned_upright(tmp_path, orientation):
 
 
 def test_mask_in_the_stored_orientation_gets_a_hint(scene):
-    """40x32 as shown, 32x40 as stored: the mask that fits the stored picture is refused with the reason."""
+    """40x32 as shown, 32x40 as stored: the mask that fits the stored image is refused with the reason."""
     exif = Image.Exif()
     exif[0x0112] = 6
     upright = Image.open(scene / "img.png")
@@ -212,7 +212,7 @@ def test_sides_are_multiples_of_what_divides_the_resolution(resolution, sides):
 
 
 @pytest.mark.parametrize("square", [False, True])
-def test_crop_takes_the_same_pixels_of_picture_and_masks(tmp_path, square):
+def test_crop_takes_the_same_pixels_of_image_and_masks(tmp_path, square):
     """At its own size nothing is resampled: tensors are exactly the cropped arrays, soft values included."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (16, 43), dtype=np.uint8)
@@ -227,7 +227,7 @@ def test_crop_takes_the_same_pixels_of_picture_and_masks(tmp_path, square):
 
 
 @pytest.mark.parametrize("size", [(100, 70), (70, 100), (33, 41)])
-def test_resizing_keeps_picture_and_masks_aligned(tmp_path, size):
+def test_resizing_keeps_image_and_masks_aligned(tmp_path, size):
     """A bright corner with its mask, resized by odd factors: both have their middle in the same place."""
     width, height = size
     half = np.zeros((height, width), np.uint8)
@@ -259,7 +259,7 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path):
     whole = save(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     spoilt = {
         "empty": (b"", "it is empty"),
-        "text": (b"this is no picture\n", "not a readable PNG, JPEG, WEBP, BMP, TIFF, GIF, AVIF image"),
+        "text": (b"this is no image\n", "not a readable PNG, JPEG, WEBP, BMP, TIFF, GIF, AVIF image"),
         "truncated": (whole.read_bytes()[:2000], "truncated"),
         "only a header": (png_header(64, 64), "truncated"),
         "120 megapixels": (png_header(12_000, 10_000), "12000x10000: more than 100 megapixels"),
@@ -275,7 +275,7 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path):
 
 
 def test_mutated_files_are_read_or_refused(tmp_path):
-    """Random damage in every format: a picture or one line, never another error."""
+    """Random damage in every format: an image or one line, never another error."""
     rng = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -367,7 +367,7 @@ def test_missing_numbers_are_named(scene):
         load(scene)
 
 
-def test_scene_needs_a_folder_one_picture_and_a_mask(scene, tmp_path):
+def test_scene_needs_a_folder_one_image_and_a_mask(scene, tmp_path):
     with refused("nowhere does not exist: name a scene"):
         load(tmp_path / "nowhere")
     (scene / "img.jpg").write_bytes(b"")
@@ -536,7 +536,7 @@ def test_prompts():
 
 
 def test_close_ups_show_each_narrow_subset_large(tmp_path):
-    """Boxes by hand: 28 of 200 columns at 0.7 of the side make a close-up of 40 x 20, moved inside the picture."""
+    """Boxes by hand: 28 of 200 columns at 0.7 of the side make a close-up of 40 x 20, moved inside the image."""
     pixels = np.random.default_rng(0).integers(256, size=(100, 200, 3), dtype=np.uint8)
     masks = np.zeros((3, 100, 200), dtype=np.uint8)
     masks[0, 4:12, 4:32] = 255  # at the upper left: its close-up is moved to begin at 0, 0
@@ -553,7 +553,7 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
         "close-up-1",
         "close-up-1-2",
         "close-up-2",
-    ]  # the first and the last stand too far apart: their close-up would be the picture
+    ]  # the first and the last stand too far apart: their close-up would be the image
     corner, middle = shots["close-up-0"], shots["close-up-1"]
     assert np.array_equal(np.asarray(corner.image), pixels[:20, :40])
     assert np.array_equal(np.asarray(middle.image), pixels[36:56, 94:134])
@@ -585,8 +585,8 @@ def test_notes_name_handles_with_or_without_brackets(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cutout0.png", "labels.png", "regions.json"])
-def test_a_further_photograph_has_no_other_source_of_masks(tmp_path, name):
-    """It would not be read; in the first photograph it is a second source, and refused as well."""
+def test_an_extra_image_has_no_other_source_of_masks(tmp_path, name):
+    """It would not be read; in the first image it is a second source, and refused as well."""
     folder = write_scene(tmp_path / "scene", concepts=2)
     (write_scene(folder / "1", concepts=2) / name).touch()
     with refused(name, "would not be read"):

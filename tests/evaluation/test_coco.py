@@ -28,20 +28,20 @@ def runs(mask):
 
 
 class World:
-    """An annotation file in the making, and pictures whose colours tell their columns and rows."""
+    """An annotation file in the making, and images whose colours tell their columns and rows."""
 
     def __init__(self, folder):
         self.folder, self.rows, self.images = folder, [], []
         (folder / "pictures").mkdir()
 
-    def picture(self, identity, size, *things):
-        """A picture and its annotations: (category, segmentation), with further entries as a dict."""
+    def image(self, identity, size, *objects):
+        """An image and its annotations: (category, segmentation), with further entries as a dict."""
         width, height = size
         name = f"{identity:012d}.png"
         self.images.append({"id": identity, "file_name": name, "width": width, "height": height})
         x, y = np.meshgrid(np.arange(width), np.arange(height))
         Image.fromarray(np.stack([x, y, x * 0], axis=-1).astype(np.uint8)).save(self.folder / "pictures" / name)
-        for category, segmentation, *more in things:
+        for category, segmentation, *more in objects:
             row = {"id": len(self.rows) + 1, "image_id": identity, "category_id": category, "iscrowd": 0}
             self.rows.append(row | {"segmentation": segmentation} | dict(*more))
 
@@ -54,7 +54,7 @@ class World:
         return path
 
     def square(self, identity=1, **settings):
-        """The choice for one picture."""
+        """The choice for one image."""
         config = CocoConfig(**settings)
         return choose_square(read_annotations(self.write(), config.dropped), str(identity), config)
 
@@ -75,22 +75,22 @@ def test_the_square_has_nine_places_along_the_longer_side():
     assert list(squares(50, 50)) == [((0, 0, 50, 50), 0)]
 
 
-def test_most_things_then_most_area_then_the_middle(world):
+def test_most_objects_then_most_area_then_the_middle(world):
     both = (1, box(0, 0, 40, 100)), (18, box(60, 0, 40, 100))
-    world.picture(1, (180, 100), *both)
+    world.image(1, (180, 100), *both)
     assert world.square().box == (0, 0, 100, 100)  # only there both are whole
-    world.picture(2, (180, 100), *both, (62, box(100, 0, 80, 100)))
+    world.image(2, (180, 100), *both, (62, box(100, 0, 80, 100)))
     choice = world.square(2, max_things=4)
     # From 20 to 120 all three have 20 columns or more: 20 + 40 + 20; more to the left no chair, to the right no person.
     assert choice.box == (20, 0, 120, 100)
     assert [segment.word for segment in choice.segments] == ["dog", "person", "chair"]
     assert [segment.share for segment in choice.segments] == [0.4, 0.2, 0.2]
-    world.picture(3, (180, 100), (1, box(60, 0, 60, 50)), (18, box(60, 50, 60, 50)))
+    world.image(3, (180, 100), (1, box(60, 0, 60, 50)), (18, box(60, 50, 60, 50)))
     assert world.square(3).box == (40, 0, 140, 100)
 
 
 def test_the_masks_are_those_pixels_in_the_square(world):
-    world.picture(1, (180, 100), (1, box(90, 10, 40, 80)), (18, box(130, 0, 50, 60)))
+    world.image(1, (180, 100), (1, box(90, 10, 40, 80)), (18, box(130, 0, 50, 60)))
     choice = world.square()
     assert choice.box == (80, 0, 180, 100)
     wanted = np.zeros((100, 100), bool)
@@ -102,17 +102,17 @@ def test_the_masks_are_those_pixels_in_the_square(world):
 
 
 def test_fifteen_percent_of_the_square_is_the_border(world):
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 100)))
+    world.image(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 100)))
     assert [segment.share for segment in world.square().segments] == [0.5, 0.15]
-    world.picture(2, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 99)))
+    world.image(2, (100, 100), (1, box(0, 0, 50, 100)), (18, box(60, 0, 15, 99)))
     assert world.square(2) is None
     assert world.square(2, min_share=0.148) is not None
 
 
-def test_a_class_counts_once_and_its_largest_thing_is_the_concept(world):
-    world.picture(1, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)))
+def test_a_class_counts_once_and_its_largest_object_is_the_concept(world):
+    world.image(1, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)))
     assert world.square() is None
-    world.picture(2, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)), (18, box(60, 0, 30, 100)))
+    world.image(2, (100, 100), (1, box(0, 0, 20, 100)), (1, box(20, 0, 40, 100)), (18, box(60, 0, 30, 100)))
     assert [(segment.word, segment.share) for segment in world.square(2).segments] == [("person", 0.4), ("dog", 0.3)]
 
 
@@ -120,13 +120,13 @@ def test_a_class_counts_once_and_its_largest_thing_is_the_concept(world):
     "other", [(52, box(50, 0, 50, 100)), (200, box(50, 0, 50, 100)), (18, box(50, 0, 50, 100), {"iscrowd": 1})]
 )
 def test_dropped_classes_stuff_and_crowds_are_no_concepts(world, other):
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), other)
+    world.image(1, (100, 100), (1, box(0, 0, 50, 100)), other)
     assert world.square() is None
     assert (world.square(dropped=()) is not None) == (other[0] == 52)  # a class that is dropped by choice alone
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "/secret.png"])
-def test_pictures_outside_their_folder_are_refused(world, name):
+def test_images_outside_their_folder_are_refused(world, name):
     path = world.write(images=[{"id": 1, "file_name": name, "width": 10, "height": 10}])
     with refused(f"image 0: {name!r} leads out of the folder of images"):
         read_annotations(path, ())
@@ -138,7 +138,7 @@ def test_run_lengths_in_both_forms_count_as_polygons_do(world):
     disc, half = (x - 40) ** 2 + (y - 45) ** 2 < 900, x >= 70
     packed = oracle.encode(np.asfortranarray(half.astype(np.uint8)))
     crowd = {"iscrowd": 1}
-    world.picture(
+    world.image(
         1, (120, 90), (18, runs(disc)), (1, {"size": [90, 120], "counts": packed["counts"].decode()}),
         (62, runs(np.ones((90, 120), bool)), crowd),
     )  # fmt: skip
@@ -152,7 +152,7 @@ def test_run_lengths_in_both_forms_count_as_polygons_do(world):
 
 def test_what_states_a_small_area_is_not_drawn(world):
     """The file's areas spare most of the work; a mask that cannot be drawn would be an error."""
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, "nonsense", {"area": 100.0}))
+    world.image(1, (100, 100), (1, box(0, 0, 50, 100)), (18, "nonsense", {"area": 100.0}))
     assert world.square() is None
 
 
@@ -161,8 +161,8 @@ def test_what_states_a_small_area_is_not_drawn(world):
 
 def many(world, count):
     for identity in range(1, count + 1):
-        second = 18 if identity % 3 else 1  # every third picture shows one class only
-        world.picture(identity, (120, 100), (1, box(0, 0, 50, 100)), (second, box(50, 0, 50, 100)))
+        second = 18 if identity % 3 else 1  # every third image shows one class only
+        world.image(identity, (120, 100), (1, box(0, 0, 50, 100)), (second, box(50, 0, 50, 100)))
     return world.write()
 
 
@@ -217,9 +217,9 @@ def test_the_command_writes_ordinary_scenes_and_a_manifest(world, tmp_path, caps
 
 
 def test_what_cannot_be_used_is_one_line_and_code_2(world, tmp_path, capsys):
-    path, pictures = many(world, 5), tmp_path / "pictures"
+    path, images = many(world, 5), tmp_path / "pictures"
 
-    def run(source=path, images=pictures):
+    def run(source=path, images=images):
         out = tmp_path / "out"
         assert main(["coco", str(source), "--images", str(images), "--output_dir", str(out)]) == 2
         assert not out.exists() or not any(out.iterdir())
@@ -233,13 +233,13 @@ def test_what_cannot_be_used_is_one_line_and_code_2(world, tmp_path, capsys):
     assert "image 0: height is -1" in run(source=path)
     assert "annotates image" in run(source=world.write(images=world.images[:1]))
     path = world.write()
-    (pictures / "000000000002.png").unlink()
+    (images / "000000000002.png").unlink()
     assert "lacks 1 of 4 images, 000000000002.png first" in run(source=path)
     small = {**world.rows[0], "segmentation": {"size": [5, 5], "counts": [25]}}
     assert "annotation 1 is 5x5, its image 120x100" in run(source=world.write(annotations=[small, world.rows[1]]))
 
 
-def test_a_picture_of_another_size_is_named(world, tmp_path, capsys):
+def test_a_image_of_another_size_is_named(world, tmp_path, capsys):
     path = many(world, 1)
     Image.new("RGB", (60, 50)).save(tmp_path / "pictures" / "000000000001.png")
     out = tmp_path / "out"
@@ -253,14 +253,14 @@ def test_run_lengths_that_contradict_their_bbox_are_refused(world):
     mask[:60, :50] = True
     counts = [run for run in runs(mask)["counts"] if run]
     inverted = {"size": [100, 100], "counts": counts}
-    world.picture(1, (100, 100), (1, inverted, {"bbox": [0, 0, 50, 60]}), (18, box(50, 0, 50, 100)))
+    world.image(1, (100, 100), (1, inverted, {"bbox": [0, 0, 50, 60]}), (18, box(50, 0, 50, 100)))
     with refused("annotation 1: its mask lies in", "its run lengths are inverted, begin them with the pixels outside"):
         world.square()
 
 
 def test_an_image_that_is_turned_by_its_tag_is_said(world, tmp_path, caplog):
     """COCO annotates pixels as they are stored; by 180 degrees the size does not tell."""
-    world.picture(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(50, 0, 50, 100)))
+    world.image(1, (100, 100), (1, box(0, 0, 50, 100)), (18, box(50, 0, 50, 100)))
     path = world.folder / "pictures" / f"{1:012d}.png"
     exif = Image.Exif()
     exif[0x0112] = 3

@@ -43,13 +43,13 @@ WORDS = ("cat", "dog")
 class Stand:
     """Stands in for the metrics: red is what follows prompts, and likeness is that of the mean colours."""
 
-    def prompt_similarity(self, pictures, prompts):
-        return [np.asarray(picture)[..., 0].mean() / 255 for picture in pictures]
+    def prompt_similarity(self, images, prompts):
+        return [np.asarray(image)[..., 0].mean() / 255 for image in images]
 
-    def identity_similarity(self, pictures, image, mask, segments=None):
+    def identity_similarity(self, images, image, mask, segments=None):
         wanted = np.asarray(image)[mask > 0.5].mean(axis=0)
-        places = segments or [np.ones(np.asarray(picture).shape[:2]) for picture in pictures]
-        means = [np.asarray(p)[place > 0.5].mean(axis=0) for p, place in zip(pictures, places, strict=True)]
+        places = segments or [np.ones(np.asarray(image).shape[:2]) for image in images]
+        means = [np.asarray(p)[place > 0.5].mean(axis=0) for p, place in zip(images, places, strict=True)]
         return [1 - np.abs(mean - wanted).mean() / 255 for mean in means]
 
 
@@ -184,9 +184,9 @@ def test_a_trial_draws_what_a_run_of_its_own_draws(bench, scenes, explicit, done
     for i in (0, 5):
         request = trial.requests[i]
         (expected,) = bas.sample(models, request.prompt, replace(SAMPLING, seed=request.noise))
-        with Image.open(trial.folder / f"{i:04d}.png") as picture:
-            assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected)).max() <= 1
-            assert json.loads(picture.text["bas"])["prompt"] == request.prompt
+        with Image.open(trial.folder / f"{i:04d}.png") as image:
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+            assert json.loads(image.text["bas"])["prompt"] == request.prompt
 
 
 def test_tuned_weights_are_not_kept(done):
@@ -196,23 +196,23 @@ def test_tuned_weights_are_not_kept(done):
 def test_rows_hold_what_was_measured(scenes, done):
     folder, trials = done
     rows = rows_of(folder)
-    pictures = [row for row in rows if row["row"] == "picture"]
-    assert len(pictures) == 2 * (2 + 6)
-    assert all((row["seed"], row["scene"]) == (0, "bee") for row in pictures[-6:])
-    last = pictures[-1]
+    images = [row for row in rows if row["row"] == "picture"]
+    assert len(images) == 2 * (2 + 6)
+    assert all((row["seed"], row["scene"]) == (0, "bee") for row in images[-6:])
+    last = images[-1]
     assert last["prompt"] == "a photo of <asset0> and <asset1> in the jungle"
     assert last["text"] == "a photo of cat and dog in the jungle"
-    with Image.open(trials[3].folder / last["file"]) as picture:
-        assert last["prompt_similarity"] == pytest.approx(np.asarray(picture)[..., 0].mean() / 255)
+    with Image.open(trials[3].folder / last["file"]) as image:
+        assert last["prompt_similarity"] == pytest.approx(np.asarray(image)[..., 0].mean() / 255)
         photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask1.png"))
-        (likeness,) = Stand().identity_similarity([picture], photo, mask / 255)
+        (likeness,) = Stand().identity_similarity([image], photo, mask / 255)
     assert last["identity"].keys() == {"<asset0>", "<asset1>"}
     assert last["identity"]["<asset1>"] == pytest.approx(likeness)
     assert last["identity_similarity"] == pytest.approx(np.mean(list(last["identity"].values())))
     trial = rows[-1]
     assert trial["row"] == "cell"
     assert all(0 <= value <= 1 for value in trial["attention_iou"].values())
-    alone = [row["identity"]["<asset0>"] for row in pictures[-6:] if row["concepts"] == [0]]
+    alone = [row["identity"]["<asset0>"] for row in images[-6:] if row["concepts"] == [0]]
     assert trial["draws"]["<asset0>"]["<asset0>"] == pytest.approx(np.mean(alone))
 
 
@@ -233,14 +233,14 @@ def test_leakage_of_handles_by_hand():
 
 
 def test_segments_are_those_of_the_concepts_word(done):
-    """Each concept's own pictures are asked for, by its word, and identity is measured there."""
+    """Each concept's own images are asked for, by its word, and identity is measured there."""
     asked = []
 
-    def segments(pictures, word):
-        asked.append((len(pictures), word))
+    def segments(images, word):
+        asked.append((len(images), word))
         place = np.zeros((32, 32))
         place[:4] = 1
-        return [place] * len(pictures)
+        return [place] * len(images)
 
     before = rows_of(done[0])[-7:-1]
     rows = score_trial(done[1][3], Stand(), (32, 8), segments)
@@ -249,8 +249,8 @@ def test_segments_are_those_of_the_concepts_word(done):
     score_trial(done[1][3], Stand(), (32, 8))
 
 
-def test_segments_of_the_handles_attention_lie_beside_the_pictures(bench, scenes, explicit, done, tmp_path):
-    """Of the same pictures, one file for each concept of a prompt, where `bas attend` sees its handle look."""
+def test_segments_of_the_handles_attention_lie_beside_the_images(bench, scenes, explicit, done, tmp_path):
+    """Of the same images, one file for each concept of a prompt, where `bas attend` sees its handle look."""
     (trial,) = planned(tmp_path, scenes[1:], explicit, methods=("bas",))
     bench_with_files = replace(workplace(bench), make_scorer=lambda: (Stand(), "files"))
     assert [outcome.error for outcome in evaluate_each([trial], bench_with_files)] == [None]
@@ -272,10 +272,10 @@ def test_segments_of_the_handles_attention_lie_beside_the_pictures(bench, scenes
         found = np.asarray(Image.open(trial.folder / f"0004-mask{k}.png")) / 255
         assert np.abs(found - expected).mean() < 0.01
     rows = [[json.loads(text) for text in (c.folder / "rows.jsonl").read_text().splitlines()] for c in (trial, same)]
-    with Image.open(trial.folder / "0004.png") as picture:
+    with Image.open(trial.folder / "0004.png") as image:
         photo, mask = (np.asarray(Image.open(scenes[1] / name)) for name in ("img.png", "mask0.png"))
         place = np.asarray(Image.open(trial.folder / "0004-mask0.png")) / 255
-        (likeness,) = Stand().identity_similarity([picture], photo, mask / 255, [place])
+        (likeness,) = Stand().identity_similarity([image], photo, mask / 255, [place])
     assert rows[0][4]["identity"]["<asset0>"] == pytest.approx(likeness)
     assert [row["identity"] for row in rows[0][:6]] != [row["identity"] for row in rows[1][:6]]
 
@@ -367,7 +367,7 @@ def row(method: str, scene: str, prompt: float, identity: float) -> dict:
 
 
 def test_a_scene_is_the_unit():
-    """Two scenes of 3 and 1 pictures weigh the same; the interval is Student's over the two."""
+    """Two scenes of 3 and 1 images weigh the same; the interval is Student's over the two."""
     rows = [row("bas", "a", value, 0.5) for value in (0.1, 0.2, 0.3)] + [row("bas", "b", 0.6, 0.5)]
     found = summarise(rows)["bas"]["prompt_similarity"]
     assert found.mean == pytest.approx(0.4)
@@ -430,8 +430,8 @@ def test_matplotlib_missing_is_one_line(monkeypatch):
         scatter({})
 
 
-def test_the_page_shows_the_pictures_behind_each_point(done):
-    """Self-contained; every method links to pictures with their prompts, at most eight for a scene."""
+def test_the_page_shows_the_images_behind_each_point(done):
+    """Self-contained; every method links to images with their prompts, at most eight for a scene."""
     folder, trials = done
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert text.count('<a href="#bas">') == text.count('<a href="#ti-m">') == 1

@@ -29,8 +29,8 @@ PROMPTS = ["a photo of a bowl at the beach", "a stone", "a photo of a creature"]
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Three pictures of 40x30 pixels."""
+def images():
+    """Three images of 40x30 pixels."""
     rng = np.random.default_rng(1)
     small = rng.integers(0, 255, (3, 4, 5, 3), dtype=np.uint8)
     return [Image.fromarray(array).resize((40, 30), Image.Resampling.BICUBIC) for array in small]
@@ -74,28 +74,28 @@ def half_mask():
 # --- Black masks --------------------------------------------------------------------------------------------------
 
 
-def test_what_the_mask_leaves_out_is_black_and_the_rest_as_it_was(pictures):
-    mask, before = half_mask(), np.array(pictures[0])
-    after = np.array(blacken(pictures[0], mask))
+def test_what_the_mask_leaves_out_is_black_and_the_rest_as_it_was(images):
+    mask, before = half_mask(), np.array(images[0])
+    after = np.array(blacken(images[0], mask))
     assert np.array_equal(after[mask == 1], before[mask == 1])
     assert not after[mask == 0].any()
     assert np.abs(after[mask == 0.5] - before[mask == 0.5] / 2).max() <= 0.5
     with pytest.raises(ValueError, match="a mask of"):
-        blacken(pictures[0], mask.T)
+        blacken(images[0], mask.T)
 
 
 # --- CLIP and DINO ------------------------------------------------------------------------------------------------
 
 
-def test_prompt_similarity_is_clips_cosine_of_each_picture_with_its_own_prompt(folders, pictures):
+def test_prompt_similarity_is_clips_cosine_of_each_image_with_its_own_prompt(folders, images):
     model = hf.CLIPModel.from_pretrained(folders["clip"]).eval()
     processor = hf.CLIPProcessor(
         hf.CLIPImageProcessorPil.from_pretrained(folders["clip"]), hf.CLIPTokenizer.from_pretrained(folders["clip"])
     )
-    inputs = processor(text=PROMPTS, images=pictures, padding=True, return_tensors="pt")
+    inputs = processor(text=PROMPTS, images=images, padding=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits_per_image / model.logit_scale.exp()
-    found = PromptSimilarity(str(folders["clip"])).prompt_similarity(pictures, PROMPTS)
+    found = PromptSimilarity(str(folders["clip"])).prompt_similarity(images, PROMPTS)
     assert found == pytest.approx(logits.diag().tolist(), abs=1e-5)
     assert len({round(value, 3) for value in logits.flatten().tolist()}) > 3  # pairs differ, so that the diagonal tells
 
@@ -106,41 +106,41 @@ def test_a_model_is_loaded_without_a_bar_among_our_own_lines(folders, capfd):
     assert (told.out, told.err) == ("", "")
 
 
-def test_a_prompt_longer_than_the_tower_is_cut(folders, pictures):
+def test_a_prompt_longer_than_the_tower_is_cut(folders, images):
     clip = PromptSimilarity(str(folders["clip"]))
     longer, cut = " ".join(["bowl"] * 200), " ".join(["bowl"] * 75)
-    assert clip.prompt_similarity(pictures[:1], [longer]) == clip.prompt_similarity(pictures[:1], [cut])
+    assert clip.prompt_similarity(images[:1], [longer]) == clip.prompt_similarity(images[:1], [cut])
 
 
-def test_identity_similarity_is_dinos_cosine_of_black_masked_pictures(folders, pictures):
+def test_identity_similarity_is_dinos_cosine_of_black_masked_images(folders, images):
     mask, segments = half_mask(), [half_mask(), half_mask()[::-1].copy(), half_mask()[:, ::-1].copy()]
     model = hf.ViTModel.from_pretrained(folders["dino"], add_pooling_layer=False).eval()
     processor = hf.ViTImageProcessorPil.from_pretrained(folders["dino"])
     masked = [
-        Image.fromarray((np.array(picture) * layer[..., None]).round().astype(np.uint8))
-        for picture, layer in zip([pictures[1], *pictures], [mask, *segments], strict=True)
+        Image.fromarray((np.array(image) * layer[..., None]).round().astype(np.uint8))
+        for image, layer in zip([images[1], *images], [mask, *segments], strict=True)
     ]
     with torch.no_grad():
         features = model(**processor(masked, return_tensors="pt")).last_hidden_state[:, 0]
     wanted = F.cosine_similarity(features[1:], features[:1]).tolist()
-    found = IdentitySimilarity(str(folders["dino"])).identity_similarity(pictures, pictures[1], mask, segments)
+    found = IdentitySimilarity(str(folders["dino"])).identity_similarity(images, images[1], mask, segments)
     assert found == pytest.approx(wanted, abs=1e-5)
     assert min(wanted) < 0.99
 
 
-def test_the_same_concept_is_1_whatever_is_behind_it(folders, pictures):
+def test_the_same_concept_is_1_whatever_is_behind_it(folders, images):
     mask = (half_mask() == 1).astype(np.float32)
-    elsewhere = Image.composite(pictures[0], pictures[2], Image.fromarray((mask * 255).astype(np.uint8)))
+    elsewhere = Image.composite(images[0], images[2], Image.fromarray((mask * 255).astype(np.uint8)))
     dino = IdentitySimilarity(str(folders["dino"]))
-    same, behind, other = dino.identity_similarity([pictures[0], elsewhere, pictures[1]], pictures[0], mask, [mask] * 3)
+    same, behind, other = dino.identity_similarity([images[0], elsewhere, images[1]], images[0], mask, [mask] * 3)
     assert same == pytest.approx(1, abs=1e-6)
     assert behind == pytest.approx(1, abs=1e-6)
     assert other < 0.999
-    assert dino.identity_similarity([elsewhere], pictures[0], mask)[0] < 0.999  # without a segment it counts
+    assert dino.identity_similarity([elsewhere], images[0], mask)[0] < 0.999  # without a segment it counts
 
 
-def test_a_batch_changes_nothing(folders, pictures, monkeypatch):
-    many, mask = pictures * 2, half_mask()
+def test_a_batch_changes_nothing(folders, images, monkeypatch):
+    many, mask = images * 2, half_mask()
     metrics = Metrics.photographs(clip=str(folders["clip"]), dino=str(folders["dino"]))
     whole = metrics.prompt_similarity(many, PROMPTS * 2), metrics.identity_similarity(many, many[0], mask)
     monkeypatch.setattr("bas.evaluation.metrics.AT_ONCE", 4)
@@ -174,17 +174,17 @@ def test_handles_become_class_names():
 
 @pytest.fixture(scope="module")
 def playroom():
-    """The demo's scene: picture and masks."""
+    """The demo's scene: image and masks."""
     image, masks = draw(DEMO_SCENES["playroom"], 64)
     return Image.fromarray(image), masks
 
 
 def alone(scene, index, background="snow"):
-    """One thing of a demo scene, alone somewhere else."""
-    return Image.fromarray(draw(Layout(DEMO_SCENES[scene].things[index : index + 1], background, 5), 64)[0])
+    """One object of a demo scene, alone somewhere else."""
+    return Image.fromarray(draw(Layout(DEMO_SCENES[scene].objects[index : index + 1], background, 5), 64)[0])
 
 
-def test_an_object_in_its_own_picture_is_1(playroom):
+def test_an_object_in_its_own_image_is_1(playroom):
     image, masks = playroom
     for mask in masks:
         assert ObjectSimilarity().identity_similarity([image], image, mask) == pytest.approx([1], abs=1e-4)
@@ -193,8 +193,8 @@ def test_an_object_in_its_own_picture_is_1(playroom):
 def test_the_object_elsewhere_and_mirrored_is_near_1_and_a_swapped_one_lower(playroom):
     image, masks = playroom
     shown = alone("playroom", 0)
-    pictures = [shown, shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT), alone("playroom", 1), alone("shore", 0)]
-    same, mirrored, swapped, foreign = ObjectSimilarity().identity_similarity(pictures, image, masks[0])
+    images = [shown, shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT), alone("playroom", 1), alone("shore", 0)]
+    same, mirrored, swapped, foreign = ObjectSimilarity().identity_similarity(images, image, masks[0])
     assert same > 0.95
     assert mirrored == pytest.approx(same, abs=0.02)
     assert max(swapped, foreign) < same - 0.15
@@ -217,7 +217,7 @@ def test_an_object_too_small_to_see_is_refused(playroom):
         ObjectSimilarity().identity_similarity([image], image, speck)
 
 
-def test_leakage_is_the_similarity_of_each_handles_pictures_to_each_object(playroom):
+def test_leakage_is_the_similarity_of_each_handles_images_to_each_object(playroom):
     image, masks = playroom
     drawn = [[alone("playroom", i), alone("playroom", i, "water")] for i in (0, 1, 2)]
     clean = leakage(ObjectSimilarity(), drawn, image, list(masks))
@@ -232,24 +232,24 @@ def test_the_true_object_ranks_above_others_in_95_percent_of_trials():
     """A part of the validation that tools/checks/metrics.py prints in full."""
     for kind in KINDS:
         trials = [make_trial(i, kind) for i in range(25)]
-        pairs, _ = ranked_right([object_score(trial, trial.pictures) for trial in trials])
+        pairs, _ = ranked_right([object_score(trial, trial.images) for trial in trials])
         assert pairs >= 0.95, kind
 
 
 def test_the_true_object_ranks_above_others_through_the_vae():
     """As all that a model draws is."""
     trials = [make_trial(i, KINDS[0]) for i in range(20)]
-    rebuilt = through_vae(load(find(None)), [picture for trial in trials for picture in trial.pictures])
+    rebuilt = through_vae(load(find(None)), [image for trial in trials for image in trial.images])
     scores = [object_score(trial, rebuilt[4 * i : 4 * i + 4]) for i, trial in enumerate(trials)]
     assert ranked_right(scores)[0] >= 0.95
 
 
-def test_the_miniatures_towers_prefer_the_place_that_a_picture_shows():
+def test_the_miniatures_towers_prefer_the_place_that_an_image_shows():
     places = ["at the beach", "in the jungle", "in the snow"]
     names = ["beach", "jungle", "snow"]
-    pictures = [alone("playroom", 0, name) for name in names for _ in places]
+    images = [alone("playroom", 0, name) for name in names for _ in places]
     prompts = [f"a photo {place}" for _ in names for place in places]
-    found = np.array(Metrics.miniature().prompt_similarity(pictures, prompts)).reshape(3, 3)
+    found = np.array(Metrics.miniature().prompt_similarity(images, prompts)).reshape(3, 3)
     assert (found.argmax(axis=1) == [0, 1, 2]).all()
 
 
@@ -275,28 +275,28 @@ def test_a_segment_from_attention_is_what_lies_above_half_the_maximum():
     assert not segment[[0, 1, 2, 13, 14, 15]].any()  # two of the map's cells, and a little around them
 
 
-def test_segments_from_files_have_their_pictures_size(pictures, tmp_path):
+def test_segments_from_files_have_their_images_size(images, tmp_path):
     Image.fromarray((half_mask() * 255).astype(np.uint8)).save(tmp_path / "a.png")
-    (found,) = read_segments([tmp_path / "a.png"], pictures[:1])
+    (found,) = read_segments([tmp_path / "a.png"], images[:1])
     assert np.abs(found - half_mask()).max() < 0.003
     with refused("a.png is 40x30, its image 30x40"):
-        read_segments([tmp_path / "a.png"], [pictures[0].transpose(Image.Transpose.ROTATE_90)])
+        read_segments([tmp_path / "a.png"], [images[0].transpose(Image.Transpose.ROTATE_90)])
 
 
 @pytest.mark.parametrize("kind", ["maskformer", "mask2former"])
-def test_segments_by_class_word_are_the_models_semantic_ones(kind, pictures, tmp_path):
+def test_segments_by_class_word_are_the_models_semantic_ones(kind, images, tmp_path):
     pytest.importorskip("scipy", reason="scipy, without which transformers builds neither, is not installed")
     model, processor = write_segmenter(kind, tmp_path)
     with torch.no_grad():
-        outputs = model(**processor(pictures[0], return_tensors="pt"))
+        outputs = model(**processor(images[0], return_tensors="pt"))
     (wanted,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(30, 40)])
     segmenter = Segmenter(str(tmp_path))
-    masks = {word: segmenter.segments(pictures[:1], word)[0] for word in ("dog", "Wall")}
+    masks = {word: segmenter.segments(images[:1], word)[0] for word in ("dog", "Wall")}
     assert np.array_equal(masks["dog"], (wanted == 0).numpy())
     assert np.array_equal(masks["Wall"], (wanted == 1).numpy())
     assert sum(mask.sum() for mask in masks.values()) == 30 * 40
     with refused("the segmentation model has no class 'cat': it has dog, wall"):
-        segmenter.segments(pictures[:1], "cat")
+        segmenter.segments(images[:1], "cat")
 
 
 def write_segmenter(kind, folder):

@@ -27,16 +27,16 @@ def evaluation(tmp_path_factory):
         for method in METHODS:
             trial = root / "cells" / scene / method / "seed-0"
             write_scene(trial / "run" / "scene", concepts=2, size=(48, 32))
-            pictures = []
+            images = []
             for concepts in ([0], [1], [1, 0]):
                 for place in PLACES:
-                    name = f"{len(pictures):04d}.png"
+                    name = f"{len(images):04d}.png"
                     Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(trial / name)
                     prompt = "a photo of " + " and ".join(f"<asset{i}>" for i in concepts) + f" {place}"
                     row = {"file": name, "prompt": prompt, "concepts": concepts}
-                    pictures.append(row)
+                    images.append(row)
             note = {"scene": scene, "method": method, "seed": 0, "handles": ["<asset0>", "<asset1>"]}
-            note |= {"words": ["dog", None], "pictures": pictures}
+            note |= {"words": ["dog", None], "pictures": images}
             (trial / "cell.json").write_text(json.dumps(note))
     return root
 
@@ -44,13 +44,13 @@ def evaluation(tmp_path_factory):
 # --- What is shown ------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluations_pictures_are_asked_about_once_for_each_thing(evaluation):
+def test_an_evaluations_images_are_asked_about_once_for_each_object(evaluation):
     items = read_items(evaluation)
-    assert len(items) == 2 * 3 * 8  # scenes, methods, and 2 + 2 + 2 * 2 pictures and things
+    assert len(items) == 2 * 3 * 8  # scenes, methods, and 2 + 2 + 2 * 2 images and objects
     item = next(item for item in items if item.image.name == "0004.png" and item.mask.name == "mask0.png")
     assert item.prompt == "a photo of an object and a dog at the beach"
     assert item.word == "dog"
-    # The baselines train on pictures that were pasted together: every method is compared with the photograph itself.
+    # The baselines train on images that were pasted together: every method is compared with the image itself.
     assert {item.reference for item in items} == {
         evaluation / "cells" / scene / "bas" / "seed-0" / "run" / "scene" / "img.png" for scene in ("one", "two")
     }
@@ -107,19 +107,19 @@ def test_studies_that_compare_nothing_are_refused(evaluation):
         choose_pages(items, StudyConfig(questions=2))
 
 
-def test_the_thing_is_cut_out_with_black_around_it(tmp_path):
+def test_the_object_is_cut_out_with_black_around_it(tmp_path):
     pixels = np.full((60, 80, 3), 200, np.uint8)
     mask = np.zeros((60, 80), np.uint8)
     mask[20:40, 30:60] = 255
     Image.fromarray(pixels).save(tmp_path / "img.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    thing = np.array(cut_out(tmp_path / "img.png", tmp_path / "mask.png"))
-    assert thing.shape == (26, 36, 3)  # 20 x 30 and 3 on each side
-    assert (thing[3:-3, 3:-3] == 200).all()
-    assert thing.sum() == 20 * 30 * 3 * 200
+    obj = np.array(cut_out(tmp_path / "img.png", tmp_path / "mask.png"))
+    assert obj.shape == (26, 36, 3)  # 20 x 30 and 3 on each side
+    assert (obj[3:-3, 3:-3] == 200).all()
+    assert obj.sum() == 20 * 30 * 3 * 200
 
 
-def test_a_list_of_pictures_does_as_well(evaluation, tmp_path):
+def test_a_list_of_images_does_as_well(evaluation, tmp_path):
     rows = [{name: str(getattr(item, ATTRIBUTE.get(name, name))) for name in FIELDS} for item in read_items(evaluation)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [item.image for item in read_items(tmp_path / "list.jsonl")] == [

@@ -116,7 +116,7 @@ class Browser:
             self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **text)
             text = {}
 
-    def picture(self, path: Path, **options) -> None:
+    def image(self, path: Path, **options) -> None:
         """A screenshot."""
         data = self.send("Page.captureScreenshot", format="png", **options)["data"]
         path.write_bytes(base64.b64decode(data))

@@ -313,7 +313,7 @@ GUARDS = (
         "io/images.py",
         "return ImageOps.exif_transpose(image)",
         "return image",
-        "data/test_scene.py::test_photograph_is_turned_upright",
+        "data/test_scene.py::test_image_is_turned_upright",
     ),
     Guard(
         "colour and alpha that both vary ask",

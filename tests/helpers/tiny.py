@@ -1,6 +1,6 @@
 """A whole Stable Diffusion model of 100,000 weights that trains in a second, and a scene to train it on.
 
-Pictures of 32x32 pixels are 16x16 latents, and the attention loss reads maps of 4x4. The same bits on every machine.
+Images of 32x32 pixels are 16x16 latents, and the attention loss reads maps of 4x4. The same bits on every machine.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def taught(folder: Path, handles: tuple[str, ...] = ("<asset0>", "<asset1>")) ->
 
 
 def write_scene(folder: Path, concepts: int = 3, size: tuple[int, int] = (32, 32)) -> Path:
-    """A (width, height) picture of coloured patches in a row, and for each a mask whose right edge is soft."""
+    """A (width, height) image of coloured patches in a row, and for each a mask whose right edge is soft."""
     width, height = size
     folder.mkdir(parents=True, exist_ok=True)
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
@@ -113,8 +113,8 @@ def write_class_images(folder: Path, count: int = 2, size: tuple[int, int] = (32
     """Class images that nobody had to generate."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(0).integers(0, 256, (count, size[1], size[0], 3), dtype=np.uint8)
-    for i, picture in enumerate(noise):
-        Image.fromarray(picture).save(folder / f"{i}.png")
+    for i, image in enumerate(noise):
+        Image.fromarray(image).save(folder / f"{i}.png")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Pictures for people: grids, tinted masks, attention maps, and the settings that travel with a file."""
+"""Images for people: grids, tinted masks, attention maps, and the settings that travel with a file."""
 
 import json
 
@@ -23,8 +23,8 @@ from tests.helpers.tiny import refused
 RED, BLUE = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (16, 8), (0, 0, 255))
 
 
-def test_grid_places_every_picture_in_its_cell():
-    """Rows of different lengths; a wide picture is framed in paper colour above and below."""
+def test_grid_places_every_image_in_its_cell():
+    """Rows of different lengths; a wide image is framed in paper colour above and below."""
     sheet = np.asarray(grid([[RED, BLUE], [BLUE]], [["one", "two"], ["a long label " * 5]], cell=64, title="title"))
     assert sheet.shape[1] == 2 * 64 + 3 * MARGIN
     middles = [MARGIN + 32, 2 * MARGIN + 96]
@@ -49,7 +49,7 @@ def test_labels_are_wrapped_to_the_width():
 
 
 @pytest.mark.parametrize("size", [(100, 50), (50, 100), (3, 3), (64, 64), (500, 1)])
-def test_pictures_fill_their_cell_and_keep_their_shape(size):
+def test_images_fill_their_cell_and_keep_their_shape(size):
     framed = np.asarray(enlarge(Image.new("RGB", size, (0, 0, 0)), 64)) < 128
     black = framed.all(axis=-1)
     rows, columns = black.any(axis=1).sum(), black.any(axis=0).sum()
@@ -80,33 +80,33 @@ def test_heat_shows_the_peak_in_the_concepts_colour():
     peak = np.unravel_index((np.abs(shown - np.array(concept_colour(0))).sum(axis=-1)).argmin(), (32, 32))
     assert 8 <= peak[0] < 16
     assert 16 <= peak[1] < 24
-    assert (shown[24:, :8] == 70).all()  # 0.35 x 200: the photograph, darkened
+    assert (shown[24:, :8] == 70).all()  # 0.35 x 200: the image, darkened
     dead = np.asarray(overlay_attention(np.zeros((4, 4), np.float32), photo, 0))
     assert (dead == 70).all()
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.JPEG"])
-def test_settings_travel_with_the_picture(tmp_path, name):
+def test_settings_travel_with_the_image(tmp_path, name):
     settings = {"prompt": "a photo of <asset0>, ü", "seed": 3, "eta": 0.0}
     save_image(RED, image_path(str(tmp_path / name)), settings)
-    with Image.open(tmp_path / name) as picture:
-        exif = picture.getexif()
-        note = picture.text["bas"] if name.endswith("png") else exif[ExifTags.Base.UserComment]
-        assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - np.asarray(RED)).max() < 10
+    with Image.open(tmp_path / name) as image:
+        exif = image.getexif()
+        note = image.text["bas"] if name.endswith("png") else exif[ExifTags.Base.UserComment]
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - np.asarray(RED)).max() < 10
     assert json.loads(note) == settings
 
 
-def test_several_pictures_are_numbered(tmp_path):
+def test_several_images_are_numbered(tmp_path):
     target = tmp_path / "new" / "out.png"
     assert list(save_images([RED], [{}], target)) == [target]
     paths = list(save_images([RED, BLUE], [{"i": 0}, {"i": 1}], target))
     assert [path.name for path in paths] == ["out-0.png", "out-1.png"]
-    with Image.open(paths[1]) as picture:
-        assert picture.size == (16, 8)
-        assert json.loads(picture.text["bas"]) == {"i": 1}
+    with Image.open(paths[1]) as image:
+        assert image.size == (16, 8)
+        assert json.loads(image.text["bas"]) == {"i": 1}
 
 
-def test_each_picture_is_saved_as_it_comes_and_names_sort_as_numbers(tmp_path):
+def test_each_image_is_saved_as_it_comes_and_names_sort_as_numbers(tmp_path):
     """What is drawn when the rest is stopped is there."""
 
     def drawn():
@@ -118,7 +118,7 @@ def test_each_picture_is_saved_as_it_comes_and_names_sort_as_numbers(tmp_path):
     assert names == [f"x-{i:02}.png" for i in range(11)] == sorted(names)
 
 
-@pytest.mark.parametrize("name", ["picture", "picture.gif", "x.txt", ".png"])
+@pytest.mark.parametrize("name", ["image", "image.gif", "x.txt", ".png"])
 def test_other_endings_are_refused(name):
     with refused(f"--output_path {name}", ".png, .jpg or .webp"):
         image_path(name)

@@ -53,7 +53,7 @@ def test_time_features_by_hand():
 
 
 def test_downsampling_pads_where_each_network_needs_it():
-    """With a kernel that picks its upper left cell, padding all around shifts the picture by one; the VAE's doesn't."""
+    """With a kernel that picks its upper left cell, padding all around shifts the image by one; the VAE's doesn't."""
     x = torch.arange(16.0).view(1, 1, 4, 4)
     for pad_all_around, expected in ((True, [[0, 0], [0, 5]]), (False, [[0, 2], [8, 10]])):
         layer = Downsample(1, pad_all_around)

@@ -87,7 +87,7 @@ def test_no_map_on_a_grid_without_attention():
         assert filled("unet-sd2")(*inputs("sd2"), return_maps=(5, 5)).maps == []
 
 
-def test_rows_and_columns_of_a_map_are_those_of_the_picture():
+def test_rows_and_columns_of_a_map_are_those_of_the_image():
     """Changing the upper right corner of the latents moves the maps there first: at the finest grid, nowhere else.
 
     Only the first layer is looked at, before self-attention of later layers spreads the change.

@@ -37,7 +37,7 @@ def test_log_variance_is_clamped(bias, expected):
 
 
 def test_shapes_follow_the_factor():
-    """Oblong pictures keep their shape; the factor is one halving per level but the last."""
+    """Oblong images keep their shape; the factor is one halving per level but the last."""
     vae = filled("vae")
     assert VAEConfig.from_json(VAES["vae"]).factor == 4
     with torch.no_grad():

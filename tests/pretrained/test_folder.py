@@ -67,15 +67,15 @@ def test_diffusers_opens_the_folder_unchanged(family, tmp_path):
     pipeline.to(torch.float64)
     models.to(dtype=torch.float64)
     x, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([3, 700])
-    picture = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         text = encode_prompts(models.text_encoder, models.tokenizer, prompt)
         context = text.expand(2, -1, -1)
         torch.testing.assert_close(pipeline.text_encoder(ids)[0], text, atol=1e-6, rtol=0)
         ours = models.unet(x, t, context).sample
         torch.testing.assert_close(pipeline.unet(x, t, context).sample, ours, atol=1e-6, rtol=0)
-        ours = models.vae.encode(picture).mean
-        torch.testing.assert_close(pipeline.vae.encode(picture).latent_dist.mean, ours, atol=1e-6, rtol=0)
+        ours = models.vae.encode(image).mean
+        torch.testing.assert_close(pipeline.vae.encode(image).latent_dist.mean, ours, atol=1e-6, rtol=0)
         torch.testing.assert_close(pipeline.vae.decode(x).sample, models.vae.decode(x), atol=1e-6, rtol=0)
     expected = "v_prediction" if family == "sd2-v" else "epsilon"
     assert pipeline.scheduler.config.prediction_type == expected

@@ -32,7 +32,7 @@ def place(tmp_path_factory):
         target = shutil.copytree(bench.scene, folder / name) / file
         content.save(target) if isinstance(content, Image.Image) else target.write_bytes(content)
 
-    spoil("text", "img.png", b"this is no picture")
+    spoil("text", "img.png", b"this is no image")
     spoil("truncated", "mask1.png", (bench.scene / "mask1.png").read_bytes()[:60])
     spoil("black", "mask1.png", Image.fromarray(mask * 0))
     spoil("wide", "mask1.png", Image.new("L", (64, 32), 255))

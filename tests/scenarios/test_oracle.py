@@ -467,15 +467,15 @@ def test_sampling_begins_as_the_official_run(models):
 
 @pytest.mark.slow
 def test_sampling_ends_as_the_official_run(models):
-    """All 50 steps and the decoded picture (a crop of it), with the handles of phase 1."""
+    """All 50 steps and the decoded image (a crop of it), with the handles of phase 1."""
     set_handles(models, 3)
     seen = sample_as_recorded(models, "phase1")
     for i in (0, 1, 2, 48):
         assert_near(seen[i], SAMPLING[f"phase1.latents_after_{i}"], 1e-4, f"latents after step {i}")
     assert_near(seen[-1], SAMPLING["phase1.latents_final"], 1e-4, "final latents")
     assert (seen[-1] - seen[-2]).abs().max() < 1e-5  # timestep 0: an identity
-    picture = decode(models, seen[-1])[0, :, 192:320, 192:320].permute(1, 2, 0)
-    torch.testing.assert_close(picture, SAMPLING["phase1.decoded_crop"][0], atol=1e-3, rtol=0)
+    image = decode(models, seen[-1])[0, :, 192:320, 192:320].permute(1, 2, 0)
+    torch.testing.assert_close(image, SAMPLING["phase1.decoded_crop"][0], atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow

@@ -280,23 +280,23 @@ def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, 
 
 
 def other_scene(bench, folder: Path, kind: str) -> Path:
-    """A copy of the scene in which one thing is another."""
+    """A copy of the scene that differs in one part."""
     shutil.copytree(bench.scene, folder)
     if kind == "words":
         concepts = [{"handle": f"<asset{i}>", "word": word} for i, word in enumerate(("bowl", None, None))]
         (folder / "scene.json").write_text(json.dumps({"concepts": concepts}))
-    elif kind == "a further picture":
+    elif kind == "an extra image":
         shutil.copytree(bench.scene, folder / "1")
     else:
-        with Image.open(folder / kind) as picture:
-            picture.putpixel((20, 9), 7)
-            picture.save(folder / kind)
+        with Image.open(folder / kind) as image:
+            image.putpixel((20, 9), 7)
+            image.save(folder / kind)
     return folder
 
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("img.png", "scene"), ("mask2.png", "scene"), ("a further picture", "scene"), ("words", "initial words")],
+    [("img.png", "scene"), ("mask2.png", "scene"), ("an extra image", "scene"), ("words", "initial words")],
 )
 def test_another_scene_is_refused(bench, tmp_path, cut_off, monkeypatch, kind, told):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)

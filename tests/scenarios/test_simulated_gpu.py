@@ -82,7 +82,7 @@ def numbers(value) -> list[float]:
 
 @pytest.mark.parametrize(("path", "count"), [("run/metrics.jsonl", 39), ("evaluation/results.jsonl", 30)])
 def test_the_numbers_are_those_of_the_cpu(folders, path, count):
-    """Losses and gradients of both phases, prior and all; the scores of pictures, attention and confusion."""
+    """Losses and gradients of both phases, prior and all; the scores of images, attention and confusion."""
     cpu, gpu = ([numbers(json.loads(line)) for line in (f / path).read_text().splitlines()] for f in folders)
     assert sum(map(len, cpu)) >= count
     assert [number for row in gpu for number in row] == pytest.approx(
@@ -97,7 +97,7 @@ def test_the_numbers_are_those_of_the_cpu(folders, path, count):
         *("run/previews/step-000006.png", "attend/map0.png"),
     ],
 )
-def test_the_pictures_are_those_of_the_cpu(folders, path):
+def test_the_images_are_those_of_the_cpu(folders, path):
     """Up to one step of 255 in each pixel."""
     cpu, gpu = (np.asarray(Image.open(folder / path), dtype=int) for folder in folders)
     assert cpu.std() > 5
@@ -196,7 +196,7 @@ from bas.data.mask_proposals import propose
 
 folder = Path(sys.argv[1])
 small = np.random.default_rng(1).integers(0, 255, (2, 4, 5, 3), dtype=np.uint8)
-pictures = [Image.fromarray(array).resize((40, 30), Image.Resampling.BICUBIC) for array in small]
+images = [Image.fromarray(array).resize((40, 30), Image.Resampling.BICUBIC) for array in small]
 torch.manual_seed(0)
 asked = {
     "sam": settings(write_sam(folder / "sam"), points=("20,10", "30,20"), threshold=0.5),
@@ -208,18 +208,18 @@ write_segmenter("maskformer", folder / "maskformer")
 for device in (torch.device("cpu"), DEVICE):
     for method, config in asked.items():
         try:
-            print(method, [(p.word, int(p.mask.sum())) for p in propose(method, pictures[0], config, device)])
+            print(method, [(p.word, int(p.mask.sum())) for p in propose(method, images[0], config, device)])
         except InputError as error:  # the random Mask2Former finds nothing, on either device
             print(method, error)
-    print(np.round(PromptSimilarity(str(clip), device).prompt_similarity(pictures, ["a bowl", "a stone"]), 5))
+    print(np.round(PromptSimilarity(str(clip), device).prompt_similarity(images, ["a bowl", "a stone"]), 5))
     for identity in (IdentitySimilarity(str(dino), device), ObjectSimilarity(device)):
-        print(np.round(identity.identity_similarity(pictures, pictures[0], half_mask()), 5))
-    print([mask.sum() for mask in Segmenter(str(folder / "maskformer"), device).segments(pictures, "dog")])
+        print(np.round(identity.identity_similarity(images, images[0], half_mask()), 5))
+    print([mask.sum() for mask in Segmenter(str(folder / "maskformer"), device).segments(images, "dog")])
 """
 
 
 def test_frozen_models_compute_on_their_device(tmp_path):
-    """Those that propose masks, and those that score pictures: the same on both."""
+    """Those that propose masks, and those that score images: the same on both."""
     pytest.importorskip("scipy", reason="scipy, without which transformers builds no Mask2Former, is not installed")
     done = simulate("-c", FROZEN, str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ def learnt():
 
 
 def paste(target: np.ndarray, layout, index: int, top: int, left: int) -> None:
-    """Put a thing of a layout into a picture, its box at (top, left)."""
+    """Put an object of a layout into an image, its box at (top, left)."""
     image, masks = draw(layout, SIDE)
     rows, columns = np.nonzero(masks[index])
     box = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
@@ -33,10 +33,10 @@ def paste(target: np.ndarray, layout, index: int, top: int, left: int) -> None:
     spot[:] = image[box] * weight + spot * (1 - weight)
 
 
-def test_all_photographs_show_the_same_things_apart():
+def test_all_images_show_the_same_objects_apart():
     for layout in (check.SCENE, *check.FURTHER, check.UNSEEN):
-        assert [(t.shape, t.colour, t.second) for t in layout.things] == [
-            (t.shape, t.colour, t.second) for t in check.SCENE.things
+        assert [(t.shape, t.colour, t.second) for t in layout.objects] == [
+            (t.shape, t.colour, t.second) for t in check.SCENE.objects
         ]
         _, masks = draw(layout, SIDE)
         assert (masks.mean(axis=(1, 2)) > 0.05).all()
@@ -44,18 +44,18 @@ def test_all_photographs_show_the_same_things_apart():
     assert len({layout.background for layout in (check.SCENE, *check.FURTHER, check.UNSEEN)}) == 4
 
 
-def test_the_part_lies_within_the_thing():
-    """No pixel of it is left when what surrounds it is filled: its box is inside the thing's, and it hides no more."""
-    _, (thing, part) = draw(check.PARTS, SIDE)
-    alone = draw(check.Layout(check.PARTS.things[:1], check.PARTS.background, 0), SIDE)[1][0]
+def test_the_part_lies_within_the_object():
+    """No pixel of it is left when what surrounds it is filled: its box is inside the object's, and it hides no more."""
+    _, (obj, part) = draw(check.PARTS, SIDE)
+    alone = draw(check.Layout(check.PARTS.objects[:1], check.PARTS.background, 0), SIDE)[1][0]
     assert part.sum() > 100
     assert (part > 0.5)[alone > 0.5].sum() > 0.6 * (part > 0.5).sum()
-    assert thing.sum() < alone.sum() - 50
+    assert obj.sum() < alone.sum() - 50
 
 
 def test_an_edit_is_measured_inside_and_outside(learnt, tmp_path, monkeypatch):
     def edited(_models, photo, regions, num_images, batch_size):
-        """The first result shows the thing in the region; the second changed one pixel elsewhere."""
+        """The first result shows the object in the region; the second changed one pixel elsewhere."""
         top, left = (int(places.min()) for places in np.nonzero(regions[0].mask))
         good = np.array(photo)
         paste(good, SHORE, 0, top, left)
@@ -78,12 +78,12 @@ def test_places_are_counted_prompt_by_prompt(learnt, tmp_path, monkeypatch):
         asked.extend(prompts)
         return [Image.new("RGB", (8, 8), (i, 0, 0)) for i in range(len(prompts) * config.num_images)]
 
-    def read(_recogniser, pictures):  # the beach in pictures 0 and 5 alone
-        numbers = [picture.getpixel((0, 0))[0] for picture in pictures]
+    def read(_recogniser, images):  # the beach in images 0 and 5 alone
+        numbers = [image.getpixel((0, 0))[0] for image in images]
         return [SimpleNamespace(place="beach" if number in (0, 5) else "snow") for number in numbers]
 
     monkeypatch.setattr(check, "sample", sampled)
-    monkeypatch.setattr(check, "read_pictures", read)
+    monkeypatch.setattr(check, "recognise_images", read)
     shares = check.check_background(learnt, None, 2, tmp_path / "sheet.png")
     assert asked == [
         "a photo at <bg>",
@@ -94,17 +94,17 @@ def test_places_are_counted_prompt_by_prompt(learnt, tmp_path, monkeypatch):
     assert list(shares.values()) == [0.5, 0.0, 0.5, 0.0]
 
 
-def test_strengths_are_measured_for_both_things(learnt, tmp_path, monkeypatch):
-    """Pictures that show the first thing where its strength is 1 or more, and the second always."""
+def test_strengths_are_measured_for_both_objects(learnt, tmp_path, monkeypatch):
+    """Images that show the first object where its strength is 1 or more, and the second always."""
 
     def sampled(_models, prompts, config):
         drawn = []
         for prompt in prompts:
-            picture = np.full((SIDE, SIDE, 3), 128, np.uint8)
-            paste(picture, SHORE, 1, 36, 30)
+            image = np.full((SIDE, SIDE, 3), 128, np.uint8)
+            paste(image, SHORE, 1, 36, 30)
             if float(prompt.partition(":")[2].partition(")")[0]) >= 1:
-                paste(picture, SHORE, 0, 2, 2)
-            drawn += [Image.fromarray(picture)] * config.num_images
+                paste(image, SHORE, 0, 2, 2)
+            drawn += [Image.fromarray(image)] * config.num_images
         return drawn
 
     monkeypatch.setattr(check, "sample", sampled)

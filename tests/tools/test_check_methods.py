@@ -17,19 +17,19 @@ from tools.checks.methods import RECORDED, condense, differences, markdown, merg
 
 @pytest.fixture
 def evaluation(tmp_path) -> Path:
-    """What `bas evaluate` leaves of one cell with two pictures of one handle and one of the other."""
+    """What `bas evaluate` leaves of one cell with two images of one handle and one of the other."""
     common = {"scene": "a", "method": "bas", "seed": 3}
-    pictures = [(0.2, 0.5), (0.4, 0.6), (0.9, 0.1)]
+    images = [(0.2, 0.5), (0.4, 0.6), (0.9, 0.1)]
     rows = [
         {"row": "picture", **common, "prompt_similarity": prompt, "identity_similarity": identity}
-        for prompt, identity in pictures
+        for prompt, identity in images
     ]
     handles = {"<asset0>": 0.5, "<asset1>": 0.7}
     rows.append({"row": "cell", **common, "attention_iou": handles, "leakage": 0.25, "confused": 0.5})
     cell = tmp_path / "cells" / "a" / "bas" / "seed-3"
     cell.mkdir(parents=True)
     (cell / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    note = common | {"pictures": pictures, "seconds": {"training": 20.0, "drawing": 3.5}}
+    note = common | {"pictures": images, "seconds": {"training": 20.0, "drawing": 3.5}}
     (cell / "cell.json").write_text(json.dumps(note))
     return tmp_path
 
@@ -88,16 +88,16 @@ def test_scenes_are_those_of_the_world_and_stay(tmp_path):
     """Two to four masks in turn, 256 pixels wide; a second call changes nothing."""
     scenes = write_scenes(tmp_path, 4)
     assert [len(list(scene.glob("mask*.png"))) for scene in scenes] == [2, 3, 4, 2]
-    with Image.open(scenes[0] / "img.png") as picture:
-        assert picture.size == (256, 256)
-        assert np.asarray(picture).std() > 10
+    with Image.open(scenes[0] / "img.png") as image:
+        assert image.size == (256, 256)
+        assert np.asarray(image).std() > 10
     (scenes[0] / "img.png").write_bytes(b"mine")
     write_scenes(tmp_path, 1)
     assert (scenes[0] / "img.png").read_bytes() == b"mine"
 
 
 def test_the_recorded_run_is_whole():
-    """Twelve scenes of two to four concepts, ten methods and three options, three seeds; three pictures a subset."""
+    """Twelve scenes of two to four concepts, ten methods and three options, three seeds; three images a subset."""
     cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
     for method in (*PAPER, "cross-entropy", "no-close-ups", "uniform"):
         mine = [cell for cell in cells if cell["method"] == method]

@@ -1,4 +1,4 @@
-"""The recogniser that reads generated pictures: what it learns from, and that its figures can be repeated."""
+"""The recogniser that reads generated images: what it learns from, and that its figures can be repeated."""
 
 import math
 
@@ -17,7 +17,7 @@ from tools.checks.mini import (
     score,
     train_recogniser,
 )
-from tools.mini_world.layouts import Layout, Thing
+from tools.mini_world.layouts import Layout, Object
 from tools.mini_world.scenes import render_scene
 
 
@@ -31,8 +31,8 @@ def test_two_trainings_give_the_same_recogniser(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in first.items())
 
 
-def test_a_scene_is_labelled_where_its_things_are():
-    """Cells of which a thing covers half have its shape and colour, as the masks say; all others have neither."""
+def test_a_scene_is_labelled_where_its_objects_are():
+    """Cells of which an object covers half have its shape and colour, as the masks say; all others have neither."""
     for index in range(8):
         labels = labelled_scene(index)
         drawn = render_scene(np.random.default_rng((SEED, index)), 64, two_colours=0)
@@ -40,15 +40,15 @@ def test_a_scene_is_labelled_where_its_things_are():
         assert np.array_equal(labels.image, drawn.image)
         for row, column in np.ndindex(16, 16):
             cell = np.s_[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-            here = [thing for thing, mask in zip(drawn.objects, drawn.masks, strict=True) if mask[cell].mean() > 0.5]
+            here = [obj for obj, mask in zip(drawn.objects, drawn.masks, strict=True) if mask[cell].mean() > 0.5]
             shape, colour = labels.shapes[row, column], labels.colours[row, column]
-            assert [SHAPE_NAMES[shape]] == [thing.shape for thing in here] if here else shape == NOTHING
-            assert [COLOUR_NAMES[colour]] == [thing.colour for thing in here] if here else colour == -1
+            assert [SHAPE_NAMES[shape]] == [obj.shape for obj in here] if here else shape == NOTHING
+            assert [COLOUR_NAMES[colour]] == [obj.colour for obj in here] if here else colour == -1
 
 
 def test_percentages_by_hand():
-    """One of five readings is right: others miss shape, colour, place or most of the thing; of two pairs one."""
-    star, mug = Thing("star", "red"), Thing("mug", "blue")
+    """One of five readings is right: others miss shape, colour, place or most of the object; of two pairs one."""
+    star, mug = Object("star", "red"), Object("mug", "blue")
     right = Reading("beach", {"star": 10}, {"star": "red"})
     readings = [
         right,
@@ -71,6 +71,6 @@ def test_percentages_by_hand():
 
 
 def test_psnr_of_known_errors():
-    """One level of 255 everywhere is 20 log10 255 = 48.13 dB, ten levels 20 dB less; the mean over both pictures."""
-    picture = np.full((64, 64, 3), 100, np.uint8)
-    assert math.isclose(psnr([picture + 1, picture + 10], [picture] * 2), 20 * math.log10(255) - 10, abs_tol=1e-3)
+    """One level of 255 everywhere is 20 log10 255 = 48.13 dB, ten levels 20 dB less; the mean over both images."""
+    image = np.full((64, 64, 3), 100, np.uint8)
+    assert math.isclose(psnr([image + 1, image + 10], [image] * 2), 20 * math.log10(255) - 10, abs_tol=1e-3)

@@ -33,7 +33,7 @@ def validated():
     for layout in unseen_scenes(9, seed=5).values():
         places = places_of(layout, 2)
         truth = read_truth(layout, places, seeds=2)
-        asked = [(subset, place, 0) for subset, place in requests(len(layout.things), places)]
+        asked = [(subset, place, 0) for subset, place in requests(len(layout.objects), places)]
         images = [true_image(layout, *request) for request in asked]
         shown = [
             Shown(*request, tuple(map(float, values)), request[1])
@@ -97,7 +97,7 @@ def test_guests_and_right_by_hand():
 
 def test_scenes_are_of_two_three_and_four_concepts_and_of_their_seed():
     scenes = unseen_scenes(6, seed=2)
-    assert [len(layout.things) for layout in scenes.values()] == [2, 3, 4, 2, 3, 4]
+    assert [len(layout.objects) for layout in scenes.values()] == [2, 3, 4, 2, 3, 4]
     assert list(unseen_scenes(3, seed=2).items()) == list(scenes.items())[:3]
     assert list(unseen_scenes(6, seed=3).values()) != list(scenes.values())
     layout = scenes["seed2-00"]

@@ -1,4 +1,4 @@
-"""The tool of the documentation's pictures: what its commands leave is what it reads, in its order."""
+"""The tool of the documentation's images: what its commands leave is what it reads, in its order."""
 
 import json
 
@@ -25,19 +25,19 @@ def sheets(monkeypatch):
     return drawn
 
 
-def settings(picture):
-    """Those that travel with a picture's file."""
-    return json.loads(picture.info["bas"])
+def settings(image):
+    """Those that travel with an image's file."""
+    return json.loads(image.info["bas"])
 
 
-def test_each_row_below_the_photograph_is_of_its_own_prompt(tmp_path, sheets):
-    """Twelve pictures: their files are numbered with two digits."""
+def test_each_row_below_the_image_is_of_its_own_prompt(tmp_path, sheets):
+    """Twelve images: their files are numbered with two digits."""
     scene, prompts = write_scene(tmp_path / "scene", 2), ["a photo", "a dog", "snow"]
     make_pictures.draw_beside([scene], write_model(tmp_path / "model"), prompts, tmp_path, "one")
     ((first, *rows), labels) = sheets[0]
     assert [len(row) for row in (first, *rows)] == [2, 4, 4, 4]
     assert labels[1:] == [[prompt] * 4 for prompt in prompts]
-    assert [[settings(picture)["prompt"] for picture in row] for row in rows] == labels[1:]
+    assert [[settings(image)["prompt"] for image in row] for row in rows] == labels[1:]
     assert (tmp_path / "one.png").exists()
 
 
@@ -45,12 +45,12 @@ def test_the_edit_shows_each_handle_in_the_same_box(tmp_path, sheets):
     models = taught(write_model(tmp_path / "base"), ("<asset0>", "<asset1>", "<asset2>"))
     save_model(models, tmp_path / "model")
     make_pictures.draw_edit(tmp_path / "model", tmp_path)
-    ((pictures,), (labels,)) = sheets[0]
-    assert len(pictures) == len(labels) == 5
-    assert [settings(picture)["prompts"] for picture in pictures[2:]] == [[label] for label in labels[2:]]
+    ((images,), (labels,)) = sheets[0]
+    assert len(images) == len(labels) == 5
+    assert [settings(image)["prompts"] for image in images[2:]] == [[label] for label in labels[2:]]
     where = np.asarray(Image.open(tmp_path / "where.png"))
     assert 0.3 < (where == 255).mean() < 0.8
-    for picture in pictures[2:]:
-        assert np.array_equal(np.asarray(picture)[where == 0], np.asarray(pictures[0])[where == 0])
-        assert not np.array_equal(np.asarray(picture)[where == 255], np.asarray(pictures[0])[where == 255])
+    for image in images[2:]:
+        assert np.array_equal(np.asarray(image)[where == 0], np.asarray(images[0])[where == 0])
+        assert not np.array_equal(np.asarray(image)[where == 255], np.asarray(images[0])[where == 255])
     assert [label.split()[3] for label in labels[2:]] == ["<asset0>", "<asset1>", "<asset2>"]

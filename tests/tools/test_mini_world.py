@@ -1,4 +1,4 @@
-"""The miniature world: what a caption says is what the picture shows, and the masks are exact."""
+"""The miniature world: what a caption says is what the image shows, and the masks are exact."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 from tools.mini_world.captions import describe, phrase
 from tools.mini_world.colours import COLOURS, MARKINGS, PATTERNS
 from tools.mini_world.drawing import draw
-from tools.mini_world.layouts import Layout, Thing
+from tools.mini_world.layouts import Layout, Object
 from tools.mini_world.places import PLACES
 from tools.mini_world.scenes import render_concepts, render_scene, save_scene
 from tools.mini_world.shapes import CONCEPT_SHAPES, SHAPES
@@ -37,8 +37,8 @@ def test_a_layout_is_the_same_scene_at_any_size():
 
 @pytest.mark.parametrize("shape", [*SHAPES, *CONCEPT_SHAPES])
 def test_every_shape_fills_its_square_and_no_more(shape):
-    thing = Thing(shape, "red", size=0.6)
-    _, masks = draw(Layout((thing,), "wall", 0), 128)
+    obj = Object(shape, "red", size=0.6)
+    _, masks = draw(Layout((obj,), "wall", 0), 128)
     rows, columns = np.nonzero(masks[0] > 0.5)
     for low, high in ((rows.min(), rows.max()), (columns.min(), columns.max())):
         assert 0.2 * 128 - 2 <= low
@@ -48,7 +48,7 @@ def test_every_shape_fills_its_square_and_no_more(shape):
 
 
 @pytest.mark.parametrize("background", PLACES)
-def test_outside_the_masks_the_picture_is_the_background(background):
+def test_outside_the_masks_the_image_is_the_background(background):
     layout = scene(11, count=3, background=background).layout
     image, masks = draw(layout)
     empty, none = draw(Layout((), layout.background, layout.seed))
@@ -66,8 +66,8 @@ def test_masks_share_no_pixel_beyond_its_whole():
 
 
 def test_the_one_in_front_hides_the_one_behind():
-    behind = Thing("cube", "red", x=0.4, size=0.5)
-    front = Thing("ball", "blue", x=0.6, size=0.5)
+    behind = Object("cube", "red", x=0.4, size=0.5)
+    front = Object("ball", "blue", x=0.6, size=0.5)
     image, masks = draw(Layout((behind, front), "wall", 0))
     assert masks[1, 32, 38] == 1
     assert masks[0, 32, 38] == 0
@@ -77,7 +77,7 @@ def test_the_one_in_front_hides_the_one_behind():
 
 def test_colours_are_those_that_were_asked_for():
     for name, colour in COLOURS.items():
-        image, masks = draw(Layout((Thing("ball", name, size=0.8),), "wall", 0))
+        image, masks = draw(Layout((Object("ball", name, size=0.8),), "wall", 0))
         mean = image[masks[0] == 1].mean(0) / 255
         distances = {other: np.abs(mean - rgb).sum() for other, rgb in COLOURS.items()}
         assert min(distances, key=distances.get) == name, (name, colour, mean)
@@ -88,8 +88,8 @@ def test_complete_captions_name_everything():
         drawn = scene(seed)
         caption = describe(drawn.layout)
         assert caption.endswith(PLACES[drawn.background][0])
-        for thing in drawn.objects:
-            assert phrase(thing) in caption
+        for obj in drawn.objects:
+            assert phrase(obj) in caption
 
 
 def test_captions_say_nothing_false():
@@ -102,18 +102,18 @@ def test_captions_say_nothing_false():
         truth |= set(PLACES[drawn.background][0].split())
         said = vocabulary.intersection(drawn.caption.split())
         assert said <= truth, drawn.caption
-        assert all(thing.shape in drawn.caption for thing in drawn.objects)
+        assert all(obj.shape in drawn.caption for obj in drawn.objects)
         silent += PLACES[drawn.background][0] not in drawn.caption
     assert 20 < silent < 150  # short captions keep "a photo of <asset0>" inside what was learnt
 
 
 def test_both_colours_of_a_pattern_are_named():
-    thing = Thing("star", "red", "striped", "blue")
-    assert phrase(thing) == "a red and blue striped star"
-    assert phrase(thing, say_colour=False) == "a striped star"
-    seconds = [thing.second for seed in range(80) for thing in scene(seed, count=2, two_colours=1).objects]
+    obj = Object("star", "red", "striped", "blue")
+    assert phrase(obj) == "a red and blue striped star"
+    assert phrase(obj, say_colour=False) == "a striped star"
+    seconds = [obj.second for seed in range(80) for obj in scene(seed, count=2, two_colours=1).objects]
     assert 60 < len(list(filter(None, seconds))) < 100  # of 160: half are plain
-    assert not any(thing.second for seed in range(80) for thing in scene(seed, count=2, two_colours=0).objects)
+    assert not any(obj.second for seed in range(80) for obj in scene(seed, count=2, two_colours=0).objects)
 
 
 def test_an_empty_scene_is_captioned_as_the_prior_of_the_method():
@@ -125,13 +125,13 @@ def test_concepts_are_unseen_in_training():
     assert not set(SHAPES) & set(CONCEPT_SHAPES)
     assert not set(PATTERNS) & set(MARKINGS)
     concepts = render_concepts(np.random.default_rng(5), count=3)
-    for thing in concepts.objects:
-        assert thing.shape in CONCEPT_SHAPES
-        assert thing.pattern in MARKINGS
-        assert thing.second not in (None, thing.colour)
+    for obj in concepts.objects:
+        assert obj.shape in CONCEPT_SHAPES
+        assert obj.pattern in MARKINGS
+        assert obj.second not in (None, obj.colour)
 
 
-def test_a_scene_folder_holds_picture_masks_and_words(tmp_path):
+def test_a_scene_folder_holds_image_masks_and_words(tmp_path):
     concepts = render_concepts(np.random.default_rng(1), count=2)
     save_scene(concepts, tmp_path / "scene")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "scene/img.png")), concepts.image)

@@ -40,8 +40,8 @@ def example(scene, step: int) -> Example:
     if told["flip"]:
         image, masks = image.flip(-1), masks.flip(-1)
     (class_image,) = (path for path in scene.class_images if path.name == told["class_file"])
-    pictures = torch.stack([pixels(read_image(class_image)), image])
-    return Example(pictures, recorded(step, "input_ids"), masks, told["token_ids"])
+    images = torch.stack([pixels(read_image(class_image)), image])
+    return Example(images, recorded(step, "input_ids"), masks, told["token_ids"])
 
 
 def near(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -118,9 +118,9 @@ def test_phase1_moves_the_handles_alone(scene):
 
 
 def test_the_commands_train_save_and_draw(tmp_path, monkeypatch):
-    """Class images are made up to the number asked for, handles are saved with the pipeline, a picture comes out."""
+    """Class images are made up to the number asked for, handles are saved with the pipeline, an image comes out."""
     tiny = Bench(tmp_path)
-    run, images, picture = tmp_path / "run", tmp_path / "new class images", tmp_path / "picture.png"
+    run, images, image = tmp_path / "run", tmp_path / "new class images", tmp_path / "picture.png"
     train = ["train", str(tiny.scene), "--weights", str(tiny.model), "--class_data_dir", str(images), "--device", "cpu"]
     counts = (
         "--phase1_train_steps 1 --phase2_train_steps 1 --num_class_images 1 --initializer_tokens creature bowl stone"
@@ -130,7 +130,7 @@ def test_the_commands_train_save_and_draw(tmp_path, monkeypatch):
     assert len(list(images.iterdir())) == 1
     models = load(run)  # strictly: every weight is there, and the rows of the handles
     assert models.handles == ("<asset0>", "<asset1>", "<asset2>")
-    sample = ["sample", str(run), "--output", str(picture), "--num_inference_steps", "2", "--device", "cpu", "--prompt"]
+    sample = ["sample", str(run), "--output", str(image), "--num_inference_steps", "2", "--device", "cpu", "--prompt"]
     monkeypatch.setattr("sys.argv", ["official_loop.py", *sample, "a photo of <asset0>"])
     main()
-    assert Image.open(picture).size == (32, 32)
+    assert Image.open(image).size == (32, 32)

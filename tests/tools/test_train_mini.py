@@ -108,8 +108,8 @@ def test_muon_steps_matrices_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize(("cover", "weight"), [(0.0, 1.0), (0.2, 1.6), (1.0, 4.0)])
-def test_pixels_of_things_weigh_more_in_the_loss_of_the_decoder(cover, weight):
-    """One for the background, four for a thing: images off by 0.5 everywhere, so that no edge is wrong."""
+def test_pixels_of_objects_weigh_more_in_the_loss_of_the_decoder(cover, weight):
+    """One for the background, four for an object: images off by 0.5 everywhere, so that no edge is wrong."""
     images = torch.ones(2, 3, 8, 8)
     loss = reconstruction_loss(images - 0.5, images, torch.full((2, 1, 8, 8), cover))
     assert loss.item() == pytest.approx(weight * (0.5 + 4 * 0.25))

@@ -24,7 +24,7 @@ def models(bench):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Pictures are drawn from noise instead of being denoised; the list holds (prompt, seed) of each."""
+    """Images are drawn from noise instead of being denoised; the list holds (prompt, seed) of each."""
     jobs = []
 
     def generate(prompts, seeds, models, settings, on_step):
@@ -37,11 +37,11 @@ def asked(monkeypatch):
 
 
 def names(folder) -> list[str]:
-    """The pictures in a folder."""
+    """The images in a folder."""
     return sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
 
 
-def test_cache_key_depends_on_everything_that_decides_a_picture(models):
+def test_cache_key_depends_on_everything_that_decides_an_image(models):
     """Each change gives another folder; the scene, the count and the batch size do not matter."""
     base = {"config": TrainConfig(), "base_hash": "a", "schedule": models.schedule, "settings": SampleConfig(height=32)}
 
@@ -81,7 +81,7 @@ def test_the_key_holds_what_auto_came_to(bench, tmp_path, asked, monkeypatch):
 
 
 def test_images_are_generated_once_and_more_are_added(models, bench, tmp_path, asked):
-    """Seeds count up, prompts take turns, and a larger number keeps the pictures that are there."""
+    """Seeds count up, prompts take turns, and a larger number keeps the images that are there."""
     prompts = ("a photo at the beach", "a bowl")
     config = bench.config(class_data_dir=str(tmp_path / "new"), class_prompt=prompts, num_class_images=3, seed=5)
     first, _ = class_images(models, config, "base", (32, 40))
@@ -98,15 +98,15 @@ def test_images_are_generated_once_and_more_are_added(models, bench, tmp_path, a
 
 
 def test_interrupted_generation_continues(models, bench, tmp_path, asked, monkeypatch):
-    """Cut off in the third batch of two, with a half-written file: the rest is made, the pictures are the same."""
+    """Cut off in the third batch of two, with a half-written file: the rest is made, the images are the same."""
     config = bench.config(class_data_dir=str(tmp_path / "cut"), num_class_images=6, sample_batch_size=2)
     original, calls = Image.Image.save, iter(range(1, 100))
 
-    def dying(picture, path, **options):
+    def dying(image, path, **options):
         if next(calls) == 5:
             path.write_bytes(b"half")
             raise KeyboardInterrupt
-        original(picture, path, **options)
+        original(image, path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", dying)
@@ -122,7 +122,7 @@ def test_interrupted_generation_continues(models, bench, tmp_path, asked, monkey
 
 
 def test_folder_of_the_user_is_taken_as_it_is(models, bench, tmp_path, asked):
-    """No key is written, nothing generated; pictures of another shape are cut to the middle and resized."""
+    """No key is written, nothing generated; images of another shape are cut to the middle and resized."""
     folder = write_class_images(tmp_path / "mine", count=3, size=(64, 32))
     config = bench.config(class_data_dir=str(folder), num_class_images=2)
     found, _ = class_images(models, config, "any base", (32, 32))
@@ -136,8 +136,8 @@ def test_folder_of_the_user_is_taken_as_it_is(models, bench, tmp_path, asked):
         assert torch.equal(found.mean[0], models.vae.encode(pixels[None]).mean[0])
 
 
-def test_pictures_of_the_user_are_never_replaced(models, bench, tmp_path, asked):
-    """One of them bears a name that a generated picture would have."""
+def test_images_of_the_user_are_never_replaced(models, bench, tmp_path, asked):
+    """One of them bears a name that a generated image would have."""
     folder = write_class_images(tmp_path / "mine", count=2)
     (folder / "1.png").rename(folder / "00002.png")
     mine = (folder / "00002.png").read_bytes()
@@ -167,7 +167,7 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
         class_images(models, config, "base", (32, 32))
 
 
-def test_a_file_is_no_folder_and_a_broken_picture_is_named(models, bench, tmp_path):
+def test_a_file_is_no_folder_and_a_broken_image_is_named(models, bench, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("--class_data_dir", "not a folder"):
         check_class_folder(bench.config(class_data_dir=str(tmp_path / "file")), models.schedule, (32, 32))
@@ -229,10 +229,10 @@ def test_what_a_killed_process_left_is_removed(models, bench, tmp_path, asked):
     folder = tmp_path / "new"
     folder.mkdir()
     (folder / ".00001.png.999999.tmp").write_bytes(b"half")
-    (folder / ".mine.tmp").touch()
+    (folder / ".mine.999999.tmp").touch()
     class_images(models, bench.config(class_data_dir=str(folder)), "base", (32, 32))
     assert not (folder / ".00001.png.999999.tmp").exists()
-    assert (folder / ".mine.tmp").exists()
+    assert (folder / ".mine.999999.tmp").exists()
 
 
 def test_the_progress_of_class_images_counts_steps(models, bench, tmp_path, monkeypatch):

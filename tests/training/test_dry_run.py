@@ -72,10 +72,10 @@ def config(scene: Path, model: Path, run: Path, **changes) -> TrainConfig:
 def on_meta(settings: TrainConfig):
     """The tiny model on the meta device, with handles, and its blank data."""
     models, _ = build_on_meta(Path(settings.pretrained_model_name_or_path))
-    picture = load_scene(settings)
-    _, masks = picture.tensors(models.resolution, models.size_multiple)
-    add_handles(models.text_encoder, models.tokenizer, picture.handles, picture.words, 0)
-    return models, blank_data(models, picture, masks, settings)
+    image = load_scene(settings)
+    _, masks = image.tensors(models.resolution, models.size_multiple)
+    add_handles(models.text_encoder, models.tokenizer, image.handles, image.words, 0)
+    return models, blank_data(models, image, masks, settings)
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_gradient_outside_the_mask_is_exactly_zero(bench):
     assert (unet.prediction.grad[~outside] != 0).all()
 
 
-def test_without_the_masked_loss_the_whole_picture_counts(bench):
+def test_without_the_masked_loss_the_whole_image_counts(bench):
     config = bench.config(with_prior_preservation=False, apply_masked_loss=False)
     unet, _, _, _ = fixed_step(bench.prepared(config), config)
     assert (unet.prediction.grad != 0).all()
@@ -410,7 +410,7 @@ def test_runs_of_many_kinds_end_well(bench, tmp_path, flags, size, sides):
     tensors, note = read_concepts(run)
     assert tensors["masks"].shape == (2, sides[1], sides[0])
     assert note["handles"] == ["<asset0>", "<asset1>"]
-    assert bas.load(run).resolution == min(sides)  # at which its pictures are drawn
+    assert bas.load(run).resolution == min(sides)  # at which its images are drawn
     assert all(torch.tensor(row["loss"]).isfinite() for row in metrics(run))
 
 
@@ -509,5 +509,5 @@ def test_folder_trained_by_the_official_code_opens(bench, tmp_path):
         expected = pipeline.text_encoder(ids).last_hidden_state
         ours = encode_ids(models.text_encoder, tokenize(models.tokenizer, [prompt]))
     assert (ours - expected).abs().max() < 1e-5
-    (picture,) = bas.sample(models, prompt, num_inference_steps=2)
-    assert picture.size == (32, 32)
+    (image,) = bas.sample(models, prompt, num_inference_steps=2)
+    assert image.size == (32, 32)

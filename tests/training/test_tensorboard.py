@@ -76,5 +76,5 @@ def test_a_training_reports_its_metrics_and_previews(tmp_path):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for name in ("lr", "loss", "reconstruction", "attention", "grad_norm"):
         assert scalars(events)[name] == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-    (picture,) = events.Images("preview")
-    assert (picture.step, picture.encoded_image_string[:4]) == (2, b"\x89PNG")
+    (image,) = events.Images("preview")
+    assert (image.step, image.encoded_image_string[:4]) == (2, b"\x89PNG")

@@ -28,7 +28,7 @@ PORT = 8123
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture of 48x32 pixels."""
+    """An image of 48x32 pixels."""
     Image.new("RGB", (W, H), (90, 120, 60)).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
@@ -162,13 +162,13 @@ def test_scenes_that_are_none(session):
 
 def test_a_folder_that_is_spoilt_meanwhile_is_told(session, photo):
     save(session, {"handle": "<a>", "word": None, "mask": png(soft())})
-    (photo.parent / "photo" / "mask0.png").write_text("no picture")
+    (photo.parent / "photo" / "mask0.png").write_text("no image")
     status, _, answer = ask(session, place="scene")
     assert status == 400
     assert "mask0.png is not a readable" in json.loads(answer)["message"]
 
 
-def test_other_pictures_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_path):
+def test_other_images_and_other_kinds_of_masks_are_not_overwritten(photo, tmp_path):
     other = tmp_path / "scene"
     other.mkdir()
     Image.new("RGB", (W, H)).save(other / "img.png")
@@ -203,14 +203,14 @@ def test_the_page_asks_nobody_else(session):
     assert (headers["Cache-Control"], headers["Referrer-Policy"]) == ("no-store", "no-referrer")
 
 
-def test_the_picture_is_sent_upright(tmp_path):
+def test_the_image_is_sent_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (W, H)).save(tmp_path / "turned.jpg", exif=exif)
     session = Session(open_draft(tmp_path / "turned.jpg", None))
-    status, headers, picture = ask(session, place="image")
+    status, headers, image = ask(session, place="image")
     assert (status, headers["Content-Type"]) == (200, "image/jpeg")
-    assert Image.open(io.BytesIO(picture)).size == (H, W)
+    assert Image.open(io.BytesIO(image)).size == (H, W)
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -395,7 +395,7 @@ def open_page(browser, url):
 
 
 def on_screen(browser, *points):
-    """Where pixels of the photograph are in the window."""
+    """Where pixels of the image are in the window."""
     left, top, scale = browser.run("(({left, top, width: w}) => [left, top, w / width])(sheet.getBoundingClientRect())")
     return [(left + x * scale, top + y * scale) for x, y in points]
 

@@ -32,7 +32,7 @@ HANDLES = ("<creature>", "<bowl>")
 
 
 def run_folder(folder, handles=HANDLES, steps=40, **settings):
-    """A run folder as training leaves it, without any training: a picture, two masks, previews at two steps, losses."""
+    """A run folder as training leaves it, without any training: an image, two masks, previews at two steps, losses."""
     draw = np.random.default_rng(0)
     scene = tiny.write_scene(folder / "scene", concepts=2, size=(96, 64))
     photo = Image.open(scene / "img.png")
@@ -88,22 +88,22 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
 
-def test_nothing_points_outside_and_every_picture_is_there(run):
+def test_nothing_points_outside_and_every_image_is_there(run):
     source = page(run)
     parsed = Page(source)
     around = re.sub(r'src="data:image/jpeg;base64,[A-Za-z0-9+/=]+"', "", source)
     assert re.findall(r"(?:https?:)?//[a-z]|url\(|@import|src=", around) == []
     assert not {"link", "iframe", "object", "base", "form"} & {tag for tag, _ in parsed.elements}
     assert all("src" not in script for script in parsed.all("script"))
-    pictures = parsed.all("img")
-    # photograph, both masks together and alone; per handle photograph, mask, 2 x 2 previews; 2 of all handles
-    assert len(pictures) == 4 + 2 * 6 + 2
-    for tag in pictures:
+    images = parsed.all("img")
+    # image, both masks together and alone; per handle image, mask, 2 x 2 previews; 2 of all handles
+    assert len(images) == 4 + 2 * 6 + 2
+    for tag in images:
         data = base64.b64decode(tag["src"].removeprefix("data:image/jpeg;base64,"))
         assert Image.open(io.BytesIO(data)).size == (int(tag["width"]), int(tag["height"])) == (96, 64)
 
 
-def test_further_photographs_are_shown(tmp_path):
+def test_extra_images_are_shown(tmp_path):
     """Those of the folder by number, then the close-ups; each names the concepts it has a mask of."""
     folder = run_folder(tmp_path / "run")
     for name in ("10", "2", "close-up-1"):
@@ -211,21 +211,21 @@ def test_a_run_that_has_barely_begun_has_a_page(tmp_path):
     assert "This run made no previews" in text
 
 
-def test_pictures_that_cannot_be_read_are_left_out(tmp_path, caplog):
+def test_images_that_cannot_be_read_are_left_out(tmp_path, caplog):
     """Cut off by a kill, as earlier versions could leave them: the page shows the others, and a line names each."""
     folder = run_folder(tmp_path / "run")
     tiny.write_scene(folder / "scene" / "1", concepts=2)
     (folder / "gallery").mkdir()
     grid([[Image.new("RGB", (8, 8))]], [["x"]], 64).save(folder / "gallery" / "grid.png")
     whole = len(Page(page(folder)).all("img"))
-    pictures = "previews/pictures/step-000020"
-    cases = [  # a file, and how many pictures need it
-        (f"{pictures}/sample-all.png", 1),
-        (f"{pictures}/attention-1.png", 2),  # with the sample beside it
+    images = "previews/pictures/step-000020"
+    cases = [  # a file, and how many images need it
+        (f"{images}/sample-all.png", 1),
+        (f"{images}/attention-1.png", 2),  # with the sample beside it
         ("gallery/grid.png", 1),
-        ("scene/1/mask0.png", 0),  # its photograph is shown with the other mask
+        ("scene/1/mask0.png", 0),  # its image is shown with the other mask
         ("scene/1/img.png", 1),
-        ("scene/mask1.png", 3),  # in the scene, and in its handle's row beside the photograph
+        ("scene/mask1.png", 3),  # in the scene, and in its handle's row beside the image
         ("scene/img.png", 5),
     ]
     for name, fewer in cases:
@@ -237,10 +237,10 @@ def test_pictures_that_cannot_be_read_are_left_out(tmp_path, caplog):
         assert f"{folder / name}" in caplog.text
 
 
-def test_pictures_are_whole_or_absent(tmp_path, monkeypatch):
+def test_images_are_whole_or_absent(tmp_path, monkeypatch):
     """A kill while one is saved leaves none under its name."""
 
-    def cut_short(picture, path, **options):
+    def cut_short(image, path, **options):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 

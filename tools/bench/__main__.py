@@ -54,7 +54,7 @@ SETTINGS = (
     Setting("small SD 1", "cpu", ("steps", "memory"), needs_gb=16),
     Setting("SD 2.1", "cpu", ("loading",), needs_gb=14),
 )
-QUICK = {("small SD 2", group) for group in ("imports", "steps", "memory", "pictures")}
+QUICK = {("small SD 2", group) for group in ("imports", "steps", "memory", "images")}
 
 
 class Bench:

@@ -49,7 +49,7 @@ def official_gradients(material: Material, phase: int) -> Reference:
 
 
 def to_batch(reference: Reference, handle_ids: list[int], with_prior: bool) -> Batch:
-    """The reference's draws as bas's batch: the photograph first, the class image behind it or left out."""
+    """The reference's draws as bas's batch: the image first, the class image behind it or left out."""
     rows = [1, 0] if with_prior else [1]
     h, w = reference.latents.shape[-2:]
     masks, ids = reference.example.masks[:, 0], reference.example.input_ids

@@ -47,7 +47,7 @@ NAMES = {
     "steps": ("phase-1 step", "phase-1 step, exact", "phase-2 step"),
     "memory": ("peak memory, phase 1", "peak memory, phase 2", "start-up"),
     "job": ("400 + 400 steps",),
-    "pictures": ("one image, 50 steps", "class images"),
+    "images": ("one image, 50 steps", "class images"),
     "scaling": ("8 concepts against 1", "resolution"),
     "loading": ("load to bf16, time", "load to bf16, memory"),
     "commands": ("command to concepts and one image, cold", "command to concepts and one image, warm"),

@@ -93,9 +93,9 @@ def make_class_images(folder: Path, side: int, count: int = 4) -> Path:
     """The official recording's four class images by turns, `count` files of `side` pixels, as JPEG."""
     folder.mkdir(parents=True)
     paths = sorted((OFFICIAL / "class_images").glob("*.*g"))
-    pictures = [Image.open(path).convert("RGB").resize((side, side)) for path in paths]
+    images = [Image.open(path).convert("RGB").resize((side, side)) for path in paths]
     for i in range(count):
-        pictures[i % len(pictures)].save(folder / f"class{i}.jpg")
+        images[i % len(images)].save(folder / f"class{i}.jpg")
     return folder
 
 

@@ -8,7 +8,7 @@ code's recorded numbers. Left out is one defect: in fp16 the official phase 2 di
 scale twice.
 
     python -m tools.bench.official_loop train SCENE --weights MODEL --class_data_dir IMAGES --output_dir RUN
-    python -m tools.bench.official_loop sample RUN --prompt "a photo of <asset0>" --output PICTURE
+    python -m tools.bench.official_loop sample RUN --prompt "a photo of <asset0>" --output IMAGE
 """
 
 import argparse
@@ -89,7 +89,7 @@ def aggregate(store: AttentionStore, rows: int, columns: int) -> Tensor:
 
 @dataclass(frozen=True)
 class OfficialScene:
-    """The photograph, its masks and the class images, as the official data set holds them."""
+    """The image, its masks and the class images, as the official data set holds them."""
 
     image: Tensor  # (3, H, W) in [-1, 1]
     masks: Tensor  # (N, 1, H, W) in [0, 1]
@@ -98,7 +98,7 @@ class OfficialScene:
 
 @dataclass(frozen=True)
 class Example:
-    """One step's input: class image first, photograph second."""
+    """One step's input: class image first, image second."""
 
     pixels: Tensor  # (2, 3, H, W)
     input_ids: Tensor  # (2, 77)
@@ -183,9 +183,9 @@ class OfficialLoop:
         found = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return found.input_ids
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """A posterior sample of each picture. (b, 3, H, W) -> (b, 4, h, w), scaled"""
-        return self.vae.encode(pictures.to(self.device, self.vae.dtype)).latent_dist.sample() * SCALING
+    def encode(self, images: Tensor) -> Tensor:
+        """A posterior sample of each image. (b, 3, H, W) -> (b, 4, h, w), scaled"""
+        return self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist.sample() * SCALING
 
     def losses(self, example: Example, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step, and its unweighted parts. latents, noise: (2, 4, h, w); t: (2,)"""
@@ -274,8 +274,8 @@ def make_class_images(weights: Path, folder: Path, wanted: int, device: str) -> 
         return
     pipeline = open_pipeline(weights, device)
     for start in range(found, wanted, CLASS_BATCH):
-        for i, picture in enumerate(pipeline([CLASS_PROMPT] * min(CLASS_BATCH, wanted - start)).images):
-            picture.save(folder / f"{start + i}.jpg")
+        for i, image in enumerate(pipeline([CLASS_PROMPT] * min(CLASS_BATCH, wanted - start)).images):
+            image.save(folder / f"{start + i}.jpg")
 
 
 def read_scene(folder: Path, class_images: Path) -> OfficialScene:
@@ -299,7 +299,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def sample(arguments: argparse.Namespace) -> None:
-    """One picture of a trained model, with the scheduler of the official inference."""
+    """One image of a trained model, with the scheduler of the official inference."""
     pipeline = open_pipeline(arguments.run, arguments.device)
     pipeline.scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False

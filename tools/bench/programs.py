@@ -1,4 +1,4 @@
-"""Rows of the bench that start programs: imports, loading, whole commands from a scene to a picture, many scenes."""
+"""Rows of the bench that start programs: imports, loading, whole commands from a scene to an image, many scenes."""
 
 import sys
 from collections.abc import Iterator
@@ -62,13 +62,13 @@ def commands(bench, setting, _lines) -> Iterator[Line]:
     training = ["train", material.scene, *training_flags(bench, setting, count, images)]
     sampling = ["--num_inference_steps", 50 if cuda else 10, "--prompt", "a photo of <asset0> at the beach", *device]
     environment = {"BAS_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(bench.fresh("inductor"))}
-    # its flag for the folder of class images (bas has its cache), its flag for the picture
+    # its flag for the folder of class images (bas has its cache), its flag for the image
     sides = {"official": (["--class_data_dir", cache / "official"], "--output"), "bas": ([], "--output_path")}
     for state in ("cold", "warm"):
         stats = {}
         for side, (class_images, output) in sides.items():
-            run, picture = bench.fresh("run"), bench.fresh("picture").with_suffix(".png")
-            both = [*training, *class_images, "--output_dir", run], ["sample", run, *sampling, output, picture]
+            run, image = bench.fresh("run"), bench.fresh("image").with_suffix(".png")
+            both = [*training, *class_images, "--output_dir", run], ["sample", run, *sampling, output, image]
             stats[side] = Stat.of([sum(run_program(side, words, bench, environment) for words in both)])
         row = f"command to concepts and one image, {state}"
         note = f"{images} class images, {count} + {count} steps"

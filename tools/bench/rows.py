@@ -11,9 +11,9 @@ from tools.bench.bas_side import BasSide, Mode, chosen_modes, mode_named
 from tools.bench.clock import child, interleave
 from tools.bench.fidelity import Reference, fidelity, official_gradients
 from tools.bench.goals import failure, line
+from tools.bench.images import images
 from tools.bench.material import Material
 from tools.bench.official_loop import OfficialLoop, read_scene
-from tools.bench.pictures import pictures
 from tools.bench.programs import STEPS, commands, imports, loading, scenes
 from tools.bench.table import Line, Stat, share, speedup
 
@@ -161,7 +161,7 @@ MEASURES = {
     "steps": steps,
     "memory": memory,
     "job": job,
-    "pictures": pictures,
+    "images": images,
     "scaling": scaling,
     "loading": loading,
     "commands": commands,

@@ -48,7 +48,7 @@ from bas.sampling.gallery import subsets
 from bas.sampling.sampler import sample
 from bas.training.loop import train
 from bas.training.preview import scene_attention
-from tools.checks.mini import Recogniser, read_pictures, through_vae, train_recogniser
+from tools.checks.mini import Recogniser, recognise_images, through_vae, train_recogniser
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import DEMO_SCENES, SLOTS, Layout, compose_concepts
@@ -85,8 +85,8 @@ def true_image(layout: Layout, subset: tuple[int, ...], place: str, seed: int) -
     """Draw the true concepts of a subset in a place, at other positions than in the scene, each as large as there."""
     rng = np.random.default_rng((seed, *subset))
     centres = np.array(SLOTS[len(subset)])[rng.permutation(len(subset))] + rng.uniform(-0.05, 0.05, (len(subset), 2))
-    things = [replace(layout.things[i], x=float(x), y=float(y)) for i, (x, y) in zip(subset, centres, strict=True)]
-    return Image.fromarray(draw(Layout(tuple(things), place, int(rng.integers(2**31))), SIDE)[0])
+    objects = [replace(layout.objects[i], x=float(x), y=float(y)) for i, (x, y) in zip(subset, centres, strict=True)]
+    return Image.fromarray(draw(Layout(tuple(objects), place, int(rng.integers(2**31))), SIDE)[0])
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def read_images(
     """Measure images, as many for each request as there are seeds, request by request."""
     seeds = len(images) // len(asked)
     jobs = [(subset, place, seed) for subset, place in asked for seed in range(seeds)]
-    found, readings = likenesses(truth, images), read_pictures(recogniser, images)
+    found, readings = likenesses(truth, images), recognise_images(recogniser, images)
     return [
         Shown(*job, tuple(map(float, values)), reading.place)
         for job, values, reading in zip(jobs, found, readings, strict=True)
@@ -223,7 +223,7 @@ def measure(
     """Measure a trained scene, write its sheet, and return its scores."""
     began, models, shown_places = time.monotonic(), load(Path(trained.output_dir)), places_of(layout, places)
     truth = read_truth(layout, shown_places, config.num_images)
-    asked = requests(len(layout.things), shown_places)
+    asked = requests(len(layout.objects), shown_places)
     images = generate(models, asked, config)
     drawn = [true_image(layout, *request, seed) for request in asked for seed in range(config.num_images)]
     shown, true = read_images(truth, asked, images, recogniser), read_images(truth, asked, drawn, recogniser)
@@ -232,7 +232,7 @@ def measure(
     maps = scene_attention(models, models.handles[: len(truth.masks)], image, trained)
     save_image(sheet(truth, decoded[0], images, shown, config.num_images), folder / "sheet.png")
     return {
-        "concepts": [asdict(thing) for thing in layout.things],
+        "concepts": [asdict(obj) for obj in layout.objects],
         "background": layout.background,
         "codec": likenesses(truth, decoded)[0].tolist(),
         "attention_iou": attention_iou(maps, masks),
@@ -315,7 +315,7 @@ def markdown(scores: dict[str, Any]) -> str:
         sizes = by_size({name: scene}, "images")
         right = [f"{100 * sizes[size]['right']:.0f} %" if size in sizes else "–" for size in SIZES.values()]
         guests = mean_of([summarise([s], np.array(scene["cross"])) for s in read_shown(scene["images"])])["guest"]
-        shapes = ", ".join(thing["shape"] for thing in scene["concepts"])
+        shapes = ", ".join(obj["shape"] for obj in scene["concepts"])
         figures = [" ".join(f"{value:.2f}" for value in scene[key]) for key in ("codec", "attention_iou")]
         lines.append(f"| {' | '.join([name, shapes, *right, f'{100 * guests:.0f} %', *figures])} |")
     return "\n".join([*lines, ""])

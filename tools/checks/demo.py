@@ -1,7 +1,7 @@
 """Measures what a run learnt of its scene, and what the attention loss did for it.
 
 Trains the demo scene twice, with the attention loss and without, and prints three tables: how well each handle's
-attention covers its mask, which object each handle's pictures show, and which place the prompts lead to.
+attention covers its mask, which object each handle's images show, and which place the prompts lead to.
 
     python -m tools.checks.demo --output_dir /tmp/check_demo
 """
@@ -26,30 +26,30 @@ from bas.pretrained.hub import find, train_config
 from bas.sampling.sampler import sample
 from bas.training.loop import train
 from bas.training.preview import scene_attention
-from tools.checks.mini import read_pictures, train_recogniser
+from tools.checks.mini import recognise_images, train_recogniser
 from tools.mini_world.places import PLACES
 
 VARIANTS = {"with attention loss": {}, "without": {"lambda_attention": 0.0}}
 
 
-def measure(run: Path, config: TrainConfig, recogniser, pictures_per_prompt: int) -> dict:
-    """Attention IoU per handle, similarity of each handle's pictures to each object, share of right places."""
+def measure(run: Path, config: TrainConfig, recogniser, images_per_prompt: int) -> dict:
+    """Attention IoU per handle, similarity of each handle's images to each object, share of right places."""
     models, scene = load(run), load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple)
     iou = attention_iou(scene_attention(models, scene.handles, image, config), masks)
-    settings = SampleConfig(num_images=pictures_per_prompt, batch_size=16, seed=1000)
+    settings = SampleConfig(num_images=images_per_prompt, batch_size=16, seed=1000)
     alone = sample(models, [subset_prompt([handle]) for handle in scene.handles], settings)
     photo, identity = to_image(image), ObjectSimilarity()
     found = [identity.identity_similarity(alone, photo, mask) for mask in masks.numpy()]
-    alike = np.array(found).T.reshape(len(masks), pictures_per_prompt, len(masks))  # drawn by i, picture, like object j
+    alike = np.array(found).T.reshape(len(masks), images_per_prompt, len(masks))  # drawn by i, image, like object j
     places = [place for place in PLACES if place != "wall"]
     prompts = [f"{subset_prompt([handle])} {PLACES[place][0]}" for handle in scene.handles for place in places]
     elsewhere = sample(models, prompts, SampleConfig(batch_size=16, seed=2000))
-    seen = [reading.place for reading in read_pictures(recogniser, elsewhere)]
+    seen = [reading.place for reading in recognise_images(recogniser, elsewhere)]
     rows = [elsewhere[i : i + len(places)] for i in range(0, len(elsewhere), len(places))]
     grid(rows, [[f"{h} {PLACES[p][0]}" for p in places] for h in scene.handles], 128).save(run / "contexts.png")
-    shown = [alone[i : i + pictures_per_prompt] for i in range(0, len(alone), pictures_per_prompt)]
-    grid(shown, [[h] * pictures_per_prompt for h in scene.handles], 128).save(run / "alone.png")
+    shown = [alone[i : i + images_per_prompt] for i in range(0, len(alone), images_per_prompt)]
+    grid(shown, [[h] * images_per_prompt for h in scene.handles], 128).save(run / "alone.png")
     return {
         "handles": list(scene.handles),
         "iou": iou,
@@ -66,7 +66,7 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--scene", default=SCENE, help="scene folder inside the shipped model's (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=8, help="pictures of each handle alone")
+    parser.add_argument("--images", type=int, default=8, help="images of each handle alone")
     args = parser.parse_args()
     recogniser = train_recogniser(args.output_dir / "recogniser.pt", scenes=24_000, epochs=5)
     scores = {}
@@ -75,12 +75,12 @@ def main() -> None:
         config = train_config(find(None) / args.scene, output_dir=str(run), img_log_steps=0, **changed)
         if not (run / CONCEPTS).exists():
             train(config)
-        scores[name] = measure(run, config, recogniser, args.pictures)
+        scores[name] = measure(run, config, recogniser, args.images)
     (args.output_dir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     for name, score in scores.items():
         handles = score["handles"]
         print(f"\n{name}: right place {100 * score['right_place']:.0f} %")
-        print("| pictures of | attention IoU | own object nearest | " + " | ".join(f"to {h}'s object" for h in handles))
+        print("| images of | attention IoU | own object nearest | " + " | ".join(f"to {h}'s object" for h in handles))
         print("|---" * (3 + len(handles)) + "|")
         for i, handle in enumerate(handles):
             row = [f"{score['iou'][i]:.2f}", f"{100 * score['own_object_nearest'][i]:.0f} %"]

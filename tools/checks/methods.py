@@ -99,8 +99,8 @@ def markdown(run: dict) -> str:
     cells = run["cells"]
     rows = rows_of(cells)
     scenes, methods, seeds = (len({cell[key] for cell in cells}) for key in ("scene", "method", "seed"))
-    pictures, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
-    counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {pictures} pictures"
+    images, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
+    counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {images} images"
     head = f"- {run['date']}, torch {run['torch']}; {counts}; {hours:.1f} hours of one thread"
     tables = method_table(rows), ordering_table(rows), option_table(rows)
     return "\n".join([head, *(line for table in tables if table for line in ("", *table)), ""])

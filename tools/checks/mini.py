@@ -1,7 +1,7 @@
-"""Measures a miniature model: does the picture show what the prompt says, and how well does the VAE reconstruct?
+"""Measures a miniature model: does the image show what the prompt says, and how well does the VAE reconstruct?
 
-A small network, trained here on fresh scenes of `tools.mini_world` whose things have one colour, names shape and colour
-cell by cell and the place as a whole; it then reads generated pictures. Its own errors on held-out scenes, straight
+A small network is trained here on fresh scenes of `tools.mini_world` whose objects have one colour. It names shape and
+colour cell by cell, and the place as a whole. Then it reads generated images. Its errors on held-out scenes, as drawn
 and through the VAE, stand in the table beside the model's, so that each figure can be judged.
 
     python -m tools.checks.mini --weights weights/mini --output_dir /tmp/check
@@ -31,13 +31,13 @@ from tools.mini_world.shapes import SHAPES
 
 SEED = 90_210  # scenes here are drawn from (SEED, i): none of them is a training scene
 BATCH = 64  # scenes of a step of the recogniser's training
-SIDE = 64  # the recogniser reads pictures of this size
+SIDE = 64  # the recogniser reads images of this size
 SHAPE_NAMES, COLOUR_NAMES, PLACE_NAMES = (tuple(names) for names in (SHAPES, COLOURS, PLACES))
 NOTHING = len(SHAPES)  # the shape class of cells without an object
 
 
 class Recogniser(nn.Module):
-    """Pictures (b, 3, 64, 64) in [-1, 1] -> logits: shapes (b, 13, 16, 16), colours (b, 10, 16, 16), places (b, 11)."""
+    """Images (b, 3, 64, 64) in [-1, 1] -> logits: shapes (b, 13, 16, 16), colours (b, 10, 16, 16), places (b, 11)."""
 
     def __init__(self):
         super().__init__()
@@ -77,21 +77,21 @@ def labelled_scene(index: int) -> Labelled:
     scene = render_scene(np.random.default_rng((SEED, index)), SIDE, two_colours=0)
     shapes = np.full((16, 16), NOTHING, dtype=np.int64)
     colours = np.full((16, 16), -1, dtype=np.int64)  # -1: no colour to learn
-    for thing, mask in zip(scene.objects, scene.masks, strict=True):
+    for obj, mask in zip(scene.objects, scene.masks, strict=True):
         covered = mask.reshape(16, 4, 16, 4).mean(axis=(1, 3)) > 0.5
-        shapes[covered] = SHAPE_NAMES.index(thing.shape)
-        colours[covered] = COLOUR_NAMES.index(thing.colour)
+        shapes[covered] = SHAPE_NAMES.index(obj.shape)
+        colours[covered] = COLOUR_NAMES.index(obj.colour)
     return Labelled(scene.image, shapes, colours, PLACE_NAMES.index(scene.background))
 
 
 def to_tensor(images) -> Tensor:
-    """Pictures (b, H, W, 3) uint8 -> (b, 3, 64, 64) float32 in [-1, 1]"""
+    """Images (b, H, W, 3) uint8 -> (b, 3, 64, 64) float32 in [-1, 1]"""
     x = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
     return x if x.shape[-1] == SIDE else F.interpolate(x, size=(SIDE, SIDE), mode="area")
 
 
 def blemish(x: Tensor, generator: torch.Generator) -> Tensor:
-    """What a decoder does to pictures, roughly: blur some of them, and add noise."""
+    """What a decoder does to images, roughly: blur some of them, and add noise."""
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     amount = torch.rand(len(x), 1, 1, 1, generator=generator)
     return x + amount * (blurred - x) + 0.06 * torch.randn(x.shape, generator=generator)
@@ -129,7 +129,7 @@ def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
 
 @dataclass
 class Reading:
-    """What the recogniser sees in one picture: the place, and for each shape its cells and the colour of those."""
+    """What the recogniser sees in one image: the place, and for each shape its cells and the colour of those."""
 
     place: str
     cells: dict[str, int]
@@ -137,7 +137,7 @@ class Reading:
 
     @property
     def main(self) -> str | None:
-        """The shape with the most cells; None in a picture without objects."""
+        """The shape with the most cells; None in an image without objects."""
         return max(self.cells, key=self.cells.get, default=None)
 
     def shows(self, shape: str, colour: str, share: float = 0.2) -> bool:
@@ -147,8 +147,8 @@ class Reading:
 
 
 @torch.no_grad()
-def read_pictures(recogniser: Recogniser, images) -> list[Reading]:
-    """One Reading for each picture (H, W, 3) uint8 or PIL."""
+def recognise_images(recogniser: Recogniser, images) -> list[Reading]:
+    """One Reading for each image (H, W, 3) uint8 or PIL."""
     readings = []
     for start in range(0, len(images), 64):
         shapes, colours, places = recogniser(to_tensor(images[start : start + 64]))
@@ -165,32 +165,32 @@ def read_pictures(recogniser: Recogniser, images) -> list[Reading]:
 
 def score(layouts: list[Layout], readings: list[Reading]) -> dict[str, float]:
     """Percentages: of single objects shape, colour, place and all three; of pairs both right, and the place."""
-    singles = [(x.things[0], x.background, r) for x, r in zip(layouts, readings, strict=True) if len(x.things) == 1]
-    pairs = [(x, r) for x, r in zip(layouts, readings, strict=True) if len(x.things) == 2]
+    singles = [(x.objects[0], x.background, r) for x, r in zip(layouts, readings, strict=True) if len(x.objects) == 1]
+    pairs = [(x, r) for x, r in zip(layouts, readings, strict=True) if len(x.objects) == 2]
 
     def percent(hits):
         hits = list(hits)
         return round(100 * sum(hits) / max(len(hits), 1), 1)
 
     return {
-        "shape": percent(r.main == thing.shape for thing, _, r in singles),
-        "colour": percent(r.main is not None and r.colours[r.main] == thing.colour for thing, _, r in singles),
+        "shape": percent(r.main == obj.shape for obj, _, r in singles),
+        "colour": percent(r.main is not None and r.colours[r.main] == obj.colour for obj, _, r in singles),
         "place": percent(r.place == place for _, place, r in singles),
         "all three": percent(r.place == place and r.shows(t.shape, t.colour, 0.5) for t, place, r in singles),
-        "both of two": percent(all(r.shows(t.shape, t.colour) for t in layout.things) for layout, r in pairs),
+        "both of two": percent(all(r.shows(t.shape, t.colour) for t in layout.objects) for layout, r in pairs),
         "place of two": percent(r.place == layout.background for layout, r in pairs),
     }
 
 
-def psnr(pictures, originals) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio, in dB."""
-    error = (to_tensor(pictures) - to_tensor(originals)).square().mean(dim=(1, 2, 3)) / 4
+def psnr(images, originals) -> float:
+    """Mean over images of the peak signal-to-noise ratio, in dB."""
+    error = (to_tensor(images) - to_tensor(originals)).square().mean(dim=(1, 2, 3)) / 4
     return (-10 * error.log10()).mean().item()
 
 
 @torch.no_grad()
 def through_vae(models, images) -> list[np.ndarray]:
-    """Pictures encoded to the posterior's mean and decoded again."""
+    """Images encoded to the posterior's mean and decoded again."""
     side = models.vae.config.sample_size
     decoded = []
     for image in images:
@@ -206,7 +206,7 @@ def main():
         prog="python -m tools.checks.mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=Path, default=Path("weights/mini"))
-    parser.add_argument("--output_dir", type=Path, required=True, help="recogniser, pictures, table.md, scores.json")
+    parser.add_argument("--output_dir", type=Path, required=True, help="recogniser, images, table.md, scores.json")
     parser.add_argument("--prompts", type=int, default=200, help="prompts with one object, and as many with two")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=7.5)
@@ -223,9 +223,9 @@ def main():
     decoded = through_vae(models, originals)
     prompts = [describe(layout) for layout in layouts]
     start = time.monotonic()
-    pictures = []
+    images = []
     for i in range(0, len(prompts), 16):  # the sixteen share their noise
-        pictures += bas.sample(
+        images += bas.sample(
             models,
             prompts[i : i + 16],
             seed=i,
@@ -236,19 +236,19 @@ def main():
     seconds = (time.monotonic() - start) / len(prompts)
 
     rows = {
-        "scenes themselves": score(layouts, read_pictures(recogniser, originals)),
-        "scenes through the VAE": score(layouts, read_pictures(recogniser, decoded)),
-        "generated": score(layouts, read_pictures(recogniser, pictures)),
+        "scenes themselves": score(layouts, recognise_images(recogniser, originals)),
+        "scenes through the VAE": score(layouts, recognise_images(recogniser, decoded)),
+        "generated": score(layouts, recognise_images(recogniser, images)),
     }
     heads = list(rows["generated"])
-    table = ["| pictures | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    table = ["| images | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     table += ["| " + " | ".join([name, *(f"{row[head]:.1f} %" for head in heads)]) + " |" for name, row in rows.items()]
     settings = {"prompts": args.prompts, "steps": args.steps, "guidance": args.guidance}
-    facts = {"vae_psnr_db": round(psnr(decoded, originals), 2), "seconds_per_picture": round(seconds, 2)}
+    facts = {"vae_psnr_db": round(psnr(decoded, originals), 2), "seconds_per_image": round(seconds, 2)}
     (args.output_dir / "table.md").write_text("\n".join(table) + "\n")
     (args.output_dir / "scores.json").write_text(json.dumps({**settings, **facts, **rows}, indent=2) + "\n")
-    shown = [np.asarray(picture) for picture in pictures[:64] + pictures[args.prompts : args.prompts + 32]]
-    contact_sheet(shown, columns=12).save(args.output_dir / "pictures.png")
+    shown = [np.asarray(image) for image in images[:64] + images[args.prompts : args.prompts + 32]]
+    contact_sheet(shown, columns=12).save(args.output_dir / "images.png")
     (args.output_dir / "prompts.txt").write_text("\n".join(prompts) + "\n")
     print("\n".join(table), facts, sep="\n")
 

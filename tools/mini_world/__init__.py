@@ -1,1 +1,1 @@
-"""The miniature world: captioned scenes of simple things in named places, with exact masks."""
+"""The miniature world: captioned scenes of simple objects in named places, with exact masks."""

@@ -1,9 +1,9 @@
-"""The miniature world: captioned scenes of simple things in named places, with exact masks.
+"""The miniature world: captioned scenes of simple objects in named places, with exact masks.
 
 A scene is first decided (`layouts.py`: what stands where, a small dataclass) and then drawn
 (`drawing.py`) from signed distance functions, so that one seed gives the same scene at 64 and at 256
 pixels. The ten places are those of the evaluation protocol (Break-A-Scene, appendix). Concept objects are a second
-family that training never shows: unseen shapes with two-colour markings, the things to extract.
+family that training never shows: unseen shapes with two-colour markings, the objects to extract.
 
     python -m tools.mini_world --output_dir /tmp/world            # a contact sheet of 64 captioned scenes
     python -m tools.mini_world --output_dir DIR --concepts 3      # one scene folder to extract from
@@ -27,7 +27,7 @@ def main():
     )
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     parser.add_argument("--concepts", type=int, default=0, help="write one scene folder of so many concept objects")
     parser.add_argument("--demo", action="store_true", help="write the scene folders that ship with the miniature")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Colours of the miniature world's things, and the patterns in which a second colour lies over the first."""
+"""Colours of the miniature world's objects, and the patterns in which a second colour lies over the first."""
 
 import numpy as np
 
@@ -21,7 +21,7 @@ MARKINGS = ("halves", "target", "rays", "border")  # of concept objects only
 
 
 def mix(a, b, weight):
-    """Linear blend of two colours or pictures; weight (H, W) says how much of b."""
+    """Linear blend of two colours or images; weight (H, W) says how much of b."""
     weight = np.asarray(weight, dtype=np.float32)[..., None]
     return np.asarray(a, dtype=np.float32) * (1 - weight) + np.asarray(b, dtype=np.float32) * weight
 

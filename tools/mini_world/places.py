@@ -1,4 +1,4 @@
-"""Places of the miniature world: their words, and their pictures (H, W, 3) at picture coordinates x, y in 0..1."""
+"""Places of the miniature world: their words, and their images (H, W, 3) at image coordinates x, y in 0..1."""
 
 import numpy as np
 
@@ -55,10 +55,10 @@ def jungle(x, y, rng):
 def snow(x, y, rng):
     hill = y - rng.uniform(0.4, 0.6) - 0.08 * np.sin(rng.uniform(4, 8) * x + rng.uniform(0, 6))
     ground = mix((0.97, 0.98, 1.0), (0.82, 0.88, 0.96), noise(rng, x, y, 5, 8))
-    picture = mix((0.60, 0.68, 0.80), ground, edge(hill, 0.03))
+    image = mix((0.60, 0.68, 0.80), ground, edge(hill, 0.03))
     for cx, cy in rng.random((12, 2)):
-        picture = mix(picture, (1, 1, 1), edge(0.02 - np.hypot(x - cx, y - cy), 0.016))
-    return picture
+        image = mix(image, (1, 1, 1), edge(0.02 - np.hypot(x - cx, y - cy), 0.016))
+    return image
 
 
 def street(x, y, rng):
@@ -88,26 +88,26 @@ def wooden_floor(x, y, rng):
 
 
 def city(x, y, rng):
-    picture = mix((0.95, 0.62, 0.42), (0.30, 0.28, 0.52), edge(0.4 - y, 0.8))
+    image = mix((0.95, 0.62, 0.42), (0.30, 0.28, 0.52), edge(0.4 - y, 0.8))
     left = -rng.uniform(0, 0.1)
     while left < 1:
         width, roof, shade = rng.uniform(0.14, 0.24), rng.uniform(0.08, 0.5), rng.uniform(0.16, 0.3)
         inside = edge(np.minimum(x - left, left + width - x), 0.015) * edge(y - roof, 0.015)
         windows = edge(0.25 - np.abs(((x - left) * 10) % 1 - 0.5), 0.2)
         windows = windows * edge(0.22 - np.abs(((y - roof) * 7) % 1 - 0.5), 0.2)
-        picture = mix(picture, mix((shade, shade, shade + 0.08), (0.98, 0.86, 0.46), windows), inside)
+        image = mix(image, mix((shade, shade, shade + 0.08), (0.98, 0.86, 0.46), windows), inside)
         left += width
-    return picture
+    return image
 
 
 def mountain(x, y, rng):
-    picture = mix((0.38, 0.62, 0.92), (0.80, 0.90, 0.98), y * 1.3)
+    image = mix((0.38, 0.62, 0.92), (0.80, 0.90, 0.98), y * 1.3)
     for peak, top in zip(rng.permutation([0.2, 0.55, 0.85]), rng.uniform(0.08, 0.26, 3), strict=True):
         ridge = y - top - 1.15 * np.abs(x - peak) - 0.05 * noise(rng, x, y, 12, 12)
         rock = mix((0.42, 0.42, 0.48), (0.56, 0.56, 0.60), edge(peak - x, 0.1))
-        picture = mix(picture, mix((0.98, 0.98, 1.0), rock, edge(ridge - 0.12, 0.03)), edge(ridge, 0.03))
+        image = mix(image, mix((0.98, 0.98, 1.0), rock, edge(ridge - 0.12, 0.03)), edge(ridge, 0.03))
     meadow = y - rng.uniform(0.7, 0.8) - 0.03 * np.sin(8 * x)
-    return mix(picture, (0.34, 0.60, 0.26), edge(meadow, 0.03))
+    return mix(image, (0.34, 0.60, 0.26), edge(meadow, 0.03))
 
 
 def tower(x, y, rng):

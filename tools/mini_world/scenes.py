@@ -9,18 +9,18 @@ from PIL import Image
 
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
-from tools.mini_world.layouts import TWO_COLOURS, Layout, Thing, compose, compose_concepts
+from tools.mini_world.layouts import TWO_COLOURS, Layout, Object, compose, compose_concepts
 from tools.mini_world.shapes import NEAREST_WORD
 
 
 @dataclass
 class Scene:
-    """A drawn scene: image (H, W, 3) uint8, masks (N, H, W) float32 in 0..1, the visible part of each thing."""
+    """A drawn scene: image (H, W, 3) uint8, masks (N, H, W) float32 in 0..1, the visible part of each object."""
 
     image: np.ndarray
     masks: np.ndarray
     caption: str
-    objects: tuple[Thing, ...]
+    objects: tuple[Object, ...]
     background: str
     layout: Layout = field(repr=False)
 
@@ -28,7 +28,7 @@ class Scene:
 def realise(layout: Layout, caption: str, size: int = 64) -> Scene:
     """A decided scene, drawn, with its caption."""
     image, masks = draw(layout, size)
-    return Scene(image, masks, caption, layout.things, layout.background, layout)
+    return Scene(image, masks, caption, layout.objects, layout.background, layout)
 
 
 def render_scene(rng, size: int = 64, count=None, background=None, two_colours: float = TWO_COLOURS) -> Scene:
@@ -48,7 +48,7 @@ def save_scene(scene: Scene, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(scene.image).save(folder / "img.png")
     concepts = []
-    for i, (thing, mask) in enumerate(zip(scene.objects, scene.masks, strict=True)):
+    for i, (obj, mask) in enumerate(zip(scene.objects, scene.masks, strict=True)):
         Image.fromarray((mask * 255 + 0.5).astype(np.uint8)).save(folder / f"mask{i}.png")
-        concepts.append({"mask": f"mask{i}.png", "word": NEAREST_WORD.get(thing.shape, thing.shape)})
+        concepts.append({"mask": f"mask{i}.png", "word": NEAREST_WORD.get(obj.shape, obj.shape)})
     (folder / "scene.json").write_text(json.dumps({"concepts": concepts}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Outlines of the miniature world's things: signed distance, negative inside, for x right and y down in -1..1."""
+"""Outlines of the miniature world's objects: signed distance, negative inside, for x right and y down in -1..1."""
 
 import numpy as np
 

@@ -57,7 +57,7 @@ def draw_images(rng, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(decoded: Tensor, images: Tensor, cover: Tensor) -> Tensor:
-    """L1 + 4 x L2 + 0.5 x L1 of edges; things count four times. decoded, images (b, 3, H, W), cover (b, 1, H, W)"""
+    """L1 + 4 x L2 + 0.5 x L1 of edges; objects count four times. decoded, images (b, 3, H, W), cover (b, 1, H, W)"""
     weight, error = 1 + 3 * cover, decoded - images
     outline = sum((a - b).abs().mean() for a, b in zip(edges(decoded), edges(images), strict=True))
     return (weight * error.abs()).mean() + 4 * (weight * error.square()).mean() + 0.5 * outline

@@ -31,7 +31,7 @@ def train_unet(recipe: Recipe, run: Path, device: torch.device) -> None:
 
     Three choices spend a small budget well. v rather than noise (Salimans and Ho 2022): noise asks next to nothing of
     the network where the image is still to be decided, and shapes are decided there. Timesteps with little noise are
-    drawn rarely (the idea of min-SNR weights, Hang et al. 2023, as a density). Cells with things count three times.
+    drawn rarely (the idea of min-SNR weights, Hang et al. 2023, as a density). Cells with objects count three times.
     The text encoder is CLIP's and stays as it is, as in Stable Diffusion.
     """
     if (run / "unet.safetensors").exists():

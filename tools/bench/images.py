@@ -1,4 +1,4 @@
-"""Rows of the bench about sampling: one picture, and class images in batches, against diffusers' pipeline."""
+"""Rows of the bench about sampling: one image, and class images in batches, against diffusers' pipeline."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,8 @@ from tools.bench.table import Line, Stat, speedup
 PROMPT = "a photo of a creature at the beach"
 
 
-def pictures(bench, setting, _lines) -> Iterator[Line]:
-    """One picture, and class images in batches: diffusers' pipeline, with its UNet compiled, and bas by turns."""
+def images(bench, setting, _lines) -> Iterator[Line]:
+    """One image, and class images in batches: diffusers' pipeline, with its UNet compiled, and bas by turns."""
     cuda, folder = setting.device == "cuda", bench.model(setting.model)
     count = 2 if bench.quick else 50
     pipeline = open_pipeline(folder, setting.device)
@@ -61,7 +61,7 @@ def pictures(bench, setting, _lines) -> Iterator[Line]:
             stats["bas"] = Stat.of([x / batch for x in seconds[name]])
             rival = stats.get("compiled", stats["official"]) if title == "class images" else stats["official"]
             row = f"{title}, {many} steps" + (f", {batch} at once" if title == "class images" else "")
-            off = {"picture levels of 255": picture_error(sample(models, PROMPT, config), wanted)}
+            off = {"image levels of 255": image_error(sample(models, PROMPT, config), wanted)}
             yield line(setting, row, name, unit="s an image", ratio=speedup(rival, stats["bas"]), fidelity=off, **stats)
 
 
@@ -70,7 +70,7 @@ def batches(bench, cuda: bool) -> tuple[int, ...]:
     return (4, 16, 32) if cuda else (2,) if bench.quick else (1, 4)
 
 
-def picture_error(ours: list, theirs: list) -> float:
-    """Mean absolute difference of 8-bit pictures, in levels."""
+def image_error(ours: list, theirs: list) -> float:
+    """Mean absolute difference of 8-bit images, in levels."""
     pairs = [(np.asarray(a, dtype=float), np.asarray(b, dtype=float)) for a, b in zip(ours, theirs, strict=True)]
     return float(np.mean([np.abs(a - b).mean() for a, b in pairs]))
