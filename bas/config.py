@@ -323,6 +323,9 @@ class TrainConfig(Settings):
         choices=("union", "uniform", "single", "all"),
     )
     flip_probability: float = setting(0.5, "probability of mirroring image and masks", group="method", most=1)
+    seg_mix_probability: float = setting(
+        0.0, "probability of showing concepts cut out, at other places and sizes (Seg-Mix)", group="method", most=1
+    )
     with_prior_preservation: bool = setting(
         True,
         "also train on class images, so that the model keeps what it knew",

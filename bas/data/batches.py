@@ -6,13 +6,14 @@ come from one CPU generator: a seed means the same on every device, and a resume
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from bas.config import Phase, TrainConfig
+from bas.data.collages import seg_mix
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
 from bas.errors import InputError
 from bas.losses import resize_mask
@@ -73,6 +74,7 @@ class TrainingData:
     class_posterior: Posterior | None  # (M, c, h, w) each: the class images
     class_ids: Tensor | None  # (M, 77): their prompts
     scaling_factor: float  # of the VAE
+    mixed: tuple[EncodedImage, ...] = ()  # concepts at other places and sizes, as `seg_mix` puts them
     prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
 
 
@@ -212,6 +214,12 @@ def prepare(
     for extra in scene.extra_images:
         pixels, layers = extra.tensors(height, width, len(scene))
         encoded.append(encode_image(models, pixels, layers, sorted(extra.masks), config))
+    mixed = []
+    for extra in seg_mix(scene, width, height, config.seed) if config.seg_mix_probability else ():
+        pixels, layers = extra.tensors(height, width, len(scene))
+        seen = encode_image(models, pixels, layers, sorted(extra.masks), config)
+        shown = (i for i in seen.shown if all(view.latent_masks[i].any() for view in seen.views))
+        mixed.append(replace(seen, shown=tuple(shown)))
     return TrainingData(
         images=tuple(encoded),
         handle_ids=tuple(cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(scene.handles)))),
@@ -219,6 +227,7 @@ def prepare(
         class_posterior=class_posterior,
         class_ids=class_ids,
         scaling_factor=models.vae.config.scaling_factor,
+        mixed=tuple(image for image in mixed if image.shown),
     )
 
 
@@ -233,10 +242,11 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
     return places
 
 
-def sample_image(data: TrainingData, generator: torch.Generator) -> EncodedImage:
-    """Sample one of the images, all equally likely. A single one takes no random number."""
-    count = len(data.images)
-    return data.images[int(torch.randint(count, (), generator=generator)) if count > 1 else 0]
+def sample_image(data: TrainingData, seg_mix_probability: float, generator: torch.Generator) -> EncodedImage:
+    """Sample one of the images, all equally likely, or one of `data.mixed`. A single one takes no random number."""
+    mixed = seg_mix_probability and torch.rand((), generator=generator) < seg_mix_probability
+    images = data.mixed if mixed else data.images
+    return images[int(torch.randint(len(images), (), generator=generator)) if len(images) > 1 else 0]
 
 
 def subset_tokens(data: TrainingData, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
@@ -258,7 +268,7 @@ def sample_batch(
     count = len(data.handles)
     means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
     for _ in range(config.train_batch_size):
-        image = sample_image(data, generator)
+        image = sample_image(data, config.seg_mix_probability, generator)
         subset = sample_subset(len(image.shown), config.subset_sampling, generator)
         chosen = [image.shown[i] for i in subset]
         view = image.views[int(torch.rand((), generator=generator) < config.flip_probability)]

@@ -3,6 +3,8 @@
 The baselines TI-m, DB-m and CD-m (section 4.1) cannot read masks. For them random subsets of the concepts are cut out
 and pasted on random plain colours, each an image with its own prompt. The naive TI and DB (appendix) see the image
 unchanged, with one prompt that names every handle.
+
+Seg-Mix, an option for every method, moves and scales what is cut out as well.
 """
 
 from dataclasses import replace
@@ -12,8 +14,13 @@ import torch
 from PIL import Image
 
 from bas.config import METHODS, TrainConfig
-from bas.data.scene import ExtraImage, Scene, sample_subset
+from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset, size_to_cover
 from bas.data.scene_folder import load_scene
+
+SEG_MIX_IMAGES = 64  # enough for each concept to stand everywhere
+SEG_MIX_SCALES = 0.75, 1.5  # of the size in the image
+SEG_MIX_SHARE = 0.9  # of the image's sides that a concept covers at most
+TRIES = 20  # placements of a concept, before one that covers others is taken
 
 
 def scene_for_method(config: TrainConfig) -> Scene:
@@ -51,3 +58,62 @@ def paste(image: Image.Image, masks: list[np.ndarray], generator: torch.Generato
     inside = np.maximum.reduce(masks)[..., None]
     mixed = np.asarray(image, dtype=np.float32) * inside + colour * (1 - inside)
     return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def seg_mix(scene: Scene, width: int, height: int, seed: int) -> tuple[ExtraImage, ...]:
+    """Images of this size in which concepts, cut out of the scene, stand at other places, in other sizes.
+
+    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2), on plain colours. Union sampling decides which
+    concepts an image shows. They cover each other only where there is no room.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mixed = []
+    for i in range(SEG_MIX_IMAGES):
+        canvas = Image.new("RGB", (width, height), tuple(torch.randint(256, (3,), generator=generator).tolist()))
+        layers: dict[int, np.ndarray] = {}
+        for concept in sample_subset(len(scene), "union", generator):
+            sources = [(image, masks[concept]) for image, masks in scene.images if concept in masks]
+            source = sources[int(torch.randint(len(sources), (), generator=generator))]
+            cut_out, mask = cut(*source, width, height, generator)
+            where = place(np.array(mask) / 255, canvas.size, list(layers.values()), generator)
+            canvas.paste(cut_out, where, mask)
+            layer = Image.new("L", canvas.size)
+            layer.paste(mask, where)
+            inside = np.asarray(layer, dtype=np.float32) / 255
+            layers = {other: below * (1 - inside) for other, below in layers.items()} | {concept: inside}
+        mixed.append(ExtraImage(f"seg-mix-{i}", canvas, layers))
+    return tuple(mixed)
+
+
+def cut(
+    image: Image.Image, mask: np.ndarray, width: int, height: int, generator: torch.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """Cut out what lies inside a mask (H, W), at a random size for an image of (width, height). -> image, mask (L)"""
+    ys, xs = np.nonzero(mask >= DARKEST_MASK)
+    box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+    w, h = box[2] - box[0], box[3] - box[1]
+    low, high = np.log(SEG_MIX_SCALES)
+    scale = float(np.exp(low + (high - low) * torch.rand((), generator=generator).item()))
+    scale *= size_to_cover(image.size, (width, height))[0] / image.size[0]
+    scale = min(scale, SEG_MIX_SHARE * width / w, SEG_MIX_SHARE * height / h)
+    size = max(1, round(w * scale)), max(1, round(h * scale))
+    layer = Image.fromarray((mask * 255).round().astype(np.uint8)).crop(box)
+    return image.crop(box).resize(size, Image.Resampling.BICUBIC), layer.resize(size, Image.Resampling.BILINEAR)
+
+
+def place(
+    mask: np.ndarray, size: tuple[int, int], others: list[np.ndarray], generator: torch.Generator
+) -> tuple[int, int]:
+    """A random (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
+
+    Of TRIES places the first that covers nothing is taken, or else the one that covers least.
+    """
+    (h, w), (width, height) = mask.shape, size
+    covered = {}
+    for _ in range(TRIES):
+        left = int(torch.randint(width - w + 1, (), generator=generator))
+        top = int(torch.randint(height - h + 1, (), generator=generator))
+        covered[left, top] = sum(float((other[top : top + h, left : left + w] * mask).sum()) for other in others)
+        if not covered[left, top]:
+            break
+    return min(covered, key=covered.__getitem__)
