@@ -96,6 +96,7 @@ NUMBERS = {  # of every other number: two at its ends that pass, two beyond them
         **dict.fromkeys(("adam_epsilon", "lr_power"), EVERYTHING_OR_MORE),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
         "flip_probability": PROBABILITY,
+        "seg_mix_probability": PROBABILITY,
     },
     SampleConfig: {"guidance_scale": EVERYTHING_OR_MORE, "eta": PROBABILITY},
     EditConfig: {"blending_start_percentage": DECAY},
