@@ -9,19 +9,19 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_kills",
     ),
     (
-        "a run killed inside the writing of its files resumes at once (three runs; random_kills.py tries sixty)",
+        "a run killed while it writes a file resumes at once (three runs; random_kills.py tries sixty)",
         r"test_random_kills",
     ),
     (
-        "what a kill after the last step left to do is done when the command is repeated",
+        "after a kill behind the last step, the same command completes the run",
         r"training/test_resume::.*(made_good|gets_one|prevented)|left_in_a_finished_run",
     ),
     (
-        "a resumed run has the same settings and files, except those that only watch it",
+        "a resumed run must have the same settings and files, except settings that do not change the result",
         r"scenarios/test_resume|the_loss_scale_of|counted_on_after_a_resume",
     ),
     (
-        "a checkpoint or metrics that do not fit the run are refused before weights are read, naming both sides",
+        "a checkpoint or metrics that do not fit the run are rejected before weights are read, with both values in the error",
         r"training/test_(checkpoints|resume)::.*(damaged|other_parameters|do_not_reach|beyond_the_run|another_run|were_cut)",
     ),
     (
@@ -31,23 +31,23 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
     (
-        "the reader of the output is gone: one exit code, no trace",
+        "if the program that reads the output has ended: one exit code, no trace",
         r"test_stop::.*(pipe|full_disk|nobody_reads|cannot_be_written)",
     ),
     (
-        "closed streams, other encodings and foreign control characters change neither the work nor its lines",
+        "closed streams, other encodings and control characters in names change neither the work nor its output",
         r"test_entry::.*(closed_streams|encoding_lacks|control_characters)|forge_a_line|one_printable_line",
     ),
     (
-        "a model from elsewhere sets only how it is trained; a mistake of bas is not blamed on a file",
+        "the `bas.json` of a model sets only how it is trained; an error in bas is not reported as a damaged file",
         r"model_sets_only|settings_of_the_miniature|mistake_of_bas|library_raises",
     ),
     (
-        "a folder that bas did not write is refused and left alone; in a run only what bas wrote is removed",
+        "a folder that bas did not write is rejected and stays as it is; in a run bas removes only files that it wrote",
         r"test_run_folder::.*(did_not_write|refuses_it|is_foreign|only_what_bas|behind_a_link)|scene_is_no_folder",
     ),
     (
-        "one run in a folder, and no file of it is overwritten",
+        "one run per folder, and none of its files is overwritten",
         r"second_of_two|racing|must_be_free|only_leftovers",
     ),
     (
@@ -55,42 +55,42 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_survival::.*(full_disk|disk_that|read_only|sees_it)|test_dry_run::.*disk",
     ),
     (
-        "out of memory: advice with numbers, and the checkpoint is kept",
+        "out of memory: the error gives advice with numbers, and the checkpoint is kept",
         r"memory_is|savings|without_memory|memory_keeps",
     ),
     (
-        "a number that is not finite stops the run within its step and is named",
+        "a number that is not finite stops the run in that step, and the error names it",
         r"test_numbers::.*(not_finite|went_wrong|bad_step)|dead_map|dead_padding",
     ),
     (
-        "no image of numbers that are not finite is written: it is decoded in float32, or the command ends with 1",
+        "an image with numbers that are not finite is not written: it is decoded in float32, or the command ends with 1",
         r"test_sampler::.*(overflow|not_finite|black_image|broken_in)|test_blended_diffusion::.*(overflow|not_finite)",
     ),
-    ("fp16 may overflow: such steps change nothing and are counted", r"test_numbers::.*fp16"),
+    ("a step that overflows in fp16 changes no weight and is counted", r"test_numbers::.*fp16"),
     (
-        "the seed decides: the same bits again, a batch equals its images alone to 1e-5, a deterministic mode",
+        "the same seed gives the same bits, a batch equals its images alone to 1e-5, and there is a deterministic mode",
         r"test_numbers::.*(source_of_chance|deterministic|gpu_cannot)|seed_alone|differ_and_repeat|seed_decides",
     ),
     (
-        "a bad model is rejected with file and reason, without unpickling and in little memory",
+        "a bad model is rejected without unpickling and in little memory; the error gives file and reason",
         r"test_bad_models::(?!.*thousand_mutated)|test_unsupported|pretrained/test_folder::.*(wrong_keys|unusable)"
         r"|test_single_file::.*(further_inputs|unknown_and|lacks)",
     ),
-    ("20,000 mutated headers are rejected, or read as what they hold", r"twenty_thousand_mutated"),
+    ("20,000 mutated headers are rejected, or read as what they say", r"twenty_thousand_mutated"),
     (
-        "a bad image or mask is rejected, or read by a stated rule with these values",
+        "a bad image or mask is rejected, or read by a stated rule to stated values",
         r"test_bad_images|test_mask_formats|test_mask_report|test_scene::(?!.*(sampling|always_drawn|_prompts))",
     ),
     (
-        "a handle is known, well-formed and no path; settings have a range",
+        "handles are known, well-formed and not paths; settings are in their range",
         r"test_prompt_strength|test_settings_file|test_text::.*(handle|prompt|token)",
     ),
     (
-        "wrong input is found before weights are read: one line, exit code 2",
+        "wrong input is reported before weights are read: one line, exit code 2",
         r"test_early|cli/test_entry::.*(wrong_lines|debug|exit_code|130)|training/test_setup::test_wrong_input",
     ),
     (
-        "on a GPU nothing stays on the CPU, and the numbers are those of the CPU (a simulated GPU)",
+        "on a simulated GPU no tensor stays on the CPU, and the numbers are those of the CPU",
         r"test_simulated_gpu",
     ),
     ("no test uses the network or the home folder; the order of tests does not matter", r"test_conftest"),
