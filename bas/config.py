@@ -528,6 +528,15 @@ class SampleConfig(Settings):
         None, "image columns in pixels (default: what the model was trained for)", least=1, most=MAX_SIDE
     )
     batch_size: int = setting(4, "images denoised at once", least=1)
+    separate: bool = setting(False, "keep the attention of the prompt's handles apart while denoising")
+    layout: str | None = setting(
+        None, 'JSON with the region of each handle: {"<asset0>": [left, top, right, bottom] or a mask file, ...}'
+    )
+    own_pixels: bool = setting(False, "with --layout, start from the concepts' own pixels in the scene of the run")
+
+
+# Settings of images that are steered. Class images and evaluations are not.
+STEERING = ("separate", "layout", "own_pixels")
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,30 @@ MOST_SCORES = 2**23  # batch x heads x queries x keys that may be kept for the b
 SCORES_AT_ONCE = 2**22  # of those, computed together: 8 MB
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1). q: (b, heads, n, d); k, v: (b, heads, m, d) -> as q"""
+def attend(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1). q: (b, heads, n, d); k, v: (b, heads, m, d) -> as q
+
+    hide: (b, n, m) bool, True for a key that a query may not look at; some key must be left to each query.
+    """
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if not trains or q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores > MOST_SCORES:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, None if hide is None else ~hide[:, None])
     parts = math.ceil(scores / SCORES_AT_ONCE)
     if parts == 1:
-        return _attend_openly(q, k, v)
-    queries = q.split(math.ceil(q.shape[2] / parts), dim=2)
-    return torch.cat([_attend_openly(chunk, k, v) for chunk in queries], dim=2)
+        return _attend_openly(q, k, v, hide)
+    length = math.ceil(q.shape[2] / parts)
+    queries = q.split(length, dim=2)
+    hidden = [None] * len(queries) if hide is None else hide.split(length, dim=1)
+    return torch.cat([_attend_openly(chunk, k, v, h) for chunk, h in zip(queries, hidden, strict=True)], dim=2)
 
 
-def _attend_openly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_openly(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
     """`attend` as matrix products; the softmax computes in float32 and returns bf16, so nothing larger is stored."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if hide is not None:
+        scores = scores.masked_fill(hide[:, None], -math.inf)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):
@@ -75,15 +83,22 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: (b, n, dim), context: (b, k, context_dim) -> out (b, n, dim), probs (b, heads, n, k) float32 or None"""
+    def forward(
+        self, x: Tensor, context: Tensor, with_probs: bool = False, hide: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: (b, n, dim), context: (b, k, context_dim) -> out (b, n, dim), probs (b, heads, n, k) float32 or None
+
+        hide: (b, n, k) bool, True for a token that a cell may not look at; some token must be left to each cell.
+        """
         q = split_heads(self.to_q(x), self.heads)
         k = split_heads(self.to_k(context), self.heads)
         v = split_heads(self.to_v(context), self.heads)
         if not with_probs:
-            return self.to_out(merge_heads(attend(q, k, v))), None
+            return self.to_out(merge_heads(attend(q, k, v, hide))), None
         # Scaled before the product: after it, SD 2.1's logits overflow fp16.
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if hide is not None:
+            logits = logits.masked_fill(hide[:, None], -math.inf)
         probs = logits.float().softmax(dim=-1)
         return self.to_out(merge_heads(probs.to(v.dtype) @ v)), probs
 
@@ -125,10 +140,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: (b, n, dim), context: (b, k, context_dim) -> (b, n, dim), probs (b, heads, n, k) or None"""
+    def forward(
+        self, x: Tensor, context: Tensor, with_probs: bool = False, hide: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: (b, n, dim), context: (b, k, context_dim) -> (b, n, dim), probs (b, heads, n, k) or None
+
+        hide: (b, n, k) bool or None, as in `CrossAttention`.
+        """
         x = x + self.attn1(self.norm1(x))
-        out, probs = self.attn2(self.norm2(x), context, with_probs)
+        out, probs = self.attn2(self.norm2(x), context, with_probs, hide)
         x = x + out
         return x + self.ff(self.norm3(x)), probs
 
@@ -144,15 +164,20 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, with_probs: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x: (b, c, h, w), context: (b, k, context_dim) -> (b, c, h, w), probs (b, heads, h, w, k) or None"""
+    def forward(
+        self, x: Tensor, context: Tensor, with_probs: bool = False, hide: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: (b, c, h, w), context: (b, k, context_dim) -> (b, c, h, w), probs (b, heads, h, w, k) or None
+
+        hide: (b, h x w, k) bool or None, as in `CrossAttention`.
+        """
         skip, h = x, x.shape[-2]
         x = self.norm(x)
         if self.linear_projection:
             x = self.proj_in(rearrange(x, "b c h w -> b (h w) c"))
         else:
             x = rearrange(self.proj_in(x), "b c h w -> b (h w) c")
-        x, probs = self.transformer_blocks[0](x, context, with_probs)
+        x, probs = self.transformer_blocks[0](x, context, with_probs, hide)
         if self.linear_projection:
             x = rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h)
         else:

@@ -307,6 +307,20 @@ def find_words(tokenizer: CLIPTokenizer, ids: list[int]) -> list[tuple[str, list
     return words
 
 
+def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[str, list[int]]:
+    """Find where each handle of a prompt stands, with `words` each word too. ids: (77,) -> token positions by name
+
+    A word of several pieces has several positions, and so have a handle of several vectors and a name that stands
+    twice.
+    """
+    handles = known_handles(tokenizer)
+    found: dict[str, list[int]] = {}
+    for name, positions in find_words(tokenizer, ids):
+        if words or name in handles:
+            found.setdefault(name, []).extend(positions)
+    return found
+
+
 def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     """Token states after the text encoder's final norm, without an attention mask. ids: (b, k) -> (b, k, d)"""
     return text_encoder(input_ids=ids).last_hidden_state

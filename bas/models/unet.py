@@ -33,6 +33,9 @@ class UNetOutput(NamedTuple):
 # Which maps to return: False none, True all, (h, w) those of the layers on a grid of h rows and w columns.
 ReturnMaps = bool | tuple[int, int]
 
+# By grid (h, w), which tokens the cells of a layer there may not look at: (b, h x w, k) bool. Other grids see all.
+Hide = dict[tuple[int, int], Tensor]
+
 
 class Stage(nn.Module):
     """The shared part of down, middle and up blocks: residual blocks, each with or without a transformer behind it."""
@@ -67,12 +70,21 @@ class Stage(nn.Module):
             return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)  # no layer is random
         return module(*args)
 
-    def attend(self, i: int, x: Tensor, context: Tensor, return_maps: ReturnMaps, maps: list[AttentionMap]) -> Tensor:
+    def attend(
+        self,
+        i: int,
+        x: Tensor,
+        context: Tensor,
+        return_maps: ReturnMaps,
+        maps: list[AttentionMap],
+        hide: Hide | None,
+    ) -> Tensor:
         """Run transformer i, if the stage has one, and append its map to `maps`, if it was asked for."""
         if i >= len(self.attentions):
             return x
-        with_probs = return_maps if isinstance(return_maps, bool) else tuple(x.shape[-2:]) == tuple(return_maps)
-        x, probs = self.run(self.attentions[i], x, context, with_probs)
+        grid = (x.shape[-2], x.shape[-1])
+        with_probs = return_maps if isinstance(return_maps, bool) else grid == tuple(return_maps)
+        x, probs = self.run(self.attentions[i], x, context, with_probs, hide.get(grid) if hide else None)
         if probs is not None:
             maps.append(AttentionMap(self.place, probs, f"{self.name}.attentions.{i}"))
         return x
@@ -92,13 +104,13 @@ class DownBlock(Stage):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, pad_all_around=True)])
 
     def forward(
-        self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps
+        self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps, hide: Hide | None = None
     ) -> tuple[Tensor, list[Tensor], list[AttentionMap]]:
         """(b, c_in, h, w) -> (b, c_out, h/2, w/2), the skip connections for the up block, the maps"""
         skips, maps = [], []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, x, time)
-            x = self.attend(i, x, context, return_maps, maps)
+            x = self.attend(i, x, context, return_maps, maps, hide)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -116,12 +128,12 @@ class MidBlock(Stage):
         super().__init__(config, config.levels - 1, [(channels, channels)] * 2, transformers=1)
 
     def forward(
-        self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps
+        self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps, hide: Hide | None = None
     ) -> tuple[Tensor, list[AttentionMap]]:
         """(b, c, h, w) -> (b, c, h, w), the maps"""
         maps: list[AttentionMap] = []
         x = self.run(self.resnets[0], x, time)
-        x = self.attend(0, x, context, return_maps, maps)
+        x = self.attend(0, x, context, return_maps, maps, hide)
         return self.run(self.resnets[1], x, time), maps
 
 
@@ -147,6 +159,7 @@ class UpBlock(Stage):
         context: Tensor,
         return_maps: ReturnMaps,
         size: tuple[int, int] | None = None,
+        hide: Hide | None = None,
     ) -> tuple[Tensor, list[AttentionMap]]:
         """(b, c_in, h, w) and the skip connections of this level, used from the last -> (b, c_out, 2h, 2w), the maps
 
@@ -155,7 +168,7 @@ class UpBlock(Stage):
         maps: list[AttentionMap] = []
         for i, resnet in enumerate(self.resnets):
             x = self.run(resnet, torch.cat([x, skips[-1 - i]], dim=1), time)
-            x = self.attend(i, x, context, return_maps, maps)
+            x = self.attend(i, x, context, return_maps, maps, hide)
         for upsample in self.upsamplers:
             x = upsample(x, size)
         return x, maps
@@ -180,12 +193,18 @@ class UNet(nn.Module):
                 module.name = name
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor | int, context: Tensor, return_maps: ReturnMaps = False
+        self,
+        latents: Tensor,
+        timesteps: Tensor | int,
+        context: Tensor,
+        return_maps: ReturnMaps = False,
+        hide: Hide | None = None,
     ) -> UNetOutput:
         """latents: (b, c, h, w); timesteps: (b,) or one; context: (b, k, d).
 
         Returns the prediction (b, c, h, w) in the precision of the weights, and the attention maps that `return_maps`
-        asks for: True for all, (h, w) for those of the layers on that grid, which may be none.
+        asks for: True for all, (h, w) for those of the layers on that grid, which may be none. `hide` says by grid
+        which tokens the cells may not look at.
         """
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
         features = timestep_embedding(
@@ -196,17 +215,17 @@ class UNet(nn.Module):
         x = self.conv_in(latents.to(dtype))
         skips, maps = [x], []
         for block in self.down_blocks:
-            x, block_skips, block_maps = block(x, time, context, return_maps)
+            x, block_skips, block_maps = block(x, time, context, return_maps, hide)
             skips += block_skips
             maps += block_maps
-        x, block_maps = self.mid_block(x, time, context, return_maps)
+        x, block_maps = self.mid_block(x, time, context, return_maps, hide)
         maps += block_maps
         taken = self.config.layers_per_block + 1  # skip connections of an up block
         for block in self.up_blocks:
             used, skips = skips[-taken:], skips[:-taken]
             above = tuple(skips[-1].shape[-2:]) if skips else None
             size = above if above != tuple(2 * side for side in x.shape[-2:]) else None
-            x, block_maps = block(x, used, time, context, return_maps, size)
+            x, block_maps = block(x, used, time, context, return_maps, size, hide)
             maps += block_maps
         return UNetOutput(self.conv_out(F.silu(self.conv_norm_out(x))), maps)
 

@@ -15,6 +15,7 @@ from bas.config import OF_A_MODEL, TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.io.files import reading
 from bas.io.json_files import read_json
+from bas.io.run_files import CONCEPTS, read_concepts
 from bas.io.settings_file import check_settings
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
@@ -198,6 +199,14 @@ def read_model_row(folder: Path) -> dict | None:
     if others := sorted((row.keys() & known.keys()) - {*OF_A_MODEL}):
         raise InputError(f"{path} sets {', '.join(others)}: a model may set only how it is trained; remove it there")
     return check_settings(path, row, known)
+
+
+def trained_grid(path: Path) -> int | None:
+    """The `side` of the maps that the attention loss of a model read, from its run or from its own settings."""
+    if (path / CONCEPTS).is_file():
+        _, metadata = read_concepts(path)
+        return metadata["config"]["attention_grid"]
+    return (read_model_row(path) or {}).get("attention_grid")
 
 
 def _hub_ids(name: str) -> list[str]:

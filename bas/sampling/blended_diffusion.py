@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import EditConfig
-from bas.data.batches import encode_images
 from bas.data.mask_formats import mask_in_file
 from bas.data.scene_folder import match_size, warn_if_turned
 from bas.errors import InputError
@@ -25,16 +24,18 @@ from bas.io.settings_file import read_toml
 from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
 from bas.runtime.progress import ImageProgress
+from bas.sampling.layout import cells_inside, read_layout
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import (
     check_request,
     decode,
     denoise,
     denoising_timesteps,
+    encode,
     latent_shape,
     standard_normal,
-    with_float32_vae,
 )
+from bas.sampling.steer import plan_steering, read_steer
 from bas.schedulers import add_noise
 
 
@@ -107,10 +108,16 @@ def edit(
 def check_edit(spec: ModelSpec, image: Image.Image, regions: list[Region], config: EditConfig) -> None:
     """Check a request of `edit` before any weight is read. InputError for what is wrong."""
     width, height = working_size(spec, image.size, config)
-    factor = spec.vae.factor
+    grid = height // spec.vae.factor, width // spec.vae.factor
+    if config.own_pixels:
+        raise InputError("--own_pixels: an edit starts from the image that it edits, so leave this out")
     check_request(spec, [region.prompt for region in regions], replace(config, width=width, height=height))
+    layout = read_layout(Path(config.layout)) if config.layout else {}
     for region in regions:
-        latent_mask(region.mask, (height // factor, width // factor))
+        inside = latent_mask(region.mask, grid)[0, 0]
+        for handle, where in layout.items():
+            if handle in region.prompt and not (cells_inside(where, *grid) & inside).any():
+                raise InputError(f"the layout puts {handle} where {region.prompt!r} may change nothing: move it inside")
 
 
 @torch.inference_mode()
@@ -125,7 +132,7 @@ def edit_region(
     """Edit one region of images of one size, each with its own seed, all with the region's prompt."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     width, height = working_size(models.spec, images[0].size, config)
-    source = encode_source(models, [pixels(fit(image, (width, height), Image.Resampling.BICUBIC)) for image in images])
+    source = encode(models, [pixels(fit(image, (width, height), Image.Resampling.BICUBIC)) for image in images])
     inside = latent_mask(region.mask, (source.shape[-2], source.shape[-1])).to(models.device)
 
     def blend(_i: int, prev_t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
@@ -138,7 +145,11 @@ def edit_region(
     timesteps = denoising_timesteps(models.schedule, config)
     start = skipped_steps(config)
     z = noised(models, source, timesteps[start], generators)
-    z = denoise(models, z, context, negative, config, generators, blend, start)
+    steering = None
+    if steer := read_steer(config):
+        steering = plan_steering(models.spec, [region.prompt] * len(images), steer, (z.shape[-2], z.shape[-1]))
+        steering.editable = inside
+    z = denoise(models, z, context, negative, config, generators, blend, start, steering=steering)
     results = [fit(result, images[0].size, Image.Resampling.LANCZOS) for result in to_images(decode(models, z))]
     if not config.composite:
         return results
@@ -148,14 +159,6 @@ def edit_region(
 def skipped_steps(config: EditConfig) -> int:
     """How many of the noisiest steps an edit leaves out."""
     return int(config.num_inference_steps * config.blending_start_percentage)
-
-
-def encode_source(models: Models, images: list[Tensor]) -> Tensor:
-    """Encode images (3, H, W) into latents (b, c, h, w) as the UNet sees them, again in float32 if that overflows."""
-    mean = encode_images(models, torch.stack(images)).mean
-    if not mean.isfinite().all():
-        mean = encode_images(with_float32_vae(models), torch.stack(images)).mean
-    return (mean * models.vae.config.scaling_factor).to(models.device)
 
 
 def noised(models: Models, source: Tensor, t: int, generators: list[torch.Generator]) -> Tensor:

@@ -18,6 +18,7 @@ from bas.io.figures import grid
 from bas.io.images import save_image
 from bas.models.bundle import Models, ModelSpec
 from bas.runtime.progress import ImageProgress
+from bas.sampling.own_pixels import steps_taken
 from bas.sampling.sampler import sample_each
 
 CONTEXTS = (  # they follow "a photo of <asset0> and <asset1>" in the paper's evaluation
@@ -89,7 +90,7 @@ def generate_files(models: Models, prompts: list[str], folder: Path, config: Sam
     """Generate images and save each with its settings as soon as it is done: FOLDER/0000.png, 0001.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
-    progress, images = ImageProgress(len(jobs), config.num_inference_steps), []
+    progress, images = ImageProgress(len(jobs), steps_taken(config)), []
     for (prompt, seed), image in zip(jobs, sample_each(models, prompts, config, progress), strict=True):
         save_image(image, folder / f"{len(images):04d}.png", asdict(config) | {"prompt": prompt, "seed": seed})
         images.append(image)

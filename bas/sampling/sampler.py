@@ -10,16 +10,21 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import SampleConfig
+from bas.data.batches import encode_images
 from bas.errors import NotFiniteError
 from bas.io.images import to_images
 from bas.losses import average_maps
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import tokenize
-from bas.models.unet import AttentionMap, ReturnMaps, UNetOutput
+from bas.models.unet import AttentionMap, Hide, ReturnMaps, UNetOutput
 from bas.runtime.progress import ImageProgress
+from bas.sampling.layout import cells_inside
+from bas.sampling.own_pixels import left_out, paste
 from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_prompt, unread_weights
+from bas.sampling.steer import Steer, Steering, check_steer, plan_steering, read_steer
 from bas.schedulers import (
     NoiseSchedule,
+    add_noise,
     clean_and_noise,
     ddim_step,
     ddpm_step,
@@ -32,28 +37,37 @@ log = logging.getLogger(__name__)
 
 
 def sample(
-    models: Models, prompts: str | list[str], config: SampleConfig | None = None, **overrides
+    models: Models,
+    prompts: str | list[str],
+    config: SampleConfig | None = None,
+    steer: Steer | None = None,
+    **overrides,
 ) -> list[Image.Image]:
     """Generate `num_images` images for each prompt, prompt by prompt.
 
     Settings come from `config`; single ones can be given by name: `sample(models, "a photo of <asset0>", seed=3)`.
+    `steer` takes the place of the settings `separate`, `layout` and `own_pixels`.
     Image i of each prompt depends on seed + i alone, not on the batch in which it is generated.
-    InputError for unknown handles and for sizes that the model cannot take, NotFiniteError for numbers that are not.
+    InputError for unknown handles, for sizes that the model cannot take and for a wrong layout, NotFiniteError for
+    numbers that are not finite.
     """
     config = (config or SampleConfig()).changed(**overrides)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    check_request(models.spec, prompts, config)
-    return list(sample_each(models, prompts, config))
+    steer = steer or read_steer(config)
+    check_request(models.spec, prompts, config, steer)
+    return list(sample_each(models, prompts, config, steer=steer))
 
 
-def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig) -> None:
-    """Check handles, strengths, sizes and steps before any weight is read. InputError for what is wrong.
+def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, steer: Steer | None = None) -> None:
+    """Check handles, strengths, sizes, steps and layouts before any weight is read. InputError for what is wrong.
 
     Warn of what is likely a slip: a handle without its brackets, a weight that is not read, a setting without effect.
     """
     check_settings(spec, config)
     for prompt in prompts:
         tokenize(spec.tokenizer, [read_prompt(prompt).text])
+    if steer := steer or read_steer(config):
+        check_steer(spec, prompts, steer, latent_shape(spec, config)[1:])
     for setting, reason in without_effect(config).items():
         log.warning("--%s has no effect: %s", setting, reason)
     for prompt in prompts:
@@ -86,7 +100,11 @@ def without_effect(config: SampleConfig) -> dict[str, str]:
 
 
 def sample_each(
-    models: Models, prompts: list[str], config: SampleConfig, progress: ImageProgress | None = None
+    models: Models,
+    prompts: list[str],
+    config: SampleConfig,
+    progress: ImageProgress | None = None,
+    steer: Steer | None = None,
 ) -> Iterator[Image.Image]:
     """The images of `sample`, one by one, each as soon as its batch is done. `progress` counts the steps."""
 
@@ -95,10 +113,13 @@ def sample_each(
             progress.step(len(z))
         return z
 
+    steer = steer or read_steer(config)  # once: the files may change while images are generated
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
-        latents = generate([prompt for prompt, _ in batch], [seed for _, seed in batch], models, config, count)
+        texts, seeds = [prompt for prompt, _ in batch], [seed for _, seed in batch]
+        steering = plan_steering(models.spec, texts, steer, latent_shape(models.spec, config)[1:]) if steer else None
+        latents = generate(texts, seeds, models, config, count, steering=steering)
         yield from to_images(decode(models, latents))
 
 
@@ -115,16 +136,37 @@ def generate(
     config: SampleConfig,
     on_step: OnStep | None = None,
     return_maps: ReturnMaps = False,
+    steering: Steering | None = None,
 ) -> Tensor:
     """Denoise one latent per prompt and seed. -> (b, c, h, w) float32, scaled as the UNet sees them
 
-    `on_step` and `return_maps` as in `denoise`, and its NotFiniteError.
+    `on_step` and `return_maps` as in `denoise`, and its NotFiniteError. Without `steering` the settings decide it.
     """
+    _, *latent = latent_shape(models.spec, config)
+    if steering is None and (steer := read_steer(config)):
+        steering = plan_steering(models.spec, prompts, steer, (latent[0], latent[1]))
     context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
     negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = standard_normal(latent_shape(models.spec, config), generators).to(models.device)
-    return denoise(models, z, context, negative, config, generators, on_step, return_maps=return_maps)
+    start = 0
+    if steering is not None and steering.segments is not None:
+        start = left_out(config.num_inference_steps)
+        z = start_from_pixels(models, z, steering, denoising_timesteps(models.schedule, config)[start])
+    return denoise(models, z, context, negative, config, generators, on_step, start, return_maps, steering)
+
+
+def start_from_pixels(models: Models, eps: Tensor, steering: Steering, t: int) -> Tensor:
+    """Noise the concepts' own pixels in a layout to timestep t. eps: (b, c, h, w) noise, which is all elsewhere."""
+    factor, (h, w) = models.vae.config.factor, eps.shape[-2:]
+    images, insides = [], []
+    for named in steering.present.tolist():
+        own = {h: s for h, s in (steering.segments or {}).items() if named[steering.handles.index(h)]}
+        image, mask = paste(own, steering.steer.layout or {}, factor * h, factor * w)
+        images.append(image)
+        insides.append(cells_inside(mask[0].numpy(), h, w))
+    z0 = encode(models, images) * torch.stack(insides)[:, None].to(eps.device)
+    return add_noise(models.schedule, z0, eps, torch.full((len(eps),), t))
 
 
 def generate_with_maps(
@@ -134,6 +176,7 @@ def generate_with_maps(
     config: SampleConfig,
     grid: tuple[int, int],
     progress: ImageProgress | None = None,
+    steering: Steering | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`generate`, and the attention to each token of the prompts, averaged over steps, heads and layers.
 
@@ -147,7 +190,7 @@ def generate_with_maps(
             progress.step(len(z))
         return z
 
-    latents = generate(prompts, seeds, models, config, collect, grid)
+    latents = generate(prompts, seeds, models, config, collect, grid, steering)
     return latents, torch.stack(averages).mean(dim=0)
 
 
@@ -161,18 +204,24 @@ def denoise(
     on_step: OnStep | None = None,
     start: int = 0,
     return_maps: ReturnMaps = False,
+    steering: Steering | None = None,
 ) -> Tensor:
     """Denoise z step by step until it is a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d)
 
     `start` skips that many of the noisiest steps. `on_step` sees the latents after each of the others, with the
-    attention maps that `return_maps` asks for, and may change them. NotFiniteError if the result is not finite.
+    attention maps that `return_maps` asks for, and may change them. `steering` changes the latents before each step,
+    and what the handles' tokens are seen by. NotFiniteError if the result is not finite.
     """
-    schedule = models.schedule
+    if steering is not None:
+        steering.to(z.device)
+    schedule, hide = models.schedule, steering.hide if steering is not None else None
     timesteps = denoising_timesteps(schedule, config)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
-        output, maps = guided_output(models, z, t, context, negative, config.guidance_scale, return_maps)
+        if steering is not None and steering.due(i, len(timesteps)):
+            z = steering.update(models, z, t, context)
+        output, maps = guided_output(models, z, t, context, negative, config.guidance_scale, return_maps, hide)
         if config.sampler == "dpmpp_2m":
             z0, _ = clean_and_noise(schedule, z, output, t)
             z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
@@ -185,6 +234,8 @@ def denoise(
                 z = ddim_step(schedule, z, output, t, prev_t, config.eta, noise)
         if on_step is not None:
             z = on_step(i, prev_t, z, maps)
+    if steering is not None and steering.skipped:
+        log.warning("%d updates of steering were skipped: their gradient is not finite", steering.skipped)
     if not z.isfinite().all():
         raise NotFiniteError(f"denoising in {arithmetic(models)} gives numbers that are not finite: {advice(models)}")
     return z
@@ -198,19 +249,22 @@ def guided_output(
     negative: Tensor,
     scale: float,
     return_maps: ReturnMaps = False,
+    hide: Hide | None = None,
 ) -> UNetOutput:
     """Predict with classifier-free guidance (Ho and Salimans 2022): negative + scale (prompt - negative).
 
     A scale of 1 or less turns guidance off, as in diffusers: the result is the prompt's prediction alone.
-    -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) of the prompt, those that `return_maps` asks for
+    -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) of the prompt, those that `return_maps` asks for. `hide`
+    says which tokens of the prompt the cells may not look at, (b, h x w, k) by grid.
     """
     dtype = models.unet.conv_in.weight.dtype
     timesteps = torch.full((len(z),), t, device=z.device)
     if scale <= 1:
-        output, maps = models.unet(z.to(dtype), timesteps, context.to(dtype), return_maps)
+        output, maps = models.unet(z.to(dtype), timesteps, context.to(dtype), return_maps, hide)
         return UNetOutput(output.float(), maps)
     both = torch.cat([negative, context]).to(dtype)
-    output, maps = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both, return_maps)
+    hide = {grid: torch.cat([torch.zeros_like(tokens), tokens]) for grid, tokens in (hide or {}).items()}
+    output, maps = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both, return_maps, hide)
     unconditional, conditional = output.float().chunk(2)
     guided = unconditional + scale * (conditional - unconditional)
     return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
@@ -259,6 +313,14 @@ def decode(models: Models, latents: Tensor) -> Tensor:
             "the decoder gives numbers that are not finite, even in float32: the model's VAE is damaged"
         )
     return (images / 2 + 0.5).clamp(0, 1)
+
+
+def encode(models: Models, images: list[Tensor]) -> Tensor:
+    """Encode images (3, H, W) into latents (b, c, h, w) as the UNet sees them, again in float32 if that overflows."""
+    mean = encode_images(models, torch.stack(images)).mean
+    if not mean.isfinite().all():
+        mean = encode_images(with_float32_vae(models), torch.stack(images)).mean
+    return (mean * models.vae.config.scaling_factor).to(models.device)
 
 
 def with_float32_vae(models: Models) -> Models:

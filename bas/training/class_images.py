@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bas.config import SampleConfig, TrainConfig
+from bas.config import STEERING, SampleConfig, TrainConfig
 from bas.data.batches import encode_images
 from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 KEY_FILE = "key.json"
 SIDECARS = (".json", ".jsonl", ".txt", ".caption", ".md", ".csv", ".xml", ".xmp", ".yaml", ".toml", ".html")
+NO_MATTER = ("batch_size", "num_images", *STEERING)  # settings that no class image depends on
 LOCK = ".lock"  # held while class images are made
 
 
 def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:
     """Everything that a generated class image depends on. Image i has prompt i, cyclic, and seed + i."""
-    chosen = asdict(settings)
-    del chosen["batch_size"], chosen["num_images"]
+    chosen = {name: value for name, value in asdict(settings).items() if name not in NO_MATTER}
     prompts = list(config.class_prompt)
     return {
         "base": base_hash,

@@ -12,10 +12,10 @@ from tokenizers import AddedToken
 from bas.cli.entry import main
 from bas.config import SampleConfig
 from bas.io.figures import concept_colour
-from bas.models.text import tokenize
+from bas.models.text import find_places, tokenize
 from bas.pretrained.folder import save_model
-from bas.pretrained.hub import load
-from bas.sampling.attention_maps import Attention, attend, find_places, trained_grid, write_attention
+from bas.pretrained.hub import load, trained_grid
+from bas.sampling.attention_maps import Attention, attend, write_attention
 from bas.sampling.sampler import sample
 from tests.helpers.tiny import refused, taught, write_model
 
@@ -85,7 +85,7 @@ def test_the_image_is_the_one_that_sample_draws(models):
 def test_maps_are_the_mean_over_steps_heads_and_layers_of_the_prompts_own_half(models, monkeypatch):
     seen, forward = [], models.unet.forward
 
-    def spy(latents, timesteps, context, return_maps=False):
+    def spy(latents, timesteps, context, return_maps, *_):
         output = forward(latents, timesteps, context, True)
         seen.append([m.probs for m in output.maps if m.place != "mid" and m.probs.shape[2] == 4])
         return output._replace(maps=[m for m in output.maps if tuple(m.probs.shape[2:4]) == tuple(return_maps)])

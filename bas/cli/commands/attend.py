@@ -5,11 +5,12 @@ from dataclasses import asdict, fields
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
-from bas.config import SampleConfig
+from bas.config import STEERING, SampleConfig
 from bas.io.files import new_folder
 from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
 from bas.sampling.attention_maps import attend, plan_maps, write_attention
+from bas.sampling.own_pixels import steps_taken
 from bas.sampling.sampler import check_request
 
 EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1> at the beach" --output_dir attention',)
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
         plan_maps(spec, args.prompt, config, side, args.words)
 
     models = open_model(args, check)
-    progress = ImageProgress(1, config.num_inference_steps)
+    steered = any(getattr(config, name) for name in STEERING)
+    progress = ImageProgress(1, steps_taken(config) + steered * config.num_inference_steps)
     attention = attend(models, args.prompt, config, side, args.words, progress)
     settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
     print(write_attention(attention, models.handles, folder, settings))

@@ -13,6 +13,7 @@ from bas.errors import InputError
 from bas.io.images import read_image, save_images
 from bas.runtime.progress import ImageProgress
 from bas.sampling.blended_diffusion import check_edit, edit, read_region, read_regions, skipped_steps
+from bas.sampling.layout import mask_files
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
         regions = read_regions(Path(args.regions), file, image)
     else:
         regions = [read_region(Path(args.mask), args.prompt, file, image)]
-    inputs = file, *(region.file for region in regions)
+    masks = mask_files(Path(config.layout)) if config.layout else []
+    inputs = file, *(region.file for region in regions), *masks
     target = check_output_path(args.output_path, config.num_images, *inputs)
     if config.composite and target.suffix.lower() != ".png":
         log.warning("%s: only a .png keeps the pixels outside the mask exactly", target)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import SampleConfig, TrainConfig, setting_rows
+from bas.config import STEERING, SampleConfig, TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.libraries import optional_library
@@ -44,7 +44,7 @@ TRAINING = (  # the flags of training that stand beside those below; --config ta
     *("pretrained_model_name_or_path", "phase1_train_steps", "phase2_train_steps", "resolution", "num_class_images"),
     *("class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
 )
-SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed"}
+SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed", *STEERING}
 
 
 def configure(parser: Parser) -> None:
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         "base": weights_hash(base),
         "contexts": list(contexts),
         "metrics": measured,
-        "sampling": asdict(sampling),
+        "sampling": {name: value for name, value in asdict(sampling).items() if name not in STEERING},
     }
     agree_on(folder, plan | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
     context = EvaluationContext(base, device, sampling, partial(make_scorer, measured, base, str(device)))

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -15,6 +16,8 @@ from bas.io.figures import grid
 from bas.io.images import save_images
 from bas.io.settings_file import read_config
 from bas.runtime.progress import ImageProgress
+from bas.sampling.layout import mask_files
+from bas.sampling.own_pixels import steps_taken
 from bas.sampling.sampler import check_request, sample_each
 
 
@@ -29,6 +32,7 @@ class Request(Settings):
 EXAMPLES = (
     'bas sample runs/creature --prompt "a photo of <asset0> at the beach" --output_path creature.png',
     'bas sample runs/creature --prompt "a photo of (<asset0>:1.3) and <asset1>" --num_images 4 --grid',
+    'bas sample runs/creature --prompt "a photo of <asset0> and <asset1>" --separate',
 )
 
 
@@ -55,9 +59,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError('no prompt: add --prompt "a photo of <asset0> at the beach"')
     config = SampleConfig(**{**settings, **given(args, SampleConfig)})
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
-    target, name = check_output_path(args.output_path, 1 if args.grid else len(jobs)), find_model(args).name
+    masks = mask_files(Path(config.layout)) if config.layout else []
+    target, name = check_output_path(args.output_path, 1 if args.grid else len(jobs), *masks), find_model(args).name
     models = open_model(args, lambda spec: check_request(spec, prompts, config))
-    progress = ImageProgress(len(jobs), config.num_inference_steps)
+    progress = ImageProgress(len(jobs), steps_taken(config))
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
     records = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
