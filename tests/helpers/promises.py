@@ -13,7 +13,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_random_kills",
     ),
     (
-        "after a kill behind the last step, the same command completes the run",
+        "if a run is killed after its last step, the same command completes it",
         r"training/test_resume::.*(made_good|gets_one|prevented)|left_in_a_finished_run",
     ),
     (
