@@ -216,13 +216,13 @@ class TrainConfig(Settings):
     )
     prediction_type: str | None = setting(
         None,
-        "what the base model predicts, where its files say something else or nothing",
+        "what the base model predicts, if its files do not say it or say it wrongly",
         group="expert",
         choices=("epsilon", "v_prediction"),
     )
     output_dir: str = setting(
         "",
-        "the run folder to write (default: runs/SCENE; of several scenes, the folder of theirs: runs)",
+        "the run folder to write (default: runs/SCENE); for several scenes, the folder of their runs (default: runs)",
         group="output",
         common=True,
     )
@@ -242,10 +242,10 @@ class TrainConfig(Settings):
         common=True,
     )
     background_handle: str | None = setting(
-        None, "learn the background too, all that no mask covers: its handle, e.g. bg for <bg>", group="scene"
+        None, "also learn the background, which no mask covers: its handle, e.g. bg for <bg>", group="scene"
     )
     close_ups: bool = setting(
-        False, "also learn from a close-up of each set of concepts: for small concepts", group="scene"
+        False, "also train on close-ups of each set of concepts; for small concepts", group="scene"
     )
     resolution: int | None = setting(
         None,
@@ -255,7 +255,7 @@ class TrainConfig(Settings):
         most=MAX_SIDE,
     )
     center_crop: bool = setting(
-        False, "crop to a square instead of keeping the image's shape, in steps the model can take", group="scene"
+        False, "crop to a square; otherwise the image keeps its shape, up to rounding", group="scene"
     )
 
     # The method (paper, section 3); each part can be turned off
@@ -290,23 +290,25 @@ class TrainConfig(Settings):
     )
     unet_layers: str = setting(
         "all",
-        "what phase 2 trains of the UNet: everything, or its cross-attention alone",
+        "the part of the UNet that phase 2 trains: all of it, or only its cross-attention",
         group="method",
         choices=("all", "cross_attention"),
     )
     apply_masked_loss: bool = setting(
         True,
-        "take the reconstruction loss inside the masks alone (eq. 1)",
+        "take the reconstruction loss only inside the masks (eq. 1)",
         group="method",
         flag=("--do_not_apply_masked_loss",),
     )
     normalize_masked_loss: bool = setting(
-        False, "divide the masked loss by the masked area, so that small concepts weigh as much", group="method"
+        False,
+        "divide the masked loss by the masked area, so that small concepts weigh as much as large ones",
+        group="method",
     )
     lambda_attention: float = setting(1e-2, "weight of the cross-attention loss; 0 turns it off", group="method")
     attention_loss: str = setting(
         "mse",
-        "how maps are compared with masks: each scaled map by squared error, or the handles' shares by cross-entropy",
+        "mse: squared error of each scaled map and its mask; cross_entropy: over the handles' shares of each cell",
         group="method",
         choices=("mse", "cross_entropy"),
     )
@@ -319,13 +321,13 @@ class TrainConfig(Settings):
     )
     subset_sampling: str = setting(
         "union",
-        "concepts shown per step: a subset, its size sampled first; any subset, all equally likely; always one; all",
+        "concepts of a step. union: first a size, then a subset; uniform: any subset, equally likely; single: one; all",
         group="method",
         choices=("union", "uniform", "single", "all"),
     )
     flip_probability: float = setting(0.5, "probability of mirroring image and masks", group="method", most=1)
     seg_mix_probability: float = setting(
-        0.0, "probability of showing concepts cut out, at other places and sizes (Seg-Mix)", group="method", most=1
+        0.0, "probability of pasting the concepts at other places and sizes in a step (Seg-Mix)", group="method", most=1
     )
     with_prior_preservation: bool = setting(
         True,
@@ -336,7 +338,7 @@ class TrainConfig(Settings):
     prior_loss_weight: float = setting(1.0, "weight of the prior preservation loss", group="method")
     exact_phase1: bool = setting(
         False,
-        "run phase 1 as the official code does: with the prior, clipping over the whole embedding",
+        "compute phase 1 as the official code does: with the prior loss, and clipping over all token embeddings",
         group="expert",
     )
 
@@ -344,7 +346,7 @@ class TrainConfig(Settings):
     class_prompt: tuple[str, ...] = setting(
         ("a photo at the beach",), "prompt, or several, of the class images", group="training"
     )
-    num_class_images: int = setting(100, "how many class images to use", group="training", least=1)
+    num_class_images: int = setting(100, "number of class images", group="training", least=1)
     class_data_dir: str | None = setting(
         None, "folder of class images; missing ones are generated (default: a shared cache)", group="training"
     )
@@ -357,19 +359,19 @@ class TrainConfig(Settings):
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", group="training", least=1)
     optimizer: str = setting(
         "adamw",
-        "optimizer; adamw8bit keeps its moments in 8 bits, an extra",
+        "the optimizer; adamw8bit keeps its moments in 8 bits and needs bitsandbytes",
         group="memory and speed",
         choices=("adamw", "adam", "adamw8bit"),
     )
     adam_beta1: float = setting(0.9, "decay of the first moment", group="expert", below=1)
     adam_beta2: float = setting(0.999, "decay of the second moment", group="expert", below=1)
-    adam_weight_decay: float = setting(1e-2, "weight decay; with --optimizer adam 1e-8 unless given", group="expert")
+    adam_weight_decay: float = setting(1e-2, "weight decay; with --optimizer adam the default is 1e-8", group="expert")
     adam_epsilon: float = setting(1e-8, "epsilon of the optimizer", group="expert")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns it off", group="expert")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 turns clipping off", group="expert")
     scale_lr: bool = setting(False, "multiply both learning rates by batch size x accumulation steps", group="training")
     lr_scheduler: str = setting(
         "constant",
-        "course of the learning rate within each phase",
+        "learning rate schedule of each phase",
         group="training",
         choices=(
             "constant",
@@ -386,19 +388,19 @@ class TrainConfig(Settings):
 
     # Machine
     device: str | None = setting(
-        None, "cpu, cuda or cuda:N (default: cuda when there is one)", group="memory and speed"
+        None, "cpu, cuda or cuda:N (default: cuda if there is a GPU)", group="memory and speed"
     )
     mixed_precision: str = setting(
         "auto",
-        "arithmetic: no is float32; bf16 keeps float32 masters; auto is bf16 where the GPU has it, else fp16, and on "
-        "a CPU no, or bf16 for large models where the processor has it",
+        "arithmetic: no is float32; bf16 keeps float32 master weights; auto is bf16 if the GPU has it, else fp16; on a "
+        "CPU, auto is no, or bf16 for large models if the processor has it",
         group="memory and speed",
         choices=("auto", "no", "fp16", "bf16"),
     )
     card: str = setting(
         "any",
-        "settings with which Stable Diffusion 2.1 at 512x512 should fit, by counting: 24gb recomputes activations; "
-        "16gb also keeps 8-bit moments (an extra); 12gb recomputes and trains only cross-attention of the UNet",
+        "fit Stable Diffusion 2.1 at 512x512 into this GPU memory, by counting: 24gb recomputes activations; "
+        "16gb also keeps 8-bit moments; 12gb recomputes activations and trains only cross-attention of the UNet",
         group="memory and speed",
         common=True,
         choices=tuple(CARDS),
@@ -409,7 +411,7 @@ class TrainConfig(Settings):
     )
     compile: str = setting(
         "no",
-        "torch.compile: the whole UNet (also if nothing follows), or regional for its repeated blocks alone, which "
+        "torch.compile: whole (also without a value) compiles the UNet as one graph; regional compiles its blocks and "
         "starts sooner",
         group="memory and speed",
         choices=("no", "regional", "whole"),
@@ -424,14 +426,16 @@ class TrainConfig(Settings):
     log_steps: int = setting(10, "steps between two readings of the losses from the device", group="output", least=1)
     report_to: str = setting(
         "none",
-        "also write the losses and previews for another viewer, an extra",
+        "also write the losses and previews for TensorBoard, which needs the package tensorboard",
         group="output",
         choices=("none", "tensorboard"),
     )
     img_log_steps: int = setting(200, "steps between previews; 0 for none", group="output")
     preview_inference_steps: int = setting(25, "denoising steps of a preview image", group="output", least=1)
     checkpointing_steps: int = setting(200, "steps between resumable checkpoints; 0 for none", group="output")
-    checkpoints_total_limit: int = setting(1, "checkpoints kept, newest first", group="output", least=1)
+    checkpoints_total_limit: int = setting(
+        1, "number of checkpoints to keep; the oldest is removed", group="output", least=1
+    )
     resume_from_checkpoint: str | None = setting(
         None, "a checkpoint folder, or 'latest' for the newest in --output_dir", group="output", common=True
     )
@@ -558,7 +562,7 @@ class EditConfig(SampleConfig):
         None, "columns of pixels to edit at (default: as the model was trained for)", least=1, most=MAX_SIDE
     )
     blending_start_percentage: float = setting(
-        0.25, "share of the denoising steps to skip, 0 to 1: the more, the closer to what was there", below=1
+        0.25, "share of the denoising steps to skip, 0 to 1; a larger share keeps more of the image", below=1
     )
     composite: bool = setting(True, "put the original pixels back outside the mask", flag=("--no_composite",))
 
@@ -576,26 +580,26 @@ class ProposalConfig(Settings):
     words: tuple[str, ...] = setting(
         (), "clipseg: what to find, one concept each; the word is its handle's initial word"
     )
-    threshold: float = setting(0.5, "probability from which on a pixel is inside", above=0, below=1)
+    threshold: float = setting(0.5, "lowest probability of a pixel inside a mask", above=0, below=1)
     smooth: float = setting(0.0, "radius in pixels over which outlines are rounded and specks removed", most=1000)
     grow: int = setting(0, "pixels by which masks grow, or shrink if negative", least=-1000, most=1000)
     max_concepts: int = setting(
-        4, "how many of the largest concepts to keep, where the method finds them itself", least=1
+        4, "number of concepts to keep, the largest ones, if the method searches the whole image", least=1
     )
-    min_coverage: float = setting(0.01, "smallest share of the image such a concept may cover", above=0, below=1)
+    min_coverage: float = setting(0.01, "smallest share of the image that such a concept covers", above=0, below=1)
 
 
 @dataclass(frozen=True)
 class CocoConfig(Settings):
     """Settings of `bas coco`: the rules of the paper's data set (appendix)."""
 
-    scenes: int = setting(50, "how many scenes to choose", least=1)
+    scenes: int = setting(50, "number of scenes", least=1)
     seed: int = setting(0, "seed of the choice", most=MAX_SEED)
-    min_things: int = setting(2, "things of distinct classes that a scene has at least", least=1)
-    max_things: int = setting(4, "of more, the largest so many are its concepts", least=1)
-    min_share: float = setting(0.15, "smallest share of the square that each covers", above=0, below=1)
+    min_things: int = setting(2, "smallest number of concepts of a scene, of distinct classes", least=1)
+    max_things: int = setting(4, "largest number of concepts of a scene; the largest segments are taken", least=1)
+    min_share: float = setting(0.15, "smallest share of the square that each concept covers", above=0, below=1)
     dropped: tuple[str, ...] = setting(
-        ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"), "classes that are no concepts"
+        ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"), "classes that are not used as concepts"
     )
 
     def __post_init__(self):
@@ -607,6 +611,10 @@ class CocoConfig(Settings):
 class StudyConfig(Settings):
     """Settings of `bas study`."""
 
-    pages: int = setting(5, "pages with different images, one for each participant, or for several", least=1, most=1000)
-    questions: int = setting(30, "images on a page, at most; each method has as many", least=2, most=500)
-    seed: int = setting(0, "seed of what is shown, and in which order", most=MAX_SEED)
+    pages: int = setting(
+        5, "number of pages, each with other images; several participants may answer one page", least=1, most=1000
+    )
+    questions: int = setting(
+        30, "largest number of images on a page; each method has the same number", least=2, most=500
+    )
+    seed: int = setting(0, "seed of the choice of images and of their order", most=MAX_SEED)

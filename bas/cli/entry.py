@@ -23,13 +23,13 @@ ABOUT = "Extract several concepts from a single image, and re-imagine them (Brea
 FIRST_STEPS = """\
 Extract several concepts from a single image, and re-imagine them.
 
-See the whole method on a small model that ships, in minutes on a CPU:
+Run the whole method on a small model that ships with bas, in minutes on a CPU:
   bas demo
 
 Learn the concepts of your own image, on a GPU:
   bas download sd21-base                  fetch Stable Diffusion 2.1, about 5 GB, once
   bas paint photo.jpg                     paint a mask for each concept in the browser; this writes the scene `photo`
-  bas masks photo --weights sd21-base     check what the training will see
+  bas masks photo --weights sd21-base     check the masks as the training will see them
   bas train photo --weights sd21-base --output_dir runs/photo
   bas sample runs/photo --prompt "a photo of <asset0> at the beach"
 
@@ -38,7 +38,7 @@ Learn the concepts of your own image, on a GPU:
 
 # Each is a module of bas.cli.commands; its help stands here so that `bas --help` imports none of them.
 COMMANDS = {
-    "demo": "run the whole method on the shipped miniature, into one image",
+    "demo": "run the whole method on the miniature; write a figure and a report",
     "masks": "check a scene's masks, or let a model propose them",
     "paint": "paint masks in the browser",
     "train": "learn the concepts of one scene or of many",
@@ -46,11 +46,11 @@ COMMANDS = {
     "vary": "generate all concepts of a run together, with many seeds",
     "explore": "generate every combination of a run's concepts in many contexts",
     "attend": "generate an image and show where each handle looked",
-    "edit": "edit places of an image with learnt concepts",
+    "edit": "place learnt concepts in an image, inside masks",
     "coco": "build the paper's data set from COCO",
     "study": "make the pages of a user study, or analyse its answers",
     "evaluate": "repeat the paper's comparison of methods on your scenes",
-    "report": "write the page of a run again",
+    "report": "write the report of a run again",
     "info": "say what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
     "export": "write a model as one .safetensors file for other tools",
@@ -69,7 +69,7 @@ def build_parser(*chosen: str | None) -> Parser:
         module = importlib.import_module(f"bas.cli.commands.{name}")
         epilog = "\n  ".join(("examples:", *module.EXAMPLES))
         sub = commands.add_parser(name, help=summary, description=module.__doc__, epilog=epilog)
-        sub.add_argument("--debug", action="store_true", help="show the whole trace of an error")
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         module.configure(sub)
         sub.set_defaults(run_command=module.run)
     return parser

@@ -104,14 +104,14 @@ def given(args: argparse.Namespace, settings: type) -> dict:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """The two flags of every command that runs a model."""
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     precisions = ("auto", "fp32", "fp16", "bf16")
     parser.add_argument("--precision", default="auto", choices=precisions, help="arithmetic (default: %(default)s)")
 
 
 def add_config(parser: Parser) -> None:
     """Declare --config."""
-    parser.add_argument("--config", metavar="FILE", help="settings from a .toml file; flags win over it")
+    parser.add_argument("--config", metavar="FILE", help="settings from a .toml file; flags override it")
 
 
 PATHS = ("FILE", "DIR", "SCENE", "RUN", "MODEL", "PATH", "IMAGE", "ANNOTATIONS", "EVALUATION")

@@ -18,11 +18,11 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
     )
-    parser.add_argument("--model_path", metavar="RUN", help="the same, as the official script names it")
+    parser.add_argument("--model_path", metavar="RUN", help="RUN under the flag of the official script")
     parser.add_argument(
         "--prediction_type",
         choices=PREDICTION_TYPES,
-        help="what the model predicts, where its files say something else or nothing",
+        help="what the model predicts, if its files do not say it or say it wrongly",
     )
     add_machine(parser)
 

@@ -42,7 +42,7 @@ def warn_of_replacement(paths: list[Path]) -> None:
 
 def add_gallery(parser: Parser, name: str) -> None:
     """Declare --output_dir of a command that generates a gallery."""
-    text = f"new folder to write (default: RUN/{name}, which the run's page shows; {name} for other models)"
+    text = f"new folder to write (default: RUN/{name}, which the run's report shows; {name} for other models)"
     parser.add_argument("--output_dir", metavar="DIR", help=text)
 
 

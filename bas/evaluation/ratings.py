@@ -87,7 +87,7 @@ def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
                 raise InputError(f"{path} answers {name}, which this study does not ask")
             values = [marks.get(question) if isinstance(marks, dict) else None for question in QUESTIONS]
             if any(type(value) is not int or not 1 <= value <= 5 for value in values):
-                raise InputError(f"{path}: the marks for {name} are {values}, not two of 1 to 5")
+                raise InputError(f"{path}: the ratings of {name} are {values}, not two of 1 to 5")
             ratings.append(Rating(who[0], questions[name]["method"], marks["identity"], marks["prompt"]))
     return ratings
 

@@ -250,7 +250,7 @@ def test_answers_that_do_not_fit_are_named(evaluation, tmp_path):
         read_ratings(tmp_path, spoilt(answers={"nothing": {"identity": 1, "prompt": 1}}))
     for mark in (0, 6, 2.5, True, None, "3"):
         (name, *_) = content["answers"]
-        with refused(f"the marks for {name} are"):
+        with refused(f"the ratings of {name} are"):
             read_ratings(tmp_path, spoilt(answers={name: {"identity": mark, "prompt": 1}}))
     with refused("are the same participant's answers to one page: keep one"):
         read_ratings(tmp_path, [good, *spoilt()])

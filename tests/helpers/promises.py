@@ -31,7 +31,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
     ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
     (
-        "if the program that reads the output has ended: one exit code, no trace",
+        "if the program that reads the output has ended: one exit code, no traceback",
         r"test_stop::.*(pipe|full_disk|nobody_reads|cannot_be_written)",
     ),
     (

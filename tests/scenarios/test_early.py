@@ -168,7 +168,7 @@ SAMPLE = [
     ("attend {taught} --output_dir {new} --prompt <asset0> --negative_prompt <toy>", "unknown handle <toy> in '<toy>'"),
 ]
 EDIT = [
-    ("--init_image {scene}/img.png --prompt bowl", "name a place and a prompt: --mask with --prompt, or --regions"),
+    ("--init_image {scene}/img.png --prompt bowl", "name a region and a prompt: --mask with --prompt, or --regions"),
     ("--init_image {text}/img.png --mask {scene}/mask0.png --prompt bowl", "text/img.png is not a readable PNG"),
     ("--init_image {scene}/img.png --mask {wide}/mask1.png --prompt bowl", "wide/mask1.png is 64x32, img.png is 32x32"),
     ("--init_image {scene}/img.png --mask {black}/mask1.png --prompt bowl", "mask1.png is black all over: paint white"),

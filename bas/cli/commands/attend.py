@@ -20,12 +20,12 @@ def configure(parser: Parser) -> None:
     """Declare the flags."""
     add_model(parser)
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the prompt of the image")
-    parser.add_argument("--words", action="store_true", help="write a map of every word, not of the handles alone")
+    parser.add_argument("--words", action="store_true", help="write a map of every word, not only of the handles")
     parser.add_argument(
         "--attention_grid",
         type=int,
         metavar="INT",
-        help="cells along the shorter side of the maps (default: as in training, else a quarter of the latent's)",
+        help="cells along the shorter side of the maps (default: as in training, or a quarter of the latent's)",
     )
     parser.add_argument(
         "--output_dir", default="attention", metavar="DIR", help="new folder to write (default: %(default)s)"

@@ -15,7 +15,7 @@ EXAMPLES = ("bas coco annotations/instances_val2017.json --images val2017 --outp
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("annotations", metavar="ANNOTATIONS", help="COCO's instances_*.json")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder with the images that it names")
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images that ANNOTATIONS names")
     parser.add_argument("--output_dir", default="coco_scenes", help="new folder to write (default: %(default)s)")
     add_fields(parser, CocoConfig)
 

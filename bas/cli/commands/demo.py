@@ -41,7 +41,7 @@ class Result:
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("--output_dir", default="demo", help="run folder to write (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
 
 
 def run(args: argparse.Namespace) -> None:

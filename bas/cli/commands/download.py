@@ -13,9 +13,7 @@ EXAMPLES = (
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
-    parser.add_argument(
-        "name", metavar="NAME", help="a name from weights/manifest.json, such as sd21-base, or a hub id"
-    )
+    parser.add_argument("name", metavar="NAME", help="a known name, such as sd21-base, or a hub id")
     parser.add_argument("--half", action="store_true", help="fetch the 16-bit files: half the size")
 
 

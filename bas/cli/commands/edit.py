@@ -1,4 +1,4 @@
-"""Edit places of an image with learnt concepts, and leave every pixel outside them as it is."""
+"""Place learnt concepts in an image, inside masks. Every pixel outside the masks stays as it is."""
 
 import argparse
 import logging
@@ -28,11 +28,11 @@ def configure(parser: Parser) -> None:
     add_model(parser)
     parser.add_argument("--init_image", metavar="FILE", required=True, help="the image to edit")
     parser.add_argument("--mask", metavar="FILE", help="mask image: white where the image may change")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to put there, e.g. 'a photo of <asset0>'")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to generate inside the mask, e.g. 'a photo of <asset0>'")
     parser.add_argument(
         "--regions",
         metavar="FILE",
-        help='several places, edited in turn: a JSON list [{"mask": FILE, "prompt": TEXT}, ...] '
+        help='several regions, edited in turn: a JSON list [{"mask": FILE, "prompt": TEXT}, ...] '
         "with files relative to it; instead of --mask and --prompt",
     )
     add_output_path(parser, "edited.png")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     """Edit, and save the images, each with its settings."""
     config = EditConfig(**given(args, EditConfig))
     if bool(args.mask) != bool(args.prompt) or bool(args.mask) == bool(args.regions):
-        raise InputError("name a place and a prompt: --mask with --prompt, or --regions with a list of both")
+        raise InputError("name a region and a prompt: --mask with --prompt, or --regions with a list of both")
     name, file = find_model(args).name, Path(args.init_image)
     image = read_image(file)
     if args.regions:

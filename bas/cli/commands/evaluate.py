@@ -60,16 +60,22 @@ def configure(parser: Parser) -> None:
         default=PAPER,
         help=f"what to compare (default: all of the paper): {rows}",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of trainings and images (default: 0)")
-    parser.add_argument("--first_scenes", type=int, metavar="INT", help="only the first so many scenes")
     parser.add_argument(
-        "--prompts", type=int, default=len(CONTEXTS), metavar="INT", help="contexts, of the paper's ten (default: all)"
+        "--seeds", nargs="+", type=int, default=[0], help="seeds of the runs and their images (default: 0)"
+    )
+    parser.add_argument("--first_scenes", type=int, metavar="INT", help="use only the first INT scenes")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=len(CONTEXTS),
+        metavar="INT",
+        help="number of contexts, of the paper's ten (default: all)",
     )
     parser.add_argument(
         "--metrics",
         choices=("auto", "photographs", "miniature"),
         default="auto",
-        help="CLIP and DINO, or the miniature's own measures (default: those that suit the base model)",
+        help="CLIP and DINO, or the miniature's own metrics (default: those for the base model)",
     )
     parser.add_argument("--clip", default=CLIP, help="folder or hub id of the CLIP model (default: %(default)s)")
     parser.add_argument("--dino", default=DINO, help="folder or hub id of the DINO model (default: %(default)s)")
@@ -82,8 +88,8 @@ def configure(parser: Parser) -> None:
         "--segments",
         choices=("auto", "model", "attention", "none"),
         default="auto",
-        help="part of an image that identity is measured on: the segment of the --segmenter, where the handle attends, "
-        "or the whole image (default: model for photographs, none for the miniature, whose measure searches)",
+        help="part of an image on which identity is measured: the --segmenter's segment, the handle's attention, "
+        "or the whole image (default: model for photographs, none for the miniature)",
     )
     parser.add_argument("--dry_run", action="store_true", help="count and estimate; write nothing")
     add_fields(parser, TrainConfig, TRAINING)

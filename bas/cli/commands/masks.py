@@ -42,13 +42,13 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "scene", metavar="SCENE", help="folder with an image img.* and its masks; or an image, for --auto"
     )
-    parser.add_argument("--output_path", metavar="FILE", help="image to write of the masks as the losses see them")
+    parser.add_argument("--output_path", metavar="FILE", help="image to write: the masks as the losses read them")
     add_fields(parser, TrainConfig, only=SETTINGS)
     parser.add_argument("--auto", choices=METHODS, help="write a new scene with masks that this kind of model proposes")
     parser.add_argument(
         "--output_dir", metavar="DIR", help="scene to write with --auto (default: named after the image, beside it)"
     )
-    parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda when there is one)")
+    parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     add_fields(parser, ProposalConfig)
 
 

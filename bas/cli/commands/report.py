@@ -1,4 +1,4 @@
-"""Write the page of a run, RUN/report.html, from what the run folder holds now."""
+"""Write the report of a run, RUN/report.html, from what the run folder holds now."""
 
 import argparse
 from pathlib import Path

@@ -43,7 +43,7 @@ def configure(parser: Parser) -> None:
         "--prompt", nargs="+", action="extend", metavar="TEXT", help="one prompt or several, each in quotes"
     )
     add_output_path(parser, "result.png")
-    parser.add_argument("--grid", action="store_true", help="put all images on one labelled sheet, a row per prompt")
+    parser.add_argument("--grid", action="store_true", help="put all images into one labelled grid, a row per prompt")
     add_config(parser)
     add_fields(parser, SampleConfig)
 
