@@ -393,7 +393,7 @@ class TrainConfig(Settings):
     mixed_precision: str = setting(
         "auto",
         "arithmetic: no is float32; bf16 keeps float32 master weights; auto is bf16 if the GPU has it, else fp16; on a "
-        "CPU, auto is no, or bf16 for large models if the processor has it",
+        "CPU, auto is no, or bf16 if the processor has it and the model is not tiny",
         group="memory and speed",
         choices=("auto", "no", "fp16", "bf16"),
     )

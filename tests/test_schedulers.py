@@ -295,5 +295,5 @@ def test_more_steps_than_the_model_knows_are_refused(steps, sampler):
 @pytest.mark.parametrize(("steps", "sampler", "offset"), [(50, "ddim", 40), (999, "dpmpp_2m", 1)])
 def test_a_timestep_twice_is_refused(steps, sampler, offset):
     """Of an offset that pushes evenly spaced timesteps beyond the last: a step from a timestep to itself divides 0."""
-    with pytest.raises(InputError, match=f"shifted by {offset}, go beyond the model's 1000 timesteps"):
+    with pytest.raises(InputError, match=f"shifted by {offset}, go beyond the 1000 timesteps"):
         sampling_timesteps(NoiseSchedule(steps_offset=offset, timestep_spacing="leading"), steps, sampler)

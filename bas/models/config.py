@@ -17,7 +17,7 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
     ]
     if unknown:
         raise InputError(
-            f"{kind.__name__.removesuffix('Config')} config has settings that bas does not support: {', '.join(unknown)}"
+            f"{kind.__name__.removesuffix('Config')} config has unsupported settings: {', '.join(unknown)}"
         )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
 

@@ -207,6 +207,4 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
 def log_miniature(config: TrainConfig) -> None:
     """Log that the base is the shipped miniature, where none is named: it cannot learn from photographs."""
     if config.pretrained_model_name_or_path is None:
-        log.info(
-            "the base model is the miniature, which knows no photographs; its bas.json gives each setting that no flag gives"
-        )
+        log.info("the base model is the miniature, which knows no photographs; bas.json holds its settings")

@@ -72,7 +72,7 @@ def test_models_with_further_inputs_are_refused_by_name(channels, kind, folder):
         (
             "unet/config.json",
             {"addition_embed_type": "text_time"},
-            "config has settings that bas does not support: addition_embed_type",
+            "config has unsupported settings: addition_embed_type",
         ),
         ("text_encoder/config.json", {"vocab_size": 10**12}, "text encoder vocab_size is 1000000000000: expected"),
         (
