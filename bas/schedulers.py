@@ -189,7 +189,7 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     timesteps = [min(t, total - 1) for t in timesteps[:steps]]
     if len(set(timesteps)) < steps:
         raise InputError(
-            f"{steps} denoising steps, shifted by {schedule.steps_offset}, go beyond the {total} timesteps: ask for fewer"
+            f"{steps} denoising steps, shifted by {schedule.steps_offset}, go beyond the {total} timesteps: use fewer"
         )
     return timesteps
 
