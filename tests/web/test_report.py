@@ -208,7 +208,7 @@ def test_a_run_that_has_barely_begun_has_a_page(tmp_path):
     text = " ".join(Page(page(tmp_path)).texts)
     assert "1 of 800" in text
     assert "Fewer than two steps are logged." in text
-    assert "This run made no previews" in text
+    assert "This run has no previews" in text
 
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path, caplog):
