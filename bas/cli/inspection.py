@@ -62,7 +62,7 @@ def _describe_folder(path: Path, hashes: bool) -> dict:
 
 
 def _folder_kind(path: Path, details: dict) -> str:
-    """Name a model folder that is no run of bas."""
+    """Name a model folder that is not a run of bas."""
     if details.get("handles"):
         return "a model with handles, as the official code writes it"
     if details["loads"]:

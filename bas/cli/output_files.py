@@ -52,7 +52,7 @@ def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
 
 
 def print_gallery(grid: Path) -> None:
-    """Print where the grid is, and the page of the run that now shows it."""
+    """Print the path of the grid, and of the run's report, which now shows it."""
     from bas.web.report import renew_report  # here: other commands need no template engine
 
     print(grid)

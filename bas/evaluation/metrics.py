@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 CLIP = "openai/clip-vit-large-patch14"  # hub ids of the paper's models
 DINO = "facebook/dino-vitb16"
-MINI_CLIP = "clip"  # the miniature's own towers, in its folder
+MINI_CLIP = "clip"  # the miniature's own encoders, in its folder
 AT_ONCE = 64  # images in one pass
 
 
@@ -58,7 +58,7 @@ class PromptSimilarity:
 
     @torch.inference_mode()
     def prompt_similarity(self, images: list[Image.Image], prompts: list[str]) -> list[float]:
-        """Return one cosine in [-1, 1] for each image and its prompt. A prompt longer than the tower is cut."""
+        """Return one cosine in [-1, 1] for each image and its prompt. A prompt longer than the model reads is cut."""
         found: list[float] = []
         for start in range(0, len(images), AT_ONCE):
             shown, texts = images[start : start + AT_ONCE], prompts[start : start + AT_ONCE]
@@ -119,9 +119,9 @@ class Metrics:
 
     @classmethod
     def miniature(cls, device: torch.device | str = "cpu", weights: Path | None = None) -> Metrics:
-        """Load the miniature's CLIP towers, and search for concepts. weights: its folder (default: the shipped one)"""
-        towers = (weights or find(None)) / MINI_CLIP
-        return cls(PromptSimilarity(str(towers), device), ObjectSimilarity(device))
+        """Load the miniature's CLIP, and search for concepts. weights: its folder (default: the shipped one)"""
+        clip = (weights or find(None)) / MINI_CLIP
+        return cls(PromptSimilarity(str(clip), device), ObjectSimilarity(device))
 
 
 def class_prompt(prompt: str, names: dict[str, str]) -> str:

@@ -188,7 +188,7 @@ def _blaming(path: Path) -> Iterator[None]:
 
 
 def _raise_for_folder(folder: Path) -> NoReturn:
-    """Raise InputError saying what a folder is that is no model."""
+    """Raise InputError that says what a folder is, if it is not a model."""
     files = sorted(path.name for path in folder.iterdir())
     check_kind(files, folder)
     single = [name for name in files if name.endswith(".safetensors")]
@@ -252,7 +252,7 @@ def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.fl
     """Write the whole model as a folder that diffusers opens. Every file is whole or absent; model_index.json is last.
 
     Handles become rows of the token embedding and added tokens of the tokenizer. Raises RunError, before anything is
-    written, for weights that are no finite numbers in `dtype`.
+    written, for weights that are not finite in `dtype`.
     """
     folder, parts = Path(folder), Parts.of(models, dtype)
     for name in (*COMPONENTS, "tokenizer", "scheduler"):

@@ -36,7 +36,7 @@ class Parts:
     def of(cls, models: Models, dtype: torch.dtype) -> Parts:
         """A model's parts as they are saved: handles are rows of the embedding, the text encoder's keys bare.
 
-        Raises RunError for weights beyond the range of `dtype`, or that are no finite numbers.
+        Raises RunError for weights beyond the range of `dtype`, or that are not finite.
         """
         text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
         states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
@@ -168,7 +168,7 @@ def load_weights(
 def check_keys(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The tensors in the shapes of a module, which may be on the meta device. No weight is read.
 
-    Raises one InputError for all missing, unexpected or wrong-shaped keys; another for tensors that are no weights.
+    Raises one InputError for all missing, unexpected or wrong-shaped keys; another for tensors that are not weights.
     """
     wanted = module.state_dict()
     given = {name: _reshape(tensor, wanted.get(name)) for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Weights that compute in bf16, and the float32 masters behind them that the optimizer steps and the run saves.
+"""Weights that compute in bf16, and their float32 master weights, which the optimizer steps and the run saves.
 
 A step of 1e-6 is far below the spacing of bf16 numbers around a weight: it would round away. So the networks compute
 with rounded copies, half as large and fast to multiply, while gradients are summed, clipped and applied in float32
@@ -50,7 +50,7 @@ class MasterWeights:
         values: Float32Values,
         with_grad: Mapping[str, nn.Parameter] | None = None,
     ):
-        """Build the masters of the weights that a phase optimizes.
+        """Build the master weights of the weights that a phase optimizes.
 
         optimized: the model's weights by name. values: of `cast_weights`; a master shares memory with its value.
         with_grad: weights that get a gradient, which counts when gradients are clipped, but no step.
@@ -81,7 +81,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """Round the masters into the model's weights, in place."""
+        """Copy the master weights into the model's weights, rounded and in place."""
         if self.pairs:
             weights, masters = zip(*self.pairs, strict=True)
             torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]

@@ -39,7 +39,7 @@ class Outcome:
 
 
 def holds_scenes(folder: Path) -> bool:
-    """Whether a folder is no scene itself, but has scenes in it."""
+    """Whether a folder is not a scene itself, but has scenes in it."""
     with reading(folder):
         return folder.is_dir() and not images_in(folder) and any(map(images_in, subfolders(folder)))
 

@@ -57,7 +57,7 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
 def build_phase_state(
     models: Models, phase: Phase, config: TrainConfig, precision: str, exact: Float32Values
 ) -> PhaseState:
-    """The state at the beginning of a phase: masters of its weights, a fresh optimizer and loss scale."""
+    """The state at the beginning of a phase: its master weights, a fresh optimizer and loss scale."""
     optimized = trainable_parameters(models, phase)
     groups = parameter_groups(models)
     with_grad = {name: p for group in phase.clips for name, p in groups[group].items()}

@@ -205,6 +205,6 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
 
 
 def log_miniature(config: TrainConfig) -> None:
-    """Log that the base is the shipped miniature, where none is named: it cannot learn from photographs."""
+    """Log that the base model is the miniature, if none is named: it cannot learn from photographs."""
     if config.pretrained_model_name_or_path is None:
         log.info("the base model is the miniature, which knows no photographs; bas.json holds its settings")

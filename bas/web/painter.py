@@ -123,7 +123,7 @@ class Server(ThreadingMixIn, TCPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/{self.session.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a fault in one line. A client that hangs up is none."""
+        """Log a fault in one line. A client that hangs up is not a fault."""
         error = sys.exception()
         if not isinstance(error, (ConnectionError, TimeoutError)):
             log.error("a request failed: %s: %s", type(error).__name__, error)

@@ -1,4 +1,4 @@
-"""The page of a run, RUN/report.html: what went in, how the handles learnt, and what came out.
+"""The report of a run, RUN/report.html: its scene, its previews and losses, and its galleries.
 
 The page loads nothing: images are embedded, and its script is the package's own. It is built from the files of the run
 folder alone, so it can be written at any time, also while the run trains.
@@ -72,19 +72,19 @@ class Scene:
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html and return its path. Raises InputError for a folder that is no run."""
+    """Write RUN/report.html and return its path. Raises InputError for a folder that is not a run."""
     write_text(run / REPORT, page(run))
     return run / REPORT
 
 
 def renew_report(gallery: Path) -> Path | None:
-    """Write the page of the run that holds a gallery's folder, and return its path; None where no run holds it."""
+    """Write the report of the run that holds a gallery's folder, and return its path; None where no run holds it."""
     run = gallery.absolute().parent
     return write_report(run) if (run / SETTINGS).is_file() else None
 
 
 def page(run: Path) -> str:
-    """Return the page of a run. Raises InputError for a folder that is no run."""
+    """Return the report of a run. Raises InputError for a folder that is not a run."""
     if not (run / SETTINGS).is_file():
         raise InputError(f"{run} is not a run of bas: it has no {SETTINGS}")
     metadata, rows, sessions = read_settings(run), read_rows(run / METRICS), read_sessions(run)
@@ -142,7 +142,7 @@ def _peak(stages: list[dict], kind: str) -> str | None:
 
 
 def scene_figures(folder: Path, scene: Scene) -> list[Figure]:
-    """Show the scene, its masks together and alone, and its further images with theirs."""
+    """Show the scene, its masks together and alone, and its extra images with theirs."""
     if scene.image is None:
         return []
     figures = [figure(scene.image, "the scene"), figure(tint_masks(scene.image, scene.masks), "with its masks")]
@@ -165,7 +165,7 @@ def _numbered_first(image: Path) -> tuple[bool, int, str]:
 
 
 def first_trained_step(config: dict) -> int:
-    """Return the first step whose preview shows a trained model: phase 1 trains word vectors alone."""
+    """Return the first step whose preview shows a trained model: phase 1 trains token embeddings alone."""
     return config["phase1_train_steps"] + 1 if config["phase2_train_steps"] else 0
 
 

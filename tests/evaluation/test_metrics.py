@@ -106,7 +106,7 @@ def test_a_model_is_loaded_without_a_bar_among_our_own_lines(folders, capfd):
     assert (told.out, told.err) == ("", "")
 
 
-def test_a_prompt_longer_than_the_tower_is_cut(folders, images):
+def test_a_prompt_longer_than_the_model_reads_is_cut(folders, images):
     clip = PromptSimilarity(str(folders["clip"]))
     longer, cut = " ".join(["bowl"] * 200), " ".join(["bowl"] * 75)
     assert clip.prompt_similarity(images[:1], [longer]) == clip.prompt_similarity(images[:1], [cut])
@@ -244,7 +244,7 @@ def test_the_true_object_ranks_above_others_through_the_vae():
     assert ranked_right(scores)[0] >= 0.95
 
 
-def test_the_miniatures_towers_prefer_the_place_that_an_image_shows():
+def test_the_miniatures_clip_prefers_the_place_that_an_image_shows():
     places = ["at the beach", "in the jungle", "in the snow"]
     names = ["beach", "jungle", "snow"]
     images = [alone("playroom", 0, name) for name in names for _ in places]

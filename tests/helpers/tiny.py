@@ -30,7 +30,7 @@ from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 from tools.reference.measure import fill
 
-WIDTH = 16  # of the text tower
+WIDTH = 16  # of the text encoder
 UNET = UNetConfig(
     sample_size=16,
     block_out_channels=(8, 8, 16),

@@ -1,4 +1,4 @@
-"""The text tower against transformers, handles as trainable rows, and the tokenizer."""
+"""The text encoder against transformers, handles as trainable rows, and the tokenizer."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def tokenizer():
 
 @pytest.fixture
 def tower():
-    """A text tower for that tokenizer."""
+    """A text encoder for that tokenizer."""
     config = {"vocab_size": 542, "bos_token_id": 540, "eos_token_id": 541, "hidden_act": "gelu"}
     return fill(build_text_encoder(TEXT_COMMON | {"num_hidden_layers": 2, "num_attention_heads": 2} | config))
 

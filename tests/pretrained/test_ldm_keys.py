@@ -66,7 +66,7 @@ KNOWN_PAIRS = [
 
 
 def full_size(name: str) -> tuple[UNetConfig, dict, dict[str, dict[str, torch.Tensor]]]:
-    """Configurations and tensors without content of a published model, the text tower without prefix."""
+    """Configurations and tensors without content of a published model, the text encoder without prefix."""
     unet, text = FULL[name]
     with torch.device("meta"):
         networks = {"unet": UNet(unet), "vae": AutoEncoder(VAEConfig()), "text_encoder": build_text_encoder(text)}
@@ -84,7 +84,7 @@ def test_full_size_keys_go_there_and_back(name):
     unet, text, ours = full_size(name)
     theirs = to_original(ours, unet, VAEConfig(), open_clip=name == "SD 2.1")
     counts = {prefix: sum(key.startswith(prefix) for key in theirs) for prefix in (UNET, VAE, CLIP, OPEN_CLIP)}
-    # 686 and 248 are the published counts; SD 2.1's text tower has 12 for each of 23 layers and 4 more.
+    # 686 and 248 are the published counts; SD 2.1's text encoder has 12 for each of 23 layers and 4 more.
     expected_text = {CLIP: 196, OPEN_CLIP: 0} if name == "SD 1.5" else {CLIP: 0, OPEN_CLIP: 23 * 12 + 4}
     assert counts == {UNET: 686, VAE: 248, **expected_text}
     back = from_original(theirs, unet, VAEConfig())

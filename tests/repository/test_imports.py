@@ -113,7 +113,7 @@ def test_no_circle():
     assert done == below.keys(), f"these import each other in a circle: {sorted(below.keys() - done)}"
 
 
-# What only the text tower and the trained steps need: several times as long to import as the rest of bas.
+# What only the text encoder and the trained steps need: several times as long to import as the rest of bas.
 HEAVY = ("transformers.modeling_utils", "transformers.models.clip.modeling_clip", "scipy", "sympy", "torch._dynamo")
 STAGES = """
 import json, sys

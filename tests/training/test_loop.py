@@ -107,7 +107,7 @@ def test_phase2_moves_what_it_says(bench, tmp_path, flags, parts):
     assert (handles != initial_handles(bench, config)).any()
 
 
-def test_phase2_reaches_every_weight_of_unet_and_text_tower(bench, tmp_path):
+def test_phase2_reaches_every_weight_of_unet_and_text_encoder(bench, tmp_path):
     run = bas.train(bench.config(tmp_path / "run", phase1_train_steps=0, phase2_train_steps=2, learning_rate=1e-3))
     before, after = saved_tensors(bench.model), saved_tensors(run)
     same = [name for name in before if not name.startswith("vae") and torch.equal(before[name], after[name])]

@@ -35,7 +35,7 @@ SD21_TEXT = {
 MODELS = {
     "SD 2.1": "full Stable Diffusion 2.1-base: 866 M + 340 M + 84 M random weights",
     "small SD 2": "UNet of 32, 64, 64, 64 channels with 1, 2, 2, 2 heads, linear projections; VAE of 16, 16, 32, 32; "
-    "text tower of 2 layers, width 32, 542 tokens; 3.2 M random weights",
+    "text encoder of 2 layers, width 32, 542 tokens; 3.2 M random weights",
     "small SD 1": "the same with 8 heads on every level and 1x1 convolutions as projections",
 }
 

@@ -106,7 +106,7 @@ def through_vae(models: Models, images: list[Image.Image]) -> list[Image.Image]:
 
 
 def clip_score(clip: PromptSimilarity) -> Score:
-    """Cosines of the image tower's features of black-masked images, with the true segments."""
+    """Cosines of the image encoder's features of black-masked images, with the true segments."""
 
     def features(images: list[Image.Image]) -> Tensor:
         values = clip.processor(images, return_tensors="pt").pixel_values

@@ -1,4 +1,4 @@
-"""References of whole models: small UNets, VAEs and text towers of bas beside those of diffusers and transformers."""
+"""References of whole models: small UNets, VAEs and text encoders of bas beside those of diffusers and transformers."""
 
 import math
 

@@ -146,7 +146,7 @@ def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig]
 
 
 def print_outcome(outcome: Outcome, count: str) -> None:
-    """Print one line about a scene, and write the page of its run."""
+    """Print one line about a scene, and write the report of its run."""
     if outcome.error:
         log.error("%s %s failed: %s", count, outcome.scene, outcome.error)
     elif outcome.earlier:
@@ -159,7 +159,7 @@ def print_outcome(outcome: Outcome, count: str) -> None:
 
 
 def try_report(run: Path) -> Path | None:
-    """Write the page of a finished run. If that fails, log why, as the run itself is complete."""
+    """Write the report of a finished run. If that fails, log why, as the run itself is complete."""
     try:
         return write_report(run)
     except (InputError, OSError) as error:
