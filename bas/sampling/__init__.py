@@ -1,4 +1,4 @@
-"""From prompts to images: the denoising loop and what is built on it.
+"""From prompts to images: the denoising loop, grids, attention maps and local editing.
 
-sampler.py has the loop; the other files build galleries, attention maps and local editing on it.
+sampler.py has the loop. The other files build on it.
 """

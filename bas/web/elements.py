@@ -92,7 +92,7 @@ def load_script(name: str) -> Script:
 
 
 def figure(source: Path | Image.Image, caption: str, side: int = SIDE) -> Figure:
-    """Embed an image, scaled down to `side` pixels where it is larger. Raises OSError for a file that is not an image."""
+    """Embed an image, scaled down to `side` pixels if it is larger. OSError for a file that is not an image."""
     opened = source if isinstance(source, Image.Image) else Image.open(source)
     with opened as image:
         shown = image.convert("RGB")

@@ -21,7 +21,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"scenarios/test_resume|the_loss_scale_of|counted_on_after_a_resume",
     ),
     (
-        "a checkpoint or metrics that do not fit the run are rejected before weights are read, with both values in the error",
+        "a checkpoint or metrics that do not fit the run are rejected before weights are read, and the error names both values",
         r"training/test_(checkpoints|resume)::.*(damaged|other_parameters|do_not_reach|beyond_the_run|another_run|were_cut)",
     ),
     (
@@ -63,7 +63,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_numbers::.*(not_finite|went_wrong|bad_step)|dead_map|dead_padding",
     ),
     (
-        "an image with numbers that are not finite is not written: it is decoded in float32, or the command ends with 1",
+        "an image with numbers that are not finite is decoded again in float32, or the command ends with 1",
         r"test_sampler::.*(overflow|not_finite|black_image|broken_in)|test_blended_diffusion::.*(overflow|not_finite)",
     ),
     ("a step that overflows in fp16 changes no weight and is counted", r"test_numbers::.*fp16"),

@@ -219,7 +219,7 @@ def test_attention_loss_from_the_aggregated_map(step):
 
 @pytest.mark.parametrize("step", range(4))
 def test_token_states(models, step):
-    """The text encoder on the recorded ids, with the handles before the step: no attention mask, after the final norm."""
+    """The text encoder on the recorded ids, with the handles before the step: no mask, after the final norm."""
     set_handles(models, step)
     with torch.no_grad():
         states = encode_ids(models.text_encoder, recorded(step, "input_ids"))
