@@ -29,20 +29,20 @@ from tools.reference.cases import REFERENCE
 from tools.reference.measure import fill, uniform
 from tools.reference.models import TEXT_COMMON
 
-towers = cases("text")
+text_encoders = cases("text")
 TOKENIZER = REFERENCE / "official" / "model" / "tokenizer"
 HANDLES = ("<toy>", "<bowl-2>")
 VECTORS = "<cat-toy> <cat-toy>_1 <cat-toy>_2"
 
 
-@towers
-def test_tower_equals_stored_reference(name):
+@text_encoders
+def test_text_encoder_equals_stored_reference(name):
     """Token states after the final norm, gradients of every parameter; both activations of SD 1 and 2."""
     assert_equals_stored(name)
 
 
-@towers
-def test_tower_equals_transformers(name):
+@text_encoders
+def test_text_encoder_equals_transformers(name):
     """Against a CLIPTextModel configured in the ordinary way."""
     assert_equals_live(name)
 
@@ -54,7 +54,7 @@ def tokenizer():
 
 
 @pytest.fixture
-def tower():
+def text_encoder():
     """A text encoder for that tokenizer."""
     config = {"vocab_size": 542, "bos_token_id": 540, "eos_token_id": 541, "hidden_act": "gelu"}
     return fill(build_text_encoder(TEXT_COMMON | {"num_hidden_layers": 2, "num_attention_heads": 2} | config))
@@ -74,22 +74,22 @@ def test_handle_rows_are_looked_up_like_any_other():
     assert embedding.weight.grad[:, 0].tolist() == [1, 1, 0, 0, 1]
 
 
-def test_tower_with_handles_equals_one_with_a_longer_embedding(tower, tokenizer):
+def test_text_encoder_with_handles_equals_one_with_a_longer_embedding(text_encoder, tokenizer):
     """transformers with 544 ordinary rows gives the same states: what a saved run is to any other reader."""
     ids = torch.tensor([[540, 320, 542, 518, 543, 541] + [0] * 71])
-    add_handles(tower, tokenizer, HANDLES, ("bowl", None), seed=1)
+    add_handles(text_encoder, tokenizer, HANDLES, ("bowl", None), seed=1)
     with torch.no_grad():
-        ours = encode_ids(tower, ids)
+        ours = encode_ids(text_encoder, ids)
         other = build_text_encoder(
             TEXT_COMMON | {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 544, "hidden_act": "gelu"}
         )
-        other.load_state_dict(merged_state_dict(tower), strict=True)
+        other.load_state_dict(merged_state_dict(text_encoder), strict=True)
         assert torch.equal(ours, other(input_ids=ids).last_hidden_state)
 
 
-def test_handles_start_from_their_word(tower, tokenizer):
+def test_handles_start_from_their_word(text_encoder, tokenizer):
     """One piece: its row. Several pieces: their mean. No word: a draw with the real rows' mean and deviation."""
-    weight = tower.get_input_embeddings().weight.detach()
+    weight = text_encoder.get_input_embeddings().weight.detach()
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(initial_row(weight, tokenizer, "bowl", generator), weight[535])
     pieces = tokenizer("asset", add_special_tokens=False).input_ids
@@ -100,21 +100,21 @@ def test_handles_start_from_their_word(tower, tokenizer):
     torch.testing.assert_close(draws.std(0), weight.std(0), atol=0.1 * weight.std().item(), rtol=0)
 
 
-def test_adding_handles_leaves_the_vocabulary_alone(tower, tokenizer):
-    before = tower.get_input_embeddings().weight.detach().clone()
+def test_adding_handles_leaves_the_vocabulary_alone(text_encoder, tokenizer):
+    before = text_encoder.get_input_embeddings().weight.detach().clone()
     plain = tokenize(tokenizer, ["a photo of the bowl"])
-    embedding = add_handles(tower, tokenizer, HANDLES, ("bowl", "stone"), seed=0)
+    embedding = add_handles(text_encoder, tokenizer, HANDLES, ("bowl", "stone"), seed=0)
     assert torch.equal(embedding.weight, before)
     assert embedding.handles.shape == (2, 32)
-    assert tower.get_input_embeddings() is embedding
+    assert text_encoder.get_input_embeddings() is embedding
     assert known_handles(tokenizer) == HANDLES
     assert torch.equal(tokenize(tokenizer, ["a photo of the bowl"]), plain)
     assert tokenize(tokenizer, ["<bowl-2>and<toy>"])[0, :5].tolist() == [540, 543, 518, 542, 541]
 
 
-def test_handles_keep_their_case(tower, tokenizer):
+def test_handles_keep_their_case(text_encoder, tokenizer):
     """Prompts are lower-cased, handles are found before that: <Toy> and <toy> are two concepts."""
-    add_handles(tower, tokenizer, ("<Toy>", "<toy>"), (None, None), seed=0)
+    add_handles(text_encoder, tokenizer, ("<Toy>", "<toy>"), (None, None), seed=0)
     assert tokenize(tokenizer, ["A <toy> AND <Toy>"])[0, :6].tolist() == [540, 320, 543, 518, 542, 541]
 
 
@@ -132,28 +132,28 @@ def test_handles_keep_their_case(tower, tokenizer):
         (("<tóy>",), "expected <name>"),
     ],
 )
-def test_malformed_handles_are_refused(tower, tokenizer, handles, message):
+def test_malformed_handles_are_refused(text_encoder, tokenizer, handles, message):
     with pytest.raises(InputError, match=message):
-        add_handles(tower, tokenizer, handles, (None,) * len(handles), seed=0)
+        add_handles(text_encoder, tokenizer, handles, (None,) * len(handles), seed=0)
 
 
-def test_a_handle_cannot_take_a_token_of_the_vocabulary(tower, tokenizer):
+def test_a_handle_cannot_take_a_token_of_the_vocabulary(text_encoder, tokenizer):
     tokenizer.add_tokens("<stone>")
     with pytest.raises(InputError, match=r"^handle <stone> is already a token of this model: choose another name$"):
-        add_handles(tower, tokenizer, ("<stone>",), (None,), seed=0)
+        add_handles(text_encoder, tokenizer, ("<stone>",), (None,), seed=0)
 
 
-def test_a_handle_cannot_be_added_twice(tower, tokenizer):
-    add_handles(tower, tokenizer, ("<toy>",), (None,), seed=0)
+def test_a_handle_cannot_be_added_twice(text_encoder, tokenizer):
+    add_handles(text_encoder, tokenizer, ("<toy>",), (None,), seed=0)
     with pytest.raises(InputError, match="already"):
-        add_handles(tower, tokenizer, ("<toy>",), (None,), seed=0)
+        add_handles(text_encoder, tokenizer, ("<toy>",), (None,), seed=0)
 
 
 # --- Prompts ------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_handle_names_the_known_ones(tower, tokenizer):
-    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+def test_an_unknown_handle_names_the_known_ones(text_encoder, tokenizer):
+    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
     with pytest.raises(InputError, match=r"unknown handle <nobody>.*<toy>, <bowl-2>"):
         tokenize(tokenizer, ["a photo of <nobody>"])
 
@@ -174,8 +174,8 @@ def test_an_unknown_handle_names_the_known_ones(tower, tokenizer):
         ("<toy> and <bowl-2", "<bowl-2"),
     ],
 )
-def test_a_misspelt_handle_names_the_known_ones(tower, tokenizer, prompt, named):
-    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+def test_a_misspelt_handle_names_the_known_ones(text_encoder, tokenizer, prompt, named):
+    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
     with pytest.raises(InputError) as error:
         tokenize(tokenizer, [prompt])
     assert str(error.value) == f"unknown handle {named} in {prompt!r}; known handles: <toy>, <bowl-2>"
@@ -187,9 +187,9 @@ def test_a_prompt_that_is_no_text_is_refused(tokenizer):
         tokenize(tokenizer, ["a photo of \udce9"])
 
 
-def test_a_handle_is_no_other_one_that_begins_alike(tower, tokenizer):
+def test_a_handle_is_no_other_one_that_begins_alike(text_encoder, tokenizer):
     """<asset1> and <asset10> are two tokens, and knowing one is not knowing the other."""
-    add_handles(tower, tokenizer, ("<asset1>",), (None,), seed=0)
+    add_handles(text_encoder, tokenizer, ("<asset1>",), (None,), seed=0)
     with pytest.raises(InputError, match=r"unknown handle <asset10> .*; known handles: <asset1>$"):
         tokenize(tokenizer, ["<asset10>"])
     with pytest.raises(InputError, match=r"unknown handle <asset> .*; known handles: <asset1>$"):
@@ -201,9 +201,9 @@ def test_a_handle_is_no_other_one_that_begins_alike(tower, tokenizer):
 @pytest.mark.parametrize(
     "prompt", ["{},", "({})", '"{}"', "{}'s", "x{}y", "{}.", "-{}-", "a/{}/b", "{}{}", "{}!?", "<{}>", "\n{}\t"]
 )
-def test_punctuation_beside_a_handle_leaves_it_whole(tower, tokenizer, prompt):
+def test_punctuation_beside_a_handle_leaves_it_whole(text_encoder, tokenizer, prompt):
     """The handle is its one token, and what stands beside it reads as it does without."""
-    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
     ids = tokenize(tokenizer, [prompt.replace("{}", "<toy>")])[0].tolist()
     assert ids.count(542) == prompt.count("{}")
     around = [tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split("{}")]
@@ -211,8 +211,8 @@ def test_punctuation_beside_a_handle_leaves_it_whole(tower, tokenizer, prompt):
     assert ids[1 : ids.index(541)] == expected
 
 
-def test_the_75th_token_is_the_last_one_read(tower, tokenizer, caplog):
-    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+def test_the_75th_token_is_the_last_one_read(text_encoder, tokenizer, caplog):
+    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
     words = " ".join(["bowl"] * 74)
     assert tokenize(tokenizer, [f"{words} <toy>"])[0, 75:].tolist() == [542, 541]
     assert caplog.text == ""
@@ -225,9 +225,9 @@ def test_the_75th_token_is_the_last_one_read(tower, tokenizer, caplog):
     assert str(error.value) == f"a handle is beyond the 77 tokens that the model reads: shorten {prompt!r}"
 
 
-def test_a_handle_that_would_be_cut_off_is_an_error(tower, tokenizer, caplog):
+def test_a_handle_that_would_be_cut_off_is_an_error(text_encoder, tokenizer, caplog):
     """Beyond 77 tokens text is cut with a warning, a handle never in silence."""
-    add_handles(tower, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
     long = " ".join(["bowl"] * 80)
     assert tokenize(tokenizer, [f"<toy> {long}"]).shape == (1, 77)
     assert "too long" in caplog.text
@@ -235,12 +235,12 @@ def test_a_handle_that_would_be_cut_off_is_an_error(tower, tokenizer, caplog):
         tokenize(tokenizer, [f"{long} <toy>"])
 
 
-def test_prompts_are_encoded_row_by_row(tower, tokenizer):
+def test_prompts_are_encoded_row_by_row(text_encoder, tokenizer):
     """A prompt's states don't depend on its neighbours in the batch."""
     with torch.no_grad():
-        both = encode_prompts(tower, tokenizer, ["a photo of the bowl", ""])
+        both = encode_prompts(text_encoder, tokenizer, ["a photo of the bowl", ""])
         assert both.shape == (2, 77, 32)
-        torch.testing.assert_close(both[1:], encode_prompts(tower, tokenizer, [""]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(both[1:], encode_prompts(text_encoder, tokenizer, [""]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
