@@ -40,7 +40,7 @@ class NotFiniteError(RunError):
 
 
 def is_own_fault(error: Exception) -> bool:
-    """Whether an error is a mistake in bas's own code, and no word about the file that it was reading.
+    """Whether an error is a mistake in bas's own code, and not a fault of the file that it was reading.
 
     Libraries raise nearly anything for a broken file, so their callers catch everything, and ask this first.
     """

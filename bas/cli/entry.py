@@ -1,7 +1,7 @@
 """The `bas` command: find the sub-command, run it, and turn errors into one line and an exit code.
 
 Exit codes: 0 done; 1 the run failed: a number is not finite, memory or disk ran out; 2 the input cannot be used.
-128 + n stopped by signal n: 130 Ctrl+C, 143 SIGTERM, 129 the terminal is closed, 141 the reader of a pipe is gone.
+128 + n stopped by signal n: 130 Ctrl+C, 143 SIGTERM, 129 the terminal is closed, 141 the reader of a pipe has ended.
 """
 
 import importlib

@@ -22,7 +22,7 @@ def add_output_path(parser: Parser, default: str) -> None:
 def check_output_path(name: str, count: int, *inputs: Path | None) -> Path:
     """Return the path under which `count` images are saved, and warn of files that they replace.
 
-    InputError for a path that can be no image, and for one that the command reads.
+    InputError for a path that cannot be an image, and for one that the command reads.
     """
     target = image_path(name)
     paths = numbered_paths(target, count)

@@ -105,7 +105,7 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
 
 @torch.inference_mode()
 def encode_images(models: Models, images: Tensor) -> Posterior:
-    """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to keep memory flat. -> on the CPU, float32"""
+    """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32"""
     vae = models.vae
     dtype, device = vae.post_quant_conv.weight.dtype, models.device
     parts = [vae.encode(image[None].to(device, dtype)) for image in images]

@@ -158,7 +158,7 @@ def read_cutout(path: Path) -> np.ndarray:
 def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """A label map: each value but 0, palette entry but the first, or colour but black is a concept, in rising order.
 
-    255, the "undecided" of PASCAL VOC, is no concept where the other values number classes or its colour is VOC's.
+    255, the "undecided" of PASCAL VOC, is not a concept if the other values number classes or its colour is VOC's.
     """
     image = open_image(path)
     if image.mode in ("LA", "PA", "RGBA"):

@@ -53,7 +53,7 @@ class SceneView:
 def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
     """Bring a scene to a model as training does, without its weights.
 
-    Raises InputError for what training would refuse: a size, a grid, a handle or a word.
+    Raises InputError for what training would reject: a size, a grid, a handle or a word.
     """
     side = config.resolution or spec.resolution
     spec.check_side("--resolution", side)
@@ -106,7 +106,7 @@ def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
 
 
 def warnings(view: SceneView) -> list[str]:
-    """What is possible but likely to disappoint, one line each. Words are judged in the first image alone."""
+    """What is allowed but likely to give a bad result, one line each. Words are judged in the first image alone."""
     lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
     where_it_is = f" in extra image {view.name}" if view.name else ""
     for concept in view.concepts:

@@ -145,7 +145,7 @@ def with_close_ups(scene: Scene) -> Scene:
     """Add a close-up of each proper subset of the concepts as an extra image, where it is narrower than the image.
 
     Not in the paper, whose images show their concepts large. A small concept fills more of the latents in its
-    close-up, and is not learnt at one place alone. Raises InputError for more than MAX_CLOSE_UP_CONCEPTS concepts.
+    close-up, and is not learnt at one position only. Raises InputError for more than MAX_CLOSE_UP_CONCEPTS concepts.
     """
     count, (width, height) = len(scene), scene.image.size
     if count > MAX_CLOSE_UP_CONCEPTS:

@@ -108,7 +108,7 @@ def require_scene_folder(path: Path) -> None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images img.* of a folder, in small or capital letters: a scene has one. Its captions are no images."""
+    """The images img.* of a folder, in small or capital letters: a scene has one. Caption files are not images."""
     images = (path for path in folder.iterdir() if path.stem.lower() == "img" and path.suffix.lower() in SUFFIXES)
     return sorted(path for path in images if path.is_file())
 

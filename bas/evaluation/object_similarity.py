@@ -1,4 +1,4 @@
-"""Identity in the miniature's world: how well the best spot of an image matches a concept whose exact look is known.
+"""Identity in the miniature's world: how well the best place of an image matches a concept whose exact look is known.
 
 DINO knows photographs, not the drawn concepts of weights/mini. There a concept looks the same wherever it stands, so it
 is searched for at every place, at several sizes, and mirrored. How often the measure ranks the true concept above
@@ -24,7 +24,7 @@ AT_ONCE = 256  # images in one pass
 
 
 class ObjectSimilarity:
-    """Identity similarity without a network: the best cosine of a concept with any spot of an image."""
+    """Identity similarity without a network: the best cosine of a concept with any place of an image."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -75,7 +75,7 @@ def cut_concept(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def best_cosines(images: Tensor, colours: Tensor, weight: Tensor) -> Tensor:
     """Return the concept's best match in each image. images: (b, 3, GRID, GRID) -> (b,) in [-1, 1]
 
-    The cosine of concept c and spot x, both less the concept's mean colour m, under the concept's weight w:
+    The cosine of concept c and place x, both less the concept's mean colour m, under the concept's weight w:
     sum w (x - m)(c - m) / sqrt(sum w (x - m)^2 sum w (c - m)^2). A weaker contrast alone changes nothing.
     """
     mean = (weight * colours).sum(dim=(1, 2), keepdim=True) / weight.sum()  # (3, 1, 1)

@@ -5,7 +5,7 @@
     OUT/cells/SCENE/METHOD/seed-S/cell.json      what was generated, the attention's IoU, the seconds
     OUT/cells/SCENE/METHOD/seed-S/run/           metrics and settings of its training; the tuned weights are not kept
 
-A trial counts once its cell.json is there. One that was cut off is trained anew, or resumes from a checkpoint.
+A trial counts once its cell.json is there. An interrupted one is trained again, or resumes from a checkpoint.
 """
 
 import shutil

@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Rating:
-    """One participant's marks of one image, 1 to 5."""
+    """One participant's ratings of one image, 1 to 5."""
 
     rater: str
     method: str
@@ -30,7 +30,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class Mean:
-    """A method's mean mark; low and high bound it with 95 % confidence (Student's t)."""
+    """A method's mean rating; low and high bound it with 95 % confidence (Student's t)."""
 
     method: str
     count: int
@@ -64,7 +64,7 @@ class Comparison:
 def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
     """Read the files that the pages saved, with the methods that the study's key names.
 
-    Raises InputError for answers to another study, for marks other than 1 to 5, and for a page that was given twice.
+    Raises InputError for answers to another study, for ratings other than 1 to 5, and for a page that was given twice.
     """
     if not (study / KEY).is_file():
         raise InputError(f"{study} is not a study of bas: it has no {KEY}")
@@ -105,9 +105,9 @@ def compare(ratings: list[Rating]) -> dict[str, Comparison]:
 
 
 def compare_marks(marks: dict[str, list[int]]) -> Comparison:
-    """Run both tests on one question's marks, by method. Where all marks are equal, H = 0 and p = 1.
+    """Run both tests on one question's ratings, by method. If all ratings are equal, H = 0 and p = 1.
 
-    Without any spread within the methods Tukey's test is undefined, and there are no pairs.
+    Without variance within the methods Tukey's test is undefined, and there are no pairs.
     """
     stats = optional_library("scipy.stats")
     methods, groups = list(marks), [np.array(values, dtype=float) for values in marks.values()]

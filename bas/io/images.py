@@ -85,7 +85,7 @@ def _formats(path: Path) -> tuple[str, ...]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """The (W, H) of an image as stored, from its header; (0, 0) for a file that `open_image` refuses."""
+    """The (W, H) of an image as stored, from its header; (0, 0) for a file that `open_image` rejects."""
     return _from_header(path, lambda image: image.size) or (0, 0)
 
 
@@ -279,7 +279,7 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """An RGB image as the VAE sees it: (3, H, W) float32 in [-1, 1]"""
+    """An RGB image as the VAE takes it: (3, H, W) float32 in [-1, 1]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 

@@ -34,7 +34,7 @@ def decode_text(data: bytes) -> str:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse a JSON text. ValueError if it is none, repeats a name, or contains half of a surrogate pair."""
+    """Parse a JSON text. ValueError if it is not JSON, repeats a name, or contains half of a surrogate pair."""
     try:
         content = json.loads(decode_text(data), object_pairs_hook=without_duplicates)
         if b"\\ud" in data or b"\\uD" in data:  # half of a surrogate pair can be neither written nor tokenized
@@ -45,7 +45,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_content(path: Path) -> Any:
-    """Read a JSON file. InputError if it cannot be read or is no JSON."""
+    """Read a JSON file. InputError if it cannot be read or is not JSON."""
     data = read_bytes(path)
     try:
         return parse_json(data)

@@ -39,7 +39,7 @@ def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]
 
 
 def read_toml(file: Path) -> dict:
-    """Read a TOML file. InputError if it cannot be read or is no TOML."""
+    """Read a TOML file. InputError if it cannot be read or is not TOML."""
     content = read_bytes(file)
     try:
         return tomllib.loads(decode_text(content))

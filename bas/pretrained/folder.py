@@ -164,7 +164,7 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
 
 @contextmanager
 def without_marks(folder: Path) -> Iterator[Path]:
-    """Yield the folder or, where files begin with a byte order mark, a copy without it: libraries refuse the mark."""
+    """Yield the folder or, where files begin with a byte order mark, a copy without it: libraries reject the mark."""
     files = [path for path in folder.iterdir() if path.is_file()]
     if not any(path.read_bytes().startswith(BOM_UTF8) for path in files):
         yield folder

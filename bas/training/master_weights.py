@@ -73,7 +73,7 @@ class MasterWeights:
         return [*self.optimized.values(), *self.only_clipped.values()]
 
     def collect_gradients(self) -> None:
-        """Add the gradient of one backward pass to the masters', one weight at a time to keep memory flat."""
+        """Add the gradient of one backward pass to the masters', one weight at a time to save memory."""
         for weight, master in self.pairs:
             if weight.grad is not None:
                 gradient, weight.grad = weight.grad.float(), None

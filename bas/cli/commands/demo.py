@@ -1,4 +1,4 @@
-"""Show the whole method in minutes: train on the shipped miniature's scene and put its concepts into new places."""
+"""Show the whole method in minutes: train on a scene of the miniature, and generate its concepts in new places."""
 
 import argparse
 import logging

@@ -1,4 +1,4 @@
-"""Check a scene's masks and show what the losses will see of them; or let a model propose masks with --auto."""
+"""Check a scene's masks and show how the losses read them; or let a model propose masks with --auto."""
 
 import argparse
 import logging
@@ -79,7 +79,7 @@ def write_proposals(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Print the table, log the warnings, write the figure. Then raise InputError for what training would refuse."""
+    """Print the table, log the warnings, write the figure. Then raise InputError for what training would reject."""
     target = check_output_path(args.output_path, 1, *Path(args.scene).glob("*")) if args.output_path else None
     config = train_config(args.scene, **given(args, TrainConfig))
     spec = find_spec(config.pretrained_model_name_or_path)

@@ -1,4 +1,4 @@
-"""Learn the concepts of a scene in two phases, into a run folder with the tuned model; or of many scenes in turn."""
+"""Learn the concepts of a scene in two phases. Write a run folder with the tuned model. Many scenes run in turn."""
 
 import argparse
 import logging
