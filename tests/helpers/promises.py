@@ -21,7 +21,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"scenarios/test_resume|the_loss_scale_of|counted_on_after_a_resume",
     ),
     (
-        "a checkpoint or metrics that do not fit the run are rejected before weights are read; the error names both values",
+        "a checkpoint or metrics that do not fit the run are rejected before weights are read; errors name both values",
         r"training/test_(checkpoints|resume)::.*(damaged|other_parameters|do_not_reach|beyond_the_run|another_run|were_cut)",
     ),
     (
