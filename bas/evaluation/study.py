@@ -1,8 +1,8 @@
 """The pages of a user study (Break-A-Scene, appendix): is it the same concept, and does the image show the text?
 
 A page is one file that needs no server. It shows images of all methods in random order, each with its text and the
-concept cut out of the input, and asks for two ratings from 1 to 5. Only key.json, which is not sent to participants, says
-which method generated an image; ratings.py reads both.
+concept cut out of the input. It asks for two ratings from 1 to 5. Only key.json says which method generated an image;
+participants do not get it. ratings.py reads both.
 """
 
 import hashlib
