@@ -96,7 +96,7 @@ def _describe_unfinished(path: Path) -> dict:
     lines = (path / METRICS).read_bytes().count(b"\n") if (path / METRICS).exists() else 0
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
     advice = (
-        "add --resume_from_checkpoint latest to continue" if checkpoints else "it has no checkpoint, start it again"
+        "add --resume_from_checkpoint latest to continue" if checkpoints else "it has no checkpoint: start it again"
     )
     return {
         "what": "an unfinished run of bas",
@@ -119,7 +119,7 @@ def _describe_scene(path: Path) -> dict:
         "problem": f"it is not a model; to train on it: bas train {quote(str(path))}",
         "image": f"{file.name}, {image.width}x{image.height} pixels",
         "masks": [mask.name for mask in masks],
-        "further images": [folder.name for folder in numbered_folders(path)],
+        "extra images": [folder.name for folder in numbered_folders(path)],
     }
 
 

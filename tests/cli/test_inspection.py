@@ -90,7 +90,7 @@ def test_a_finished_run_tells_where_it_comes_from(tuned, tmp_path):
 def test_an_unfinished_run_says_how_to_go_on(tmp_path):
     write_json(tmp_path / "settings.json", NOTE)
     (tmp_path / "metrics.jsonl").write_text("{}\n{}\n{}\n")
-    assert describe(tmp_path)["problem"] == "its training has not ended: it has no checkpoint, start it again"
+    assert describe(tmp_path)["problem"] == "its training has not ended: it has no checkpoint: start it again"
     checkpoint = tmp_path / "checkpoints" / "step-000002"
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / "manifest.json", {})

@@ -207,7 +207,7 @@ def table(scores: dict) -> str:
     ]
     for name, score in (("one image", one), ("three images", several)):
         rows += [
-            (name, "attention IoU on a further, unseen one", both(score["iou"])),
+            (name, "attention IoU on an unseen image", both(score["iou"])),
             (name, "each alone: likeness to its own look", both(score["own"])),
             (name, "each alone: to the other's", both(score["others"])),
         ]
