@@ -75,7 +75,7 @@ def draw_beside(images: list[Path], model: Path, prompts: list[str], work: Path,
     run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", folder / "drawn.png")
     drawn = [Image.open(path) for path in sorted(folder.glob("drawn-*.png"))]
     rows = [[read_image(scene / "img.png"), with_masks(scene)] for scene in images]
-    labels = [[which, "and its masks"] for which in ("the image", *["a further one"] * (len(images) - 1))]
+    labels = [[which, "and its masks"] for which in ("the image", *["an extra image"] * (len(images) - 1))]
     rows += [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
     labels += [[prompt] * 4 for prompt in prompts]
     grid(rows, labels, CELL).save(work / f"{name}.png")
