@@ -6,6 +6,7 @@ parameters are trained, what a step keeps for its backward pass, and its floatin
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -57,7 +58,7 @@ class Cost:
 
     trained: int  # parameters that are trained, counted one number at a time
     kept: int  # bytes that a step keeps for its backward pass, in the precision of the weights
-    operations: int  # of one optimizer step
+    operations: int  # of one optimizer step; 0 where they were not counted
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ def _not_here(config: TrainConfig) -> str:
     return f"; not here yet: bas download {name}" if is_known_elsewhere(name) else ""
 
 
-def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> Plan:
-    """Lay out the run of this scene on this base on the meta device, and count the cost of each phase."""
+def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str, count_operations: bool = True) -> Plan:
+    """Lay out the run of this scene on this base on the meta device, and count the cost of each phase.
+
+    Memory alone takes a third of the time.
+    """
     if is_known_elsewhere(config.pretrained_model_name_or_path):
         models = build_networks(find_spec(config.pretrained_model_name_or_path, config.prediction_type))
     else:
@@ -139,7 +143,7 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str) -> P
     if precision == "bf16":  # as `cast_weights` does
         models.unet.bfloat16()
         models.text_encoder.bfloat16()
-    costs = {phase: phase_cost(models, data, phase, config) for phase in config.phases}
+    costs = {phase: phase_cost(models, data, phase, config, count_operations) for phase in config.phases}
     weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
     copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
     memory = {phase: phase_memory(weights, cost, precision, config, copied) for phase, cost in costs.items()}
@@ -166,7 +170,7 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
 
     def peak(changes: dict) -> int:
         changed = replace(config, **changes)
-        return plan_run(changed, scene, base, changes.get("mixed_precision", precision)).peak
+        return plan_run(changed, scene, base, changes.get("mixed_precision", precision), count_operations=False).peak
 
     needed = peak({})
     saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
@@ -198,8 +202,10 @@ def blank_data(models: Models, scene: Scene, masks: Tensor, config: TrainConfig)
     )
 
 
-def phase_cost(models: Models, data: TrainingData, phase: Phase, config: TrainConfig) -> Cost:
-    """Count one step on the meta device."""
+def phase_cost(
+    models: Models, data: TrainingData, phase: Phase, config: TrainConfig, count_operations: bool = True
+) -> Cost:
+    """Count one step on the meta device; what it keeps is known after its forward pass."""
     trained = trainable_parameters(models, phase)
     weights = {p.untyped_storage()._cdata for component in COMPONENTS for p in getattr(models, component).parameters()}
     kept = {}
@@ -213,12 +219,13 @@ def phase_cost(models: Models, data: TrainingData, phase: Phase, config: TrainCo
 
     batch = sample_batch(data, models, phase, config, torch.Generator().manual_seed(config.seed))
     side = max(batch.z0.shape[-2:])
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) if count_operations else nullcontext() as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _ = training_step(models, batch.to(torch.device("meta")), config)
-        loss.backward()
+        if counter:
+            loss.backward()
     bytes_kept = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
-    operations = counter.get_total_flops() * config.gradient_accumulation_steps
+    operations = counter.get_total_flops() * config.gradient_accumulation_steps if counter else 0
     return Cost(sum(p.numel() for p in trained.values()), bytes_kept, operations)
 
 

@@ -180,6 +180,7 @@ def test_a_scene_that_is_too_large_stops_no_other(bench, scenes, tmp_path, monke
 
     original = many.train
     monkeypatch.setattr(many, "train", too_large)
+    monkeypatch.setattr("bas.training.dry_run.SAVINGS", ())  # each is a plan of its own
     outcomes = list(train_each(bench.config(tmp_path / "out"), find_scenes([str(scenes)])))
     assert outcomes[0].error.startswith("cpu is out of memory: the run takes at least ")
     assert [outcome.error for outcome in outcomes[1:]] == [None, None]
