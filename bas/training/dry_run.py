@@ -270,8 +270,9 @@ def class_image_operations(models: Models, data: TrainingData, config: TrainConf
 
 def unet_operations(models: Models, data: TrainingData) -> int:
     """Operations of the UNet's forward pass for one image of this size."""
-    z = data.images[0].views[0].posterior.mean[None].to("meta")
-    context = torch.empty(1, models.tokenizer.model_max_length, models.unet.config.cross_attention_dim, device="meta")
+    z = data.images[0].views[0].posterior.mean[None].to("meta", models.unet.conv_in.weight.dtype)
+    tokens, width = models.tokenizer.model_max_length, models.unet.config.cross_attention_dim
+    context = torch.empty(1, tokens, width, dtype=z.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)
     return counter.get_total_flops()
