@@ -11,6 +11,7 @@ from bas.config import SampleConfig, TrainConfig
 from bas.errors import InputError, RunError, did_you_mean, printable
 from bas.io.images import open_image
 from bas.io.tensors import read_tensors
+from bas.pretrained.folder import read_spec
 
 
 def test_a_message_is_one_printable_line():
@@ -60,7 +61,7 @@ def test_files_and_python_answer_as_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", [TypeError, AttributeError, NameError, AssertionError])
-def test_a_mistake_of_bas_is_not_blamed_on_the_file(tmp_path, monkeypatch, kind):
+def test_a_mistake_of_bas_is_not_blamed_on_the_file(bench, tmp_path, monkeypatch, kind):
     """It ends with its trace and exit code 1, also where everything that a library raises is caught."""
     image, tensors = tmp_path / "a.png", tmp_path / "a.safetensors"
     Image.new("RGB", (4, 4)).save(image)
@@ -70,7 +71,8 @@ def test_a_mistake_of_bas_is_not_blamed_on_the_file(tmp_path, monkeypatch, kind)
     exec(source, space)
     monkeypatch.setattr("bas.io.images._decode", space["mistaken"])
     monkeypatch.setattr("bas.io.tensors._mapped", space["mistaken"])
-    for read, path in ((open_image, image), (read_tensors, tensors)):
+    monkeypatch.setattr("bas.pretrained.folder.UNetConfig.from_json", space["mistaken"])
+    for read, path in ((open_image, image), (read_tensors, tensors), (read_spec, bench.model)):
         with pytest.raises(kind, match="a mistake"):
             read(path)
 

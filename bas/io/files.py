@@ -14,7 +14,7 @@ from bas.errors import InputError
 log = logging.getLogger(__name__)
 
 LONGEST_NAME = "x" * 40  # of the files in a folder of images
-LEFTOVER = re.compile(r"\..+\.(\d+)\.tmp")  # as `temporary_path` names it
+LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")  # as `temporary_path` names it
 LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
 
 
@@ -121,12 +121,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove from a folder, not from those in it, the temporary files of processes that were killed."""
+def clear_leftovers(folder: Path, written: re.Pattern[str]) -> None:
+    """Remove from a folder, not from those in it, the temporary files of processes that were killed.
+
+    written: the names of the files that bas writes there; temporary files of others stay.
+    """
     for path in folder.glob(".*.tmp"):
         match = LEFTOVER.fullmatch(path.name)
         with suppress(OSError):  # gone already, or another user's
-            if match and (not is_running(int(match[1])) or time.time() - path.lstat().st_mtime > LONG_AGO):
+            if (
+                match
+                and written.fullmatch(match[1])
+                and (not is_running(int(match[2])) or time.time() - path.lstat().st_mtime > LONG_AGO)
+            ):
                 path.unlink()
 
 

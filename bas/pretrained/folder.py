@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from bas.errors import InputError
+from bas.errors import InputError, is_own_fault
 from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
 from bas.io.json_files import check_json_size, read_cache, read_json, write_json
 from bas.io.run_files import METRICS
@@ -181,7 +181,7 @@ def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises nothing more specific
-        if isinstance(error, NameError) or (isinstance(error, InputError) and str(path) in str(error)):
+        if is_own_fault(error) or (isinstance(error, InputError) and str(path) in str(error)):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} cannot be used: {reason}") from error
@@ -332,7 +332,7 @@ def _file_hash(path: Path, remembered: bool) -> str:
         return digest
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(memory.parent)
+        clear_leftovers(memory.parent, re.compile(re.escape(memory.name)))
         write_json(memory, known | {key: {"state": state, "sha256": digest}})
     except OSError as error:
         log.warning("cannot cache the hash of %s in %s: %s", path, memory, error.strerror)

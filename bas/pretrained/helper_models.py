@@ -11,6 +11,7 @@ import torch
 from bas.errors import InputError
 from bas.io.json_files import read_json
 from bas.pretrained.hub import HUB_ID, cached
+from bas.runtime.device import is_out_of_memory
 
 
 def find_helper(name: str, flag: str) -> Path:
@@ -45,6 +46,8 @@ def load_helper(folder: Path, kind: str, model: str, processor: str, **options: 
     except ImportError as error:  # Mask2Former's loss, which is built with the model, needs scipy
         raise InputError(f"{kind} needs one more package: {str(error).strip().splitlines()[0]}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{folder} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if report["missing_keys"]:
         raise InputError(f"{folder} lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first")

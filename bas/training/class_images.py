@@ -7,6 +7,7 @@ by a hash of exactly these, so every run with the same base and settings finds t
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -40,6 +41,7 @@ KEY_FILE = "key.json"
 SIDECARS = (".json", ".jsonl", ".txt", ".caption", ".md", ".csv", ".xml", ".xmp", ".yaml", ".toml", ".html")
 NO_MATTER = ("batch_size", "num_images", *STEERING)  # settings that no class image depends on
 LOCK = ".lock"  # held while class images are made
+WRITTEN = re.compile(rf"\d{{5}}\.png|{re.escape(KEY_FILE)}")
 
 
 def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:
@@ -125,7 +127,7 @@ def class_images(
     folder, keyed = find_folder(config, key)
     folder.mkdir(parents=True, exist_ok=True)
     with taking_turns(folder):
-        clear_leftovers(folder)
+        clear_leftovers(folder, WRITTEN)
         if keyed and not (folder / KEY_FILE).exists():
             write_json(folder / KEY_FILE, key)
         found = len(_images(folder))

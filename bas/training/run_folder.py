@@ -20,7 +20,18 @@ from filelock import FileLock, Timeout
 from bas.errors import InputError
 from bas.io.files import check_length
 from bas.io.json_files import read_record
-from bas.io.run_files import CHECKPOINTS, CONCEPTS, METRICS, PREVIEWS, SCENE, SETTINGS, read_settings
+from bas.io.run_files import (
+    CHECKPOINTS,
+    CONCEPTS,
+    METRICS,
+    MODEL_INDEX,
+    PREVIEWS,
+    REPORT,
+    SCENE,
+    SETTINGS,
+    TIMES,
+    read_settings,
+)
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import COMPONENTS
 from bas.training.checkpoints import UNFINISHED, clear_unfinished, remove_all
@@ -33,7 +44,8 @@ LOCK = ".bas.lock"  # held while a process writes to the folder, and gone afterw
 NO_RUN = "the folder is not a run of bas: name another --output_dir"
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a network drive
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS)
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what `replacing` calls a file while it is written
+WRITTEN = (SETTINGS, CONFIG, TIMES, MODEL_INDEX, CONCEPTS, REPORT)  # the files of a run folder itself
+TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # what `replacing` calls a file while it is written
 BEFORE_TRAINING = {SETTINGS, CONFIG, SCENE, EVENTS}  # all that a run without metrics.jsonl can hold
 DEEPEST = (f"{CHECKPOINTS}/.step-1000000.tmp/exp_avg_sq.safetensors", "unet/diffusion_pytorch_model.safetensors")
 
@@ -112,7 +124,7 @@ def _advice(folder: Path) -> str:
 
 def has_leftovers(folder: Path) -> bool:
     """Whether a run holds checkpoints, their empty folder, a lock or half-written files; a finished run does not."""
-    if any(path.name == LOCK or TEMPORARY.fullmatch(path.name) for path in folder.glob(".*")):
+    if (folder / LOCK).exists() or any(map(_is_half_written, folder.glob(".*.tmp"))):
         return True
     names = [path.name for path in (folder / CHECKPOINTS).glob("*")]
     own = any(UNFINISHED.fullmatch(name) or name.removeprefix("step-").isdecimal() for name in names)
@@ -127,11 +139,18 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
 
 def clear_half_written(folder: Path) -> None:
     """Remove the half-written files and checkpoints of a locked run: the process that wrote them was killed."""
-    inside = (path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp"))
-    for leftover in [*folder.glob(".*.tmp"), *inside]:
-        if TEMPORARY.fullmatch(leftover.name) and leftover.is_file():
+    inside = [path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp")]
+    half_written = [path for path in folder.glob(".*.tmp") if _is_half_written(path)]
+    for leftover in [*half_written, *(path for path in inside if TEMPORARY.fullmatch(path.name))]:
+        if leftover.is_file():
             leftover.unlink()
     clear_unfinished(folder)
+
+
+def _is_half_written(path: Path) -> bool:
+    """Whether a file of a folder is one of a run's that was being written: others may have hidden files there."""
+    match = TEMPORARY.fullmatch(path.name)
+    return match is not None and match[1] in WRITTEN
 
 
 def clear_finished(folder: Path) -> None:

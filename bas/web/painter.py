@@ -186,14 +186,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _save(self, body: bytes) -> None:
         try:
-            content = json.loads(body)
+            concepts = json.loads(body)["concepts"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._refuse(400, "expected a scene as JSON")
+            return
+        try:
             with self.session.lock:
-                message = save_scene(self.session.draft, content["concepts"])
+                message = save_scene(self.session.draft, concepts)
                 self.session.saved = True
         except InputError as error:
             self._refuse(400, str(error))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            self._refuse(400, "expected a scene as JSON")
         except OSError as error:
             self._refuse(500, f"could not write: {error}")
         else:

@@ -4,6 +4,7 @@ The page loads nothing: images are embedded, and its script is the package's own
 folder alone, so it can be written at any time, also while the run trains.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.io.figures import tint_masks
 from bas.io.files import human_size, write_text
-from bas.io.run_files import CONCEPTS, METRICS, SCENE, SETTINGS, read_rows, read_sessions, read_settings
+from bas.io.run_files import CONCEPTS, METRICS, REPORT, SCENE, SETTINGS, read_rows, read_sessions, read_settings
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import SHIPPED
 from bas.runtime.progress import clock
@@ -25,7 +26,8 @@ from bas.sampling.gallery import GRID
 from bas.training.preview import PICTURES
 from bas.web.elements import Chip, Figure, Table, chip, figure, readable, readable_masks, render, spread, table
 
-REPORT = "report.html"
+log = logging.getLogger(__name__)
+
 SHEET = "demo.png"  # the sheet that `bas demo` leaves in its run; the page shows it first
 SHEET_SIDE = 1600  # pixels of a sheet of many images
 MOST_STEPS = 12  # previews on the page
@@ -78,9 +80,18 @@ def write_report(run: Path) -> Path:
 
 
 def renew_report(gallery: Path) -> Path | None:
-    """Write the report of the run that holds a gallery's folder, and return its path; None where no run holds it."""
+    """Write the report of the run that holds a gallery's folder, and return its path.
+
+    None where no run holds it, or, with a warning, where the run's files are damaged: the gallery itself is complete.
+    """
     run = gallery.absolute().parent
-    return write_report(run) if (run / SETTINGS).is_file() else None
+    if not (run / SETTINGS).is_file():
+        return None
+    try:
+        return write_report(run)
+    except InputError as error:
+        log.warning("%s has no new page: %s", run, error)
+        return None
 
 
 def page(run: Path) -> str:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,21 +147,23 @@ def test_another_files_error_keeps_its_name(tmp_path):
 # --- What killed processes leave --------------------------------------------------------------------------------------
 
 
-def killed_in_a_write(folder) -> int:
-    """Kill a process while it writes FOLDER/a.json, and return its number."""
+def killed_in_a_write(path) -> int:
+    """Kill a process while it writes a file, and return its number."""
     code = (
         "import os, signal, sys; from pathlib import Path; from bas.io.files import replacing\n"
         "with replacing(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(folder / "a.json")]) as process:
+    with subprocess.Popen([sys.executable, "-c", code, str(path)]) as process:
         assert process.wait() == -signal.SIGKILL
     return process.pid
 
 
 def test_what_a_killed_process_left_is_cleared_and_nothing_else(tmp_path):
-    dead = killed_in_a_write(tmp_path)
-    leftover, own, old = (tmp_path / f".{name}.tmp" for name in (f"a.json.{dead}", f"a.{os.getpid()}", "a.1"))
-    foreign = [tmp_path / name for name in (f"a.json.{dead}.tmp", ".a.tmp", ".a.json", f".a.{dead}.tmp.png")]
+    dead = killed_in_a_write(tmp_path / "a.json")
+    leftover, own, old = (tmp_path / f".{name}.tmp" for name in (f"a.json.{dead}", f"a.json.{os.getpid()}", "a.json.1"))
+    foreign = [
+        tmp_path / name for name in (f"a.json.{dead}.tmp", ".a.tmp", ".a.json", f".a.{dead}.tmp.png", f".b.{dead}.tmp")
+    ]
     for path in (own, old, *foreign):
         path.touch()
     os.utime(old, (time.time() - 100_000,) * 2)
@@ -168,7 +171,7 @@ def test_what_a_killed_process_left_is_cleared_and_nothing_else(tmp_path):
     inside = tmp_path / "inside" / leftover.name
     inside.touch()
     assert leftover.exists()
-    clear_leftovers(tmp_path)
+    clear_leftovers(tmp_path, re.compile(r"a\.json"))
     assert {*tmp_path.iterdir()} == {own, *foreign, inside.parent}  # process 1 lives, but wrote nothing for a day
     assert inside.exists()
 
@@ -186,7 +189,7 @@ def test_the_cache_is_cleared_where_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(folder, "SETTLED", 0)
     (tmp_path / "cache").mkdir()
-    killed_in_a_write(tmp_path / "cache")
+    killed_in_a_write(tmp_path / "cache" / "hashes.json")
     (tmp_path / "abc").write_bytes(b"abc")
     folder.weights_hash(tmp_path / "abc")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes.json"]

@@ -81,7 +81,13 @@ def test_of_many_scenes_the_one_whose_folder_is_foreign_is_refused(bench, tmp_pa
 def test_in_a_run_only_what_bas_wrote_is_removed(tmp_path):
     """Half-written files of bas go; folders called like a checkpoint, and files beside a checkpoint's, stay."""
     run = write_settings(tmp_path / "run")
-    theirs = ["checkpoints/step-000004/weights.bin", "checkpoints/step-000002/notes.txt", "unet/.x.tmp", ".draft.tmp"]
+    theirs = [
+        "checkpoints/step-000004/weights.bin",
+        "checkpoints/step-000002/notes.txt",
+        "unet/.x.tmp",
+        ".draft.tmp",
+        ".draft.71.tmp",
+    ]
     ours = ["checkpoints/step-000003/state.json", "checkpoints/.step-000005.tmp/.state.safetensors.7.tmp"]
     ours += ["unet/.config.json.71.tmp", ".settings.json.71.tmp"]
     whole = ["checkpoints/step-000002/manifest.json", "checkpoints/step-000002/state.json"]
@@ -112,6 +118,14 @@ def test_hidden_files_do_not_make_a_folder_used(tmp_path, leftover):
     (tmp_path / leftover).parent.mkdir(exist_ok=True)
     (tmp_path / leftover).touch()
     check_output_folder(tmp_path, resuming=False)
+
+
+def test_hidden_files_of_others_stay(tmp_path):
+    """In a folder of hidden files alone, that which a killed run was writing goes, and no other temporary file."""
+    for name in (".settings.json.71.tmp", ".notes.2024.tmp", ".model.safetensors.71.tmp"):
+        (tmp_path / name).touch()
+    prepare_folder(tmp_path, resuming=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.safetensors.71.tmp", ".notes.2024.tmp"]
 
 
 def test_a_run_that_was_killed_before_its_first_step_is_begun_again(tmp_path):
@@ -188,8 +202,8 @@ def test_what_a_kill_left_in_a_finished_run_is_cleared(tmp_path, leftover):
     else:
         (run / leftover).parent.mkdir(parents=True, exist_ok=True)
         (run / leftover).touch()
-    (run / ".mine.tmp").touch()
+    (run / ".mine.71.tmp").touch()
     assert has_leftovers(run)
     clear_finished(run)
     assert not has_leftovers(run)
-    assert sorted(path.name for path in run.iterdir()) == [".mine.tmp", "settings.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".mine.71.tmp", "settings.json"]

@@ -160,6 +160,17 @@ def test_scenes_that_are_none(session):
         assert (status, json.loads(answer)) == (400, {"message": "expected a scene as JSON"})
 
 
+def test_a_mistake_of_bas_is_no_bad_scene(session, monkeypatch):
+    """It is not answered as one, and reaches the server, which logs it."""
+
+    def mistaken(*args):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr("bas.web.painter.write_draft", mistaken)
+    with pytest.raises(TypeError, match="a mistake"):
+        save(session, {"handle": "<a>", "word": None, "mask": png(soft())})
+
+
 def test_a_folder_that_is_spoilt_meanwhile_is_told(session, photo):
     save(session, {"handle": "<a>", "word": None, "mask": png(soft())})
     (photo.parent / "photo" / "mask0.png").write_text("no image")

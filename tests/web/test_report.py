@@ -23,7 +23,7 @@ from bas.sampling.gallery import save_grid
 from bas.training.preview import write_image
 from bas.training.timing import Timing, peak_memory
 from bas.web.elements import spread
-from bas.web.report import UNTRAINED, line, page, running_mean, write_report
+from bas.web.report import UNTRAINED, line, page, renew_report, running_mean, write_report
 from tests.helpers import tiny
 from tests.helpers.browser import Browser
 
@@ -336,3 +336,13 @@ def test_in_a_browser_hovering_shows_the_values(run, tmp_path):
         assert browser.problems == []
     finally:
         browser.close()
+
+
+def test_a_gallery_beside_settings_of_others_has_no_page(tmp_path, caplog):
+    """The gallery is complete by then, so it is no error; nothing is written."""
+    (tmp_path / "settings.json").write_text('{"editor.fontSize": 14}')
+    (tmp_path / "gallery").mkdir()
+    assert renew_report(tmp_path / "gallery") is None
+    assert len(caplog.messages) == 1
+    assert f"{tmp_path} has no new page: " in caplog.messages[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery", "settings.json"]

@@ -12,7 +12,7 @@ from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
 from bas.config import RUNS, TrainConfig, setting_rows
 from bas.errors import InputError, RunError
-from bas.io.run_files import read_concepts
+from bas.io.run_files import REPORT, read_concepts
 from bas.io.settings_file import read_config
 from bas.pretrained.hub import train_config
 from bas.runtime.device import is_out_of_memory
@@ -24,7 +24,7 @@ from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, setting
 from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished
 from bas.training.setup import check_input, log_miniature
-from bas.web.report import REPORT, write_report
+from bas.web.report import write_report
 
 log = logging.getLogger(__name__)
 
