@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bas.errors import InputError, check_int
+from bas.errors import InputError, check_float, check_int
 from bas.io.files import sync
 from bas.io.json_files import read_record, write_json
 from bas.io.run_files import CHECKPOINTS
@@ -257,8 +257,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def check_tensors(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], adam: bool) -> None:
-    """Check that a checkpoint's tensors are those of the run's phase.
+def check_tensors(
+    checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], adam: bool, done: int, precision: str
+) -> None:
+    """Check that a checkpoint's tensors and loss scale are those of the run's phase after `done` steps of it.
 
     parameters: what the phase trains, by name, in the optimizer's order; they may be on the meta device. adam: whether
     the optimizer's state per parameter is step, exp_avg and exp_avg_sq. Raises InputError naming both sides.
@@ -288,12 +290,30 @@ def check_tensors(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], a
             wanted = shapes[int(index)] if entry in MOMENTS else ()
             if adam and tuple(tensor.shape) != wanted:
                 mismatch(name, tuple(tensor.shape), wanted)
+            if adam and tensor.dtype != torch.float32:
+                mismatch(name, tensor.dtype, torch.float32)
     names = {"step", *MOMENTS}
     for index, entries in states.items():
         if adam and entries != names:
             mismatch(f"optimizer.{index}", ", ".join(sorted(entries)), ", ".join(sorted(names)))
-    own = torch.Generator().get_state()
-    generator = tensors.get("generator")
-    if generator is None or generator.shape != own.shape or generator.dtype != own.dtype:
+    if adam:
+        steps = [tensors[f"optimizer.{index}.step"].item() for index in states]
+        skips = precision == "fp16"  # steps that overflow, perhaps all
+        if (not skips and max(steps, default=0) != done) or not all(1 - skips <= step <= done for step in steps):
+            mismatch("the optimizer's step", f"{max(steps):g}" if steps else "missing", done)
+    own = torch.Generator()
+    generator, state = tensors.get("generator"), own.get_state()
+    if generator is None or generator.shape != state.shape or generator.dtype != state.dtype:
         there = "missing" if generator is None else f"{tuple(generator.shape)} {generator.dtype}"
-        mismatch("generator", there, f"{tuple(own.shape)} {own.dtype}")
+        mismatch("generator", there, f"{tuple(state.shape)} {state.dtype}")
+    try:
+        own.set_state(generator)
+    except RuntimeError:
+        mismatch("generator", "no state of one", "one")
+    scale = torch.amp.GradScaler("cpu").state_dict() if precision == "fp16" else {}
+    if checkpoint.scaler.keys() != scale.keys():
+        mismatch("the loss scale", ", ".join(checkpoint.scaler) or "missing", ", ".join(scale) or "not used")
+    for name, value in checkpoint.scaler.items():
+        check_float(
+            f"{checkpoint.folder / NOTE}: {name}", value, 0 if name == "_growth_tracker" else 2.0**-100, 2.0**100
+        )

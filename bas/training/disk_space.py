@@ -59,7 +59,8 @@ def free_disk_space(folder: Path) -> int:
 
 def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
     """Raise InputError if the run's files will take more than the free space on the disk of the run folder."""
-    files, free = files_to_come(count_numbers(build_on_meta(base)[0]), config), free_disk_space(folder)
+    models, _ = build_on_meta(base, config.prediction_type)
+    files, free = files_to_come(count_numbers(models), config), free_disk_space(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
         raise InputError(

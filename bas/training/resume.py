@@ -36,6 +36,7 @@ FREE_ON_RESUME = {
 
 FLAGS = {f.name: flag_of(f) for f in fields(TrainConfig)}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
+SAMPLING_ONLY = {"steps_offset"}  # of the noise schedule: no step of the training depends on it
 SAME_ON_RESUME = {  # beside the settings, where a checkpoint has it: its name in the error
     "handles": "handles",
     "words": "initial words",
@@ -62,6 +63,11 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _of_training(value: object) -> object:
+    """What a training depends on: of a noise schedule, all but what only sampling reads."""
+    return {k: v for k, v in value.items() if k not in SAMPLING_ONLY} if isinstance(value, dict) else value
+
+
 def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
     """Check that the run at `place` was made with these settings, and all else that both know of.
 
@@ -72,7 +78,11 @@ def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
     free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # its result is compared
     ours, theirs = metadata["config"], DEFAULTS | earlier["config"]  # an earlier version knew fewer settings
     differs = [FLAGS[name] for name in ours if name not in free and _plain(ours[name]) != _plain(theirs[name])]
-    differs += [SAME_ON_RESUME[name].format(**earlier) for name in known if metadata[name] != earlier[name]]
+    differs += [
+        SAME_ON_RESUME[name].format(**earlier)
+        for name in known
+        if _of_training(metadata[name]) != _of_training(earlier[name])
+    ]
     if differs:
         raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start again")
 
@@ -87,10 +97,15 @@ def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:
     path = run / METRICS
     if not path.exists() and run.resolve() not in checkpoint.folder.resolve().parents:
         return
-    content = path.read_bytes()[: checkpoint.metrics] if path.exists() else b""
+    whole = path.read_bytes() if path.exists() else b""
+    content = whole[: checkpoint.metrics]
     *lines, cut = content.split(b"\n")
     step = _last_step(lines)
-    if checkpoint.metrics and (cut or len(content) < checkpoint.metrics or step != checkpoint.step):
+    fits = not cut and len(content) == checkpoint.metrics and step == checkpoint.step
+    if not checkpoint.metrics:  # it was continued in a new folder, and saved there before the first step
+        first, ended, _ = whole.partition(b"\n")
+        fits = not ended or _last_step([first]) == checkpoint.step + 1
+    if not fits:
         raise InputError(
             f"{path} does not reach {checkpoint.folder}: {len(content)} bytes up to step {step} here, "
             f"{checkpoint.metrics} bytes up to step {checkpoint.step} there; copy the file again, or resume in a new "

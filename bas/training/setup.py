@@ -131,7 +131,7 @@ def setup_run(
     if checkpoint:
         check_resumable(checkpoint.folder, metadata, checkpoint.metadata)
         check_progress(checkpoint, folder, sum(phase.steps for phase in config.phases))
-        check_parameters(checkpoint, path, scene, config)
+        check_parameters(checkpoint, path, scene, config, precision)
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
@@ -180,14 +180,15 @@ def setup_run(
     )
 
 
-def check_parameters(checkpoint: Checkpoint, base: Path, scene: Scene, config: TrainConfig) -> None:
+def check_parameters(checkpoint: Checkpoint, base: Path, scene: Scene, config: TrainConfig, precision: str) -> None:
     """Check that a checkpoint's tensors are those of the phase that its step lies in. Reads no weight."""
-    models, _ = build_on_meta(base)
+    models, _ = build_on_meta(base, config.prediction_type)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     left = checkpoint.step
     for phase in config.phases:
         if left <= phase.steps:
-            check_tensors(checkpoint, trainable_parameters(models, phase), config.optimizer in ("adamw", "adam"))
+            adam = config.optimizer in ("adamw", "adam")
+            check_tensors(checkpoint, trainable_parameters(models, phase), adam, left, precision)
             return
         left -= phase.steps
 

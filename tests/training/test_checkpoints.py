@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -169,13 +170,19 @@ def fitting() -> tuple[dict, dict]:
 
 
 SHAPES = {"handles": (2, 4), "embedding": (5, 4)}
+SCALER = torch.amp.GradScaler("cpu").state_dict()
+
+
+def checkpoint_of(tensors: dict, precision: str = "no") -> Checkpoint:
+    """A checkpoint in memory, with a loss scale in fp16 alone."""
+    return Checkpoint(Path("c"), 1, tensors, 0, SCALER if precision == "fp16" else {}, 0, {})
 
 
 def test_a_checkpoint_of_the_same_parameters_fits():
     """A parameter that never had a gradient has no state."""
     parameters, tensors = fitting()
     del tensors["optimizer.1.exp_avg"], tensors["optimizer.1.exp_avg_sq"], tensors["optimizer.1.step"]
-    check_tensors(Checkpoint(Path("c"), 1, tensors, 0, {}, 0, {}), parameters, adam=True)
+    check_tensors(checkpoint_of(tensors), parameters, adam=True, done=3, precision="no")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +202,9 @@ def test_a_checkpoint_of_the_same_parameters_fits():
         ("optimizer.x.step", torch.tensor(1.0), "optimizer.x.step is present there"),
         ("generator", None, "generator is missing there"),
         ("generator", torch.zeros(3), "generator is (3,) torch.float32 there"),
+        ("generator", torch.zeros(5056, dtype=torch.uint8), "generator is no state of one there and one here"),
+        ("optimizer.0.exp_avg", torch.zeros(2, 4).half(), "optimizer.0.exp_avg is torch.float16 there"),
+        ("optimizer.1.exp_avg_sq", torch.zeros(5, 4).int(), "optimizer.1.exp_avg_sq is torch.int32 there"),
     ],
 )
 def test_a_checkpoint_of_other_parameters_names_both_sides(name, tensor, told):
@@ -204,4 +214,47 @@ def test_a_checkpoint_of_other_parameters_names_both_sides(name, tensor, told):
     else:
         tensors[name] = tensor
     with refused("checkpoint c does not fit this run", told):
-        check_tensors(Checkpoint(Path("c"), 1, tensors, 0, {}, 0, {}), parameters, adam=True)
+        check_tensors(checkpoint_of(tensors), parameters, adam=True, done=3, precision="no")
+
+
+@pytest.mark.parametrize(
+    ("steps", "precision", "told"),
+    [
+        (4.0, "no", "the optimizer's step is 4 there and 3 here"),
+        (2.0, "bf16", "the optimizer's step is 2 there and 3 here"),
+        (-1.0, "no", "the optimizer's step is -1 there and 3 here"),
+        (float("nan"), "no", "the optimizer's step is nan there and 3 here"),
+        (None, "no", "the optimizer's step is missing there and 3 here"),
+        (4.0, "fp16", "the optimizer's step is 4 there and 3 here"),
+        (0.0, "fp16", None),
+        (None, "fp16", None),
+    ],
+)
+def test_the_optimizer_has_done_the_steps_of_the_phase(steps, precision, told):
+    """After 3 steps of it; in fp16 some of them, or all, may have overflowed."""
+    parameters, tensors = fitting()
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        if steps is None:
+            del tensors[name]
+        elif name.endswith("step"):
+            tensors[name] = torch.tensor(steps)
+    with refused("checkpoint c does not fit this run", told) if told else nullcontext():
+        check_tensors(checkpoint_of(tensors, precision), parameters, adam=True, done=3, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("scaler", "precision", "told"),
+    [
+        ({}, "fp16", "the loss scale is missing there and scale,"),
+        ({"scale": 2.0}, "fp16", "the loss scale is scale there and scale, growth_factor,"),
+        (SCALER, "no", "here"),
+        (SCALER | {"scale": float("nan")}, "fp16", "c/state.json: scale is nan"),
+        (SCALER | {"scale": 0.0}, "fp16", "c/state.json: scale is 0.0"),
+    ],
+)
+def test_a_loss_scale_that_fp16_cannot_use_is_refused(scaler, precision, told):
+    parameters, tensors = fitting()
+    with refused(told):
+        check_tensors(
+            Checkpoint(Path("c"), 1, tensors, 0, scaler, 0, {}), parameters, adam=True, done=3, precision=precision
+        )

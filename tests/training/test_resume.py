@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,14 @@ import torch
 
 import bas
 from bas.cli.entry import main
+from bas.config import TrainConfig
 from bas.errors import RunError
 from bas.runtime.signals import Interrupted
+from bas.schedulers import NoiseSchedule
 from bas.training import loop as training
 from bas.training.checkpoints import Checkpoint, checkpoint_folder, describe_file, list_checkpoints
 from bas.training.nonfinite import OVERFLOWS
-from bas.training.resume import check_progress
+from bas.training.resume import check_progress, check_resumable
 from tests.helpers.faults import before_step, resume
 from tests.helpers.tiny import file_hashes, refused
 
@@ -69,6 +73,24 @@ def test_metrics_that_do_not_reach_the_checkpoint_are_refused(tmp_path, content,
 
 def test_a_checkpoint_of_another_folder_needs_no_metrics(tmp_path):
     check_progress(checkpoint_at(tmp_path / "other", 3), tmp_path / "run", 6)
+
+
+@pytest.mark.parametrize(("step", "fits"), [(1, False), (2, False), (3, False), (4, True)])
+def test_a_checkpoint_without_metrics_keeps_those_of_its_steps(tmp_path, step, fits):
+    """A run that was continued in a new folder and saved there at once has none; what follows is done again."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"phase": "phase1", "step": step}) + "\n")
+    with nullcontext() if fits else refused("metrics.jsonl does not reach", "0 bytes up to step 3 there"):
+        check_progress(checkpoint_at(tmp_path, 3, metrics=0), tmp_path, 6)
+
+
+@pytest.mark.parametrize(("name", "value", "fits"), [("steps_offset", 0, True), ("beta_end", 0.02, False)])
+def test_of_the_noise_schedule_only_what_training_reads_is_compared(name, value, fits):
+    """Steps of sampling were counted from 0 in folders whose file gave no offset; no training step depends on it."""
+    schedule = NoiseSchedule(steps_offset=1).to_json()
+    ours = {"config": asdict(TrainConfig()), "schedule": schedule}
+    theirs = {**ours, "schedule": schedule | {name: value}}
+    with nullcontext() if fits else refused("c was made with another noise schedule"):
+        check_resumable(Path("c"), ours, theirs)
 
 
 def test_a_step_beyond_the_run_is_refused(tmp_path):
