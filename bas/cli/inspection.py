@@ -36,13 +36,18 @@ EXTRAS = ("tensorboard", "bitsandbytes")
 CHECKED = "every weight has its place and shape (values are not read)"
 
 
-def describe(path: Path, hashes: bool = True) -> dict:
-    """Describe what is at `path`, by name, `what` and `loads` first. `hashes` reads all weights, once per file."""
+def describe(path: Path, hashes: bool = True, prediction_type: str | None = None) -> dict:
+    """Describe what is at `path`, by name, `what` and `loads` first. `hashes` reads all weights, once per file.
+
+    prediction_type: what a model predicts, over what its files say.
+    """
     try:
         with reading(path):
             if path.is_dir():
-                return _describe_folder(path, hashes)
-            return _describe_tensors(path, hashes) if path.suffix == ".safetensors" else _describe_image(path)
+                return _describe_folder(path, hashes, prediction_type)
+            if path.suffix == ".safetensors":
+                return _describe_tensors(path, hashes, prediction_type)
+            return _describe_image(path)
     except InputError as error:
         return {"what": "a folder" if os.path.isdir(path) else "a file", "loads": False, "problem": str(error)}
 
@@ -50,13 +55,13 @@ def describe(path: Path, hashes: bool = True) -> dict:
 # --- Folders ------------------------------------------------------------------------------------------------------
 
 
-def _describe_folder(path: Path, hashes: bool) -> dict:
+def _describe_folder(path: Path, hashes: bool, prediction_type: str | None) -> dict:
     if (path / CONCEPTS).exists():
-        return _describe_run(path, hashes)
+        return _describe_run(path, hashes, prediction_type)
     if (path / SETTINGS).exists():
         return _describe_unfinished(path)
     if any((path / component).is_dir() for component in COMPONENTS) or not images_in(path):
-        details = describe_model(path, hashes)
+        details = describe_model(path, hashes, prediction_type)
         return {"what": _folder_kind(path, details)} | details
     return _describe_scene(path)
 
@@ -73,14 +78,14 @@ def _folder_kind(path: Path, details: dict) -> str:
     return f"a folder of {kind[0]}" if kind else "a folder"
 
 
-def _describe_run(path: Path, hashes: bool) -> dict:
+def _describe_run(path: Path, hashes: bool, prediction_type: str | None) -> dict:
     """Describe a finished run: its model, and the metadata of concepts.safetensors."""
     tensors, metadata = read_concepts(path)
     config = metadata["config"]
     _, rows, columns = tensors["masks"].shape
     return {
         "what": "a finished run of bas",
-        **describe_model(path, hashes),
+        **describe_model(path, hashes, prediction_type),
         "handles": metadata["handles"],
         "trained at": f"{columns}x{rows} pixels",
         "steps": f"{config['phase1_train_steps']} + {config['phase2_train_steps']}",
@@ -126,10 +131,10 @@ def _describe_scene(path: Path) -> dict:
 # --- Models -------------------------------------------------------------------------------------------------------
 
 
-def describe_model(path: Path, hashes: bool) -> dict:
+def describe_model(path: Path, hashes: bool, prediction_type: str | None = None) -> dict:
     """Describe the networks, precision, handles and hash of a model folder or file, or the reason it does not load."""
     try:
-        models, tensors = build_on_meta(path)
+        models, tensors = build_on_meta(path, prediction_type)
         for component in COMPONENTS:
             check_keys(getattr(models, component), tensors[component], f"{path} ({component})")
     except InputError as error:
@@ -174,7 +179,7 @@ def known_as(digest: str) -> str | None:
 # --- Single files -------------------------------------------------------------------------------------------------
 
 
-def _describe_tensors(path: Path, hashes: bool) -> dict:
+def _describe_tensors(path: Path, hashes: bool, prediction_type: str | None) -> dict:
     """Describe a .safetensors file: a whole model, the concepts of a run, or a kind that bas does not take."""
     tensors, metadata = read_tensors(path)
     if metadata.get("bas") == "concepts-1":
@@ -188,7 +193,7 @@ def _describe_tensors(path: Path, hashes: bool) -> dict:
             "base hash": of_run["base"],
             "written by": f"bas {of_run['version']}",
         }
-    details = describe_model(path, hashes)
+    details = describe_model(path, hashes, prediction_type)
     if details["loads"]:
         return {"what": "a base model in one file"} | details | {"metadata": metadata}
     kind = other_kind(tensors)

@@ -13,17 +13,22 @@ from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.schedulers import PREDICTION_TYPES
 
 
+def add_prediction_type(parser: Parser) -> None:
+    """Declare --prediction_type."""
+    parser.add_argument(
+        "--prediction_type",
+        choices=PREDICTION_TYPES,
+        help="what the model predicts, if its files do not say it or say it wrongly",
+    )
+
+
 def add_model(parser: Parser) -> None:
     """Declare RUN, --model_path, --prediction_type, and the two flags of the machine."""
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
     )
     parser.add_argument("--model_path", metavar="RUN", help="RUN under the flag of the official script")
-    parser.add_argument(
-        "--prediction_type",
-        choices=PREDICTION_TYPES,
-        help="what the model predicts, if its files do not say it or say it wrongly",
-    )
+    add_prediction_type(parser)
     add_machine(parser)
 
 

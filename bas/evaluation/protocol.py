@@ -8,7 +8,6 @@
 A trial counts once its cell.json is there. An interrupted one is trained again, or resumes from a checkpoint.
 """
 
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from bas.errors import InputError
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, generate_images, measure_attention
 from bas.io.json_files import read_record, write_json
-from bas.io.run_files import CHECKPOINTS, METRICS
+from bas.io.run_files import METRICS
 from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets
 from bas.training.base_model import Base
@@ -166,5 +165,4 @@ def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool =
     seconds = {"training": trained_at - began, "drawing": time.monotonic() - trained_at}
     note["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     write_json(trial.folder / TRIAL, note)
-    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)  # of a training that was interrupted
     return note

@@ -25,6 +25,7 @@ from bas.pretrained.folder import read_spec
 from bas.runtime.device import DTYPES, is_out_of_memory
 from bas.sampling.sampler import check_request
 from bas.training.base_model import Base
+from bas.training.checkpoints import remove_all
 from bas.training.dry_run import matrix_speed, plan_run, unet_operations
 from bas.training.setup import check_input
 
@@ -48,11 +49,12 @@ class EvaluationContext:
     device: torch.device
     sampling: SampleConfig
     make_scorer: Callable[[], tuple[Scorer, Segments]]
+    prediction_type: str | None = None  # of the base, where its files do not say it
 
     @cached_property
     def base(self) -> Base:
         """The base model, kept in memory between trials."""
-        return Base.open(self.path, self.device, keep=True)
+        return Base.open(self.path, self.device, keep=True, prediction_type=self.prediction_type)
 
     def size(self) -> tuple[int, int]:
         """The base's resolution and size multiple."""
@@ -65,7 +67,7 @@ def evaluate_each(trials: list[Trial], context: EvaluationContext) -> Iterator[O
     Raises InputError before anything is trained for images that cannot be generated and for missing models of the
     metrics; Interrupted after a signal.
     """
-    check_request(read_spec(context.path), [], context.sampling)
+    check_request(read_spec(context.path, context.prediction_type), [], context.sampling)
     scored = [bool(read_rows(trial)) for trial in trials]
     if all(scored):
         yield from (Outcome(trial, earlier=True) for trial in trials)
@@ -78,6 +80,7 @@ def evaluate_each(trials: list[Trial], context: EvaluationContext) -> Iterator[O
         try:
             if not trial.finished:
                 run_trial(trial, context.base, context.sampling, segments == "files")
+            remove_all(Path(trial.training.output_dir))  # checkpoints of a training that was interrupted
             score_trial(trial, scorer, context.size(), segments)
         except (InputError, RunError, OSError) as error:
             yield Outcome(trial, error=str(error))

@@ -316,6 +316,16 @@ def test_a_trial_that_was_interrupted_leaves_no_checkpoint(bench, scenes, explic
     assert not list(tmp_path.rglob("checkpoints"))
 
 
+def test_the_base_predicts_what_the_plan_says(bench, scenes, explicit, tmp_path):
+    """Over what its files say: epsilon."""
+    explicit = explicit | {"prediction_type": "v_prediction"}
+    trials = planned(tmp_path, scenes[:1], explicit, methods=("ti-m",))
+    place = workplace(bench, prediction_type="v_prediction")
+    assert [outcome.error for outcome in evaluate_each(trials, place)] == [None]
+    settings = json.loads((Path(trials[0].training.output_dir) / "settings.json").read_text())
+    assert settings["schedule"]["prediction_type"] == "v_prediction"
+
+
 def test_what_cannot_be_drawn_is_found_before_anything_is_trained(bench, scenes, explicit, tmp_path):
     trials = planned(tmp_path, scenes, explicit)
     for sampling, reason in (

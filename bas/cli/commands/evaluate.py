@@ -41,8 +41,8 @@ EXAMPLES = (
 )
 PER_TRIAL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
 TRAINING = (  # the flags of training that stand beside those below; --config takes all
-    *("pretrained_model_name_or_path", "phase1_train_steps", "phase2_train_steps", "resolution", "num_class_images"),
-    *("class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
+    *("pretrained_model_name_or_path", "prediction_type", "phase1_train_steps", "phase2_train_steps", "resolution"),
+    *("num_class_images", "class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
 )
 SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed", *STEERING}
 
@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> None:
         "sampling": {name: value for name, value in asdict(sampling).items() if name not in STEERING},
     }
     agree_on(folder, plan | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
-    context = EvaluationContext(base, device, sampling, partial(make_scorer, measured, base, str(device)))
+    scorer = partial(make_scorer, measured, base, str(device))
+    context = EvaluationContext(base, device, sampling, scorer, trials[0].training.prediction_type)
     share, failed = ranks.part(trials), []
     with ranks.connected() as gather:
         for i, outcome in enumerate(evaluate_each(share, context), start=1):

@@ -5,6 +5,7 @@ import json
 
 from bas.cli.flags import Parser
 from bas.cli.inspection import as_text, describe, describe_machine
+from bas.cli.open_model import add_prediction_type
 from bas.pretrained.hub import find
 
 EXAMPLES = (
@@ -18,13 +19,14 @@ def configure(parser: Parser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="?", help="a file, a folder, a known name or a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     parser.add_argument("--no_hash", action="store_true", help="skip the hash, which reads all weights once")
+    add_prediction_type(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the description."""
     if args.path:
         path = find(args.path)
-        details = {"path": str(path), **describe(path, hashes=not args.no_hash)}
+        details = {"path": str(path), **describe(path, not args.no_hash, args.prediction_type)}
     else:
         details = describe_machine()
     print(json.dumps(details, indent=2) if args.json else as_text(details))

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 # The settings of training that decide what the model sees of a scene.
 SETTINGS = (
-    *("pretrained_model_name_or_path", "handles", "placeholder_token", "initializer_tokens", "num_of_assets"),
-    *("background_handle", "close_ups", "resolution", "center_crop", "attention_grid"),
+    *("pretrained_model_name_or_path", "prediction_type", "handles", "placeholder_token", "initializer_tokens"),
+    *("num_of_assets", "background_handle", "close_ups", "resolution", "center_crop", "attention_grid"),
 )
 
 
@@ -82,7 +82,7 @@ def check(args: argparse.Namespace) -> None:
     """Print the table, log the warnings, write the figure. Then raise InputError for what training would reject."""
     target = check_output_path(args.output_path, 1, *Path(args.scene).glob("*")) if args.output_path else None
     config = train_config(args.scene, **given(args, TrainConfig))
-    spec = find_spec(config.pretrained_model_name_or_path)
+    spec = find_spec(config.pretrained_model_name_or_path, config.prediction_type)
     scene, model = load_scene(config), spec.source or Path()
     view, refusal = view_scene(scene, spec, config), None
     try:
