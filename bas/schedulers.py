@@ -86,13 +86,17 @@ class NoiseSchedule:
             raise InputError(
                 f"scheduler _class_name is {name!r}: expected a scheduler of Stable Diffusion, such as DDIMScheduler"
             )
-        for key in ("trained_betas", "thresholding"):
+        for key in ("trained_betas", "thresholding", "use_flow_sigmas"):
             if config.get(key):
-                raise InputError(f"scheduler {key} is {config[key]!r}: bas does not support it")
+                raise InputError(f"scheduler {key} is {config[key]!r:.60}: bas does not support it")
+        if config.get("timestep_type", "discrete") != "discrete":
+            raise InputError(f"scheduler timestep_type is {config['timestep_type']!r:.60}: bas does not support it")
         for key in OTHER_SPACINGS:
             if config.get(key):
                 _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
-        ends_at_one = name in ("DDIMScheduler", "DDIMParallelScheduler")
+        ends_at_one = (
+            name != "PNDMScheduler"
+        )  # the others, and diffusers' DDIM made from their files, end without noise
         defaults: dict[str, Any] = CLASS_DEFAULTS | {"set_alpha_to_one": ends_at_one}
         names = {f.name for f in fields(cls) if f.init}
         given = {key: value for key, value in config.items() if key in names and value is not None}

@@ -219,6 +219,9 @@ def test_config_survives_a_round_trip():
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatchEulerDiscreteScheduler'"),
         ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'"),
         ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"trained_betas": [0.1] * 1000}, "trained_betas is .{60}: bas"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"timestep_type": "continuous"}, "timestep_type is 'continuous'"),
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
         ({"timestep_spacing": "karras"}, "timestep_spacing"),
@@ -234,13 +237,13 @@ def test_a_schedule_bas_cannot_honour_is_refused(change, message):
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("left_out", [(), ("beta_schedule",), ("beta_start", "beta_end"), ("timestep_spacing",)])
 def test_missing_fields_have_the_defaults_of_their_class(name, left_out):
-    """Against the class in diffusers. Only the first two of them know set_alpha_to_one."""
+    """Against the class in diffusers. Those that do not know set_alpha_to_one end at a = 1, as DDIM from their file."""
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": True}
     config = {"_class_name": name} | {key: value for key, value in config.items() if key not in left_out}
     theirs, ours = getattr(diffusers, name).from_config(config), NoiseSchedule.from_json(config)
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, atol=0, rtol=0)
     assert ours.steps_offset == theirs.config.steps_offset == 0
-    assert ours.set_alpha_to_one == getattr(theirs.config, "set_alpha_to_one", False)
+    assert ours.set_alpha_to_one == getattr(theirs.config, "set_alpha_to_one", True)
 
 
 def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers():
