@@ -42,15 +42,27 @@ class ObjectSimilarity:
         mask: (H, W) in 0..1. segments: (H, W) in 0..1 for each image; only what they show is searched.
         Raises InputError for a concept that is too small.
         """
-        shown = blacken_each(images, segments)
+        values, _ = self.find(blacken_each(images, segments), reference, mask)
+        return values
+
+    @torch.inference_mode()
+    def find(
+        self, images: list[Image.Image], reference: Image.Image, mask: np.ndarray
+    ) -> tuple[list[float], list[tuple[float, float]]]:
+        """Return for each image the likeness, and the centre (x, y) of the best match in shares of the image.
+
+        Arguments and InputError as for `identity_similarity`.
+        """
         colours, weight = cut_concept(
             average(reference).to(self.device), torch.from_numpy(mask).float().to(self.device)
         )
-        found = []
-        for start in range(0, len(shown), AT_ONCE):
-            batch = torch.stack([average(image) for image in shown[start : start + AT_ONCE]])
-            found += best_cosines(batch.to(self.device), colours, weight).tolist()
-        return found
+        values, centres = [], []
+        for start in range(0, len(images), AT_ONCE):
+            batch = torch.stack([average(image) for image in images[start : start + AT_ONCE]])
+            best, where = best_matches(batch.to(self.device), colours, weight)
+            values += best.tolist()
+            centres += [(x, y) for x, y in where.tolist()]
+        return values, centres
 
 
 def average(image: Image.Image) -> Tensor:
@@ -72,8 +84,8 @@ def cut_concept(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return image[(slice(None), *box)], weight[(slice(None), *box)]
 
 
-def best_cosines(images: Tensor, colours: Tensor, weight: Tensor) -> Tensor:
-    """Return the concept's best match in each image. images: (b, 3, GRID, GRID) -> (b,) in [-1, 1]
+def best_matches(images: Tensor, colours: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the concept's best match in each image. images: (b, 3, GRID, GRID) -> (b,) in [-1, 1], centres (b, 2)
 
     The cosine of concept c and place x, both less the concept's mean colour m, under the concept's weight w:
     sum w (x - m)(c - m) / sqrt(sum w (x - m)^2 sum w (c - m)^2). A weaker contrast alone changes nothing.
@@ -82,14 +94,20 @@ def best_cosines(images: Tensor, colours: Tensor, weight: Tensor) -> Tensor:
     x = images - mean
     energy = x.square().sum(dim=1, keepdim=True)
     best = torch.full((len(images),), -1.0, device=images.device)
+    centres = torch.full((len(images), 2), 0.5, device=images.device)
     for size in sizes(*weight.shape[1:]):
         both = torch.cat([weight * (colours - mean), weight])[None]
         scaled = F.interpolate(both, size=size, mode="bilinear", antialias=True)
         product, w = torch.cat([scaled, scaled.flip(-1)]).split([3, 1], dim=1)  # as it is, and mirrored
         own = (product.square() / w.clamp(min=1e-3)).sum(dim=(1, 2, 3))[:, None, None]
         cosines = F.conv2d(x, product) / (F.conv2d(energy, w) * own).clamp(min=FLOOR).sqrt()
-        best = torch.maximum(best, cosines.amax(dim=(1, 2, 3)))
-    return best
+        values, spots = cosines.flatten(1).max(dim=1)
+        spots = spots % cosines[0, 0].numel()  # the mirrored concept comes behind the other
+        columns = cosines.shape[-1]
+        where = torch.stack([spots % columns + size[1] / 2, spots // columns + size[0] / 2], dim=1) / GRID
+        centres = torch.where((values > best)[:, None], where, centres)
+        best = torch.maximum(best, values)
+    return best, centres
 
 
 def sizes(h: int, w: int) -> Iterator[tuple[int, int]]:

@@ -7,14 +7,22 @@ trained with the miniature's own settings. Then every subset of its handles is g
     guest       a concept that the prompt does not name is found, and its likeness to the named ones cannot explain it
     likeness    the mean likeness of the named concepts
     place       the named place is seen, as the recogniser of tools.checks.mini reads it
+    usual       the best match of every named concept, however poor, has its centre in the concept's usual box
+    swapped     the same for its swapped box
+
+The usual box of a concept is that of its mask in the scene, wider by 0.05 of the image on each side. Swapped boxes are
+the usual ones of a subset, passed on in a circle: each concept has that of the next one. A concept alone has that of
+the next one of the scene. `--layout` steers images into either; without it the columns say what chance gives.
 
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --guidance_scale 3
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/flips --set flip_probability=0.5
+    python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --guidance_scale 3 --layout swapped
 
 Two ceilings stand beside: the true concepts drawn by the world in the same places, and each scene's image through the
 VAE. A second call goes on: a finished run is not trained again, and a scene that is measured with the same settings is
-not measured again. DIR holds table.md, scores.json and, for each scene, sheet.png, its scores and its run.
+not measured again. DIR holds table.md, scores.json and, for each scene, sheet.png, its scores and its run. Steered
+images have files of their own beside those of plain ones, as table-layout-swapped.md.
 """
 
 import argparse
@@ -23,6 +31,7 @@ import shutil
 import time
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +54,9 @@ from bas.models.bundle import Models
 from bas.pretrained.folder import load, weights_hash
 from bas.pretrained.hub import find, train_config
 from bas.sampling.gallery import subsets
+from bas.sampling.layout import bounding_box
 from bas.sampling.sampler import sample
+from bas.sampling.steer import Steer
 from bas.training.loop import train
 from bas.training.preview import scene_attention
 from tools.checks.mini import Recogniser, recognise_images, through_vae, train_recogniser
@@ -64,7 +75,10 @@ SETS_APART = 1_000_003  # between the generators of two seeds
 FIRST_NOISE = 1000  # the seed of the first image of each prompt
 CELL = 112  # pixels of an image on the sheets
 SIZES = {1: "alone", 2: "pairs", 3: "triples", 4: "all four"}  # of subsets
-SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed", "height", "width"}
+SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed", "height", "width", "layout"}
+BOXES = ("usual", "swapped")
+Box = tuple[float, float, float, float]  # left, top, right, bottom in shares of the image
+WIDER = 0.05  # of the image's side, by which a box is wider than its concept on each side
 
 
 # --- Scenes -------------------------------------------------------------------------------------------------------
@@ -87,6 +101,22 @@ def true_image(layout: Layout, subset: tuple[int, ...], place: str, seed: int) -
     centres = np.array(SLOTS[len(subset)])[rng.permutation(len(subset))] + rng.uniform(-0.05, 0.05, (len(subset), 2))
     objects = [replace(layout.objects[i], x=float(x), y=float(y)) for i, (x, y) in zip(subset, centres, strict=True)]
     return Image.fromarray(draw(Layout(tuple(objects), place, int(rng.integers(2**31))), SIDE)[0])
+
+
+def usual_boxes(masks: np.ndarray) -> list[Box]:
+    """Return the box of each concept where it stands in the scene, a little wider. masks: (N, H, W) in 0..1"""
+    found = []
+    for mask in masks:
+        left, top, right, bottom = bounding_box(mask)
+        found.append((max(0, left - WIDER), max(0, top - WIDER), min(1, right + WIDER), min(1, bottom + WIDER)))
+    return found
+
+
+def boxes_of(subset: tuple[int, ...], usual: list[Box], kind: str) -> dict[int, Box]:
+    """Return the box of each concept of a subset. kind: one of BOXES"""
+    circle = subset if len(subset) > 1 else tuple(range(len(usual)))
+    following = dict(zip(circle, (*circle[1:], circle[0]), strict=True))
+    return {i: usual[i if kind == "usual" else following[i]] for i in subset}
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------
@@ -113,6 +143,7 @@ class Shown:
     seed: int
     likeness: tuple[float, ...]  # to each of the scene's concepts
     seen: str  # the place that is read
+    boxed: dict[str, bool]  # for each of BOXES, whether every named concept is in its box
 
     @property
     def right(self) -> bool:
@@ -142,14 +173,24 @@ def read_truth(layout: Layout, places: tuple[str, ...], seeds: int) -> Truth:
 
 
 def likenesses(truth: Truth, images: list[Image.Image]) -> np.ndarray:
-    """Return the likeness of each image to each concept, (images, N): the best of four shifts by half a cell.
+    """Return the likeness of each image to each concept, (images, N), as `find_concepts` does."""
+    return find_concepts(truth, images)[0]
 
-    The measure compares cells of two pixels. Without the shifts, a true concept that stands between cells is missed.
+
+def find_concepts(truth: Truth, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the likeness of each image to each concept, (images, N), and the centres (images, N, 2) of its matches.
+
+    They are those of the best of four shifts by half a cell, the centres as (x, y) in shares of the image. The measure
+    compares cells of two pixels: without the shifts, a true concept that stands between cells is missed.
     """
-    shifted = [shift(image, x, y) for image in images for x in (0, 1) for y in (0, 1)]
-    measure = ObjectSimilarity()
-    found = [measure.identity_similarity(shifted, truth.image, mask) for mask in truth.masks]
-    return np.array(found).reshape(len(truth.masks), len(images), 4).max(axis=2).T
+    shifts = [(x, y) for x in (0, 1) for y in (0, 1)]
+    shifted = [shift(image, x, y) for image in images for x, y in shifts]
+    found = [ObjectSimilarity().find(shifted, truth.image, mask) for mask in truth.masks]
+    values = np.array([values for values, _ in found]).reshape(len(truth.masks), len(images), len(shifts))
+    centres = np.array([centres for _, centres in found]).reshape(*values.shape, 2) - np.array(shifts) / SIDE
+    best = values.argmax(axis=2)[..., None]
+    chosen = np.take_along_axis(centres, best[..., None], axis=2)[:, :, 0]
+    return values.max(axis=2).T, chosen.transpose(1, 0, 2)
 
 
 def shift(image: Image.Image, x: int, y: int) -> Image.Image:
@@ -170,26 +211,46 @@ def read_images(
     """Measure images, as many for each request as there are seeds, request by request."""
     seeds = len(images) // len(asked)
     jobs = [(subset, place, seed) for subset, place in asked for seed in range(seeds)]
-    found, readings = likenesses(truth, images), recognise_images(recogniser, images)
-    return [
-        Shown(*job, tuple(map(float, values)), reading.place)
-        for job, values, reading in zip(jobs, found, readings, strict=True)
-    ]
+    found, centres = find_concepts(truth, images)
+    usual, readings = usual_boxes(truth.masks), recognise_images(recogniser, images)
+    shown = []
+    for job, values, where, reading in zip(jobs, found, centres, readings, strict=True):
+        boxed = {kind: all_inside(where, boxes_of(job[0], usual, kind)) for kind in BOXES}
+        shown.append(Shown(*job, tuple(map(float, values)), reading.place, boxed))
+    return shown
 
 
-def generate(models: Models, asked: list[tuple[tuple[int, ...], str]], config: SampleConfig) -> list[Image.Image]:
-    """Generate `num_images` images of each request."""
-    prompts = [f"{subset_prompt([models.handles[i] for i in subset])} {PLACES[place][0]}" for subset, place in asked]
-    return sample(models, prompts, config)
+def all_inside(centres: np.ndarray, boxes: dict[int, Box]) -> bool:
+    """Whether each of these concepts has its centre in its box. centres: (N, 2) as x, y in shares of the image"""
+    return all(
+        left <= centres[i, 0] <= right and top <= centres[i, 1] <= bottom
+        for i, (left, top, right, bottom) in boxes.items()
+    )
+
+
+def generate(
+    models: Models, asked: list[tuple[tuple[int, ...], str]], usual: list[Box], kind: str | None, config: SampleConfig
+) -> list[Image.Image]:
+    """Generate `num_images` images of each request, in boxes of a kind if one is given."""
+    images = []
+    for subset, group in groupby(asked, key=lambda request: request[0]):
+        handles = [models.handles[i] for i in subset]
+        prompts = [f"{subset_prompt(handles)} {PLACES[place][0]}" for _, place in group]
+        boxes = boxes_of(subset, usual, kind) if kind else {}
+        layout = {models.handles[i]: box for i, box in boxes.items()}
+        steer = Steer(config.separate and len(subset) > 1, layout, config.own_pixels)
+        images += sample(models, prompts, config, steer)
+    return images
 
 
 def summarise(shown: list[Shown], cross: np.ndarray) -> dict[str, float]:
-    """Return the shares of right images, of images with a guest and of named places, and the mean likeness."""
+    """Return the shares of right images, with a guest, of named places and of boxes, and the mean likeness."""
     return {
         "right": float(np.mean([image.right for image in shown])),
         "guest": float(np.mean([bool(image.guests(cross)) for image in shown])),
         "likeness": float(np.mean([image.named for image in shown])),
         "place": float(np.mean([image.seen == image.place for image in shown])),
+        **{kind: float(np.mean([image.boxed[kind] for image in shown])) for kind in BOXES},
     }
 
 
@@ -218,19 +279,25 @@ def learn(folder: Path, base: Path, layout: Layout, changes: dict[str, Any]) -> 
 
 
 def measure(
-    folder: Path, trained: TrainConfig, layout: Layout, recogniser: Recogniser, places: int, config: SampleConfig
+    folder: Path,
+    trained: TrainConfig,
+    layout: Layout,
+    recogniser: Recogniser,
+    places: int,
+    kind: str | None,
+    config: SampleConfig,
 ) -> dict[str, Any]:
-    """Measure a trained scene, write its sheet, and return its scores."""
+    """Measure a trained scene, write its sheet, and return its scores. kind: of the boxes to steer into"""
     began, models, shown_places = time.monotonic(), load(Path(trained.output_dir)), places_of(layout, places)
     truth = read_truth(layout, shown_places, config.num_images)
     asked = requests(len(layout.objects), shown_places)
-    images = generate(models, asked, config)
+    images = generate(models, asked, usual_boxes(truth.masks), kind, config)
     drawn = [true_image(layout, *request, seed) for request in asked for seed in range(config.num_images)]
     shown, true = read_images(truth, asked, images, recogniser), read_images(truth, asked, drawn, recogniser)
     decoded = [Image.fromarray(image) for image in through_vae(models, [np.array(truth.image)])]
     image, masks = load_scene(trained).tensors(models.resolution, models.size_multiple)
     maps = scene_attention(models, models.handles[: len(truth.masks)], image, trained)
-    save_image(sheet(truth, decoded[0], images, shown, config.num_images), folder / "sheet.png")
+    save_image(sheet(truth, decoded[0], images, shown, config.num_images), folder / f"sheet{variant(config, kind)}.png")
     return {
         "concepts": [asdict(obj) for obj in layout.objects],
         "background": layout.background,
@@ -267,7 +334,7 @@ def sheet(truth: Truth, decoded: Image.Image, images: list[Image.Image], shown: 
 
 def read_shown(rows: list[dict]) -> list[Shown]:
     """Read images back from scores.json."""
-    return [Shown(tuple(row["subset"]), row["place"], row["seed"], tuple(row["likeness"]), row["seen"]) for row in rows]
+    return [Shown(**row | {"subset": tuple(row["subset"]), "likeness": tuple(row["likeness"])}) for row in rows]
 
 
 def by_size(scenes: dict[str, dict], kind: str) -> dict[str, dict[str, float]]:
@@ -289,7 +356,8 @@ def markdown(scores: dict[str, Any]) -> str:
     """Return the table: all scenes by size of the subset, the ceilings, then each scene."""
     scenes = scores["scenes"]
     lines = [f"{len(scenes)} scenes, {scores['about']}", ""]
-    lines += ["| subsets | images | right | guests | likeness | place |", "|---|---|---|---|---|---|"]
+    columns = ("subsets", "images", "right", "guests", "likeness", "place", *(f"in {kind} boxes" for kind in BOXES))
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for title, kind in (("", "images"), ("true concepts, drawn: ", "true")):
         for size, row in by_size(scenes, kind).items():
             shares = [f"{100 * row[name]:.0f} %" for name in ("right", "guest")]
@@ -298,7 +366,7 @@ def markdown(scores: dict[str, Any]) -> str:
                 f"{row['images']:.0f}",
                 *shares,
                 f"{row['likeness']:.2f}",
-                f"{100 * row['place']:.0f} %",
+                *(f"{100 * row[name]:.0f} %" for name in ("place", *BOXES)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     codec = [value for scene in scenes.values() for value in scene["codec"]]
@@ -332,6 +400,12 @@ def read_setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def variant(config: SampleConfig, kind: str | None) -> str:
+    """Return what the names of the files of steered images end with, such as "-separate-layout-usual"."""
+    parts = ("-separate" * config.separate, f"-layout-{kind}" if kind else "", "-own_pixels" * config.own_pixels)
+    return "".join(parts)
+
+
 def main() -> None:
     """Make scenes, learn them, measure them, print the table."""
     parser = argparse.ArgumentParser(
@@ -350,27 +424,33 @@ def main() -> None:
     parser.add_argument("--places", type=int, default=6, choices=range(1, 10), help="of the ten (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="images of a subset in a place (default: %(default)s)")
     parser.add_argument("--recogniser", type=Path, help="file of the recogniser of places (default: in --output_dir)")
+    parser.add_argument("--layout", choices=BOXES, help="steer each concept into its box (default: no layout)")
     add_fields(parser, SampleConfig, SAMPLING)
     args = parser.parse_args()
     base, out = find(args.weights), args.output_dir
     config = SampleConfig(
-        **{"batch_size": 16, **given(args, SampleConfig), "num_images": args.seeds, "seed": FIRST_NOISE}
+        **{"batch_size": 16, **given(args, SampleConfig), "num_images": args.seeds, "seed": FIRST_NOISE, "layout": None}
     )
+    if config.own_pixels and not args.layout:
+        raise InputError("--own_pixels needs a --layout")
+    suffix = variant(config, args.layout)
     layouts = DEMO_SCENES if args.shipped else unseen_scenes(args.scenes, args.seed)
     recogniser = train_recogniser(args.recogniser or out / "recogniser.pt", scenes=8_000, epochs=4)
     changes, scenes = dict(map(read_setting, args.changes)), {}
-    stated = {"sampling": asdict(config), "places": args.places}
+    stated = {"sampling": asdict(config), "places": args.places, "layout": args.layout}
     for i, (name, layout) in enumerate(layouts.items(), start=1):
-        trained, noted = learn(out / name, base, layout, changes), out / name / "scores.json"
+        trained, noted = learn(out / name, base, layout, changes), out / name / f"scores{suffix}.json"
         if not noted.exists() or {key: read_json(noted).get(key) for key in stated} != stated:
-            write_json(noted, stated | measure(out / name, trained, layout, recogniser, args.places, config))
+            found = measure(out / name, trained, layout, recogniser, args.places, args.layout, config)
+            write_json(noted, stated | found)
         scenes[name] = read_json(noted)
         print(f"[{i}/{len(layouts)}] {name}", flush=True)
         about = f"{args.places} places, {args.seeds} seeds, guidance {config.guidance_scale:g}, base {base.name}"
+        about += f", steered: {suffix[1:].replace('-', ' ')}" if suffix else ""
         scores = {"about": about, "weights": weights_hash(base), "changes": changes, **stated, "scenes": scenes}
-        write_json(out / "scores.json", scores | {"by_size": by_size(scenes, "images")})
-        write_text(out / "table.md", markdown(scores))
-    print((out / "table.md").read_text(encoding="utf-8"))
+        write_json(out / f"scores{suffix}.json", scores | {"by_size": by_size(scenes, "images")})
+        write_text(out / f"table{suffix}.md", markdown(scores))
+    print((out / f"table{suffix}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
