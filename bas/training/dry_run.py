@@ -41,12 +41,12 @@ from bas.training.setup import check_input
 CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
 CHECKED = f"{CHECKED_WITHOUT_BASE}; every weight's name and shape (no values)"
 MEMORY_RULE = (
-    "weights, masters, gradients, optimizer and what a step keeps for its backward pass, counted (kept values at half "
-    "size in fp16); the allocator, work space of kernels and recomputed blocks come on top"
+    "counting weights, master weights, gradients, optimizer and what a step keeps for its backward pass (at half "
+    "size in fp16); the allocator, work space of kernels and recomputed blocks are not counted"
 )
 TIME_RULE = (
-    "at the least: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while it "
-    "does nothing else; a training also waits for memory and takes longer"
+    "a lower bound: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while it "
+    "does nothing else; a step also waits for memory and takes longer"
 )
 
 TOO_LITTLE = "NOT ENOUGH"  # first words of the entry `disk` where space is missing
@@ -105,7 +105,8 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
         "base": f"{base}, {plan.models.schedule.prediction_type}{_not_here(config)}",
         "device": f"{device}, mixed precision {precision}",
         "steps": {
-            p.name: f"{p.steps}, training {c.trained:,} numbers ({', '.join(p.trains)})" for p, c in plan.costs.items()
+            p.name: f"{p.steps}, training {c.trained:,} parameters ({', '.join(p.trains)})"
+            for p, c in plan.costs.items()
         },
         "memory": {phase.name: sum_of(parts) for phase, parts in plan.memory.items()},
         "estimated by": MEMORY_RULE,
@@ -231,7 +232,7 @@ def phase_cost(
 
 def phase_memory(weights: int, cost: Cost, precision: str, config: TrainConfig, copied: int) -> dict[str, int]:
     """Bytes by what they are for. copied: how many weights autocast rounds, and keeps until the backward pass."""
-    masters = {"masters": 4 * cost.trained} if precision == "bf16" else {}
+    masters = {"master weights": 4 * cost.trained} if precision == "bf16" else {}
     copies = {"fp16 copies": 2 * copied} if precision == "fp16" and not config.gradient_checkpointing else {}
     adding = precision == "bf16" and config.gradient_accumulation_steps > 1  # one pass's own beside the masters' sum
     return {

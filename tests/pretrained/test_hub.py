@@ -306,7 +306,7 @@ def test_masks_and_a_dry_run_need_no_weights_of_a_known_model(tmp_path, monkeypa
     assert main(["train", scene, "--weights", "sd15", "--dry_run", *quick]) == 0
     out = capsys.readouterr().out
     assert "sd15, epsilon; not here yet: bas download sd15" in out
-    assert "phase1: 400, training 2,304 numbers (handles)" in out
+    assert "phase1: 400, training 2,304 parameters (handles)" in out
     assert "name and shape" not in out
     assert main(["train", scene, "--weights", "sd15", *quick]) == 2
     assert "bas download sd15" in capsys.readouterr().err

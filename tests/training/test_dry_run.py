@@ -173,7 +173,7 @@ def test_memory_by_its_rule():
     sixteen = parts | {"kept for backward": 300}
     assert phase_memory(5000, cost, "fp16", replace(plain, optimizer="adam"), 1200) == sixteen | {"fp16 copies": 2400}
     assert phase_memory(5000, cost, "fp16", replace(plain, gradient_checkpointing=True), 1200) == sixteen
-    masters = parts | {"masters": 4000}
+    masters = parts | {"master weights": 4000}
     tiny_moments = masters | {"optimizer": 2000}
     assert phase_memory(5000, cost, "bf16", replace(plain, optimizer="adamw8bit"), 1200) == tiny_moments
     twice = replace(plain, gradient_accumulation_steps=2)
@@ -238,7 +238,7 @@ def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, ca
         f"scene         {scene}, trained at 32x32 pixels",
         "handles       <asset0> from 'toy', <asset1> from 'bowl'",
         "device        cpu, mixed precision no",
-        f"steps         phase1: 7, training {2 * tiny.WIDTH} numbers (handles)",
+        f"steps         phase1: 7, training {2 * tiny.WIDTH} parameters (handles)",
     ):
         assert told in lines
     text = "\n".join(lines)
