@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 
 from bas.config import METHODS, TrainConfig
-from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset, size_to_cover
+from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset
 from bas.data.scene_folder import load_scene
 
 SEG_MIX_IMAGES = 64  # enough for each concept to stand everywhere
-SEG_MIX_SCALES = 0.75, 1.5  # of the size in the image
-SEG_MIX_SHARE = 0.9  # of the image's sides that a concept covers at most
+SEG_MIX_SIDES = 0.5, 0.8  # of the image's shorter side: the longest side of a concept alone; of k, by sqrt(k) less
 TRIES = 20  # placements of a concept, before one that covers others is taken
 
 
@@ -64,41 +63,40 @@ def seg_mix(scene: Scene, width: int, height: int, seed: int) -> tuple[ExtraImag
     """Images of this size in which concepts, cut out of the scene, stand at other places, in other sizes.
 
     After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2), on plain colours. Union sampling decides which
-    concepts an image shows. They cover each other only where there is no room.
+    concepts an image shows. The largest gets a random size, the others keep theirs beside it. Concepts cover each other
+    only where there is no room.
     """
     generator = torch.Generator().manual_seed(seed)
     mixed = []
     for i in range(SEG_MIX_IMAGES):
+        chosen = sample_subset(len(scene), "union", generator)
+        sources = [source for source in scene.images if source[1].keys() >= set(chosen)]
+        image, masks = sources[int(torch.randint(len(sources), (), generator=generator))]
+        boxes = {concept: bounding_box(masks[concept]) for concept in chosen}
+        longest = max(side for left, top, right, bottom in boxes.values() for side in (right - left, bottom - top))
+        low, high = SEG_MIX_SIDES
+        share = low + (high - low) * torch.rand((), generator=generator).item()
+        scale = share * min(width, height) / longest / len(chosen) ** 0.5
         canvas = Image.new("RGB", (width, height), tuple(torch.randint(256, (3,), generator=generator).tolist()))
         layers: dict[int, np.ndarray] = {}
-        for concept in sample_subset(len(scene), "union", generator):
-            sources = [(image, masks[concept]) for image, masks in scene.images if concept in masks]
-            source = sources[int(torch.randint(len(sources), (), generator=generator))]
-            cut_out, mask = cut(*source, width, height, generator)
-            where = place(np.array(mask) / 255, canvas.size, list(layers.values()), generator)
-            canvas.paste(cut_out, where, mask)
-            layer = Image.new("L", canvas.size)
-            layer.paste(mask, where)
-            inside = np.asarray(layer, dtype=np.float32) / 255
+        for concept, box in boxes.items():
+            size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
+            layer = Image.fromarray((masks[concept] * 255).round().astype(np.uint8)).crop(box)
+            mask = layer.resize(size, Image.Resampling.BILINEAR)
+            where = place(np.asarray(mask) / 255, canvas.size, list(layers.values()), generator)
+            canvas.paste(image.crop(box).resize(size, Image.Resampling.BICUBIC), where, mask)
+            pasted = Image.new("L", canvas.size)
+            pasted.paste(mask, where)
+            inside = np.asarray(pasted, dtype=np.float32) / 255
             layers = {other: below * (1 - inside) for other, below in layers.items()} | {concept: inside}
         mixed.append(ExtraImage(f"seg-mix-{i}", canvas, layers))
     return tuple(mixed)
 
 
-def cut(
-    image: Image.Image, mask: np.ndarray, width: int, height: int, generator: torch.Generator
-) -> tuple[Image.Image, Image.Image]:
-    """Cut out what lies inside a mask (H, W), at a random size for an image of (width, height). -> image, mask (L)"""
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The (left, top, right, bottom) of a mask (H, W)."""
     ys, xs = np.nonzero(mask >= DARKEST_MASK)
-    box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-    w, h = box[2] - box[0], box[3] - box[1]
-    low, high = np.log(SEG_MIX_SCALES)
-    scale = float(np.exp(low + (high - low) * torch.rand((), generator=generator).item()))
-    scale *= size_to_cover(image.size, (width, height))[0] / image.size[0]
-    scale = min(scale, SEG_MIX_SHARE * width / w, SEG_MIX_SHARE * height / h)
-    size = max(1, round(w * scale)), max(1, round(h * scale))
-    layer = Image.fromarray((mask * 255).round().astype(np.uint8)).crop(box)
-    return image.crop(box).resize(size, Image.Resampling.BICUBIC), layer.resize(size, Image.Resampling.BILINEAR)
+    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
 
 def place(

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from bas.data.batches import sample_batch, sample_image
-from bas.data.collages import SEG_MIX_IMAGES, SEG_MIX_SCALES, place, seg_mix
+from bas.data.collages import SEG_MIX_IMAGES, SEG_MIX_SIDES, place, seg_mix
 from bas.data.scene import Scene
 from bas.data.scene_folder import load_scene
 from tests.helpers.tiny import refused
@@ -30,7 +30,7 @@ def test_images_hold_cut_outs_on_plain_colours(squares):
     """Inside a mask its concept, outside all one colour; each number of concepts as often; all places, all sizes."""
     images = seg_mix(squares, 64, 64, seed=3)
     assert len(images) == SEG_MIX_IMAGES
-    lefts, widths = [], []
+    lefts, widths = [], {1: [], 2: [], 3: []}
     for extra in images:
         pixels, union = np.asarray(extra.image), np.maximum.reduce(list(extra.masks.values()))
         assert len(np.unique(pixels[union == 0], axis=0)) == 1
@@ -38,26 +38,26 @@ def test_images_hold_cut_outs_on_plain_colours(squares):
             assert (pixels[mask == 1] == COLOURS[concept]).all()
             columns = np.nonzero(mask.max(axis=0))[0]
             lefts.append(columns.min())
-            widths.append(np.ptp(columns) + 1)
-    shares = [sum(len(extra.masks) == k for extra in images) / len(images) for k in (1, 2, 3)]
-    assert all(0.2 < share < 0.47 for share in shares)
-    assert (min(widths), max(widths)) == tuple(8 * scale for scale in SEG_MIX_SCALES)
+            widths[len(extra.masks)].append(np.ptp(columns) + 1)
+    assert all(0.2 < len(widths[k]) / k / len(images) < 0.47 for k in widths)
     assert min(lefts) <= 2
-    assert max(lefts) >= 52
+    assert max(lefts) >= 42
+    low, high = SEG_MIX_SIDES
+    for k, found in widths.items():
+        assert min(found) == pytest.approx(64 * low / k**0.5, abs=4)
+        assert max(found) == pytest.approx(64 * high / k**0.5, abs=4)
 
 
-def test_sizes_follow_the_image_and_its_sides(squares):
-    """At half of the size concepts are half as large; one that would not fit covers at most 0.9 of a side."""
-    widths = [mask.max(axis=0).sum() for extra in seg_mix(squares, 32, 32, seed=0) for mask in extra.masks.values()]
-    assert 2.5 < min(widths) <= 4
-    assert 5 < max(widths) <= 6.5
-    whole = Scene(squares.image, [np.ones((64, 64), np.float32)], ("<a>",), (None,))
-    sides = {
-        (mask.max(axis=0).sum(), mask.max(axis=1).sum())
-        for extra in seg_mix(whole, 64, 64, 0)
-        for mask in [*extra.masks.values()]
-    }
-    assert max(sides) == (58, 58)
+def test_the_sizes_of_concepts_beside_each_other_are_kept(squares):
+    """A square of twice the side stays twice as wide in every image that shows both."""
+    large = np.zeros((64, 64), np.float32)
+    large[:16, :16] = 1
+    scene = Scene(squares.image, [large, squares.masks[2]], ("<a>", "<c>"), (None,) * 2)
+    both = [extra.masks for extra in seg_mix(scene, 64, 64, 0) if len(extra.masks) == 2]
+    assert len(both) > 20
+    for masks in both:
+        wide, narrow = (masks[i].max(axis=0).sum() for i in (0, 1))
+        assert wide / narrow == pytest.approx(2, rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_images(squares):
