@@ -33,8 +33,11 @@ UNREAD = re.compile(  # weights as A1111, ComfyUI, InvokeAI and Compel write the
     rf"|\([^()]*\)(?:\++|-+|\d*\.?\d+){END}"  # (red ball)++, (red ball)1.3
     r"|\[[^\[\]]*\]|\{[^{}]*\}"  # [red], [red:blue:0.5], {red}
     rf"|{NAME}(?:\++|-+|\d*\.\d+|:\d+\.?\d*){END}"  # <toy>+, <toy>:1.3
-    rf"|\w+(?:\+\++|--+){END}"  # red++
+    rf"|\b[^\W\d_]{{2,}}(?:\++|--+){END}"  # red++, red+
     rf"|\(\s*{NAME}\s*\)"  # (<toy>)
+    r"|\([^()]*:\s*\d*,\d+\s*\)"  # (red:1,4)
+    r"|\([^()]*:\s*\d*\.\d+\s*$"  # (red:1.4
+    r"|\b(?:BREAK|AND)\b|\\[()]"  # of A1111: parts of a prompt, a bracket that is a character
 )
 
 

@@ -79,6 +79,9 @@ def test_phrases_have_strengths_too(prompt, parts):
         ("[red] [red:blue:0.5] {red}", ["[red]", "[red:blue:0.5]", "{red}"]),
         ("(red:9) and (red:-1)", ["(red:9)", "(red:-1)"]),
         ("two toys (<toy>)", ["(<toy>)"]),
+        ("red+ and (red:1,4) and (red:1.4", ["red+", "(red:1,4)", "(red:1.4"]),
+        ("red AND blue, BREAK \\(red\\)", ["AND", "BREAK", "\\(", "\\)"]),
+        ("a C++ book and 1+1, grade A+, (at 10:30", []),
         ("a toy (red) -- at 10:30 by-hand, <toy>-like", []),
     ],
 )
@@ -124,12 +127,12 @@ def test_the_command_names_weights_that_stay_text(models, tmp_path, caplog, caps
     save_model(models, tmp_path / "model")
     words = ["sample", str(tmp_path / "model"), "--num_inference_steps", "1", "--output_path", str(tmp_path / "x.png")]
     assert main([*words, "--prompt", "a ((bowl))", "--negative_prompt", "[stone]"]) == 0
-    assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
+    assert [message.split(" is not a weight")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
     caplog.clear()
     words += ["--config", str(tmp_path / "run.toml")]
     (tmp_path / "run.toml").write_text('prompt = ["a bowl++", "a stone"]')
     assert main(words) == 0
-    assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'bowl++'"]
+    assert [message.split(" is not a weight")[0] for message in caplog.messages] == ["'bowl++'"]
     assert main([*words, "--prompt", "a <asset0>++"]) == 2
     assert "<asset0>++: bas reads no such weight" in capsys.readouterr().err
 
@@ -229,4 +232,4 @@ def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
 def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):
     """Training warns of a weight that it would read as brackets."""
     check_input(bench.config(tmp_path / "run", class_prompt=("a [photo] at the beach", "a stone")))
-    assert [message.split(" is no weight")[0] for message in caplog.messages] == ["'[photo]'"]
+    assert [message.split(" is not a weight")[0] for message in caplog.messages] == ["'[photo]'"]
