@@ -16,7 +16,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -266,7 +266,7 @@ def check_tensors(
     the optimizer's state per parameter is step, exp_avg and exp_avg_sq. Raises InputError naming both sides.
     """
 
-    def mismatch(name: str, there: object, here: object) -> None:
+    def mismatch(name: str, there: object, here: object) -> NoReturn:
         raise InputError(
             f"checkpoint {checkpoint.folder} does not fit this run: {name} is {there} there and {here} here"
         )

@@ -98,6 +98,11 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
         images = _images(folder)
         for path in images[: config.num_class_images]:
             open_image(path)
+        if len(images) < config.num_class_images and (inside := _folder_of_images(folder)):
+            raise InputError(
+                f"--class_data_dir {folder} has {len(images)} of {config.num_class_images} class images, and others "
+                f"in {inside.name}, a folder that is not read: name it with --class_data_dir, or move it away"
+            )
         if unread := _unread(folder):
             names = f"{', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}"
             if len(images) < config.num_class_images:
@@ -174,6 +179,12 @@ def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfi
 def _images(folder: Path) -> list[Path]:
     """The image files in a folder, by name."""
     return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+
+
+def _folder_of_images(folder: Path) -> Path | None:
+    """The first folder in a folder that holds images, None if there is none."""
+    inside = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+    return next((path for path in inside if _images(path)), None)
 
 
 def _unread(folder: Path) -> list[str]:

@@ -117,14 +117,18 @@ def check_output_folder(folder: Path, resuming: bool) -> None:
 
 
 def _advice(folder: Path) -> str:
-    if has_leftovers(folder):
+    if _holds_leftovers(folder):  # whatever the lock: the caller may hold it
         return "--resume_from_checkpoint latest completes it, as it was killed at its end"
     return "choose another --output_dir or remove it"
 
 
 def has_leftovers(folder: Path) -> bool:
     """Whether a run holds checkpoints, their empty folder, a lock or half-written files; a finished run does not."""
-    if (folder / LOCK).exists() or any(map(_is_half_written, folder.glob(".*.tmp"))):
+    return (folder / LOCK).exists() or _holds_leftovers(folder)
+
+
+def _holds_leftovers(folder: Path) -> bool:
+    if any(map(_is_half_written, folder.glob(".*.tmp"))):
         return True
     names = [path.name for path in (folder / CHECKPOINTS).glob("*")]
     own = any(UNFINISHED.fullmatch(name) or name.removeprefix("step-").isdecimal() for name in names)

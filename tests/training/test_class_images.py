@@ -225,6 +225,16 @@ def test_images_that_are_not_read_are_named_before_others_are_generated(models, 
     check_class_folder(config, models.schedule, (32, 32))
 
 
+def test_images_in_a_folder_within_are_named_before_others_are_generated(models, bench, tmp_path):
+    """As a data set keeps them, in a folder for each class."""
+    folder = write_class_images(tmp_path / "mine", count=1)
+    write_class_images(folder / "dogs", count=3)
+    config = bench.config(class_data_dir=str(folder), num_class_images=2)
+    with refused(f"{folder} has 1 of 2 class images, and others in dogs, a folder that is not read"):
+        check_class_folder(config, models.schedule, (32, 32))
+    check_class_folder(replace(config, num_class_images=1), models.schedule, (32, 32))
+
+
 def test_what_a_killed_process_left_is_removed(models, bench, tmp_path, asked):
     folder = tmp_path / "new"
     folder.mkdir()

@@ -175,6 +175,15 @@ def test_a_finished_run_without_its_page_gets_one(bench, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+def test_a_finished_run_is_not_resumed_for_ever(bench, tmp_path):
+    """It has nothing left to do, and the advice is not the command that was just given."""
+    run = bas.train(bench.config(tmp_path / "run"))
+    before = file_hashes(run)
+    with refused("already holds a finished run: choose another --output_dir or remove it"):
+        resume(bench, run)
+    assert file_hashes(run) == before
+
+
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_preview_that_a_kill_prevented_is_written_on_resume(bench, tmp_path, monkeypatch, step):
     """After the last step of phase 1, and of the run: the same sheet as in a run that was not killed."""
