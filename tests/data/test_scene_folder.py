@@ -311,15 +311,15 @@ def coco(**annotation):
     return json.dumps({"annotations": [annotation | {"id": i} for i in range(60)]})
 
 
-BOMBS = {
+BOMBS = {  # the file, what makes its content, what is told
     "60 run lengths of 100 megapixels": (
         "coco.json",
-        coco(segmentation={"size": [10_000, 10_000], "counts": [5, 10**8 - 5]}),
+        lambda: coco(segmentation={"size": [10_000, 10_000], "counts": [5, 10**8 - 5]}),
         "coco.json has 60 masks of 10000x10000 pixels, more than 200 megapixels together: make them smaller",
     ),
     "60 polygons on a stated size": (
         "coco.json",
-        json.dumps(
+        lambda: json.dumps(
             {
                 "images": [{"id": 1, "width": 10_000, "height": 10_000}],
                 "annotations": [{"image_id": 1, "segmentation": [[0, 0, 9000, 0, 9000, 9000]]}] * 60,
@@ -329,21 +329,21 @@ BOMBS = {
     ),
     "1000 boxes": (
         "regions.json",
-        json.dumps({"concepts": [{"box": [1, 1, 20, 20]}] * 1000}),
+        lambda: json.dumps({"concepts": [{"box": [1, 1, 20, 20]}] * 1000}),
         "has 1000 masks: keep those",
     ),
     "a polygon of a million points": (
         "regions.json",
-        json.dumps({"concepts": [{"polygon": [[i % 32, i % 31] for i in range(1_000_000)]}]}),
+        lambda: json.dumps({"concepts": [{"polygon": [[i % 32, i % 31] for i in range(1_000_000)]}]}),
         "regions.json concept 0 has 1000000 points: simplify it to 100000 or fewer",
     ),
     "run lengths of a megapixel each in a list": (
         "coco.json",
-        json.dumps({"annotations": [{"segmentation": {"size": [3000, 3000], "counts": [1] * 4_000_000}}]}),
+        lambda: json.dumps({"annotations": [{"segmentation": {"size": [3000, 3000], "counts": [1] * 4_000_000}}]}),
         "the run lengths do not add up to 3000x3000 pixels",
     ),
-    "a time stamp": ("mask1732851234.png", "", "has masks up to mask1732851234.png but lacks mask0.png, mask1.png"),
-    "a number of 240 digits": (f"mask{'9' * 240}.png", "", "but lacks mask0.png, mask1.png"),
+    "a time stamp": ("mask1732851234.png", str, "has masks up to mask1732851234.png but lacks mask0.png, mask1.png"),
+    "a number of 240 digits": (f"mask{'9' * 240}.png", str, "but lacks mask0.png, mask1.png"),
 }
 CODE = """
 import sys, time
@@ -367,7 +367,7 @@ def test_nothing_takes_a_gigabyte_or_20_seconds_before_it_is_refused(tmp_path):
     folders = []
     for i, (name, content, _) in enumerate(BOMBS.values()):
         folders.append(write_scene(tmp_path / str(i), concepts=0))
-        (folders[-1] / name).write_text(content)
+        (folders[-1] / name).write_text(content())
     root = Path(bas.__file__).parents[1]
     words = [sys.executable, "-c", CODE, *map(str, folders)]
     lines = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -34,19 +34,24 @@ def packed(size: int) -> bytes:
 
 
 NOTES = {
-    "profile": chunk(b"iCCP", b"profile\0\0" + packed(LONG)),
-    "note": chunk(b"zTXt", b"Comment\0\0" + packed(LONG)),
-    "international note": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed(LONG)),
-    "bomb": chunk(b"zTXt", b"Comment\0\0" + packed(300 * 2**20)),
-    "plain note": chunk(b"tEXt", b"Comment\0" + b"a" * 70 * 2**20),
-    "many notes": chunk(b"tEXt", b"Comment\0" + b"a" * 900_000) * 80,
+    "profile": lambda: chunk(b"iCCP", b"profile\0\0" + packed(LONG)),
+    "note": lambda: chunk(b"zTXt", b"Comment\0\0" + packed(LONG)),
+    "international note": lambda: chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed(LONG)),
+    "bomb": lambda: chunk(b"zTXt", b"Comment\0\0" + packed(300 * 2**20)),
+    "plain note": lambda: chunk(b"tEXt", b"Comment\0" + b"a" * 70 * 2**20),
+    "many notes": lambda: chunk(b"tEXt", b"Comment\0" + b"a" * 900_000) * 80,
 }
 
 
-@pytest.mark.parametrize("name", NOTES)
+@pytest.fixture(params=NOTES, scope="module")
+def note(request) -> bytes:
+    """Each of the notes, of up to 72 MB, made once and only here."""
+    return NOTES[request.param]()
+
+
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_long_notes_and_profiles_are_left_out(name, place, tmp_path):
-    path, note = tmp_path / "img.png", NOTES[name]
+def test_long_notes_and_profiles_are_left_out(note, place, tmp_path):
+    path = tmp_path / "img.png"
     path.write_bytes(png(note) if place == "before" else png(after=(note,)))
     with pytest.raises(ValueError, match=r"MAX_TEXT|Too much memory"):
         Image.open(path).load()  # what it is about
@@ -61,7 +66,7 @@ def test_short_notes_stay_and_long_ones_go(tmp_path):
     Image.fromarray(PIXELS).save(path, pnginfo=short)
     assert without_long_notes(path) == path
     data = path.read_bytes()
-    path.write_bytes(data[:33] + NOTES["note"] + data[33:])
+    path.write_bytes(data[:33] + NOTES["note"]() + data[33:])
     assert open_image(path).info.keys() >= {"bas"}
     assert open_image(path).info["bas"] == '{"seed": 1}'
 
@@ -71,14 +76,14 @@ def test_the_orientation_is_read_beside_a_long_profile(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(PIXELS).save(path, exif=exif)
     data = path.read_bytes()
-    path.write_bytes(data[:33] + NOTES["profile"] + data[33:])
+    path.write_bytes(data[:33] + NOTES["profile"]() + data[33:])
     assert read_orientation(path) == 6
     assert np.array_equal(np.asarray(read_image(path)), np.rot90(PIXELS, -1))
 
 
 def test_a_mask_with_a_long_note_is_read(tmp_path):
     path, values = tmp_path / "mask0.png", np.array([[0, 255], [255, 0]], np.uint8)
-    path.write_bytes(png(NOTES["note"], pixels=values))
+    path.write_bytes(png(NOTES["note"](), pixels=values))
     assert np.array_equal(read_mask(path), values / 255)
 
 
@@ -95,6 +100,6 @@ def test_the_size_of_a_note_is_its_own_or_just_beyond_the_limit():
 @pytest.mark.parametrize("end", [8, 12, 40, 60])
 def test_a_cut_off_file_is_still_refused(end, tmp_path):
     path = tmp_path / "img.png"
-    path.write_bytes(png(NOTES["note"])[:end])
+    path.write_bytes(png(NOTES["note"]())[:end])
     with refused(f"{path} is not a readable PNG"):
         read_image(path)
