@@ -31,7 +31,7 @@ from bas.data.mask_shapes import (
 )
 from bas.errors import InputError
 from bas.io.files import human_size
-from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation
+from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation, to_array
 from bas.io.json_files import MAX_JSON_BYTES, read_content
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
         raise InputError(f"{path} is an image of mode {image.mode}: a label map is grey, RGB or has a palette")
     image = image.convert("L") if image.mode == "1" else image
-    labels, values = np.asarray(image), label_values(image)
+    labels, values = to_array(image), label_values(image)
     found = [value for value in values if value not in (0, (0, 0, 0))] if values else []
     if values is None or len(found) > MAX_MASKS:
         number = len(values) - (len(values) > len(found)) if values else f"more than {MAX_MASKS}"
@@ -185,7 +185,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 def label_values(image: Image.Image) -> list[Any] | None:
     """The values of a label map in rising order, colours as (r, g, b). None where they are far too many."""
     if image.mode.startswith("I"):
-        return [int(value) for value in np.unique(np.asarray(image))]
+        return [int(value) for value in np.unique(to_array(image))]
     colours = image.getcolors(maxcolors=4 * MAX_MASKS)
     return sorted(value for _, value in colours) if colours else None
 
@@ -330,7 +330,7 @@ def _annotated(annotation: dict, size: tuple[int, int], name: str) -> np.ndarray
     """The mask of a COCO annotation, float32, compared with its own bbox and area."""
     mask = segmentation_mask(annotation.get("segmentation"), size, name)
     _warn(check_annotation(mask, annotation, name))
-    return mask.astype(np.float32)
+    return mask.astype(np.float32, order="C")  # rows first, or Pillow would copy it before it is resized
 
 
 def _warn(message: str | None) -> None:

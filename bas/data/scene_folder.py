@@ -10,6 +10,7 @@ of its concept in the first image, which shows all concepts. A concept without a
 import logging
 import os
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from shlex import quote
 
@@ -39,13 +40,14 @@ from bas.data.scene import (
 )
 from bas.errors import InputError, did_you_mean
 from bas.io.files import reading
-from bas.io.images import SUFFIXES, TURNS, read_image, read_orientation
+from bas.io.images import SUFFIXES, TURNS, image_size, read_image, read_orientation, to_array
 from bas.io.json_files import check_shape
 from bas.models.text import check_name
 
 log = logging.getLogger(__name__)
 
 UNREADABLE = (".svg", ".psd", ".xcf", ".pdf", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".ppm")
+MAX_EXTRA = 400_000_000  # pixels of all extra images and their masks together, 1.6 GB
 LIKELY_INVERTED = 0.8  # of the image
 FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
 
@@ -142,14 +144,18 @@ def numbered_folders(folder: Path) -> list[Path]:
 
 def read_extra_images(folder: Path, count: int) -> tuple[ExtraImage, ...]:
     """The extra images of a scene folder, by number. count: how many concepts its first image has."""
-    return tuple(read_extra_image(path, count) for path in numbered_folders(folder))
+    files = [find_extra_files(path, count) for path in numbered_folders(folder)]
+    pixels = sum(prod(image_size(image)) * (1 + len(masks)) for image, masks in files)
+    if pixels > MAX_EXTRA:
+        found = f"{len(files)} extra images with {pixels // 1_000_000} megapixels, masks included"
+        raise InputError(f"{folder} has {found}, bas reads {MAX_EXTRA // 1_000_000}: make them smaller, or keep fewer")
+    return tuple(read_extra_image(image, masks) for image, masks in files)
 
 
-def read_extra_image(folder: Path, count: int) -> ExtraImage:
-    """One extra image. Raises InputError without an image or a mask, for masks of another source than maskN.png, and
-    for a mask of an unknown concept."""
-    image_path = find_image(folder)
-    image, masks, found = read_image(image_path), {}, []
+def find_extra_files(folder: Path, count: int) -> tuple[Path, dict[int, Path]]:
+    """The image and the masks by concept of one extra image. Raises InputError without an image or a mask, for masks
+    of another source than maskN.png, and for a mask of an unknown concept."""
+    image, masks = find_image(folder), {}
     for path in sorted(folder.iterdir()):
         kind, number = read_number(path) or ("", 0)
         if kind == "cutout" or path.name in READERS:
@@ -157,15 +163,23 @@ def read_extra_image(folder: Path, count: int) -> ExtraImage:
         if kind == "mask":
             if number >= count:
                 raise InputError(f"{path}: the scene has the concepts 0 to {count - 1}, as its first image shows them")
-            found.append(mask_in_file(path))
-            masks[number] = match_size(found[-1].values, path, image, image_path)
-            check_coverage(path, masks[number])
+            masks[number] = path
     if not masks:
         export = find_export(folder)
         advice = f"{export[0].name} is not read here" if export else "name each by the concept that it shows"
         raise InputError(f"{folder} has no mask0.png, mask1.png, ..., as an extra image needs them: {advice}")
+    return image, masks
+
+
+def read_extra_image(image_path: Path, mask_files: dict[int, Path]) -> ExtraImage:
+    """One extra image, named by its folder."""
+    image, masks, found = read_image(image_path), {}, []
+    for number, path in mask_files.items():
+        found.append(mask_in_file(path))
+        masks[number] = match_size(found[-1].values, path, image, image_path)
+        check_coverage(path, masks[number])
     warn_if_turned(image_path, image, found)
-    return ExtraImage(folder.name, image, masks)
+    return ExtraImage(image_path.parent.name, image, masks)
 
 
 # --- Names --------------------------------------------------------------------------------------------------------
@@ -235,7 +249,8 @@ def match_size(mask: np.ndarray, path: Path, image: Image.Image, image_path: Pat
         hint = ": is one turned by an EXIF tag? Draw masks on the upright image" if turned else ""
         raise InputError(f"{sizes}: they must have the same shape{hint}")
     log.warning("%s: the mask is resized", sizes)
-    return np.array(Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR))
+    check_not_black(path, mask)
+    return to_array(Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR))
 
 
 def warn_if_turned(image_path: Path, image: Image.Image, masks: Sequence[FoundMask]) -> None:
@@ -260,10 +275,15 @@ def _same_shape(shape: float, other: float) -> bool:
     return abs(shape - other) <= 0.01 * other
 
 
-def check_coverage(path: Path, mask: np.ndarray) -> None:
-    """Raise InputError for a mask that shows nothing or everything, and warn about an unlikely one. mask: (H, W)"""
+def check_not_black(path: Path, mask: np.ndarray) -> None:
+    """Raise InputError for a mask that shows nothing. mask: (H, W)"""
     if mask.max() == 0:
         raise InputError(f"{path} is black all over: paint the concept white")
+
+
+def check_coverage(path: Path, mask: np.ndarray) -> None:
+    """Raise InputError for a mask that shows nothing or everything, and warn about an unlikely one. mask: (H, W)"""
+    check_not_black(path, mask)
     if mask.max() < DARKEST_MASK:
         raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a label map?")
     if mask.min() == 1:

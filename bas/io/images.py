@@ -26,6 +26,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", 
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # after "ftyp" in the first bytes
 FIRST_FRAME = ("MPO", "GIF")  # of several frames the first is read: a phone's second image, or an animation
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
+STRIP = 2**20  # pixels of a part: copies of a whole image in other forms would take gigabytes
 ONE = np.float32(1 / 255)  # the value 1 of 255
 MAX_LABELS = 64  # colours; a drawn mask with soft edges has more
 MAX_NUMBER = 21  # classes of PASCAL VOC, with the background
@@ -118,13 +119,14 @@ def _decode(image: Image.Image, path: Path) -> Image.Image:
     """Decode an opened file and turn it upright, after a check of the size and the frames in its header."""
     if image.width * image.height > MAX_PIXELS:
         raise InputError(f"{path} is {image.width}x{image.height}: more than 100 megapixels, make it smaller")
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format not in FIRST_FRAME:
-        raise InputError(f"{path} holds {frames} frames: save the one you mean as a still image")
-    if frames > 1 and image.format == "GIF":
-        log.warning("%s holds %d frames: the first is read", path, frames)
+    several = getattr(image, "is_animated", False)  # their number is not asked for: counting can take hours
+    if several and image.format not in FIRST_FRAME:
+        raise InputError(f"{path} holds several frames: save the one you mean as a still image")
+    if several and image.format == "GIF":
+        log.warning("%s holds several frames: the first is read", path)
     image.load()
-    return ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -137,17 +139,42 @@ def has_alpha(image: Image.Image) -> bool:
     return not _is_deep(image) and image.has_transparency_data
 
 
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Cut an image into strips of whole rows. Yields each with the number of its first row."""
+    rows = max(STRIP // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """The pixels of an image, (H, W) or (H, W, channels), without the copies that np.asarray makes on its way."""
+    one = np.asarray(image.crop((0, 0, 1, 1)))
+    array = np.empty((image.height, image.width, *one.shape[2:]), one.dtype)
+    for top, strip in _strips(image):
+        array[top : top + strip.height] = np.asarray(strip)
+    return array
+
+
 def _grey(image: Image.Image, path: Path) -> np.ndarray:
     """Convert an image to one channel (H, W), float32 in [0, 1], from any depth. InputError for values outside."""
-    if not _is_deep(image):
-        values = np.array(image.convert("L"), dtype=np.float32)
-        values /= 255.0  # in place: a copy of 100 megapixels takes 400 MB
-        return values
-    values = np.array(image, dtype=np.float32)
-    values /= 65535.0 if image.mode.startswith("I") else 1.0
-    if not (values.min() >= 0 and values.max() <= 1):  # also false for not-a-number
+    values, deep = np.empty((image.height, image.width), np.float32), _is_deep(image)
+    for top, strip in _strips(image):
+        values[top : top + strip.height] = np.asarray(strip if deep else strip.convert("L"))
+    if image.mode[0] != "F":
+        values /= 65535.0 if deep else 255.0
+    if deep and not (values.min() >= 0 and values.max() <= 1):  # also false for not-a-number
         raise InputError(f"{path} holds values outside black to white: save it as an 8-bit grey image")
     return values
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    """Convert an image to 8-bit RGB, laid over white."""
+    if _is_deep(image):
+        return Image.fromarray((_grey(image, path) * 255).round().astype(np.uint8)).convert("RGB")
+    if has_alpha(image):
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
 
 
 def read_image(path: Path) -> Image.Image:
@@ -156,15 +183,16 @@ def read_image(path: Path) -> Image.Image:
     A colour profile is not applied.
     """
     image = open_image(path)
-    if _is_deep(image):
-        return Image.fromarray((_grey(image, path) * 255).round().astype(np.uint8)).convert("RGB")
-    if has_alpha(image):
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] != 255:
+    alpha = has_alpha(image)
+    if image.mode == "RGB" and not alpha:
+        return image
+    result = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        result.paste(_rgb(strip, path), (0, top))
+        if alpha and strip.convert("RGBA").getchannel("A").getextrema()[0] != 255:
             log.warning("%s has transparent pixels: they become white", path)
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+            alpha = False  # said once
+    return result
 
 
 def varies(band: Image.Image) -> bool:
@@ -177,19 +205,19 @@ def read_mask(path: Path) -> np.ndarray:
     """Read one mask, (H, W) float32 in [0, 1]. In an RGBA file the mask is the channel that varies."""
     image = open_image(path)
     if has_alpha(image):
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha_varies = varies(image.getchannel("A"))
-        colour_varies = any(varies(band) for band in image.convert("RGB").split())
+        colour_varies = any(varies(image.getchannel(band)) for band in "RGB")
         if alpha_varies and colour_varies:
             raise InputError(f"{path}: colour and alpha both vary, so which is the mask? Save it as a grey image")
-        image = image.getchannel("A") if alpha_varies else image.convert("RGB")
+        image = image.getchannel("A") if alpha_varies else image
     elif image.mode == "P" and (inside := _inside_of_palette(image, path)) is not None:
         return inside
     _check_no_labels(image, path)
     mask = _grey(image, path)
     if mask.max() == ONE and np.isin(mask, [0, float(ONE)]).all():
         log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
-        mask = (mask > 0).astype(np.float32)
+        np.sign(mask, out=mask)
     return mask
 
 
@@ -198,7 +226,8 @@ def _check_no_labels(image: Image.Image, path: Path) -> None:
     if _is_deep(image):
         return
     most = min(MAX_LABELS, image.width * image.height // 16)  # a small image has few colours in any case
-    colours = [colour for _, colour in image.convert("RGB").getcolors(most) or () if isinstance(colour, tuple)]
+    rgb = image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
+    colours = [colour[:3] for _, colour in rgb.getcolors(most) or () if isinstance(colour, tuple)]
     vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours)
     levels = image.convert("L").histogram()
     numbers, between, white = sum(levels[1:MAX_NUMBER]), sum(levels[MAX_NUMBER:255]), levels[255]
@@ -220,7 +249,7 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
         return None
     if len(used) == 2 and used[0] == 0 and colours[0].sum() < colours[1].sum():
         log.warning("%s has a palette: entry %d is read as inside, entry 0 as outside", path, used[1])
-        return np.array(image, dtype=np.float32) / used[1]
+        return (np.asarray(image) == used[1]).astype(np.float32)
     raise InputError(f"{path} has {len(used)} palette entries in colours: {LABELS_ADVICE}")
 
 

@@ -81,7 +81,7 @@ def test_of_an_animation_in_gif_the_first_frame_is_read(tmp_path, caplog):
     frames[0].save(folder / "img.gif", save_all=True, append_images=frames[1:])
     (folder / "img.png").unlink()
     assert load(folder).image.getpixel((3, 3)) == (255, 0, 0)
-    assert f"{folder}/img.gif holds 3 frames: the first is read" in caplog.messages
+    assert f"{folder}/img.gif holds several frames: the first is read" in caplog.messages
 
 
 def test_heic_is_read_with_its_plugin(tmp_path):

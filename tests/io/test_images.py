@@ -1,6 +1,7 @@
 """Image files that cameras and programs fill with more than an image."""
 
 import struct
+import time
 import zlib
 from io import BytesIO
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from bas.errors import InputError
 from bas.io.images import image_size, open_image, read_image, read_mask, read_orientation
 from bas.io.png import LONGEST, unpacked_size, without_long_notes
 from tests.helpers.tiny import refused
@@ -95,6 +97,44 @@ def test_the_size_of_a_note_is_its_own_or_just_beyond_the_limit():
     assert unpacked_size(b"iCCP", b"p\0\0" + packed(LONG)) == LONGEST + 1
     assert unpacked_size(b"zTXt", b"Comment\0\0damaged") == 0
     assert unpacked_size(b"zTXt", b"") == 0
+
+
+def test_a_png_of_very_many_chunks_is_refused_in_little_time(tmp_path):
+    """Pillow would go through each of them."""
+    path = tmp_path / "img.png"
+    path.write_bytes(png(chunk(b"teSt", b"") * 300_000))
+    start = time.process_time()
+    with pytest.raises(InputError, match="holds more than 262144 PNG chunks: it is damaged, save it again"):
+        open_image(path)
+    assert time.process_time() - start < 5
+    path.write_bytes(png(chunk(b"teSt", b"") * 1000))
+    assert np.array_equal(np.asarray(read_image(path)), PIXELS)
+
+
+def test_notes_beyond_the_limit_are_not_unpacked(tmp_path, monkeypatch):
+    path, unpacked = tmp_path / "img.png", []
+    path.write_bytes(png(chunk(b"zTXt", b"Comment\0\0" + packed(900_000)) * 200))
+    monkeypatch.setattr("bas.io.png.unpacked_size", lambda *note: unpacked.append(note) or unpacked_size(*note))
+    assert np.array_equal(np.asarray(read_image(path)), PIXELS)
+    assert len(unpacked) == 38  # of 900 kB each: the first above 32 MB ends it
+
+
+def test_the_pages_of_a_tiff_are_not_counted(tmp_path):
+    """Pillow takes the square of their number in time: hours for the 200,000 pages of a small file."""
+    path, first = tmp_path / "img.tiff", BytesIO()
+    Image.fromarray(PIXELS).save(first, format="TIFF")
+    data = bytearray(first.getvalue())
+    (at,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, at)
+    following, entries = at + 2 + 12 * count, bytes(data[at : at + 2 + 12 * count])
+    struct.pack_into("<I", data, following, len(data))
+    for i in range(100_000):
+        data += entries + struct.pack("<I", (len(data) + len(entries) + 4) * (i < 99_999))
+    path.write_bytes(data)
+    start = time.process_time()
+    with pytest.raises(InputError, match="holds several frames: save the one you mean as a still image"):
+        open_image(path)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("end", [8, 12, 40, 60])
