@@ -45,8 +45,8 @@ MEMORY_RULE = (
     "size in fp16); the allocator, work space of kernels and recomputed blocks are not counted"
 )
 TIME_RULE = (
-    "a lower bound: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while it "
-    "does nothing else; a step also waits for memory and takes longer"
+    "a lower bound: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while "
+    "it does nothing else; a step also waits for memory and takes longer"
 )
 
 TOO_LITTLE = "NOT ENOUGH"  # first words of the entry `disk` where space is missing

@@ -188,7 +188,7 @@ def test_a_scene_that_is_too_large_stops_no_other(bench, scenes, tmp_path, monke
 
 def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
     (tmp_path / "empty").mkdir()
-    with refused("empty", "no scene"):
+    with refused("empty", "not a scene"):
         find_scenes([str(tmp_path / "empty")])
     write_scene(tmp_path / "run" / "scene")
     (tmp_path / "run" / "settings.json").touch()
