@@ -3,8 +3,7 @@
 Before a denoising step, the latents move a little down the gradient of a loss of the attention maps: native outputs of
 the UNet, those that the attention loss reads in training (paper, eq. 2). As in Attend-and-Excite (Chefer et al. 2023)
 the weights stay and the latents move. Unlike there, maps are not sharpened, and a step is a share of the latents'
-norm. The overlap loss is that of A-STAR (Agarwal et al. 2023) on smoothed maps, the loss of a layout that of Chen et
-al. (2023).
+norm. The overlap loss follows A-STAR (Agarwal et al. 2023), the loss of a layout is that of Chen et al. (2023).
 """
 
 import logging

@@ -51,6 +51,34 @@ def test_probabilities_by_hand():
     torch.testing.assert_close(probs, torch.tensor([[[[0.75, 0.25]]]]))
 
 
+@pytest.mark.parametrize("with_probs", [False, True])
+def test_a_hidden_token_is_as_one_that_is_not_there(with_probs):
+    """Hidden from all cells: output and gradients as without it. Hidden from none: exactly as without the mask."""
+    module = filled("cross-attention")
+    x, context = uniform("x", 2, 15, 24).requires_grad_(), uniform("context", 2, 7, 10)
+    hide = torch.zeros(2, 15, 7, dtype=torch.bool)
+    plain, _ = module(x, context, with_probs)
+    assert torch.equal(module(x, context, with_probs, hide)[0], plain)
+    hide[..., 3] = True
+    out, probs = module(x, context, with_probs, hide)
+    expected, _ = module(x, context[:, [0, 1, 2, 4, 5, 6]], with_probs)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=0)
+    ours, theirs = (torch.autograd.grad(o.square().sum(), x)[0] for o in (out, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)
+    if probs is not None:
+        assert (probs[..., 3] == 0).all()
+        torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3, 15), atol=1e-6, rtol=0)
+
+
+def test_each_cell_and_each_sample_has_its_own_hidden_tokens():
+    module, hide = filled("cross-attention"), torch.zeros(2, 15, 7, dtype=torch.bool)
+    hide[1, 4, 2] = True
+    x, context = uniform("x", 2, 15, 24), uniform("context", 2, 7, 10)
+    for with_probs in (False, True):
+        changed = (module(x, context, with_probs, hide)[0] != module(x, context, with_probs)[0]).any(dim=-1)
+        assert changed.nonzero().tolist() == [[1, 4]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probabilities_are_float32_and_sum_to_one(dtype):
     module = filled("cross-attention").to(dtype)
@@ -171,6 +199,21 @@ def test_spelt_out_equals_fused_within_bf16_in_any_number_of_chunks(at_once, chu
     for ours, theirs, most in zip(results, references, (0.01, 0.02, 0.02, 0.01), strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - theirs).norm() < most * theirs.norm()
+
+
+@pytest.mark.parametrize("at_once", [2**22, 1000])
+def test_hidden_keys_are_the_same_in_both_ways_and_in_chunks(at_once, ways, monkeypatch):
+    """A random half of the keys hidden from each query, all but the first: within bf16 of the fused way in float32."""
+    monkeypatch.setattr(layers, "SCORES_AT_ONCE", at_once)
+    hide = torch.rand(2, 60, 77, generator=torch.Generator().manual_seed(0)) < 0.5
+    hide[..., 0] = False
+    exact = heads_of(60, 77, torch.float32, True)
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    out, expected = attend(*half, hide), attend(*exact, hide)
+    assert ways.count("openly") == (1 if at_once > 10_000 else 15)
+    assert ways[-1] == "fused"
+    assert (out.float() - expected).norm() < 0.01 * expected.norm()
+    assert (out.float() - attend(*exact)).norm() > 0.1 * expected.norm()
 
 
 def test_layers_train_in_bf16_autocast_by_the_open_way(ways):

@@ -238,6 +238,8 @@ def desk(tmp_path, monkeypatch) -> Path:
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     (regions,) = (block for block in blocks(ROOT / "docs" / "applications.md", "json") if '"mask"' in block)
     (tmp_path / "regions.json").write_text(regions)
+    (layout,) = blocks(ROOT / "docs" / "sampling.md", "json")
+    (tmp_path / "layout.json").write_text(layout)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _id, allow_patterns: str(MINI))
 
