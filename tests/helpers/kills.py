@@ -35,7 +35,7 @@ PRELOADED = [  # once, in the process that children are forked from
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
 ]
-LONGEST = 300  # seconds that a child may take; it needs a few
+LONGEST = 900  # seconds that a child may take; it needs a few
 BORDER = PHASE_STEPS // SAVE_EVERY * SAVE_EVERY  # the last save before the phases meet
 MODEL_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "concepts")
 

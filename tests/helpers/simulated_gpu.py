@@ -10,11 +10,12 @@ kernels are not simulated. Once imported it is there for the whole process: test
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration as backend
-from torch.utils._pytree import tree_leaves, tree_map
 
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_foreach_copy_")  # go from one device to another
 INDEXED = (
@@ -75,13 +76,40 @@ class OnGPU(Tensor):
         return f"on {DEVICE}: {self.held}"
 
 
+def leaves(value) -> Iterator:
+    """What tuples, lists and dictionaries hold. PyTorch's own way for any structure takes many times as long."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+    else:
+        yield value
+
+
+def replaced(value, kind: type, make: Callable):
+    """The same structure, with `make(x)` for every x of this kind."""
+    if isinstance(value, tuple | list):
+        return type(value)([replaced(item, kind, make) for item in value])
+    if isinstance(value, dict):
+        return {key: replaced(item, kind, make) for key, item in value.items()}
+    return make(value) if isinstance(value, kind) else value
+
+
+@cache
+def name_of(operation) -> tuple[str, bool]:
+    """An operation's name without its form, and whether it is made of others."""
+    name = operation.name()
+    return name.split(".")[0], torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
 def compute(operation, args: tuple, kwargs: dict):
     """What an operation on tensors of the GPU gives. Raises RuntimeError for what CUDA would refuse."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd"):
+    name, composite = name_of(operation)
+    if composite:
         return operation.decompose(*args, **kwargs)  # in inference mode nobody took it apart before
-    name = operation.name().split(".")[0]
     refuse_mixture(name, args, kwargs)
-    ours = {id(x.held): x for x in tree_leaves((args, kwargs)) if isinstance(x, OnGPU)}
+    ours = {id(x.held): x for x in leaves((args, kwargs)) if isinstance(x, OnGPU)}
 
     def wrap(x: Tensor) -> Tensor:
         with torch.inference_mode(False):  # PyTorch would take a wrapper of its own making for a view otherwise
@@ -94,17 +122,15 @@ def compute(operation, args: tuple, kwargs: dict):
     stays = device is None or torch.device(device).type == DEVICE.type
     if device is not None:
         kwargs = kwargs | {"device": "cpu"}
-    args, kwargs = tree_map(lambda x: x.held if isinstance(x, OnGPU) else x, (args, kwargs))
+    args, kwargs = replaced((args, kwargs), OnGPU, lambda x: x.held)
     result = operation(*args, **kwargs)
-    if not stays:
-        return result
-    return tree_map(lambda x: wrap(x) if isinstance(x, Tensor) else x, result)
+    return replaced(result, Tensor, wrap) if stays else result
 
 
 def refuse_mixture(name: str, args: tuple, kwargs: dict) -> None:
     """RuntimeError for tensors of both devices, but for copies, single numbers and places, and for CPU generators."""
     met = args[:1] + args[2:] if name in INDEXED else args
-    others = [x for x in tree_leaves((met, kwargs)) if isinstance(x, Tensor) and not isinstance(x, OnGPU) and x.dim()]
+    others = [x for x in leaves((met, kwargs)) if isinstance(x, Tensor) and not isinstance(x, OnGPU) and x.dim()]
     if others and name not in COPIES:
         raise RuntimeError(f"{name}: tensors of {DEVICE} and of the CPU, {tuple(others[0].shape)}, meet")
     for x in (*args, *kwargs.values()):

@@ -7,20 +7,22 @@ import sys
 from pathlib import Path
 from shlex import split
 from shutil import copytree
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils import backend_registration
 
 from bas.cli.entry import main
+from tests.helpers.kills import child
 from tests.helpers.tiny import Bench
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this PyTorch takes no device that is written in Python",
 )
-ROOT = Path(__file__).parents[2]
 ROUNDING = 1e-5  # relative: attention takes another path where there is no fused kernel
 MODEL = "--weights {model} --class_data_dir '{class_images}' --num_class_images 2 --mixed_precision no"
 FROM_RUN = "{folder}/run --num_inference_steps 2 --precision fp32"
@@ -55,10 +57,24 @@ def commands(bench: Bench, folder: Path, device: str) -> list[list[str]]:
     return [split(f"{command} --device {device}".format(**places)) for command in COMMANDS]
 
 
-def simulate(*words: str) -> subprocess.CompletedProcess:
-    """Python with these words, in a process that can import the tests and the tools."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # the tensors are tiny
-    return subprocess.run([sys.executable, *words], env=environment, text=True, capture_output=True, check=False)
+def execute(program: str, words: tuple[str, ...], folder: str) -> None:
+    """Run a program in this process, and leave what it prints in files."""
+    torch.set_num_threads(1)  # the tensors are tiny
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(f"{folder}/{stream.fileno()}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+    sys.argv = ["-c", *words]
+    exec(program, {"__name__": "__main__"})
+
+
+def simulate(program: str, *words: str) -> subprocess.CompletedProcess:
+    """What `python -c` gives with this program and these words, in a fork of a process that has imported PyTorch."""
+    with TemporaryDirectory() as folder:
+        code = child(execute, program, words, folder)
+        printed, told = (Path(folder, number).read_text() for number in "12")
+    return subprocess.CompletedProcess(words, code, printed, told)
+
+
+COMMAND_LINES = "from tests.helpers.simulated_gpu import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +82,7 @@ def folders(bench, tmp_path_factory) -> tuple[Path, Path]:
     """What the commands wrote on the CPU, and on the simulated GPU."""
     cpu, gpu = (tmp_path_factory.mktemp(device) for device in ("cpu", "gpu"))
     assert [main(words) for words in commands(bench, cpu, "cpu")] == [0] * len(COMMANDS)
-    done = simulate("-m", "tests.helpers.simulated_gpu", json.dumps(commands(bench, gpu, "gpu")))
+    done = simulate(COMMAND_LINES, json.dumps(commands(bench, gpu, "gpu")))
     assert done.returncode == 0, done.stderr
     return cpu, gpu
 
@@ -124,7 +140,7 @@ def test_every_kind_of_training_stays_on_its_device(bench, tmp_path):
         [*bench.command(tmp_path / f"run{i}"), *split(variant.format(made=tmp_path / "made")), "--device", "gpu"]
         for i, variant in enumerate(VARIANTS)
     ]
-    done = simulate("-m", "tests.helpers.simulated_gpu", json.dumps(lines))
+    done = simulate(COMMAND_LINES, json.dumps(lines))
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"run{i}" / "concepts.safetensors").exists() for i in range(len(VARIANTS))] == [True] * 4
     assert len(list((tmp_path / "made").glob("*.png"))) == 2
@@ -153,7 +169,7 @@ for precision in ("no", "bf16"):
 
 def test_a_stopped_training_goes_on_on_its_device(tmp_path):
     """To the same bits, as on the CPU: weights, masters and the optimizer's state find their way back."""
-    done = simulate("-c", RESUMED, str(tmp_path))
+    done = simulate(RESUMED, str(tmp_path))
     assert done.stdout.splitlines() == ["no True", "bf16 True"], done.stderr
 
 
@@ -162,9 +178,12 @@ import shutil, sys
 from pathlib import Path
 from tests.helpers.simulated_gpu import DEVICE
 from tests.tools.test_train_mini import MINI, SMALLEST
+from tools.train_mini import clip, codec, decoder, unet
 from tools.train_mini.__main__ import STAGES
 
 run = Path(sys.argv[1])
+clip.HELD_OUT, decoder.VALIDATION, unet.VALIDATION = 32, 32, 96  # two batches each that is validated
+decoder.measure_scaling = lambda: codec.measure_scaling(50)
 shutil.copytree(MINI / "tokenizer", run / "tokenizer")
 for stage in STAGES.values():
     stage(SMALLEST, run, DEVICE)
@@ -173,9 +192,9 @@ for stage in STAGES.values():
 
 def test_the_miniature_is_trained_on_its_device(tmp_path):
     """Two steps of every stage, and what is validated behind them."""
-    done = simulate("-c", MINIATURE, str(tmp_path))
+    done = simulate(MINIATURE, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "512 held-out scenes find their own caption" in done.stdout
+    assert "32 held-out scenes find their own caption" in done.stdout
     made = {path.stem for path in tmp_path.glob("*.safetensors")}
     assert made == {"clip", "unet", "unet_best", "decoder", "decoder_best"}
 
@@ -221,7 +240,7 @@ for device in (torch.device("cpu"), DEVICE):
 def test_frozen_models_compute_on_their_device(tmp_path):
     """Those that propose masks, and those that score images: the same on both."""
     pytest.importorskip("scipy", reason="scipy, without which transformers builds no Mask2Former, is not installed")
-    done = simulate("-c", FROZEN, str(tmp_path))
+    done = simulate(FROZEN, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 14
@@ -255,7 +274,7 @@ for code in sys.argv[1:]:
 
 def test_the_simulation_refuses_what_cuda_refuses():
     """And nothing else: single numbers and places may come from the CPU."""
-    done = simulate("-c", EACH, *MEETINGS)
+    done = simulate(EACH, *MEETINGS)
     lines = done.stdout.splitlines()
     assert len(lines) == len(MEETINGS), done.stderr
     assert [line for line, wanted in zip(lines, MEETINGS.values(), strict=True) if not line.startswith(wanted)] == []
@@ -271,6 +290,6 @@ from bas.cli.entry import main
 Batch.to = lambda self, device: self
 main({words})
 """
-    done = simulate("-c", code)
+    done = simulate(code)
     assert done.returncode == 1
     assert "tensors of gpu:0 and of the CPU" in done.stderr
