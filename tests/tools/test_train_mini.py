@@ -22,6 +22,7 @@ from tools.train_mini.codec import NOISE, Scaling, haar, measure_scaling, set_en
 from tools.train_mini.decoder import LatentDecoder, reconstruction_loss
 from tools.train_mini.files import save_weights, write_scaling
 from tools.train_mini.fit import fit
+from tools.train_mini.folder import translate
 from tools.train_mini.optimizer import Optimizer
 from tools.train_mini.recipe import MINIATURE, Stage
 
@@ -155,15 +156,22 @@ def test_the_best_weights_by_the_held_out_loss_are_kept(tmp_path, monkeypatch):
     assert kept**2 == pytest.approx(min(line["loss"] for line in lines), rel=1e-4)
 
 
-@pytest.fixture
-def run(tmp_path, scaling) -> Path:
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, scaling) -> Path:
     """A run folder in which every stage but the UNet's and the decoder's is done, of the smallest networks."""
-    shutil.copytree(MINI / "tokenizer", tmp_path / "tokenizer")
-    write_scaling(tmp_path, scaling)
-    train("clip", tmp_path)
-    save_weights(UNet(SMALLEST.unet), tmp_path / "unet_start.safetensors")
-    save_weights(LatentDecoder(VAE(SMALLEST.vae)), tmp_path / "decoder_start.safetensors")
-    return tmp_path
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(MINI / "tokenizer", folder / "tokenizer")
+    write_scaling(folder, scaling)
+    train("clip", folder)
+    save_weights(UNet(SMALLEST.unet), folder / "unet_start.safetensors")
+    save_weights(LatentDecoder(VAE(SMALLEST.vae)), folder / "decoder_start.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, begun) -> Path:
+    """A copy of that folder, to go on in."""
+    return Path(shutil.copytree(begun, tmp_path, dirs_exist_ok=True))
 
 
 def train(stage: str, run: Path, *more: object) -> None:
@@ -234,6 +242,13 @@ def test_what_cannot_go_on_says_so_in_one_line(run, capsys, stage, missing, more
 def test_a_run_starts_from_the_shipped_miniature(tmp_path, monkeypatch):
     """Its UNet, translated where its latents are others, and its CLIP unless that is to be trained."""
     monkeypatch.setattr("tools.train_mini.folder.measure_scaling", lambda: measure_scaling(50))
+    translated = []  # the same both times
+
+    def translate_once(*args):
+        translated.append(translated[0] if translated else translate(*args))
+        return translated[-1]
+
+    monkeypatch.setattr("tools.train_mini.folder.translate", translate_once)
     for stage in ("clip", "unet"):
         monkeypatch.setitem(train_mini.STAGES, stage, lambda *_: None)
         train_mini.main([stage, "--run_dir", str(tmp_path / stage), "--start_from", str(MINI)])
