@@ -33,6 +33,15 @@ def decode_text(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
+def read_text(path: Path) -> str:
+    """Read a text file. InputError if it cannot be read or is not UTF-8."""
+    data = read_bytes(path)
+    try:
+        return decode_text(data)
+    except ValueError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error}): repair it, or copy it again") from None
+
+
 def parse_json(data: bytes) -> Any:
     """Parse a JSON text. ValueError if it is not JSON, repeats a name, or contains half of a surrogate pair."""
     try:

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass, fields
 from bas.errors import InputError, check_bool, check_float, check_positive
 
 MAX_LAYERS = 16  # in one level; far above any model of this family
+LISTS = {"block_out_channels": int, "down_block_types": str, "up_block_types": str}  # fields and what they list
 
 
 def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
     """Take the fields of `kind`. Raises InputError for any other, unless it has one of its `inert` values."""
     known = {f.name for f in fields(kind)}
     unknown = [
-        f"{key}={value!r}"
+        f"{key}={value!r:.60}"
         for key, value in config.items()
         if key not in known and not key.startswith("_") and value not in inert.get(key, (None, False))
     ]
@@ -20,6 +21,21 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
             f"{kind.__name__.removesuffix('Config')} config has unsupported settings: {', '.join(unknown)}"
         )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
+
+
+def _check_lists(config: dict) -> dict:
+    """Return a config.json. Raises InputError for a field that should be a list of numbers or names and is not."""
+    for name, kind in LISTS.items():
+        value = config.get(name, [])
+        if not isinstance(value, (list, tuple)) or not all(isinstance(entry, kind) for entry in value):
+            raise InputError(f"{name} is {value!r:.60}: expected a list of {'numbers' if kind is int else 'names'}")
+    return config
+
+
+def _with_one_value(config: dict, names: tuple[str, ...]) -> dict:
+    """A config.json in which these fields have one value where they list the same for every level or side."""
+    lists = {name: config[name] for name in names if isinstance(config.get(name), list)}
+    return config | {name: values[0] for name, values in lists.items() if values and values == values[:1] * len(values)}
 
 
 @dataclass(frozen=True)
@@ -43,9 +59,13 @@ class UNetConfig:
     freq_shift: float = 0
     upcast_attention: bool = False  # accepted; softmax statistics are float32 here in any case
 
+    EACH = (  # fields that diffusers reads as one value, or as a list of one for each level or side
+        *("sample_size", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block"),
+        *("only_cross_attention",),
+    )
     # Values with which fields that bas does not know change nothing.
     INERT = {
-        "act_fn": ("silu",),
+        "act_fn": ("silu", "swish"),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1, 1.0),
         "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -66,7 +86,7 @@ class UNetConfig:
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
         """Check a config.json and keep what describes the network. Raises InputError for what bas does not support."""
-        return cls(**_read_fields(cls, config, cls.INERT))
+        return cls(**_read_fields(cls, _with_one_value(_check_lists(config), cls.EACH), cls.INERT))
 
     def __post_init__(self):
         for name in ("sample_size", "in_channels", "out_channels", "cross_attention_dim"):
@@ -137,7 +157,7 @@ class VAEConfig:
     scaling_factor: float = 0.18215  # latents are multiplied by this for the diffusion model
 
     INERT = {
-        "act_fn": ("silu",),
+        "act_fn": ("silu", "swish"),
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
         "mid_block_add_attention": (True,),
@@ -147,12 +167,12 @@ class VAEConfig:
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
         """Check a config.json and keep what describes the network. Raises InputError for what bas does not support."""
-        levels = len(config.get("block_out_channels") or ())
+        levels = len(_check_lists(config).get("block_out_channels", ()))
         inert = {
             "down_block_types": (["DownEncoderBlock2D"] * levels,),
             "up_block_types": (["UpDecoderBlock2D"] * levels,),
         }
-        return cls(**_read_fields(cls, config, cls.INERT | inert))
+        return cls(**_read_fields(cls, _with_one_value(config, ("sample_size",)), cls.INERT | inert))
 
     def __post_init__(self):
         for name in ("in_channels", "out_channels", "latent_channels", "sample_size"):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bas.errors import InputError, is_own_fault
 from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
-from bas.io.json_files import check_json_size, read_cache, read_json, write_json
+from bas.io.json_files import check_json_size, read_cache, read_json, read_text, write_json
 from bas.io.run_files import METRICS
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS, Models, ModelSpec
@@ -158,6 +158,8 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
             check_json_size(path)
         if (config := folder / "tokenizer_config.json").is_file():
             check_tokenizer_config(read_json(config), config)
+        if (merges := folder / "merges.txt").is_file():
+            read_text(merges)
         with without_marks(folder) as readable:
             return load_tokenizer(readable)
 

@@ -21,17 +21,14 @@ CLIP = "cond_stage_model.transformer."  # SD 1: OpenAI's text encoder with trans
 OPEN_CLIP = "cond_stage_model.model."  # SD 2: open_clip's ViT-H
 OPEN_CLIP_LAYERS = 23  # SD 2 reads the output of the last layer but one of 24
 
-# Keys beside the weights: running averages, the noise schedule, unused heads, markers, leftovers of training.
+# Keys of the networks' parts that are no weights of theirs: the losses and running averages of training, the image
+# half of CLIP. What lies outside of all networks, such as the noise schedule, a step count or a marker, is none either.
 UNUSED_PREFIXES = (
-    *("model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema."),
-    *("embedding_manager.", "denoiser.", "optimizer_states.", "lr_schedulers."),
+    *(f"{VAE}{name}" for name in ("loss.", "model_ema.", "ema.", "discriminator.")),
+    *(f"{CLIP}{name}" for name in ("vision_model.", "visual_projection.")),
+    f"{OPEN_CLIP}visual.",
 )
 UNUSED = {
-    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
-    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
-    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
-    *("lvlb_weights", "logvar", "scale_factor", "logit_scale", "global_step", "epoch", "iteration"),
-    *("v_pred", "ztsnr"),
     *(f"{CLIP}text_model.embeddings.position_ids", f"{CLIP}embeddings.position_ids"),
     *(f"{CLIP}logit_scale", f"{CLIP}text_projection.weight"),
     *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "attn_mask")),
@@ -153,7 +150,7 @@ def inverse(table: Table) -> Table:
 
 
 def from_original(tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig) -> dict[str, dict[str, Tensor]]:
-    """A single file's tensors by component, under the names of bas. An unknown key keeps its own name."""
+    """A single file's tensors by component, under the names of bas. An unknown key of a network keeps its own name."""
     sections = (
         ("unet", UNET, inverse(unet_table(unet))),
         ("vae", VAE, inverse(vae_table(vae))),
@@ -161,14 +158,14 @@ def from_original(tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig) 
     )
     ours: dict[str, dict[str, Tensor]] = {component: {} for component, _, _ in sections}
     for key, tensor in tensors.items():
-        component, prefix, table = next((s for s in sections if key.startswith(s[1])), ("unet", "", {}))
+        component, prefix, table = next((s for s in sections if key.startswith(s[1])), ("", "", {}))
         if key in UNUSED or key.startswith(UNUSED_PREFIXES):
             continue
         if key.startswith(CLIP):
             ours["text_encoder"][key.removeprefix(CLIP).removeprefix("text_model.")] = tensor
         elif prefix == OPEN_CLIP and (special := _from_open_clip(key.removeprefix(prefix), tensor)) is not None:
             ours[component] |= special
-        else:
+        elif component:
             ours[component][rename(key.removeprefix(prefix), table) or key] = tensor
     return ours
 

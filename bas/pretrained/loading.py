@@ -18,7 +18,10 @@ from bas.models.text import merged_state_dict
 TEXT_PREFIX = "text_model."  # of the text encoder's keys in older versions of transformers
 EMBEDDING = "embeddings.token_embedding.weight"
 TEXT_UNUSED = {"embeddings.position_ids", "logit_scale", "text_projection.weight"}  # no part of Stable Diffusion
-PADDING = 8, 64  # rows of an embedding are padded to a multiple of the first, by fewer than the second
+PADDING = 8, 128  # rows of an embedding are padded to a multiple of the first, by fewer than the second
+WRAPPERS = {  # parts of names that wrappers add: torch.compile, parallel training, Lightning
+    *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "state_dict"),
+}
 WORKERS = 4  # threads that convert weights: most of the time is spent in allocating memory
 WORTH_THREADS = 2**26  # bytes of a network from which on threads pay
 BROKEN = "holds broken weights"
@@ -73,13 +76,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def unwrap_keys(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Remove what torch.compile (`_orig_mod.`) and parallel wrappers (`module.`) put into the names of weights.
+    """Remove what torch.compile (`_orig_mod.`) and other WRAPPERS put into the names of weights, wherever it stands.
 
     Raises InputError if two names become one.
     """
-    names = {name: name.replace("_orig_mod.", "") for name in tensors}
-    while any(name.startswith("module.") for name in names.values()):
-        names = {name: new.removeprefix("module.") for name, new in names.items()}
+    names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     if len(set(names.values())) < len(names):
         raise InputError(f"{source} holds weights twice, with and without a wrapper's prefix: save it again")
     return {new: tensors[name] for name, new in names.items()}

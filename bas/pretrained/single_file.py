@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from dataclasses import replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -36,7 +37,7 @@ SD_STEPS_OFFSET = 1  # of every Stable Diffusion's scheduler, and of diffusers' 
 EMBEDDER = "conditioner.embedders.0."  # the text encoder's prefix in Stability AI's later code
 FAMILY_WIDTHS = {768: False, 1024: True}  # of the published text encoders: whether it is SD 2's
 MAX_YAML_BYTES = 2**20
-PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)
+PARAMETERIZATION = re.compile(r"""^[^#\n]*\bparameterization["']?\s*:\s*["']?(\w+)""", re.MULTILINE)
 
 # ModelSpec, a convention for the metadata of .safetensors files, and its names of prediction types.
 SPEC = "modelspec."
@@ -293,7 +294,7 @@ def _prediction_type(
     """The prediction type of the UNet, and its source in words."""
     if asked_for:
         return asked_for, "as asked for"
-    if (given := metadata.get(f"{SPEC}prediction_type")) in SPEC_PREDICTION:
+    if (given := metadata.get(f"{SPEC}prediction_type", "").lower().replace("-", "_")) in SPEC_PREDICTION:
         return SPEC_PREDICTION[given], f"from the file's metadata ({given})"
     if "v_pred" in tensors:
         return "v_prediction", "from the file's marker v_pred"
@@ -316,5 +317,7 @@ def _read_parameterization(path: Path) -> str | None:
     """The parameterization (`v` or `eps`) in the .yaml that original code and web interfaces keep beside a model."""
     if not path.is_file() or path.stat().st_size > MAX_YAML_BYTES:
         return None
-    found = PARAMETERIZATION.search(path.read_text(encoding="utf-8", errors="replace"))
+    data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8"
+    found = PARAMETERIZATION.search(data.decode(encoding, errors="replace"))
     return found[1] if found else None

@@ -18,6 +18,7 @@ KINDS = (  # a pattern that one of the file's keys matches, what the file then i
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
     (r"^(string_to_param|emb_params|clip_[gl]$)|^<[^<>]*>$", "a textual inversion embedding", WHOLE_MODEL),
     (r"motion_modules\.", "an AnimateDiff motion module", WHOLE_MODEL),
+    (r"^edm_(vpred|mean)\.", "a model of another noise schedule (EDM)", WHOLE_MODEL),
 )
 ALONE = (  # for files that hold no UNet in the original layout
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid)", "a VAE alone"),
@@ -29,6 +30,8 @@ SUPPORTED = {
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"),
     *("StableDiffusionAttendAndExcitePipeline", "StableDiffusionSAGPipeline", "StableDiffusionPanoramaPipeline"),
     *("StableDiffusionPipelineSafe", "StableDiffusionPAGPipeline", "CycleDiffusionPipeline"),
+    *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
+    *("StableDiffusionAdapterPipeline", "StableDiffusionKDiffusionPipeline", "StableDiffusionDiffEditPipeline"),
 }
 PIPELINES = (  # how the class name begins, what the model is
     ("StableDiffusionXL", "a Stable Diffusion XL model"),

@@ -191,11 +191,12 @@ def test_what_a_model_does_not_use_is_left_out_and_what_is_unknown_is_kept():
         "first_stage_model.loss.logvar",
         "cond_stage_model.transformer.text_model.embeddings.position_ids",
         "cond_stage_model.logit_scale",
+        "hyper_parameters",
     )
     ours = from_original({key: torch.zeros(1) for key in unused}, UNetConfig(), VAEConfig())
-    assert list(chain(*ours.values())) == ["cond_stage_model.logit_scale"]
-    unknown = f"{UNET}label_emb.0.0.weight"
-    assert unknown in from_original({unknown: torch.zeros(1)}, UNetConfig(), VAEConfig())["unet"]
+    assert list(chain(*ours.values())) == []
+    for part, unknown in (("unet", f"{UNET}label_emb.0.0.weight"), ("vae", "first_stage_model.encoder.extra.bias")):
+        assert len(from_original({unknown: torch.zeros(1)}, UNetConfig(), VAEConfig())[part]) == 1
 
 
 def test_a_name_without_entry_has_no_other_name():

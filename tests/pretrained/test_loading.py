@@ -84,7 +84,9 @@ def test_models_that_are_converted_in_memory_are_checked():
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "_fsdp_wrapped_module.", "state_dict."]
+)
 @pytest.mark.parametrize("file", [UNET_FILE, VAE_FILE, TEXT_FILE])
 def test_prefixes_of_wrappers_are_removed(prefix, file, folder):
     """torch.compile and parallel training put them before every name."""
@@ -143,7 +145,7 @@ def test_a_text_encoder_may_have_fewer_layers_than_its_file(layers, folder):
     torch.testing.assert_close(models.text_encoder(input_ids=ids).last_hidden_state, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("extra", "fits"), [(0, True), (8, True), (48, True), (1, False), (80, False), (-8, False)])
+@pytest.mark.parametrize(("extra", "fits"), [(0, True), (8, True), (112, True), (1, False), (128, False), (-8, False)])
 def test_an_embedding_may_be_padded_to_a_multiple_of_eight(extra, fits, folder):
     expected = load(folder)
     tokens = len(expected.tokenizer)
@@ -240,6 +242,40 @@ def test_a_folder_draws_as_in_diffusers_whatever_its_scheduler_file_leaves_out(n
     assert difference.abs().max() <= 0.51  # rounding to 8 bits, and no more
 
 
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"layers_per_block": [1, 1, 1], "transformer_layers_per_block": [1, 1, 1]}),
+        ("unet", {"cross_attention_dim": [64, 64, 64], "only_cross_attention": [False, False, False]}),
+        ("unet", {"sample_size": [64, 64], "act_fn": "swish"}),
+        ("vae", {"sample_size": [512, 512], "act_fn": "swish"}),
+    ],
+)
+def test_one_value_may_be_written_for_every_level(part, changes, folder):
+    """diffusers reads the same network from both forms."""
+    expected = load(folder)
+    change_json(folder / part / "config.json", **changes)
+    models = load(folder)
+    assert_same(models, expected)
+    assert models.resolution == expected.resolution
+    kind = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+    theirs = kind.from_pretrained(folder / part, local_files_only=True)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        if part == "unet":
+            context = torch.randn(1, 5, 64)
+            ours, reference = models.unet(x, torch.tensor([7]), context).sample, theirs(x, 7, context).sample
+        else:
+            ours, reference = models.vae.decode(x), theirs.decode(x).sample
+    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("value", [[1, 2, 1], [], [1, 1.5, 1]])
+def test_levels_that_differ_are_refused(value, folder):
+    change_json(folder / "unet/config.json", layers_per_block=value)
+    assert f"unet layers_per_block is {tuple(value)}: expected a whole number" in refusal(folder)
+
+
 # --- Classes ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +290,7 @@ def test_a_pipeline_of_an_unknown_class_is_refused(name, folder):
     )
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionPanoramaPipeline"])
+@pytest.mark.parametrize("name", ["StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline"])
 def test_pipelines_with_the_same_networks_are_read(name, folder):
     expected = load(folder)
     change_json(folder / "model_index.json", _class_name=name)

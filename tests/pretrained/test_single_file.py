@@ -238,6 +238,9 @@ def test_sd2_in_the_later_layout_is_read_and_sdxls_refiner_is_not(sd2_file, tmp_
     [
         *("global_step", "epoch", "iteration", "logit_scale", "v_pred", "embedding_manager.initial_embeddings.weight"),
         *("embedding_manager.string_to_param_dict.*", "optimizer_states.0.x", "model_ema.num_updates"),
+        *("step", "pytorch-lightning_version", "callbacks.ModelCheckpoint.x", "__index_timestep_zero__", "model.betas"),
+        *("cond_stage_model.logit_scale", "cond_stage_model.text_projection", "first_stage_model.discriminator.0.bias"),
+        *("cond_stage_model.transformer.vision_model.x", "cond_stage_model.model.visual.proj", "ema.decay"),
     ],
 )
 def test_leftovers_of_training_are_left_out(name, sd2_file, tmp_path):
@@ -246,17 +249,18 @@ def test_leftovers_of_training_are_left_out(name, sd2_file, tmp_path):
     assert_same(load(path, prediction_type="epsilon"), load(sd2_file, prediction_type="epsilon"))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "state_dict.", "_forward_module."])
 def test_prefixes_of_wrappers_are_removed(prefix, sd2_file, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({f"{prefix}{key}": value for key, value in load_file(sd2_file).items()}, path)
     assert_same(load(path), load(sd2_file))
 
 
-def test_a_compiled_unet_in_a_whole_model_is_read(sd2_file, tmp_path):
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
+def test_a_compiled_unet_in_a_whole_model_is_read(wrapper, sd2_file, tmp_path):
     """Its wrapper's prefix stands in the middle of the names."""
     path = tmp_path / "model.safetensors"
-    save_file({key.replace(UNET, f"{UNET}_orig_mod."): value for key, value in load_file(sd2_file).items()}, path)
+    save_file({key.replace(UNET, f"{UNET}{wrapper}"): value for key, value in load_file(sd2_file).items()}, path)
     assert_same(load(path), load(sd2_file))
 
 
@@ -285,6 +289,8 @@ def test_a_text_encoder_cut_to_fewer_layers_is_read(layers, tmp_path):
         ((), 'parameterization: "v"', None, None, "v_prediction", False),
         ((), "parameterization: eps # as published", None, None, "epsilon", False),
         ((), "parameterization: 'v'", "epsilon", None, "epsilon", False),
+        ((), '{linear_start: 0.1, "parameterization": v}', None, None, "v_prediction", False),
+        ((), None, "V-Prediction", None, "v_prediction", False),
         ((), "# parameterization: v", None, "v_prediction", "v_prediction", False),
     ],
 )
@@ -310,3 +316,5 @@ def test_sd1_with_nothing_beside_it_predicts_noise(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "bas"):
         assert load(path).schedule.prediction_type == "epsilon"
     assert "--prediction_type v_prediction for the others" in caplog.text
+    path.with_suffix(".yaml").write_text("  parameterization: v\n", encoding="utf-16")  # as some editors save it
+    assert load(path).schedule.prediction_type == "v_prediction"

@@ -120,6 +120,16 @@ def test_damaged_tokenizers_are_refused(file, content, folder):
     assert refusal(folder).startswith(f"{folder / 'tokenizer'}")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-16-be"])
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+def test_a_tokenizer_in_another_encoding_is_named(file, encoding, folder):
+    path = folder / "tokenizer" / file
+    path.write_bytes(path.read_text().encode(encoding))
+    message = refusal(folder)
+    assert message.startswith(f"{path} is not ") or message.startswith(f"{path} is no ")
+    assert "UTF-" in message and "save it as UTF-8" in message
+
+
 def test_a_tokenizer_reads_only_its_own_folder(folder, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
     elsewhere = str(tmp_path / "other.json")
@@ -312,6 +322,7 @@ def test_files_that_hold_no_tensors(content, reason, tmp_path):
             ["conditioner.embedders.1.x", "model.diffusion_model.x"],
             f"is a Stable Diffusion XL model: {WHOLE}",
         ),
+        (["edm_vpred.sigma_max", "model.diffusion_model.x"], f"is a model of another noise schedule (EDM): {WHOLE}"),
         (["model.diffusion_model.joint_blocks.0.x"], f"is a Stable Diffusion 3 model: {WHOLE}"),
         (["double_blocks.0.img_attn.qkv.weight"], f"is a Flux model: {WHOLE}"),
         (["fc.weight"], f"is not a Stable Diffusion model (its first key is 'fc.weight'): {WHOLE}"),
