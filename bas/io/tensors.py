@@ -1,6 +1,7 @@
 """Weights in .safetensors files: memory-mapped when read, replaced as a whole when written. Nothing is unpickled."""
 
 import json
+import re
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bas.io.json_files import MAX_JSON_BYTES, without_duplicates
 MAX_TENSORS = 20_000  # ten times the largest file of this family
 MAPPED_ALONE = 2**18  # bytes: what is smaller shares one mapping with the others of its file
 WEIGHT_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+HALF_WRITTEN = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # what safetensors calls a file, beside it, while it writes it
 PICKLE_ADVICE = (
     "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
 )

@@ -26,7 +26,7 @@ from bas.io.files import sync
 from bas.io.json_files import read_record, write_json
 from bas.io.run_files import CHECKPOINTS
 from bas.io.settings_file import check_metadata
-from bas.io.tensors import read_tensors, write_tensors
+from bas.io.tensors import HALF_WRITTEN, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,8 @@ def remove_checkpoint(folder: Path) -> None:
 
 def _is_own(path: Path) -> bool:
     """Whether a file in a checkpoint's folder bears a name that bas gives."""
-    return path.is_file() and (path.name in FILES or bool(TEMPORARY.fullmatch(path.name)))
+    half_written = TEMPORARY.fullmatch(path.name) or HALF_WRITTEN.fullmatch(path.name)
+    return path.is_file() and (path.name in FILES or half_written is not None)
 
 
 def clear_unfinished(run: Path) -> None:

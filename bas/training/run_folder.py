@@ -33,6 +33,7 @@ from bas.io.run_files import (
     read_settings,
 )
 from bas.io.settings_file import CONFIG
+from bas.io.tensors import HALF_WRITTEN
 from bas.models.bundle import COMPONENTS
 from bas.training.checkpoints import UNFINISHED, clear_unfinished, remove_all
 from bas.training.disk_space import writing
@@ -128,7 +129,7 @@ def has_leftovers(folder: Path) -> bool:
 
 
 def _holds_leftovers(folder: Path) -> bool:
-    if any(map(_is_half_written, folder.glob(".*.tmp"))):
+    if any(map(_is_half_written, folder.glob(".*"))):
         return True
     names = [path.name for path in (folder / CHECKPOINTS).glob("*")]
     own = any(UNFINISHED.fullmatch(name) or name.removeprefix("step-").isdecimal() for name in names)
@@ -143,9 +144,10 @@ def prepare_folder(folder: Path, resuming: bool) -> None:
 
 def clear_half_written(folder: Path) -> None:
     """Remove the half-written files and checkpoints of a locked run: the process that wrote them was killed."""
-    inside = [path for name in SUBFOLDERS for path in (folder / name).rglob(".*.tmp")]
-    half_written = [path for path in folder.glob(".*.tmp") if _is_half_written(path)]
-    for leftover in [*half_written, *(path for path in inside if TEMPORARY.fullmatch(path.name))]:
+    inside = [path for name in SUBFOLDERS for path in (folder / name).rglob(".*")]
+    half_written = [path for path in folder.glob(".*") if _is_half_written(path)]
+    half_written += [p for p in inside if TEMPORARY.fullmatch(p.name) or HALF_WRITTEN.fullmatch(p.name)]
+    for leftover in half_written:
         if leftover.is_file():
             leftover.unlink()
     clear_unfinished(folder)
@@ -153,6 +155,8 @@ def clear_half_written(folder: Path) -> None:
 
 def _is_half_written(path: Path) -> bool:
     """Whether a file of a folder is one of a run's that was being written: others may have hidden files there."""
+    if HALF_WRITTEN.fullmatch(path.name):
+        return (path.parent / SETTINGS).exists()
     match = TEMPORARY.fullmatch(path.name)
     return match is not None and match[1] in WRITTEN
 

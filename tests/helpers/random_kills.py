@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from bas.cli.entry import main as bas_main
+from bas.io import tensors
 from bas.io.tensors import read_tensors
 from bas.training.metrics import MetricsLog
 from tests.helpers.kills import child
@@ -82,7 +83,7 @@ class FileOperations:
 
     def install(self) -> None:
         """Patch the functions that put files in their places, append to them and remove them."""
-        replace, unlink, rmdir, flush = os.replace, os.unlink, os.rmdir, MetricsLog.flush
+        replace, unlink, rmdir, flush, save_file = os.replace, os.unlink, os.rmdir, MetricsLog.flush, tensors.save_file
 
         def replacing(source, target, **more):
             here = self.is_here(self.name("write", target))
@@ -111,6 +112,13 @@ class FileOperations:
                 die()
             return rows
 
+        def saving(whole, path, metadata):
+            if self.is_here(self.name("save", path)):  # the library writes beside the file, and renames at the end
+                (Path(path).parent / ".tmpa1B2c3").write_bytes(b"half")
+                die()
+            save_file(whole, path, metadata)
+
+        tensors.save_file = saving
         os.replace, os.unlink, os.rmdir = replacing, removing(unlink), removing(rmdir)
         MetricsLog.flush = appending
 

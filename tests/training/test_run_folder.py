@@ -3,17 +3,22 @@
 import errno
 import json
 import os
+import resource
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.errors import RunError
+from bas.io.tensors import write_tensors
 from bas.training.checkpoints import remove_all
 from bas.training.disk_space import writing
 from bas.training.run_folder import check_output_folder, clear_finished, has_leftovers, locked, prepare_folder
+from tests.helpers.kills import child
 from tests.helpers.tiny import refused, write_scene, write_settings
 
 METADATA = {"config": asdict(TrainConfig("scene")), "handles": ["<asset0>"], "base": "x", "version": "1"}
@@ -89,7 +94,8 @@ def test_in_a_run_only_what_bas_wrote_is_removed(tmp_path):
         ".draft.71.tmp",
     ]
     ours = ["checkpoints/step-000003/state.json", "checkpoints/.step-000005.tmp/.state.safetensors.7.tmp"]
-    ours += ["unet/.config.json.71.tmp", ".settings.json.71.tmp"]
+    ours += ["unet/.config.json.71.tmp", ".settings.json.71.tmp", "unet/.tmpa1B2c3", ".tmpa1B2c3"]
+    ours += ["checkpoints/.step-000005.tmp/.tmpa1B2c3"]
     whole = ["checkpoints/step-000002/manifest.json", "checkpoints/step-000002/state.json"]
     for name in [*theirs, *ours, *whole, "metrics.jsonl"]:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +105,34 @@ def test_in_a_run_only_what_bas_wrote_is_removed(tmp_path):
     assert left == {*theirs, *whole}
     remove_all(run)
     assert files_in(run).keys() - {"settings.json", "metrics.jsonl"} == set(theirs)
+
+
+def save_until_killed(path: Path) -> None:
+    """Write weights, and die by the kernel's signal after 1000 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    write_tensors(path, {"weight": torch.zeros(100_000)})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "concepts.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "checkpoints/.step-000002.tmp/exp_avg.safetensors",
+    ],
+)
+def test_nothing_is_left_of_weights_whose_writing_was_killed(tmp_path, name):
+    """The library writes into a file of its own, beside the temporary one of bas and as large as the weights."""
+    run = write_settings(tmp_path / "run")
+    (run / "metrics.jsonl").touch()
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    assert child(save_until_killed, run / name) == -signal.SIGXFSZ
+    assert len([path for path in (run / name).parent.glob(".*") if path.is_file()]) == 2
+    prepare_folder(run, resuming=True)
+    remove_all(run)
+    assert set(files_in(run)) == {"metrics.jsonl", "settings.json"}
+    assert not (run / "checkpoints").exists()
 
 
 def test_a_checkpoint_behind_a_link_is_not_removed(tmp_path):
@@ -122,10 +156,11 @@ def test_hidden_files_do_not_make_a_folder_used(tmp_path, leftover):
 
 def test_hidden_files_of_others_stay(tmp_path):
     """In a folder of hidden files alone, that which a killed run was writing goes, and no other temporary file."""
-    for name in (".settings.json.71.tmp", ".notes.2024.tmp", ".model.safetensors.71.tmp"):
+    for name in (".settings.json.71.tmp", ".notes.2024.tmp", ".model.safetensors.71.tmp", ".tmpa1B2c3"):
         (tmp_path / name).touch()
     prepare_folder(tmp_path, resuming=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.safetensors.71.tmp", ".notes.2024.tmp"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".model.safetensors.71.tmp", ".notes.2024.tmp", ".tmpa1B2c3"]
 
 
 def test_a_run_that_was_killed_before_its_first_step_is_begun_again(tmp_path):
