@@ -45,7 +45,7 @@ def overlap_loss(maps: Tensor, present: Tensor) -> Tensor:
     """
     p = smooth(maps)
     p = p / p.sum(dim=(-2, -1), keepdim=True).clamp(min=ATTENTION_FLOOR)
-    i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1, device=maps.device)
+    i, j = torch.triu_indices(maps.shape[1], maps.shape[1], offset=1)
     both = (present[:, i] & present[:, j]).to(maps.dtype)
     shared = torch.minimum(p[:, i], p[:, j]).sum(dim=(-2, -1))
     return (shared * both).sum(dim=1) / both.sum(dim=1).clamp(min=1)

@@ -31,6 +31,7 @@ COMMANDS = (
     f"train {{scene}} {MODEL} --output_dir {{folder}}/run --phase1_train_steps 3 --phase2_train_steps 3 "
     "--img_log_steps 3 --preview_inference_steps 2 --checkpointing_steps 2",
     *(f"sample {FROM_RUN} {BOTH} --sampler {s} --output_path {{folder}}/{s}.png" for s in ("ddim", "ddpm", "dpmpp_2m")),
+    f"sample {FROM_RUN} {BOTH} --separate --layout {{layout}} --own_pixels --output_path {{folder}}/steered.png",
     f"vary {FROM_RUN} --num_images 2 --output_dir {{folder}}/vary",
     f"attend {FROM_RUN} {BOTH} --output_dir {{folder}}/attend",
     f"edit {FROM_RUN} {BOTH} --init_image {{scene}}/img.png --mask {{scene}}/mask0.png "
@@ -47,11 +48,14 @@ def commands(bench: Bench, folder: Path, device: str) -> list[list[str]]:
         copytree(bench.scene, worded)
         concepts = [{"word": word} for word in ("creature", "bowl", "stone")]
         (worded / "scene.json").write_text(json.dumps({"concepts": concepts}))
+    layout = folder / "layout.json"
+    layout.write_text(json.dumps({"<asset0>": [0, 0, 0.5, 1], "<asset1>": [0.5, 0, 1, 1]}))
     places = {
         "folder": folder,
         "scene": bench.scene,
         "worded": worded,
         "model": bench.model,
+        "layout": layout,
         "class_images": bench.class_images,
     }
     return [split(f"{command} --device {device}".format(**places)) for command in COMMANDS]
@@ -109,7 +113,7 @@ def test_the_numbers_are_those_of_the_cpu(folders, path, count):
 @pytest.mark.parametrize(
     "path",
     [
-        *("ddim.png", "ddpm.png", "dpmpp_2m.png", "vary/0001.png", "attend/picture.png", "edit.png"),
+        *("ddim.png", "ddpm.png", "dpmpp_2m.png", "steered.png", "vary/0001.png", "attend/picture.png", "edit.png"),
         *("run/previews/step-000006.png", "attend/map0.png"),
     ],
 )
