@@ -24,6 +24,7 @@ IMAGE = (
     "may be a mask: name it mask0.png if it shows one concept in white, labels.png if it has a value for each concept"
 )
 LAYERS = "is not read: export each concept in white on black as mask0.png, mask1.png, ..."
+OTHER = "may be an export of another tool: " + XML.removeprefix("is not read: ")
 FOLDER = "is a folder that is not read: put its masks beside the image as mask0.png, mask1.png, ... or labels.png"
 
 BY_NAME: tuple[tuple[str, str], ...] = (
@@ -42,6 +43,7 @@ BY_NAME: tuple[tuple[str, str], ...] = (
     (r"masks?|labels?|annotations?|segmentations?|segmentation(class|object)(raw)?|segmentation_masks?", FOLDER),
 )
 OF_A_MASK = re.compile(r"mask|label|seg|matte|alpha|cut[ _-]?out|task-\d+-annotation", re.IGNORECASE)
+OF_A_TOOL = re.compile(r".*\.(json|csv|tsv|ndjson|jsonl|geojson|ya?ml|parquet|zip|tar|gz)", re.IGNORECASE)
 NUMBERS = re.compile(r"\s*\d+(\s+-?[\d.]+(e-?\d+)?){4,}\s*", re.IGNORECASE)  # a class, then x y x y ...
 
 
@@ -49,6 +51,16 @@ def unread_masks(folder: Path) -> str | None:
     """One line on the likeliest file of masks that bas does not read, None where there is none."""
     found = find_export(folder)
     return f"{found[0].name} {found[1]}" if found else None
+
+
+def other_file(folder: Path) -> str | None:
+    """One line on a file beside the image that may hold its masks, though nothing says so. None where there is none."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name == "scene.json" or path.stem.lower() == "img" or not path.is_file():
+            continue
+        if path.suffix.lower() in SUFFIXES or OF_A_TOOL.fullmatch(path.name):
+            return f"{path.name} {IMAGE if path.suffix.lower() in SUFFIXES else OTHER}"
+    return None
 
 
 def find_export(folder: Path) -> tuple[Path, str] | None:
@@ -93,6 +105,11 @@ def _has(content: Any, *keys: str) -> bool:
     return isinstance(content, dict) and all(key in content for key in keys)
 
 
+def _is_coco(annotations: Any) -> bool:
+    """Whether annotations are COCO's, by the first: those of other tools have other keys."""
+    return not annotations or any(_has(_first(annotations), key) for key in ("segmentation", "segments_info", "bbox"))
+
+
 def _first(content: Any) -> Any:
     return content[0] if isinstance(content, list) and content else None
 
@@ -102,6 +119,7 @@ BY_CONTENT: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda content: _has(content, "_via_img_metadata"), VIA),
     (lambda content: _has(_first(content), "annotations") or _has(_first(content), "result"), LABEL_STUDIO),
     (lambda content: _has(content, "result"), LABEL_STUDIO),
-    (lambda content: _has(content, "annotations"), COCO),
+    (lambda content: _has(content, "annotations") and _is_coco(content["annotations"]), COCO),
+    (lambda content: _has(content, "annotations"), OTHER),
     (lambda content: _has(_first(content), "segmentation"), COCO),
 )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bas.data.mask_exports import unread_masks
+from bas.data.mask_exports import other_file, unread_masks
 from bas.data.mask_shapes import (
     check_annotation,
     check_units,
@@ -106,7 +106,7 @@ def find_source(folder: Path) -> list[Path]:
     """The files of a scene folder's one mask source. Raises InputError for none, for two, or for a gap in numbers."""
     sources = list_sources(folder)
     if not sources:
-        advice = unread_masks(folder) or "give one mask per concept, white where the concept is"
+        advice = unread_masks(folder) or other_file(folder) or "give one mask per concept, white where the concept is"
         raise InputError(f"{folder} has no mask0.png: {advice}")
     if len(sources) > 1:
         names = " and ".join(files[0].name for files in sources)

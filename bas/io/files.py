@@ -85,9 +85,11 @@ def temporary_path(path: Path) -> Path:
 
 
 def check_length(path: Path, flag: str) -> None:
-    """InputError, naming `flag`, if the system cannot write a file of this path because it is too long."""
+    """InputError, naming `flag`, if a path is too long for this system, or holds the null character."""
     try:
         os.lstat(temporary_path(path))
+    except ValueError:
+        raise InputError(f"{flag}: {str(path)!r} holds a character that no path can have: rename it") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise InputError(f"{flag}: {path} would be too long for this system: name a shorter path") from None

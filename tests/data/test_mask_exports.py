@@ -11,6 +11,7 @@ from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import load_scene
 from tests.helpers.tiny import refused, write_scene
 
+UNKNOWN = "may be an export of another tool: export the masks as COCO and name the file coco.json"
 AS_COCO = "holds COCO annotations: keep those of this image and name it coco.json"
 LABELME = {"version": "5.4", "shapes": [{"label": "toy", "points": [[1, 2], [3, 4], [5, 6]]}], "imagePath": "img.jpg"}
 STUDIO = [{"id": 1, "annotations": [{"result": [{"type": "polygonlabels", "value": {"points": [[1.5, 2.5]]}}]}]}]
@@ -49,6 +50,15 @@ SAM = {"image": {"width": 32, "height": 32}, "annotations": [{"segmentation": {"
         ("COCO.JSON", "{}", "would not be read: name it coco.json"),
         ("img.txt", "0 0.1 0.2 0.3 0.4 0.5 0.6\n", "holds fractions of the sides, as YOLO writes them"),
         ("img.txt", "12 0.5 0.5 0.2 0.25", "holds fractions of the sides, as YOLO writes them"),
+        ("broken.json", "{", UNKNOWN),
+        ("deep.json", "[" * 100_000, UNKNOWN),
+        ("darwin.json", {"annotations": [{"polygon": {"paths": []}}]}, UNKNOWN),
+        ("datumaro.json", {"items": [{"annotations": []}]}, UNKNOWN),
+        ("_annotations.csv", "filename,class", UNKNOWN),
+        ("export.ndjson", "{}", UNKNOWN),
+        ("project.zip", "PK", UNKNOWN),
+        ("0.png", "", "may be a mask: name it mask0.png if it shows one concept in white"),
+        ("asset0.webp", "", "may be a mask: name it mask0.png"),
         ("img.psd", "", "is not read: export each concept in white on black as mask0.png"),
     ],
 )
@@ -72,8 +82,6 @@ def test_folders_of_exports_are_named(tmp_path, name):
     [
         ("img.txt", "a photo of 2 toys"),
         ("img.json", '{"caption": "a toy", "camera": "x"}'),
-        ("broken.json", "{"),
-        ("deep.json", "[" * 100_000),
         ("notes.md", "mask"),
         (".annotations.xml", ""),
     ],

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bas.cli.entry import main
+from bas.errors import InputError
 from bas.io import files
 from bas.io.files import check_length, clear_leftovers, is_running, new_folder, replacing, write_text
 from bas.io.images import image_path
@@ -238,3 +240,8 @@ def test_an_array_is_written_as_a_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
     write_array(path, values)
     assert np.array_equal(np.load(path), values)
+
+
+def test_a_path_with_the_null_character_is_refused():
+    with pytest.raises(InputError, match="holds a character that no path can have: rename it"):
+        check_length(Path("a\0b.png"), "--output_path")

@@ -1,0 +1,231 @@
+"""What a refusal costs: no hostile input takes a gigabyte or 20 seconds before it, each in a process of its own.
+
+The process is a fork of the tests': what it holds more than that counts, and what the imports alone take.
+"""
+
+import json
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bas.config import TrainConfig
+from bas.data.scene_folder import load_scene
+from bas.errors import InputError
+from bas.pretrained.folder import build_on_meta
+from bas.runtime.memory import peak_bytes
+from tests.data.test_scene_folder import BOMBS
+from tests.helpers.families import change_json
+from tests.helpers.tiny import write_model, write_scene
+
+SIDE = 9_990  # just below 100 megapixels
+LARGE = {"size": [SIDE, SIDE], "counts": [5, SIDE * SIDE // 2, SIDE * SIDE - 5 - SIDE * SIDE // 2]}
+IMPORTS = 185_000_000  # bytes of a process that has imported what reads a scene
+
+
+def measured(refuse: Callable[[], object]) -> tuple[str, int, float]:
+    """The message of a refusal, with the memory in bytes and the CPU seconds that a process takes for it."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        start, before, message = time.process_time(), peak_bytes(), "accepted"
+        try:
+            refuse()
+        except InputError as error:
+            message = str(error)
+        except BaseException as error:
+            message = f"{type(error).__name__}: {error}"
+        os.write(writer, json.dumps((message, IMPORTS + peak_bytes() - before, time.process_time() - start)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        result = pipe.read()
+    os.waitpid(child, 0)
+    assert result, "it was killed"
+    return tuple(json.loads(result))
+
+
+def png(width: int, height: int, depth: int, colour: int, pixel: bytes, before: bytes = b"") -> bytes:
+    """A PNG file of one colour, with further chunks before its pixels."""
+    packer, row = zlib.compressobj(1), b"\0" + pixel * width
+    body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = (chunk(b"IHDR", header), before, chunk(b"IDAT", body), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def pages(count: int) -> bytes:
+    """A TIFF file of so many pages, all with the same pixels."""
+    first = BytesIO()
+    Image.new("L", (8, 8)).save(first, format="TIFF")
+    data = bytearray(first.getvalue())
+    (at,) = struct.unpack_from("<I", data, 4)
+    (fields,) = struct.unpack_from("<H", data, at)
+    entries = bytes(data[at : at + 2 + 12 * fields])
+    struct.pack_into("<I", data, at + len(entries), len(data))
+    for i in range(count):
+        data += entries + struct.pack("<I", (len(data) + len(entries) + 4) * (i < count - 1))
+    return bytes(data)
+
+
+def array(shape: str, kind: str, size: int) -> bytes:
+    """An .npy file of zeros, of so many bytes at most."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(size)
+
+
+# --- Scenes -----------------------------------------------------------------------------------------------------------
+
+SCENES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # a file of a scene, its content, the message
+    **{f"text: {name}": (file, lambda text=text: text().encode(), said) for name, (file, text, said) in BOMBS.items()},
+    "RLE of 100 megapixels": (
+        "coco.json",
+        lambda: json.dumps({"annotations": [{"segmentation": LARGE}, {"segmentation": LARGE, "area": 5}]}).encode(),
+        "its area is 5: export it again",
+    ),
+    "transparent mask": ("mask0.png", lambda: png(SIDE, SIDE, 8, 6, b"\1\2\3\4"), "is nearly black"),
+    "transparent mask of 16 bits": (
+        "mask0.png",
+        lambda: png(SIDE, SIDE, 16, 6, b"\1\2\3\4\5\6\7\0"),
+        "is nearly black",
+    ),
+    "labels in colour": ("labels.png", lambda: png(SIDE, SIDE, 8, 2, b"\0\0\0"), "every pixel is 0, the background"),
+    "labels of 16 bits": ("labels.png", lambda: png(SIDE, SIDE, 16, 0, b"\0\0"), "every pixel is 0, the background"),
+    "a million empty notes": (
+        "mask0.png",
+        lambda: png(32, 32, 8, 0, b"\0", chunk(b"tEXt", b"") * 1_000_000),
+        "holds more than 262144 PNG chunks",
+    ),
+    "2000 notes of a megabyte": (
+        "mask0.png",
+        lambda: png(32, 32, 8, 0, b"\0", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20 - 9))) * 2000),
+        "is black all over",
+    ),
+    "a note of 256 MB": (
+        "mask0.png",
+        lambda: png(32, 32, 8, 0, b"\0", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28)))),
+        "is black all over",
+    ),
+    "a TIFF of 60,000 pages": ("mask0.png", lambda: pages(60_000), "holds several frames"),
+    "an array of 40 GB": ("masks.npy", lambda: array("(1, 100000, 100000)", "<f4", 0), "is not a readable .npy array"),
+    "an array in brackets": ("masks.npy", lambda: array("(" * 30_000, "<f4", 0), "is not a readable .npy array"),
+    "a million concepts": (
+        "regions.json",
+        lambda: json.dumps({"concepts": [{}] * 1_000_000}).encode(),
+        "has 1000000 masks: keep those",
+    ),
+    "brackets": ("coco.json", lambda: b"[" * 10_000_000, "it is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_scene(name, tmp_path):
+    file, content, said = SCENES[name]
+    folder = write_scene(tmp_path, concepts=0)
+    (folder / file).write_bytes(content())
+    check(lambda: load_scene(TrainConfig(instance_data_dir=str(folder))), said)
+
+
+def test_a_transparent_image(tmp_path):
+    (tmp_path / "img.png").write_bytes(png(SIDE, SIDE, 8, 6, b"\1\2\3\4"))
+    Image.new("L", (32, 32)).save(tmp_path / "mask0.png")
+    check(lambda: load_scene(TrainConfig(instance_data_dir=str(tmp_path))), "mask0.png is black all over")
+
+
+def test_extra_images_are_counted_before_they_are_decoded(tmp_path):
+    folder = write_scene(tmp_path, concepts=1)
+    for i in range(1, 4):
+        (folder / str(i)).mkdir()
+        (folder / f"{i}/img.png").write_bytes(png(SIDE, SIDE, 8, 0, b"\0"))
+        shutil.copy(folder / "mask0.png", folder / str(i))
+    said = "has 3 extra images with 598 megapixels, masks included, bas reads 400: make them smaller, or keep fewer"
+    message, peak, _ = measured(lambda: load_scene(TrainConfig(instance_data_dir=str(folder))))
+    assert said in message
+    assert peak < 4e8
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+def many(count: int) -> list[str]:
+    return [f"<t{i}>" for i in range(count)]
+
+
+def write(folder: Path, content: object) -> Callable[[Path], object]:
+    return lambda model: (model / folder).write_text(json.dumps(content))
+
+
+ADDED = {name: i for i, name in enumerate(many(100_000), start=10_000)}
+WIDE = {"block_out_channels": [8192] * 8, "layers_per_block": 16, "norm_num_groups": 1, "attention_head_dim": 1}
+WIDE |= {"down_block_types": ["CrossAttnDownBlock2D"] * 8, "up_block_types": ["CrossAttnUpBlock2D"] * 8}
+DEEP = {"hidden_size": 8192, "intermediate_size": 32_768, "num_hidden_layers": 100, "num_attention_heads": 1}
+MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "special tokens": (
+        write(Path("tokenizer/special_tokens_map.json"), {"additional_special_tokens": many(100_000)}),
+        "adds 100000 tokens: bas reads up to 1000",
+    ),
+    "special tokens within": (
+        write(Path("tokenizer/tokenizer_config.json"), {"extra_special_tokens": {"more": many(100_000)}}),
+        "tokenizer cannot be used",
+    ),
+    "added tokens": (write(Path("tokenizer/added_tokens.json"), ADDED), "adds 100000 tokens: bas reads up to 1000"),
+    "a decoder of added tokens": (
+        write(
+            Path("tokenizer/tokenizer_config.json"),
+            {"added_tokens_decoder": {i: {"content": t} for t, i in ADDED.items()}},
+        ),
+        "adds 100000 tokens: bas reads up to 1000",
+    ),
+    "merges": (lambda m: (m / "tokenizer/merges.txt").write_text("a b\n" * 4_000_000), "tokenizer"),
+    "a vocabulary of 900,000": (
+        write(Path("tokenizer/vocab.json"), {str(i): i for i in range(900_000)}),
+        "tokenizer",
+    ),
+    "a wide UNet": (lambda m: change_json(m / "unet/config.json", **WIDE), "does not hold the weights"),
+    "a deep text encoder": (
+        lambda m: change_json(m / "text_encoder/config.json", **DEEP),
+        "belong to different models",
+    ),
+    "brackets": (lambda m: (m / "unet/config.json").write_text('{"a":' * 2_000_000), "it is nested too deeply"),
+    "a billion timesteps": (
+        lambda m: change_json(m / "scheduler/scheduler_config.json", num_train_timesteps=10**9),
+        "expected a whole number from 1 to 100000",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model(name, saved, tmp_path):
+    spoil, said = MODELS[name]
+    shutil.copytree(saved, tmp_path / "m")
+    spoil(tmp_path / "m")
+
+    def load():
+        from bas.pretrained.loading import check_keys
+
+        models, tensors = build_on_meta(tmp_path / "m")
+        check_keys(models.unet, tensors["unet"], "the UNet")
+
+    check(load, said)
+
+
+def check(refuse: Callable[[], object], said: str) -> None:
+    message, peak, seconds = measured(refuse)
+    assert said in message
+    assert peak < 1e9
+    assert seconds < 20
