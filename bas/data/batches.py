@@ -10,18 +10,23 @@ from dataclasses import dataclass, field, fields, replace
 from typing import cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bas.config import Phase, TrainConfig
-from bas.data.collages import seg_mix
+from bas.data.collages import plain, seg_mix
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
 from bas.errors import InputError
+from bas.io.images import to_images
 from bas.losses import resize_mask
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
 
 log = logging.getLogger(__name__)
+
+SEG_MIX_IMAGES = 64  # enough for each concept to stand everywhere
+SEG_MIX_OUTSIDE = 0.5  # outside the concepts of an image: enters the reconstruction loss squared
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class EncodedImage:
 
     views: tuple[EncodedView, EncodedView]  # as it is, mirrored
     shown: tuple[int, ...]
+    place: str = ""  # where the concepts are, as prompts say it after the handles
+    outside: float = 0.0  # weight of the reconstruction outside the masks
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,9 @@ class TrainingData:
     class_posterior: Posterior | None  # (M, c, h, w) each: the class images
     class_ids: Tensor | None  # (M, 77): their prompts
     scaling_factor: float  # of the VAE
-    mixed: tuple[EncodedImage, ...] = ()  # concepts at other places and sizes, as `seg_mix` puts them
-    prompts: dict[tuple[int, ...], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)  # by subset
+    mixed: tuple[EncodedImage, ...] = ()  # of Seg-Mix
+    # by subset and place
+    prompts: dict[tuple[tuple[int, ...], str], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)
 
 
 def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -> tuple[int, int]:
@@ -110,6 +118,14 @@ def encode_images(models: Models, images: Tensor) -> Posterior:
     dtype, device = vae.post_quant_conv.weight.dtype, models.device
     parts = [vae.encode(image[None].to(device, dtype)) for image in images]
     return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
+
+
+@torch.inference_mode()
+def decode_means(models: Models, means: Tensor) -> list[Image.Image]:
+    """The images of posterior means (b, c, h, w), one at a time to keep memory flat."""
+    dtype = models.vae.post_quant_conv.weight.dtype
+    parts = [models.vae.decode(mean[None].to(models.device, dtype)).float().cpu() for mean in means]
+    return to_images((torch.cat(parts) / 2 + 0.5).clamp(0, 1))
 
 
 def encode_image(
@@ -214,12 +230,6 @@ def prepare(
     for extra in scene.extra_images:
         pixels, layers = extra.tensors(height, width, len(scene))
         encoded.append(encode_image(models, pixels, layers, sorted(extra.masks), config))
-    mixed = []
-    for extra in seg_mix(scene, width, height, config.seed) if config.seg_mix_probability else ():
-        pixels, layers = extra.tensors(height, width, len(scene))
-        seen = encode_image(models, pixels, layers, sorted(extra.masks), config)
-        shown = (i for i in seen.shown if all(view.latent_masks[i].any() for view in seen.views))
-        mixed.append(replace(seen, shown=tuple(shown)))
     return TrainingData(
         images=tuple(encoded),
         handle_ids=tuple(cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(scene.handles)))),
@@ -227,8 +237,42 @@ def prepare(
         class_posterior=class_posterior,
         class_ids=class_ids,
         scaling_factor=models.vae.config.scaling_factor,
-        mixed=tuple(image for image in mixed if image.shown),
+        mixed=encode_seg_mix(models, scene, image, config, class_posterior) if config.seg_mix_probability else (),
     )
+
+
+def encode_seg_mix(
+    models: Models, scene: Scene, image: Tensor, config: TrainConfig, class_posterior: Posterior | None
+) -> tuple[EncodedImage, ...]:
+    """The images of Seg-Mix, on class images whose prompts say where one is, or else on plain colours.
+
+    On a class image, the prompt of the concepts says the same, and the reconstruction outside the masks counts too: the
+    concepts' outlines are learnt. image: (3, H, W), the scene's.
+    """
+    places = [(i, place) for i, prompt in enumerate(config.class_prompt) if (place := place_named(prompt))]
+    chosen: list[tuple[int, str]] = []
+    if class_posterior is not None:
+        count = len(class_posterior.mean)
+        chosen = [(i, place) for first, place in places for i in range(first, count, len(config.class_prompt))]
+    backgrounds = [plain(image.shape[2], image.shape[1], config.seed + i) for i in range(SEG_MIX_IMAGES)]
+    if class_posterior is not None and chosen:
+        decoded = decode_means(models, class_posterior.mean[[i for i, _ in chosen]])
+        backgrounds = [decoded[i % len(decoded)] for i in range(SEG_MIX_IMAGES)]
+    mixed = []
+    for i, extra in enumerate(seg_mix(scene, backgrounds, config.seed)):
+        pixels, layers = extra.tensors(image.shape[1], image.shape[2], len(scene))
+        seen = encode_image(models, pixels, layers, sorted(extra.masks), config)
+        shown = tuple(i for i in seen.shown if all(view.latent_masks[i].any() for view in seen.views))
+        if chosen:
+            seen = replace(seen, place=chosen[i % len(chosen)][1], outside=SEG_MIX_OUTSIDE)
+        mixed.append(replace(seen, shown=shown))
+    return tuple(image for image in mixed if image.shown)
+
+
+def place_named(prompt: str) -> str:
+    """Where a class prompt says one is: "at the beach" of "a photo at the beach". "" where it names an object."""
+    place = prompt.removeprefix("a photo ")
+    return "" if place == prompt or place.startswith("of ") else place
 
 
 def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
@@ -249,13 +293,13 @@ def sample_image(data: TrainingData, seg_mix_probability: float, generator: torc
     return images[int(torch.randint(len(images), (), generator=generator)) if len(images) > 1 else 0]
 
 
-def subset_tokens(data: TrainingData, models: Models, chosen: list[int]) -> tuple[Tensor, list[int]]:
-    """The prompt of these concepts, (77,) ids, and the positions of their handles. Computed once for each subset."""
-    subset = tuple(chosen)
-    if subset not in data.prompts:
-        ids = tokenize(models.tokenizer, [subset_prompt([data.handles[i] for i in chosen])])[0]
-        data.prompts[subset] = ids, handle_positions(ids, [data.handle_ids[i] for i in chosen])
-    return data.prompts[subset]
+def subset_tokens(data: TrainingData, models: Models, chosen: list[int], place: str = "") -> tuple[Tensor, list[int]]:
+    """The prompt of these concepts in this place, (77,) ids, and the positions of their handles. Each computed once."""
+    key = tuple(chosen), place
+    if key not in data.prompts:
+        ids = tokenize(models.tokenizer, [f"{subset_prompt([data.handles[i] for i in chosen])} {place}".strip()])[0]
+        data.prompts[key] = ids, handle_positions(ids, [data.handle_ids[i] for i in chosen])
+    return data.prompts[key]
 
 
 def sample_batch(
@@ -274,9 +318,9 @@ def sample_batch(
         view = image.views[int(torch.rand((), generator=generator) < config.flip_probability)]
         means.append(view.posterior.mean)
         deviations.append(view.posterior.deviation)
-        row, places = subset_tokens(data, models, chosen)
+        row, places = subset_tokens(data, models, chosen, image.place)
         ids.append(row)
-        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True))
+        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True).clamp(min=image.outside))
         padded = chosen + [i for i in range(count) if i not in chosen]
         masks.append(view.attention_masks[padded])
         positions.append(torch.tensor(places + [0] * (count - len(chosen))))

@@ -4,9 +4,10 @@ The baselines TI-m, DB-m and CD-m (section 4.1) cannot read masks. For them rand
 and pasted on random plain colours, each an image with its own prompt. The naive TI and DB (appendix) see the image
 unchanged, with one prompt that names every handle.
 
-Seg-Mix, an option for every method, moves and scales what is cut out as well.
+Seg-Mix, an option, moves and scales what is cut out, and puts it on other backgrounds.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,6 @@ from bas.config import METHODS, TrainConfig
 from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset
 from bas.data.scene_folder import load_scene
 
-SEG_MIX_IMAGES = 64  # enough for each concept to stand everywhere
 SEG_MIX_SIDES = 0.5, 0.8  # of the image's shorter side: the longest side of a concept alone; of k, by sqrt(k) less
 TRIES = 20  # placements of a concept, before one that covers others is taken
 
@@ -59,16 +59,17 @@ def paste(image: Image.Image, masks: list[np.ndarray], generator: torch.Generato
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def seg_mix(scene: Scene, width: int, height: int, seed: int) -> tuple[ExtraImage, ...]:
-    """Images of this size in which concepts, cut out of the scene, stand at other places, in other sizes.
+def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int) -> tuple[ExtraImage, ...]:
+    """Images in which concepts, cut out of the scene, stand on these backgrounds at other places, in other sizes.
 
-    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2), on plain colours. Union sampling decides which
-    concepts an image shows. The largest gets a random size, the others keep theirs beside it. Concepts cover each other
-    only where there is no room.
+    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
+    shows. The largest gets a random size, the others keep theirs beside it. Concepts cover each other only where there
+    is no room.
     """
     generator = torch.Generator().manual_seed(seed)
     mixed = []
-    for i in range(SEG_MIX_IMAGES):
+    for i, background in enumerate(backgrounds):
+        canvas = background.copy()
         chosen = sample_subset(len(scene), "union", generator)
         sources = [source for source in scene.images if source[1].keys() >= set(chosen)]
         image, masks = sources[int(torch.randint(len(sources), (), generator=generator))]
@@ -76,8 +77,7 @@ def seg_mix(scene: Scene, width: int, height: int, seed: int) -> tuple[ExtraImag
         longest = max(side for left, top, right, bottom in boxes.values() for side in (right - left, bottom - top))
         low, high = SEG_MIX_SIDES
         share = low + (high - low) * torch.rand((), generator=generator).item()
-        scale = share * min(width, height) / longest / len(chosen) ** 0.5
-        canvas = Image.new("RGB", (width, height), tuple(torch.randint(256, (3,), generator=generator).tolist()))
+        scale = share * min(canvas.size) / longest / len(chosen) ** 0.5
         layers: dict[int, np.ndarray] = {}
         for concept, box in boxes.items():
             size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
@@ -91,6 +91,12 @@ def seg_mix(scene: Scene, width: int, height: int, seed: int) -> tuple[ExtraImag
             layers = {other: below * (1 - inside) for other, below in layers.items()} | {concept: inside}
         mixed.append(ExtraImage(f"seg-mix-{i}", canvas, layers))
     return tuple(mixed)
+
+
+def plain(width: int, height: int, seed: int) -> Image.Image:
+    """An image of one colour, sampled uniformly from RGB."""
+    colour = torch.randint(256, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Image.new("RGB", (width, height), tuple(colour))
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
