@@ -31,8 +31,9 @@ def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]
     """Return the settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
     settings = {name: value for name, value in settings.items() if name not in RETIRED or value is not False}
     for name in sorted(settings.keys() - known.keys()):
+        plain = name.lstrip("-").replace("-", "_")
         for row in known.values():
-            if row.type is bool and f"--{name}" in (f"--no_{row.name}", *row.metadata["flag"]):
+            if row.type is bool and f"--{plain}" in (f"--no_{row.name}", *row.metadata["flag"]):
                 raise InputError(f"{file}: {name} is a flag of the command: in a file write {row.name} = false")
         raise InputError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
     return {name: check_setting(known[name], value, f"{file}: {name}") for name, value in settings.items()}

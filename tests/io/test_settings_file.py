@@ -72,6 +72,14 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
             "no_prior_preservation is a flag of the command: in a file write with_prior_preservation = false",
         ),
         (
+            "no-prior-preservation = true",
+            "no-prior-preservation is a flag of the command: in a file write with_prior_preservation = false",
+        ),
+        (
+            "'--no_close_ups' = true",
+            "--no_close_ups is a flag of the command: in a file write close_ups = false",
+        ),
+        (
             "do_not_apply_masked_loss = true",
             "do_not_apply_masked_loss is a flag of the command: in a file write apply_masked_loss = false",
         ),
