@@ -15,6 +15,7 @@ from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_flo
 
 MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
+MAX_RANK = 1024
 COUNTS = {"least": 0, "most": MAX_COUNT}  # the limits of whole numbers, unless a setting's row has others
 NUMBERS = {"least": 0, "most": math.inf}
 ANY = {"least": -math.inf, "most": math.inf}
@@ -122,7 +123,17 @@ class Settings:
 
 
 # What a phase can train.
-Part = Literal["handles", "embedding", "unet", "cross_attention", "cross_attention_kv", "text_encoder"]
+Part = Literal[
+    "handles",
+    "embedding",
+    "unet",
+    "cross_attention",
+    "cross_attention_kv",
+    "cross_attention_v",
+    "unet_lora",
+    "text_encoder",
+    "text_encoder_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -138,10 +149,40 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One row of KINDS: what `--train` trains in phase 2 beside the handles, and what the run keeps of it."""
+
+    weights: tuple[Part, ...]
+    text: Part | None = None  # what trains of the text encoder, unless --no_train_text_encoder
+    whole: bool = False  # whether the run keeps a whole model, or only what was trained
+    defaults: dict[str, Any] = field(default_factory=dict)  # settings that differ from those of a whole model
+
+
+# The learning rates of `kv` and `v` are Custom Diffusion's (Kumari et al. 2023), that of `lora` is usual for LoRA.
+KINDS: dict[str, Kind] = {
+    "full": Kind(weights=("embedding", "unet"), text="text_encoder", whole=True),
+    "cross_attention": Kind(weights=("embedding", "cross_attention"), text="text_encoder", whole=True),
+    "kv": Kind(weights=("cross_attention_kv",), defaults={"learning_rate": 1e-5}),
+    "v": Kind(weights=("cross_attention_v",), defaults={"learning_rate": 1e-5}),
+    "lora": Kind(weights=("unet_lora",), text="text_encoder_lora", defaults={"learning_rate": 1e-4}),
+}
+
+# The layers that a LoRA adapts: of the UNet, and of the text encoder. Names are regular expressions over module names.
+LORA_TARGETS: dict[str, tuple[str, str]] = {
+    "kv": (r"attn2\.to_[kv]", r"self_attn\.(q|k|v|out)_proj"),
+    "attention": (r"attn[12]\.(to_[qkv]|to_out\.0)", r"self_attn\.(q|k|v|out)_proj"),
+    "transformer": (
+        r"attentions\.\d+\.(proj_in|proj_out)|attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)",
+        r"self_attn\.(q|k|v|out)_proj|mlp\.fc[12]",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One row of METHODS: a baseline of the paper (section 4.1), trained in one phase with the plain diffusion loss."""
 
-    trains: tuple[Part, ...]
+    trains: tuple[Part, ...] | None  # None: the handles and what --train says
     rate: str  # the setting that holds its learning rate
     prior: bool  # whether class images take part, unless --no_prior_preservation
     collection: bool  # whether it learns from concepts pasted on plain colours instead of the image itself
@@ -165,15 +206,14 @@ OPTIMIZERS: dict[str, dict] = {"adam": {"adam_weight_decay": 1e-8}}
 # has the learning rate of the phase that trains the same weights. By default these are the rates of the methods'
 # diffusers examples: 5e-4 for Textual Inversion (Gal et al. 2022), 2e-6 for DreamBooth (Ruiz et al. 2023), 1e-5 for
 # Custom Diffusion (Kumari et al. 2023).
-EVERYTHING: tuple[Part, ...] = ("handles", "embedding", "unet", "text_encoder")
 METHODS: dict[str, Method] = {
     "ti-m": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=True),
-    "db-m": Method(trains=EVERYTHING, rate="learning_rate", prior=True, collection=True),
+    "db-m": Method(trains=None, rate="learning_rate", prior=True, collection=True),
     "cd-m": Method(
         trains=("handles", "cross_attention_kv"), rate="learning_rate", factor=5.0, prior=True, collection=True
     ),
     "ti": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=False),
-    "db": Method(trains=EVERYTHING, rate="learning_rate", prior=True, collection=False),
+    "db": Method(trains=None, rate="learning_rate", prior=True, collection=False),
 }
 PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False}
 
@@ -181,7 +221,8 @@ PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling":
 # from which checkpoint is for the user alone to say: a model may come from anywhere.
 OF_A_MODEL = (
     *("resolution", "center_crop", "close_ups", "attention_grid", "phase1_train_steps", "phase2_train_steps"),
-    *("initial_learning_rate", "learning_rate", "scale_lr", "train_text_encoder", "unet_layers", "apply_masked_loss"),
+    *("initial_learning_rate", "learning_rate", "scale_lr", "train_text_encoder", "train", "apply_masked_loss"),
+    *("rank", "alpha", "lora_targets", "conv_rank"),
     *("normalize_masked_loss", "lambda_attention", "attention_loss", "subset_sampling", "flip_probability"),
     "seg_mix_probability",
     *("with_prior_preservation", "prior_loss_weight", "class_prompt", "num_class_images", "train_batch_size"),
@@ -196,7 +237,7 @@ CARDS: dict[str, dict] = {
     "any": {},
     "24gb": LEAN,
     "16gb": LEAN | {"optimizer": "adamw8bit"},
-    "12gb": LEAN | {"unet_layers": "cross_attention"},
+    "12gb": LEAN | {"train": "cross_attention"},
 }
 
 
@@ -284,15 +325,34 @@ class TrainConfig(Settings):
     learning_rate: float = setting(2e-6, "learning rate of phase 2", group="training")
     train_text_encoder: bool = setting(
         True,
-        "also train the text encoder's layers in phase 2 (all token embeddings train in any case)",
+        "also train the text encoder's layers in phase 2, with --train lora by adapters; kv and v leave it frozen",
         group="method",
         flag=("--no_train_text_encoder",),
     )
-    unet_layers: str = setting(
-        "all",
-        "the part of the UNet that phase 2 trains: all of it, or only its cross-attention",
+    train: str = setting(
+        "full",
+        "what phase 2 trains beside the handles: the whole UNet and all token embeddings; these with only the UNet's "
+        "cross-attention; its keys and values; its values; or low-rank adapters. The last three write small runs",
         group="method",
-        choices=("all", "cross_attention"),
+        choices=tuple(KINDS),
+    )
+    rank: int = setting(16, "with --train lora: rank of the adapters", group="method", least=1, most=MAX_RANK)
+    alpha: float | None = setting(
+        None, "with --train lora: adapters count alpha / rank (default: the rank)", group="method", above=0, most=1000
+    )
+    lora_targets: str = setting(
+        "transformer",
+        "with --train lora: layers that have adapters. kv: keys and values of the UNet's cross-attention; attention: "
+        "all of its attention; transformer: also feed-forward layers and projections, and the text encoder's MLPs",
+        group="method",
+        choices=tuple(LORA_TARGETS),
+    )
+    conv_rank: int | None = setting(
+        None,
+        "with --train lora: also adapt residual blocks and samplers, their 3x3 convolutions with this rank",
+        group="method",
+        least=1,
+        most=MAX_RANK,
     )
     apply_masked_loss: bool = setting(
         True,
@@ -328,6 +388,9 @@ class TrainConfig(Settings):
     flip_probability: float = setting(0.5, "probability of mirroring image and masks", group="method", most=1)
     seg_mix_probability: float = setting(
         0.0, "probability of pasting the concepts at other places and sizes in a step (Seg-Mix)", group="method", most=1
+    )
+    seg_mix_move: float = setting(
+        1.0, "how far Seg-Mix moves concepts: 1 anywhere, 0 not at all, on other backgrounds only", group="method", most=1
     )
     with_prior_preservation: bool = setting(
         True,
@@ -458,19 +521,29 @@ class TrainConfig(Settings):
                 raise InputError(f"--method {self.method} has no {', '.join(differs)} of its own: leave it out")
 
     @property
+    def kind(self) -> Kind:
+        """The row of `--train`."""
+        return KINDS[self.train]
+
+    @property
+    def adapter_scale(self) -> float:
+        """By what the adapters' change of a weight is multiplied: alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def tuned(self) -> tuple[Part, ...]:
+        """What phase 2 trains."""
+        text = (self.kind.text,) if self.kind.text and self.train_text_encoder else ()
+        return ("handles", *self.kind.weights, *text)
+
+    @property
     def phases(self) -> tuple[Phase, ...]:
         """The training plan (paper, section 3): the handles first, then all weights. A baseline has one phase."""
         scale = self.train_batch_size * self.gradient_accumulation_steps if self.scale_lr else 1
-        layers: Part = "unet" if self.unet_layers == "all" else "cross_attention"
-        tuned: tuple[Part, ...] = ("handles", "embedding", layers)
-        tuned += ("text_encoder",) if self.train_text_encoder else ()
         prior = self.with_prior_preservation
         if self.method in METHODS:
             row, steps = METHODS[self.method], self.phase1_train_steps + self.phase2_train_steps
-            named: list[Part] = [layers if name == "unet" else name for name in row.trains]
-            trains: tuple[Part, ...] = tuple(
-                name for name in named if self.train_text_encoder or name != "text_encoder"
-            )
+            trains = self.tuned if row.trains is None else row.trains
             phase = Phase(self.method, steps, row.factor * getattr(self, row.rate) * scale, trains, prior and row.prior)
             return (phase,) if steps else ()
         # Phase 1 leaves the prior out: the class prompt holds no handle, so its gradient is exactly zero.
@@ -483,7 +556,7 @@ class TrainConfig(Settings):
                 prior and self.exact_phase1,
                 clips=("embedding",) if self.exact_phase1 else (),
             ),
-            Phase("phase2", self.phase2_train_steps, self.learning_rate * scale, tuned, prior),
+            Phase("phase2", self.phase2_train_steps, self.learning_rate * scale, self.tuned, prior),
         )
         return tuple(phase for phase in plan if phase.steps)
 
@@ -491,15 +564,25 @@ class TrainConfig(Settings):
     def resolve(cls, explicit: dict, model_row: dict | None = None) -> "TrainConfig":
         """Merge the layers of settings, later ones winning: defaults, bas.json, preset, card, method, explicit flags.
 
-        The resulting optimizer adds its own defaults (OPTIMIZERS). InputError for a setting that is unknown or wrong.
+        The resulting optimizer adds its own defaults (OPTIMIZERS). So does the kind of training, whose defaults also
+        replace those settings of bas.json that were made for another. InputError for an unknown or wrong setting.
         """
         if explicit.get("output_dir") == "":  # a shell variable that is not set
             raise InputError(f"--output_dir is empty: leave it out for {RUNS}/SCENE, or name a folder")
         preset = PRESETS.get(explicit.get("preset", ""), {})
         card = CARDS.get(explicit.get("card", ""), {})
         method = PLAIN if explicit.get("method") in METHODS else {}
-        merged = {**(model_row or {}), **preset, **card, **method, **explicit}
+        row = model_row or {}
+        layers = {**preset, **card, **method, **explicit}
+        own = row.get("train", "full")
+        kind = layers.get("train", own)
+        defaults = KINDS[kind].defaults if kind in KINDS else {}
+        row = defaults | row if kind == own else row | defaults
+        merged = row | layers
         merged = OPTIMIZERS.get(merged.get("optimizer", ""), {}) | merged
+        chosen = merged.get("method")
+        if chosen in METHODS and METHODS[chosen].trains is not None and "train" in explicit:
+            raise InputError(f"--method {chosen} says itself what it trains: leave out --train {explicit['train']}")
         known = setting_rows(cls)
         for name in sorted(merged.keys() - known.keys()):
             raise InputError(f"unknown training setting {name}{did_you_mean(name, known)}")

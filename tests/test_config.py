@@ -74,6 +74,7 @@ WHOLE = {  # the range of every whole number
         **dict.fromkeys(("sample_batch_size", "log_steps", "preview_inference_steps"), COUNT),
         **dict.fromkeys(("checkpoints_total_limit", "lr_num_cycles", "num_of_assets", "collection_size"), COUNT),
         **dict.fromkeys(("resolution", "attention_grid"), (1, 16_384)),
+        **dict.fromkeys(("rank", "conv_rank"), (1, 1024)),
         "seed": (-(2**62), 2**62),
     },
     SampleConfig: {
@@ -95,6 +96,7 @@ NUMBERS = {  # of every other number: two at its ends that pass, two beyond them
         **dict.fromkeys(("prior_loss_weight", "max_grad_norm", "adam_weight_decay"), EVERYTHING_OR_MORE),
         **dict.fromkeys(("adam_epsilon", "lr_power"), EVERYTHING_OR_MORE),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
+        "alpha": (0.001, 1000.0, 0.0, 1000.1),
         "flip_probability": PROBABILITY,
         "seg_mix_probability": PROBABILITY,
     },

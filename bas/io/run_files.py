@@ -17,6 +17,7 @@ from bas.io.tensors import read_tensors, write_tensors
 log = logging.getLogger(__name__)
 
 CONCEPTS = "concepts.safetensors"
+TUNED = "tuned.safetensors"  # of a small run: the trained weights alone
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"

@@ -16,7 +16,7 @@ from bas.io.json_files import check_shape, decode_text
 
 CONFIG = "config.toml"  # of a run
 METADATA = {"config": dict, "handles": [str], "base": str, "version": str}
-RETIRED = {"cuda_graphs", "fused_kernels"}  # off in the config.toml of earlier versions, as in all others
+RETIRED = {"cuda_graphs": False, "fused_kernels": False, "unet_layers": "all"}  # of earlier versions, with no effect
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
 
 
@@ -29,7 +29,7 @@ def read_config(path: str | None, known: dict[str, Field]) -> dict[str, Any]:
 
 def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
     """Return the settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
-    settings = {name: value for name, value in settings.items() if name not in RETIRED or value is not False}
+    settings = {name: value for name, value in settings.items() if (name, value) not in RETIRED.items()}
     for name in sorted(settings.keys() - known.keys()):
         plain = name.lstrip("-").replace("-", "_")
         for row in known.values():

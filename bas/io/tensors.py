@@ -106,6 +106,17 @@ def write_array(path: Path, array: np.ndarray) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a file by name, in place: the library writes it in an order that differs between writes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(data.ljust(length))
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file as a whole or not at all, with `metadata` beside the `format` that readers expect.
 
@@ -117,5 +128,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             save_file(whole, temporary, {"format": "pt", **(metadata or {})})
             with safe_open(temporary, framework="pt"):  # raises if the file has another length than its header says
                 pass
+            _sort_metadata(temporary)
         except SafetensorError as error:  # the library wraps the system's errors, such as that of a full disk
             raise OSError(f"{path} cannot be written: {error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bas.config import Part
 from bas.errors import InputError
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
@@ -138,11 +139,24 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(low_and_high.isfinite().all())
 
 
-def cross_attention(unet: UNet) -> dict[str, nn.Parameter]:
-    """The weights of the UNet's cross-attention layers, by name."""
-    return {name: p for name, p in unet.named_parameters() if ".attn2." in name}
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's, and not one of the base model's weights."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
-def keys_and_values(unet: UNet) -> dict[str, nn.Parameter]:
-    """The weights that read the prompt (to_k and to_v of the cross-attention layers), by name."""
-    return {name: p for name, p in cross_attention(unet).items() if ".to_k." in name or ".to_v." in name}
+def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
+    """The groups of the networks' weights that a phase can name in `Phase.trains`, by name. Groups overlap."""
+    unet = {f"unet.{name}": p for name, p in models.unet.named_parameters()}
+    text = {f"text_encoder.{name}": p for name, p in models.text_encoder.named_parameters()}
+    own = {name: p for name, p in unet.items() if not is_adapter(name)}
+    cross = {name: p for name, p in own.items() if ".attn2." in name}
+    values = {name: p for name, p in cross.items() if ".to_v." in name}
+    return {
+        "unet": own,
+        "cross_attention": cross,
+        "cross_attention_kv": {name: p for name, p in cross.items() if ".to_k." in name or name in values},
+        "cross_attention_v": values,
+        "unet_lora": {name: p for name, p in unet.items() if is_adapter(name)},
+        "text_encoder": {name: p for name, p in text.items() if not is_adapter(name) and "token_embedding" not in name},
+        "text_encoder_lora": {name: p for name, p in text.items() if is_adapter(name)},
+    }

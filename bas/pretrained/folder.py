@@ -11,12 +11,12 @@ import logging
 import re
 import time
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,14 +24,22 @@ from torch import Tensor
 from bas.errors import InputError, is_own_fault
 from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
 from bas.io.json_files import check_json_size, read_cache, read_json, read_text, write_json
-from bas.io.run_files import METRICS
+from bas.io.run_files import CONCEPTS, METRICS, TUNED, read_concepts
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.loading import TEXT_PREFIX, Parts, check_parts, fit_text_encoder, load_weights, unwrap_keys
+from bas.pretrained.loading import (
+    EMBEDDING,
+    TEXT_PREFIX,
+    Parts,
+    check_parts,
+    fit_text_encoder,
+    load_weights,
+    unwrap_keys,
+)
 from bas.pretrained.single_file import SD_STEPS_OFFSET, read_single_file
 from bas.pretrained.unsupported import check_channels, check_class, check_kind, check_pipeline, check_tokenizer_config
 from bas.schedulers import NoiseSchedule
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SHA256 = re.compile("[0-9a-f]{64}")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -59,21 +68,33 @@ def load(
     `prediction_type` ("epsilon" or "v_prediction") overrides the files. No weight stays memory-mapped, so a file that
     changes later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
     """
-    models, tensors = build_on_meta(Path(path), prediction_type)
+    models, parts = _build(Path(path), prediction_type)
     for component in COMPONENTS:
-        load_weights(getattr(models, component), tensors[component], f"{path} ({component})", device, dtype)
+        network, changes = getattr(models, component), parts.changes.get(component)
+        load_weights(network, parts.tensors[component], f"{path} ({component})", device, dtype, changes)
     return models
 
 
 def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
     """Build a model's networks on the meta device, with shapes but no weights, and return its tensors beside it.
 
-    The tensors are memory-mapped: only those that are used are read.
+    The tensors are memory-mapped: only those that are used are read. Those of a small run are without its adapters.
     """
-    parts = _read_parts(path, prediction_type)
-    models = build_networks(parts.spec)
-    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, parts.tensors["text_encoder"])}
-    return models, tensors
+    models, parts = _build(path, prediction_type)
+    return models, parts.tensors
+
+
+def _build(path: Path, prediction_type: str | None) -> tuple[Models, Parts]:
+    """Build a model's networks on the meta device. -> the networks, and parts with the names of their weights"""
+    parts = read_parts(path, prediction_type)
+    models, text = build_networks(parts.spec), parts.tensors["text_encoder"]
+    if parts.rows is not None:
+        text = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), parts.rows])}
+    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, text)}
+    changes = dict(parts.changes)
+    if "text_encoder" in changes:
+        changes["text_encoder"] = _with_prefix_of(models.text_encoder, changes["text_encoder"])
+    return models, replace(parts, tensors=tensors, changes=changes)
 
 
 def build_networks(spec: ModelSpec) -> Models:
@@ -88,11 +109,15 @@ def read_spec(path: Path, prediction_type: str | None = None) -> ModelSpec:
 
     Raises InputError as `build_on_meta` does, without importing transformers' networks.
     """
-    return _read_parts(path, prediction_type).spec
+    return read_parts(path, prediction_type).spec
 
 
-def _read_parts(path: Path, prediction_type: str | None) -> Parts:
-    """Take a folder or a single file apart, and check its parts alone and against each other."""
+def read_parts(path: Path, prediction_type: str | None) -> Parts:
+    """Take a folder, a single file or a small run apart, and check its parts alone and against each other."""
+    if (path / TUNED).is_file():
+        from bas.pretrained.small_runs import read_small_run  # which reads its base by this module
+
+        return read_small_run(path, prediction_type)
     with _blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
@@ -108,7 +133,7 @@ def _read_parts(path: Path, prediction_type: str | None) -> Parts:
     return parts
 
 
-def _with_prefix_of(text_encoder: CLIPTextModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix_of(text_encoder: CLIPTextModel, tensors: Mapping[str, T]) -> dict[str, T]:
     """Rename the keys of the text encoder to those of the installed version of transformers."""
     prefix = TEXT_PREFIX if next(iter(text_encoder.state_dict())).startswith(TEXT_PREFIX) else ""
     return {prefix + name: tensor for name, tensor in tensors.items()}
@@ -311,12 +336,18 @@ def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 def weights_hash(path: str | Path, remembered: bool = True) -> str:
     """The sha256, in hex, of the weights at `path`: of a single file, else over the hashes of a folder's files.
 
+    That of a small run is over its own two files and the hash of its base.
+
     With `remembered`, a file whose size, times, inode and device are those of an earlier call is not read again.
     """
     path = Path(path)
     if not path.is_dir():
         require_file(path)
         return _file_hash(path, remembered)
+    if (path / TUNED).is_file():
+        lines = [f"{name} {_file_hash(path / name, remembered)}\n" for name in (TUNED, CONCEPTS)]
+        _, metadata = read_concepts(path)
+        return hashlib.sha256("".join([*lines, f"base {metadata['base']}\n"]).encode()).hexdigest()
     files = [file for component in COMPONENTS for file in component_files(path / component, STEMS[component])]
     lines = sorted(f"{file.relative_to(path).as_posix()} {_file_hash(file, remembered)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

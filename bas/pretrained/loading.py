@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, zip_longest
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from bas.errors import InputError, RunError
 from bas.io.tensors import WEIGHT_TYPES
+from bas.models.adapters import Changes, changed
 from bas.models.bundle import COMPONENTS, Models, ModelSpec, is_finite
 from bas.models.text import merged_state_dict
 
@@ -34,6 +36,8 @@ class Parts:
 
     spec: ModelSpec
     tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
+    changes: dict[str, Changes] = field(default_factory=dict)  # of weights, by component; added when they are loaded
+    rows: Tensor | None = None  # (N, d) of handles, to be appended to the token embedding
 
     @classmethod
     def of(cls, models: Models, dtype: torch.dtype) -> Parts:
@@ -106,8 +110,8 @@ def fit_text_encoder(parts: Parts) -> Parts:
 
 def _layer_of(name: str) -> int | None:
     """The number of the layer that a weight of the text encoder belongs to."""
-    number = name.removeprefix("encoder.layers.").split(".")[0]
-    return int(number) if name.startswith("encoder.layers.") and number.isdecimal() else None
+    layer = re.match(r"encoder\.layers\.([0-9]{1,4})\.", name)
+    return int(layer[1]) if layer else None
 
 
 def check_parts(spec: ModelSpec) -> None:
@@ -137,19 +141,25 @@ def check_parts(spec: ModelSpec) -> None:
 
 
 def load_weights(
-    module: nn.Module, tensors: dict[str, Tensor], source: str, device: torch.device | str, dtype: torch.dtype
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    source: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    changes: Changes | None = None,
 ) -> None:
     """Give a module built on the meta device its weights, converted to `device` and `dtype`; it ends in eval mode.
 
-    `tensors` is emptied on the way, so that a file's pages leave memory once they are converted. Raises InputError as
-    `check_keys` does, and one that lists every weight that is no finite number after conversion.
+    `changes` are added to the weights in float32, before these are converted. `tensors` is emptied on the way, so that
+    a file's pages leave memory once they are converted. Raises InputError as `check_keys` does, and one that lists
+    every weight that is no finite number after conversion.
     """
     given = check_keys(module, tensors, source)
     tensors.clear()
     device = torch.empty(0, device=device).device  # "cuda" with its number: each thread has a current GPU of its own
 
     def convert(name: str) -> Tensor | str:
-        tensor = given.pop(name)
+        tensor = changed(given.pop(name), (changes or {}).get(name, []))
         converted = tensor.to(device=device, dtype=dtype, copy=True)  # no mapping stays: the file may change
         if is_finite(converted):
             return converted

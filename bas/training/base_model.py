@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bas.config import TrainConfig
 from bas.errors import InputError
+from bas.models.adapters import remove_adapters
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
 from bas.pretrained.folder import load, weights_hash
@@ -56,6 +57,7 @@ class Base:
             self.models.text_encoder.set_input_embeddings(self.embedding)
         for name, state in self.kept.items():
             network = getattr(self.models, name)
+            remove_adapters(network)
             put_back(network, state)
             network.zero_grad(set_to_none=True)
         return replace(self.models, tokenizer=deepcopy(self.tokenizer))

@@ -11,7 +11,8 @@ from bas.config import Phase, TrainConfig
 from bas.errors import InputError, RunError
 from bas.io.files import human_size
 from bas.io.run_files import CHECKPOINTS
-from bas.models.bundle import COMPONENTS, Models, cross_attention, keys_and_values
+from bas.models.adapters import add_adapters
+from bas.models.bundle import COMPONENTS, Models, weight_groups
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES
 from bas.training.checkpoints import newest_kept
@@ -25,12 +26,9 @@ MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
 
 def count_numbers(models: Models) -> dict[str, int]:
     """Count the weights of each group that a phase can train (`Phase.trains`), and of the VAE. Groups overlap."""
-    groups = {name: getattr(models, name).parameters() for name in COMPONENTS}
-    groups["cross_attention"] = cross_attention(models.unet).values()
-    groups["cross_attention_kv"] = keys_and_values(models.unet).values()
-    numbers = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    groups = {name: sum(p.numel() for p in group.values()) for name, group in weight_groups(models).items()}
     rows = models.text_encoder.get_input_embeddings().get_parameter("weight").numel()
-    return {**numbers, "text_encoder": numbers["text_encoder"] - rows, "embedding": rows}
+    return {**groups, "vae": sum(p.numel() for p in models.vae.parameters()), "embedding": rows}
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
@@ -40,8 +38,10 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
         return sum(numbers.get(name, 0) for name in phase.trains)
 
     steps = sum(phase.steps for phase in config.phases)
-    weights = DTYPES[config.save_precision].itemsize * sum(numbers[name] for name in (*COMPONENTS, "embedding"))
-    files = {"tuned model": weights, "metrics": METRICS_LINE * steps}
+    whole = config.kind.whole
+    kept = (*COMPONENTS, "embedding") if whole else config.tuned
+    weights = DTYPES[config.save_precision].itemsize * sum(numbers.get(name, 0) for name in kept)
+    files = {"tuned model" if whole else "tuned weights": weights, "metrics": METRICS_LINE * steps}
     if config.checkpointing_steps and config.checkpointing_steps <= steps:
         one = (4 + ADAM_BYTES[config.optimizer]) * max(optimized(phase) for phase in config.phases)
         held = sum(path.stat().st_size for path in (Path(config.output_dir) / CHECKPOINTS).rglob("*.safetensors"))
@@ -60,6 +60,7 @@ def free_disk_space(folder: Path) -> int:
 def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
     """Raise InputError if the run's files will take more than the free space on the disk of the run folder."""
     models, _ = build_on_meta(base, config.prediction_type)
+    add_adapters(models, config)
     files, free = files_to_come(count_numbers(models), config), free_disk_space(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())

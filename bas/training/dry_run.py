@@ -21,6 +21,7 @@ from bas.data.batches import EncodedImage, EncodedView, TrainingData, attention_
 from bas.data.scene import Scene
 from bas.io.files import human_size
 from bas.losses import resize_mask
+from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models
 from bas.models.text import add_handles, tokenize
 from bas.models.vae import Posterior
@@ -138,6 +139,7 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str, coun
             check_keys(getattr(models, component), tensors[component], f"{base} ({component})")
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
+    add_adapters(models, config)
     numbers = count_numbers(models)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     data = blank_data(models, scene, masks, config)
@@ -156,7 +158,8 @@ SAVINGS = (  # what to try when memory runs out, the least harm to the result fi
     ("--mixed_precision bf16", {"mixed_precision": "bf16"}),
     ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
     ("--no_train_text_encoder", {"train_text_encoder": False}),
-    ("--unet_layers cross_attention", {"unet_layers": "cross_attention"}),
+    ("--train cross_attention", {"train": "cross_attention"}),
+    ("--train lora", {"train": "lora"}),
     ("--phase2_train_steps 0, handles alone", {"phase2_train_steps": 0}),
 )
 RESUMABLE = ("--gradient_checkpointing",)  # with these the run can be resumed; the others need a new one

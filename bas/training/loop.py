@@ -22,6 +22,7 @@ from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.models.bundle import Models
 from bas.models.text import encode_ids
 from bas.pretrained.folder import save_model
+from bas.pretrained.small_runs import save_tuned
 from bas.runtime.device import DTYPES, autocast, deterministic
 from bas.runtime.progress import Progress
 from bas.runtime.signals import Interrupted, Interrupts
@@ -32,7 +33,7 @@ from bas.training.disk_space import writing
 from bas.training.master_weights import restore_weights
 from bas.training.nonfinite import check_weights, flush_and_check, is_finite, warn_of_overflows
 from bas.training.optimizer import set_learning_rate
-from bas.training.phase_state import PhaseState, build_phase_state, handle_embedding, restore_phase
+from bas.training.phase_state import PhaseState, build_phase_state, handle_embedding, restore_phase, trained_weights
 from bas.training.preview import sheet_path, write_preview
 from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished, has_leftovers, locked
@@ -235,10 +236,14 @@ def save_state(run: Run, step: int, state: PhaseState) -> None:
 
 
 def finish(run: Run) -> None:
-    """Write the tuned model, then the concepts file that marks the run as finished; remove the checkpoints."""
+    """Write what was trained, then the concepts file that marks the run as finished; remove the checkpoints."""
     restore_weights(run.exact)
+    dtype = DTYPES[run.config.save_precision]
     with writing(run.folder):
-        save_model(run.models, run.folder, DTYPES[run.config.save_precision])
+        if run.config.kind.whole:
+            save_model(run.models, run.folder, dtype)
+        else:
+            save_tuned(trained_weights(run.models, run.config), run.config.adapter_scale, run.folder, dtype)
         save_concepts(run.folder, handle_embedding(run.models).handles, run.masks, run.scene.handles, run.metadata)
         remove_all(run.folder)
     if run.events:

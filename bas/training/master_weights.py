@@ -5,7 +5,7 @@ with rounded copies, half as large and fast to multiply, while gradients are sum
 (Micikevicius et al. 2018, section 3.1).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,19 @@ from bas.models.bundle import is_finite
 Float32Values = dict[nn.Parameter, Tensor]  # the float32 values of each weight that was cast
 
 
-def cast_weights(networks: Iterable[nn.Module], dtype: torch.dtype) -> Float32Values:
+def cast_weights(
+    networks: Iterable[nn.Module], dtype: torch.dtype, kept: Collection[nn.Parameter] | None = None
+) -> Float32Values:
     """Round the weights of these networks to `dtype`, in place. -> their float32 values, in the host's memory
 
-    Raises InputError for a weight that is beyond the range of `dtype`.
+    kept: the weights whose values are returned; without it, all. Raises InputError for a weight that is beyond the
+    range of `dtype`.
     """
     values = {}
     for network in networks:
         for name, parameter in network.named_parameters():
-            values[parameter] = parameter.detach().cpu()
+            if kept is None or parameter in kept:
+                values[parameter] = parameter.detach().cpu()
             parameter.data = parameter.detach().to(dtype)
             if not is_finite(parameter.data):
                 raise InputError(f"{name} holds values beyond the range of {dtype}: use --mixed_precision no")

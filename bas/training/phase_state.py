@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bas.config import Phase, TrainConfig
-from bas.models.bundle import Models, cross_attention, keys_and_values
+from bas.models.bundle import Models, weight_groups
 from bas.models.text import HandleEmbedding
 from bas.training.checkpoints import Checkpoint, restore_optimizer
 from bas.training.master_weights import Float32Values, MasterWeights
@@ -32,15 +32,15 @@ def handle_embedding(models: Models) -> HandleEmbedding:
 
 def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
     """The groups of weights that a phase can name in `Phase.trains`, each by the parameters' names in checkpoints."""
-    embedding, text = handle_embedding(models), models.text_encoder.named_parameters()
-    return {
-        "handles": {"handles": embedding.handles},
-        "embedding": {"embedding": embedding.weight},
-        "unet": {f"unet.{name}": p for name, p in models.unet.named_parameters()},
-        "cross_attention": {f"unet.{name}": p for name, p in cross_attention(models.unet).items()},
-        "cross_attention_kv": {f"unet.{name}": p for name, p in keys_and_values(models.unet).items()},
-        "text_encoder": {f"text_encoder.{name}": p for name, p in text if "token_embedding" not in name},
-    }
+    embedding = handle_embedding(models)
+    own = {"handles": {"handles": embedding.handles}, "embedding": {"embedding": embedding.weight}}
+    return {**own, **weight_groups(models)}
+
+
+def trained_weights(models: Models, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """All weights that the phases of a training train, by name."""
+    groups = parameter_groups(models)
+    return {name: p for phase in config.phases for group in phase.trains for name, p in groups[group].items()}
 
 
 def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter]:

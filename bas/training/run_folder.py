@@ -1,6 +1,7 @@
 """The folder of one training run: whether it may be written to, the lock on it, and what a killed run left there.
 
     RUN/unet vae text_encoder tokenizer scheduler model_index.json    the tuned model, as diffusers reads it
+    RUN/tuned.safetensors       of a small run instead: the weights that --train names
     RUN/concepts.safetensors    the handles' rows, names, masks, settings and the base's hash; written last
     RUN/settings.json    RUN/config.toml    RUN/metrics.jsonl    RUN/times.json    RUN/report.html
     RUN/scene/    RUN/previews/    RUN/checkpoints/ (while training)
@@ -30,6 +31,7 @@ from bas.io.run_files import (
     SCENE,
     SETTINGS,
     TIMES,
+    TUNED,
     read_settings,
 )
 from bas.io.settings_file import CONFIG
@@ -45,7 +47,7 @@ LOCK = ".bas.lock"  # held while a process writes to the folder, and gone afterw
 NO_RUN = "the folder is not a run of bas: name another --output_dir"
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a network drive
 SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS)
-WRITTEN = (SETTINGS, CONFIG, TIMES, MODEL_INDEX, CONCEPTS, REPORT)  # the files of a run folder itself
+WRITTEN = (SETTINGS, CONFIG, TIMES, MODEL_INDEX, TUNED, CONCEPTS, REPORT)  # the files of a run folder itself
 TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # what `replacing` calls a file while it is written
 BEFORE_TRAINING = {SETTINGS, CONFIG, SCENE, EVENTS}  # all that a run without metrics.jsonl can hold
 DEEPEST = (f"{CHECKPOINTS}/.step-1000000.tmp/exp_avg_sq.safetensors", "unet/diffusion_pytorch_model.safetensors")

@@ -17,6 +17,7 @@ from bas.io.files import write_text
 from bas.io.json_files import write_json
 from bas.io.run_files import METRICS, SETTINGS
 from bas.io.settings_file import CONFIG, to_toml
+from bas.models.adapters import add_adapters
 from bas.models.bundle import Models, ModelSpec
 from bas.models.compile import compile_unet
 from bas.models.text import add_handles
@@ -34,7 +35,7 @@ from bas.training.disk_space import require_disk_space, writing
 from bas.training.master_weights import Float32Values, cast_weights
 from bas.training.metrics import MetricsLog
 from bas.training.optimizer import adamw8bit
-from bas.training.phase_state import trainable_parameters
+from bas.training.phase_state import trainable_parameters, trained_weights
 from bas.training.preview import write_scene
 from bas.training.resume import check_progress, check_resumable, scene_state
 from bas.training.run_folder import prepare_folder
@@ -140,7 +141,10 @@ def setup_run(
     models = fresh_models(base, scene, config)
     check_savable(models, DTYPES[config.save_precision])
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
-    exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision]) if precision == "bf16" else {}
+    exact = {}
+    if precision == "bf16":
+        kept = None if config.kind.whole else {*trained_weights(models, config).values()}  # a small run saves no other
+        exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision], kept)
     class_posterior, metadata["schedule"], metadata["class_images"] = None, models.schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         settings = replace(config, mixed_precision=precision)
@@ -183,6 +187,7 @@ def setup_run(
 def check_parameters(checkpoint: Checkpoint, base: Path, scene: Scene, config: TrainConfig, precision: str) -> None:
     """Check that a checkpoint's tensors are those of the phase that its step lies in. Reads no weight."""
     models, _ = build_on_meta(base, config.prediction_type)
+    add_adapters(models, config)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     left = checkpoint.step
     for phase in config.phases:
@@ -200,6 +205,7 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
     if config.resolution:
         latent_side = config.resolution // models.vae.config.factor
         models.unet.config = replace(models.unet.config, sample_size=latent_side)
+    add_adapters(models, config)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
     return models

@@ -180,9 +180,9 @@ WEIGHTS = (
 )
 
 
-def file_hashes(run: Path) -> dict[str, str]:
+def file_hashes(run: Path, names: tuple[str, ...] = (*WEIGHTS, "metrics.jsonl")) -> dict[str, str]:
     """sha256 of everything in a run that training decides: the weights, handles among them, and the metrics."""
-    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in (*WEIGHTS, "metrics.jsonl")}
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
 
 
 @contextmanager

@@ -198,7 +198,7 @@ def test_sampling_takes_prompts_and_model_from_the_file(tmp_path, monkeypatch):
 def test_settings_that_are_gone_may_stay_off(tmp_path):
     """As the config.toml of an earlier version has them; on, they are unknown."""
     path = tmp_path / "config.toml"
-    path.write_text("cuda_graphs = false\nfused_kernels = false\nseed = 7\n")
+    path.write_text('cuda_graphs = false\nfused_kernels = false\nunet_layers = "all"\nseed = 7\n')
     assert read_config(str(path), setting_rows(TrainConfig)) == {"seed": 7}
     path.write_text("cuda_graphs = true\n")
     with tiny.refused("unknown setting cuda_graphs"):

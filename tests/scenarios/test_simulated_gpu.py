@@ -133,7 +133,7 @@ def test_the_maps_are_those_of_the_cpu(folders):
 VARIANTS = (
     "--mixed_precision bf16 --gradient_checkpointing --gradient_accumulation_steps 2 --train_batch_size 2",
     "--mixed_precision bf16 --exact_phase1 --attention_loss cross_entropy --close_ups --normalize_masked_loss",
-    "--mixed_precision fp16 --optimizer adam --unet_layers cross_attention --class_data_dir {made}",
+    "--mixed_precision fp16 --optimizer adam --train cross_attention --class_data_dir {made}",
     "--mixed_precision no --background_handle bg --save_precision fp16 --lr_scheduler cosine",
 )
 

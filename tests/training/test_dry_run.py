@@ -323,7 +323,7 @@ def test_out_of_memory_is_answered_with_what_each_flag_saves(
         r"try, in this order: --gradient_checkpointing \(about .+ less\), --resume_from_checkpoint latest; "
         r"start again, in another --output_dir, with --mixed_precision bf16 \(about .+ less\), "
         r"--optimizer adamw8bit \(about .+ less\), --no_train_text_encoder \(about .+ less\), "
-        r"--unet_layers cross_attention \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
+        r"--train cross_attention \(about .+ less\), --phase2_train_steps 0, handles alone \(about .+ less\)",
         line,
     )
 

@@ -1,0 +1,161 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): a layer computes y = W x + s B(A x), and only A and B train.
+
+An adapted layer is the layer itself with A and B beside its weight, under the names of PEFT's files: `to_k.weight`,
+`to_k.lora_A.weight`, `to_k.lora_B.weight`. B begins at zero, so an untrained adapter changes no bit.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bas.config import LORA_TARGETS, TrainConfig
+from bas.models.bundle import Models
+
+# Layers outside the transformers that have adapters with --conv_rank. The 3x3 convolutions have that rank,
+# time_emb_proj and conv_shortcut have that of the linear layers, as in kohya's scripts.
+CONVOLUTIONS = r"resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|(downsamplers|upsamplers)\.0\.conv"
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with an adapter. It shares weight and bias with the layer that it takes the place of."""
+
+    def __init__(self, layer: nn.Linear, rank: int, scale: float, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_A = nn.Linear(layer.in_features, rank, bias=False, device="meta")
+        self.lora_B = nn.Linear(rank, layer.out_features, bias=False, device="meta")
+        self.scale = scale
+        start(self, generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
+
+
+class AdaptedConv2d(nn.Conv2d):
+    """A convolution with an adapter. A has the layer's kernel, stride and padding; B is a 1x1 convolution."""
+
+    def __init__(self, layer: nn.Conv2d, rank: int, scale: float, generator: torch.Generator):
+        shape = (layer.kernel_size, layer.stride, layer.padding)
+        super().__init__(layer.in_channels, layer.out_channels, *shape, device="meta")  # pyright: ignore[reportArgumentType]
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_A = nn.Conv2d(layer.in_channels, rank, *shape, bias=False, device="meta")  # pyright: ignore[reportArgumentType]
+        self.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device="meta")
+        self.scale = scale
+        start(self, generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, in, h, w) -> (b, out, h', w')"""
+        return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
+
+
+Adapted = AdaptedLinear | AdaptedConv2d
+
+
+def start(layer: Adapted, generator: torch.Generator) -> None:
+    """Give an adapter its first values beside the layer's weight: A as kohya and PEFT draw it, B zero."""
+    place = layer.weight.device
+    down = torch.empty(layer.lora_A.weight.shape, device="meta" if place.type == "meta" else "cpu")
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    layer.lora_A.weight = nn.Parameter(down.to(place))
+    layer.lora_B.weight = nn.Parameter(torch.zeros(layer.lora_B.weight.shape, device=place))
+
+
+def add_adapters(models: Models, config: TrainConfig) -> None:
+    """Give the networks the adapters that the phases of a training name, in place. Their values depend on the seed."""
+    parts = {part for phase in config.phases for part in phase.trains}
+    generator = torch.Generator().manual_seed(config.seed)
+    unet, text = LORA_TARGETS[config.lora_targets]
+    if "unet_lora" in parts:
+        adapt(models.unet, unet, config.rank, config.rank, config.adapter_scale, generator)
+        if config.conv_rank:
+            adapt(models.unet, CONVOLUTIONS, config.rank, config.conv_rank, config.adapter_scale, generator)
+    if "text_encoder_lora" in parts:
+        adapt(models.text_encoder, text, config.rank, config.rank, config.adapter_scale, generator)
+
+
+def adapt(
+    network: nn.Module, targets: str, rank: int, conv_rank: int, scale: float, generator: torch.Generator
+) -> None:
+    """Put adapters beside the layers whose names end as `targets` says. conv_rank: of convolutions larger than 1x1."""
+    ends = re.compile(rf"(.*\.)?({targets})")
+    for name, layer in list(network.named_modules()):
+        if not ends.fullmatch(name):
+            continue
+        if isinstance(layer, nn.Linear):
+            replace_layer(network, name, AdaptedLinear(layer, rank, scale, generator))
+        elif isinstance(layer, nn.Conv2d):
+            own = rank if layer.kernel_size == (1, 1) else conv_rank
+            replace_layer(network, name, AdaptedConv2d(layer, own, scale, generator))
+
+
+def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer at the place of this name."""
+    parent, _, last = name.rpartition(".")
+    setattr(network.get_submodule(parent), last, layer.train(network.training))
+
+
+def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """The adapted layers of a network, by name."""
+    for name, layer in network.named_modules():
+        if isinstance(layer, (AdaptedLinear, AdaptedConv2d)):
+            yield name, layer
+
+
+def remove_adapters(network: nn.Module) -> None:
+    """Put plain layers, which share the weights, at the places of the adapted ones."""
+    for name, layer in list(adapted_layers(network)):
+        if isinstance(layer, AdaptedLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        else:
+            shape = (layer.kernel_size, layer.stride, layer.padding)
+            plain = nn.Conv2d(layer.in_channels, layer.out_channels, *shape, device="meta")  # pyright: ignore[reportArgumentType]
+        plain.weight, plain.bias = layer.weight, layer.bias  # pyright: ignore[reportAttributeAccessIssue]
+        replace_layer(network, name, plain)
+
+
+# --- What an adapter does to a weight -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of one weight: scale x up down, the product taken over the rank."""
+
+    down: Tensor  # (r, in) or (r, in, k, k)
+    up: Tensor  # (out, r) or (out, r, 1, 1)
+    scale: float
+
+    def delta(self) -> Tensor:
+        """The change itself, in float32: (out, in), or (out, in, k, k) for a convolution."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.scale * product.view(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A change of one weight that is no product: strength x difference."""
+
+    difference: Tensor  # in the shape of the weight
+    strength: float = 1.0
+
+    def delta(self) -> Tensor:
+        """The change itself, in float32."""
+        return self.strength * self.difference.float()
+
+
+Changes = Mapping[str, list[Change | Difference]]  # by the name of the weight
+
+
+def changed(weight: Tensor, changes: Sequence[Change | Difference]) -> Tensor:
+    """A weight with its changes added, in float32; itself without any."""
+    if not changes:
+        return weight
+    total = weight.float()
+    for change in changes:
+        total = total + change.delta().to(total.device).view(total.shape)
+    return total

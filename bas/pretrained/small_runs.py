@@ -1,0 +1,131 @@
+"""Small runs: a folder that holds what was trained, and the hash of its base model in place of a copy.
+
+    RUN/tuned.safetensors       unet.NAME, text_encoder.text_model.NAME: adapters, or whole weights
+    RUN/concepts.safetensors    the handles' rows; the run's settings, and the name and hash of the base
+
+Such a run reads as a whole model: the base with the trained weights in their places and the adapters added.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bas.errors import InputError, RunError
+from bas.io.json_files import check_shape
+from bas.io.run_files import TUNED, read_concepts
+from bas.io.tensors import read_tensors, write_tensors
+from bas.models.adapters import Change, Difference
+from bas.models.bundle import is_adapter, is_finite
+from bas.pretrained.folder import read_parts, weights_hash
+from bas.pretrained.hub import SHIPPED, find, is_known_elsewhere, manifest
+from bas.pretrained.loading import TEXT_PREFIX, Parts, name_of
+
+FORMAT = "tuned-1"
+ADVICE = "copy the run again"
+
+
+def save_tuned(weights: Mapping[str, Tensor], scale: float, run: Path, dtype: torch.dtype) -> None:
+    """Write the trained weights of a small run.
+
+    weights: by their names in checkpoints, the handles among them, which have a file of their own. scale: alpha / rank.
+    RunError, before anything is written, for weights that are not finite in `dtype`.
+    """
+    tensors = {_public(name): tensor.to(dtype) for name, tensor in weights.items() if name != "handles"}
+    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise RunError(
+            f"the weights cannot be saved in {name_of(dtype)}, {len(broken)} tensors are beyond its range or not "
+            f"finite ({broken[0]}): use --save_precision fp32 or bf16"
+        )
+    write_tensors(run / TUNED, tensors, {"bas": FORMAT, "scale": repr(scale)})
+
+
+def _public(name: str) -> str:
+    """A weight's name as in files: every version of transformers writes `text_model.` there."""
+    text, _, rest = name.partition("text_encoder.")
+    return name if text or not rest else f"text_encoder.{TEXT_PREFIX}{rest.removeprefix(TEXT_PREFIX)}"
+
+
+def read_small_run(run: Path, prediction_type: str | None) -> Parts:
+    """Read a small run as the parts of a whole model. InputError if its base is not here or its files do not fit."""
+    concepts, metadata = read_concepts(run)
+    config, handles, rows = metadata["config"], tuple(metadata["handles"]), concepts["handles"]
+    parts = read_parts(find_base(run, metadata), prediction_type or config["prediction_type"])
+    width, tokens = parts.spec.text_encoder["hidden_size"], parts.spec.text_encoder["vocab_size"]
+    if tuple(rows.shape) != (len(handles), width):
+        raise InputError(f"{run} has rows of {list(rows.shape)} for {len(handles)} handles of width {width}: {ADVICE}")
+    from transformers import AddedToken
+
+    parts.spec.tokenizer.add_tokens([AddedToken(handle, normalized=False) for handle in handles])
+    unet = parts.spec.unet
+    if config["resolution"]:
+        unet = replace(unet, sample_size=config["resolution"] // parts.spec.vae.factor)
+    spec = replace(
+        parts.spec,
+        unet=unet,
+        text_encoder=parts.spec.text_encoder | {"vocab_size": tokens + len(handles)},
+        handles=(*parts.spec.handles, *handles),
+        source=run,
+    )
+    return replace(with_tuned(parts, run / TUNED), spec=spec, rows=rows)
+
+
+def with_tuned(parts: Parts, path: Path) -> Parts:
+    """Put a run's trained weights into the parts of its base. InputError for a tensor that has no place there."""
+    tuned, texts = read_tensors(path)
+    try:
+        scale = float(texts["scale"])
+        check_shape(texts["bas"], str)
+        if texts["bas"] != FORMAT:
+            raise ValueError
+    except (KeyError, ValueError):
+        raise InputError(f"{path} was not written by bas, or by a later version: {ADVICE}") from None
+    tensors = {component: dict(weights) for component, weights in parts.tensors.items()}
+    changes: dict[str, dict[str, list[Change | Difference]]] = {component: {} for component in tensors}
+    for name, tensor in tuned.items():
+        component, _, key = name.partition(".")
+        key = key.removeprefix(TEXT_PREFIX)
+        layer, _, kind = key.removesuffix(".weight").rpartition(".")
+        weight = f"{layer}.weight" if is_adapter(key) else key
+        place = tensors.get(component, {}).get(weight)
+        if place is None:
+            raise InputError(f"{path} holds {name}, for which its base has no place: {ADVICE}")
+        if not is_adapter(key):
+            if tensor.shape != place.shape:
+                raise InputError(f"{path}: {name} is {list(tensor.shape)}, the base has {list(place.shape)}: {ADVICE}")
+            tensors[component][weight] = tensor
+        elif kind == "lora_A":
+            up = tuned.get(name.replace(".lora_A.", ".lora_B."))
+            if up is None or not fits(tensor, up, place):
+                raise InputError(f"{path}: {name} has no fitting lora_B beside it: {ADVICE}")
+            changes[component][weight] = [Change(tensor, up, scale)]
+        elif name.replace(".lora_B.", ".lora_A.") not in tuned:
+            raise InputError(f"{path}: {name} has no lora_A beside it: {ADVICE}")
+    return replace(parts, tensors=tensors, changes=dict(changes))
+
+
+def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
+    """Whether an adapter's two matrices multiply to the shape of a weight."""
+    product = up.shape[0] * down[0].numel() if len(down) else 0
+    return up.shape[1] == down.shape[0] and len(weight) == up.shape[0] and weight.numel() == product
+
+
+def find_base(run: Path, metadata: dict[str, Any]) -> Path:
+    """Find the base of a small run by the name that it was trained with, else by its hash among the known models.
+
+    Raises InputError that says what to fetch.
+    """
+    name, wanted = metadata["config"]["pretrained_model_name_or_path"], metadata["base"]
+    others = [known for known in manifest() if known != name and not is_known_elsewhere(known)]
+    for candidate in (name, *others):
+        try:
+            place = find(candidate)
+            if weights_hash(place) == wanted:
+                return place
+        except InputError:
+            continue
+    advice = f"bas download {name}" if is_known_elsewhere(name) else f"put it back as {name or SHIPPED}"
+    raise InputError(f"{run} keeps no base model, and the one with the hash {wanted[:16]} is not here: {advice}")

@@ -1,0 +1,151 @@
+"""Adapters: they begin as the base, compute what merged weights compute, and are as many as the papers' layers have."""
+
+import pytest
+import torch
+
+from bas.config import TrainConfig
+from bas.models.adapters import (
+    AdaptedConv2d,
+    AdaptedLinear,
+    Change,
+    adapted_layers,
+    add_adapters,
+    changed,
+    remove_adapters,
+)
+from bas.models.bundle import Models, weight_groups
+from bas.models.text import encode_ids, tokenize
+from bas.pretrained.folder import build_networks
+from bas.pretrained.hub import find_spec
+from tests.helpers.families import tiny
+
+EVERYWHERE = {"train": "lora", "rank": 4, "conv_rank": 3, "alpha": 6.0}
+
+
+def adapted(family: str, values: bool = True, **settings) -> Models:
+    """A tiny model with adapters; with `values`, as if they had been trained."""
+    models = tiny(family)
+    add_adapters(models, TrainConfig(**EVERYWHERE | settings))
+    generator = torch.Generator().manual_seed(3)
+    for network in (models.unet, models.text_encoder):
+        for _, layer in adapted_layers(network):
+            if values:
+                layer.lora_B.weight.data = 0.1 * torch.randn(layer.lora_B.weight.shape, generator=generator)
+    return models
+
+
+@torch.no_grad()
+def outputs(models: Models) -> list[torch.Tensor]:
+    """Token states of a prompt, the prediction for one latent, and all attention maps."""
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    context = encode_ids(models.text_encoder, tokenize(models.tokenizer, ["a photo of a bowl"]))
+    prediction, maps = models.unet(z, 500, context, return_maps=True)
+    return [context, prediction, *(each.probs for each in maps)]
+
+
+def merge(models: Models) -> None:
+    """Add what the adapters do to the weights, and take the adapters away."""
+    for network in (models.unet, models.text_encoder):
+        for _, layer in list(adapted_layers(network)):
+            change = Change(layer.lora_A.weight.data, layer.lora_B.weight.data, layer.scale)
+            layer.weight.data = changed(layer.weight.data, [change])
+        remove_adapters(network)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_untrained_adapters_change_no_bit(family):
+    """States, prediction and maps equal those of the base."""
+    expected = outputs(tiny(family))
+    assert len(expected) > 4
+    for ours, theirs in zip(outputs(adapted(family, values=False)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_adapters_compute_what_merged_weights_compute(family):
+    """Every kind of layer: linear, 1x1, 3x3, strided; to 5e-6 in states, prediction and maps, which differ from the
+    base's by far more."""
+    models = adapted(family)
+    layers = [layer for network in (models.unet, models.text_encoder) for _, layer in adapted_layers(network)]
+    kinds = {(type(layer), getattr(layer, "kernel_size", ()), getattr(layer, "stride", ())) for layer in layers}
+    shapes = [((3, 3), (1, 1)), ((3, 3), (2, 2)), ((1, 1), (1, 1))]
+    assert kinds == {(AdaptedLinear, (), ()), *((AdaptedConv2d, *shape) for shape in shapes)}
+    ours, base = outputs(models), outputs(tiny(family))
+    merge(models)
+    assert not any(".lora_" in name for name in models.unet.state_dict())
+    for adapter, merged, plain in zip(ours, outputs(models), base, strict=True):
+        assert (adapter - merged).abs().max() < 5e-6
+        assert (adapter - plain).abs().max() > 1e-3
+
+
+def test_a_change_of_a_convolution_is_the_product_of_its_parts():
+    """A 3x3 kernel (o, i, 3, 3) changes by the sum over the rank of up x down."""
+    down, up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
+    expected = 0.5 * torch.einsum("or,rihw->oihw", up[..., 0, 0], down)
+    assert torch.allclose(Change(down, up, 0.5).delta(), expected, atol=1e-6)
+
+
+def test_the_seed_decides_the_first_values():
+    """Adapters of one seed are equal, those of another differ; A spreads as uniform within 1/sqrt(inputs)."""
+    one, same, other = (adapted("sd1", values=False, seed=seed) for seed in (1, 1, 2))
+    first, second, third = (dict(adapted_layers(m.unet)) for m in (one, same, other))
+    assert all(torch.equal(first[n].lora_A.weight, second[n].lora_A.weight) for n in first)
+    assert not any(torch.equal(first[n].lora_A.weight, third[n].lora_A.weight) for n in first)
+    layer = first["down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"]
+    assert 0.9 < layer.lora_A.weight.abs().max() * layer.in_features**0.5 <= 1.0
+
+
+# Trained millions and numbers of layers of Stable Diffusion 1.5 and 2.1, at rank 4: UNet, then text encoder.
+COUNTS = {
+    ("sd15", "kv"): (0.198, 32, 0.295, 48),
+    ("sd15", "attention"): (0.797, 128, 0.295, 48),
+    ("sd15", "transformer"): (1.696, 192, 0.664, 72),
+    ("sd15", "convolutions"): (4.203, 278, 0.664, 72),
+    ("sd21-base", "kv"): (0.231, 32, 0.754, 92),
+    ("sd21-base", "attention"): (0.830, 128, 0.754, 92),
+    ("sd21-base", "transformer"): (1.729, 192, 1.696, 138),
+    ("sd21-base", "convolutions"): (4.236, 278, 1.696, 138),
+}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21-base"])
+def test_full_size_models_have_the_known_numbers_of_layers_and_weights(name):
+    """Layers and weights of each set, counted without weights; K/V and V weights as well."""
+    for (model, targets), expected in COUNTS.items():
+        if model == name:
+            models = build_networks(find_spec(name))
+            extra = {"conv_rank": 4} if targets == "convolutions" else {"lora_targets": targets}
+            add_adapters(models, TrainConfig(train="lora", rank=4, **extra))
+            groups = weight_groups(models)
+            found = []
+            for part in ("unet_lora", "text_encoder_lora"):
+                found += [round(sum(p.numel() for p in groups[part].values()) / 1e6, 3), len(groups[part]) // 2]
+            assert tuple(found) == expected, targets
+    sizes = {part: sum(p.numel() for p in group.values()) for part, group in groups.items()}
+    expected = (19.17, 9.58) if name == "sd15" else (25.56, 12.78)
+    assert (round(sizes["cross_attention_kv"] / 1e6, 2), round(sizes["cross_attention_v"] / 1e6, 2)) == expected
+    assert (len(groups["cross_attention_kv"]), len(groups["cross_attention_v"])) == (32, 16)
+
+
+def test_rank_16_costs_four_times_rank_4():
+    """The number of trained weights grows as the rank."""
+    sizes = []
+    for rank in (4, 16):
+        models = adapted("sd2", values=False, rank=rank, conv_rank=rank)
+        sizes.append(sum(p.numel() for p in weight_groups(models)["unet_lora"].values()))
+    assert sizes[1] == 4 * sizes[0]
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    """Adapters' gradients with recomputed blocks equal those without, bit for bit."""
+    gradients = []
+    for recompute in (False, True):
+        models = adapted("sd1")
+        models.unet.set_gradient_checkpointing(recompute)
+        z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        context = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(2))
+        loss = models.unet(z, 500, context).sample.square().sum()
+        parameters = list(weight_groups(models)["unet_lora"].values())
+        gradients.append(torch.autograd.grad(loss, parameters))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(g.abs().max() > 0 for g in gradients[0])

@@ -1,0 +1,265 @@
+"""Small runs: they hold what was trained alone, resume to the same bits, and read as whole models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import bas
+from bas.cli.entry import main
+from bas.config import TrainConfig
+from bas.io.run_files import TUNED, read_concepts, save_concepts
+from bas.models.adapters import add_adapters
+from bas.models.bundle import is_adapter
+from bas.pretrained import small_runs
+from bas.pretrained.folder import read_spec, weights_hash
+from bas.sampling.prompt_strength import encode_prompts
+from bas.training import checkpoints
+from bas.training import loop as training
+from bas.training.loop import trained
+from bas.training.phase_state import trained_weights
+from tests.helpers.tiny import file_hashes, refused, snapshot
+
+LORA = {"train": "lora", "rank": 2, "conv_rank": 1, "alpha": 3.0, "learning_rate": 1e-2}
+FILES = (TUNED, "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def small(bench, tmp_path_factory):
+    """A finished run of 3 + 3 steps with adapters everywhere."""
+    return bas.train(bench.config(tmp_path_factory.mktemp("small") / "run", **LORA))
+
+
+def prediction(models) -> torch.Tensor:
+    """What the model predicts for one latent and a prompt with a handle."""
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        context = encode_prompts(models.text_encoder, models.tokenizer, ["a photo of <asset0> and <asset1>"])
+        return models.unet(z, 500, context).sample
+
+
+def bare(name: str) -> str:
+    """A weight's name without the prefix that some versions of transformers put before the text encoder's."""
+    return name.replace("text_model.", "")
+
+
+# --- What is trained and kept -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("lora", ("lora_A", "lora_B")), ("kv", ("attn2.to_k", "attn2.to_v")), ("v", ("attn2.to_v",))],
+)
+def test_a_kind_moves_its_weights_and_nothing_else(bench, tmp_path, kind, part):
+    """Every weight of the base outside the kind keeps its bits; everything that it names moves."""
+    config = bench.config(tmp_path / "run", **LORA | {"train": kind})
+    base = bas.load(bench.model, device="cpu", dtype=torch.float32)
+    before = {name: snapshot(getattr(base, name)) for name in ("unet", "vae", "text_encoder")}
+    with trained(config) as run:
+        names = [name for name in trained_weights(run.models, config) if name != "handles"]
+        assert names
+        assert all(any(word in name for word in part) for name in names)
+        for network, state in before.items():
+            after = getattr(run.models, network).state_dict()
+            same = {name for name in state if torch.equal(state[name], after[name])}
+            moved = {name.removeprefix(f"{network}.") for name in names if name.startswith(network)}
+            assert state.keys() - same == {name for name in moved if not is_adapter(name)}
+            assert all(after[name].abs().max() > 0 for name in moved)  # B has left zero
+        training.finish(run)
+    assert {*map(bare, load_file(tmp_path / "run" / TUNED))} == {*map(bare, names)}
+    assert not (tmp_path / "run" / "unet").exists()
+
+
+def test_a_small_run_reads_as_the_model_that_was_trained(bench, tmp_path):
+    """The run, read from disk, predicts what the networks in memory predict, to 5e-6; its base predicts otherwise."""
+    config = bench.config(tmp_path / "run", **LORA)
+    with trained(config) as run:
+        expected = prediction(run.models)
+        training.finish(run)
+    models = bas.load(tmp_path / "run", device="cpu", dtype=torch.float32)
+    assert models.handles == ("<asset0>", "<asset1>", "<asset2>")
+    assert not any(".lora_" in name for name in models.unet.state_dict())
+    assert (prediction(models) - expected).abs().max() < 5e-6
+    plain, _ = bench.prepared(bench.config())
+    assert (prediction(plain) - expected).abs().max() > 1e-3
+
+
+def test_without_phase_2_a_small_run_holds_handles_alone(bench, tmp_path):
+    run = bas.train(bench.config(tmp_path / "run", **LORA, phase2_train_steps=0))
+    assert load_file(run / TUNED) == {}
+    assert read_spec(run).handles == ("<asset0>", "<asset1>", "<asset2>")
+
+
+def test_the_file_is_that_of_the_masters(bench, tmp_path):
+    """In bf16 the file holds float32 numbers that bf16 cannot express, and steps far below bf16's spacing count."""
+    run = bas.train(bench.config(tmp_path / "run", **LORA, mixed_precision="bf16"))
+    tuned = load_file(run / TUNED)
+    for name, tensor in tuned.items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor, tensor.bfloat16().float()), name
+
+
+def test_bf16_gradients_point_as_those_of_float32(bench):
+    """Cosine of all adapters' gradients with float32's above 0.999."""
+    config = bench.config(**LORA)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        models, data = bench.prepared(config)
+        add_adapters(models, config)
+        generator = torch.Generator().manual_seed(5)
+        for name, p in trained_weights(models, config).items():
+            if ".lora_B." in name:
+                p.data = 0.05 * torch.randn(p.shape, generator=generator)
+        models.unet.to(dtype)
+        models.text_encoder.to(dtype)
+        phase = config.phases[1]
+        parameters = training.build_phase_state(models, phase, config, "no", {}).weights.optimized
+        batch = training.sample_batch(data, models, phase, config, torch.Generator().manual_seed(0))
+        loss, _ = training.training_step(models, batch, config)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        pairs = zip(parameters, gradients, strict=True)
+        found.append(torch.cat([gradient.float().flatten() for name, gradient in pairs if is_adapter(name)]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.999
+
+
+# --- Resuming -----------------------------------------------------------------------------------------------------
+
+
+class CutOff(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_a_small_run_resumes_to_the_same_bits(bench, tmp_path, monkeypatch, small, step):
+    """Cut off in phase 1, in the first step of phase 2, and in its last; the checkpoint takes 16 bytes a weight."""
+    original, steps = training.optimizer_step, iter(range(1, 100))
+
+    def dying(*args):
+        if next(steps) == step:
+            raise CutOff
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "optimizer_step", dying)
+        with pytest.raises(CutOff):
+            bas.train(bench.config(tmp_path / "run", checkpointing_steps=1, **LORA))
+    (folder,) = checkpoints.list_checkpoints(tmp_path / "run")
+    count = sum(tensor.numel() for tensor in load_file(small / TUNED).values()) + 3 * 16
+    header = 200 * len(checkpoints.load_checkpoint(folder).tensors) + 20_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * count + header
+    run = bas.train(bench.config(tmp_path / "run", resume_from_checkpoint="latest", **LORA))
+    assert file_hashes(run, FILES) == file_hashes(small, FILES)
+
+
+def test_another_kind_does_not_resume(bench, tmp_path, small):
+    """A run of another rank or kind is refused by the flag's name, a finished one too."""
+    with refused("already holds a finished run"):
+        bas.train(bench.config(small, **LORA))
+    for changes, flag in (({"rank": 3}, "--rank"), ({"train": "full"}, "--train"), ({"alpha": 1.0}, "--alpha")):
+        again = bench.config(small, resume_from_checkpoint="latest", **LORA | changes)
+        with refused(flag):
+            training.is_finished(again)
+
+
+# --- The base -----------------------------------------------------------------------------------------------------
+
+
+def copied(small, tmp_path, name: str):
+    """A copy of the run that says it was trained on a base of this name."""
+    run = shutil.copytree(small, tmp_path / "copy")
+    tensors, metadata = read_concepts(run)
+    metadata["config"]["pretrained_model_name_or_path"] = name
+    save_concepts(run, tensors["handles"], tensors["masks"] / 255, metadata.pop("handles"), metadata)
+    return run
+
+
+def test_the_base_is_found_by_its_hash(bench, tmp_path, small, monkeypatch):
+    """Where the name of the base leads nowhere, a known model with its hash is taken."""
+    run = copied(small, tmp_path, str(tmp_path / "gone"))
+    monkeypatch.setattr(small_runs, "manifest", lambda: {"other": {}, str(bench.model): {}})
+    monkeypatch.setattr(small_runs, "is_known_elsewhere", lambda name: False)
+    first, second = (bas.load(model, device="cpu").unet.conv_in.weight for model in (run, bench.model))
+    assert torch.equal(first, second)
+
+
+def test_a_base_that_is_not_here_is_named(tmp_path, small, capsys, monkeypatch):
+    """One line says what to fetch or to put back, with exit code 2, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    for name, advice in (("sd15", "bas download sd15"), (str(tmp_path / "gone"), f"put it back as {tmp_path}/gone")):
+        run = copied(small, tmp_path, name)
+        assert main(["sample", str(run), "--prompt", "a photo of <asset0>"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "keeps no base model" in line
+        assert line.endswith(advice)
+        shutil.rmtree(run)
+
+
+def test_a_base_that_changed_is_not_taken(bench, tmp_path, small):
+    """The name leads to other weights: the hash decides."""
+    other = shutil.copytree(bench.model, tmp_path / "model")
+    file = other / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.bias"] += 1
+    save_file(tensors, file)
+    with refused("keeps no base model", str(other)):
+        read_spec(copied(small, tmp_path, str(other)))
+
+
+def test_the_hash_of_a_small_run_depends_on_all_that_it_is(tmp_path, small):
+    """Another byte in its weights or its base's hash gives another hash."""
+    run = shutil.copytree(small, tmp_path / "run")
+    assert weights_hash(run, remembered=False) == weights_hash(small, remembered=False)
+    data = bytearray((run / TUNED).read_bytes())
+    data[-1] ^= 1
+    (run / TUNED).write_bytes(bytes(data))
+    assert weights_hash(run, remembered=False) != weights_hash(small, remembered=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda t: t.pop(next(n for n in t if ".lora_A." in n)), ("no lora_A beside it",)),
+        (lambda t: t.pop(next(n for n in t if ".lora_B." in n)), ("no fitting lora_B",)),
+        (lambda t: t.update(strange=torch.zeros(1)), ("holds strange",)),
+        (lambda t: t.update({"unet.conv_in.bias": torch.zeros(1)}), ("conv_in.bias is [1], the base has [8]",)),
+    ],
+)
+def test_damaged_weights_are_refused(tmp_path, small, change, parts):
+    """Half of a pair, a tensor without a place, a wrong shape: one line that names it."""
+    run = shutil.copytree(small, tmp_path / "run")
+    tensors = load_file(run / TUNED)
+    change(tensors)
+    with safe_open(run / TUNED, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, run / TUNED, metadata)
+    with refused(*parts):
+        bas.load(run, device="cpu")
+
+
+# --- Settings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_kind_has_its_own_rate_over_a_models():
+    """The rate of bas.json was made for another kind; what the user says wins."""
+    row = {"learning_rate": 2e-4}
+    assert TrainConfig.resolve({}, row).learning_rate == 2e-4
+    assert TrainConfig.resolve({"train": "lora"}, row).learning_rate == 1e-4
+    assert TrainConfig.resolve({}, row | {"train": "lora"}).learning_rate == 2e-4
+    assert TrainConfig.resolve({"train": "kv", "learning_rate": 3e-4}, row).learning_rate == 3e-4
+
+
+def test_the_old_flag_is_answered_with_the_new_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "scene", "--unet_layers", "cross_attention"])
+    assert stop.value.code == 2
+    assert "bas calls it --train" in capsys.readouterr().err
+
+
+def test_info_describes_a_small_run(small, capsys):
+    assert main(["info", str(small), "--json"]) == 0
+    details = json.loads(capsys.readouterr().out)
+    assert details["loads"]
+    assert details["handles"] == ["<asset0>", "<asset1>", "<asset2>"]
