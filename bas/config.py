@@ -224,7 +224,7 @@ OF_A_MODEL = (
     *("initial_learning_rate", "learning_rate", "scale_lr", "train_text_encoder", "train", "apply_masked_loss"),
     *("rank", "alpha", "lora_targets", "conv_rank"),
     *("normalize_masked_loss", "lambda_attention", "attention_loss", "subset_sampling", "flip_probability"),
-    "seg_mix_probability",
+    *("seg_mix_probability", "seg_mix_move"),
     *("with_prior_preservation", "prior_loss_weight", "class_prompt", "num_class_images", "train_batch_size"),
     *("gradient_accumulation_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
     *("max_grad_norm", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "preview_inference_steps"),
@@ -390,7 +390,7 @@ class TrainConfig(Settings):
         0.0, "probability of pasting the concepts at other places and sizes in a step (Seg-Mix)", group="method", most=1
     )
     seg_mix_move: float = setting(
-        1.0, "how far Seg-Mix moves concepts: 1 anywhere, 0 not at all, on other backgrounds only", group="method", most=1
+        1.0, "how far Seg-Mix moves concepts: 1 anywhere, 0 to other backgrounds only", group="method", most=1
     )
     with_prior_preservation: bool = setting(
         True,

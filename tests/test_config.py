@@ -99,6 +99,7 @@ NUMBERS = {  # of every other number: two at its ends that pass, two beyond them
         "alpha": (0.001, 1000.0, 0.0, 1000.1),
         "flip_probability": PROBABILITY,
         "seg_mix_probability": PROBABILITY,
+        "seg_mix_move": PROBABILITY,
     },
     SampleConfig: {"guidance_scale": EVERYTHING_OR_MORE, "eta": PROBABILITY},
     EditConfig: {"blending_start_percentage": DECAY},

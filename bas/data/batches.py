@@ -259,7 +259,7 @@ def encode_seg_mix(
         decoded = decode_means(models, class_posterior.mean[[i for i, _ in chosen]])
         backgrounds = [decoded[i % len(decoded)] for i in range(SEG_MIX_IMAGES)]
     mixed = []
-    for i, extra in enumerate(seg_mix(scene, backgrounds, config.seed)):
+    for i, extra in enumerate(seg_mix(scene, backgrounds, config.seed, config.seg_mix_move)):
         pixels, layers = extra.tensors(image.shape[1], image.shape[2], len(scene))
         seen = encode_image(models, pixels, layers, sorted(extra.masks), config)
         shown = tuple(i for i in seen.shown if all(view.latent_masks[i].any() for view in seen.views))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from bas.config import METHODS, TrainConfig
-from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset
+from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset, size_to_cover
 from bas.data.scene_folder import load_scene
 
 SEG_MIX_SIDES = 0.5, 0.8  # of the image's shorter side: the longest side of a concept alone; of k, by sqrt(k) less
@@ -59,12 +59,12 @@ def paste(image: Image.Image, masks: list[np.ndarray], generator: torch.Generato
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int) -> tuple[ExtraImage, ...]:
+def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int, move: float = 1) -> tuple[ExtraImage, ...]:
     """Images in which concepts, cut out of the scene, stand on these backgrounds at other places, in other sizes.
 
     After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
     shows. The largest gets a random size, the others keep theirs beside it. Concepts cover each other only where there
-    is no room.
+    is no room. move: 1 for any place and size, 0 for those in the scene and its close-ups, or the share between them.
     """
     generator = torch.Generator().manual_seed(seed)
     mixed = []
@@ -77,13 +77,19 @@ def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int) -> tupl
         longest = max(side for left, top, right, bottom in boxes.values() for side in (right - left, bottom - top))
         low, high = SEG_MIX_SIDES
         share = low + (high - low) * torch.rand((), generator=generator).item()
-        scale = share * min(canvas.size) / longest / len(chosen) ** 0.5
+        resized, _ = size_to_cover(image.size, canvas.size)
+        still, free = resized / image.size[0], share * min(canvas.size) / longest / len(chosen) ** 0.5
+        scale = still ** (1 - move) * free**move
         layers: dict[int, np.ndarray] = {}
         for concept, box in boxes.items():
             size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
             layer = Image.fromarray((masks[concept] * 255).round().astype(np.uint8)).crop(box)
             mask = layer.resize(size, Image.Resampling.BILINEAR)
-            where = place(np.asarray(mask) / 255, canvas.size, list(layers.values()), generator)
+            centre = tuple(
+                canvas_side / 2 + still * ((first + last) - side) / 2
+                for canvas_side, first, last, side in zip(canvas.size, box[:2], box[2:], image.size, strict=True)
+            )
+            where = place(np.asarray(mask) / 255, canvas.size, centre, list(layers.values()), generator, move)
             canvas.paste(image.crop(box).resize(size, Image.Resampling.BICUBIC), where, mask)
             pasted = Image.new("L", canvas.size)
             pasted.paste(mask, where)
@@ -106,18 +112,29 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def place(
-    mask: np.ndarray, size: tuple[int, int], others: list[np.ndarray], generator: torch.Generator
+    mask: np.ndarray,
+    size: tuple[int, int],
+    centre: tuple[float, float],
+    others: list[np.ndarray],
+    generator: torch.Generator,
+    move: float,
 ) -> tuple[int, int]:
-    """A random (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
+    """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
-    Of TRIES places the first that covers nothing is taken, or else the one that covers least.
+    It lies the share `move` of the way from `centre`, in pixels, to a random place. Of TRIES places the first that
+    covers nothing is taken, or else the one that covers least.
     """
     (h, w), (width, height) = mask.shape, size
     covered = {}
     for _ in range(TRIES):
-        left = int(torch.randint(width - w + 1, (), generator=generator))
-        top = int(torch.randint(height - h + 1, (), generator=generator))
-        covered[left, top] = sum(float((other[top : top + h, left : left + w] * mask).sum()) for other in others)
+        free = [int(torch.randint(max(1, most + 1), (), generator=generator)) for most in (width - w, height - h)]
+        still = centre[0] - w / 2, centre[1] - h / 2
+        left, top = (
+            min(max(round((1 - move) * near + move * far), 0), max(most, 0))
+            for near, far, most in zip(still, free, (width - w, height - h), strict=True)
+        )
+        inside = mask[: height - top, : width - left]
+        covered[left, top] = sum(float((other[top : top + h, left : left + w] * inside).sum()) for other in others)
         if not covered[left, top]:
             break
     return min(covered, key=covered.__getitem__)

@@ -65,6 +65,22 @@ def test_the_sizes_of_concepts_beside_each_other_are_kept(squares):
     assert sum(near) > 0.8 * len(near)  # not where one covers a part of the other
 
 
+def test_without_a_move_concepts_stay_where_they_are(squares):
+    """move=0: the masks are the scene's own. move=0.1: centres move by a tenth of the way to a random place at most."""
+    still = seg_mix(squares, [plain(64, 64, 0)] * 8, 0, move=0)
+    for extra in still:
+        for concept, mask in extra.masks.items():
+            assert np.array_equal(mask, squares.masks[concept])
+    half = seg_mix(squares, [plain(32, 32, 0)] * 8, 0, move=0)
+    assert {float(mask.sum()) for extra in half for mask in extra.masks.values()} == {16.0}
+    shifts = []
+    for extra in seg_mix(squares, [plain(64, 64, 0)] * 64, 0, move=0.1):
+        for concept, mask in extra.masks.items():
+            centres = [np.mean(np.nonzero(layer > 0.5), axis=1) for layer in (mask, squares.masks[concept])]
+            shifts.append(np.abs(centres[0] - centres[1]).max())
+    assert 2 < max(shifts) <= 6
+
+
 def test_backgrounds_stay_outside_the_concepts(squares):
     """Image i stands on background i, which is not changed itself."""
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)) for i in range(3)]
@@ -111,12 +127,12 @@ def test_a_concept_stands_clear_of_others_where_there_is_room():
     generator = torch.Generator().manual_seed(0)
     mask, other = np.ones((4, 2)), np.zeros((4, 12))
     other[:, :6] = 1
-    found = [place(mask, (12, 4), [other], generator) for _ in range(200)]
+    found = [place(mask, (12, 4), (6, 2), [other], generator, 1.0) for _ in range(200)]
     assert sum(left >= 6 for left, _ in found) >= 199
     assert {left for left, _ in found} >= set(range(6, 11))
     full = np.full((4, 12), 1.0)
     full[:, 8:10] = 0.5
-    assert sum(place(mask, (12, 4), [full], generator)[0] == 8 for _ in range(200)) > 150
+    assert sum(place(mask, (12, 4), (6, 2), [full], generator, 1.0)[0] == 8 for _ in range(200)) > 150
 
 
 def test_covered_parts_belong_to_the_upper_concept(bench):
