@@ -11,7 +11,17 @@ import typing
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
-from bas.errors import MAX_SIDE, InputError, check_bool, check_choice, check_float, check_int, did_you_mean, is_utf8
+from bas.errors import (
+    MAX_SIDE,
+    InputError,
+    check_bool,
+    check_choice,
+    check_float,
+    check_int,
+    did_you_mean,
+    is_utf8,
+    shown,
+)
 
 MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
@@ -75,7 +85,7 @@ def check_setting(row: Field, value: Any, name: str, limits: bool = True) -> Any
     if several and isinstance(value, (list, tuple)):
         return tuple(check_one(row, kind, each, name, limits) for each in value)
     if several:
-        raise InputError(f"{name} is {value!r:.60}: expected a list")
+        raise InputError(f"{name} is {shown(value)}: expected a list")
     if value == "" and row.default != "":  # for example an unset variable of the shell
         raise InputError(f"{name} is empty: leave it out, or give it a value")
     return None if value is None and optional else check_one(row, kind, value, name, limits)
@@ -91,7 +101,7 @@ def check_one(row: Field, kind: type, value: Any, name: str, limits: bool) -> An
         return float(check_float(name, value, **(NUMBERS | row.metadata["limits"] if limits else ANY)))
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
-        raise InputError(f"{name} is {text!r:.60}: expected a string")
+        raise InputError(f"{name} is {shown(text)}: expected a string")
     if not is_utf8(text):  # the files of a run are UTF-8
         raise InputError(f"{name} {text!r} is not UTF-8: rename it")
     return check_choice(name, text, row.metadata["choices"]) if limits and row.metadata["choices"] else text

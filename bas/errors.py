@@ -12,8 +12,13 @@ from bas import other_tools
 # Far above any model of this family: a larger number is a broken file or a slip.
 MAX_CHANNELS = 8192
 MAX_SIDE = 16_384  # pixels
-# Line breaks, terminal sequences, and what turns the direction of writing.
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# Line breaks, terminal sequences, and characters that nobody sees: what turns the direction of writing, spaces of no
+# width, tags. Joiners (U+200C, U+200D) are not among them, because words of some scripts and emoji need them.
+CONTROL = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"
+    "\\U000e0000-\\U000e007f]"
+)
+PYTHONS_ADVICE = "; use sys.set_int_max_str_digits() to increase the limit"  # about a number of thousands of digits
 
 
 def printable(text: str) -> str:
@@ -21,18 +26,31 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def shown(value: object, most: int = 60) -> str:
+    """A value as Python writes it, cut to `most` characters."""
+    try:
+        return f"{value!r:.{most}}"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _message(text: str) -> str:
+    """A message for the user: one printable line. It may quote a file, a file's name, or an error of a library."""
+    return printable(text.replace(PYTHONS_ADVICE, ""))
+
+
 class InputError(ValueError):
     """The user's input cannot be used. The message is one line: what is wrong, then what to do."""
 
     def __init__(self, message: str):
-        super().__init__(printable(message))  # names of files and their content may hold anything
+        super().__init__(_message(message))
 
 
 class RunError(RuntimeError):
     """A run failed although its input was valid, for example because a loss is not finite. The message is one line."""
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        super().__init__(_message(message))
 
 
 class NotFiniteError(RunError):
@@ -58,7 +76,7 @@ def check_int(name: str, value: Any, least: float, most: float) -> int:
     """Return the value. InputError unless it is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         limits = f" from {least:.0f} to {most:.0f}" if math.isfinite(most) else ""
-        raise InputError(f"{name} is {value!r:.60}: expected a whole number{limits}")
+        raise InputError(f"{name} is {shown(value)}: expected a whole number{limits}")
     return value
 
 
@@ -83,21 +101,21 @@ def check_float(
             f"less than {below:g}" if below <= most else f"{most:g} or less",
         ]
         finite = " and ".join(limit for limit in limits if "inf" not in limit)
-        raise InputError(f"{name} is {value!r:.60}: expected a finite number{', ' * bool(finite)}{finite}")
+        raise InputError(f"{name} is {shown(value)}: expected a finite number{', ' * bool(finite)}{finite}")
     return value
 
 
 def check_bool(name: str, value: Any) -> bool:
     """Return the value. InputError unless it is true or false."""
     if not isinstance(value, bool):
-        raise InputError(f"{name} is {value!r:.60}: expected true or false")
+        raise InputError(f"{name} is {shown(value)}: expected true or false")
     return value
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     """Return the value. InputError unless it is one of `choices`."""
     if value not in (known := tuple(choices)):
-        raise InputError(f"{name} is {value!r:.60}: expected one of {', '.join(known)}")
+        raise InputError(f"{name} is {shown(value)}: expected one of {', '.join(known)}")
     return value
 
 

@@ -10,6 +10,7 @@ from bas.cli.entry import COMMANDS, build_parser, main
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import InputError, RunError, did_you_mean, printable
 from bas.io.images import open_image
+from bas.io.json_files import check_shape
 from bas.io.tensors import read_tensors
 from bas.pretrained.folder import read_spec
 
@@ -21,6 +22,40 @@ def test_a_message_is_one_printable_line():
             == r"a\nb\r\x1b[2J\x7f\x9b\u2028\u202e写真" + "\udcff"
         )
     assert printable("a photo of <toy>, ünïcode") == "a photo of <toy>, ünïcode"
+
+
+@pytest.mark.parametrize("character", [*"\u00ad\u061c\u180e\u200b\u200e\u200f\u202a\u2060\u206f\ufeff\ufffb\U000e0041"])
+def test_characters_that_nobody_sees_are_escaped(character):
+    """They turn the direction of what follows, or make two names look alike."""
+    assert printable(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
+
+
+def test_joiners_of_words_and_emoji_stay():
+    assert printable("می\u200cخواهم 👩\u200d🚀") == "می\u200cخواهم 👩\u200d🚀"
+
+
+HUGE = {"decimal": "9" * 5000, "hexadecimal": f"0x{'f' * 5000}", "in a list": f"[0x{'f' * 5000}]"}
+
+
+@pytest.mark.parametrize("number", HUGE.values(), ids=HUGE)
+@pytest.mark.parametrize("name", ["seed", "learning_rate", "train_text_encoder", "output_dir", "noise_offset"])
+def test_a_number_of_thousands_of_digits_is_refused_in_one_line(name, number, tmp_path, capsys):
+    """Python writes and reads no such number; its advice about that is for programmers."""
+    file = tmp_path / "run.toml"
+    file.write_text(f"{name} = {number}\n")
+    assert main(["train", "scene", "--config", str(file)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"bas: {file}")
+    assert "set_int_max_str_digits" not in message
+    assert message.count("\n") == 1
+    assert len(message) < 300
+
+
+def test_a_number_of_thousands_of_digits_from_python():
+    with pytest.raises(InputError, match=r"^--seed is a number of thousands of digits: expected a whole number from "):
+        TrainConfig(seed=10**5000)
+    with pytest.raises(ValueError, match=r"^steps is a number of thousands of digits$"):
+        check_shape({"steps": 10**5000}, {"steps": str})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bas.errors import InputError
+from bas.errors import InputError, shown
 from bas.io.files import read_bytes, reading, require_file, write_text
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
         for each in value:
             check_shape(each, shape[0], f"an entry of {name}")
     elif not isinstance(value, shape) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r:.40}")
+        raise ValueError(f"{name} is {shown(value, 40)}")
 
 
 def read_record(path: Path, shape: dict[Any, Any], advice: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from bas.errors import InputError, check_bool, check_float, check_positive
+from bas.errors import InputError, check_bool, check_float, check_positive, shown
 
 MAX_LAYERS = 16  # in one level; far above any model of this family
 LISTS = {"block_out_channels": int, "down_block_types": str, "up_block_types": str}  # fields and what they list
@@ -12,7 +12,7 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
     """Take the fields of `kind`. Raises InputError for any other, unless it has one of its `inert` values."""
     known = {f.name for f in fields(kind)}
     unknown = [
-        f"{key}={value!r:.60}"
+        f"{key}={shown(value)}"
         for key, value in config.items()
         if key not in known and not key.startswith("_") and value not in inert.get(key, (None, False))
     ]
@@ -28,7 +28,7 @@ def _check_lists(config: dict) -> dict:
     for name, kind in LISTS.items():
         value = config.get(name, [])
         if not isinstance(value, (list, tuple)) or not all(isinstance(entry, kind) for entry in value):
-            raise InputError(f"{name} is {value!r:.60}: expected a list of {'numbers' if kind is int else 'names'}")
+            raise InputError(f"{name} is {shown(value)}: expected a list of {'numbers' if kind is int else 'names'}")
     return config
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bas.config import OF_A_MODEL, TrainConfig, setting_rows
-from bas.errors import InputError
+from bas.errors import InputError, shown
 from bas.io.files import reading
 from bas.io.json_files import read_json
 from bas.io.run_files import CONCEPTS, read_concepts
@@ -194,7 +194,7 @@ def read_model_row(folder: Path) -> dict | None:
             return None
     row = read_json(path).get("train", {})
     if not isinstance(row, dict):
-        raise InputError(f"{path}: train is {row!r:.60}, expected settings by name")
+        raise InputError(f"{path}: train is {shown(row)}, expected settings by name")
     known = setting_rows(TrainConfig)
     if others := sorted((row.keys() & known.keys()) - {*OF_A_MODEL}):
         raise InputError(f"{path} sets {', '.join(others)}: a model may set only how it is trained; remove it there")

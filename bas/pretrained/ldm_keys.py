@@ -189,7 +189,7 @@ def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
     """The keys of SD 2's text encoder beyond its table: position table, unused last layer, fused (3d, ...) inputs."""
     if key == "positional_embedding":
         return {"embeddings.position_embedding.weight": tensor}
-    layer = re.match(r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_(weight|bias)$)?", key)
+    layer = re.match(r"transformer\.resblocks\.([0-9]{1,4})\.(attn\.in_proj_(weight|bias)$)?", key)
     if layer and int(layer[1]) >= OPEN_CLIP_LAYERS:
         return {}
     if layer and layer[2] and len(tensor) % 3 == 0:

@@ -173,6 +173,11 @@ def _has_open_clip(tensors: dict[str, Tensor]) -> bool:
     return any(name.startswith(OPEN_CLIP) for name in tensors)
 
 
+def _has_clip(tensors: dict[str, Tensor]) -> bool:
+    """Whether a text encoder has transformers' names; some files leave the inner prefix out."""
+    return any(f"{CLIP}{inner}final_layer_norm.weight" in tensors for inner in ("text_model.", ""))
+
+
 def _is_sd2(tensors: dict[str, Tensor]) -> bool:
     """Whether this is SD 2, whose transformers project linearly; its text encoder may have either names."""
     projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
@@ -180,10 +185,14 @@ def _is_sd2(tensors: dict[str, Tensor]) -> bool:
 
 
 def _check_family(shapes: _Shapes) -> None:
-    """Raise InputError when UNet and text encoder are of different families."""
+    """Raise InputError when UNet and text encoder are of different families, or the text encoders are two."""
     sd2, names = _is_sd2(shapes.tensors), _has_open_clip(shapes.tensors)
     width = shapes(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     unet = f"{shapes.path} has the UNet of Stable Diffusion {2 if sd2 else 1}"
+    if names and _has_clip(shapes.tensors):
+        raise InputError(
+            f"{shapes.path} holds two text encoders, under {OPEN_CLIP} and {CLIP}: save it again with the one it uses"
+        )
     if names and not sd2:
         raise InputError(f"{unet} and the text encoder of 2 (open_clip): they belong to different models")
     if FAMILY_WIDTHS.get(width, sd2) != sd2:
@@ -302,7 +311,7 @@ def _prediction_type(
         return SPEC_PREDICTION[given], f"from {path.with_suffix('.yaml').name} (parameterization: {given})"
     if not _is_sd2(tensors):
         return "epsilon", "as most Stable Diffusion 1.x; --prediction_type v_prediction for the others"
-    blocks = (re.match(rf"{re.escape(UNET)}output_blocks\.(\d+)\.", name) for name in tensors)
+    blocks = (re.match(rf"{re.escape(UNET)}output_blocks\.([0-9]{{1,4}})\.", name) for name in tensors)
     last = max((int(block[1]) for block in blocks if block), default=0)
     bias = tensors.get(f"{UNET}output_blocks.{last}.{V_PREDICTION_BIAS}")
     spread = bias.float().std(correction=0).item() if bias is not None else 0.0

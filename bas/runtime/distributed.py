@@ -6,6 +6,7 @@ The processes exchange data only at the end of the work.
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch.distributed.rendezvous import rendezvous
 
-from bas.errors import InputError, RunError
+from bas.errors import InputError, RunError, shown
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class Ranks:
         values = {}
         for field, (variable, default) in names.items():
             text = os.environ.get(variable, str(default))
-            if not text.isdecimal():
-                raise InputError(f"the environment says {variable}={text!r}: expected a whole number")
+            if not re.fullmatch("[0-9]{1,9}", text):
+                raise InputError(f"the environment says {variable}={shown(text)}: expected a whole number")
             values[field] = int(text)
         if not values["rank"] < values["world"]:
             raise InputError(f"the environment says RANK={values['rank']} of WORLD_SIZE={values['world']}")

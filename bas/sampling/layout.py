@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bas.errors import InputError, check_float
+from bas.errors import InputError, check_float, shown
 from bas.io.images import read_mask
 from bas.io.json_files import read_content
 
@@ -67,7 +67,7 @@ def check_layout(layout: Layout, known: tuple[str, ...], size: tuple[int, int], 
 def check_box(handle: str, box: object) -> None:
     """Raise InputError unless it is [left, top, right, bottom] in shares of the image."""
     if not isinstance(box, (list, tuple)) or len(box) != 4:
-        raise InputError(f"the region of {handle} is {box!r:.60}: expected [left, top, right, bottom] or a mask file")
+        raise InputError(f"the region of {handle} is {shown(box)}: expected [left, top, right, bottom] or a mask file")
     for side, value in zip(("left", "top", "right", "bottom"), box, strict=True):
         check_float(f"{side} of the box of {handle}, a share of the image,", value, 0, 1)
     left, top, right, bottom = box

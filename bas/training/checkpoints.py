@@ -281,11 +281,12 @@ def check_tensors(
         if tensors[name].dtype != torch.float32:
             mismatch(name, tensors[name].dtype, torch.float32)
     shapes = [tuple(p.shape) for p in parameters.values()]
+    known = set(map(str, range(len(shapes))))
     states: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             index, _, entry = name.removeprefix("optimizer.").partition(".")
-            if not index.isdecimal() or int(index) >= len(shapes):
+            if index not in known:
                 mismatch(name, "present", f"of none of the {len(shapes)} parameters")
             states.setdefault(index, set()).add(entry)
             wanted = shapes[int(index)] if entry in MOMENTS else ()

@@ -209,6 +209,18 @@ def test_a_text_encoder_of_the_other_family_is_refused(sd2_file, tmp_path):
     )
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_two_text_encoders_are_not_mixed(family, sd2_file, tmp_path):
+    """One under each tool's names: which of them the UNet reads is not said."""
+    path = tmp_path / "model.safetensors"
+    save_single_file(tiny("sd1", whole_vocabulary=True), path)
+    texts = {k: v for file in (path, sd2_file) for k, v in load_file(file).items() if k.startswith((CLIP, OPEN_CLIP))}
+    save_file(load_file(path if family == "sd1" else sd2_file) | texts, path)
+    assert refusal(path) == (
+        f"{path} holds two text encoders, under {OPEN_CLIP} and {CLIP}: save it again with the one it uses"
+    )
+
+
 @pytest.mark.parametrize(("family", "width"), [("sd1", 1024), ("sd2", 768)])
 def test_a_width_of_the_other_family_is_refused(family, width, tmp_path):
     path = tmp_path / "model.safetensors"

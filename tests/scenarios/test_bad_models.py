@@ -21,7 +21,7 @@ from bas.errors import InputError
 from bas.io.json_files import MAX_JSON_BYTES
 from bas.io.tensors import MAX_TENSORS, read_tensors
 from bas.pretrained.folder import load
-from bas.pretrained.ldm_keys import CLIP, UNET
+from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE
 from bas.pretrained.single_file import save_single_file
 from tests.helpers.families import TEXT_FILE, UNET_FILE, VAE_FILE, change_json, change_tensors, refusal, tiny
 from tests.helpers.faults import opened, unprivileged
@@ -310,7 +310,8 @@ def test_a_tokenizer_too_large_to_be_one(name, folder):
     with (folder / "tokenizer" / name).open("ab") as file:
         file.truncate(MAX_JSON_BYTES + 1)
     with little_memory(4_000_000):
-        assert refusal(folder).startswith(f"{folder / 'tokenizer' / name} is larger than any configuration: ")
+        message = refusal(folder)
+    assert message == f"{folder / 'tokenizer' / name} is larger than any configuration of a model: name another file"
 
 
 def test_a_vocabulary_with_a_hole(folder):
@@ -361,10 +362,12 @@ def test_a_file_that_may_not_be_read(file, saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """A sound SD 1 single file, not to be changed."""
-    path = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_single_file(tiny("sd1", whole_vocabulary=True), path)
-    return path
+    """Sound single files of two families, not to be changed."""
+    place = tmp_path_factory.mktemp("single")
+    files = {family: place / f"{family}.safetensors" for family in ("sd1", "sd2")}
+    for family, path in files.items():
+        save_single_file(tiny(family, whole_vocabulary=True), path)
+    return files
 
 
 @pytest.mark.parametrize(
@@ -388,17 +391,39 @@ def single(tmp_path_factory):
 )
 def test_a_single_file_with_a_tensor_of_another_shape(name, value, reason, single, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_file(load_file(single) | {name: value}, path)
+    save_file(load_file(single["sd1"]) | {name: value}, path)
     assert refusal(path).startswith(f"{path}{reason}")
 
 
-def test_names_of_tensors_are_nothing_but_names(single, tmp_path):
+@pytest.mark.parametrize("digits", ["9" * 5000, "٣"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (f"{UNET}output_blocks.#.0", "unet"),
+        (f"{VAE}encoder.down.#.block.0.conv1.weight", "vae"),
+        (f"{CLIP}text_model.encoder.layers.#.mlp.fc1.weight", "text_encoder"),
+        (f"{OPEN_CLIP}transformer.resblocks.#.mlp.c_fc.weight", "text_encoder"),
+    ],
+)
+def test_numbers_in_names_of_tensors_are_those_of_layers(name, part, digits, single, tmp_path):
+    """A name whose number is none of a layer's is unexpected, however long it is."""
     path = tmp_path / "model.safetensors"
-    odd = {f"{UNET}output_blocks.{'9' * 5000}.0": torch.zeros(1), "../../x": torch.zeros(1), "a\0b": torch.zeros(1)}
-    for name in odd:
-        save_file(load_file(single) | {name: odd[name]}, path)
-        message = refusal(path)
-        assert message.startswith(f"{path} (unet) does not hold the weights that its configuration describes (1): ")
+    key = name.replace("#", digits)
+    save_file(load_file(single["sd2"]) | {key: torch.zeros(1)}, path)
+    message = refusal(path)
+    assert message.startswith(f"{path} ({part}) does not hold the weights that its configuration describes (1): ")
+    assert message.endswith(f"{key.removeprefix(CLIP).removeprefix('text_model.')} is unexpected")
+
+
+@pytest.mark.parametrize("name", ["../../x", "a\0b", "/etc/x", "x" * 5000])
+def test_names_of_tensors_are_nothing_but_names(name, single, tmp_path):
+    """What lies outside of the networks is left out: it makes no file and changes no weight."""
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(single["sd1"]) | {name: torch.zeros(1)}, path)
+    ours, expected = load(path), load(single["sd1"])
+    for part in ("unet", "vae", "text_encoder"):
+        weights = getattr(expected, part).state_dict()
+        assert all(torch.equal(weights[key], tensor) for key, tensor in getattr(ours, part).state_dict().items())
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -480,8 +505,8 @@ def test_a_folder_full_of_traps_is_only_read(hook, folder, tmp_path):
 
 def test_a_single_file_is_only_read(hook, single):
     with watched() as events:
-        load(single)
-    assert_stayed_within(events, single.parent)
+        load(single["sd1"])
+    assert_stayed_within(events, single["sd1"].parent)
 
 
 # --- The command line ---------------------------------------------------------------------------------------------
