@@ -48,6 +48,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "diffusers>=0.35",
+            "peft>=0.17",
             "ruff>=0.11",
             "pyright[nodejs]>=1.1.400",
             "scipy>=1.11",

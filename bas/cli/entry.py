@@ -53,6 +53,7 @@ COMMANDS = {
     "report": "write the report of a run again",
     "info": "say what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
+    "merge": "write a small run and its base as one whole model",
     "export": "write a model as one .safetensors file for other tools",
 }
 

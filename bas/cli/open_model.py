@@ -7,6 +7,7 @@ from pathlib import Path
 from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
 from bas.models.bundle import Models, ModelSpec
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, pick_device, pick_precision
@@ -23,12 +24,18 @@ def add_prediction_type(parser: Parser) -> None:
 
 
 def add_model(parser: Parser) -> None:
-    """Declare RUN, --model_path, --prediction_type, and the two flags of the machine."""
+    """Declare RUN, --model_path, --prediction_type, --lora, --embedding, and the two flags of the machine."""
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
     )
     parser.add_argument("--model_path", metavar="RUN", help="RUN under the flag of the official script")
     add_prediction_type(parser)
+    parser.add_argument(
+        "--lora", nargs="+", action="extend", metavar="FILE", default=[], help="add a LoRA file, FILE or FILE:WEIGHT"
+    )
+    parser.add_argument(
+        "--embedding", nargs="+", action="extend", metavar="FILE", default=[], help="add an embedding file as <FILE>"
+    )
     add_machine(parser)
 
 
@@ -45,7 +52,8 @@ def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -
     `check` sees the model's description before any weight is read, and raises InputError for what it cannot do.
     """
     path, device = find_model(args), pick_device(args.device)
-    spec = read_spec(path, args.prediction_type)
+    additions = Additions.read(args.lora, args.embedding) if args.lora or args.embedding else None
+    spec = read_spec(path, args.prediction_type, additions)
     check(spec)
     dtype = DTYPES[pick_precision(args.precision, device, spec.unet_size)]
-    return load(path, device, dtype, args.prediction_type)
+    return load(path, device, dtype, args.prediction_type, additions)

@@ -47,6 +47,8 @@ from bas.schedulers import NoiseSchedule
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from bas.pretrained.additions import Additions
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -62,13 +64,15 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     prediction_type: str | None = None,
+    additions: Additions | None = None,
 ) -> Models:
-    """Load a diffusers folder or an original single file (.safetensors) of Stable Diffusion 1.x or 2.x.
+    """Load a diffusers folder, an original single file (.safetensors) of Stable Diffusion 1.x or 2.x, or a small run.
 
-    `prediction_type` ("epsilon" or "v_prediction") overrides the files. No weight stays memory-mapped, so a file that
-    changes later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
+    `prediction_type` ("epsilon" or "v_prediction") overrides the files; `additions` are LoRA and embedding files. No
+    weight stays memory-mapped, so a file that changes later changes no model. Raises InputError when anything is
+    missing, unexpected or of another kind.
     """
-    models, parts = _build(Path(path), prediction_type)
+    models, parts = _build(Path(path), prediction_type, additions)
     for component in COMPONENTS:
         network, changes = getattr(models, component), parts.changes.get(component)
         load_weights(network, parts.tensors[component], f"{path} ({component})", device, dtype, changes)
@@ -84,9 +88,9 @@ def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Model
     return models, parts.tensors
 
 
-def _build(path: Path, prediction_type: str | None) -> tuple[Models, Parts]:
+def _build(path: Path, prediction_type: str | None, additions: Additions | None = None) -> tuple[Models, Parts]:
     """Build a model's networks on the meta device. -> the networks, and parts with the names of their weights"""
-    parts = read_parts(path, prediction_type)
+    parts = _read_with(path, prediction_type, additions)
     models, text = build_networks(parts.spec), parts.tensors["text_encoder"]
     if parts.rows is not None:
         text = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), parts.rows])}
@@ -104,12 +108,22 @@ def build_networks(spec: ModelSpec) -> Models:
     return Models(unet, vae, text_encoder, spec.tokenizer, spec.schedule, spec.handles, spec.source)
 
 
-def read_spec(path: Path, prediction_type: str | None = None) -> ModelSpec:
+def _read_with(path: Path, prediction_type: str | None, additions: Additions | None) -> Parts:
+    """The parts of a model and of the files that are added to it."""
+    parts = read_parts(path, prediction_type)
+    if additions is None:
+        return parts
+    from bas.pretrained.additions import with_additions
+
+    return with_additions(parts, additions)
+
+
+def read_spec(path: Path, prediction_type: str | None = None, additions: Additions | None = None) -> ModelSpec:
     """Describe a model without building its networks: enough to check a request. No weight is read.
 
     Raises InputError as `build_on_meta` does, without importing transformers' networks.
     """
-    return read_parts(path, prediction_type).spec
+    return _read_with(path, prediction_type, additions).spec
 
 
 def read_parts(path: Path, prediction_type: str | None) -> Parts:

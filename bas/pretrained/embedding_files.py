@@ -1,0 +1,58 @@
+"""Textual-inversion files: one concept each, named by the file. Written as `emb_params`, which all programs read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from bas.errors import InputError
+from bas.io.tensors import read_tensors, write_tensors
+from bas.models.text import HANDLE
+
+WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
+
+
+def file_names(handles: tuple[str, ...], prefix: str) -> dict[str, str]:
+    """The name of each handle's file, without ending: the handle without brackets behind the prefix.
+
+    Names that differ in case alone get a number, because some disks take them for one. InputError for a prefix that no
+    program takes in a name.
+    """
+    names: dict[str, str] = {}
+    for handle in handles:
+        name = prefix + handle[1:-1]
+        if not HANDLE.fullmatch(f"<{name}>"):
+            raise InputError(f"{name!r}: a name has 1 to 32 letters, digits, _ or -; choose another --prefix")
+        taken, number = {other.lower() for other in names.values()}, 2
+        while name.lower() in taken:
+            name, number = f"{prefix}{handle[1:-1]}-{number}", number + 1
+        names[handle] = name
+    return names
+
+
+def write_embedding(path: Path, rows: Tensor, metadata: Mapping[str, str]) -> None:
+    """Write the rows (n, d) of one concept, in float32."""
+    write_tensors(path, {"emb_params": rows.float()}, dict(metadata))
+
+
+def read_embedding(path: Path, width: int) -> tuple[str, Tensor]:
+    """Read a textual-inversion file. -> the handle, `<NAME>` for NAME.safetensors, and rows (n, width) in float32
+
+    Raises InputError for several concepts in one file, for another width, and for a name that no handle can have.
+    """
+    tensors, _ = read_tensors(path)
+    handle = f"<{path.stem.strip('<>')}>"
+    if not HANDLE.fullmatch(handle):
+        raise InputError(f"{path}: its name is to be the handle's, 1 to 32 letters, digits, _ or -; rename it")
+    if {"clip_l", "clip_g"} <= tensors.keys():
+        raise InputError(f"{path} is an embedding for SDXL: give one for Stable Diffusion 1.x or 2.x")
+    if len(tensors) != 1:
+        raise InputError(f"{path} holds {len(tensors)} tensors: an embedding has one; split it, one file per concept")
+    ((name, rows),) = tensors.items()
+    rows = rows[None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
+        raise InputError(f"{path}: {name} is {list(rows.shape)} {rows.dtype}, which is no embedding")
+    if rows.shape[1] != width:
+        family = WIDTHS.get(rows.shape[1], "another model")
+        raise InputError(f"{path} is for {family}, with rows of {rows.shape[1]}: this model has rows of {width}")
+    return handle, rows.float()

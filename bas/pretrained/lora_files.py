@@ -1,0 +1,204 @@
+"""LoRA files: written for other programs, and read from them.
+
+A file adds to each of its layers' weights the change scale x up down (Change) or a whole difference (Difference). The
+scale is strength x alpha / rank, or the strength where alpha is missing, as in every other reader.
+"""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bas.errors import InputError, RunError
+from bas.io.tensors import read_tensors, write_tensors
+from bas.models.adapters import Change, Difference
+from bas.models.bundle import is_finite
+from bas.pretrained.loading import Parts, name_of
+from bas.pretrained.lora_names import find_place, foreign_kind, kohya_name, peft_name
+
+log = logging.getLogger(__name__)
+
+Adapters = Mapping[str, Mapping[str, Change | Difference]]  # by component, then by the layer's path
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+def kohya_tensors(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a kohya file in float32, and the part of its metadata that describes them.
+
+    All layers of a network have one alpha: diffusers applies the commonest one to all. What differs is folded into B.
+    """
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = set(), set()
+    for component, layers in adapters.items():
+        alpha = common_alpha(layers)
+        for layer, change in layers.items():
+            name = kohya_name(component, layer)
+            if isinstance(change, Difference):
+                tensors[f"{name}.diff"] = change.delta()
+                continue
+            rank = len(change.down)
+            tensors[f"{name}.lora_down.weight"] = change.down.float()
+            tensors[f"{name}.lora_up.weight"] = folded(change.up, change.scale * rank / alpha)
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+            ranks.add(rank)
+            alphas.add(alpha)
+    described = {name: str(min(of)) if len(of) == 1 else "Dynamic" for name, of in (("dim", ranks), ("alpha", alphas))}
+    network = {"ss_network_module": "networks.lora"}
+    return tensors, network | ({f"ss_network_{name}": text for name, text in described.items()} if ranks else {})
+
+
+def common_alpha(layers: Mapping[str, Change | Difference]) -> float:
+    """The alpha of a network: that of its first adapter, in bf16, which every precision of a file expresses."""
+    first = next((change for change in layers.values() if isinstance(change, Change)), None)
+    if first is None or not first.scale:
+        return 1.0
+    return abs(float(torch.tensor(first.scale * len(first.down)).bfloat16())) or 1.0
+
+
+def folded(up: Tensor, factor: float) -> Tensor:
+    """An adapter's second matrix in float32, multiplied by a factor."""
+    return up.float() if factor == 1 else up.float() * factor
+
+
+def peft_tensors(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a PEFT file in float32, scales folded into B, and the metadata that PEFT's readers take."""
+    tensors: dict[str, Tensor] = {}
+    texts: dict[str, object] = {}
+    for component, layers in adapters.items():
+        ranks: dict[str, int] = {}
+        for layer, change in layers.items():
+            if isinstance(change, Difference):
+                raise InputError("this format holds adapters, not differences of whole weights: give it a --rank")
+            name, rank = peft_name(component, layer), len(change.down)
+            tensors[f"{name}.lora_A.weight"] = change.down.float()
+            tensors[f"{name}.lora_B.weight"] = folded(change.up, change.scale)
+            ranks[layer] = rank  # without `text_model.`: PEFT compares ends, and transformers 5 has no such module
+        if ranks:
+            commonest = max(ranks.values(), key=list(ranks.values()).count)
+            others = {name: rank for name, rank in ranks.items() if rank != commonest}
+            texts |= {
+                f"{component}.r": commonest,
+                f"{component}.lora_alpha": commonest,
+                f"{component}.target_modules": sorted(ranks),
+                f"{component}.rank_pattern": others,
+                f"{component}.alpha_pattern": others,
+            }
+    return tensors, {"lora_adapter_metadata": json.dumps(texts, sort_keys=True)}
+
+
+FORMATS = {"kohya": kohya_tensors, "peft": peft_tensors}
+
+
+def write_lora(path: Path, adapters: Adapters, form: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA file. RunError for values that are beyond the range of `dtype` or no finite numbers."""
+    tensors, texts = FORMATS[form](adapters)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise RunError(f"{len(broken)} tensors are beyond the range of {name_of(dtype)} or not finite ({broken[0]})")
+    write_tensors(path, tensors, {**metadata, **texts})
+
+
+def as_lora(difference: Tensor, rank: int) -> Change:
+    """The adapter of this rank that is nearest to a difference of weights (o, i), by its singular values."""
+    u, s, v = torch.linalg.svd(difference.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return Change((root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float(), 1.0)
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
+    """Read a LoRA of any known format for the model of `parts`.
+
+    Raises InputError in one line for another kind of file, for a model of another family, and for a tensor that has no
+    place. Embeddings that are bundled in the file are left out with a warning.
+    """
+    tensors, texts = read_tensors(path)
+    if bundled := sorted({name.split(".")[1] for name in tensors if name.startswith("bundle_emb.")}):
+        log.warning("%s also holds the embeddings %s, which are not read from there", path, ", ".join(bundled))
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bundle_emb.")}
+    if kind := foreign_kind(tensors):
+        raise InputError(f"{path} is {kind}, which bas does not read: give a LoRA for Stable Diffusion 1.x or 2.x")
+    layers = layers_of(parts)
+    found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        place = find_place(name, layers)
+        if place is None:
+            raise InputError(f"{path} holds {name}, for which this model has no place: it is a LoRA for another model")
+        found[place.component, place.layer][place.role] = tensor
+    if not found:
+        raise InputError(f"{path} holds no LoRA")
+    alphas = _alphas(texts)
+    adapters: dict[str, dict[str, Change | Difference]] = defaultdict(dict)
+    for (component, layer), roles in found.items():
+        weight = parts.tensors[component][f"{layer}.weight"]
+        alpha = alphas.get(f"{component}.{layer}")
+        adapters[component][layer] = _change(path, layer, roles, weight, strength, alpha)
+    return adapters
+
+
+def layers_of(parts: Parts) -> dict[str, dict[str, str]]:
+    """By component, the paths of the layers with a weight by the same paths with `_` for `.`."""
+    return {
+        component: {
+            name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight")
+            for name, tensor in parts.tensors[component].items()
+            if name.endswith(".weight") and tensor.ndim in (2, 4) and "embedding" not in name.split(".")[0]
+        }
+        for component in ("unet", "text_encoder")
+    }
+
+
+def _change(
+    path: Path, layer: str, roles: dict[str, Tensor], weight: Tensor, strength: float, alpha: float | None
+) -> Change | Difference:
+    """What the tensors of one layer do to its weight. InputError unless they are a whole set of the right shapes."""
+    if "diff of the bias" in roles:
+        raise InputError(f"{path} changes the bias of {layer}, which bas does not read: give a LoRA without it")
+    if "diff" in roles:
+        if roles.keys() != {"diff"} or roles["diff"].numel() != weight.numel():
+            raise InputError(f"{path}: the difference of {layer} does not fit the model's {list(weight.shape)}")
+        return Difference(roles["diff"], strength)
+    if missing := {"down", "up"} - roles.keys():
+        raise InputError(f"{path}: {layer} has no {min(missing)} matrix; copy or download the file again")
+    down, up = roles["down"], roles["up"]
+    rank = len(down)
+    if "mid" in roles:  # Tucker: A reads 1x1, mid has the kernel
+        if roles["mid"].shape[:2] != (up.shape[1], rank):
+            raise InputError(f"{path}: the matrices of {layer} do not fit each other")
+        down = torch.einsum("mnhw,ni->mihw", roles["mid"].float(), down.float().flatten(1))
+    if up.shape[1] != len(down) or len(up) * down[0].numel() != weight.numel() or len(up) != len(weight):
+        width = f"an input of {down.shape[1]}" if down.ndim > 1 else "another shape"
+        raise InputError(
+            f"{path}: {layer} has {width} and an output of {len(up)}, the model's is {list(weight.shape)}: it is a "
+            f"LoRA for {FAMILIES.get(down.shape[1], 'another model')}"
+        )
+    if "alpha" in roles:
+        alpha = float(roles["alpha"])
+    return Change(down, up, strength * (1.0 if alpha is None else alpha / rank))
+
+
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the width of the text
+
+
+def _alphas(texts: dict[str, str]) -> dict[str, float]:
+    """The alpha of each layer that the metadata of a PEFT file names, by component and layer."""
+    try:
+        described = json.loads(texts.get("lora_adapter_metadata", "{}"))
+        alphas = {}
+        for component in ("unet", "text_encoder"):
+            if f"{component}.lora_alpha" in described:
+                common, own = described[f"{component}.lora_alpha"], described.get(f"{component}.alpha_pattern", {})
+                for layer in described.get(f"{component}.target_modules", ()):
+                    bare = layer.removeprefix("text_model.")
+                    alphas[f"{component}.{bare}"] = float(own.get(layer, common))
+    except (ValueError, TypeError, AttributeError):
+        return {}
+    return alphas

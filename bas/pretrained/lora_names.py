@@ -1,0 +1,95 @@
+"""The names of adapters in files: kohya's, PEFT's and the older ones of diffusers.
+
+Every reader names a layer by its path in diffusers' networks: `down_blocks.0.attentions.0.proj_in`. kohya's files write
+it as `lora_unet_down_blocks_0_attentions_0_proj_in`, PEFT's as `unet.down_blocks.0.attentions.0.proj_in`.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+KOHYA_READ = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+ROLES = {  # how a name ends: what the tensor is
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".alpha": "alpha",
+    ".diff": "diff",
+    ".diff_b": "diff of the bias",
+}
+FOREIGN = (  # a part of a name: the kind of file that has it
+    ("hada_w", "a LoHa"),
+    ("lokr_", "a LoKr"),
+    ("dora_scale", "a DoRA"),
+    ("lora_magnitude_vector", "a DoRA"),
+    ("oft_", "an OFT"),
+    ("on_input", "an IA3"),
+    (".w_norm", "a LyCORIS with norms"),
+    (".b_norm", "a LyCORIS with norms"),
+    ("lora_te2_", "a LoRA for SDXL"),
+    ("text_encoder_2.", "a LoRA for SDXL"),
+    ("double_blocks", "a LoRA for Flux"),
+    ("single_transformer_blocks", "a LoRA for Flux"),
+    ("joint_", "a LoRA for Stable Diffusion 3"),
+    (":up", "a LoRA of cloneofsimo's scripts"),
+)
+OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)$")
+
+
+class Place(NamedTuple):
+    """Where a tensor of a file belongs."""
+
+    component: str  # "unet" or "text_encoder"
+    layer: str  # its path, without `text_model.`
+    role: str  # one of ROLES
+
+
+def kohya_name(component: str, layer: str) -> str:
+    """The layer's name in a kohya file."""
+    path = f"text_model.{layer}" if component == "text_encoder" else layer
+    return KOHYA[component] + path.replace(".", "_")
+
+
+def peft_name(component: str, layer: str) -> str:
+    """The layer's name in a PEFT file."""
+    return f"{component}.text_model.{layer}" if component == "text_encoder" else f"{component}.{layer}"
+
+
+def foreign_kind(names: Iterable[str]) -> str | None:
+    """The kind of a file that bas does not read, by the names of its tensors."""
+    listed = list(names)
+    return next((kind for part, kind in FOREIGN if any(part in name for name in listed)), None)
+
+
+def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
+    """Where a tensor belongs, None if its name means nothing here.
+
+    layers: by component, the layers' paths by the same paths with `_` for `.`, as kohya's files have them.
+    """
+    ending = next((ending for ending in sorted(ROLES, key=len, reverse=True) if name.endswith(ending)), None)
+    if ending is None:
+        return None
+    layer, role = name.removesuffix(ending).removeprefix("base_model.model."), ROLES[ending]
+    for prefix, component in KOHYA_READ.items():
+        if layer.startswith(prefix):
+            key = layer.removeprefix(prefix).removeprefix("text_model_" if component == "text_encoder" else "")
+            path = layers[component].get(key)
+            return Place(component, path, role) if path else None
+    component, _, path = layer.partition(".")
+    if component not in layers:
+        return None
+    path = path.removeprefix("text_model.")
+    if old := OLD_PROCESSOR.match(path):
+        path = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+    return Place(component, path, role) if path in layers[component].values() else None

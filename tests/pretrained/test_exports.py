@@ -1,0 +1,273 @@
+"""Exports of small runs: the files are as the formats say, and diffusers draws with them what bas draws."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from bas.cli.entry import main
+from bas.config import SampleConfig
+from bas.models.adapters import Change
+from bas.pretrained.embedding_files import file_names
+from bas.pretrained.exports import adapters_of
+from bas.pretrained.folder import load
+from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
+from bas.sampling.sampler import generate
+from tests.helpers.small_runs import write_base, write_small_run
+from tests.helpers.tiny import refused
+
+LORA = {"train": "lora", "rank": 4, "alpha": 3.0, "conv_rank": 3}
+PROMPT = "a photo of <asset0> and <asset1> at the beach"
+STEPS = 2
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def base(request, tmp_path_factory):
+    """A tiny base of each family."""
+    return write_base(tmp_path_factory.mktemp(request.param) / "base", request.param)
+
+
+@pytest.fixture(scope="module")
+def run(base):
+    """A small run with adapters of two ranks on every kind of layer."""
+    return write_small_run(base.parent / "run", base, **LORA)
+
+
+@pytest.fixture
+def cwd(tmp_path, monkeypatch):
+    """An empty folder to write into."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def drawn_by_bas(folder) -> torch.Tensor:
+    """The latents that bas draws for the prompt, from seed 0."""
+    config = SampleConfig(num_inference_steps=STEPS, guidance_scale=1.0, height=64, width=64)
+    return generate([PROMPT], [0], load(folder), config)
+
+
+def pipeline(base, lora, embeddings) -> StableDiffusionPipeline:
+    """diffusers' pipeline of the base, with the files loaded into it."""
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, feature_extractor=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    for token, file in embeddings.items():
+        pipe.load_textual_inversion(file, token=token)
+    return pipe
+
+
+def drawn_by_diffusers(pipe) -> torch.Tensor:
+    """The latents that diffusers draws for the same prompt from the same noise."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings = {"height": 64, "width": 64, "num_inference_steps": STEPS, "guidance_scale": 1.0}
+    return pipe(PROMPT, latents=noise, output_type="latent", **settings).images
+
+
+def write(run, target: str, *flags: str) -> None:
+    """`bas export RUN FILE`."""
+    assert main(["export", str(run), target, *flags]) == 0
+
+
+def metadata(path) -> dict[str, str]:
+    """The texts in a file."""
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+# --- diffusers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+def test_diffusers_draws_the_same_latents(base, run, cwd, form, capsys):
+    """load_lora_weights and load_textual_inversion open the files: latents after two steps agree to 1e-5, and differ
+    from those without the LoRA by far more."""
+    write(run, "creature.safetensors", "--format", form)
+    assert [*cwd.glob("*.safetensors")] != []
+    embeddings = {handle: cwd / f"{handle[1:-1]}.safetensors" for handle in ("<asset0>", "<asset1>")}
+    expected = drawn_by_bas(run)
+    pipe = pipeline(base, cwd / "creature.safetensors", embeddings)
+    assert (drawn_by_diffusers(pipe) - expected).abs().max() < 1e-5
+    assert (drawn_by_diffusers(pipeline(base, None, embeddings)) - expected).abs().max() > 1e-2
+    out = capsys.readouterr().out
+    assert "load_lora_weights" in out
+    assert ("embedding:asset0" in out) == (form == "kohya")
+
+
+def test_values_and_keys_of_a_full_rank_lora_are_those_of_the_run(base, cwd):
+    """A run by --train kv: diffusers draws with the LoRA of full rank what bas draws, to 1e-5."""
+    run = write_small_run(cwd / "run", base, train="kv")
+    write(run, "kv.safetensors", "--rank", "64")
+    embeddings = {handle: cwd / f"{handle[1:-1]}.safetensors" for handle in ("<asset0>", "<asset1>")}
+    expected = drawn_by_bas(run)
+    assert (drawn_by_diffusers(pipeline(base, cwd / "kv.safetensors", embeddings)) - expected).abs().max() < 1e-5
+    assert len({float(t) for name, t in load_file(cwd / "kv.safetensors").items() if name.endswith(".alpha")}) == 1
+
+
+def test_embeddings_give_the_states_of_the_handles(base, run, cwd):
+    """The rows in the files are those of the run, bit for bit, and diffusers' token is the handle."""
+    write(run, "creature.safetensors")
+    rows = load_file(run / "concepts.safetensors")["handles"]
+    for i, name in enumerate(("asset0", "asset1")):
+        tensors = load_file(cwd / f"{name}.safetensors")
+        assert tensors.keys() == {"emb_params"}
+        assert torch.equal(tensors["emb_params"], rows[i : i + 1])
+        assert metadata(cwd / f"{name}.safetensors")["bas.handle"] == f"<{name}>"
+
+
+# --- The files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_kohya_file_has_kohyas_names_and_one_alpha(base, run, cwd):
+    """Three tensors a layer, 1x1 convolutions as the module has them, one alpha although there are two ranks."""
+    write(run, "creature.safetensors")
+    tensors, sd2 = load_file(cwd / "creature.safetensors"), base.parent.name.startswith("sd2")
+    layers = {name.rsplit(".", 2 if name.endswith("weight") else 1)[0] for name in tensors}
+    assert len(tensors) == 3 * len(layers)
+    assert all(name.startswith(("lora_unet_", "lora_te_text_model_encoder_layers_")) for name in layers)
+    for name in (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0",
+        "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0_ff_net_0_proj",
+        "lora_unet_down_blocks_0_resnets_0_time_emb_proj",
+        "lora_unet_down_blocks_0_downsamplers_0_conv",
+        "lora_te_text_model_encoder_layers_1_mlp_fc2",
+    ):
+        assert name in layers
+    assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {3.0}
+    ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight")}
+    assert ranks == {3, 4}
+    projection = tensors["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"]
+    assert projection.ndim == (2 if sd2 else 4)
+
+
+def test_metadata_and_card_say_what_programs_show(base, run, cwd):
+    sd2 = base.parent.name.startswith("sd2")
+    write(run, "creature.safetensors")
+    texts = metadata(cwd / "creature.safetensors")
+    assert texts["ss_v2"] == str(sd2)
+    assert texts["ss_base_model_version"] == ("sd_v2" if sd2 else "sd_v1")
+    assert (texts["ss_network_module"], texts["ss_network_dim"], texts["ss_network_alpha"]) == (
+        "networks.lora",
+        "Dynamic",
+        "3.0",
+    )
+    assert texts["modelspec.architecture"] == ("stable-diffusion-v2-512/lora" if sd2 else "stable-diffusion-v1/lora")
+    assert json.loads(texts["ss_tag_frequency"])["scene"].keys() == {"asset0", "asset1"}
+    assert json.loads(texts["bas.handles"]) == ["<asset0>", "<asset1>"]
+    card = json.loads((cwd / "creature.json").read_text())
+    assert card["activation text"] == "asset0, asset1"
+    assert card["sd version"] == ("SD2" if sd2 else "SD1")
+
+
+def test_a_difference_file_holds_what_the_weights_changed_by(base, cwd):
+    """A run by --train v without --rank: `.diff` is the new weight minus that of the base, to 1e-6."""
+    run = write_small_run(cwd / "run", base, train="v")
+    write(run, "v.safetensors")
+    tensors = load_file(cwd / "v.safetensors")
+    assert all(name.endswith("attn2_to_v.diff") for name in tensors)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    before, after = (load(folder).unet.get_submodule(name).weight for folder in (base, run))
+    assert (tensors[f"lora_unet_{name.replace('.', '_')}.diff"] - (after - before)).abs().max() < 1e-6
+    assert main(["export", str(run), "w.safetensors", "--format", "peft"]) == 2
+
+
+def test_a_file_in_fp16_keeps_every_change(base, run, cwd):
+    """Each change of a weight within 1e-3 of its float32, and no zero where float32 has a number above 6e-8."""
+    write(run, "whole.safetensors")
+    write(run, "half.safetensors", "--save_precision", "fp16")
+    whole, half = load_file(cwd / "whole.safetensors"), load_file(cwd / "half.safetensors")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    for name in whole:
+        assert not ((half[name] == 0) & (whole[name].abs() > 6e-8)).any()
+        if name.endswith("lora_down.weight"):
+            up = name.replace("_down.", "_up.")
+            one, other = (Change(file[name], file[up], 1.0).delta() for file in (whole, half))
+            assert (one - other).norm() <= 1e-3 * one.norm()
+
+
+def test_no_file_has_two_alphas():
+    """Whatever ranks and scales the layers have, negative ones too, the file has one alpha and the same changes."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        layers = {}
+        for i in range(4):
+            rank = int(torch.randint(1, 9, (1,), generator=generator))
+            scale = float(torch.randn(1, generator=generator)) * 3
+            down, up = torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
+            layers[f"layer{i}"] = Change(down, up, scale)
+        tensors, _ = kohya_tensors({"unet": layers})
+        (alpha,) = {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}
+        assert alpha == float(torch.tensor(alpha).bfloat16()) == common_alpha(layers) > 0
+        for name, change in layers.items():
+            down, up = (tensors[f"lora_unet_{name}.lora_{part}.weight"] for part in ("down", "up"))
+            read = Change(down, up, alpha / len(down))
+            assert torch.allclose(read.delta(), change.delta(), atol=1e-5, rtol=1e-5)
+        plain, _ = peft_tensors({"unet": layers})
+        product = plain["unet.layer0.lora_B.weight"] @ plain["unet.layer0.lora_A.weight"]
+        assert torch.allclose(product, layers["layer0"].delta(), atol=1e-5)
+
+
+# --- Names --------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_a_disk_takes_for_one_are_told_apart():
+    """<Toy> and <toy> would be one file on Windows and macOS; the mapping is reversible."""
+    names = file_names(("<Toy>", "<toy>", "<toy-2>"), "")
+    assert names == {"<Toy>": "Toy", "<toy>": "toy-2", "<toy-2>": "toy-2-2"}
+    assert len({name.lower() for name in names.values()}) == 3
+    assert file_names(("<toy>",), "creature-") == {"<toy>": "creature-toy"}
+    with refused("'my toy'", "--prefix"):
+        file_names(("<toy>",), "my ")
+
+
+def test_what_cannot_be_exported_is_refused(base, run, cwd, capsys):
+    """A whole model as a LoRA, a LoRA with the name of a handle, a folder that is not there: one line, exit code 2."""
+    for words, part in (
+        ([str(base), "a.safetensors", "--format", "kohya"], "is a whole model without adapters"),
+        ([str(run), "asset0.safetensors"], "would be the file of <asset0>, too"),
+        ([str(run), "nowhere/a.safetensors"], "in an existing folder"),
+        ([str(run), "a.safetensors", "--rank", "0"], "--rank is 0"),
+    ):
+        assert main(["export", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+    assert [*cwd.iterdir()] == []
+
+
+def test_a_file_is_not_replaced_silently(run, cwd, caplog):
+    write(run, "creature.safetensors")
+    caplog.clear()
+    write(run, "creature.safetensors")
+    assert "will be replaced" in caplog.text
+
+
+# --- Merging ------------------------------------------------------------------------------------------------------
+
+
+def test_a_merged_model_draws_the_same_and_needs_no_base(base, run, cwd):
+    """`bas merge RUN --into_base`: latents equal those of the run to 5e-6, with the base gone; diffusers opens it."""
+    expected = drawn_by_bas(run)
+    assert main(["merge", str(run), "--into_base", "--output_dir", "whole"]) == 0
+    away = shutil.move(base, base.parent / "away")
+    try:
+        assert (drawn_by_bas(cwd / "whole") - expected).abs().max() < 5e-6
+    finally:
+        shutil.move(away, base)
+    pipe = pipeline(cwd / "whole", None, {})
+    assert (drawn_by_diffusers(pipe) - expected).abs().max() < 1e-5
+    assert main(["merge", str(base), "--into_base", "--output_dir", "again"]) == 2
+
+
+def test_adapters_of_a_run_are_its_changes(base, run):
+    """What is exported is what loading adds: the base's weight and the change give the loaded weight, to 1e-6."""
+    adapters, spec = adapters_of(run)
+    assert spec.handles == ()
+    for name in ("mid_block.attentions.0.transformer_blocks.0.ff.net.2", "down_blocks.0.downsamplers.0.conv"):
+        before, after = (load(folder).unet.get_submodule(name).weight for folder in (base, run))
+        assert (before + adapters["unet"][name].delta() - after).abs().max() < 1e-6

@@ -1,0 +1,281 @@
+"""LoRA and embedding files are read whole, in every known format, or refused in one line that names the kind."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bas.cli.entry import main
+from bas.pretrained.additions import Additions, split_weight
+from bas.pretrained.exports import adapters_of
+from bas.pretrained.folder import load, read_parts, read_spec
+from bas.pretrained.lora_files import kohya_tensors, read_lora, write_lora
+from bas.pretrained.lora_names import kohya_name, peft_name
+from tests.helpers.small_runs import write_base, write_small_run
+from tests.helpers.tiny import refused
+
+LORA = {"train": "lora", "rank": 4, "alpha": 3.0, "conv_rank": 3}
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+TEXT = "encoder.layers.1.mlp.fc1"
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def base(request, tmp_path_factory):
+    """A tiny base of each family."""
+    return write_base(tmp_path_factory.mktemp(request.param) / "base", request.param)
+
+
+@pytest.fixture(scope="module")
+def run(base):
+    """A small run whose adapters are the content of the files."""
+    return write_small_run(base.parent / "run", base, **LORA)
+
+
+def weights(models) -> dict[str, torch.Tensor]:
+    """All weights of the UNet and the text encoder but the token embedding."""
+    named = [(f"unet.{n}", p) for n, p in models.unet.named_parameters()]
+    named += [(f"text.{n}", p) for n, p in models.text_encoder.named_parameters() if "token_embedding" not in n]
+    return {name: p.detach() for name, p in named}
+
+
+def furthest(ours: dict, theirs: dict) -> float:
+    """The largest difference between two sets of weights."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def kohya(adapters) -> dict[str, torch.Tensor]:
+    """kohya's names, with alpha."""
+    return kohya_tensors(adapters)[0]
+
+
+def with_te1(adapters) -> dict[str, torch.Tensor]:
+    """The prefix that diffusers' converter and OneTrainer write."""
+    return {name.replace("lora_te_", "lora_te1_"): tensor for name, tensor in kohya(adapters).items()}
+
+
+def without_alpha(adapters) -> dict[str, torch.Tensor]:
+    """Scales folded into B: without alpha the strength alone counts."""
+    tensors = {}
+    for component, layers in adapters.items():
+        for layer, change in layers.items():
+            tensors[f"{kohya_name(component, layer)}.lora_down.weight"] = change.down
+            tensors[f"{kohya_name(component, layer)}.lora_up.weight"] = change.scale * change.up
+    return tensors
+
+
+def as_peft(adapters, prefix: str = "") -> dict[str, torch.Tensor]:
+    """PEFT's names, scales folded."""
+    tensors = {}
+    for component, layers in adapters.items():
+        for layer, change in layers.items():
+            tensors[f"{prefix}{peft_name(component, layer)}.lora_A.weight"] = change.down
+            tensors[f"{prefix}{peft_name(component, layer)}.lora_B.weight"] = change.scale * change.up
+    return tensors
+
+
+def without_text_model(adapters) -> dict[str, torch.Tensor]:
+    """What diffusers writes with transformers 5."""
+    return {name.replace("text_model.", ""): tensor for name, tensor in as_peft(adapters).items()}
+
+
+def old_diffusers(adapters) -> dict[str, torch.Tensor]:
+    """The spelling of attention processors."""
+    tensors = {}
+    for component, layers in adapters.items():
+        for layer, change in layers.items():
+            name = peft_name(component, layer)
+            if ".attn1." in name or ".attn2." in name:
+                head, _, last = name.removesuffix(".0").rpartition(".")
+                name = f"{head}.processor.{last}_lora"
+            else:
+                name = f"{name}.lora_linear_layer" if component == "text_encoder" else f"{name}.lora"
+            tensors[f"{name}.down.weight"] = change.down
+            tensors[f"{name}.up.weight"] = change.scale * change.up
+    return tensors
+
+
+def as_differences(adapters) -> dict[str, torch.Tensor]:
+    """LyCORIS "full"."""
+    return {
+        f"{kohya_name(component, layer)}.diff": change.delta()
+        for component, layers in adapters.items()
+        for layer, change in layers.items()
+    }
+
+
+SPELLINGS = (kohya, with_te1, without_alpha, as_peft, without_text_model, old_diffusers, as_differences)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
+def test_every_spelling_gives_the_weights_of_the_run(base, run, tmp_path, spelling):
+    """The base with the file equals the run that it came from, weight by weight, to 5e-6."""
+    adapters, _ = adapters_of(run)
+    tensors = {name: tensor.clone() for name, tensor in spelling(adapters).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    models = load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+    assert furthest(weights(models), weights(load(run))) < 5e-6
+    assert furthest(weights(load(base)), weights(load(run))) > 1e-2
+
+
+def test_a_peft_file_counts_by_the_alpha_of_its_metadata(base, run, tmp_path):
+    """Scales in lora_adapter_metadata: common ones, and those of single layers."""
+    adapters, _ = adapters_of(run)
+    tensors, described = {}, {}
+    for component, layers in adapters.items():
+        targets = {}
+        for layer, change in layers.items():
+            tensors[f"{peft_name(component, layer)}.lora_A.weight"] = change.down.clone()
+            tensors[f"{peft_name(component, layer)}.lora_B.weight"] = change.up.clone()
+            targets[peft_name(component, layer).partition(".")[2]] = change.scale * len(change.down)
+        described |= {
+            f"{component}.lora_alpha": 3.0,
+            f"{component}.target_modules": [*targets],
+            f"{component}.alpha_pattern": {name: alpha for name, alpha in targets.items() if alpha != 3.0},
+        }
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(described)})
+    models = load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+    assert furthest(weights(models), weights(load(run))) < 5e-6
+
+
+def test_tucker_matrices_are_read(base, tmp_path):
+    """lora_mid: the change is the sum over both ranks."""
+    layer = "down_blocks.0.resnets.0.conv1"
+    weight = load(base).unet.get_submodule(layer).weight.detach()
+    down, mid = torch.randn(2, weight.shape[1], 1, 1), torch.randn(3, 2, 3, 3)
+    up = torch.randn(weight.shape[0], 3, 1, 1)
+    name = kohya_name("unet", layer)
+    parts = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(1.0)}
+    save_file({f"{name}.{part}": tensor for part, tensor in parts.items()}, tmp_path / "a.safetensors")
+    models = load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+    expected = weight + 0.5 * torch.einsum("om,mnhw,ni->oihw", up[..., 0, 0], mid, down[..., 0, 0])
+    assert torch.allclose(models.unet.get_submodule(layer).weight, expected, atol=5e-6)
+
+
+def test_several_files_add_up_by_their_weights(base, run, tmp_path):
+    """Weights 2, -1 and 0: the sum of the changes, to 5e-6."""
+    adapters, _ = adapters_of(run)
+    write_lora(tmp_path / "a.safetensors", adapters, "kohya", torch.float32, {})
+    write_lora(tmp_path / "b.safetensors", adapters, "peft", torch.float32, {})
+    names = [f"{tmp_path}/a.safetensors:2", f"{tmp_path}/b.safetensors:-1", f"{tmp_path}/b.safetensors:0"]
+    models = load(base, additions=Additions.read(names, ()))
+    assert furthest(weights(models), weights(load(run))) < 5e-6
+
+
+def test_export_import_export_keeps_every_bit(base, run, tmp_path):
+    """Tensors of the second file equal those of the first."""
+    adapters, _ = adapters_of(run)
+    write_lora(tmp_path / "a.safetensors", adapters, "kohya", torch.float32, {"ss_v2": "False"})
+    again = read_lora(tmp_path / "a.safetensors", read_parts(base, None), 1.0)
+    write_lora(tmp_path / "b.safetensors", again, "kohya", torch.float32, {"ss_v2": "False"})
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    texts = []
+    for name in "ab":
+        with safe_open(tmp_path / f"{name}.safetensors", "pt") as file:
+            texts.append(file.metadata())
+    assert texts[0] == texts[1]
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
+
+DOWN, UP = f"{kohya_name('unet', LAYER)}.lora_down.weight", f"{kohya_name('unet', LAYER)}.lora_up.weight"
+KINDS = {
+    "a LoHa": {f"{kohya_name('unet', LAYER)}.hada_w1_a": torch.zeros(2, 2)},
+    "a LoKr": {f"{kohya_name('unet', LAYER)}.lokr_w1": torch.zeros(2, 2)},
+    "a DoRA": {DOWN: torch.zeros(4, 64), f"{kohya_name('unet', LAYER)}.dora_scale": torch.zeros(1, 64)},
+    "a LoRA for SDXL": {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 1280)},
+    "a LoRA for Flux": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(4, 3072)},
+    "has no up matrix": {DOWN: torch.zeros(4, 64)},
+    "has no down matrix": {UP: torch.zeros(32, 4)},
+    "LoRA for SDXL": {DOWN: torch.zeros(4, 2048), UP: torch.zeros(32, 4)},
+    "LoRA for Stable Diffusion 1": {DOWN: torch.zeros(4, 768), UP: torch.zeros(32, 4)},
+    "an output of 33": {DOWN: torch.zeros(4, 64), UP: torch.zeros(33, 4)},
+    "holds strange, for which": {"strange": torch.zeros(1)},
+    "changes the bias": {f"{kohya_name('unet', LAYER)}.diff_b": torch.zeros(32)},
+    "holds no LoRA": {"bundle_emb.toy.emb_params": torch.zeros(1, 64)},
+}
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_another_kind_is_named(base, tmp_path, part):
+    """One line that says what the file is, or which tensor has no place: none is left out silently."""
+    save_file(KINDS[part], tmp_path / "a.safetensors")
+    with refused(part, "a.safetensors"):
+        load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+
+
+def test_bundled_embeddings_are_named_and_left_out(base, run, tmp_path, caplog):
+    adapters, _ = adapters_of(run)
+    tensors = kohya(adapters) | {"bundle_emb.toy.emb_params": torch.zeros(1, 64)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+    assert "also holds the embeddings toy" in caplog.text
+
+
+def test_weights_of_files(tmp_path):
+    """FILE, FILE:WEIGHT, a file whose own name ends so; a wrong weight is refused."""
+    assert split_weight("style.safetensors") == (split_weight("style.safetensors:1")[0], 1.0)
+    assert split_weight("a/style.safetensors:0.8")[1] == 0.8
+    assert split_weight("style.safetensors:-0.5")[1] == -0.5
+    (tmp_path / "style:2").touch()
+    assert split_weight(f"{tmp_path}/style:2") == (tmp_path / "style:2", 1.0)
+    for text in ("style:strong", "style.safetensors:11", "style.safetensors:nan"):
+        with refused("--lora style"):
+            split_weight(text)
+
+
+# --- Embeddings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "count"),
+    [
+        ("emb_params", (1, 64), 1),
+        ("emb_params", (3, 64), 3),
+        ("emp_params", (1, 64), 1),
+        ("<toy>", (64,), 1),
+        ("clip_l", (2, 64), 2),
+    ],
+)
+def test_embeddings_become_handles(base, tmp_path, key, shape, count):
+    """Rows (n, d) are n tokens, the first called as the file, in every known layout, bit for bit."""
+    rows = torch.randn(shape)
+    save_file({key: rows}, tmp_path / "toy.safetensors")
+    additions = Additions(embeddings=(tmp_path / "toy.safetensors",))
+    assert read_spec(base, None, additions).handles == ("<toy>",)
+    models = load(base, additions=additions)
+    table = models.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[-count:], rows.reshape(-1, 64))
+    added = models.tokenizer.get_added_vocab()
+    assert [added[name] for name in ("<toy>", "<toy>_1", "<toy>_2")[:count]] == [*range(len(table) - count, len(table))]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "part"),
+    [
+        ("toy", {"emb_params": torch.zeros(1, 1024)}, "is for Stable Diffusion 2"),
+        ("toy", {"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "for SDXL"),
+        ("toy", {"<a>": torch.zeros(1, 64), "<b>": torch.zeros(1, 64)}, "holds 2 tensors"),
+        ("my toy", {"emb_params": torch.zeros(1, 64)}, "rename it"),
+        ("toy", {"emb_params": torch.zeros(2, 3, 64)}, "is no embedding"),
+    ],
+)
+def test_what_is_no_embedding_of_this_model_is_refused(base, tmp_path, name, tensors, part):
+    save_file(tensors, tmp_path / f"{name}.safetensors")
+    with refused(part):
+        read_spec(base, None, Additions(embeddings=(tmp_path / f"{name}.safetensors",)))
+
+
+def test_sample_takes_both(base, run, tmp_path, monkeypatch):
+    """`bas sample MODEL --lora FILE:WEIGHT --embedding FILE` writes an image; the exported files of a run are both."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run), "creature.safetensors"]) == 0
+    words = ["sample", str(base), "--lora", "creature.safetensors:1", "--embedding", "asset0.safetensors"]
+    flags = ["--num_inference_steps", "1", "--height", "64", "--width", "64", "--precision", "fp32"]
+    assert main([*words, "--prompt", "a photo of <asset0>", *flags]) == 0
+    assert (tmp_path / "result.png").exists()
+    assert main([*words[:2], "--prompt", "a photo of <asset0>", *flags]) == 2
