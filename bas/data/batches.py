@@ -26,7 +26,6 @@ from bas.models.vae import Posterior
 log = logging.getLogger(__name__)
 
 SEG_MIX_IMAGES = 64  # enough for each concept to stand everywhere
-SEG_MIX_OUTSIDE = 0.5  # outside the concepts of an image: enters the reconstruction loss squared
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class EncodedImage:
     views: tuple[EncodedView, EncodedView]  # as it is, mirrored
     shown: tuple[int, ...]
     place: str = ""  # where the concepts are, as prompts say it after the handles
-    outside: float = 0.0  # weight of the reconstruction outside the masks
+    whole: bool = False  # the reconstruction counts outside the masks too
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def encode_seg_mix(
         seen = encode_image(models, pixels, layers, sorted(extra.masks), config)
         shown = tuple(i for i in seen.shown if all(view.latent_masks[i].any() for view in seen.views))
         if chosen:
-            seen = replace(seen, place=chosen[i % len(chosen)][1], outside=SEG_MIX_OUTSIDE)
+            seen = replace(seen, place=chosen[i % len(chosen)][1], whole=True)
         mixed.append(replace(seen, shown=shown))
     return tuple(image for image in mixed if image.shown)
 
@@ -320,7 +319,7 @@ def sample_batch(
         deviations.append(view.posterior.deviation)
         row, places = subset_tokens(data, models, chosen, image.place)
         ids.append(row)
-        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True).clamp(min=image.outside))
+        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True).clamp(min=float(image.whole)))
         padded = chosen + [i for i in range(count) if i not in chosen]
         masks.append(view.attention_masks[padded])
         positions.append(torch.tensor(places + [0] * (count - len(chosen))))

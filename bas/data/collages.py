@@ -63,15 +63,17 @@ def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int, move: f
     """Images in which concepts, cut out of the scene, stand on these backgrounds at other places, in other sizes.
 
     After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
-    shows. The largest gets a random size, the others keep theirs beside it. Concepts cover each other only where there
-    is no room. move: 1 for any place and size, 0 for those in the scene and its close-ups, or the share between them.
+    shows. They are cut out of an image, or a close-up, that shows few others. The largest gets a random size, the
+    others keep theirs beside it. Concepts cover each other only where there is no room. move: 1 for any place and size,
+    0 for those in the scene and its close-ups, or the share between them.
     """
     generator = torch.Generator().manual_seed(seed)
     mixed = []
     for i, background in enumerate(backgrounds):
         canvas = background.copy()
         chosen = sample_subset(len(scene), "union", generator)
-        sources = [source for source in scene.images if source[1].keys() >= set(chosen)]
+        fewest = min(len(shown) for _, shown in scene.images if shown.keys() >= set(chosen))
+        sources = [source for source in scene.images if source[1].keys() >= set(chosen) and len(source[1]) == fewest]
         image, masks = sources[int(torch.randint(len(sources), (), generator=generator))]
         boxes = {concept: bounding_box(masks[concept]) for concept in chosen}
         longest = max(side for left, top, right, bottom in boxes.values() for side in (right - left, bottom - top))

@@ -1,11 +1,13 @@
 """Seg-Mix: concepts cut out of the scene at other places and sizes, and how often a step samples them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bas.data.batches import SEG_MIX_IMAGES, SEG_MIX_OUTSIDE, place_named, sample_batch, sample_image
+from bas.data.batches import SEG_MIX_IMAGES, place_named, sample_batch, sample_image
 from bas.data.collages import SEG_MIX_SIDES, place, plain, seg_mix
 from bas.data.scene import ExtraImage, Scene
 from bas.data.scene_folder import load_scene
@@ -81,6 +83,19 @@ def test_without_a_move_concepts_stay_where_they_are(squares):
     assert 2 < max(shifts) <= 6
 
 
+def test_a_close_up_is_cut_rather_than_the_scene(squares):
+    """Without a move, a square with a close-up stands as large as there; one without it as large as in the scene."""
+    box = np.s_[16:32, :16]
+    close = ExtraImage("close-up", squares.image.crop((0, 16, 16, 32)), {0: squares.masks[0][box]})
+    scene = replace(squares, extra_images=(close,))
+    widths = {}
+    for extra in seg_mix(scene, [plain(64, 64, 0)] * 32, 0, move=0):
+        for concept, mask in extra.masks.items():
+            widths.setdefault((len(extra.masks), concept), set()).add(float(mask.max(axis=0).sum().round()))
+    assert widths[1, 0] == {32}
+    assert widths[1, 1] == widths[2, 0] == {8}
+
+
 def test_backgrounds_stay_outside_the_concepts(squares):
     """Image i stands on background i, which is not changed itself."""
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)) for i in range(3)]
@@ -100,7 +115,7 @@ def test_places_are_read_from_class_prompts():
 
 
 def test_on_class_images_the_prompt_names_the_place_and_the_outside_counts(bench):
-    """The prompts of such a step end in the place of the class prompt, its union is never below SEG_MIX_OUTSIDE."""
+    """The prompts of such a step end in the place of the class prompt, its union covers all cells."""
     config = bench.config(seg_mix_probability=1.0, class_prompt=("a photo at the beach", "a photo of a dog"))
     models, data = bench.prepared(config)
     assert {image.place for image in data.mixed} == {"at the beach"}
@@ -110,8 +125,7 @@ def test_on_class_images_the_prompt_names_the_place_and_the_outside_counts(bench
     ids = batch.input_ids[0].tolist()
     last = ids.index(models.tokenizer.eos_token_id, 1)
     assert ids[last - len(end) : last] == end
-    assert batch.union.min() == SEG_MIX_OUTSIDE
-    assert batch.union.max() == 1
+    assert batch.union.min() == 1
 
 
 def test_the_same_seed_gives_the_same_images(squares):
