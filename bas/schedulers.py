@@ -94,6 +94,8 @@ class NoiseSchedule:
         for key in OTHER_SPACINGS:
             if config.get(key):
                 _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
+        if config.get("final_sigmas_type", "zero") != "zero":
+            _warn_once("scheduler final_sigmas_type is not used: the last step of dpmpp_2m ends without noise")
         ends_at_one = (
             name != "PNDMScheduler"
         )  # the others, and diffusers' DDIM made from their files, end without noise

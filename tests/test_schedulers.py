@@ -289,6 +289,16 @@ def test_another_spacing_of_steps_is_named_once(name, caplog):
     assert [record.message for record in caplog.records] == [message]
 
 
+@pytest.mark.parametrize(("value", "told"), [("sigma_min", True), ("zero", False), (None, False)])
+def test_another_end_of_the_last_step_is_named(value, told, caplog):
+    """DDIM's end is set_alpha_to_one; diffusers' multistep solvers end without noise unless the file says sigma_min."""
+    schedulers._warn_once.cache_clear()
+    given = {"final_sigmas_type": value} if value else {}
+    NoiseSchedule.from_json({"_class_name": "DPMSolverMultistepScheduler", **given})
+    message = "scheduler final_sigmas_type is not used: the last step of dpmpp_2m ends without noise"
+    assert [record.message for record in caplog.records] == [message] * told
+
+
 @pytest.mark.parametrize(("steps", "sampler"), [(0, "ddim"), (1001, "ddim"), (1000, "dpmpp_2m")])
 def test_more_steps_than_the_model_knows_are_refused(steps, sampler):
     with pytest.raises(InputError, match="denoising steps"):

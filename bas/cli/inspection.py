@@ -33,6 +33,7 @@ from bas.training.checkpoints import list_checkpoints
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
 EXTRAS = ("tensorboard", "bitsandbytes")
+MAX_LINE = 4000  # characters of one value: the prompts of a run fit, notes of megabytes do not
 CHECKED = "every weight has its place and shape (values are not read)"
 
 
@@ -285,9 +286,15 @@ def as_text(details: dict[str, Any]) -> str:
     lines = []
     for name, value in details.items():
         if value not in (None, [], {}):
-            first, *rest = map(printable, _values(name, value))
+            first, *rest = map(_line, _values(name, value))
             lines += [f"{printable(name):<{width}}{first}", *(" " * width + more for more in rest)]
     return "\n".join(lines)
+
+
+def _line(value: str) -> str:
+    """A value as it is printed, the end of a long one left out."""
+    left_out = f"... ({len(value) - MAX_LINE} more characters: --json prints all)"
+    return printable(value[:MAX_LINE]) + left_out * (len(value) > MAX_LINE)
 
 
 def _values(name: str, value: Any) -> list[str]:

@@ -40,7 +40,7 @@ from bas.data.scene import (
 )
 from bas.errors import InputError, did_you_mean
 from bas.io.files import reading
-from bas.io.images import SUFFIXES, TURNS, image_size, read_image, read_orientation, to_array
+from bas.io.images import LABELS_ADVICE, SUFFIXES, TURNS, image_size, read_image, read_orientation, to_array
 from bas.io.json_files import check_shape
 from bas.models.text import check_name
 
@@ -285,11 +285,12 @@ def check_coverage(path: Path, mask: np.ndarray) -> None:
     """Raise InputError for a mask that shows nothing or everything, and warn about an unlikely one. mask: (H, W)"""
     check_not_black(path, mask)
     if mask.max() < DARKEST_MASK:
-        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: is it a label map?")
+        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: {LABELS_ADVICE}")
     if mask.min() == 1:
         raise InputError(f"{path} is white all over: leave out what is not the concept")
     if mask.max() < FAINT_MASK:
         value, weight = 255 * mask.max(), 100 * mask.max() ** 2
-        log.warning("%s is %.0f of 255 at most, so its concept weighs %.0f %%: paint it white", path, value, weight)
+        advice = "paint it white, or name it labels.png if it is a label map"
+        log.warning("%s is %.0f of 255 at most, so its concept weighs %.0f %%: %s", path, value, weight, advice)
     if mask.mean() >= LIKELY_INVERTED:
         log.warning("%s covers %.0f %% of the image: is it inverted?", path, 100 * mask.mean())

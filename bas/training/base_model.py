@@ -13,6 +13,7 @@ from bas.models.adapters import remove_adapters
 from bas.models.bundle import Models
 from bas.models.vae import Posterior
 from bas.pretrained.folder import load, weights_hash
+from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 
 TRAINED = ("unet", "text_encoder")  # the networks that a training can change
@@ -62,12 +63,17 @@ class Base:
             network.zero_grad(set_to_none=True)
         return replace(self.models, tokenizer=deepcopy(self.tokenizer))
 
-    def class_images(self, config: TrainConfig, size: tuple[int, int]) -> tuple[Posterior, str]:
-        """`class_images.class_images` of fresh models, computed once for all scenes of one size and settings."""
+    def class_images(
+        self, config: TrainConfig, size: tuple[int, int], schedule: NoiseSchedule
+    ) -> tuple[Posterior, str]:
+        """`class_images.class_images` of fresh models, computed once for all scenes of one size and settings.
+
+        schedule: the noise schedule to generate them with.
+        """
         made_with = (config.class_prompt, config.num_class_images, config.class_data_dir, config.mixed_precision)
-        key = (size, config.seed, *made_with)
+        key = (size, schedule, config.seed, *made_with)
         if key not in self.encoded:
-            self.encoded[key] = class_images(self.models, config, self.hash, size)
+            self.encoded[key] = class_images(replace(self.models, schedule=schedule), config, self.hash, size)
         return self.encoded[key]
 
 

@@ -34,6 +34,7 @@ from bas.runtime.device import autocast
 from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import decode, generate
 from bas.schedulers import NoiseSchedule
+from bas.training.resume import of_training
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +66,18 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
     folder = Path(config.class_data_dir)
     if not (folder / KEY_FILE).exists():
         return folder, not _images(folder)
-    _check_key(folder, key)
+    _check_key(folder, key, complete=len(_images(folder)) >= config.num_class_images)
     return folder, True
 
 
-def _check_key(folder: Path, key: dict) -> None:
-    """Raise InputError for class images that were made with something else than `key` has."""
+def _check_key(folder: Path, key: dict, complete: bool) -> None:
+    """Raise InputError for class images that were made with something else than `key` has.
+
+    Where all are there (`complete`), the timesteps at which they were generated do not matter: none is added by others.
+    """
     made_with = read_record(folder / KEY_FILE, {}, "remove it if all images are your own, else name another folder")
+    if complete:
+        made_with, key = ({name: of_training(value) for name, value in each.items()} for each in (made_with, key))
     differs = [name for name in key if made_with.get(name) != key[name]]
     if differs:
         raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
@@ -114,7 +120,8 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
         keyed = (folder / KEY_FILE).exists()
     if keyed:
         key = cache_key(config, "", schedule, SampleConfig(height=size[0], width=size[1], seed=config.seed))
-        _check_key(folder, {name: value for name, value in key.items() if name != "base"})
+        known = {name: value for name, value in key.items() if name != "base"}
+        _check_key(folder, known, complete=len(images) >= config.num_class_images)
 
 
 def class_images(

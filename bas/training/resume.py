@@ -1,7 +1,7 @@
 """What a resumed run must share with the one that it continues, and the errors where it does not."""
 
 import hashlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from bas.io.json_files import check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import find
+from bas.schedulers import NoiseSchedule
 from bas.training.checkpoints import Checkpoint
 
 # Settings that may change on resuming: the device, paths, logging, saving, and what only saves memory.
@@ -63,9 +64,17 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _of_training(value: object) -> object:
+def of_training(value: object) -> object:
     """What a training depends on: of a noise schedule, all but what only sampling reads."""
     return {k: v for k, v in value.items() if k not in SAMPLING_ONLY} if isinstance(value, dict) else value
+
+
+def continued_schedule(schedule: NoiseSchedule, earlier: dict) -> NoiseSchedule:
+    """The noise schedule with the steps_offset of the run that is continued: its class images were made with that."""
+    there = earlier.get("schedule")
+    if not isinstance(there, dict) or "steps_offset" not in there:
+        return schedule
+    return replace(schedule, steps_offset=there["steps_offset"])
 
 
 def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
@@ -81,7 +90,7 @@ def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
     differs += [
         SAME_ON_RESUME[name].format(**earlier)
         for name in known
-        if _of_training(metadata[name]) != _of_training(earlier[name])
+        if of_training(metadata[name]) != of_training(earlier[name])
     ]
     if differs:
         raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start again")

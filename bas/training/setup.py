@@ -37,7 +37,7 @@ from bas.training.metrics import MetricsLog
 from bas.training.optimizer import adamw8bit
 from bas.training.phase_state import trainable_parameters, trained_weights
 from bas.training.preview import write_scene
-from bas.training.resume import check_progress, check_resumable, scene_state
+from bas.training.resume import check_progress, check_resumable, continued_schedule, scene_state
 from bas.training.run_folder import prepare_folder
 from bas.training.tensorboard import EventLog, writer_class
 
@@ -145,12 +145,14 @@ def setup_run(
     if precision == "bf16":
         kept = None if config.kind.whole else {*trained_weights(models, config).values()}  # a small run saves no other
         exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision], kept)
-    class_posterior, metadata["schedule"], metadata["class_images"] = None, models.schedule.to_json(), None
+    schedule = continued_schedule(models.schedule, checkpoint.metadata) if checkpoint else models.schedule
+    class_posterior, metadata["schedule"], metadata["class_images"] = None, schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         settings = replace(config, mixed_precision=precision)
         # Uncompiled, though an earlier scene may have compiled the base's modules.
         with autocast(device, precision), torch.compiler.set_stance("force_eager"):
-            class_posterior, metadata["class_images"] = base.class_images(settings, (image.shape[1], image.shape[2]))
+            size = image.shape[1], image.shape[2]
+            class_posterior, metadata["class_images"] = base.class_images(settings, size, schedule)
     if checkpoint:
         check_resumable(checkpoint.folder, metadata, checkpoint.metadata)
     data = prepare(models, scene, image, masks, config, class_posterior)

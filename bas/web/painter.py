@@ -70,7 +70,7 @@ def _check_names(concept: Any) -> dict:
     if word is not None and not (isinstance(word, str) and len(word) <= MAX_WORD):
         raise InputError(f"the initial word of {handle} is not a text of {MAX_WORD} characters or fewer")
     check_word(word, str(handle))
-    return {"handle": handle, "word": word or None}
+    return {"handle": handle, "word": (word or "").strip() or None}
 
 
 def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:

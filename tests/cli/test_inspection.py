@@ -222,6 +222,21 @@ def test_foreign_text_cannot_forge_a_line_or_reach_the_terminal(tmp_path):
     assert "note: \\u202egnp" in as_text(describe(path))
 
 
+@pytest.mark.parametrize("length", [4000, 4001, 3_000_000])
+def test_a_long_note_is_cut_where_it_is_printed(length, tmp_path):
+    """An image carries notes of any length; --json has them whole."""
+    note = PngImagePlugin.PngInfo()
+    note.add_itxt("bas", "x" * length, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=note)
+    details = describe(tmp_path / "a.png")
+    if "made with" not in details:  # Pillow reads no note of megabytes
+        assert length == 3_000_000
+        return
+    assert details["made with"] == "x" * length
+    end = f"... ({length - 4000} more characters: --json prints all)" if length > 4000 else ""
+    assert as_text(details).splitlines()[-1].split()[2:] == ("x" * 4000 + end).split()
+
+
 def test_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("BAS_CACHE", str(tmp_path))
     (tmp_path / "file").write_bytes(bytes(2500))

@@ -285,6 +285,31 @@ def test_auto_writes_an_ordinary_scene(folders, image, tmp_path, capsys):
     assert capsys.readouterr().err == f"bas: {scene} has masks already: name another --output_dir\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"concepts": [{"handle": "<cat>"}], "a": 1}', "names concepts already: name another --output_dir, or move "),
+        ("{concepts}", "is not valid JSON"),
+        ('{"mine": 1}', None),
+    ],
+)
+def test_names_of_others_are_not_replaced(content, message, folders, image, tmp_path, capsys):
+    """A scene.json without concepts keeps its entries; one with concepts may be work of hours."""
+    image.save(tmp_path / "photo.png")
+    place = tmp_path / "mine"
+    place.mkdir()
+    (place / "scene.json").write_text(content)
+    flags = ["--auto", "sam", "--segmenter", str(folders["sam"]), "--boxes", "5,6,50,30", "--output_dir", str(place)]
+    assert main(["masks", str(tmp_path / "photo.png"), *flags]) == (2 if message else 0)
+    if message:
+        assert f"{place / 'scene.json'} {message}" in capsys.readouterr().err
+        assert [path.name for path in place.iterdir()] == ["scene.json"]
+        assert (place / "scene.json").read_text() == content
+    else:
+        notes = {"mine": 1, "concepts": [{"handle": "<asset0>", "word": None}]}
+        assert json.loads((place / "scene.json").read_text()) == notes
+
+
 def test_words_become_initial_words(folders, image, tmp_path, capsys):
     image.save(tmp_path / "img.png")
     threshold = float(np.median(chances(folders, image, ["bowl"])))

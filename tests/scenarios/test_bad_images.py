@@ -349,18 +349,21 @@ def test_one_level_of_alpha_beside_colour_already_asks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "level", "message"),
+    ("dtype", "level", "most"),
     [
-        (np.uint16, 200, "mask1.png is nearly black, 1 of 255 at most: is it a label map?"),  # 8 bits stored as 16
-        (np.uint8, 25, "mask1.png is nearly black, 25 of 255 at most: is it a label map?"),
-        (np.uint8, 2, "mask1.png is nearly black, 2 of 255 at most: is it a label map?"),
+        (np.uint16, 200, 1),  # 8 bits stored as 16
+        (np.uint8, 25, 25),
+        (np.uint8, 2, 2),
     ],
 )
-def test_nearly_black_masks_are_refused(scene, dtype, level, message):
+def test_nearly_black_masks_are_refused(scene, dtype, level, most):
     mask = np.zeros((32, 40), dtype)
     mask[8:24, 8:16], mask[8:24, 16:20] = level, level // 2
     save(scene / "mask1.png", mask)
-    with refused(message):
+    with refused(
+        f"mask1.png is nearly black, {most} of 255 at most: if it is a label map, name it labels.png; else save it in "
+        "black and white"
+    ):
         load(scene)
 
 
@@ -373,7 +376,16 @@ def test_a_mask_just_light_enough_keeps_its_values(scene, caplog):
 
 
 @pytest.mark.parametrize(
-    ("colour", "told"), [("red", "76 of 255 at most, so its concept weighs 9 %"), ("#e6e6e6", None), ("white", None)]
+    ("colour", "told"),
+    [
+        (
+            "red",
+            "76 of 255 at most, so its concept weighs 9 %: paint it white, or name it labels.png if it is a label map",
+        ),
+        ("#800000", "38 of 255 at most, so its concept weighs 2 %: paint it white, or name it labels.png if it is a "),
+        ("#e6e6e6", None),
+        ("white", None),
+    ],
 )
 def test_a_mask_in_a_colour_is_told_how_little_it_weighs(scene, caplog, colour, told):
     """The weight by eq. 1, in which a mask stands squared."""

@@ -162,6 +162,16 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
             class_images(models, *args)
         with refused("keyed", *words) if words != ["another base"] else nullcontext():  # which takes the weights
             check_class_folder(args[0], models.schedule, args[2])
+    moved = replace(models, schedule=replace(models.schedule, steps_offset=0))  # none is to be generated
+    assert torch.equal(
+        class_images(moved, config, "base", (32, 32))[0].mean, class_images(models, config, "base", (32, 32))[0].mean
+    )
+    check_class_folder(config, moved.schedule, (32, 32))
+    more = replace(config, num_class_images=3)
+    with refused("keyed holds class images made with another schedule: name another folder"):
+        class_images(moved, more, "base", (32, 32))
+    with refused("keyed holds class images made with another schedule: name another folder"):
+        check_class_folder(more, moved.schedule, (32, 32))
     (tmp_path / "keyed" / "key.json").write_text("{")
     with refused("key.json", "is not valid JSON"):
         class_images(models, config, "base", (32, 32))

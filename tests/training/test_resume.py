@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,6 +16,7 @@ import bas
 from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.errors import RunError
+from bas.io.files import cache_dir
 from bas.runtime.signals import Interrupted
 from bas.schedulers import NoiseSchedule
 from bas.training import loop as training
@@ -142,6 +144,30 @@ def test_a_checkpoint_of_another_run_is_refused_though_its_manifest_is_made_anew
     monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     with refused(told):
         resume(bench, run)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_run_of_another_steps_offset_keeps_its_class_images(bench, tmp_path, monkeypatch, cached):
+    """Earlier versions counted from 0 where the file gave no offset, and generated class images so.
+
+    The resumed run finds them, or generates them anew as they were: the same bits as without a stop.
+    """
+    monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
+    changes = {"class_data_dir": None, "num_class_images": 1, "checkpointing_steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr("bas.pretrained.folder.SD_STEPS_OFFSET", 0)
+        bas.train(bench.config(tmp_path / "whole", **changes))
+        run = stopped(bench, tmp_path / "run", monkeypatch, step=2, **changes)
+    (folder,) = (cache_dir() / "class_images").glob("*/")
+    if not cached:
+        shutil.rmtree(folder)
+    with monkeypatch.context() as patch:  # a run that was resumed can be resumed again
+        before_step(patch, 2, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            resume(bench, run, **changes)
+    resume(bench, run, **changes)
+    assert list((cache_dir() / "class_images").glob("*/")) == [folder]
+    assert file_hashes(run) == file_hashes(tmp_path / "whole")
 
 
 # --- What a kill left to do -------------------------------------------------------------------------------------------

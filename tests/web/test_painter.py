@@ -113,7 +113,7 @@ def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(session, photo
 
 def test_masks_of_removed_concepts_go_and_other_notes_stay(session, photo):
     folder = photo.parent / "photo"
-    rows = [{"handle": f"<a{i}>", "word": None, "mask": png(soft(i))} for i in range(3)]
+    rows = [{"handle": f"<a{i}>", "word": " " * i, "mask": png(soft(i))} for i in range(3)]
     save(session, *rows)
     (folder / "scene.json").write_text(json.dumps({"title": "mine", "concepts": []}))
     assert save(session, rows[2])[1].startswith(f"Saved 1 mask to {folder}. Next: `bas masks ")

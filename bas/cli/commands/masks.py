@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from bas.cli.flags import Parser, add_fields, given
 from bas.cli.output_files import check_output_path
 from bas.config import ProposalConfig, TrainConfig
 from bas.data.batches import check_scene
-from bas.data.mask_formats import list_sources
+from bas.data.mask_formats import list_sources, read_scene_json
 from bas.data.mask_proposals import METHODS, propose
 from bas.data.mask_report import sheet, table, view_scene, warnings
 from bas.data.scene_folder import load_scene
@@ -69,6 +70,8 @@ def write_proposals(args: argparse.Namespace) -> None:
     draft = open_draft(Path(args.scene), Path(args.output_dir) if args.output_dir else None)
     if draft.folder.is_dir() and list_sources(draft.folder):
         raise InputError(f"{draft.folder} has masks already: name another --output_dir")
+    if os.path.lexists(names := draft.folder / "scene.json") and "concepts" in read_scene_json(names):
+        raise InputError(f"{names} names concepts already: name another --output_dir, or move it away")
     found = propose(args.auto, draft.image, config, pick_device(args.device))
     masks = [Image.fromarray(proposal.mask.astype(np.uint8) * 255) for proposal in found]
     concepts = [{"handle": f"<asset{i}>", "word": proposal.word} for i, proposal in enumerate(found)]
