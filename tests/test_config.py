@@ -235,8 +235,8 @@ def test_a_card_lies_between_the_preset_and_the_flags():
         "cross_attention",
         "text_encoder",
     )
-    with refused("--card is '8gb'", "any, 24gb, 16gb, 12gb"):
-        TrainConfig.resolve({"card": "8gb"})
+    with refused("--card is '7gb'", "any, 24gb, 16gb, 12gb, 8gb, 6gb"):
+        TrainConfig.resolve({"card": "7gb"})
 
 
 def test_settings_from_python_are_taken_as_those_of_flags():

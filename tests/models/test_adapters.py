@@ -149,3 +149,12 @@ def test_gradient_checkpointing_changes_no_gradient():
         gradients.append(torch.autograd.grad(loss, parameters))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert all(g.abs().max() > 0 for g in gradients[0])
+
+
+def test_an_adapted_block_is_one_graph():
+    """torch.compile takes a transformer block with adapters as a whole, with the same output."""
+    block = adapted("sd1").unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    x, context = torch.randn(1, 4, 64), torch.randn(1, 5, 64)
+    expected, _ = block(x, context)
+    block.compile(fullgraph=True, dynamic=False, backend="eager")
+    assert torch.equal(block(x, context)[0], expected)

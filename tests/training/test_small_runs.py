@@ -19,6 +19,7 @@ from bas.pretrained.folder import read_spec, weights_hash
 from bas.sampling.prompt_strength import encode_prompts
 from bas.training import checkpoints
 from bas.training import loop as training
+from bas.training.base_model import Base
 from bas.training.loop import trained
 from bas.training.phase_state import trained_weights
 from tests.helpers.tiny import file_hashes, refused, snapshot
@@ -263,3 +264,12 @@ def test_info_describes_a_small_run(small, capsys):
     details = json.loads(capsys.readouterr().out)
     assert details["loads"]
     assert details["handles"] == ["<asset0>", "<asset1>", "<asset2>"]
+
+
+def test_a_second_scene_is_trained_as_if_it_were_alone(bench, tmp_path, small):
+    """One base in memory, two runs one after the other, bf16 between: the adapters of the first leave no trace."""
+    base = Base.open(bench.model, torch.device("cpu"), keep=True)
+    training.train(bench.config(tmp_path / "first", **LORA, mixed_precision="bf16", seed=5), base)
+    training.train(bench.config(tmp_path / "second", **LORA), base)
+    assert file_hashes(tmp_path / "second", FILES) == file_hashes(small, FILES)
+    assert not any(is_adapter(name) for name, _ in base.fresh().unet.named_parameters())
