@@ -11,12 +11,20 @@ from bas.errors import InputError
 WHOLE_MODEL = "give a whole Stable Diffusion 1.x or 2.x model"
 
 KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
-    (r"(^|[._])lora[._]|\.hada_w|\.lokr_w", "a LoRA", "it holds changes to a model: merge it into one first"),
+    (
+        r"(^|[._])lora[._]|\.hada_w|\.lokr_w",
+        "a LoRA",
+        "it holds changes to a model: name the model, and add the file with --lora",
+    ),
     (r"^conditioner\.embedders\.[1-9]|^text_encoder_2\.", "a Stable Diffusion XL model", WHOLE_MODEL),
     (r"joint_blocks\.", "a Stable Diffusion 3 model", WHOLE_MODEL),
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux model", WHOLE_MODEL),
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
-    (r"^(string_to_param|emb_params|clip_[gl]$)|^<[^<>]*>$", "a textual inversion embedding", WHOLE_MODEL),
+    (
+        r"^(string_to_param|emb_params|clip_[gl]$)|^<[^<>]*>$",
+        "a textual inversion embedding",
+        "name a model, and add the file with --embedding",
+    ),
     (r"motion_modules\.", "an AnimateDiff motion module", WHOLE_MODEL),
     (r"^edm_(vpred|mean)\.", "a model of another noise schedule (EDM)", WHOLE_MODEL),
 )

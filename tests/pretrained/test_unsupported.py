@@ -208,7 +208,10 @@ def test_folders_that_are_no_models(folder, tmp_path):
     (empty / "model.safetensors").touch()
     assert refusal(empty) == f"{empty} is not a diffusers folder: give a file in it, as {empty / 'model.safetensors'}"
     (empty / "pytorch_lora_weights.safetensors").touch()
-    assert refusal(empty) == f"{empty} is a LoRA: it holds changes to a model: merge it into one first"
+    assert (
+        refusal(empty)
+        == f"{empty} is a LoRA: it holds changes to a model: name the model, and add the file with --lora"
+    )
 
 
 def test_code_in_a_folder_is_never_run(folder, tmp_path):
@@ -310,8 +313,8 @@ def test_files_that_hold_no_tensors(content, reason, tmp_path):
         (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "is a LoRA: it holds changes to a model"),
         (["unet.down_blocks.0.attentions.0.to_k.lora_A.weight"], "is a LoRA: it holds changes to a model"),
         (["unet.up_blocks.1.attn.processor.to_q.lora.up.weight"], "is a LoRA: it holds changes to a model"),
-        (["<toy>"], f"is a textual inversion embedding: {WHOLE}"),
-        (["emb_params"], f"is a textual inversion embedding: {WHOLE}"),
+        (["<toy>"], "is a textual inversion embedding: name a model, and add the file with --embedding"),
+        (["emb_params"], "is a textual inversion embedding: name a model, and add the file with --embedding"),
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], f"is a VAE alone: {WHOLE}"),
         (["first_stage_model.encoder.conv_in.weight"], f"is a VAE alone: {WHOLE}"),
         (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], f"is a UNet alone: {WHOLE}"),
