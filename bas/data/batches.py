@@ -25,7 +25,7 @@ from bas.models.vae import Posterior
 
 log = logging.getLogger(__name__)
 
-SEG_MIX_IMAGES = 64  # enough for each concept to stand everywhere
+SEG_MIX_IMAGES = 256  # enough for each subset of few concepts to stand on each background
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
 
 def sample_image(data: TrainingData, seg_mix_probability: float, generator: torch.Generator) -> EncodedImage:
     """Sample one of the images, all equally likely, or one of `data.mixed`. A single one takes no random number."""
-    mixed = seg_mix_probability and torch.rand((), generator=generator) < seg_mix_probability
+    mixed = data.mixed and seg_mix_probability and torch.rand((), generator=generator) < seg_mix_probability
     images = data.mixed if mixed else data.images
     return images[int(torch.randint(len(images), (), generator=generator)) if len(images) > 1 else 0]
 

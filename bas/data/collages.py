@@ -19,6 +19,7 @@ from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset, size_
 from bas.data.scene_folder import load_scene
 
 SEG_MIX_SIDES = 0.5, 0.8  # of the image's shorter side: the longest side of a concept alone; of k, by sqrt(k) less
+SEG_MIX_LARGEST = 0.5  # of the scene's area: a larger concept is no object
 TRIES = 20  # placements of a concept, before one that covers others is taken
 
 
@@ -65,13 +66,15 @@ def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int, move: f
     After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
     shows. They are cut out of an image, or a close-up, that shows few others. The largest gets a random size, the
     others keep theirs beside it. Concepts cover each other only where there is no room. move: 1 for any place and size,
-    0 for those in the scene and its close-ups, or the share between them.
+    0 for those in the scene and its close-ups, or the share between them. A concept that covers most of the scene is
+    left out: it is the background of the others.
     """
     generator = torch.Generator().manual_seed(seed)
+    movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
     mixed = []
-    for i, background in enumerate(backgrounds):
+    for i, background in enumerate(backgrounds if movable else ()):
         canvas = background.copy()
-        chosen = sample_subset(len(scene), "union", generator)
+        chosen = [movable[j] for j in sample_subset(len(movable), "union", generator)]
         fewest = min(len(shown) for _, shown in scene.images if shown.keys() >= set(chosen))
         sources = [source for source in scene.images if source[1].keys() >= set(chosen) and len(source[1]) == fewest]
         image, masks = sources[int(torch.randint(len(sources), (), generator=generator))]

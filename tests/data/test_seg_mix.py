@@ -96,6 +96,14 @@ def test_a_close_up_is_cut_rather_than_the_scene(squares):
     assert widths[1, 1] == widths[2, 0] == {8}
 
 
+def test_a_background_is_no_object(squares):
+    """A concept that covers more than half of the scene is never cut out. A scene of such concepts gives no image."""
+    rest = 1 - np.maximum.reduce(squares.masks)
+    scene = Scene(squares.image, [*squares.masks, rest], ("<a>", "<b>", "<c>", "<bg>"), (None,) * 4)
+    assert {concept for extra in mix(scene, 64, 0) for concept in extra.masks} == {0, 1, 2}
+    assert mix(Scene(squares.image, [rest], ("<bg>",), (None,)), 64, 0) == ()
+
+
 def test_backgrounds_stay_outside_the_concepts(squares):
     """Image i stands on background i, which is not changed itself."""
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)) for i in range(3)]
