@@ -14,7 +14,7 @@ from bas import __version__
 from bas.errors import InputError
 from bas.io.json_files import write_json
 from bas.io.run_files import METRICS, TUNED, read_concepts, read_rows
-from bas.models.adapters import Change, Difference
+from bas.models.adapters import Change, Difference, changed
 from bas.models.bundle import ModelSpec
 from bas.pretrained.embedding_files import file_names, write_embedding
 from bas.pretrained.folder import read_parts
@@ -29,12 +29,13 @@ def adapters_of(run: Path, rank: int | None = None) -> tuple[Adapters, ModelSpec
     tuned = with_tuned(base, run / TUNED)
     adapters: dict[str, dict[str, Change | Difference]] = defaultdict(dict)
     for component, changes in tuned.changes.items():
-        for name, (change,) in changes.items():
-            adapters[component][name.removesuffix(".weight")] = change
+        for name, each in changes.items():
+            for change in each[len(base.changes.get(component, {}).get(name, ())) :]:  # behind those of the base
+                adapters[component][name.removesuffix(".weight")] = change
     for component, weights in tuned.tensors.items():
         for name, weight in weights.items():
             if weight is not (before := base.tensors[component][name]):
-                difference = weight.float() - before.float()
+                difference = weight.float() - changed(before, base.changes.get(component, {}).get(name, ())).float()
                 layer = name.removesuffix(".weight")
                 adapters[component][layer] = as_lora(difference, rank) if rank else Difference(difference)
     return adapters, base.spec

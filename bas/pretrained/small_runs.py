@@ -70,6 +70,7 @@ def read_small_run(run: Path, prediction_type: str | None) -> Parts:
         handles=(*parts.spec.handles, *handles),
         source=run,
     )
+    rows = rows if parts.rows is None else torch.cat([parts.rows, rows])  # the base may be a small run itself
     return replace(with_tuned(parts, run / TUNED), spec=spec, rows=rows)
 
 
@@ -84,7 +85,9 @@ def with_tuned(parts: Parts, path: Path) -> Parts:
     except (KeyError, ValueError):
         raise InputError(f"{path} was not written by bas, or by a later version: {ADVICE}") from None
     tensors = {component: dict(weights) for component, weights in parts.tensors.items()}
-    changes: dict[str, dict[str, list[Change | Difference]]] = {component: {} for component in tensors}
+    changes: dict[str, dict[str, list[Change | Difference]]] = {
+        component: {name: [*each] for name, each in parts.changes.get(component, {}).items()} for component in tensors
+    }
     for name, tensor in tuned.items():
         component, _, key = name.partition(".")
         key = key.removeprefix(TEXT_PREFIX)
@@ -97,11 +100,12 @@ def with_tuned(parts: Parts, path: Path) -> Parts:
             if tensor.shape != place.shape:
                 raise InputError(f"{path}: {name} is {list(tensor.shape)}, the base has {list(place.shape)}: {ADVICE}")
             tensors[component][weight] = tensor
+            changes[component].pop(weight, None)  # of the base, which this weight was trained with
         elif kind == "lora_A":
             up = tuned.get(name.replace(".lora_A.", ".lora_B."))
             if up is None or not fits(tensor, up, place):
                 raise InputError(f"{path}: {name} has no fitting lora_B beside it: {ADVICE}")
-            changes[component][weight] = [Change(tensor, up, scale)]
+            changes[component].setdefault(weight, []).append(Change(tensor, up, scale))
         elif name.replace(".lora_B.", ".lora_A.") not in tuned:
             raise InputError(f"{path}: {name} has no lora_A beside it: {ADVICE}")
     return replace(parts, tensors=tensors, changes=dict(changes))

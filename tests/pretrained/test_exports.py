@@ -264,6 +264,21 @@ def test_a_merged_model_draws_the_same_and_needs_no_base(base, run, cwd):
     assert main(["merge", str(base), "--into_base", "--output_dir", "again"]) == 2
 
 
+@pytest.mark.parametrize("kind", ["lora", "kv"])
+def test_a_small_run_may_be_the_base_of_another(run, tmp_path, kind):
+    """Adapters add up, trained weights take the place of those of the base; handles and weights of both are there."""
+    second = write_small_run(tmp_path / "second", run, ("<toy>",), **LORA | {"train": kind})
+    models, first = load(second), load(run)
+    assert models.handles == ("<asset0>", "<asset1>", "<toy>")
+    table = models.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[-3:-1], first.text_encoder.get_input_embeddings().weight[-2:])
+    adapters, _ = adapters_of(second)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    before, after = (each.unet.get_submodule(name).weight for each in (first, models))
+    assert (before + adapters["unet"][name].delta() - after).abs().max() < 1e-6
+    assert (before - after).abs().max() > 1e-3
+
+
 def test_adapters_of_a_run_are_its_changes(base, run):
     """What is exported is what loading adds: the base's weight and the change give the loaded weight, to 1e-6."""
     adapters, spec = adapters_of(run)
