@@ -90,11 +90,11 @@ def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int, move: f
             size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
             layer = Image.fromarray((masks[concept] * 255).round().astype(np.uint8)).crop(box)
             mask = layer.resize(size, Image.Resampling.BILINEAR)
-            centre = tuple(
+            x, y = (
                 canvas_side / 2 + still * ((first + last) - side) / 2
                 for canvas_side, first, last, side in zip(canvas.size, box[:2], box[2:], image.size, strict=True)
             )
-            where = place(np.asarray(mask) / 255, canvas.size, centre, list(layers.values()), generator, move)
+            where = place(np.asarray(mask) / 255, canvas.size, (x, y), list(layers.values()), generator, move)
             canvas.paste(image.crop(box).resize(size, Image.Resampling.BICUBIC), where, mask)
             pasted = Image.new("L", canvas.size)
             pasted.paste(mask, where)

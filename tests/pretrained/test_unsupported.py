@@ -127,7 +127,8 @@ def test_a_tokenizer_in_another_encoding_is_named(file, encoding, folder):
     path.write_bytes(path.read_text().encode(encoding))
     message = refusal(folder)
     assert message.startswith(f"{path} is not ") or message.startswith(f"{path} is no ")
-    assert "UTF-" in message and "save it as UTF-8" in message
+    assert "UTF-" in message
+    assert "save it as UTF-8" in message
 
 
 def test_a_tokenizer_reads_only_its_own_folder(folder, tmp_path):
