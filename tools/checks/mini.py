@@ -215,7 +215,7 @@ def main():
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     recogniser = train_recogniser(args.output_dir / "recogniser.pt", args.scenes, args.epochs)
-    models = bas.load(args.weights)
+    models = bas.load(args.weights, dtype=torch.float32)
 
     rng = np.random.default_rng(SEED)
     layouts = [compose(rng, 1 + i // args.prompts, two_colours=0) for i in range(2 * args.prompts)]
