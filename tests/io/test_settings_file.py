@@ -54,7 +54,7 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
     [
         ("learning_rat = 1", "unknown setting learning_rat; did you mean learning_rate?"),
         ("zzzz = 1", "unknown setting zzzz"),
-        ("[train]\nseed = 1", "unknown setting train"),
+        ("[training]\nseed = 1", "unknown setting training"),
         ("seed = 1.5", "seed is 1.5: expected a whole number"),
         ("seed = true", "seed is True: expected a whole number"),
         ("log_steps = 0", "log_steps is 0: expected a whole number from 1 to 1000000"),

@@ -265,7 +265,7 @@ def test_the_command_writes_the_edited_image_with_its_settings(files, models, ca
 
     for wrong in ([], where[:2], where[2:], [*where, "--regions", str(regions)]):
         assert main(["edit", *common, *wrong]) == 2
-        assert capsys.readouterr().err.startswith("bas: name a place and a prompt")
+        assert capsys.readouterr().err.startswith("bas: name a region and a prompt")
 
 
 def test_a_scene_is_edited_at_its_own_size(models, tmp_path):

@@ -297,7 +297,7 @@ def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, mon
     images = {}
     for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
         words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision)
-        words.prediction_type = None
+        words.prediction_type, words.lora, words.embedding = None, None, None
         models = open_model(words, lambda models: None)
         networks = models.unet, models.vae, models.text_encoder
         assert {weight.dtype for network in networks for weight in network.parameters()} == {dtype}
