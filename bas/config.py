@@ -225,7 +225,10 @@ METHODS: dict[str, Method] = {
     "ti": Method(trains=("handles",), rate="initial_learning_rate", prior=False, collection=False),
     "db": Method(trains=None, rate="learning_rate", prior=True, collection=False),
 }
-PLAIN = {"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False}
+PLAIN = {
+    **{"apply_masked_loss": False, "lambda_attention": 0.0, "subset_sampling": "all", "exact_phase1": False},
+    "seg_mix_probability": 0.0,
+}
 
 # What the bas.json of a model may set: how the model is trained. Which files are read or written, on which device and
 # from which checkpoint is for the user alone to say: a model may come from anywhere.

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import Phase, TrainConfig
-from bas.data.collages import plain, seg_mix
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
+from bas.data.seg_mix import place_named, plain, seg_mix
 from bas.errors import InputError
 from bas.io.images import to_images
 from bas.losses import resize_mask
@@ -253,6 +253,7 @@ def encode_seg_mix(
     if class_posterior is not None:
         count = len(class_posterior.mean)
         chosen = [(i, place) for first, place in places for i in range(first, count, len(config.class_prompt))]
+    log.info("encoding %d images of Seg-Mix", SEG_MIX_IMAGES)
     backgrounds = [plain(image.shape[2], image.shape[1], config.seed + i) for i in range(SEG_MIX_IMAGES)]
     if class_posterior is not None and chosen:
         decoded = decode_means(models, class_posterior.mean[[i for i, _ in chosen]])
@@ -266,12 +267,6 @@ def encode_seg_mix(
             seen = replace(seen, place=chosen[i % len(chosen)][1], whole=True)
         mixed.append(replace(seen, shown=shown))
     return tuple(image for image in mixed if image.shown)
-
-
-def place_named(prompt: str) -> str:
-    """Where a class prompt says one is: "at the beach" of "a photo at the beach". "" where it names an object."""
-    place = prompt.removeprefix("a photo ")
-    return "" if place == prompt or place.startswith("of ") else place
 
 
 def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:

@@ -54,10 +54,13 @@ def test_rows_of_the_methods():
 def test_a_baseline_has_the_plain_loss():
     """Whatever the model's own row says of the attention loss; asking for it is refused rather than ignored."""
     for method in METHODS:
-        config = TrainConfig.resolve({"method": method}, {"lambda_attention": 0.3})
+        config = TrainConfig.resolve({"method": method}, {"lambda_attention": 0.3, "seg_mix_probability": 0.8})
+        assert config.seg_mix_probability == 0
         assert (config.apply_masked_loss, config.lambda_attention, config.subset_sampling) == (False, 0.0, "all")
     with refused("--method db-m", "lambda_attention"):
         TrainConfig.resolve({"method": "db-m", "lambda_attention": 0.01})
+    with refused("--method ti-m", "seg_mix_probability"):
+        TrainConfig.resolve({"method": "ti-m", "seg_mix_probability": 0.5})
     with refused("--method ti-m", "exact_phase1"):
         TrainConfig.resolve({"method": "ti-m", "exact_phase1": True})
     with refused("--method ti", "apply_masked_loss, lambda_attention, subset_sampling"):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bas.data.batches import SEG_MIX_IMAGES, place_named, sample_batch, sample_image
-from bas.data.collages import SEG_MIX_SIDES, place, plain, seg_mix
+from bas.data.batches import SEG_MIX_IMAGES, sample_batch, sample_image
 from bas.data.scene import ExtraImage, Scene
 from bas.data.scene_folder import load_scene
+from bas.data.seg_mix import SEG_MIX_SIDES, place, place_named, plain, seg_mix
 from tests.helpers.tiny import refused
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
