@@ -16,6 +16,8 @@ from bas.pretrained.small_runs import save_tuned
 from bas.training.phase_state import trained_weights
 from tests.helpers.families import tiny
 
+LORA = {"train": "lora", "rank": 4, "alpha": 3.0, "conv_rank": 3}  # adapters of two ranks on every kind of layer
+
 
 def write_base(folder: Path, family: str) -> Path:
     """A tiny base model of a family."""

@@ -17,24 +17,11 @@ from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load
 from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
 from bas.sampling.sampler import generate
-from tests.helpers.small_runs import write_base, write_small_run
+from tests.helpers.small_runs import LORA, write_small_run
 from tests.helpers.tiny import refused
 
-LORA = {"train": "lora", "rank": 4, "alpha": 3.0, "conv_rank": 3}
 PROMPT = "a photo of <asset0> and <asset1> at the beach"
 STEPS = 2
-
-
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
-def base(request, tmp_path_factory):
-    """A tiny base of each family."""
-    return write_base(tmp_path_factory.mktemp(request.param) / "base", request.param)
-
-
-@pytest.fixture(scope="module")
-def run(base):
-    """A small run with adapters of two ranks on every kind of layer."""
-    return write_small_run(base.parent / "run", base, **LORA)
 
 
 @pytest.fixture

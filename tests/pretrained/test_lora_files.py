@@ -13,24 +13,10 @@ from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load, read_parts, read_spec
 from bas.pretrained.lora_files import kohya_tensors, read_lora, write_lora
 from bas.pretrained.lora_names import kohya_name, peft_name
-from tests.helpers.small_runs import write_base, write_small_run
 from tests.helpers.tiny import refused
 
-LORA = {"train": "lora", "rank": 4, "alpha": 3.0, "conv_rank": 3}
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TEXT = "encoder.layers.1.mlp.fc1"
-
-
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
-def base(request, tmp_path_factory):
-    """A tiny base of each family."""
-    return write_base(tmp_path_factory.mktemp(request.param) / "base", request.param)
-
-
-@pytest.fixture(scope="module")
-def run(base):
-    """A small run whose adapters are the content of the files."""
-    return write_small_run(base.parent / "run", base, **LORA)
 
 
 def weights(models) -> dict[str, torch.Tensor]:
@@ -56,24 +42,24 @@ def with_te1(adapters) -> dict[str, torch.Tensor]:
     return {name.replace("lora_te_", "lora_te1_"): tensor for name, tensor in kohya(adapters).items()}
 
 
+def folded(adapters, name_of, down: str, up: str) -> dict[str, torch.Tensor]:
+    """A and B of each layer under these names, the scale folded into B: without alpha the strength alone counts."""
+    tensors = {}
+    for component, layers in adapters.items():
+        for layer, change in layers.items():
+            tensors[f"{name_of(component, layer)}.{down}.weight"] = change.down
+            tensors[f"{name_of(component, layer)}.{up}.weight"] = change.scale * change.up
+    return tensors
+
+
 def without_alpha(adapters) -> dict[str, torch.Tensor]:
-    """Scales folded into B: without alpha the strength alone counts."""
-    tensors = {}
-    for component, layers in adapters.items():
-        for layer, change in layers.items():
-            tensors[f"{kohya_name(component, layer)}.lora_down.weight"] = change.down
-            tensors[f"{kohya_name(component, layer)}.lora_up.weight"] = change.scale * change.up
-    return tensors
+    """kohya's names, scales folded."""
+    return folded(adapters, kohya_name, "lora_down", "lora_up")
 
 
-def as_peft(adapters, prefix: str = "") -> dict[str, torch.Tensor]:
+def as_peft(adapters) -> dict[str, torch.Tensor]:
     """PEFT's names, scales folded."""
-    tensors = {}
-    for component, layers in adapters.items():
-        for layer, change in layers.items():
-            tensors[f"{prefix}{peft_name(component, layer)}.lora_A.weight"] = change.down
-            tensors[f"{prefix}{peft_name(component, layer)}.lora_B.weight"] = change.scale * change.up
-    return tensors
+    return folded(adapters, peft_name, "lora_A", "lora_B")
 
 
 def without_text_model(adapters) -> dict[str, torch.Tensor]:
