@@ -39,9 +39,10 @@ FIELDS = {"clip": "clip", "decoder": "decoder", "unet": "denoiser"}  # of Recipe
 def run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     """Run the stages that were asked for, one after another."""
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    changed = {name: value for name in ("goal", "cooldown") if (value := getattr(args, name)) is not None}
+    changed = {name: value for name in ("goal", "cooldown", "seen") if (value := getattr(args, name)) is not None}
     if changed and args.stage not in FIELDS:
-        raise InputError(f"--goal and --cooldown belong to one stage, not to {args.stage}: name clip, decoder or unet")
+        options = " and ".join(f"--{name}" for name in changed)
+        raise InputError(f"{options}: of one stage, not of {args.stage}; name clip, decoder or unet")
     if changed:
         field = FIELDS[args.stage]
         recipe = replace(recipe, **{field: replace(getattr(recipe, field), **changed)})
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start_from", type=Path, help="a miniature to train on from, in a new run folder")
     parser.add_argument("--goal", type=int, help="samples after which this stage ends")
     parser.add_argument("--cooldown", type=int, help="last samples of it over which the learning rate falls to 0")
+    parser.add_argument("--seen", type=int, help="samples the weights of --start_from have seen: fresh scenes follow")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda when there is one)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1, to leave room for other work)")
     args = parser.parse_args(argv)

@@ -60,7 +60,7 @@ def fit(
 
     while samples < stage.goal:
         step = samples // stage.batch
-        loss, parts = loss_of(module, draw_batch(step))
+        loss, parts = loss_of(module, draw_batch(stage.seen // stage.batch + step))
         loss.backward()
         left = (stage.goal - samples) / max(1, stage.cooldown)
         optimizer.step(min(1.0, (step + 1) / 100, left))

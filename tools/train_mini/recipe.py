@@ -19,6 +19,7 @@ class Stage:
     batch: int
     goal: int  # samples after which it ends
     cooldown: int  # of these, the last samples over which the learning rate falls to 0
+    seen: int = 0  # samples that the weights it starts from were trained with; fresh scenes follow after them
     lr: float = 1e-3  # of AdamW
     lr_matrices: float = 2e-3  # of Muon
     adamw_only: tuple[str, ...] = ("",)  # parameters with one of these in their name stay with AdamW; "" is in each
