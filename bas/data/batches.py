@@ -6,7 +6,7 @@ come from one CPU generator: a seed means the same on every device, and a resume
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bas.config import Phase, TrainConfig
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
-from bas.data.seg_mix import place_named, plain, seg_mix
+from bas.data.seg_mix import SegMix, place_named
 from bas.errors import InputError
 from bas.io.images import to_images
 from bas.losses import resize_mask
@@ -24,8 +24,6 @@ from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
 
 log = logging.getLogger(__name__)
-
-SEG_MIX_IMAGES = 256  # enough for each subset of few concepts to stand on each background
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,15 @@ class EncodedImage:
 
     views: tuple[EncodedView, EncodedView]  # as it is, mirrored
     shown: tuple[int, ...]
-    place: str = ""  # where the concepts are, as prompts say it after the handles
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row of a batch shows, and which of its concepts the prompt names."""
+
+    view: EncodedView
+    chosen: list[int]
+    place: str = ""  # where the concepts are, as the prompt says it after the handles
     whole: bool = False  # the reconstruction counts outside the masks too
 
 
@@ -80,7 +86,7 @@ class TrainingData:
     class_posterior: Posterior | None  # (M, c, h, w) each: the class images
     class_ids: Tensor | None  # (M, 77): their prompts
     scaling_factor: float  # of the VAE
-    mixed: tuple[EncodedImage, ...] = ()  # of Seg-Mix
+    seg_mix: SegMix | None = None
     # by subset and place
     prompts: dict[tuple[tuple[int, ...], str], tuple[Tensor, list[int]]] = field(default_factory=dict, init=False)
 
@@ -134,16 +140,16 @@ def encode_image(
 
     image: (3, H, W) in [-1, 1]; masks: (N, H, W) in [0, 1]; shown: the concepts that the image shows.
     """
-    views = []
-    for flip in (False, True):
-        pixels, layers = (image.flip(-1), masks.flip(-1)) if flip else (image, masks)
-        posterior = encode_images(models, pixels[None])
-        h, w = posterior.mean.shape[-2:]
-        grid = attention_grid(models.spec, (h, w), config.attention_grid)
-        views.append(
-            EncodedView(Posterior(*(p[0] for p in posterior)), resize_mask(layers, h, w), resize_mask(layers, *grid))
-        )
+    views = [encode_view(models, *sides, config) for sides in ((image, masks), (image.flip(-1), masks.flip(-1)))]
     return EncodedImage((views[0], views[1]), tuple(shown))
+
+
+def encode_view(models: Models, image: Tensor, masks: Tensor, config: TrainConfig) -> EncodedView:
+    """Encode an image (3, H, W) in [-1, 1], and resize its masks (N, H, W) in [0, 1]."""
+    posterior = encode_images(models, image[None])
+    h, w = posterior.mean.shape[-2:]
+    grid = attention_grid(models.spec, (h, w), config.attention_grid)
+    return EncodedView(Posterior(*(p[0] for p in posterior)), resize_mask(masks, h, w), resize_mask(masks, *grid))
 
 
 def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
@@ -236,37 +242,26 @@ def prepare(
         class_posterior=class_posterior,
         class_ids=class_ids,
         scaling_factor=models.vae.config.scaling_factor,
-        mixed=encode_seg_mix(models, scene, image, config, class_posterior) if config.seg_mix_probability else (),
+        seg_mix=prepare_seg_mix(models, scene, image, config, class_posterior) if config.seg_mix_probability else None,
     )
 
 
-def encode_seg_mix(
+def prepare_seg_mix(
     models: Models, scene: Scene, image: Tensor, config: TrainConfig, class_posterior: Posterior | None
-) -> tuple[EncodedImage, ...]:
-    """The images of Seg-Mix, on class images whose prompts say where one is, or else on plain colours.
+) -> SegMix | None:
+    """Cut out the concepts, and decode the class images whose prompts say where one is. None: no concept can move.
 
-    On a class image, the prompt of the concepts says the same, and the reconstruction outside the masks counts too: the
-    concepts' outlines are learnt. image: (3, H, W), the scene's.
+    image: (3, H, W), the scene's.
+    On them, the prompt of the concepts says the same, and the reconstruction outside the masks counts too: the
+    concepts' outlines are learnt.
     """
-    places = [(i, place) for i, prompt in enumerate(config.class_prompt) if (place := place_named(prompt))]
-    chosen: list[tuple[int, str]] = []
-    if class_posterior is not None:
-        count = len(class_posterior.mean)
-        chosen = [(i, place) for first, place in places for i in range(first, count, len(config.class_prompt))]
-    log.info("encoding %d images of Seg-Mix", SEG_MIX_IMAGES)
-    backgrounds = [plain(image.shape[2], image.shape[1], config.seed + i) for i in range(SEG_MIX_IMAGES)]
-    if class_posterior is not None and chosen:
-        decoded = decode_means(models, class_posterior.mean[[i for i, _ in chosen]])
-        backgrounds = [decoded[i % len(decoded)] for i in range(SEG_MIX_IMAGES)]
-    mixed = []
-    for i, extra in enumerate(seg_mix(scene, backgrounds, config.seed, config.seg_mix_move)):
-        pixels, layers = extra.tensors(image.shape[1], image.shape[2], len(scene))
-        seen = encode_image(models, pixels, layers, sorted(extra.masks), config)
-        shown = tuple(i for i in seen.shown if all(view.latent_masks[i].any() for view in seen.views))
-        if chosen:
-            seen = replace(seen, place=chosen[i % len(chosen)][1], whole=True)
-        mixed.append(replace(seen, shown=shown))
-    return tuple(image for image in mixed if image.shown)
+    places = [place_named(prompt) for prompt in config.class_prompt]
+    means = () if class_posterior is None else class_posterior.mean
+    chosen = [(i, place) for i in range(len(means)) if (place := places[i % len(places)])]
+    decoded = decode_means(models, means[[i for i, _ in chosen]]) if chosen else []
+    backgrounds = [*zip(decoded, (place for _, place in chosen), strict=True)]
+    seg_mix = SegMix(scene, (image.shape[2], image.shape[1]), backgrounds, config.seg_mix_move)
+    return seg_mix if seg_mix.movable else None
 
 
 def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
@@ -280,11 +275,38 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
     return places
 
 
-def sample_image(data: TrainingData, seg_mix_probability: float, generator: torch.Generator) -> EncodedImage:
-    """Sample one of the images, all equally likely, or one of `data.mixed`. A single one takes no random number."""
-    mixed = data.mixed and seg_mix_probability and torch.rand((), generator=generator) < seg_mix_probability
-    images = data.mixed if mixed else data.images
-    return images[int(torch.randint(len(images), (), generator=generator)) if len(images) > 1 else 0]
+def sample_example(data: TrainingData, models: Models, config: TrainConfig, generator: torch.Generator) -> Example:
+    """Sample an image, all equally likely, then a subset of the concepts that it shows, then whether it is mirrored.
+
+    A single image takes no random number. With `seg_mix_probability` it is one of Seg-Mix instead.
+    """
+    if data.seg_mix and torch.rand((), generator=generator) < config.seg_mix_probability:
+        example = sample_mixed(data.seg_mix, data, models, config, generator)
+        if example.chosen:
+            return example
+    image = data.images[int(torch.randint(len(data.images), (), generator=generator)) if len(data.images) > 1 else 0]
+    subset = sample_subset(len(image.shown), config.subset_sampling, generator)
+    view = image.views[int(torch.rand((), generator=generator) < config.flip_probability)]
+    return Example(view, [image.shown[i] for i in subset])
+
+
+def sample_mixed(
+    seg_mix: SegMix, data: TrainingData, models: Models, config: TrainConfig, generator: torch.Generator
+) -> Example:
+    """Make and encode an image of Seg-Mix.
+
+    On a class image the prompt names all that it shows, as the whole of it is reconstructed. A concept that vanishes on
+    the latent grid is not named.
+    """
+    extra, place = seg_mix.sample(generator)
+    pixels, layers = extra.tensors(seg_mix.size[1], seg_mix.size[0], len(data.handles))
+    if torch.rand((), generator=generator) < config.flip_probability:
+        pixels, layers = pixels.flip(-1), layers.flip(-1)
+    view = encode_view(models, pixels, layers, config)
+    shown = [i for i in sorted(extra.masks) if view.latent_masks[i].any()]
+    if not place and shown:
+        shown = [shown[i] for i in sample_subset(len(shown), config.subset_sampling, generator)]
+    return Example(view, shown, place, whole=bool(place))
 
 
 def subset_tokens(data: TrainingData, models: Models, chosen: list[int], place: str = "") -> tuple[Tensor, list[int]]:
@@ -299,22 +321,17 @@ def subset_tokens(data: TrainingData, models: Models, chosen: list[int], place: 
 def sample_batch(
     data: TrainingData, models: Models, phase: Phase, config: TrainConfig, generator: torch.Generator
 ) -> Batch:
-    """Sample one batch (paper, section 3): for each row a subset, a flip, a latent, a timestep and noise.
-
-    Of several images one is sampled first, then a subset of the concepts that it shows.
-    """
+    """Sample one batch (paper, section 3): for each row a subset, a flip, a latent, a timestep and noise."""
     count = len(data.handles)
     means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
     for _ in range(config.train_batch_size):
-        image = sample_image(data, config.seg_mix_probability, generator)
-        subset = sample_subset(len(image.shown), config.subset_sampling, generator)
-        chosen = [image.shown[i] for i in subset]
-        view = image.views[int(torch.rand((), generator=generator) < config.flip_probability)]
+        example = sample_example(data, models, config, generator)
+        view, chosen = example.view, example.chosen
         means.append(view.posterior.mean)
         deviations.append(view.posterior.deviation)
-        row, places = subset_tokens(data, models, chosen, image.place)
+        row, places = subset_tokens(data, models, chosen, example.place)
         ids.append(row)
-        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True).clamp(min=float(image.whole)))
+        unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True).clamp(min=float(example.whole)))
         padded = chosen + [i for i in range(count) if i not in chosen]
         masks.append(view.attention_masks[padded])
         positions.append(torch.tensor(places + [0] * (count - len(chosen))))

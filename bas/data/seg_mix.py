@@ -1,6 +1,7 @@
 """Seg-Mix: images in which concepts, cut out of the scene, stand elsewhere. An option that the paper does not have."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,53 +14,91 @@ SEG_MIX_LARGEST = 0.5  # of the scene's area: a larger concept is no object
 TRIES = 20  # placements of a concept, before one that covers others is taken
 
 
-def seg_mix(scene: Scene, backgrounds: Sequence[Image.Image], seed: int, move: float = 1) -> tuple[ExtraImage, ...]:
-    """Images in which concepts, cut out of the scene, stand on these backgrounds at other places, in other sizes.
+@dataclass(frozen=True)
+class CutOut:
+    """A concept, cut out of an image along its bounding box."""
+
+    image: Image.Image  # RGB
+    mask: Image.Image  # L
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels of the image
+
+    @classmethod
+    def from_image(cls, image: Image.Image, mask: np.ndarray) -> "CutOut":
+        """Cut along a mask (H, W) in 0..1."""
+        left, top, right, bottom = box = bounding_box(mask)
+        inside = (mask[top:bottom, left:right] * 255).round().astype(np.uint8)
+        return cls(image.crop(box), Image.fromarray(inside), box)
+
+
+class SegMix:
+    """Images in which concepts, cut out of the scene, stand on other backgrounds, at other places, in other sizes.
 
     After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
     shows. They are cut out of an image, or a close-up, that shows few others. The largest gets a random size, the
-    others keep theirs beside it. Concepts cover each other only where there is no room. move: 1 for any place and size,
-    0 for those in the scene and its close-ups, or the share between them. A concept that covers most of the scene is
-    left out: it is the background of the others.
+    others keep theirs beside it. Concepts cover each other only where there is no room. A concept that covers most of
+    the scene is left out: it is the background of the others.
     """
-    generator = torch.Generator().manual_seed(seed)
-    movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
-    mixed = []
-    for i, background in enumerate(backgrounds if movable else ()):
+
+    def __init__(
+        self,
+        scene: Scene,
+        size: tuple[int, int],
+        backgrounds: Sequence[tuple[Image.Image, str]] = (),
+        move: float = 1,
+    ):
+        """Cut the concepts out.
+
+        size: (W, H) in pixels of plain colours. backgrounds: class images, each with its place; none for plain colours.
+        move: 1 for any place and size, 0 for those in the scene and its close-ups, or the share between them.
+        """
+        self.size, self.backgrounds, self.move = size, tuple(backgrounds), move
+        self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
+        self.sources = [
+            (image.size, {i: CutOut.from_image(image, mask) for i, mask in masks.items() if i in self.movable})
+            for image, masks in scene.images
+        ]
+
+    def sample(self, generator: torch.Generator) -> tuple[ExtraImage, str]:
+        """Make an image on a random background. -> it, and its place, "" on a plain colour. Needs a movable concept."""
+        background, place = plain(*self.size, generator), ""
+        if self.backgrounds:
+            background, place = self.backgrounds[int(torch.randint(len(self.backgrounds), (), generator=generator))]
+        return self.on(background, generator), place
+
+    def on(self, background: Image.Image, generator: torch.Generator) -> ExtraImage:
+        """Make an image on this background, which is not changed itself."""
         canvas = background.copy()
-        chosen = [movable[j] for j in sample_subset(len(movable), "union", generator)]
-        fewest = min(len(shown) for _, shown in scene.images if shown.keys() >= set(chosen))
-        sources = [source for source in scene.images if source[1].keys() >= set(chosen) and len(source[1]) == fewest]
-        image, masks = sources[int(torch.randint(len(sources), (), generator=generator))]
-        boxes = {concept: bounding_box(masks[concept]) for concept in chosen}
-        longest = max(side for left, top, right, bottom in boxes.values() for side in (right - left, bottom - top))
+        chosen = [self.movable[j] for j in sample_subset(len(self.movable), "union", generator)]
+        fewest = min(len(cuts) for _, cuts in self.sources if cuts.keys() >= {*chosen})
+        sources = [source for source in self.sources if source[1].keys() >= {*chosen} and len(source[1]) == fewest]
+        size, cuts = sources[int(torch.randint(len(sources), (), generator=generator))]
+        longest = max(max(cuts[concept].image.size) for concept in chosen)
         low, high = SEG_MIX_SIDES
         share = low + (high - low) * torch.rand((), generator=generator).item()
-        resized, _ = size_to_cover(image.size, canvas.size)
-        still, free = resized / image.size[0], share * min(canvas.size) / longest / len(chosen) ** 0.5
-        scale = still ** (1 - move) * free**move
+        still = size_to_cover(size, canvas.size)[0] / size[0]
+        free = share * min(canvas.size) / longest / len(chosen) ** 0.5
+        scale = still ** (1 - self.move) * free**self.move
         layers: dict[int, np.ndarray] = {}
-        for concept, box in boxes.items():
-            size = [max(1, round(scale * side)) for side in (box[2] - box[0], box[3] - box[1])]
-            layer = Image.fromarray((masks[concept] * 255).round().astype(np.uint8)).crop(box)
-            mask = layer.resize(size, Image.Resampling.BILINEAR)
+        for concept in chosen:
+            cut = cuts[concept]
+            resized = [max(1, round(scale * side)) for side in cut.image.size]
+            mask = cut.mask.resize(resized, Image.Resampling.BILINEAR)
             x, y = (
                 canvas_side / 2 + still * ((first + last) - side) / 2
-                for canvas_side, first, last, side in zip(canvas.size, box[:2], box[2:], image.size, strict=True)
+                for canvas_side, first, last, side in zip(canvas.size, cut.box[:2], cut.box[2:], size, strict=True)
             )
-            where = place(np.asarray(mask) / 255, canvas.size, (x, y), list(layers.values()), generator, move)
-            canvas.paste(image.crop(box).resize(size, Image.Resampling.BICUBIC), where, mask)
+            where = place(np.asarray(mask) / 255, canvas.size, (x, y), list(layers.values()), generator, self.move)
+            canvas.paste(cut.image.resize(resized, Image.Resampling.BICUBIC), where, mask)
             pasted = Image.new("L", canvas.size)
             pasted.paste(mask, where)
             inside = np.asarray(pasted, dtype=np.float32) / 255
             layers = {other: below * (1 - inside) for other, below in layers.items()} | {concept: inside}
-        mixed.append(ExtraImage(f"seg-mix-{i}", canvas, layers))
-    return tuple(mixed)
+        return ExtraImage("seg-mix", canvas, layers)
 
 
-def plain(width: int, height: int, seed: int) -> Image.Image:
+def plain(width: int, height: int, generator: torch.Generator) -> Image.Image:
     """An image of one colour, sampled uniformly from RGB."""
-    colour = torch.randint(256, (3,), generator=torch.Generator().manual_seed(seed)).tolist()
+    colour = torch.randint(256, (3,), generator=generator).tolist()
     return Image.new("RGB", (width, height), tuple(colour))
 
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 import bas
 from bas.config import TrainConfig
-from bas.data.batches import sample_batch, sample_image
+from bas.data.batches import sample_batch, sample_example
+from bas.data.scene import sample_subset
 from bas.data.scene_folder import load_scene
 from bas.losses import resize_mask
 from bas.training.setup import check_input
@@ -86,13 +87,17 @@ def test_an_image_is_drawn_first_then_a_subset_of_what_it_shows(bench, scene):
 
 
 def test_one_image_alone_costs_no_draw(bench):
-    _, data = bench.prepared(bench.config(with_prior_preservation=False))
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
+    """A scene without extra images takes random numbers for the subset and the flip alone, as in the official code."""
+    config = bench.config(with_prior_preservation=False)
+    models, data = bench.prepared(config)
+    generator, same = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
     (only,) = data.images
-    assert sample_image(data, 0.0, generator) is only
     assert only.shown == (0, 1, 2)
-    assert torch.equal(generator.get_state(), before)
+    view = sample_example(data, models, config, generator).view
+    assert any(view is known for known in only.views)
+    sample_subset(3, config.subset_sampling, same)
+    torch.rand((), generator=same)
+    assert torch.equal(generator.get_state(), same.get_state())
 
 
 def test_extra_images_that_cannot_be_used_are_refused(scene):

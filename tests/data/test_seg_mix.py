@@ -7,18 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bas.data.batches import SEG_MIX_IMAGES, sample_batch, sample_image
+from bas.data.batches import sample_batch, sample_example
 from bas.data.scene import ExtraImage, Scene
 from bas.data.scene_folder import load_scene
-from bas.data.seg_mix import SEG_MIX_SIDES, place, place_named, plain, seg_mix
+from bas.data.seg_mix import SEG_MIX_SIDES, SegMix, place, place_named
 from tests.helpers.tiny import refused
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
 
 
-def mix(scene: Scene, side: int, seed: int) -> tuple[ExtraImage, ...]:
-    """Seg-Mix on 64 plain colours."""
-    return seg_mix(scene, [plain(side, side, i) for i in range(64)], seed)
+def mix(scene: Scene, side: int, seed: int, count: int = 64, move: float = 1) -> list[ExtraImage]:
+    """Images of Seg-Mix on plain colours."""
+    generator, seg_mix = torch.Generator().manual_seed(seed), SegMix(scene, (side, side), move=move)
+    return [seg_mix.sample(generator)[0] for _ in range(count)]
 
 
 @pytest.fixture
@@ -69,14 +70,14 @@ def test_the_sizes_of_concepts_beside_each_other_are_kept(squares):
 
 def test_without_a_move_concepts_stay_where_they_are(squares):
     """move=0: the masks are the scene's own. move=0.1: centres move by a tenth of the way to a random place at most."""
-    still = seg_mix(squares, [plain(64, 64, 0)] * 8, 0, move=0)
+    still = mix(squares, 64, 0, 8, move=0)
     for extra in still:
         for concept, mask in extra.masks.items():
             assert np.array_equal(mask, squares.masks[concept])
-    half = seg_mix(squares, [plain(32, 32, 0)] * 8, 0, move=0)
+    half = mix(squares, 32, 0, 8, move=0)
     assert {float(mask.sum()) for extra in half for mask in extra.masks.values()} == {16.0}
     shifts = []
-    for extra in seg_mix(squares, [plain(64, 64, 0)] * 64, 0, move=0.1):
+    for extra in mix(squares, 64, 0, move=0.1):
         for concept, mask in extra.masks.items():
             centres = [np.mean(np.nonzero(layer > 0.5), axis=1) for layer in (mask, squares.masks[concept])]
             shifts.append(np.abs(centres[0] - centres[1]).max())
@@ -89,7 +90,7 @@ def test_a_close_up_is_cut_rather_than_the_scene(squares):
     close = ExtraImage("close-up", squares.image.crop((0, 16, 16, 32)), {0: squares.masks[0][box]})
     scene = replace(squares, extra_images=(close,))
     widths = {}
-    for extra in seg_mix(scene, [plain(64, 64, 0)] * 32, 0, move=0):
+    for extra in mix(scene, 64, 0, 32, move=0):
         for concept, mask in extra.masks.items():
             widths.setdefault((len(extra.masks), concept), set()).add(float(mask.max(axis=0).sum().round()))
     assert widths[1, 0] == {32}
@@ -97,21 +98,26 @@ def test_a_close_up_is_cut_rather_than_the_scene(squares):
 
 
 def test_a_background_is_no_object(squares):
-    """A concept that covers more than half of the scene is never cut out. A scene of such concepts gives no image."""
+    """A concept that covers more than half of the scene is never cut out. A scene of such concepts has none to move."""
     rest = 1 - np.maximum.reduce(squares.masks)
     scene = Scene(squares.image, [*squares.masks, rest], ("<a>", "<b>", "<c>", "<bg>"), (None,) * 4)
     assert {concept for extra in mix(scene, 64, 0) for concept in extra.masks} == {0, 1, 2}
-    assert mix(Scene(squares.image, [rest], ("<bg>",), (None,)), 64, 0) == ()
+    assert SegMix(Scene(squares.image, [rest], ("<bg>",), (None,)), (64, 64)).movable == []
 
 
 def test_backgrounds_stay_outside_the_concepts(squares):
-    """Image i stands on background i, which is not changed itself."""
+    """An image stands on the background that its place names, which is not changed itself."""
     noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)) for i in range(3)]
     before = [np.array(image) for image in noise]
-    for extra, background in zip(seg_mix(squares, noise, 0), before, strict=True):
+    seg_mix = SegMix(squares, (64, 64), [(image, str(i)) for i, image in enumerate(noise)])
+    generator, places = torch.Generator().manual_seed(0), set()
+    for _ in range(20):
+        extra, place = seg_mix.sample(generator)
         outside = np.maximum.reduce(list(extra.masks.values())) == 0
         assert outside.any()
-        assert np.array_equal(np.asarray(extra.image)[outside], background[outside])
+        assert np.array_equal(np.asarray(extra.image)[outside], before[int(place)][outside])
+        places.add(place)
+    assert places == {"0", "1", "2"}
     assert all(np.array_equal(image, kept) for image, kept in zip(noise, before, strict=True))
 
 
@@ -122,12 +128,20 @@ def test_places_are_read_from_class_prompts():
     assert place_named("a photo") == ""
 
 
-def test_on_class_images_the_prompt_names_the_place_and_the_outside_counts(bench):
-    """The prompts of such a step end in the place of the class prompt, its union covers all cells."""
+def test_on_class_images_the_prompt_names_the_place_and_all_that_is_shown(bench):
+    """The prompt ends in the place of the class prompt. It names each concept shown; the loss covers all cells."""
     config = bench.config(seg_mix_probability=1.0, class_prompt=("a photo at the beach", "a photo of a dog"))
     models, data = bench.prepared(config)
-    assert {image.place for image in data.mixed} == {"at the beach"}
     generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(12):
+        example = sample_example(data, models, config, generator)
+        assert example.place == "at the beach"
+        assert example.whole
+        shown = [i for i, mask in enumerate(example.view.latent_masks) if mask.any()]
+        assert example.chosen == shown
+        sizes.add(len(shown))
+    assert len(sizes) > 1
     batch = sample_batch(data, models, config.phases[1], config, generator)
     end = models.tokenizer(" at the beach").input_ids[1:-1]
     ids = batch.input_ids[0].tolist()
@@ -164,24 +178,31 @@ def test_covered_parts_belong_to_the_upper_concept(bench):
         assert sum(extra.masks.values()).max() <= 1 + 1e-6
 
 
-def test_the_probability_is_that_of_a_step(bench):
-    """None: no image is made, no random number is taken. All: only those. A half: half of the steps, to 4 sigma."""
-    _, plain = bench.prepared(bench.config(with_prior_preservation=False))
-    assert plain.mixed == ()
-    config = bench.config(with_prior_preservation=False, seg_mix_probability=0.5)
+def test_the_probability_is_that_of_a_row(bench):
+    """None: nothing is cut out. All: only mixed images. A half: half of them, to 4 sigma."""
+
+    def scenes(probability: float, count: int) -> int:
+        config = bench.config(with_prior_preservation=False, seg_mix_probability=probability)
+        models, data = bench.prepared(config)
+        views = {id(view) for image in data.images for view in image.views}
+        generator = torch.Generator().manual_seed(0)
+        return sum(id(sample_example(data, models, config, generator).view) in views for _ in range(count))
+
+    assert scenes(1.0, 20) == 0
+    assert 60 < scenes(0.5, 200) < 140
+    _, data = bench.prepared(bench.config(with_prior_preservation=False))
+    assert data.seg_mix is None
+
+
+def test_on_plain_colours_only_the_inside_counts(bench):
+    """Without class images no place is named, and a subset of what is shown may be."""
+    config = bench.config(with_prior_preservation=False, seg_mix_probability=1.0)
     models, data = bench.prepared(config)
-    assert len(data.mixed) <= SEG_MIX_IMAGES
-    assert all(view.latent_masks[list(image.shown)].any() for image in data.mixed for view in image.views)
     generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    assert sample_image(data, 0.0, generator) is data.images[0]
-    assert torch.equal(generator.get_state(), before)
-    known = {id(image) for image in data.mixed}
-    assert all(id(sample_image(data, 1.0, generator)) in known for _ in range(20))
-    hits = sum(id(sample_image(data, 0.5, generator)) in known for _ in range(400))
-    assert 160 < hits < 240
-    batch = sample_batch(data, models, config.phases[0], config, generator)
-    assert batch.union.max() > 0
+    examples = [sample_example(data, models, config, generator) for _ in range(40)]
+    assert {(example.place, example.whole) for example in examples} == {("", False)}
+    shown = [sum(bool(mask.any()) for mask in example.view.latent_masks) for example in examples]
+    assert any(len(example.chosen) < count for example, count in zip(examples, shown, strict=True))
 
 
 def test_a_probability_above_one_is_refused(bench):
