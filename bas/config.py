@@ -242,6 +242,8 @@ OF_A_MODEL = (
     *("gradient_accumulation_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
     *("max_grad_norm", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "preview_inference_steps"),
 )
+SAMPLING_OF_A_MODEL = ("guidance_scale",)
+GUIDANCE = 7.5  # of models that set none of their own, as in diffusers
 
 # Settings with which SD 2.1 at 512x512 fits a card. 24gb costs time, 16gb also precision of the moments, 12gb the
 # training of the UNet outside its cross-attention, and with it some likeness. 8gb and 6gb train adapters.
@@ -614,7 +616,10 @@ class SampleConfig(Settings):
 
     negative_prompt: str = setting("", "what the images should not show")
     num_inference_steps: int = setting(50, "denoising steps", least=1)
-    guidance_scale: float = setting(7.5, "strength of the prompt (classifier-free guidance); 1 or less turns it off")
+    guidance_scale: float | None = setting(
+        None,
+        f"strength of the prompt (classifier-free guidance); 1 or less: off (default: the model's own, or {GUIDANCE})",
+    )
     sampler: str = setting("ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m"))
     eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm", most=1)
     steps_offset: int | None = setting(

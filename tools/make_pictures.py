@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bas.cli.commands.demo import GUIDANCE
 from bas.cli.entry import main as bas
 from bas.io.figures import grid, tint_masks
 from bas.io.images import read_image, read_mask
@@ -32,7 +31,7 @@ MOST = 1300  # pixels of an image's longer side in the documentation
 
 def run(*words: object) -> None:
     """Run one command of bas; an error ends this program."""
-    line = [str(word) for word in (*words, *(() if words[0] == "demo" else ("--guidance_scale", GUIDANCE)))]
+    line = [str(word) for word in words]
     print("bas", *line, flush=True)
     if code := bas(line):
         raise SystemExit(code)

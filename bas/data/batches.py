@@ -256,10 +256,12 @@ def prepare_seg_mix(
     concepts' outlines are learnt.
     """
     places = [place_named(prompt) for prompt in config.class_prompt]
-    means = () if class_posterior is None else class_posterior.mean
-    chosen = [(i, place) for i in range(len(means)) if (place := places[i % len(places)])]
-    decoded = decode_means(models, means[[i for i, _ in chosen]]) if chosen else []
-    backgrounds = [*zip(decoded, (place for _, place in chosen), strict=True)]
+    backgrounds: list[tuple[Image.Image, str]] = []
+    if class_posterior is not None:
+        shown = [places[i % len(places)] for i in range(len(class_posterior.mean))]
+        named = [i for i, place in enumerate(shown) if place]
+        decoded = decode_means(models, class_posterior.mean[named]) if named else []
+        backgrounds = [(image, shown[i]) for i, image in zip(named, decoded, strict=True)]
     seg_mix = SegMix(scene, (image.shape[2], image.shape[1]), backgrounds, config.seg_mix_move)
     return seg_mix if seg_mix.movable else None
 

@@ -125,7 +125,8 @@ def counted_seconds(trials: list[Trial], sampling: SampleConfig) -> float:
 
     Each method is counted on the first scene that has it. Reads no weights.
     """
-    passes = sampling.num_inference_steps * (1 if sampling.guidance_scale <= 1 else 2)
+    guided = sampling.guidance_scale is None or sampling.guidance_scale > 1
+    passes = sampling.num_inference_steps * (2 if guided else 1)
     known: dict[str, tuple[float, float, float]] = {}  # by method: operations of a training and of an image, speed
     seconds = 0.0
     for trial in trials:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bas.config import Part
+from bas.config import GUIDANCE, Part
 from bas.errors import InputError
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
@@ -37,6 +37,7 @@ class ModelSpec:
     schedule: NoiseSchedule
     handles: tuple[str, ...] = ()  # its learnt concepts, as `<asset0>`
     source: Path | None = None  # where it was read from
+    guidance_scale: float = GUIDANCE  # for images where no other is asked for
 
     @property
     def size_multiple(self) -> int:
@@ -89,6 +90,7 @@ class Models:
     schedule: NoiseSchedule
     handles: tuple[str, ...] = ()  # its learnt concepts, as `<asset0>`
     source: Path | None = None  # where it was read from
+    guidance_scale: float = GUIDANCE  # for images where no other is asked for
 
     def __repr__(self) -> str:
         sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in COMPONENTS}
@@ -116,9 +118,8 @@ class Models:
         fields = {name: getattr(self.text_encoder.config, name) for name in TEXT_FIELDS}
         rows = sum(len(rows) for rows in self.text_encoder.get_input_embeddings().parameters())
         text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields, "vocab_size": rows}
-        return ModelSpec(
-            self.unet.config, self.vae.config, text, self.tokenizer, self.schedule, self.handles, self.source
-        )
+        own = self.tokenizer, self.schedule, self.handles, self.source, self.guidance_scale
+        return ModelSpec(self.unet.config, self.vae.config, text, *own)
 
     @property
     def size_multiple(self) -> int:

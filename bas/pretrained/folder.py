@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from bas.config import GUIDANCE
 from bas.errors import InputError, is_own_fault
 from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
 from bas.io.json_files import check_json_size, read_cache, read_json, read_text, write_json
@@ -40,6 +41,7 @@ from bas.pretrained.loading import (
     load_weights,
     unwrap_keys,
 )
+from bas.pretrained.own_settings import read_own_settings, write_own_settings
 from bas.pretrained.single_file import SD_STEPS_OFFSET, read_single_file
 from bas.pretrained.unsupported import check_channels, check_class, check_kind, check_pipeline, check_tokenizer_config
 from bas.schedulers import NoiseSchedule
@@ -105,7 +107,8 @@ def build_networks(spec: ModelSpec) -> Models:
     """Build the networks of a description on the meta device."""
     with torch.device("meta"):
         unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
-    return Models(unet, vae, text_encoder, spec.tokenizer, spec.schedule, spec.handles, spec.source)
+    own = spec.tokenizer, spec.schedule, spec.handles, spec.source, spec.guidance_scale
+    return Models(unet, vae, text_encoder, *own)
 
 
 def _read_with(path: Path, prediction_type: str | None, additions: Additions | None) -> Parts:
@@ -182,7 +185,9 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     tensors = {part: unwrap_keys(weights, f"{folder} ({part})") for part, weights in tensors.items()}
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
     handles = known_handles(tokenizer)
-    return Parts(ModelSpec(unet, vae, configs["text_encoder"], tokenizer, noise_schedule, handles, folder), tensors)
+    sampling = read_own_settings(folder, "sample") or {}
+    spec = ModelSpec(unet, vae, configs["text_encoder"], tokenizer, noise_schedule, handles, folder, **sampling)
+    return Parts(spec, tensors)
 
 
 def as_in_pipeline(schedule: NoiseSchedule) -> NoiseSchedule:
@@ -306,6 +311,8 @@ def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.fl
     parts.tensors["text_encoder"] = {TEXT_PREFIX + k: v for k, v in parts.tensors["text_encoder"].items()}
     for component, tensors in parts.tensors.items():
         write_tensors(folder / component / f"{STEMS[component]}.safetensors", tensors)
+    own = {} if models.guidance_scale == GUIDANCE else {"guidance_scale": models.guidance_scale}
+    write_own_settings(folder, {"sample": own})
     write_json(folder / "model_index.json", MODEL_INDEX)
 
 

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 
-from bas.config import OF_A_MODEL, TrainConfig, setting_rows
-from bas.errors import InputError, shown
-from bas.io.files import reading
+from bas.config import TrainConfig
+from bas.errors import InputError
 from bas.io.json_files import read_json
 from bas.io.run_files import CONCEPTS, read_concepts
-from bas.io.settings_file import check_settings
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained import folder as model_folder
 from bas.pretrained.folder import STEMS, component_files, read_spec
+from bas.pretrained.own_settings import read_own_settings
 from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.schedulers import NoiseSchedule
@@ -32,7 +31,6 @@ PACKAGE = Path(__file__).parents[1]
 WEIGHTS = PACKAGE / "weights" if (PACKAGE / "weights").is_dir() else PACKAGE.parent / "weights"
 SHIPPED = "mini"  # the model where none is named
 KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"  # of the known models that are not shipped
-MODEL_ROW = "bas.json"  # in a model folder: the training settings that suit this model
 
 WEIGHT_FILES = {".safetensors", ".ckpt", ".bin", ".pt", ".pth"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -67,7 +65,7 @@ def train_config(scene: str | Path, **settings) -> TrainConfig:
         settings["pretrained_model_name_or_path"] = settings.pop("weights")
     base = settings.get("pretrained_model_name_or_path")
     name = None if base is None else str(base)
-    row = None if is_known_elsewhere(name) else read_model_row(find(name))
+    row = None if is_known_elsewhere(name) else read_own_settings(find(name), "train")
     return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, row)
 
 
@@ -186,27 +184,12 @@ def _advice(error: Exception, hub_id: str, half: bool) -> str:
     )
 
 
-def read_model_row(folder: Path) -> dict | None:
-    """The training settings in a model's bas.json, or None. They come between the defaults and the preset."""
-    path = folder / MODEL_ROW
-    with reading(path):
-        if not path.is_file():
-            return None
-    row = read_json(path).get("train", {})
-    if not isinstance(row, dict):
-        raise InputError(f"{path}: train is {shown(row)}, expected settings by name")
-    known = setting_rows(TrainConfig)
-    if others := sorted((row.keys() & known.keys()) - {*OF_A_MODEL}):
-        raise InputError(f"{path} sets {', '.join(others)}: a model may set only how it is trained; remove it there")
-    return check_settings(path, row, known)
-
-
 def trained_grid(path: Path) -> int | None:
     """The `side` of the maps that the attention loss of a model read, from its run or from its own settings."""
     if (path / CONCEPTS).is_file():
         _, metadata = read_concepts(path)
         return metadata["config"]["attention_grid"]
-    return (read_model_row(path) or {}).get("attention_grid")
+    return (read_own_settings(path, "train") or {}).get("attention_grid")
 
 
 def _hub_ids(name: str) -> list[str]:

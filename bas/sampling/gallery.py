@@ -5,7 +5,6 @@ evaluation (appendix).
 """
 
 import math
-from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from bas.io.images import save_image
 from bas.models.bundle import Models, ModelSpec
 from bas.runtime.progress import ImageProgress
 from bas.sampling.own_pixels import steps_taken
-from bas.sampling.sampler import sample_each
+from bas.sampling.sampler import as_record, sample_each
 
 CONTEXTS = (  # they follow "a photo of <asset0> and <asset1>" in the paper's evaluation
     "at the beach",
@@ -92,7 +91,9 @@ def generate_files(models: Models, prompts: list[str], folder: Path, config: Sam
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     progress, images = ImageProgress(len(jobs), steps_taken(config)), []
     for (prompt, seed), image in zip(jobs, sample_each(models, prompts, config, progress), strict=True):
-        save_image(image, folder / f"{len(images):04d}.png", asdict(config) | {"prompt": prompt, "seed": seed})
+        save_image(
+            image, folder / f"{len(images):04d}.png", as_record(models, config) | {"prompt": prompt, "seed": seed}
+        )
         images.append(image)
     return images
 

@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -68,7 +69,7 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, ste
         tokenize(spec.tokenizer, [read_prompt(prompt).text])
     if steer := steer or read_steer(config):
         check_steer(spec, prompts, steer, latent_shape(spec, config)[1:])
-    for setting, reason in without_effect(config).items():
+    for setting, reason in without_effect(spec, config).items():
         log.warning("--%s has no effect: %s", setting, reason)
     for prompt in prompts:
         if bare := bare_handles(prompt, spec.handles):
@@ -89,14 +90,24 @@ def check_settings(spec: ModelSpec, config: SampleConfig) -> None:
     tokenize(spec.tokenizer, [read_prompt(config.negative_prompt).text])
 
 
-def without_effect(config: SampleConfig) -> dict[str, str]:
+def without_effect(spec: ModelSpec, config: SampleConfig) -> dict[str, str]:
     """Settings that were given but change nothing: the reason by name."""
     unused = {}
     if config.eta and config.sampler != "ddim":
         unused["eta"] = f"it is the noise of --sampler ddim, and this one is {config.sampler}"
-    if config.negative_prompt and config.guidance_scale <= 1:
-        unused["negative_prompt"] = f"--guidance_scale {config.guidance_scale:g} turns guidance off"
+    if config.negative_prompt and (scale := guidance_scale(spec, config)) <= 1:
+        unused["negative_prompt"] = f"--guidance_scale {scale:g} turns guidance off"
     return unused
+
+
+def guidance_scale(model: ModelSpec | Models, config: SampleConfig) -> float:
+    """The guidance scale that is asked for, or else the model's own."""
+    return model.guidance_scale if config.guidance_scale is None else config.guidance_scale
+
+
+def as_record(models: Models, config: SampleConfig) -> dict[str, Any]:
+    """All settings as an image file keeps them: with the guidance scale that was taken."""
+    return asdict(config) | {"guidance_scale": guidance_scale(models, config)}
 
 
 def sample_each(
@@ -215,13 +226,14 @@ def denoise(
     if steering is not None:
         steering.to(z.device)
     schedule, hide = models.schedule, steering.hide if steering is not None else None
+    scale = guidance_scale(models, config)
     timesteps = denoising_timesteps(schedule, config)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
         if steering is not None and steering.due(i, len(timesteps)):
             z = steering.update(models, z, t, context)
-        output, maps = guided_output(models, z, t, context, negative, config.guidance_scale, return_maps, hide)
+        output, maps = guided_output(models, z, t, context, negative, scale, return_maps, hide)
         if config.sampler == "dpmpp_2m":
             z0, _ = clean_and_noise(schedule, z, output, t)
             z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)

@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bas.config import STEERING, SampleConfig, TrainConfig
+from bas.config import GUIDANCE, STEERING, SampleConfig, TrainConfig
 from bas.data.batches import encode_images
 from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
@@ -119,9 +119,14 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
             log.warning("%s: %s are not read as class images", folder, names)
         keyed = (folder / KEY_FILE).exists()
     if keyed:
-        key = cache_key(config, "", schedule, SampleConfig(height=size[0], width=size[1], seed=config.seed))
+        key = cache_key(config, "", schedule, sampling_of(config, size))
         known = {name: value for name, value in key.items() if name != "base"}
         _check_key(folder, known, complete=len(images) >= config.num_class_images)
+
+
+def sampling_of(config: TrainConfig, size: tuple[int, int]) -> SampleConfig:
+    """How class images of these rows and columns are generated: at diffusers' guidance, whatever the base's own is."""
+    return SampleConfig(height=size[0], width=size[1], seed=config.seed, guidance_scale=GUIDANCE)
 
 
 def class_images(
@@ -134,7 +139,7 @@ def class_images(
 
     size: rows and columns of pixels. -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the images' files.
     """
-    settings = SampleConfig(height=size[0], width=size[1], seed=config.seed)
+    settings = sampling_of(config, size)
     key = cache_key(config, base_hash, models.schedule, settings)
     folder, keyed = find_folder(config, key)
     folder.mkdir(parents=True, exist_ok=True)

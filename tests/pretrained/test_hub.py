@@ -1,6 +1,5 @@
 """Models by name: found without the network, fetched only when asked to, mirror by mirror."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import bas
 from bas.cli.entry import main
-from bas.config import OF_A_MODEL, TrainConfig
+from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.pretrained import hub
 from bas.pretrained.folder import save_model
 from bas.pretrained.loading import check_parts
+from bas.pretrained.own_settings import read_own_settings
 from tests.helpers.families import UNET_FILE, tiny
 from tests.helpers.tiny import refused
 
@@ -105,7 +105,7 @@ def test_a_model_is_opened_by_name(tmp_path, monkeypatch, cached):
 
 def test_settings_suit_the_model_as_on_the_command_line(tmp_path):
     config = bas.train_config("my_scene", learning_rate=1e-5)
-    row = hub.read_model_row(hub.find("mini"))
+    row = read_own_settings(hub.find("mini"), "train")
     assert (config.instance_data_dir, config.learning_rate) == ("my_scene", 1e-5)
     assert row["attention_grid"] == config.attention_grid != TrainConfig().attention_grid
     assert bas.train_config("my_scene", weights=hub.find("mini")).pretrained_model_name_or_path == str(hub.find("mini"))
@@ -168,57 +168,6 @@ def test_the_manifest_describes_each_model():
             assert all(hub.HUB_ID.fullmatch(hub_id) for hub_id in row["ids"])
             assert row["prediction_type"] == ("v_prediction" if name == "sd21" else "epsilon")
             assert row["resolution"] == (768 if name == "sd21" else 512)
-
-
-def test_a_model_may_bring_its_training_row(tmp_path):
-    assert hub.read_model_row(tmp_path) is None
-    (tmp_path / "bas.json").write_text('{"train": {"attention_grid": 16, "class_prompt": ["a", "b"]}}')
-    assert hub.read_model_row(tmp_path) == {"attention_grid": 16, "class_prompt": ("a", "b")}
-    (tmp_path / "bas.json").write_text("{}")
-    assert hub.read_model_row(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        ({"phase1_train_steps": "400"}, "phase1_train_steps is '400': expected a whole number"),
-        ({"class_prompt": "a photo"}, "class_prompt is 'a photo': expected a list"),
-        ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
-        ([1], "train is [1], expected settings by name"),
-        (1.5, "train is 1.5, expected settings by name"),
-        (None, "train is None, expected settings by name"),
-    ],
-)
-def test_a_training_row_is_checked_as_a_config_file_is(train, message, tmp_path):
-    (tmp_path / "bas.json").write_text(json.dumps({"train": train}))
-    with refused(f"{tmp_path / 'bas.json'}: {message}"):
-        hub.read_model_row(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("output_dir", "/home/victim"),
-        ("class_data_dir", "../classes"),
-        ("resume_from_checkpoint", "latest"),
-        ("instance_data_dir", "other"),
-        ("pretrained_model_name_or_path", "other"),
-        ("device", "cpu"),
-        ("report_to", "tensorboard"),
-        ("checkpoints_total_limit", 1),
-    ],
-)
-def test_a_model_sets_only_how_it_is_trained(tmp_path, name, value):
-    """A file from elsewhere does not decide what is read or written."""
-    row = {"train": {name: value, "learning_rate": 1e-5}}
-    (tmp_path / "bas.json").write_text(json.dumps(row))
-    with refused(f"{tmp_path / 'bas.json'} sets {name}", "only how it is trained"):
-        hub.train_config("scene", weights=str(tmp_path))
-
-
-def test_the_settings_of_the_miniature_are_allowed():
-    row = json.loads((hub.find(None) / "bas.json").read_text())["train"]
-    assert row.keys() <= {*OF_A_MODEL} <= {*TrainConfig.__dataclass_fields__}
 
 
 # --- Known models that are not here -----------------------------------------------------------------------------------

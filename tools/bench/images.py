@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from bas.config import SampleConfig
+from bas.config import GUIDANCE, SampleConfig
 from bas.pretrained.folder import load
 from bas.sampling.sampler import latent_shape, sample, standard_normal
 from tools.bench.clock import interleave
@@ -46,7 +46,12 @@ def images(bench, setting, _lines) -> Iterator[Line]:
         *(("class images", b, 50 if cuda else 2 if bench.quick else 5) for b in batches(bench, cuda)),
     ]:
         config = SampleConfig(
-            num_inference_steps=many, num_images=batch, batch_size=batch, height=bench.side, width=bench.side
+            num_inference_steps=many,
+            guidance_scale=GUIDANCE,
+            num_images=batch,
+            batch_size=batch,
+            height=bench.side,
+            width=bench.side,
         )
         calls = {"official": lambda config=config: theirs(plain, config)}
         if compiled:

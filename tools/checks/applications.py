@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bas.cli.commands.demo import GUIDANCE
 from bas.config import SampleConfig, TrainConfig
 from bas.data.scene import subset_prompt
 from bas.evaluation.metrics import attention_iou
@@ -117,9 +116,7 @@ def learn(folder: Path, base: Path, layouts: tuple[Layout, ...], steps: list[int
 
 def draw_each(learnt: Learnt, prompts: list[str], count: int, seed: int, sheet: Path) -> list[list[Image.Image]]:
     """`count` images of each prompt, and all of them on a sheet."""
-    drawn = sample(
-        learnt.models, prompts, SampleConfig(num_images=count, batch_size=16, seed=seed, guidance_scale=GUIDANCE)
-    )
+    drawn = sample(learnt.models, prompts, SampleConfig(num_images=count, batch_size=16, seed=seed))
     rows = [drawn[i : i + count] for i in range(0, len(drawn), count)]
     grid(rows, [[prompt] * count for prompt in prompts], CELL).save(sheet)
     return rows

@@ -15,9 +15,9 @@ the usual ones of a subset, passed on in a circle: each concept has that of the 
 the next one of the scene. `--layout` steers images into either; without it the columns say what chance gives.
 
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine
-    python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --guidance_scale 3
+    python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/stronger --guidance_scale 7.5
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/flips --set flip_probability=0.5
-    python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --guidance_scale 3 --layout swapped
+    python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --layout swapped
 
 Two ceilings stand beside: the true concepts drawn by the world in the same places, and each scene's image through the
 VAE. A second call goes on: a finished run is not trained again, and a scene that is measured with the same settings is
@@ -51,11 +51,11 @@ from bas.io.images import save_image
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
-from bas.pretrained.folder import load, weights_hash
+from bas.pretrained.folder import load, read_spec, weights_hash
 from bas.pretrained.hub import find, train_config
 from bas.sampling.gallery import subsets
 from bas.sampling.layout import bounding_box
-from bas.sampling.sampler import sample
+from bas.sampling.sampler import guidance_scale, sample
 from bas.sampling.steer import Steer
 from bas.training.loop import train
 from bas.training.preview import scene_attention
@@ -431,6 +431,7 @@ def main() -> None:
     config = SampleConfig(
         **{"batch_size": 16, **given(args, SampleConfig), "num_images": args.seeds, "seed": FIRST_NOISE, "layout": None}
     )
+    config = replace(config, guidance_scale=guidance_scale(read_spec(base), config))
     if config.own_pixels and not args.layout:
         raise InputError("--own_pixels needs a --layout")
     suffix = variant(config, args.layout)

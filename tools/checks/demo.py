@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bas.cli.commands.demo import GUIDANCE, SCENE
+from bas.cli.commands.demo import SCENE
 from bas.config import SampleConfig, TrainConfig
 from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
@@ -37,14 +37,14 @@ def measure(run: Path, config: TrainConfig, recogniser, images_per_prompt: int) 
     models, scene = load(run), load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple)
     iou = attention_iou(scene_attention(models, scene.handles, image, config), masks)
-    settings = SampleConfig(num_images=images_per_prompt, batch_size=16, seed=1000, guidance_scale=GUIDANCE)
+    settings = SampleConfig(num_images=images_per_prompt, batch_size=16, seed=1000)
     alone = sample(models, [subset_prompt([handle]) for handle in scene.handles], settings)
     photo, identity = to_image(image), ObjectSimilarity()
     found = [identity.identity_similarity(alone, photo, mask) for mask in masks.numpy()]
     alike = np.array(found).T.reshape(len(masks), images_per_prompt, len(masks))  # drawn by i, image, like object j
     places = [place for place in PLACES if place != "wall"]
     prompts = [f"{subset_prompt([handle])} {PLACES[place][0]}" for handle in scene.handles for place in places]
-    elsewhere = sample(models, prompts, SampleConfig(batch_size=16, seed=2000, guidance_scale=GUIDANCE))
+    elsewhere = sample(models, prompts, SampleConfig(batch_size=16, seed=2000))
     seen = [reading.place for reading in recognise_images(recogniser, elsewhere)]
     rows = [elsewhere[i : i + len(places)] for i in range(0, len(elsewhere), len(places))]
     grid(rows, [[f"{h} {PLACES[p][0]}" for p in places] for h in scene.handles], 128).save(run / "contexts.png")

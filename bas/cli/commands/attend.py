@@ -1,7 +1,7 @@
 """Generate an image and show where each handle looked: overlays, and the maps as .npy."""
 
 import argparse
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, open_model
@@ -11,7 +11,7 @@ from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
 from bas.sampling.attention_maps import attend, plan_maps, write_attention
 from bas.sampling.own_pixels import steps_taken
-from bas.sampling.sampler import check_request
+from bas.sampling.sampler import as_record, check_request
 
 EXAMPLES = ('bas attend runs/creature --prompt "a photo of <asset0> and <asset1> at the beach" --output_dir attention',)
 
@@ -47,5 +47,5 @@ def run(args: argparse.Namespace) -> None:
     steered = any(getattr(config, name) for name in STEERING)
     progress = ImageProgress(1, steps_taken(config) + steered * config.num_inference_steps)
     attention = attend(models, args.prompt, config, side, args.words, progress)
-    settings = asdict(config) | {"prompt": args.prompt, "model": path.name}
+    settings = as_record(models, config) | {"prompt": args.prompt, "model": path.name}
     print(write_attention(attention, models.handles, folder, settings))

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
@@ -14,6 +13,7 @@ from bas.io.images import read_image, save_images
 from bas.runtime.progress import ImageProgress
 from bas.sampling.blended_diffusion import check_edit, edit, read_region, read_regions, skipped_steps
 from bas.sampling.layout import mask_files
+from bas.sampling.sampler import as_record
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     steps = len(regions) * (config.num_inference_steps - skipped_steps(config))
     images = edit(models, image, regions, config, ImageProgress(config.num_images, steps))
 
-    shared = asdict(config) | {"prompts": [region.prompt for region in regions], "model": name}
+    shared = as_record(models, config) | {"prompts": [region.prompt for region in regions], "model": name}
     records = [shared | {"seed": config.seed + i} for i in range(config.num_images)]
     for path in save_images(images, records, target):
         print(path)

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from bas.evaluation.runner import (
 from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import read_config
-from bas.pretrained.folder import weights_hash
-from bas.pretrained.hub import find, read_model_row
+from bas.pretrained.folder import read_spec, weights_hash
+from bas.pretrained.hub import find
+from bas.pretrained.own_settings import read_own_settings
 from bas.runtime.distributed import Ranks, announce
 from bas.runtime.progress import clock
 from bas.sampling.gallery import CONTEXTS
+from bas.sampling.sampler import guidance_scale
 from bas.training.multi_scene import find_scenes
 from bas.training.setup import check_machine
 
@@ -102,7 +104,8 @@ def run(args: argparse.Namespace) -> None:
     explicit = {**read_config(args.config, setting_rows(TrainConfig)), **given(args, TrainConfig)}
     explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
     base = find(explicit.get("pretrained_model_name_or_path"))
-    row, sampling = read_model_row(base), SampleConfig(**given(args, SampleConfig))
+    row, sampling = read_own_settings(base, "train"), SampleConfig(**given(args, SampleConfig))
+    sampling = replace(sampling, guidance_scale=guidance_scale(read_spec(base), sampling))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
     scenes = find_scenes(args.scenes)
     if args.first_scenes is not None:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -18,7 +18,7 @@ from bas.io.settings_file import read_config
 from bas.runtime.progress import ImageProgress
 from bas.sampling.layout import mask_files
 from bas.sampling.own_pixels import steps_taken
-from bas.sampling.sampler import check_request, sample_each
+from bas.sampling.sampler import as_record, check_request, sample_each
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> None:
     progress = ImageProgress(len(jobs), steps_taken(config))
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
-    records = [asdict(config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
+    records = [as_record(models, config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
     if args.grid:
         rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]
         labels = [[f"{jobs[i][0]}, seed {jobs[i][1]}" for i in row] for row in rows]
         cells = list(images)
         images = [grid([[cells[i] for i in row] for row in rows], labels, max(192, min(512, cells[0].width)))]
-        records = [asdict(config) | {"prompts": prompts, "model": name}]
+        records = [as_record(models, config) | {"prompts": prompts, "model": name}]
     for path in save_images(images, records, target):
         print(path, flush=True)

@@ -1,0 +1,100 @@
+"""The settings that a model brings in its bas.json, for its training and for its images."""
+
+import json
+
+import pytest
+
+from bas.config import GUIDANCE, OF_A_MODEL, SAMPLING_OF_A_MODEL, SampleConfig, TrainConfig
+from bas.pretrained import hub
+from bas.pretrained.folder import load, read_spec, save_model
+from bas.pretrained.own_settings import OWN_SETTINGS, read_own_settings
+from bas.sampling.sampler import as_record, sample
+from tests.helpers.tiny import refused
+
+
+def test_a_model_may_bring_its_training_row(tmp_path):
+    """None without the file; an empty row in a file without it; lists become tuples, as in a config file."""
+    assert read_own_settings(tmp_path, "train") is None
+    (tmp_path / "bas.json").write_text('{"train": {"attention_grid": 16, "class_prompt": ["a", "b"]}}')
+    assert read_own_settings(tmp_path, "train") == {"attention_grid": 16, "class_prompt": ("a", "b")}
+    (tmp_path / "bas.json").write_text("{}")
+    assert read_own_settings(tmp_path, "train") == {}
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"phase1_train_steps": "400"}, "phase1_train_steps is '400': expected a whole number"),
+        ({"class_prompt": "a photo"}, "class_prompt is 'a photo': expected a list"),
+        ({"learning_rat": 1}, "unknown setting learning_rat; did you mean learning_rate?"),
+        ([1], "train is [1], expected settings by name"),
+        (1.5, "train is 1.5, expected settings by name"),
+        (None, "train is None, expected settings by name"),
+    ],
+)
+def test_a_training_row_is_checked_as_a_config_file_is(train, message, tmp_path):
+    (tmp_path / "bas.json").write_text(json.dumps({"train": train}))
+    with refused(f"{tmp_path / 'bas.json'}: {message}"):
+        read_own_settings(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("output_dir", "/home/victim"),
+        ("class_data_dir", "../classes"),
+        ("resume_from_checkpoint", "latest"),
+        ("instance_data_dir", "other"),
+        ("pretrained_model_name_or_path", "other"),
+        ("device", "cpu"),
+        ("report_to", "tensorboard"),
+        ("checkpoints_total_limit", 1),
+    ],
+)
+def test_a_model_sets_only_how_it_is_trained(tmp_path, name, value):
+    """A file from elsewhere does not decide what is read or written."""
+    row = {"train": {name: value, "learning_rate": 1e-5}}
+    (tmp_path / "bas.json").write_text(json.dumps(row))
+    with refused(f"{tmp_path / 'bas.json'} sets {name}", "only how it is trained"):
+        hub.train_config("scene", weights=str(tmp_path))
+
+
+def test_the_settings_of_the_miniature_are_allowed():
+    """Both rows of the shipped file hold settings that a model may set, and those are settings of the two uses."""
+    row = json.loads((hub.find(None) / OWN_SETTINGS).read_text())
+    assert row["train"].keys() <= {*OF_A_MODEL} <= {*TrainConfig.__dataclass_fields__}
+    assert row["sample"].keys() <= {*SAMPLING_OF_A_MODEL} <= {*SampleConfig.__dataclass_fields__}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"seed": 3}, "sets seed: a model may set only how its images are sampled"),
+        ({"layout": "/etc/passwd"}, "sets layout: a model may set only how its images are sampled"),
+        ({"guidance_scale": "3"}, "guidance_scale is '3': expected a finite number"),
+        ({"guidance": 3}, "unknown setting guidance"),
+    ],
+)
+def test_a_model_sets_only_how_its_images_are_sampled(folder, row, message):
+    """No other setting of sampling is taken from a model, above all none that names a file."""
+    (folder / OWN_SETTINGS).write_text(json.dumps({"sample": row}))
+    with refused(str(folder / OWN_SETTINGS), message):
+        read_spec(folder)
+
+
+def test_images_take_the_guidance_scale_of_their_model(folder, tmp_path):
+    """The scale of bas.json draws the same image as the flag, is recorded, and goes with a saved model."""
+    plain, again = load(folder), tmp_path / "again"
+    assert plain.guidance_scale == GUIDANCE == 7.5
+    save_model(plain, again)
+    assert not (again / OWN_SETTINGS).exists()
+    asked, other = (
+        sample(plain, "a cat", num_inference_steps=2, guidance_scale=scale)[0].tobytes() for scale in (2.5, 7.5)
+    )
+    (folder / OWN_SETTINGS).write_text('{"sample": {"guidance_scale": 2.5}}')
+    save_model(load(folder), again)
+    for model in (folder, again):
+        models = load(model)
+        assert sample(models, "a cat", num_inference_steps=2)[0].tobytes() == asked != other
+        assert as_record(models, SampleConfig())["guidance_scale"] == 2.5
+        assert as_record(models, SampleConfig(guidance_scale=4.0))["guidance_scale"] == 4.0
