@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
+
+# Before PyTorch is imported: its threads are counted then. Workers run side by side, so each has one.
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(4, os.cpu_count() or 1))
+)
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
 LONGEST = {"test_simulated_gpu", "test_multi_scene", "test_dry_run", "test_train_mini", "test_kills"}  # start first
@@ -68,11 +72,6 @@ def pytest_configure(config):
     os.environ.update(dict.fromkeys(HOME_VARIABLES, home))
     os.environ["BAS_CACHE"] = os.path.join(home, "bas-cache")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
-    if "OMP_NUM_THREADS" not in os.environ:
-        in_worker = "PYTEST_XDIST_WORKER" in os.environ
-        threads = 1 if in_worker else min(4, os.cpu_count() or 1)
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
 class NetworkBlocked(RuntimeError):
