@@ -32,6 +32,7 @@ class ExtraImage:
     name: str  # of its folder, for messages
     image: Image.Image  # RGB, upright
     masks: dict[int, np.ndarray]  # by concept: arrays (H, W) float32 in [0, 1]
+    close_up: bool = False  # a part of the scene's image
 
     def tensors(self, height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
         """Resize to cover this size and crop the middle. -> image (3, H, W) in [-1, 1], masks (N, H, W) in [0, 1]
@@ -165,7 +166,7 @@ def with_close_ups(scene: Scene) -> Scene:
         y = min(max((top + bottom - h) // 2, 0), height - h)
         masks = {i: scene.masks[i][y : y + h, x : x + w] for i in subset}
         name = "-".join(("close-up", *map(str, subset)))
-        close_ups.append(ExtraImage(name, scene.image.crop((x, y, x + w, y + h)), masks))
+        close_ups.append(ExtraImage(name, scene.image.crop((x, y, x + w, y + h)), masks, close_up=True))
     return replace(scene, extra_images=(*scene.extra_images, *close_ups))
 
 

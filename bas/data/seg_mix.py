@@ -34,9 +34,9 @@ class SegMix:
     """Images in which concepts, cut out of the scene, stand on other backgrounds, at other places, in other sizes.
 
     After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
-    shows. They are cut out of an image, or a close-up, that shows few others. The largest gets a random size, the
-    others keep theirs beside it. Concepts cover each other only where there is no room. A concept that covers most of
-    the scene is left out: it is the background of the others.
+    shows. They are cut out of the scene's image, or of an extra image that shows them. The largest gets a random size,
+    the others keep theirs beside it. Concepts cover each other only where there is no room. A concept that covers most
+    of the scene is left out: it is the background of the others.
     """
 
     def __init__(
@@ -49,13 +49,15 @@ class SegMix:
         """Cut the concepts out.
 
         size: (W, H) in pixels of plain colours. backgrounds: class images, each with its place; none for plain colours.
-        move: 1 for any place and size, 0 for those in the scene and its close-ups, or the share between them.
+        move: 1 for any place and size, 0 for those in the image, or the share between them.
         """
         self.size, self.backgrounds, self.move = size, tuple(backgrounds), move
         self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
+        images = [(scene.image, dict(enumerate(scene.masks)))]
+        images += [(extra.image, extra.masks) for extra in scene.extra_images if not extra.close_up]
         self.sources = [
             (image.size, {i: CutOut.from_image(image, mask) for i, mask in masks.items() if i in self.movable})
-            for image, masks in scene.images
+            for image, masks in images
         ]
 
     def sample(self, generator: torch.Generator) -> tuple[ExtraImage, str]:
@@ -69,8 +71,7 @@ class SegMix:
         """Make an image on this background, which is not changed itself."""
         canvas = background.copy()
         chosen = [self.movable[j] for j in sample_subset(len(self.movable), "union", generator)]
-        fewest = min(len(cuts) for _, cuts in self.sources if cuts.keys() >= {*chosen})
-        sources = [source for source in self.sources if source[1].keys() >= {*chosen} and len(source[1]) == fewest]
+        sources = [source for source in self.sources if source[1].keys() >= {*chosen}]
         size, cuts = sources[int(torch.randint(len(sources), (), generator=generator))]
         longest = max(max(cuts[concept].image.size) for concept in chosen)
         low, high = SEG_MIX_SIDES

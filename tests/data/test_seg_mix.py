@@ -84,17 +84,18 @@ def test_without_a_move_concepts_stay_where_they_are(squares):
     assert 2 < max(shifts) <= 6
 
 
-def test_a_close_up_is_cut_rather_than_the_scene(squares):
-    """Without a move, a square with a close-up stands as large as there; one without it as large as in the scene."""
+def test_concepts_are_cut_out_of_all_images_but_close_ups(squares):
+    """Without a move, a concept is as large as in the scene or in an extra image; a close-up shows nothing new."""
     box = np.s_[16:32, :16]
-    close = ExtraImage("close-up", squares.image.crop((0, 16, 16, 32)), {0: squares.masks[0][box]})
-    scene = replace(squares, extra_images=(close,))
-    widths = {}
-    for extra in mix(scene, 64, 0, 32, move=0):
-        for concept, mask in extra.masks.items():
-            widths.setdefault((len(extra.masks), concept), set()).add(float(mask.max(axis=0).sum().round()))
-    assert widths[1, 0] == {32}
-    assert widths[1, 1] == widths[2, 0] == {8}
+    near = ExtraImage("1", squares.image.crop((0, 16, 16, 32)), {0: squares.masks[0][box]})
+    for close_up, found in ((False, {8, 32}), (True, {8})):
+        scene = replace(squares, extra_images=(replace(near, close_up=close_up),))
+        widths = {}
+        for extra in mix(scene, 64, 0, 48, move=0):
+            for concept, mask in extra.masks.items():
+                widths.setdefault((len(extra.masks), concept), set()).add(float(mask.max(axis=0).sum().round()))
+        assert widths[1, 0] == found
+        assert widths[1, 1] == widths[2, 0] == {8}
 
 
 def test_a_background_is_no_object(squares):
