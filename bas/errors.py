@@ -18,6 +18,7 @@ CONTROL = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"
     "\\U000e0000-\\U000e007f]"
 )
+LONGEST_MESSAGE = 4000  # characters
 PYTHONS_ADVICE = "; use sys.set_int_max_str_digits() to increase the limit"  # about a number of thousands of digits
 
 
@@ -36,7 +37,9 @@ def shown(value: object, most: int = 60) -> str:
 
 def _message(text: str) -> str:
     """A message for the user: one printable line. It may quote a file, a file's name, or an error of a library."""
-    return printable(text.replace(PYTHONS_ADVICE, ""))
+    line = printable(text.replace(PYTHONS_ADVICE, ""))
+    cut = len(line) > LONGEST_MESSAGE  # a value of megabytes stands in it
+    return f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}" if cut else line
 
 
 class InputError(ValueError):

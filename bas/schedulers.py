@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bas.errors import InputError, check_bool, check_choice, check_float, check_int, check_positive
+from bas.errors import InputError, check_bool, check_choice, check_float, check_int, check_positive, shown
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ class NoiseSchedule:
         would change the arithmetic, and for schedulers of other kinds of models.
         """
         name = config.get("_class_name", "DDIMScheduler")
-        if name not in SCHEDULERS:
+        if not isinstance(name, str) or name not in SCHEDULERS:
             raise InputError(
-                f"scheduler _class_name is {name!r}: expected a scheduler of Stable Diffusion, such as DDIMScheduler"
+                f"scheduler _class_name is {shown(name)}: expected one of Stable Diffusion, such as DDIMScheduler"
             )
         for key in ("trained_betas", "thresholding", "use_flow_sigmas"):
             if config.get(key):

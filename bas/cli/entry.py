@@ -5,18 +5,16 @@ Exit codes: 0 done; 1 the run failed: a number is not finite, memory or disk ran
 """
 
 import importlib
-import io
 import logging
 import os
 import sys
-from contextlib import suppress
 
 from bas import __version__
 from bas.cli.flags import Parser, complete_paths
+from bas.cli.streams import UNREAD, print_error, standard_streams
 from bas.errors import InputError, RunError, did_you_mean, printable
 from bas.runtime.signals import Interrupted
 
-UNREAD = 141  # 128 + SIGPIPE
 MEMORY_ADVICE = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
 ABOUT = "Extract several concepts from a single image, and re-imagine them (Break-A-Scene, in plain PyTorch)."
 
@@ -84,37 +82,18 @@ def full_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command, flush what it printed, and return the exit code."""
-    open_streams()
-    code = attempt(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
+    """Run one command and return the exit code. 1 if the work is done and standard output could not be written."""
+    with standard_streams() as output:
         try:
-            stream.flush()  # here, not when Python ends: there it would answer with a trace and a code of its own
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left to print has no reader
-            if stream is sys.stdout and not code:
-                code = UNREAD if isinstance(error, BrokenPipeError) else 1
-                if code == 1:
-                    print_error(f"standard output cannot be written: {error.strerror}")
+            code = attempt(sys.argv[1:] if argv is None else argv)
+        except SystemExit as end:  # of the parser, after help or a wrong line; of a process beside the first
+            code = int(end.code or 0)
+        output.end()
+        if output.error and not code:
+            code = UNREAD if isinstance(output.error, BrokenPipeError) else 1
+            if code == 1:
+                print_error(f"standard output cannot be written: {output.error.strerror}")
     return code
-
-
-def open_streams() -> None:
-    """Replace closed standard streams by the null device, and let output escape what its encoding cannot express.
-
-    Without this the next file that is opened takes the number of a closed stream, and receives what is printed to it.
-    """
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(handle)
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open until the process ends
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError):  # of a file that became a terminal since it was opened
-                stream.reconfigure(errors="backslashreplace")
 
 
 def attempt(argv: list[str]) -> int:
@@ -195,9 +174,3 @@ def set_up_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # These two set their level once more when they are imported, which is later.
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"
-
-
-def print_error(message: object, before: str = "") -> None:
-    """Print one line on standard error, if it can be written."""
-    with suppress(OSError):
-        print(f"{before}bas: {printable(str(message))}", file=sys.stderr)

@@ -19,8 +19,9 @@ from torch import Tensor
 from bas import __version__
 from bas.data.scene_folder import find_files, images_in, numbered_folders
 from bas.errors import InputError, printable
-from bas.io.files import cache_dir, human_size, reading
+from bas.io.files import cache_dir, human_size, read_bytes, reading
 from bas.io.images import open_image
+from bas.io.json_files import MAX_ROWS_BYTES
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_concepts, read_metadata, read_settings
 from bas.io.tensors import read_tensors
 from bas.models.bundle import COMPONENTS, Models
@@ -99,7 +100,7 @@ def _describe_run(path: Path, hashes: bool, prediction_type: str | None) -> dict
 
 def _describe_unfinished(path: Path) -> dict:
     metadata = read_settings(path)
-    lines = (path / METRICS).read_bytes().count(b"\n") if (path / METRICS).exists() else 0
+    lines = read_bytes(path / METRICS, MAX_ROWS_BYTES).count(b"\n") if (path / METRICS).exists() else 0
     checkpoints = [checkpoint.name for checkpoint in list_checkpoints(path)]
     advice = (
         "add --resume_from_checkpoint latest to continue" if checkpoints else "it has no checkpoint: start it again"

@@ -30,9 +30,9 @@ from bas.data.mask_shapes import (
     segmentation_mask,
 )
 from bas.errors import InputError
-from bas.io.files import human_size
+from bas.io.files import MAX_BYTES, human_size
 from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation, to_array
-from bas.io.json_files import MAX_JSON_BYTES, read_content
+from bas.io.json_files import read_content
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _scaled(mask: np.ndarray, full: int) -> np.ndarray:
 
 def read_scene_json(path: Path) -> Any:
     """The content of a scene's JSON file. Raises InputError for a file of many images, before it fills the memory."""
-    if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is {human_size(path.stat().st_size)}: keep what belongs to this scene's image")
     return read_content(path)
 

@@ -1,6 +1,7 @@
 """Write a scene: the image that masks are made for, by hand or by a model, and the folder that they go to."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from PIL import ExifTags, Image
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
 from bas.data.scene_folder import find_image, images_in, match_size, read_names
 from bas.errors import InputError
-from bas.io.files import reading, replacing
+from bas.io.files import reading, replacing, require_writable
 from bas.io.images import read_image, read_orientation
-from bas.io.json_files import read_json, write_json
+from bas.io.json_files import json_text, read_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def open_draft(source: Path, output_dir: Path | None) -> Draft:
         image = read_image(image_path)
         if folder.is_file():
             raise InputError(f"{folder} is a file: name another --output_dir")
+        require_writable(folder, "the scene", "name another --output_dir")
         for present in images_in(folder) if folder.is_dir() else ():
             if not present.samefile(image_path) and present.read_bytes() != image_path.read_bytes():
                 raise InputError(f"{folder} holds another image, {present.name}: name another --output_dir")
@@ -71,26 +73,27 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
 def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) -> None:
     """Write mask0.png, mask1.png, ..., the image where it is missing, and scene.json, whose other entries stay.
 
-    masks: grey images of the image's size; concepts: handle and word of each. Masks of higher numbers are removed.
+    masks: grey images of the image's size; concepts: handle and word of each. Masks of higher numbers are removed. If a
+    write fails, as on a full disk, the scene stays as it was.
     """
     folder = draft.folder
     folder.mkdir(parents=True, exist_ok=True)
     names = folder / "scene.json"
     kept = read_json(names) if names.exists() else {}
-    if not images_in(folder):
-        with replacing(folder / f"img{draft.image_path.suffix.lower()}") as temporary:
-            shutil.copyfile(draft.image_path, temporary)
     options = {}
     if read_orientation(draft.image_path) not in (None, 1):  # or it would be unknown which way up the masks are
         options["exif"] = Image.Exif()
         options["exif"][ExifTags.Base.Orientation] = 1
-    for i, mask in enumerate(masks):
-        with replacing(folder / f"mask{i}.png") as temporary:
-            mask.save(temporary, format="PNG", **options)
+    with ExitStack() as written:  # every file, before one of them takes its place
+        if not images_in(folder):
+            image = written.enter_context(replacing(folder / f"img{draft.image_path.suffix.lower()}"))
+            shutil.copyfile(draft.image_path, image)
+        for i, mask in enumerate(masks):
+            mask.save(written.enter_context(replacing(folder / f"mask{i}.png")), format="PNG", **options)
+        written.enter_context(replacing(names)).write_text(json_text(kept | {"concepts": concepts}), encoding="utf-8")
     for path in folder.iterdir():
         if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
             path.unlink()
-    write_json(names, kept | {"concepts": concepts})
 
 
 def _sources(folder: Path) -> list[list[Path]]:

@@ -8,6 +8,7 @@ images come in an order given by hashes of the seed and their ids, so that one s
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -66,7 +67,7 @@ class Annotations:
 
 def read_annotations(path: Path, dropped: tuple[str, ...]) -> Annotations:
     """Read an annotation file without its crowds, stuff and dropped classes. Raises InputError for another format."""
-    content = read_content(path)
+    content = read_content(path, math.inf)  # annotations of thousands of images
     words = {
         str(row.get("id")): row["name"]
         for row in entries(content, "categories", path)

@@ -30,7 +30,7 @@ class Segmenter:
     def __init__(self, name: str = MASKFORMER, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--segmenter")
         kind = read_json(folder / "config.json").get("model_type")
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise InputError(f"{folder} is a model of type {kind}: segments need {' or '.join(KINDS)}")
         model, self.processor = load_helper(folder, kind, *KINDS[kind])
         self.model: Any = model.to(device)  # of transformers, whose classes are loaded by name

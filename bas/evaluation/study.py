@@ -20,7 +20,7 @@ from bas.errors import InputError
 from bas.evaluation.masking import blacken
 from bas.evaluation.metrics import class_prompt
 from bas.evaluation.protocol import RUN, TRIAL, TRIALS
-from bas.io.files import write_text
+from bas.io.files import read_bytes, write_text
 from bas.io.images import read_image, read_mask
 from bas.io.json_files import decode_text, read_json, write_json
 from bas.training.preview import SCENE
@@ -128,8 +128,8 @@ def read_list(path: Path) -> Iterator[Item]:
     Raises InputError for a file or a line of another kind.
     """
     try:
-        lines = [line for line in decode_text(path.read_bytes()).splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+        lines = [line for line in decode_text(read_bytes(path)).splitlines() if line.strip()]
+    except ValueError as error:
         raise InputError(f"{path} is neither an evaluation's folder nor a list of images ({error})") from error
     for number, line in enumerate(lines, start=1):
         try:

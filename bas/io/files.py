@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = "x" * 40  # of the files in a folder of images
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")  # as `temporary_path` names it
+MAX_BYTES = 2**24  # of settings and records: sixteen times the largest vocabulary of this family
 LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
 
 
@@ -32,11 +33,13 @@ def not_a_file(path: Path) -> InputError:
     return InputError(f"{path} {'is not a file' if os.path.lexists(path) else 'does not exist'}")
 
 
-def read_bytes(path: Path) -> bytes:
-    """Read an ordinary file. InputError if it is something else or cannot be read."""
+def read_bytes(path: Path, most: float = MAX_BYTES) -> bytes:
+    """Read an ordinary file. InputError if it is something else, has more than `most` bytes, or cannot be read."""
     if not os.path.isfile(path):  # unlike the method of Path, no error for a name that is too long
         raise not_a_file(path)
     with reading(path):
+        if (size := path.stat().st_size) > most:
+            raise InputError(f"{path} has {human_size(size)}, files of its kind have less: copy it again, or remove it")
         return path.read_bytes()
 
 
@@ -79,6 +82,14 @@ def new_folder(name: str) -> Path:
     return folder
 
 
+def require_writable(path: Path, flag: str, advice: str = "name another") -> Path:
+    """Return the innermost folder of a path that exists. InputError, naming `flag`, if it is read-only."""
+    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to {flag} {path}: {existing} is read-only for you, {advice}")
+    return existing
+
+
 def temporary_path(path: Path) -> Path:
     """The path at which `replacing` writes a file before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -101,7 +112,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary_path(path))):
+        if error.errno is not None and (error.filename is None or Path(error.filename) == temporary_path(path)):
             error.filename = str(path)
         raise
 

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from torch import Tensor
 
 from bas.errors import InputError, is_own_fault
-from bas.io.files import check_length, not_a_file, replacing
+from bas.io.files import check_length, not_a_file, replacing, require_writable
 from bas.io.png import without_long_notes
 
 log = logging.getLogger(__name__)
@@ -262,6 +262,7 @@ def image_path(name: str) -> Path:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not existing.is_dir():
         raise InputError(f"--output_path {name}: {path if path.is_dir() else existing} is in the way")
+    require_writable(path.parent, "--output_path")
     return path
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bas.errors import InputError, shown
-from bas.io.files import read_bytes, reading, require_file, write_text
+from bas.io.files import MAX_BYTES, read_bytes, reading, require_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ BYTE_ORDER_MARKS = {  # of other encodings; the longer ones first
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-MAX_JSON_BYTES = 2**24  # sixteen times the largest vocabulary of this family
+MAX_ROWS_BYTES = 2**27  # of a file with one object per line: metrics of 600,000 steps
 Shape = (
     type | tuple[type, ...] | dict[Any, Any] | list[Any]
 )  # the type of a value; the shapes of an object's entries; that of all entries of a list
@@ -53,9 +53,9 @@ def parse_json(data: bytes) -> Any:
     return content
 
 
-def read_content(path: Path) -> Any:
-    """Read a JSON file. InputError if it cannot be read or is not JSON."""
-    data = read_bytes(path)
+def read_content(path: Path, most: float = MAX_BYTES) -> Any:
+    """Read a JSON file. InputError if it cannot be read, has more than `most` bytes, or is not JSON."""
+    data = read_bytes(path, most)
     try:
         return parse_json(data)
     except ValueError as error:
@@ -96,7 +96,7 @@ def read_record(path: Path, shape: dict[Any, Any], advice: str) -> dict[str, Any
 
 def read_records(path: Path, shape: dict[Any, Any], advice: str) -> list[dict[str, Any]]:
     """Read a file of one such object per line, without a last line that is still being written."""
-    lines = read_bytes(path).split(b"\n")[:-1]
+    lines = read_bytes(path, MAX_ROWS_BYTES).split(b"\n")[:-1]
     return [_check_record(f"{path} line {i}", line, shape, advice) for i, line in enumerate(lines, start=1)]
 
 
@@ -126,7 +126,7 @@ def read_cache(path: Path) -> dict[str, Any]:
 
 def check_json_size(path: Path) -> None:
     """InputError if a file is larger than any model's configuration."""
-    if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is larger than any configuration of a model: name another file")
 
 
@@ -139,6 +139,11 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """A JSON object as bas writes it."""
+    return json.dumps(content, indent=2) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object as a whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json_text(content))

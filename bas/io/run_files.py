@@ -26,7 +26,7 @@ REPORT = "report.html"
 MODEL_INDEX = "model_index.json"
 NUMBER = (int, float)
 ROW = {"phase": str, "step": int, ...: NUMBER}  # of the metrics
-SESSION = {"started": str, "device": str, "versions": dict, "stages": [{"stage": str, "seconds": NUMBER}]}
+SESSION = {"started": str, "device": str, "versions": dict, "stages": [{"stage": str, "seconds": NUMBER, ...: NUMBER}]}
 SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images generated during training
 
 

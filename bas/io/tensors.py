@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bas.errors import InputError, is_own_fault
-from bas.io.files import human_size, replacing, require_file
-from bas.io.json_files import MAX_JSON_BYTES, without_duplicates
+from bas.io.files import MAX_BYTES, human_size, replacing, require_file
+from bas.io.json_files import without_duplicates
 
 MAX_TENSORS = 20_000  # ten times the largest file of this family
 MAPPED_ALONE = 2**18  # bytes: what is smaller shares one mapping with the others of its file
@@ -81,7 +81,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > MAX_JSON_BYTES:
+        if length > MAX_BYTES:
             raise ValueError(f"its header claims {human_size(length)}")
         header = json.loads(file.read(length), object_pairs_hook=without_duplicates)
     if isinstance(header, dict) and len(header) > MAX_TENSORS:

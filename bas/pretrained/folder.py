@@ -208,11 +208,16 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
             return load_tokenizer(readable)
 
 
+def _has_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
+
+
 @contextmanager
 def without_marks(folder: Path) -> Iterator[Path]:
     """Yield the folder or, where files begin with a byte order mark, a copy without it: libraries reject the mark."""
     files = [path for path in folder.iterdir() if path.is_file()]
-    if not any(path.read_bytes().startswith(BOM_UTF8) for path in files):
+    if not any(map(_has_mark, files)):
         yield folder
         return
     with TemporaryDirectory() as place:

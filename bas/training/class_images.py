@@ -24,7 +24,7 @@ from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import images_in
 from bas.errors import InputError
-from bas.io.files import cache_dir, clear_leftovers, reading
+from bas.io.files import cache_dir, clear_leftovers, reading, require_writable
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.io.json_files import read_record, write_json
 from bas.models.bundle import Models
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 KEY_FILE = "key.json"
 SIDECARS = (".json", ".jsonl", ".txt", ".caption", ".md", ".csv", ".xml", ".xmp", ".yaml", ".toml", ".html")
 NO_MATTER = ("batch_size", "num_images", *STEERING)  # settings that no class image depends on
+CACHE = ("the cache", "set BAS_CACHE to a folder that can be written, or name --class_data_dir")
 LOCK = ".lock"  # held while class images are made
 WRITTEN = re.compile(rf"\d{{5}}\.png|{re.escape(KEY_FILE)}")
 
@@ -90,12 +91,17 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
     cannot be read, and for class images that were made with other settings.
     """
     if config.class_data_dir is None:
+        cached = cache_dir() / "class_images"
+        if not any(len(_images(folder)) >= config.num_class_images for folder in cached.glob("*")):
+            require_writable(cached, *CACHE)
         return
     folder = Path(config.class_data_dir)
     with reading(folder):
         present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not present.is_dir():
             raise InputError(f"--class_data_dir {folder}: {present} is not a folder")
+        if len(_images(folder)) < config.num_class_images:
+            require_writable(folder, "--class_data_dir")
         if not folder.exists():
             return
         if masks := mask_file(folder) or (images_in(folder) and unread_masks(folder)):
@@ -142,6 +148,8 @@ def class_images(
     settings = sampling_of(config, size)
     key = cache_key(config, base_hash, models.schedule, settings)
     folder, keyed = find_folder(config, key)
+    if config.class_data_dir is None and len(_images(folder)) < config.num_class_images:
+        require_writable(folder, *CACHE)  # with images of other settings the check before loading passes
     folder.mkdir(parents=True, exist_ok=True)
     with taking_turns(folder):
         clear_leftovers(folder, WRITTEN)

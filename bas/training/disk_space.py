@@ -1,7 +1,6 @@
 """The disk space that a training takes, counted before its weights are read, and what is said when a write fails."""
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from bas.config import Phase, TrainConfig
 from bas.errors import InputError, RunError
-from bas.io.files import human_size
+from bas.io.files import human_size, require_writable
 from bas.io.run_files import CHECKPOINTS
 from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models, weight_groups
@@ -51,10 +50,7 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
 
 def free_disk_space(folder: Path) -> int:
     """Free bytes on the disk of a folder, which need not exist yet. InputError where it is read-only."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"cannot write to --output_dir {folder}: {existing} is read-only for you")
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(require_writable(folder, "--output_dir")).free
 
 
 def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:

@@ -9,7 +9,8 @@ from bas.config import TrainConfig, flag_of
 from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
-from bas.io.json_files import check_shape, parse_json
+from bas.io.files import read_bytes
+from bas.io.json_files import MAX_ROWS_BYTES, check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
 from bas.pretrained.folder import weights_hash
 from bas.pretrained.hub import find
@@ -106,7 +107,7 @@ def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:
     path = run / METRICS
     if not path.exists() and run.resolve() not in checkpoint.folder.resolve().parents:
         return
-    whole = path.read_bytes() if path.exists() else b""
+    whole = read_bytes(path, MAX_ROWS_BYTES) if path.exists() else b""
     content = whole[: checkpoint.metrics]
     *lines, cut = content.split(b"\n")
     step = _last_step(lines)

@@ -34,7 +34,8 @@ def copy_tree(target: Path) -> None:
 def run_tests(tree: Path, *tests: str) -> int | None:
     """pytest's exit code: 0 all passed, 1 some failed, others that none ran; None where it did not end."""
     words = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    # Processes that a test starts import the copy as well, not an installed bas.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
     try:
         paths = [f"tests/{test}" for test in tests]
         done = subprocess.run(

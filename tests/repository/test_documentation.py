@@ -100,7 +100,7 @@ def documented() -> list[str]:
 def examples(command: str) -> list[str]:
     """The last lines of a command's help."""
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(output):
         main([command, "--help"])
     return [line.strip() for line in output.getvalue().partition("examples:\n")[2].splitlines()]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import bas
 from bas.cli.entry import main
 from bas.errors import InputError
-from bas.io.json_files import MAX_JSON_BYTES
+from bas.io.files import MAX_BYTES
 from bas.io.tensors import MAX_TENSORS, read_tensors
 from bas.pretrained.folder import load
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, UNET, VAE
@@ -73,7 +73,7 @@ HEADERS = {
     "longer than the file": (tensor_file("{}", claims=50), f"{DAMAGED} ("),
     "nothing but its length": (tensor_file("", claims=2), f"{DAMAGED} ("),
     "empty": (tensor_file(""), f"{DAMAGED} ("),
-    "above the cap": (tensor_file("{}", claims=MAX_JSON_BYTES + 1), f"{DAMAGED} (its header claims 16.8 MB): "),
+    "above the cap": (tensor_file("{}", claims=MAX_BYTES + 1), f"{DAMAGED} (its header claims 16.8 MB): "),
     "2^63": (tensor_file("{}", claims=2**63), f"{DAMAGED} (its header claims 9223372.0 TB): "),
     "2^64-1": (b"\xff" * 64, f"{DAMAGED} (its header claims 18446744.1 TB): "),
     "not UTF-8": (tensor_file(b'{"\xff": 1}'), f"{DAMAGED} ('utf-8' codec can't decode"),
@@ -308,7 +308,7 @@ def test_a_setting_that_stands_twice(folder):
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
 def test_a_tokenizer_too_large_to_be_one(name, folder):
     with (folder / "tokenizer" / name).open("ab") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
+        file.truncate(MAX_BYTES + 1)
     with little_memory(4_000_000):
         message = refusal(folder)
     assert message == f"{folder / 'tokenizer' / name} is larger than any configuration of a model: name another file"

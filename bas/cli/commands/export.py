@@ -8,6 +8,7 @@ from bas.cli.open_model import add_prediction_type
 from bas.cli.output_files import warn_of_replacement
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
+from bas.io.files import require_writable
 from bas.io.run_files import TUNED
 from bas.pretrained.exports import export, export_files
 from bas.pretrained.folder import load, read_spec
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     target, path = Path(args.output_path), find(args.model)
     if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{target}: name a .safetensors file in an existing folder")
+    require_writable(target.parent, "the folder")
     form = args.format or ("kohya" if (path / TUNED).is_file() else "single")
     if args.rank is not None:
         check_int("--rank", args.rank, 1, MAX_RANK)
