@@ -22,6 +22,9 @@ def test_a_message_is_one_printable_line():
             == r"a\nb\r\x1b[2J\x7f\x9b\u2028\u202e写真" + "\udcff"
         )
     assert printable("a photo of <toy>, ünïcode") == "a photo of <toy>, ünïcode"
+    assert str(InputError(f"a.json: kind is {'x' * 9000}: name another")) == (
+        f"a.json: kind is {'x' * 1984} ... {'x' * 1986}: name another"
+    )
 
 
 @pytest.mark.parametrize("character", [*"\u00ad\u061c\u180e\u200b\u200e\u200f\u202a\u2060\u206f\ufeff\ufffb\U000e0041"])

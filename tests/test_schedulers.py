@@ -218,6 +218,7 @@ def test_config_survives_a_round_trip():
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr needs prediction_type v_prediction"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatchEulerDiscreteScheduler'"),
         ({"_class_name": "LCMScheduler"}, "_class_name is 'LCMScheduler'"),
+        ({"_class_name": {"a": 1}}, "_class_name is {'a': 1}"),
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"trained_betas": [0.1] * 1000}, "trained_betas is .{60}: bas"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),

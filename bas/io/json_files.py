@@ -18,6 +18,7 @@ BYTE_ORDER_MARKS = {  # of other encodings; the longer ones first
     b"\xfe\xff": "UTF-16",
 }
 MAX_ROWS_BYTES = 2**27  # of a file with one object per line: metrics of 600,000 steps
+LARGEST = 2**1023  # of a whole number: a larger one has no float
 Shape = (
     type | tuple[type, ...] | dict[Any, Any] | list[Any]
 )  # the type of a value; the shapes of an object's entries; that of all entries of a list
@@ -85,7 +86,7 @@ def check_shape(value: Any, shape: Shape, name: str = "it") -> None:
         check_shape(value, list, name)
         for each in value:
             check_shape(each, shape[0], f"an entry of {name}")
-    elif not isinstance(value, shape) or isinstance(value, bool):
+    elif not isinstance(value, shape) or isinstance(value, bool) or (isinstance(value, int) and abs(value) > LARGEST):
         raise ValueError(f"{name} is {shown(value, 40)}")
 
 

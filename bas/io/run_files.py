@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ MODEL_INDEX = "model_index.json"
 NUMBER = (int, float)
 ROW = {"phase": str, "step": int, ...: NUMBER}  # of the metrics
 SESSION = {"started": str, "device": str, "versions": dict, "stages": [{"stage": str, "seconds": NUMBER, ...: NUMBER}]}
+LEFT_OUT = "the times of earlier sessions are left out"
 SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images generated during training
 
 
@@ -47,7 +49,11 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return read_record(path, {"sessions": [SESSION]}, "the times of earlier sessions are left out")["sessions"]
+        sessions = read_record(path, {"sessions": [SESSION]}, LEFT_OUT)["sessions"]
+        for number in (value for each in sessions for stage in each["stages"] for value in stage.values()):
+            if number in (math.inf, -math.inf) or number != number:
+                raise InputError(f"{path} is not as bas wrote it (it holds {number}): {LEFT_OUT}")
+        return sessions
     except InputError as error:
         log.warning("%s", error)
         return []

@@ -1,6 +1,7 @@
 """The user study: what the pages show and hide, the page in a browser, and the statistics against scipy and by hand."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -128,8 +129,13 @@ def test_a_list_of_images_does_as_well(evaluation, tmp_path):
     (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"method": "bas"}))
     with refused("list.jsonl line 2 is not an object with the strings method, scene, prompt"):
         read_items(tmp_path / "list.jsonl")
+    (tmp_path / "list.jsonl").write_bytes(b"\xff")
     with refused("is neither an evaluation's folder nor a list"):
-        read_items(tmp_path / "none.jsonl")
+        read_items(tmp_path / "list.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    for name, told in (("none.jsonl", "does not exist"), ("pipe", "is not a file")):
+        with refused(f"{tmp_path / name} {told}"):
+            read_items(tmp_path / name)
     with refused("is not an evaluation: it has no cells"):
         read_items(tmp_path)
 

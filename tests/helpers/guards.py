@@ -103,7 +103,7 @@ GUARDS = (
     ),
     Guard(
         "a read-only folder is told beforehand",
-        "training/disk_space.py",
+        "io/files.py",
         "if not os.access(existing, os.W_OK):",
         "if False:",
         "scenarios/test_survival.py::test_a_read_only_folder_is_refused",

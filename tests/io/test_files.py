@@ -24,6 +24,17 @@ from bas.io.tensors import write_array
 from tests.helpers.faults import full_disk
 from tests.helpers.tiny import refused
 
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    """Not the temporary one beside it, which pathlib names by a path and not by a text."""
+    path = tmp_path / "none" / "out.png"
+    with pytest.raises(FileNotFoundError) as failed, replacing(path):
+        pass
+    assert failed.value.filename == str(path)
+
+
 # --- Encodings --------------------------------------------------------------------------------------------------------
 
 TEXTS = {"json": '{"handle": "<Käthe>"}', "toml": 'handle = "<Käthe>"'}

@@ -11,7 +11,11 @@ import pytest
 
 import bas
 from bas.cli.entry import main
+from bas.evaluation.study import read_list
+from bas.io.run_files import read_rows, read_sessions, read_settings
+from bas.io.settings_file import read_toml
 from tests.helpers.faults import before_step
+from tests.helpers.tiny import refused
 
 DAMAGE = {
     "empty": b"",
@@ -70,6 +74,34 @@ def test_damaged_times_are_told_and_passed_over(damage, stopped, tmp_path, capsy
     assert main(["report", str(run)]) == 0
     assert f"{run / 'times.json'} is not " in caplog.text
     assert "the times of earlier sessions are left out" in caplog.text
+
+
+@pytest.mark.parametrize("peak", ['"8 GB"', "[1]", "{}", "null", "1" + "0" * 400, "1e400", "NaN"])
+def test_a_peak_that_is_no_number_is_passed_over(peak, stopped, tmp_path, caplog):
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    stages = f'[{{"stage": "phase1", "seconds": 1, "process_bytes": {peak}}}]'
+    session = f'{{"started": "now", "device": "cpu", "versions": {{}}, "stages": {stages}}}'
+    (run / "times.json").write_text(f'{{"sessions": [{session}]}}')
+    assert main(["report", str(run)]) == 0
+    assert f"{run / 'times.json'} is not as bas wrote it (" in caplog.text
+
+
+def test_records_of_gigabytes_are_not_read(tmp_path, caplog):
+    """A file of 3 GB without content, as a disk leaves it after a power cut: the refusal names its size."""
+    readers = {
+        "settings.json": read_settings,
+        "metrics.jsonl": lambda run: read_rows(run / "metrics.jsonl"),
+        "config.toml": lambda run: read_toml(run / "config.toml"),
+        "list.jsonl": lambda run: [*read_list(run / "list.jsonl")],
+    }
+    for name in (*readers, "times.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(3_000_000_000)
+    for name, read in readers.items():
+        with refused(f"{tmp_path / name} has 3.0 GB, files of its kind have less"):
+            read(tmp_path)
+    assert read_sessions(tmp_path) == []
+    assert f"{tmp_path / 'times.json'} has 3.0 GB" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

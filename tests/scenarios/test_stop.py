@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -175,14 +176,27 @@ def test_a_closed_pipe_ends_a_command_quietly(bench, buffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def tell_a_full_disk(model):
-    """Print to a disk that is full, as a file: in one piece, at the end."""
-    sys.stdout = open("/dev/full", "w")  # noqa: SIM115  it stays open until the process ends
-    os._exit(main(["info", str(model)]))
+def full_output(unbuffered):
+    """A file on a disk that is full, to which Python writes at once, or in one piece at the end."""
+    file = io.FileIO("/dev/full", "w")
+    return io.TextIOWrapper(file if unbuffered else io.BufferedWriter(file), write_through=unbuffered)
 
 
-def test_output_onto_a_full_disk_is_a_failure(bench):
-    assert child(tell_a_full_disk, bench.model) == 1
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("words", [["train", "--help"], ["download", "mini"], []])
+def test_output_onto_a_full_disk_is_a_failure(monkeypatch, capsys, words, unbuffered):
+    monkeypatch.setattr(sys, "stdout", full_output(unbuffered))
+    assert main(words) == 1
+    assert capsys.readouterr().err == "bas: standard output cannot be written: No space left on device\n"
+
+
+def test_work_goes_on_when_its_output_cannot_be_written(bench, tmp_path, monkeypatch, capsys):
+    """The first image is told in vain, and the second one is generated and saved all the same."""
+    monkeypatch.setattr(sys, "stdout", full_output(unbuffered=True))
+    line = ["sample", str(bench.model), "--num_inference_steps", "1", "--output_path", str(tmp_path / "out.png")]
+    assert main([*line, "--prompt", "a bowl", "a stone"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-0.png", "out-1.png"]
+    assert capsys.readouterr().err.endswith("bas: standard output cannot be written: No space left on device\n")
 
 
 def train_unread(bench, run, kind):

@@ -3,6 +3,7 @@
 import errno
 import os
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,21 @@ import torch
 
 import bas
 from bas.cli.entry import main
+from bas.data.scene_writer import open_draft
 from bas.errors import InputError, RunError
 from bas.io import files
 from bas.io import tensors as tensor_files
 from bas.io.files import new_folder
+from bas.io.images import image_path
+from bas.schedulers import NoiseSchedule
 from bas.training import checkpoints, metrics
 from bas.training.checkpoints import list_checkpoints
+from bas.training.class_images import check_class_folder
 from bas.training.disk_space import free_disk_space
 from bas.training.run_folder import locked, prepare_folder
 from tests.helpers.faults import before_step, full_disk, opened, resume, training, unprivileged
 from tests.helpers.kills import child
-from tests.helpers.tiny import file_hashes, refused, write_settings
+from tests.helpers.tiny import file_hashes, refused, write_class_images, write_settings
 
 # --- Two runs in one folder -------------------------------------------------------------------------------------------
 
@@ -186,12 +191,33 @@ def test_a_read_only_folder_is_refused(closed):
     assert list(closed.iterdir()) == []
 
 
+def test_images_and_masks_are_not_made_for_a_folder_that_is_read_only(bench, tmp_path, monkeypatch):
+    """Neither is an image generated, nor does a page open on which somebody paints in vain."""
+    monkeypatch.setattr("bas.io.files.os.access", lambda path, mode: Path(path) != tmp_path)
+    with refused(f"cannot write to --output_path {tmp_path}: {tmp_path} is read-only for you, name another"):
+        image_path(str(tmp_path / "out.png"))
+    with refused(f"cannot write to the scene {tmp_path}: ", "name another --output_dir"):
+        open_draft(bench.scene / "img.png", tmp_path)
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_missing_class_images_need_a_folder_to_write(bench, tmp_path, monkeypatch, images):
+    """In the cache as in a folder of one's own; where all are there, nobody writes."""
+    monkeypatch.setenv("BAS_CACHE", str(tmp_path))
+    own = write_class_images(tmp_path / "class_images" / "0123456789abcdef", images)
+    monkeypatch.setattr("bas.io.files.os.access", lambda path, mode: tmp_path not in (path, *path.parents))
+    for folder, flag in ((None, f"the cache {tmp_path / 'class_images'}"), (str(own), f"--class_data_dir {own}")):
+        config = bench.config(class_data_dir=folder)
+        with refused(f"cannot write to {flag}: ") if images < 2 else nullcontext():
+            check_class_folder(config, NoiseSchedule(), (32, 32))
+
+
 def test_train_sees_it_before_it_reads_weights(bench, tmp_path, monkeypatch):
     """The folder turns read-only between two sessions."""
     run = bas.train(bench.config(tmp_path / "run", phase1_train_steps=1, phase2_train_steps=0))
     (run / "concepts.safetensors").unlink()
     monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
-    monkeypatch.setattr("bas.training.disk_space.os.access", lambda path, mode: Path(path) != run)
+    monkeypatch.setattr("bas.io.files.os.access", lambda path, mode: Path(path) != run)
     with refused(f"cannot write to --output_dir {run}: {run} is read-only for you"):
         resume(bench, run, phase1_train_steps=1, phase2_train_steps=0)
 

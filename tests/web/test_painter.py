@@ -20,6 +20,7 @@ from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft
 from bas.web.painter import MAX_BODY, Handler, Server, Session
 from tests.helpers.browser import Browser
+from tests.helpers.faults import full_disk
 from tests.helpers.tiny import refused
 
 W, H = 48, 32
@@ -148,6 +149,19 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(session, photo, 
     assert status == 400
     assert said.startswith(message)
     assert not (photo.parent / "photo").exists()
+
+
+def test_a_full_disk_leaves_the_scene_as_it_was(session, photo):
+    """The second mask finds no room: the first one does not take the place of the old one."""
+    folder = photo.parent / "photo"
+    save(session, {"handle": "<a>", "mask": png(soft())}, {"handle": "<b>", "mask": png(soft(7))})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    noise = np.random.default_rng(0).integers(0, 256, (H, W), np.uint8)
+    rows = [{"handle": "<c>", "mask": png(np.eye(H, W, dtype=np.uint8))}, {"handle": "<d>", "mask": png(noise)}]
+    with full_disk(room=H * W // 2):
+        status, message = save(session, *rows)
+    assert (status, message) == (500, f"could not write: [Errno 27] File too large: '{folder / 'mask1.png'}'")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_scenes_that_are_none(session):
