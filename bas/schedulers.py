@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 BETA_SCHEDULES = ("scaled_linear", "linear")
+FINAL_SIGMAS = ("zero", "sigma_min")
+FEW_STEPS = 15  # with fewer, the last step of DPM-Solver++ is of first order, as in diffusers
 SPACINGS = ("leading", "trailing", "linspace")
 # The schedulers of diffusers that Stable Diffusion models name. Others (flow matching, consistency models) belong to
 # networks that predict something else.
@@ -46,6 +48,7 @@ class NoiseSchedule:
     steps_offset: int = 0
     timestep_spacing: str | None = None  # None: "leading" for DDIM and DDPM, else "linspace", as in diffusers
     set_alpha_to_one: bool = False  # True: DDIM ends at a = 1; False: at a of timestep 0, as Stable Diffusion does
+    final_sigmas_type: str = "zero"  # DPM-Solver++ ends without noise, or with "sigma_min" at the noise of timestep 0
     rescale_betas_zero_snr: bool = False  # no signal at all in the last timestep (Lin et al. 2024, algorithm 1)
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,) float32, from the betas
 
@@ -54,6 +57,7 @@ class NoiseSchedule:
         check_int("scheduler steps_offset", self.steps_offset, 0, self.num_train_timesteps)
         check_bool("scheduler set_alpha_to_one", self.set_alpha_to_one)
         check_bool("scheduler rescale_betas_zero_snr", self.rescale_betas_zero_snr)
+        check_choice("scheduler final_sigmas_type", self.final_sigmas_type, FINAL_SIGMAS)
         check_float("scheduler beta_end", self.beta_end, above=0, below=1)
         check_float("scheduler beta_start", self.beta_start, above=0, most=self.beta_end)
         check_choice("scheduler beta_schedule", self.beta_schedule, BETA_SCHEDULES)
@@ -94,8 +98,6 @@ class NoiseSchedule:
         for key in OTHER_SPACINGS:
             if config.get(key):
                 _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
-        if config.get("final_sigmas_type", "zero") != "zero":
-            _warn_once("scheduler final_sigmas_type is not used: the last step of dpmpp_2m ends without noise")
         ends_at_one = (
             name != "PNDMScheduler"
         )  # the others, and diffusers' DDIM made from their files, end without noise
@@ -117,6 +119,7 @@ class NoiseSchedule:
             "steps_offset": self.steps_offset,
             **spacing,
             "set_alpha_to_one": self.set_alpha_to_one,
+            **({} if self.final_sigmas_type == "zero" else {"final_sigmas_type": self.final_sigmas_type}),
             **({"rescale_betas_zero_snr": True} if self.rescale_betas_zero_snr else {}),
             "clip_sample": False,
         }
@@ -210,6 +213,11 @@ def previous_timestep(schedule: NoiseSchedule, timesteps: list[int], i: int, sam
     return timesteps[i + 1] if i + 1 < len(timesteps) else -1
 
 
+def earlier_step(last: tuple[Tensor, int] | None, prev_t: int, steps: int) -> tuple[Tensor, int] | None:
+    """The step before that a DPM-Solver++ step extrapolates from: none at the end of a run of few steps."""
+    return None if prev_t < 0 and steps < FEW_STEPS else last
+
+
 def ddpm_step(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int, prev_t: int, noise: Tensor) -> Tensor:
     """One ancestral step (Ho et al. 2020, eq. 6 and 7, the smaller variance). Tensors (b, c, h, w); noise ~ N(0, I)."""
     a_t, a_prev = schedule.alpha(t), schedule.alpha(prev_t)
@@ -251,10 +259,12 @@ def dpmpp_2m_step(
     """One DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2).
 
     z, z0: (b, c, h, w), the current latents and their clean latents as predicted; `last` is (z0, t) of the step before,
-    None at the first step. The step that ends at prev_t < 0 is of first order and returns z0.
+    None for a step of first order. The step that ends at prev_t < 0 returns z0, or ends at timestep 0 if the schedule's
+    `final_sigmas_type` is "sigma_min".
     """
-    if prev_t < 0:
+    if prev_t < 0 and schedule.final_sigmas_type == "zero":
         return z0
+    prev_t = max(prev_t, 0)
     a_t, a_prev = (schedule.alphas_cumprod[i].double().clamp(min=LEAST_ALPHA) for i in (t, prev_t))
     log_snr = [0.5 * torch.log(a / (1 - a)) for a in (a_t, a_prev)]
     h = log_snr[1] - log_snr[0]

@@ -15,6 +15,7 @@ from bas.schedulers import (
     ddim_step,
     ddpm_step,
     dpmpp_2m_step,
+    earlier_step,
     previous_timestep,
     sampling_timesteps,
     training_target,
@@ -226,6 +227,7 @@ def test_config_survives_a_round_trip():
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
         ({"timestep_spacing": "karras"}, "timestep_spacing"),
+        ({"final_sigmas_type": "none"}, "final_sigmas_type is 'none': expected one of zero, sigma_min"),
         ({"beta_start": 0.5, "beta_end": 0.1}, "beta_start is 0.5"),
         ({"num_train_timesteps": 10**9}, "num_train_timesteps"),
     ],
@@ -290,14 +292,24 @@ def test_another_spacing_of_steps_is_named_once(name, caplog):
     assert [record.message for record in caplog.records] == [message]
 
 
-@pytest.mark.parametrize(("value", "told"), [("sigma_min", True), ("zero", False), (None, False)])
-def test_another_end_of_the_last_step_is_named(value, told, caplog):
-    """DDIM's end is set_alpha_to_one; diffusers' multistep solvers end without noise unless the file says sigma_min."""
-    schedulers._warn_once.cache_clear()
-    given = {"final_sigmas_type": value} if value else {}
-    NoiseSchedule.from_json({"_class_name": "DPMSolverMultistepScheduler", **given})
-    message = "scheduler final_sigmas_type is not used: the last step of dpmpp_2m ends without noise"
-    assert [record.message for record in caplog.records] == [message] * told
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 5, 14, 15, 20])
+def test_the_last_step_ends_where_the_file_says(steps, spacing):
+    """sigma_min: at the noise of timestep 0; the step is of first order in runs of fewer than 15, as in diffusers."""
+    config = NoiseSchedule(timestep_spacing=spacing, final_sigmas_type="sigma_min").to_json()
+    schedule = NoiseSchedule.from_json(config)
+    solver = diffusers.DPMSolverMultistepScheduler.from_config(config)
+    solver.set_timesteps(steps)
+    timesteps, last = sampling_timesteps(schedule, steps, "dpmpp_2m"), None
+    assert timesteps == solver.timesteps.tolist()
+    z = z0 = expected = uniform("z", *LATENTS)
+    for i, t in enumerate(timesteps):
+        prev_t = previous_timestep(schedule, timesteps, i, "dpmpp_2m")
+        z0, _ = clean_and_noise(schedule, z, made_up_model(z, t), t)
+        z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, earlier_step(last, prev_t, steps)), (z0, t)
+        expected = solver.step(made_up_model(expected, t), t, expected).prev_sample
+    torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(z, z0)
 
 
 @pytest.mark.parametrize(("steps", "sampler"), [(0, "ddim"), (1001, "ddim"), (1000, "dpmpp_2m")])

@@ -30,6 +30,7 @@ from bas.schedulers import (
     ddim_step,
     ddpm_step,
     dpmpp_2m_step,
+    earlier_step,
     previous_timestep,
     sampling_timesteps,
 )
@@ -236,7 +237,8 @@ def denoise(
         output, maps = guided_output(models, z, t, context, negative, scale, return_maps, hide)
         if config.sampler == "dpmpp_2m":
             z0, _ = clean_and_noise(schedule, z, output, t)
-            z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, last), (z0, t)
+            earlier = earlier_step(last, prev_t, len(timesteps))
+            z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, earlier), (z0, t)
         else:
             random = config.sampler == "ddpm" or config.eta > 0
             noise = standard_normal(z.shape[1:], generators).to(z.device) if random else None

@@ -38,7 +38,7 @@ FREE_ON_RESUME = {
 
 FLAGS = {f.name: flag_of(f) for f in fields(TrainConfig)}
 DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
-SAMPLING_ONLY = {"steps_offset"}  # of the noise schedule: no step of the training depends on it
+SAMPLING_ONLY = {"steps_offset", "final_sigmas_type"}  # of the noise schedule: no step of the training depends on it
 SAME_ON_RESUME = {  # beside the settings, where a checkpoint has it: its name in the error
     "handles": "handles",
     "words": "initial words",
