@@ -1,6 +1,7 @@
 """The settings that a model brings in its bas.json, for its training and for its images."""
 
 import json
+import shutil
 
 import pytest
 
@@ -82,9 +83,10 @@ def test_a_model_sets_only_how_its_images_are_sampled(folder, row, message):
         read_spec(folder)
 
 
-def test_images_take_the_guidance_scale_of_their_model(folder, tmp_path):
+def test_images_take_the_guidance_scale_of_their_model(bench, tmp_path):
     """The scale of bas.json draws the same image as the flag, is recorded, and goes with a saved model."""
-    plain, again = load(folder), tmp_path / "again"
+    folder, again = shutil.copytree(bench.model, tmp_path / "model"), tmp_path / "again"
+    plain = load(folder)
     assert plain.guidance_scale == GUIDANCE == 7.5
     save_model(plain, again)
     assert not (again / OWN_SETTINGS).exists()

@@ -222,7 +222,7 @@ def test_an_unfinished_unet_is_exported_with_clip_s_text_encoder(run):
         ("unet", "unet_start", ("--start_from", MINI), "holds a run from nothing: name a new --run_dir"),
         ("export", "unet_start", (), "has no UNet yet: run the stage unet first"),
         ("unet", "clip", (), "clip.safetensors: run the stages before unet"),
-        ("all", None, ("--goal", "5"), "--goal and --cooldown belong to one stage, not to all"),
+        ("all", None, ("--goal", "5"), "--goal: of one stage, not of all; name clip, decoder or unet"),
     ],
 )
 def test_what_cannot_go_on_says_so_in_one_line(run, capsys, stage, missing, more, line):
