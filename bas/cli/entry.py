@@ -51,7 +51,7 @@ COMMANDS = {
     "report": "write the report of a run again",
     "info": "say what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
-    "merge": "write a small run and its base as one whole model",
+    "merge": "put the concepts of several small runs into one, or one into its base",
     "export": "write a model as one .safetensors file for other tools",
 }
 

@@ -94,6 +94,7 @@ def _describe_run(path: Path, hashes: bool, prediction_type: str | None) -> dict
         "scene": config["instance_data_dir"],
         "base": config["pretrained_model_name_or_path"] or SHIPPED,
         "base hash": metadata["base"],
+        "merged from": metadata.get("merged", {}).get("runs"),
         "written by": f"bas {metadata['version']}",
     }
 

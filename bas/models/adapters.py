@@ -133,7 +133,22 @@ class Change:
     def delta(self) -> Tensor:
         """The change itself, in float32: (out, in), or (out, in, k, k) for a convolution."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.view(self.up.shape[0], *self.down.shape[1:])
+        return self.scale * product.view(self.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the change: (out, in), or (out, in, k, k)."""
+        return torch.Size((len(self.up), *self.down.shape[1:]))
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular vectors and values of the change as a matrix, in float64: (out, r), (r,) and (r, in).
+
+        Computed in products of the size of the rank.
+        """
+        left, upper = torch.linalg.qr(self.scale * self.up.double().flatten(1))
+        right, lower = torch.linalg.qr(self.down.double().flatten(1).T)
+        u, values, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+        return left @ u, values, v @ right.T
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,15 @@ class Difference:
     def delta(self) -> Tensor:
         """The change itself, in float32."""
         return self.strength * self.difference.float()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the change, as of the weight."""
+        return self.difference.shape
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular vectors and values of the change as a matrix, in float64."""
+        return torch.linalg.svd(self.delta().double().flatten(1), full_matrices=False)
 
 
 Changes = Mapping[str, list[Change | Difference]]  # by the name of the weight

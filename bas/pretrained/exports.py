@@ -5,7 +5,6 @@ HANDLE.safetensors  a row of the token embedding, for each handle
 """
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -14,30 +13,23 @@ from bas import __version__
 from bas.errors import InputError
 from bas.io.json_files import write_json
 from bas.io.run_files import METRICS, TUNED, read_concepts, read_rows
-from bas.models.adapters import Change, Difference, changed
+from bas.models.adapters import Difference
 from bas.models.bundle import ModelSpec
 from bas.pretrained.embedding_files import file_names, write_embedding
-from bas.pretrained.folder import read_parts
 from bas.pretrained.lora_files import Adapters, as_lora, write_lora
-from bas.pretrained.small_runs import find_base, with_tuned
+from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
 
 
 def adapters_of(run: Path, rank: int | None = None) -> tuple[Adapters, ModelSpec]:
     """The adapters of a small run, and the description of its base. With `rank`, differences become adapters of it."""
     _, metadata = read_concepts(run)
-    base = read_parts(find_base(run, metadata), metadata["config"]["prediction_type"])
-    tuned = with_tuned(base, run / TUNED)
-    adapters: dict[str, dict[str, Change | Difference]] = defaultdict(dict)
-    for component, changes in tuned.changes.items():
-        for name, each in changes.items():
-            for change in each[len(base.changes.get(component, {}).get(name, ())) :]:  # behind those of the base
-                adapters[component][name.removesuffix(".weight")] = change
-    for component, weights in tuned.tensors.items():
-        for name, weight in weights.items():
-            if weight is not (before := base.tensors[component][name]):
-                difference = weight.float() - changed(before, base.changes.get(component, {}).get(name, ())).float()
-                layer = name.removesuffix(".weight")
-                adapters[component][layer] = as_lora(difference, rank) if rank else Difference(difference)
+    base = read_base(run, metadata)
+    adapters = changes_of(base, with_tuned(base, *read_tuned(run), run))
+    if rank:
+        adapters = {
+            component: {n: as_lora(c, rank) if isinstance(c, Difference) else c for n, c in layers.items()}
+            for component, layers in adapters.items()
+        }
     return adapters, base.spec
 
 

@@ -74,10 +74,15 @@ def load(
     weight stays memory-mapped, so a file that changes later changes no model. Raises InputError when anything is
     missing, unexpected or of another kind.
     """
-    models, parts = _build(Path(path), prediction_type, additions)
+    return load_parts(_read_with(Path(path), prediction_type, additions), device, dtype)
+
+
+def load_parts(parts: Parts, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Build the networks of a model's parts, and give them their weights. Raises InputError as `load` does."""
+    models, parts = _build(parts)
     for component in COMPONENTS:
         network, changes = getattr(models, component), parts.changes.get(component)
-        load_weights(network, parts.tensors[component], f"{path} ({component})", device, dtype, changes)
+        load_weights(network, parts.tensors[component], f"{parts.spec.source} ({component})", device, dtype, changes)
     return models
 
 
@@ -86,13 +91,12 @@ def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Model
 
     The tensors are memory-mapped: only those that are used are read. Those of a small run are without its adapters.
     """
-    models, parts = _build(path, prediction_type)
+    models, parts = _build(read_parts(path, prediction_type))
     return models, parts.tensors
 
 
-def _build(path: Path, prediction_type: str | None, additions: Additions | None = None) -> tuple[Models, Parts]:
+def _build(parts: Parts) -> tuple[Models, Parts]:
     """Build a model's networks on the meta device. -> the networks, and parts with the names of their weights"""
-    parts = _read_with(path, prediction_type, additions)
     models, text = build_networks(parts.spec), parts.tensors["text_encoder"]
     if parts.rows is not None:
         text = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), parts.rows])}

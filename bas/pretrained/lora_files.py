@@ -104,11 +104,13 @@ def write_lora(path: Path, adapters: Adapters, form: str, dtype: torch.dtype, me
     write_tensors(path, tensors, {**metadata, **texts})
 
 
-def as_lora(difference: Tensor, rank: int) -> Change:
-    """The adapter of this rank that is nearest to a difference of weights (o, i), by its singular values."""
-    u, s, v = torch.linalg.svd(difference.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return Change((root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float(), 1.0)
+def as_lora(change: Change | Difference, rank: int) -> Change:
+    """The adapter of this rank that is nearest to a change of a weight, by its singular values, in float32."""
+    u, values, v = change.svd()
+    root = values[:rank].sqrt()
+    down, up = (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
+    kernel = change.shape[2:]  # of a convolution: the whole of it is A's
+    return Change(down.view(-1, *change.shape[1:]), up.view(*up.shape, *(1 for _ in kernel)), 1.0)
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------

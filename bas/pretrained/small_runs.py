@@ -18,8 +18,9 @@ from bas.errors import InputError, RunError
 from bas.io.json_files import check_shape
 from bas.io.run_files import TUNED, read_concepts
 from bas.io.tensors import read_tensors, write_tensors
-from bas.models.adapters import Change, Difference
+from bas.models.adapters import Change, Difference, changed
 from bas.models.bundle import is_adapter, is_finite
+from bas.models.text import check_handles
 from bas.pretrained.folder import read_parts, weights_hash
 from bas.pretrained.hub import SHIPPED, find, is_known_elsewhere, manifest
 from bas.pretrained.loading import TEXT_PREFIX, Parts, name_of
@@ -52,17 +53,27 @@ def _public(name: str) -> str:
 def read_small_run(run: Path, prediction_type: str | None) -> Parts:
     """Read a small run as the parts of a whole model. InputError if its base is not here or its files do not fit."""
     concepts, metadata = read_concepts(run)
-    config, handles, rows = metadata["config"], tuple(metadata["handles"]), concepts["handles"]
-    parts = read_parts(find_base(run, metadata), prediction_type or config["prediction_type"])
-    width, tokens = parts.spec.text_encoder["hidden_size"], parts.spec.text_encoder["vocab_size"]
+    parts = with_tuned(read_base(run, metadata, prediction_type), *read_tuned(run), run)
+    return with_handles(parts, run, metadata, concepts["handles"])
+
+
+def read_base(run: Path, metadata: dict[str, Any], prediction_type: str | None = None) -> Parts:
+    """Read the base of a small run. metadata: of the run. InputError if it is not here."""
+    return read_parts(find_base(run, metadata), prediction_type or metadata["config"]["prediction_type"])
+
+
+def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Tensor) -> Parts:
+    """Add the handles of a small run to its base. rows: (N, d). InputError for rows of another number or width."""
+    handles, width = tuple(metadata["handles"]), parts.spec.text_encoder["hidden_size"]
     if tuple(rows.shape) != (len(handles), width):
         raise InputError(f"{run} has rows of {list(rows.shape)} for {len(handles)} handles of width {width}: {ADVICE}")
     from transformers import AddedToken
 
+    check_handles(parts.spec.tokenizer, handles)
     parts.spec.tokenizer.add_tokens([AddedToken(handle, normalized=False) for handle in handles])
-    unet = parts.spec.unet
-    if config["resolution"]:
-        unet = replace(unet, sample_size=config["resolution"] // parts.spec.vae.factor)
+    unet, tokens = parts.spec.unet, parts.spec.text_encoder["vocab_size"]
+    if resolution := metadata["config"]["resolution"]:
+        unet = replace(unet, sample_size=resolution // parts.spec.vae.factor)
     spec = replace(
         parts.spec,
         unet=unet,
@@ -71,11 +82,12 @@ def read_small_run(run: Path, prediction_type: str | None) -> Parts:
         source=run,
     )
     rows = rows if parts.rows is None else torch.cat([parts.rows, rows])  # the base may be a small run itself
-    return replace(with_tuned(parts, run / TUNED), spec=spec, rows=rows)
+    return replace(parts, spec=spec, rows=rows)
 
 
-def with_tuned(parts: Parts, path: Path) -> Parts:
-    """Put a run's trained weights into the parts of its base. InputError for a tensor that has no place there."""
+def read_tuned(run: Path) -> tuple[dict[str, Tensor], float]:
+    """Read a run's trained weights, and the scale of its adapters. InputError for a file of another kind."""
+    path = run / TUNED
     tuned, texts = read_tensors(path)
     try:
         scale = float(texts["scale"])
@@ -84,6 +96,12 @@ def with_tuned(parts: Parts, path: Path) -> Parts:
             raise ValueError
     except (KeyError, ValueError):
         raise InputError(f"{path} was not written by bas, or by a later version: {ADVICE}") from None
+    return tuned, scale
+
+
+def with_tuned(parts: Parts, tuned: Mapping[str, Tensor], scale: float, run: Path) -> Parts:
+    """Put a run's trained weights into the parts of its base. InputError for a tensor that has no place there."""
+    path = run / TUNED
     tensors = {component: dict(weights) for component, weights in parts.tensors.items()}
     changes: dict[str, dict[str, list[Change | Difference]]] = {
         component: {name: [*each] for name, each in parts.changes.get(component, {}).items()} for component in tensors
@@ -109,6 +127,21 @@ def with_tuned(parts: Parts, path: Path) -> Parts:
         elif name.replace(".lora_B.", ".lora_A.") not in tuned:
             raise InputError(f"{path}: {name} has no lora_A beside it: {ADVICE}")
     return replace(parts, tensors=tensors, changes=dict(changes))
+
+
+def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Difference]]:
+    """What a small run changes in its base, by component and layer. run: the base's parts `with_tuned`"""
+    found: dict[str, dict[str, Change | Difference]] = {"unet": {}, "text_encoder": {}}
+    for component, layers in found.items():
+        before = base.changes.get(component, {})
+        for name, each in run.changes.get(component, {}).items():
+            for change in each[len(before.get(name, ())) :]:  # behind those of the base
+                layers[name.removesuffix(".weight")] = change
+        for name, weight in run.tensors[component].items():
+            if weight is not (first := base.tensors[component].get(name)) and first is not None:
+                difference = weight.float() - changed(first, before.get(name, ())).float()
+                layers[name.removesuffix(".weight")] = Difference(difference)
+    return found
 
 
 def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:

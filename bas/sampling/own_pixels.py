@@ -44,14 +44,16 @@ def read_segments(spec: ModelSpec, handles: tuple[str, ...]) -> dict[str, Segmen
     folder = None if spec.source is None else spec.source / SCENE
     if folder is None or not (folder / "img.png").is_file():
         raise InputError(f"{spec.source} holds no scene, which --own_pixels takes pixels from: leave it out")
-    image, segments = pixels(read_image(folder / "img.png")), {}
+    segments = {}
     for handle in handles:
         if handle not in spec.handles:
             raise InputError(f"{folder} does not show {handle}, so --own_pixels has no pixels of it: leave one out")
-        path = folder / f"mask{spec.handles.index(handle)}.png"
-        mask = torch.from_numpy(read_mask(path))
+        name = f"mask{spec.handles.index(handle)}.png"
+        further = sorted(folder.glob(f"*/{name}"))  # of a merged run, an image of its own
+        path = further[0] if further and not (folder / name).exists() else folder / name
+        image, mask = pixels(read_image(path.with_name("img.png"))), torch.from_numpy(read_mask(path))
         if mask.shape != image.shape[1:] or not mask.any():
-            raise InputError(f"{path} is no mask of {folder / 'img.png'}: leave out --own_pixels, or train anew")
+            raise InputError(f"{path} is no mask of {path.with_name('img.png')}: leave out --own_pixels, or train anew")
         ys, xs = (mask >= min(0.5, float(mask.max()))).nonzero().T
         box = slice(int(ys.min()), int(ys.max()) + 1), slice(int(xs.min()), int(xs.max()) + 1)
         segments[handle] = Segment(image[:, *box], mask[None, *box])

@@ -230,6 +230,8 @@ def tables(run: Path, metadata: dict, sessions: list[dict], finished: bool) -> l
         table("Settings at their defaults", kept, closed=True),
         table("sha256", hashes),
     ]
+    if "merged" in metadata:
+        found.insert(0, table("Merged", metadata["merged"]))
     for i, session in enumerate(sessions):
         about = {"started": session["started"], "device": session["device"], **session["versions"]}
         for stage in session["stages"]:

@@ -1,38 +1,97 @@
-"""Write a small run and its base as one whole model, which needs no base any more."""
+"""Merge small runs into one with the concepts of all, or one small run into its base as a whole model."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from shlex import quote
 
 from bas.cli.flags import Parser
-from bas.config import TrainConfig, setting_rows
-from bas.errors import InputError
+from bas.config import MAX_RANK, TrainConfig, setting_rows
+from bas.errors import InputError, check_float, check_int
 from bas.io.files import new_folder
 from bas.io.run_files import TUNED
+from bas.pretrained.additions import STRONGEST
 from bas.pretrained.folder import load, save_model
 from bas.pretrained.hub import find
+from bas.pretrained.merging import merge_runs, read_sources
 from bas.runtime.device import DTYPES
 
-EXAMPLES = ("bas merge runs/small --into_base --output_dir small_model",)
+EXAMPLES = (
+    "bas merge runs/toys runs/mugs --output_dir runs/both",
+    "bas merge runs/toys runs/mugs --weights 1 0.8 --rename 'mugs:<asset0>=<mug>' --output_dir runs/both",
+    "bas merge runs/small --into_base --output_dir small_model",
+)
 
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
-    parser.add_argument("run", metavar="RUN", help="a run that keeps its trained weights alone")
-    parser.add_argument("--into_base", action="store_true", required=True, help="add the weights to those of the base")
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder to write, which diffusers opens")
-    precisions = setting_rows(TrainConfig)["save_precision"].metadata["choices"]
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="runs that keep their trained weights alone")
     parser.add_argument(
-        "--save_precision", default="fp32", choices=precisions, help="precision of the model (default: %(default)s)"
+        "--into_base", action="store_true", help="add the weights of one run to those of its base, as a whole model"
+    )
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder to write")
+    parser.add_argument(
+        "--weights", nargs="+", type=float, metavar="FLOAT", help="how strongly each run counts (default: 1 each)"
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="INT", help="write the nearest adapters of this rank (default: without loss)"
+    )
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RUN:OLD=NEW",
+        help="call a handle otherwise (default: those that several runs have are called <RUN-handle>)",
+    )
+    parser.add_argument(
+        "--save_precision",
+        choices=setting_rows(TrainConfig)["save_precision"].metadata["choices"],
+        help="precision of what is written (default: as the first run has it, fp32 for a whole model)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the run as a whole model, and write it."""
-    path = find(args.run)
+    """Merge, and print how to go on."""
+    paths = [find(name) for name in args.runs]
+    if args.into_base:
+        into_base(paths, args)
+        return
+    if len(paths) == 1:
+        raise InputError("name two runs or more, or add --into_base to write one run and its base as a whole model")
+    weights = args.weights or [1.0] * len(paths)
+    if len(weights) != len(paths):
+        raise InputError(f"{len(weights)} --weights for {len(paths)} runs: give one for each")
+    weights = [check_float("--weights", weight, -STRONGEST, STRONGEST) for weight in weights]
+    if args.rank is not None:
+        check_int("--rank", args.rank, 1, MAX_RANK)
+    folder, sources = new_folder(args.output_dir), read_sources(paths, weights, args.rename)
+    precision = args.save_precision or sources[0].metadata["config"]["save_precision"]
+    drift = merge_runs(sources, folder, args.rank, DTYPES[precision])
+    for source in sources:
+        for old, new in zip(source.metadata["handles"], source.handles, strict=True):
+            named = new if new == old else f"{new}, in {source.run} {old}"
+            print(f"{named}: its attention's output moved by {drift[new]:.1%}")
+    print_ready(folder, [source.handles[0] for source in sources])
+
+
+def print_ready(folder: Path, handles: Sequence[str]) -> None:
+    """Print how to generate an image of these handles."""
+    prompt = f"a photo of {' and '.join(handles)} at the beach"
+    print(f'{folder} is ready. Try: bas sample {quote(str(folder))} --prompt "{prompt}"')
+
+
+def into_base(paths: list[Path], args: argparse.Namespace) -> None:
+    """Write one small run and its base as a whole model. InputError for flags that mean nothing there."""
+    unused = [f"--{name}" for name in ("weights", "rank", "rename") if getattr(args, name)]
+    if len(paths) > 1 or unused:
+        advice = "leave out " + ", ".join(unused) if unused else "merge the runs first"
+        raise InputError(f"--into_base writes one run as it is: {advice}")
+    (path,) = paths
     if not (path / TUNED).is_file():
         raise InputError(f"{path} is no small run: it holds no {TUNED}; a whole model needs no merging")
-    folder = new_folder(args.output_dir)
-    models = load(path)
-    save_model(models, folder, DTYPES[args.save_precision])
-    handles = models.handles[0] if models.handles else "a bowl"
-    print(f'{folder} is ready. Try: bas sample {quote(str(folder))} --prompt "a photo of {handles} at the beach"')
+    folder, models = new_folder(args.output_dir), load(path)
+    save_model(models, folder, DTYPES[args.save_precision or "fp32"])
+    print(
+        f'{folder} is ready. Try: bas sample {quote(str(folder))} --prompt "a photo of {models.handles[0]} at the beach"'
+    )

@@ -1,0 +1,212 @@
+"""Merged runs: sums are exact, the closed form is the optimum, and each handle stays what it was."""
+
+import json
+
+import pytest
+import torch
+
+from bas.cli.entry import main
+from bas.io.run_files import read_concepts, read_settings
+from bas.models.adapters import Change, Difference
+from bas.pretrained.exports import adapters_of
+from bas.pretrained.folder import load
+from bas.pretrained.lora_files import as_lora
+from bas.pretrained.merging import attention_outputs, closed_form, concept_states, joined
+from tests.helpers.small_runs import LORA, write_base, write_small_run
+from tests.helpers.tiny import refused
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, two LoRA runs of other ranks and seeds whose handles have the same names, and runs of keys and values."""
+    place = tmp_path_factory.mktemp("merging")
+    base = write_base(place / "base", "sd1")
+    write_small_run(place / "toys", base, **LORA)
+    write_small_run(place / "mugs", base, ("<asset0>",), train="lora", rank=2, seed=3)
+    write_small_run(place / "kv", base, ("<ball>",), train="kv", seed=4)
+    write_small_run(place / "v", base, ("<hat>",), train="v", seed=5)
+    return place
+
+
+def merge(place, *words: str) -> int:
+    """`bas merge`, with runs by their names in the folder."""
+    return main(["merge", *(str(place / word) if (place / word).is_dir() else word for word in words)])
+
+
+def weights(models) -> dict[str, torch.Tensor]:
+    """All weights but the token embedding."""
+    named = [*models.unet.named_parameters(), *models.text_encoder.named_parameters()]
+    return {name: p.detach() for name, p in named if "token_embedding" not in name}
+
+
+@torch.no_grad()
+def prediction(models, prompt: str) -> torch.Tensor:
+    """What a model predicts for a prompt."""
+    from bas.sampling.prompt_strength import encode_prompts
+
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    return models.unet(z, 500, encode_prompts(models.text_encoder, models.tokenizer, [prompt])).sample
+
+
+# --- LoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (0.7, -0.5), (0.0, 2.0)])
+def test_joined_runs_change_each_weight_by_the_sum(place, tmp_path, factors):
+    """Weights of the merged run equal the base's plus the weighted changes, to 5e-6; negative factors and 0 too."""
+    assert merge(place, "toys", "mugs", "--weights", *map(str, factors), "--output_dir", str(tmp_path / "both")) == 0
+    base, toys, mugs, both = (
+        weights(load(folder)) for folder in (place / "base", place / "toys", place / "mugs", tmp_path / "both")
+    )
+    for name, weight in base.items():
+        expected = weight + factors[0] * (toys[name] - weight) + factors[1] * (mugs[name] - weight)
+        assert (both[name] - expected).abs().max() < 5e-6, name
+
+
+def test_a_joined_adapter_has_the_sum_of_the_ranks_and_a_convolution_its_kernel():
+    """A of (5, 3, 3, 3), B of (7, 5, 1, 1); its singular values give it back at full rank and the nearest below."""
+    generator = torch.Generator().manual_seed(0)
+    changes = [
+        (Change(torch.randn(r, 3, 3, 3, generator=generator), torch.randn(7, r, 1, 1, generator=generator), s), w)
+        for r, s, w in ((2, 0.5, 1.0), (3, 2.0, -0.4))
+    ]
+    total = sum(w * change.delta() for change, w in changes)
+    both = joined(changes)
+    assert (both.down.shape, both.up.shape) == ((5, 3, 3, 3), (7, 5, 1, 1))
+    assert (both.delta() - total).abs().max() < 5e-6
+    assert (as_lora(both, 5).delta() - total).abs().max() < 5e-6
+    values = torch.linalg.svdvals(total.flatten(1))
+    for change in (both, Difference(total)):
+        nearest = as_lora(change, 2)
+        assert (nearest.down.shape, nearest.up.shape) == ((2, 3, 3, 3), (7, 2, 1, 1))
+        assert abs(float((nearest.delta() - total).norm() - values[2:].norm())) < 1e-5  # Eckart and Young
+
+
+def test_a_prompt_gives_what_its_own_run_gives(place, tmp_path):
+    """Two runs with <asset0> become two handles; with the other run off, each predicts as in its own run, to 5e-6."""
+    for factors, run, old, new in (
+        (("1", "0"), "toys", "a photo of <asset0> and <asset1>", "a photo of <toys-asset0> and <asset1>"),
+        (("0", "1"), "mugs", "a photo of <asset0>", "a photo of <mugs-asset0>"),
+    ):
+        target = tmp_path / run
+        assert merge(place, "toys", "mugs", "--weights", *factors, "--output_dir", str(target)) == 0
+        models = load(target)
+        assert models.handles == ("<toys-asset0>", "<asset1>", "<mugs-asset0>")
+        assert (prediction(models, new) - prediction(load(place / run), old)).abs().max() < 5e-6
+
+
+def test_a_rank_gives_the_nearest_adapters(place, tmp_path):
+    """Each adapter has the rank that is asked for, and differs from the exact sum by the singular values beyond it."""
+    for name, flags in (("exact", ()), ("small", ("--rank", "2"))):
+        assert merge(place, "toys", "mugs", *flags, "--output_dir", str(tmp_path / name)) == 0
+    exact, small = (adapters_of(tmp_path / name)[0]["unet"][LAYER] for name in ("exact", "small"))
+    assert (len(exact.down), len(small.down)) == (6, 2)
+    left_out = torch.linalg.svdvals(exact.delta())[2:].norm()
+    assert abs(float((exact.delta() - small.delta()).norm() - left_out)) < 1e-5
+    assert read_settings(tmp_path / "small")["config"]["rank"] == 2
+
+
+# --- Keys and values ----------------------------------------------------------------------------------------------
+
+
+def test_the_closed_form_is_the_optimum_on_its_constraints():
+    """T W^T = V to 1e-9 relative; equal to the solution of the KKT system with the same ridge, to 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    o, d, n, s, ridge = 12, 16, 300, 5, 1e-6
+    w0, r, t, v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((o, d), (n, d), (s, d), (s, o))
+    )
+    r[:, 8:] *= 1e-5  # text features span few directions
+    w = closed_form(w0, r, t, v, ridge)
+    assert (t @ w.T - v).norm() <= 1e-9 * v.norm()
+    gram = r.T @ r
+    gram += ridge * gram.diagonal().mean() * torch.eye(d, dtype=torch.float64)
+    system = torch.cat([torch.cat([2 * gram, t.T], 1), torch.cat([t, torch.zeros(s, s, dtype=torch.float64)], 1)])
+    solution = torch.linalg.solve(system, torch.cat([2 * gram @ w0.T, v]))[:d].T
+    assert (w - solution).norm() <= 1e-6 * solution.norm()
+
+
+def test_keys_and_values_of_each_runs_prompts_stay(place, tmp_path):
+    """K and V of both runs' prompts are those of their own weights, to 5e-6, where the runs differ by far more."""
+    assert merge(place, "kv", "v", "--output_dir", str(tmp_path / "both")) == 0
+    merged = load(tmp_path / "both")
+    assert merged.handles == ("<ball>", "<hat>")
+    for run, handle in (("kv", "<ball>"), ("v", "<hat>")):
+        own = load(place / run)
+        states = concept_states(own, (handle,)).float()
+        assert (states - concept_states(merged, (handle,))).abs().max() < 1e-6
+        for name in (LAYER, LAYER.replace("to_v", "to_k")):
+            before, after = (states @ models.unet.get_submodule(name).weight.T for models in (own, merged))
+            assert (after - before).abs().max() < 5e-6
+    other = [(load(place / run).unet.get_submodule(LAYER).weight @ states.T) for run in ("kv", "v")]
+    assert (other[0] - other[1]).abs().max() > 1e-2
+
+
+def test_other_kinds_merge_into_adapters(place, tmp_path, capsys):
+    """LoRA and K/V together need a rank; at full rank the weights are the sum."""
+    assert merge(place, "toys", "kv", "--output_dir", str(tmp_path / "both")) == 2
+    assert "give a --rank" in capsys.readouterr().err
+    assert merge(place, "toys", "kv", "--rank", "64", "--output_dir", str(tmp_path / "both")) == 0
+    base, toys, kv, both = (
+        load(folder).unet.get_submodule(LAYER).weight
+        for folder in (place / "base", place / "toys", place / "kv", tmp_path / "both")
+    )
+    assert (both - (toys + kv - base)).abs().max() < 5e-6
+
+
+# --- Names, records, refusals -------------------------------------------------------------------------------------
+
+
+def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
+    """Names, drift and sources are recorded and printed; the drift is the change of the attention's own output."""
+    words = ["toys", "mugs", "--rename", "toys:<asset1>=<cat>", "--output_dir", str(tmp_path / "both")]
+    assert merge(place, *words) == 0
+    out = capsys.readouterr().out
+    _, metadata = read_concepts(tmp_path / "both")
+    assert metadata["handles"] == ["<toys-asset0>", "<cat>", "<mugs-asset0>"]
+    assert metadata["merged"]["runs"] == [str(place / "toys"), str(place / "mugs")]
+    assert metadata["merged"]["weights"] == [1.0, 1.0]
+    own, after = load(place / "mugs"), load(tmp_path / "both")
+    pairs = zip(attention_outputs(own, "<asset0>"), attention_outputs(after, "<mugs-asset0>"), strict=True)
+    drift = [float((b - a).norm() / a.norm()) for a, b in pairs]
+    assert len(drift) == 7
+    assert metadata["merged"]["drift"]["<mugs-asset0>"] == pytest.approx(sum(drift) / 7, rel=1e-4)
+    assert f"<mugs-asset0>, in {place / 'mugs'} <asset0>: its attention's output moved by" in out
+    assert main(["info", str(tmp_path / "both"), "--json"]) == 0
+    details = json.loads(capsys.readouterr().out)
+    assert details["merged from"] == metadata["merged"]["runs"]
+    assert main(["report", str(tmp_path / "both")]) == 0
+    assert main(["export", str(tmp_path / "both"), str(tmp_path / "both.safetensors")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["toys"], "name two runs or more"),
+        (["toys", "base"], "is no small run"),
+        (["toys", "mugs", "--weights", "1"], "1 --weights for 2 runs"),
+        (["toys", "mugs", "--weights", "1", "nan"], "--weights"),
+        (["toys", "mugs", "--rank", "0"], "--rank is 0"),
+        (["toys", "mugs", "--rename", "toys:<asset9>=<cat>"], "a handle of it"),
+        (["toys", "mugs", "--rename", "toys:<asset0>=<my cat>"], "expected <name>"),
+        (["toys", "kv", "--rename", "toys:<asset0>=<ball>", "kv:<ball>=<ball>"], "several runs have the handle <ball>"),
+        (["toys", "--into_base", "--rank", "2"], "leave out --rank"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(place, tmp_path, words, part, capsys):
+    """One line, exit code 2, nothing written."""
+    assert merge(place, *words, "--output_dir", str(tmp_path / "out")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_on_other_bases_are_refused(place, tmp_path):
+    from bas.pretrained.merging import read_sources
+
+    base = write_base(tmp_path / "base", "sd2")
+    other = write_small_run(tmp_path / "other", base, train="v")
+    with refused("another base"):
+        read_sources([place / "toys", other], [1.0, 1.0], ())
