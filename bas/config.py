@@ -141,6 +141,7 @@ Part = Literal[
     "cross_attention_kv",
     "cross_attention_v",
     "unet_lora",
+    "unet_token",
     "text_encoder",
     "text_encoder_lora",
 ]
@@ -166,6 +167,8 @@ class Kind:
     text: Part | None = None  # what trains of the text encoder, unless --no_train_text_encoder
     whole: bool = False  # whether the run keeps a whole model, or only what was trained
     defaults: dict[str, Any] = field(default_factory=dict)  # settings that differ from those of a whole model
+    reads: tuple[str, ...] = ()  # settings of adapters that mean something
+    own_tokens: bool = False  # whether its adapters act at the handles' own tokens alone
 
 
 # The learning rates of `kv` and `v` are Custom Diffusion's (Kumari et al. 2023), that of `lora` is usual for LoRA.
@@ -174,8 +177,16 @@ KINDS: dict[str, Kind] = {
     "cross_attention": Kind(weights=("embedding", "cross_attention"), text="text_encoder", whole=True),
     "kv": Kind(weights=("cross_attention_kv",), defaults={"learning_rate": 1e-5}),
     "v": Kind(weights=("cross_attention_v",), defaults={"learning_rate": 1e-5}),
-    "lora": Kind(weights=("unet_lora",), text="text_encoder_lora", defaults={"learning_rate": 1e-4}),
+    "lora": Kind(
+        weights=("unet_lora",),
+        text="text_encoder_lora",
+        defaults={"learning_rate": 1e-4},
+        reads=("rank", "alpha", "lora_targets", "conv_rank"),
+    ),
+    "token": Kind(weights=("unet_token",), defaults={"learning_rate": 1e-4}, reads=("rank", "alpha"), own_tokens=True),
 }
+
+OF_ADAPTERS = KINDS["lora"].reads  # all settings of adapters
 
 # The layers that a LoRA adapts: of the UNet, and of the text encoder. Names are regular expressions over module names.
 LORA_TARGETS: dict[str, tuple[str, str]] = {
@@ -272,6 +283,10 @@ class TrainConfig(Settings):
         common=True,
         flag=("--weights",),
     )
+    lora: tuple[str, ...] = setting(
+        (), "LoRA files to add to the base model, FILE or FILE:WEIGHT, such as a style", group="scene"
+    )
+    embedding: tuple[str, ...] = setting((), "embedding files to add to the base model, as <FILE>", group="scene")
     prediction_type: str | None = setting(
         None,
         "what the base model predicts, if its files do not say it or say it wrongly",
@@ -349,13 +364,18 @@ class TrainConfig(Settings):
     train: str = setting(
         "full",
         "what phase 2 trains beside the handles: the whole UNet and all token embeddings; these with only the UNet's "
-        "cross-attention; its keys and values; its values; or low-rank adapters. The last three write small runs",
+        "cross-attention; its keys and values; its values; low-rank adapters; or adapters of keys and values that act "
+        "at the handles' own tokens. The last four write small runs",
         group="method",
         choices=tuple(KINDS),
     )
-    rank: int = setting(16, "with --train lora: rank of the adapters", group="method", least=1, most=MAX_RANK)
+    rank: int = setting(16, "with --train lora or token: rank of the adapters", group="method", least=1, most=MAX_RANK)
     alpha: float | None = setting(
-        None, "with --train lora: adapters count alpha / rank (default: the rank)", group="method", above=0, most=1000
+        None,
+        "with --train lora or token: adapters count alpha / rank (default: the rank)",
+        group="method",
+        above=0,
+        most=1000,
     )
     lora_targets: str = setting(
         "transformer",
@@ -602,6 +622,10 @@ class TrainConfig(Settings):
         if kind != "full" and chosen in METHODS and METHODS[chosen].trains is not None and "train" in explicit:
             raise InputError(f"--method {chosen} says itself what it trains: leave out --train {explicit['train']}")
         known = setting_rows(cls)
+        for name in OF_ADAPTERS:
+            changed = explicit.get(name, known[name].default) != known[name].default
+            if changed and kind in KINDS and name not in KINDS[kind].reads:
+                raise InputError(f"--{name} means nothing with --train {kind}: leave it out")
         for name in sorted(merged.keys() - known.keys()):
             raise InputError(f"unknown training setting {name}{did_you_mean(name, known)}")
         return cls(**merged)

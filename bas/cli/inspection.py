@@ -22,31 +22,35 @@ from bas.errors import InputError, printable
 from bas.io.files import cache_dir, human_size, read_bytes, reading
 from bas.io.images import open_image
 from bas.io.json_files import MAX_ROWS_BYTES
-from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, read_concepts, read_metadata, read_settings
+from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_concepts, read_metadata, read_settings
 from bas.io.tensors import read_tensors
 from bas.models.bundle import COMPONENTS, Models
+from bas.pretrained.embedding_files import describe_embedding
 from bas.pretrained.folder import build_on_meta, weights_hash
 from bas.pretrained.hub import SHIPPED, find, manifest
 from bas.pretrained.loading import check_keys
-from bas.pretrained.unsupported import other_kind
+from bas.pretrained.lora_files import describe_lora
+from bas.pretrained.small_runs import read_tuned
+from bas.pretrained.unsupported import EMBEDDING, LORA, other_kind
 from bas.runtime.device import pick_device, pick_precision
 from bas.training.checkpoints import list_checkpoints
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "pillow", "einops")
 EXTRAS = ("tensorboard", "bitsandbytes")
 MAX_LINE = 4000  # characters of one value: the prompts of a run fit, notes of megabytes do not
+ADDITIONS = {LORA: describe_lora, EMBEDDING: describe_embedding}  # files beside a model
 CHECKED = "every weight has its place and shape (values are not read)"
 
 
-def describe(path: Path, hashes: bool = True, prediction_type: str | None = None) -> dict:
+def describe(path: Path, hashes: bool = True, prediction_type: str | None = None, base: Path | None = None) -> dict:
     """Describe what is at `path`, by name, `what` and `loads` first. `hashes` reads all weights, once per file.
 
-    prediction_type: what a model predicts, over what its files say.
+    prediction_type: what a model predicts, over what its files say. base: where that of a small run is, if moved.
     """
     try:
         with reading(path):
             if path.is_dir():
-                return _describe_folder(path, hashes, prediction_type)
+                return _describe_folder(path, hashes, prediction_type, base)
             if path.suffix == ".safetensors":
                 return _describe_tensors(path, hashes, prediction_type)
             return _describe_image(path)
@@ -57,9 +61,9 @@ def describe(path: Path, hashes: bool = True, prediction_type: str | None = None
 # --- Folders ------------------------------------------------------------------------------------------------------
 
 
-def _describe_folder(path: Path, hashes: bool, prediction_type: str | None) -> dict:
+def _describe_folder(path: Path, hashes: bool, prediction_type: str | None, base: Path | None) -> dict:
     if (path / CONCEPTS).exists():
-        return _describe_run(path, hashes, prediction_type)
+        return _describe_run(path, hashes, prediction_type, base)
     if (path / SETTINGS).exists():
         return _describe_unfinished(path)
     if any((path / component).is_dir() for component in COMPONENTS) or not images_in(path):
@@ -80,14 +84,15 @@ def _folder_kind(path: Path, details: dict) -> str:
     return f"a folder of {kind[0]}" if kind else "a folder"
 
 
-def _describe_run(path: Path, hashes: bool, prediction_type: str | None) -> dict:
+def _describe_run(path: Path, hashes: bool, prediction_type: str | None, base: Path | None) -> dict:
     """Describe a finished run: its model, and the metadata of concepts.safetensors."""
     tensors, metadata = read_concepts(path)
     config = metadata["config"]
     _, rows, columns = tensors["masks"].shape
     return {
         "what": "a finished run of bas",
-        **describe_model(path, hashes, prediction_type),
+        **describe_model(path, hashes, prediction_type, base),
+        **(_small_run(path, config) if (path / TUNED).is_file() else {}),
         "handles": metadata["handles"],
         "trained at": f"{columns}x{rows} pixels",
         "steps": f"{config['phase1_train_steps']} + {config['phase2_train_steps']}",
@@ -96,6 +101,20 @@ def _describe_run(path: Path, hashes: bool, prediction_type: str | None) -> dict
         "base hash": metadata["base"],
         "merged from": metadata.get("merged", {}).get("runs"),
         "written by": f"bas {metadata['version']}",
+    }
+
+
+def _small_run(path: Path, config: dict[str, Any]) -> dict:
+    """What a small run trained, and what it holds of that."""
+    tuned = read_tuned(path).weights
+    ranks = sorted({len(tensor) for name, tensor in tuned.items() if ".lora_A." in name})
+    return {
+        "trained": config["train"],
+        "ranks": ranks,
+        "alpha": (config["alpha"] or config["rank"]) if ranks else None,
+        "layers": len({name.partition(".lora_")[0] for name in tuned}),
+        "trained weights": f"{sum(t.numel() for t in tuned.values()):,}, {precision(tuned.values())}",
+        "added to the base": [*config["lora"], *config["embedding"]],
     }
 
 
@@ -134,10 +153,10 @@ def _describe_scene(path: Path) -> dict:
 # --- Models -------------------------------------------------------------------------------------------------------
 
 
-def describe_model(path: Path, hashes: bool, prediction_type: str | None = None) -> dict:
+def describe_model(path: Path, hashes: bool, prediction_type: str | None = None, base: Path | None = None) -> dict:
     """Describe the networks, precision, handles and hash of a model folder or file, or the reason it does not load."""
     try:
-        models, tensors = build_on_meta(path, prediction_type)
+        models, tensors = build_on_meta(path, prediction_type, None, base)
         for component in COMPONENTS:
             check_keys(getattr(models, component), tensors[component], f"{path} ({component})")
     except InputError as error:
@@ -203,6 +222,7 @@ def _describe_tensors(path: Path, hashes: bool, prediction_type: str | None) -> 
     return {
         "what": kind[0] if kind else "a .safetensors file",
         **details,
+        **(ADDITIONS[kind[0]](path, tensors, metadata) if kind and kind[0] in ADDITIONS else {}),
         "tensors": len(tensors),
         "parameters": {"total": sum(t.numel() for t in tensors.values())},
         "precision": precision(tensors.values()),

@@ -23,8 +23,18 @@ def add_prediction_type(parser: Parser) -> None:
     )
 
 
+def add_base(parser: Parser) -> None:
+    """Declare --base."""
+    parser.add_argument("--base", metavar="MODEL", help="where the base of a small run is, if it was moved")
+
+
+def find_base(args: argparse.Namespace) -> Path | None:
+    """Find what --base names, None without it."""
+    return None if args.base is None else find(args.base)
+
+
 def add_model(parser: Parser) -> None:
-    """Declare RUN, --model_path, --prediction_type, --lora, --embedding, and the two flags of the machine."""
+    """Declare RUN, --model_path, --prediction_type, --lora, --embedding, --base, and the two flags of the machine."""
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
     )
@@ -36,6 +46,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "--embedding", nargs="+", action="extend", metavar="FILE", default=[], help="add an embedding file as <FILE>"
     )
+    add_base(parser)
     add_machine(parser)
 
 
@@ -46,14 +57,19 @@ def find_model(args: argparse.Namespace) -> Path:
     return find(args.run if args.model_path is None else args.model_path)
 
 
+def added_files(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The files beside the model, for the settings of an image; nothing without any."""
+    return {name: files for name in ("lora", "embedding") if (files := getattr(args, name))}
+
+
 def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -> Models:
     """Load the model onto the device and in the precision of the flags; `auto` is the precision of training.
 
     `check` sees the model's description before any weight is read, and raises InputError for what it cannot do.
     """
-    path, device = find_model(args), pick_device(args.device)
+    path, device, base = find_model(args), pick_device(args.device), find_base(args)
     additions = Additions.read(args.lora, args.embedding) if args.lora or args.embedding else None
-    spec = read_spec(path, args.prediction_type, additions)
+    spec = read_spec(path, args.prediction_type, additions, base)
     check(spec)
     dtype = DTYPES[pick_precision(args.precision, device, spec.unet_size)]
-    return load(path, device, dtype, args.prediction_type, additions)
+    return load(path, device, dtype, args.prediction_type, additions, base)

@@ -21,6 +21,7 @@ from bas.evaluation.scores import Scorer, Segments, read_rows, score_trial
 from bas.evaluation.tables import markdown, summarise
 from bas.io.files import write_text
 from bas.io.images import save_image
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import read_spec
 from bas.runtime.device import DTYPES, is_out_of_memory
 from bas.sampling.sampler import check_request
@@ -50,11 +51,12 @@ class EvaluationContext:
     sampling: SampleConfig
     make_scorer: Callable[[], tuple[Scorer, Segments]]
     prediction_type: str | None = None  # of the base, where its files do not say it
+    additions: Additions | None = None  # files that are added to the base
 
     @cached_property
     def base(self) -> Base:
         """The base model, kept in memory between trials."""
-        return Base.open(self.path, self.device, keep=True, prediction_type=self.prediction_type)
+        return Base.open(self.path, self.device, None, True, self.prediction_type, self.additions)
 
     def size(self) -> tuple[int, int]:
         """The base's resolution and size multiple."""
@@ -67,7 +69,7 @@ def evaluate_each(trials: list[Trial], context: EvaluationContext) -> Iterator[O
     Raises InputError before anything is trained for images that cannot be generated and for missing models of the
     metrics; Interrupted after a signal.
     """
-    check_request(read_spec(context.path, context.prediction_type), [], context.sampling)
+    check_request(read_spec(context.path, context.prediction_type, context.additions), [], context.sampling)
     scored = [bool(read_rows(trial)) for trial in trials]
     if all(scored):
         yield from (Outcome(trial, earlier=True) for trial in trials)

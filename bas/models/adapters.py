@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bas.config import LORA_TARGETS, TrainConfig
 from bas.models.bundle import Models
+from bas.models.text import mark_tokens
 
 # Layers outside the transformers that have adapters with --conv_rank. The 3x3 convolutions have that rank,
 # time_emb_proj and conv_shortcut have that of the linear layers, as in kohya's scripts.
@@ -54,6 +55,25 @@ class AdaptedConv2d(nn.Conv2d):
         return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
 
 
+class TokenLinear(AdaptedLinear):
+    """Keys or values of cross-attention with an adapter for each handle, which acts at the handle's own token alone.
+
+    Behind the features of each token's state stand N marks, from `encode_ids`: 1 at the token of handle i, else 0. So
+    y = W x + s sum_i mark_i B_i(A_i x), and a token without a mark has the bits of the base. ConceptSplit (arXiv
+    2510.04668) adapts values so, TARA (arXiv 2508.08812) keys and values.
+    """
+
+    def __init__(self, layer: nn.Linear, ranks: Sequence[int], scale: float, generator: torch.Generator):
+        super().__init__(layer, sum(ranks), scale, generator)
+        self.ranks = tuple(ranks)  # by handle: its rows of A and columns of B
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in + N) -> (..., out)"""
+        states, marks = input[..., : self.in_features], input[..., self.in_features :]
+        each = [marks[..., i : i + 1].expand(*marks.shape[:-1], rank) for i, rank in enumerate(self.ranks)]
+        return nn.Linear.forward(self, states) + self.scale * self.lora_B(self.lora_A(states) * torch.cat(each, dim=-1))
+
+
 Adapted = AdaptedLinear | AdaptedConv2d
 
 
@@ -66,8 +86,11 @@ def start(layer: Adapted, generator: torch.Generator) -> None:
     layer.lora_B.weight = nn.Parameter(torch.zeros(layer.lora_B.weight.shape, device=place))
 
 
-def add_adapters(models: Models, config: TrainConfig) -> None:
-    """Give the networks the adapters that the phases of a training name, in place. Their values depend on the seed."""
+def add_adapters(models: Models, config: TrainConfig, handles: int) -> None:
+    """Give the networks the adapters that the phases of a training name, in place. Their values depend on the seed.
+
+    handles: how many the training adds; it comes before `add_handles`.
+    """
     parts = {part for phase in config.phases for part in phase.trains}
     generator = torch.Generator().manual_seed(config.seed)
     unet, text = LORA_TARGETS[config.lora_targets]
@@ -75,6 +98,9 @@ def add_adapters(models: Models, config: TrainConfig) -> None:
         adapt(models.unet, unet, config.rank, config.rank, config.adapter_scale, generator)
         if config.conv_rank:
             adapt(models.unet, CONVOLUTIONS, config.rank, config.conv_rank, config.adapter_scale, generator)
+    if "unet_token" in parts:
+        begin = len(models.tokenizer)
+        adapt_tokens(models, dict.fromkeys(range(begin, begin + handles), config.rank), config.adapter_scale, generator)
     if "text_encoder_lora" in parts:
         adapt(models.text_encoder, text, config.rank, config.rank, config.adapter_scale, generator)
 
@@ -92,6 +118,20 @@ def adapt(
         elif isinstance(layer, nn.Conv2d):
             own = rank if layer.kernel_size == (1, 1) else conv_rank
             replace_layer(network, name, AdaptedConv2d(layer, own, scale, generator))
+
+
+def adapt_tokens(models: Models, ranks: Mapping[int, int], scale: float, generator: torch.Generator) -> None:
+    """Adapt all keys and values of cross-attention at single tokens. ranks: by token id"""
+    ends = re.compile(rf".*\.({LORA_TARGETS['kv'][0]})")
+    for name, layer in list(models.unet.named_modules()):
+        if ends.fullmatch(name) and isinstance(layer, nn.Linear):
+            replace_layer(models.unet, name, TokenLinear(layer, [*ranks.values()], scale, generator))
+    mark_tokens(models.text_encoder, tuple(ranks))
+
+
+def token_ranks(unet: nn.Module) -> tuple[int, ...]:
+    """The ranks of the adapters at single tokens, by handle; empty for a network without such."""
+    return next((layer.ranks for layer in unet.modules() if isinstance(layer, TokenLinear)), ())
 
 
 def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -38,6 +38,7 @@ class ModelSpec:
     handles: tuple[str, ...] = ()  # its learnt concepts, as `<asset0>`
     source: Path | None = None  # where it was read from
     guidance_scale: float = GUIDANCE  # for images where no other is asked for
+    adapted_tokens: tuple[tuple[int, int], ...] = ()  # ids of tokens with adapters of their own, and their ranks
 
     @property
     def size_multiple(self) -> int:
@@ -151,13 +152,15 @@ def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
     text = {f"text_encoder.{name}": p for name, p in models.text_encoder.named_parameters()}
     own = {name: p for name, p in unet.items() if not is_adapter(name)}
     cross = {name: p for name, p in own.items() if ".attn2." in name}
+    adapters = {name: p for name, p in unet.items() if is_adapter(name)}
     values = {name: p for name, p in cross.items() if ".to_v." in name}
     return {
         "unet": own,
         "cross_attention": cross,
         "cross_attention_kv": {name: p for name, p in cross.items() if ".to_k." in name or name in values},
         "cross_attention_v": values,
-        "unet_lora": {name: p for name, p in unet.items() if is_adapter(name)},
+        "unet_lora": adapters,
+        "unet_token": adapters,
         "text_encoder": {name: p for name, p in text.items() if not is_adapter(name) and "token_embedding" not in name},
         "text_encoder_lora": {name: p for name, p in text.items() if is_adapter(name)},
     }

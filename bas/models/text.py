@@ -321,6 +321,24 @@ def find_places(tokenizer: CLIPTokenizer, ids: list[int], words: bool) -> dict[s
     return found
 
 
-def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Token states after the text encoder's final norm, without an attention mask. ids: (b, k) -> (b, k, d)"""
-    return text_encoder(input_ids=ids).last_hidden_state
+MARKED = "marked_tokens"  # of a text encoder: the ids of tokens that have adapters of their own in the UNet
+
+
+def mark_tokens(text_encoder: nn.Module, ids: tuple[int, ...]) -> None:
+    """Let `encode_ids` mark these tokens, for the UNet's adapters that act at single tokens."""
+    setattr(text_encoder, MARKED, ids)
+
+
+def context_width(text_encoder: CLIPTextModel) -> int:
+    """The width of what `encode_ids` returns: the features of a state, and a column for each marked token."""
+    return text_encoder.config.hidden_size + len(getattr(text_encoder, MARKED, ()))
+
+
+def encode_ids(text_encoder: CLIPTextModel, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Token states after the text encoder's final norm, usually without an attention mask. ids: (b, k) -> (b, k, d)
+
+    Of a model with adapters at single tokens, each such token has a column more: 1 where it stands, 0 elsewhere.
+    """
+    states = text_encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
+    marks = [(ids == number)[..., None].to(states.dtype) for number in getattr(text_encoder, MARKED, ())]
+    return torch.cat([states, *marks], dim=-1) if marks else states

@@ -1,8 +1,13 @@
-"""LoRA and embedding files beside a model: `--lora FILE:0.8` changes its weights, `--embedding FILE` adds a handle."""
+"""LoRA and embedding files beside a model: `--lora FILE:0.8` changes its weights, `--embedding FILE` adds a handle.
 
-from collections.abc import Iterable
+In `bas train` they are a part of the base: its hash counts them, and a small run looks for them beside it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +15,7 @@ from bas.errors import InputError, check_float
 from bas.models.adapters import Change, Difference
 from bas.models.text import check_handles
 from bas.pretrained.embedding_files import read_embedding
+from bas.pretrained.folder import weights_hash
 from bas.pretrained.loading import Parts
 from bas.pretrained.lora_files import read_lora
 
@@ -27,6 +33,38 @@ class Additions:
     def read(cls, loras: Iterable[str], embeddings: Iterable[str]) -> "Additions":
         """Read the values of --lora, `FILE` or `FILE:WEIGHT`, and of --embedding. InputError for a wrong weight."""
         return cls(tuple(map(split_weight, loras)), tuple(map(Path, embeddings)))
+
+    @classmethod
+    def of_base(cls, settings: Mapping[str, Any], run: Path | None = None) -> "Additions | None":
+        """Those of a training's settings, by name; None without any.
+
+        A file that is no more where it was is looked for in the folder `run`. InputError for one that is nowhere.
+        """
+        found = cls.read(settings["lora"], settings["embedding"])
+
+        def place(path: Path) -> Path:
+            inside = run / path.name if run and not path.exists() else path
+            if not inside.exists():
+                where = f"put it back, or into {run}" if run else "name another file"
+                raise InputError(f"{path} does not exist, and the base model needs it: {where}")
+            return inside
+
+        loras = tuple((place(path), weight) for path, weight in found.loras)
+        return cls(loras, tuple(map(place, found.embeddings))) if settings["lora"] or settings["embedding"] else None
+
+
+def base_hash(path: Path, additions: Additions | None, remembered: bool = True) -> str:
+    """The hash of a base model with its additions: of its weights, and of each file with its weight or name.
+
+    remembered: as in `weights_hash`.
+    """
+    digest = weights_hash(path, remembered)
+    if additions is None:
+        return digest
+    lines = [f"base {digest}"]
+    lines += [f"lora {weights_hash(file, remembered)} {weight!r}" for file, weight in additions.loras]
+    lines += [f"embedding {weights_hash(file, remembered)} {file.stem}" for file in additions.embeddings]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def split_weight(text: str) -> tuple[Path, float]:

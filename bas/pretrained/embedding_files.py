@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,3 +57,16 @@ def read_embedding(path: Path, width: int) -> tuple[str, Tensor]:
         family = WIDTHS.get(rows.shape[1], "another model")
         raise InputError(f"{path} is for {family}, with rows of {rows.shape[1]}: this model has rows of {width}")
     return handle, rows.float()
+
+
+def describe_embedding(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Say of a textual-inversion file: its handle, vectors and base."""
+    width = next(iter(tensors.values())).shape[-1]
+    both = {"clip_l", "clip_g"} <= tensors.keys()
+    return {
+        "for": "SDXL" if both else WIDTHS.get(width, f"a model with text of width {width}"),
+        "handle": f"<{path.stem.strip('<>')}>",
+        "learnt as": texts.get("bas.handle"),
+        "vectors": [1 if tensor.ndim == 1 else len(tensor) for tensor in tensors.values()],
+        "base hash": texts.get("bas.base_sha256"),
+    }

@@ -20,11 +20,14 @@ from bas.pretrained.lora_files import Adapters, as_lora, write_lora
 from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
 
 
-def adapters_of(run: Path, rank: int | None = None) -> tuple[Adapters, ModelSpec]:
-    """The adapters of a small run, and the description of its base. With `rank`, differences become adapters of it."""
+def adapters_of(run: Path, rank: int | None = None, base_place: Path | None = None) -> tuple[Adapters, ModelSpec]:
+    """The adapters of a small run, and the description of its base. With `rank`, differences become adapters of it.
+
+    base_place: where the base is, if it was moved.
+    """
     _, metadata = read_concepts(run)
-    base = read_base(run, metadata)
-    adapters = changes_of(base, with_tuned(base, *read_tuned(run), run))
+    base = read_base(run, metadata, base_place)
+    adapters = changes_of(base, with_tuned(base, read_tuned(run), run))
     if rank:
         adapters = {
             component: {n: as_lora(c, rank) if isinstance(c, Difference) else c for n, c in layers.items()}
@@ -41,6 +44,8 @@ def export_files(run: Path, target: Path, prefix: str) -> dict[str, Path]:
     if not (run / TUNED).is_file():
         raise InputError(f"{run} is a whole model without adapters: use it as it is, or --format single")
     _, metadata = read_concepts(run)
+    if read_tuned(run).token_ranks:
+        raise InputError(f"{run} was trained with --train token, and other programs have no adapters of single tokens")
     names = file_names(tuple(metadata["handles"]), prefix)
     files = {handle: target.with_name(f"{name}.safetensors") for handle, name in names.items()}
     if same := [handle for handle, path in files.items() if path.stem.lower() == target.stem.lower()]:

@@ -27,6 +27,7 @@ from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, wr
 from bas.io.json_files import check_json_size, read_cache, read_json, read_text, write_json
 from bas.io.run_files import CONCEPTS, METRICS, TUNED, read_concepts
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
+from bas.models.adapters import adapt_tokens
 from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
@@ -67,14 +68,15 @@ def load(
     dtype: torch.dtype = torch.float32,
     prediction_type: str | None = None,
     additions: Additions | None = None,
+    base: Path | None = None,
 ) -> Models:
     """Load a diffusers folder, an original single file (.safetensors) of Stable Diffusion 1.x or 2.x, or a small run.
 
-    `prediction_type` ("epsilon" or "v_prediction") overrides the files; `additions` are LoRA and embedding files. No
-    weight stays memory-mapped, so a file that changes later changes no model. Raises InputError when anything is
-    missing, unexpected or of another kind.
+    `prediction_type` ("epsilon" or "v_prediction") overrides the files; `additions` are LoRA and embedding files;
+    `base` says where the base of a small run is, if it was moved. No weight stays memory-mapped, so a file that changes
+    later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
     """
-    return load_parts(_read_with(Path(path), prediction_type, additions), device, dtype)
+    return load_parts(_read_with(Path(path), prediction_type, additions, base), device, dtype)
 
 
 def load_parts(parts: Parts, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
@@ -86,12 +88,14 @@ def load_parts(parts: Parts, device: torch.device | str = "cpu", dtype: torch.dt
     return models
 
 
-def build_on_meta(path: Path, prediction_type: str | None = None) -> tuple[Models, dict[str, dict[str, Tensor]]]:
+def build_on_meta(
+    path: Path, prediction_type: str | None = None, additions: Additions | None = None, base: Path | None = None
+) -> tuple[Models, dict[str, dict[str, Tensor]]]:
     """Build a model's networks on the meta device, with shapes but no weights, and return its tensors beside it.
 
     The tensors are memory-mapped: only those that are used are read. Those of a small run are without its adapters.
     """
-    models, parts = _build(read_parts(path, prediction_type))
+    models, parts = _build(_read_with(path, prediction_type, additions, base))
     return models, parts.tensors
 
 
@@ -112,12 +116,15 @@ def build_networks(spec: ModelSpec) -> Models:
     with torch.device("meta"):
         unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
     own = spec.tokenizer, spec.schedule, spec.handles, spec.source, spec.guidance_scale
-    return Models(unet, vae, text_encoder, *own)
+    models = Models(unet, vae, text_encoder, *own)
+    if spec.adapted_tokens:
+        adapt_tokens(models, dict(spec.adapted_tokens), 1.0, torch.Generator())
+    return models
 
 
-def _read_with(path: Path, prediction_type: str | None, additions: Additions | None) -> Parts:
+def _read_with(path: Path, prediction_type: str | None, additions: Additions | None, base: Path | None) -> Parts:
     """The parts of a model and of the files that are added to it."""
-    parts = read_parts(path, prediction_type)
+    parts = read_parts(path, prediction_type, base)
     if additions is None:
         return parts
     from bas.pretrained.additions import with_additions
@@ -125,20 +132,27 @@ def _read_with(path: Path, prediction_type: str | None, additions: Additions | N
     return with_additions(parts, additions)
 
 
-def read_spec(path: Path, prediction_type: str | None = None, additions: Additions | None = None) -> ModelSpec:
+def read_spec(
+    path: Path, prediction_type: str | None = None, additions: Additions | None = None, base: Path | None = None
+) -> ModelSpec:
     """Describe a model without building its networks: enough to check a request. No weight is read.
 
     Raises InputError as `build_on_meta` does, without importing transformers' networks.
     """
-    return _read_with(path, prediction_type, additions).spec
+    return _read_with(path, prediction_type, additions, base).spec
 
 
-def read_parts(path: Path, prediction_type: str | None) -> Parts:
-    """Take a folder, a single file or a small run apart, and check its parts alone and against each other."""
+def read_parts(path: Path, prediction_type: str | None, base: Path | None = None) -> Parts:
+    """Take a folder, a single file or a small run apart, and check its parts alone and against each other.
+
+    base: where the base of a small run is, if it was moved.
+    """
     if (path / TUNED).is_file():
         from bas.pretrained.small_runs import read_small_run  # which reads its base by this module
 
-        return read_small_run(path, prediction_type)
+        return read_small_run(path, prediction_type, base)
+    if base is not None:
+        raise InputError(f"--base {base}: {path} is a whole model and has no other base; leave it out")
     with _blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)

@@ -18,6 +18,7 @@ from bas.io.run_files import CONCEPTS, read_concepts
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained import folder as model_folder
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import STEMS, component_files, read_spec
 from bas.pretrained.own_settings import read_own_settings
 from bas.pretrained.single_file import clip_tokenizer
@@ -115,13 +116,17 @@ def is_known_elsewhere(name: str | Path | None) -> bool:
     return name is not None and str(name) in read_json(KNOWN_CONFIGS) and _find(str(name)) is None
 
 
-def find_spec(name: str | Path | None, prediction_type: str | None = None) -> ModelSpec:
+def find_spec(
+    name: str | Path | None, prediction_type: str | None = None, additions: Additions | None = None
+) -> ModelSpec:
     """Describe a model by its name; a known one need not be downloaded for that. No weight is read.
+
+    The additions to a model that is not here are not looked at.
 
     Raises InputError as `find` and `read_spec` do.
     """
     if name is None or not is_known_elsewhere(name):
-        return model_folder.read_spec(find(name), prediction_type)
+        return model_folder.read_spec(find(name), prediction_type, additions)
     configs = read_json(KNOWN_CONFIGS)[str(name)]
     schedule = configs["scheduler"] | ({"prediction_type": prediction_type} if prediction_type else {})
     return ModelSpec(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bas.errors import InputError, RunError
 from bas.io.tensors import WEIGHT_TYPES
 from bas.models.adapters import Changes, changed
-from bas.models.bundle import COMPONENTS, Models, ModelSpec, is_finite
+from bas.models.bundle import COMPONENTS, Models, ModelSpec, is_adapter, is_finite
 from bas.models.text import merged_state_dict
 
 TEXT_PREFIX = "text_model."  # of the text encoder's keys in older versions of transformers
@@ -47,6 +47,8 @@ class Parts:
         """
         text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
         states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
+        if any(map(is_adapter, states["unet"])):
+            raise InputError("adapters at single tokens have no place in a whole model: keep the run and its base")
         tensors = {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()}
         broken = [f"{part} {key}" for part in tensors for key, tensor in tensors[part].items() if not is_finite(tensor)]
         if broken:

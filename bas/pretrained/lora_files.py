@@ -9,6 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference
 from bas.models.bundle import is_finite
 from bas.pretrained.loading import Parts, name_of
-from bas.pretrained.lora_names import find_place, foreign_kind, kohya_name, peft_name
+from bas.pretrained.lora_names import find_place, foreign_kind, is_text_reader, kohya_name, peft_name, split_role
 
 log = logging.getLogger(__name__)
 
@@ -204,3 +205,41 @@ def _alphas(texts: dict[str, str]) -> dict[str, float]:
     except (ValueError, TypeError, AttributeError):
         return {}
     return alphas
+
+
+# --- Describing ---------------------------------------------------------------------------------------------------
+
+
+def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
+    """Say of a LoRA file: its base, ranks, alphas, trigger words, and what of it cannot be used."""
+    if kind := foreign_kind(tensors):
+        problem = f"{path} is {kind}, which bas does not read: give a LoRA for Stable Diffusion 1.x or 2.x"
+        return {"what": kind, "problem": problem}
+    roles = {name: split_role(name) for name in tensors}
+    layers = {found[0] for found in roles.values() if found and found[1] != "alpha"}
+    ranks = {len(tensors[name]) for name, found in roles.items() if found and found[1] == "down"}
+    alphas = {float(tensors[name]) for name, found in roles.items() if found and found[1] == "alpha"}
+    alphas |= set(_alphas(dict(texts)).values())
+    widths = {tensors[name].shape[-1] for name, found in roles.items() if found and is_text_reader(*found)}
+    text = sum(layer.startswith(("lora_te", "text_encoder", "te_")) for layer in layers)
+    return {
+        "for": ", ".join(sorted({FAMILIES.get(width, f"a model with text of width {width}") for width in widths}))
+        or texts.get("ss_base_model_version"),
+        "trained on": texts.get("ss_sd_model_name"),
+        "base hash": texts.get("bas.base_sha256"),
+        "layers": f"{len(layers) - text} of the UNet, {text} of the text encoder",
+        "ranks": sorted(ranks),
+        "alpha": sorted(alphas) or ("none: the strength counts as it is" if ranks else None),
+        "trigger words": trigger_words(texts),
+        "not used": sorted(name for name, found in roles.items() if found is None),
+    }
+
+
+def trigger_words(texts: Mapping[str, str]) -> list[str]:
+    """The words that a LoRA was trained with, as the metadata of kohya's scripts or of ModelSpec lists them."""
+    try:
+        folders = json.loads(texts.get("ss_tag_frequency", "{}")).values()
+        words = [word for folder in folders for word in folder]
+    except (ValueError, AttributeError, TypeError):
+        words = []
+    return words or [word.strip() for word in texts.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

@@ -72,15 +72,25 @@ def foreign_kind(names: Iterable[str]) -> str | None:
     return next((kind for part, kind in FOREIGN if any(part in name for name in listed)), None)
 
 
+def split_role(name: str) -> tuple[str, str] | None:
+    """Split a tensor's name into its layer, as the file spells it, and its role, one of ROLES. None for other names."""
+    ending = next((ending for ending in sorted(ROLES, key=len, reverse=True) if name.endswith(ending)), None)
+    return None if ending is None else (name.removesuffix(ending).removeprefix("base_model.model."), ROLES[ending])
+
+
+def is_text_reader(layer: str, role: str) -> bool:
+    """Whether a tensor's last side is the width of the text that the model reads: of keys and values of the text."""
+    return role in ("down", "diff") and re.search(r"attn2[._](processor[._])?to_[kv]$", layer) is not None
+
+
 def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
     """Where a tensor belongs, None if its name means nothing here.
 
     layers: by component, the layers' paths by the same paths with `_` for `.`, as kohya's files have them.
     """
-    ending = next((ending for ending in sorted(ROLES, key=len, reverse=True) if name.endswith(ending)), None)
-    if ending is None:
+    if (found := split_role(name)) is None:
         return None
-    layer, role = name.removesuffix(ending).removeprefix("base_model.model."), ROLES[ending]
+    layer, role = found
     for prefix, component in KOHYA_READ.items():
         if layer.startswith(prefix):
             key = layer.removeprefix(prefix).removeprefix("text_model_" if component == "text_encoder" else "")

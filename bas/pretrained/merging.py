@@ -3,6 +3,7 @@
     lora    A and B of all runs are joined along the rank: exactly the sum of the changes
     kv, v   Custom Diffusion's closed form (Kumari et al. 2023, section 3.3): each run's own prompts keep their keys and
             values, and other words change as little as that allows
+    token   adapters of single tokens stand side by side, and change no other word
     mixed   the sum of the changes, as adapters of the rank that is asked for
 
 The result is a small run on the same base.
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bas.config import KINDS
 from bas.errors import InputError
 from bas.io.json_files import write_json
 from bas.io.run_files import SCENE, SETTINGS, TUNED, read_concepts, save_concepts
@@ -32,7 +34,7 @@ from bas.models.text import check_name, encode_ids, handle_ids, tokenize
 from bas.pretrained.folder import load_parts
 from bas.pretrained.loading import Parts
 from bas.pretrained.lora_files import Adapters, as_lora
-from bas.pretrained.small_runs import changes_of, read_base, read_tuned, save_tuned, with_handles, with_tuned
+from bas.pretrained.small_runs import Tuned, changes_of, read_base, read_tuned, save_tuned, with_handles, with_tuned
 
 RENAME = re.compile(r"(.+):(<[^<>]*>)=(<[^<>]*>)")
 RIDGE = 1e-6  # of the mean squared text feature, beside the captions' own
@@ -55,8 +57,14 @@ class Source:
     run: Path
     weight: float
     handles: tuple[str, ...]  # as they are called in the merged run
+    tuned: Tuned
     concepts: dict[str, Tensor]
     metadata: dict[str, Any]
+    base: Path | None  # where the base is, if it was moved
+
+    def read_base(self) -> Parts:
+        """Read the parts of the base afresh."""
+        return read_base(self.run, self.metadata, self.base)
 
     @property
     def kind(self) -> str:
@@ -64,11 +72,17 @@ class Source:
         return self.metadata["config"]["train"]
 
 
+Method = Callable[[Parts, Sequence[Source], Sequence[Adapters]], Adapters]
+
+
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
-def read_sources(runs: Sequence[Path], weights: Sequence[float], renames: Iterable[str]) -> list[Source]:
-    """Read the runs to merge. renames: `RUN:<old>=<new>`, RUN as it was named or by its folder's name.
+def read_sources(
+    runs: Sequence[Path], weights: Sequence[float], renames: Iterable[str], base: Path | None = None
+) -> list[Source]:
+    """Read the runs to merge. renames: `RUN:<old>=<new>`, RUN as it was named or by its folder's name. base:
+    where their base is, if it was moved.
 
     A handle that several runs have is called by its run too: <asset0> of runs/toys is <toys-asset0>. Raises InputError
     for a run that keeps a whole model, for runs on different bases, and for names that are wrong or remain equal.
@@ -84,7 +98,8 @@ def read_sources(runs: Sequence[Path], weights: Sequence[float], renames: Iterab
         if metadata["config"]["prediction_type"] != read[0][1]["config"]["prediction_type"]:
             raise InputError(f"{run} was trained with another --prediction_type than {runs[0]}")
     names = _renamed(runs, [metadata["handles"] for _, metadata in read], renames)
-    return [Source(run, *rest) for run, *rest in zip(runs, weights, names, *zip(*read, strict=True), strict=True)]
+    tuned = map(read_tuned, runs)
+    return [Source(*each, base) for each in zip(runs, weights, names, tuned, *zip(*read, strict=True), strict=True)]
 
 
 def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: Iterable[str]) -> list[tuple[str, ...]]:
@@ -156,30 +171,43 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     rank: of the adapters that are written; without it, LoRA has the sum of the ranks, and keys and values are whole.
     Raises InputError for kinds that cannot be merged without a rank.
     """
-    first = sources[0]
-    base = read_base(first.run, first.metadata)
-    changes = [changes_of(base, with_tuned(base, *read_tuned(source.run), source.run)) for source in sources]
-    methods = {METHODS[source.kind] for source in sources}
-    if len(methods) > 1 and rank is None:
-        kinds = ", ".join(dict.fromkeys(source.kind for source in sources))
-        raise InputError(f"runs of the kinds {kinds} merge into adapters alone: give a --rank")
-    merged = (methods.pop() if len(methods) == 1 else merge_sums)(base, sources, changes)
+    base = sources[0].read_base()
+    changes = [changes_of(base, with_tuned(base, source.tuned, source.run)) for source in sources]
+    method = choose_method([source.kind for source in sources], rank)
+    merged = method(base, sources, changes)
     if rank:
         merged = {part: {name: as_lora(c, rank) for name, c in layers.items()} for part, layers in merged.items()}
-    tuned = dict(_tensors(base, merged))
-    metadata = _metadata(sources, target, tuned, rank)
+    weights = dict(_tensors(base, merged))
+    ranks = [rank for source in sources for rank in source.tuned.token_ranks or (0,) * len(source.handles)]
+    tuned = Tuned(weights, token_ranks=tuple(ranks) if any(ranks) else ())
+    metadata = _metadata(sources, target, weights, rank)
     rows = torch.cat([source.concepts["handles"] for source in sources])
-    whole = with_handles(with_tuned(base, tuned, 1.0, target), target, metadata, rows)
+    whole = with_handles(with_tuned(base, tuned, target), target, metadata, rows)
     drift = measure_drift(sources, whole)
     metadata["merged"] |= {"drift": drift}
     target.mkdir(parents=True, exist_ok=True)
     for source, offset in zip(sources, _offsets(sources), strict=True):
         _copy_scene(source.run / SCENE, target / SCENE, offset)
-    save_tuned(tuned, 1.0, target, dtype)
+    save_tuned(tuned, target, dtype)
     write_json(target / SETTINGS, metadata)
     masks = _side_by_side([source.concepts["masks"] for source in sources])
     save_concepts(target, rows, masks, metadata["handles"], metadata)
     return drift
+
+
+def choose_method(kinds: Sequence[str], rank: int | None) -> Method:
+    """How runs of these kinds are merged. InputError for kinds that cannot be merged, or not without a rank."""
+    methods, named = {METHODS[kind] for kind in kinds}, ", ".join(dict.fromkeys(kinds))
+    if any(KINDS[kind].own_tokens for kind in kinds) and (len(methods) > 1 or rank):
+        raise InputError(f"runs of the kinds {named}: adapters of single tokens merge with such alone, without --rank")
+    if len(methods) > 1 and rank is None:
+        raise InputError(f"runs of the kinds {named} merge into adapters alone: give a --rank")
+    return merge_sums if len(methods) > 1 else methods.pop()
+
+
+def merge_tokens(base: Parts, sources: Sequence[Source], changes: Sequence[Adapters]) -> Adapters:
+    """Put the adapters of single tokens side by side: each acts at the tokens of its own run alone."""
+    return merge_loras(base, sources, changes)
 
 
 def merge_loras(base: Parts, sources: Sequence[Source], changes: Sequence[Adapters]) -> Adapters:
@@ -202,7 +230,7 @@ def merge_keys_and_values(base: Parts, sources: Sequence[Source], changes: Seque
     """Merge keys and values in closed form: each source's prompts have those of its own weights."""
     rows, first = torch.cat([source.concepts["handles"] for source in sources]), sources[0]
     names = {"handles": [name for source in sources for name in source.handles]}
-    again = read_base(first.run, first.metadata)  # whose tokenizer gets the handles
+    again = first.read_base()  # whose tokenizer gets the handles
     models = load_parts(with_handles(again, first.run, first.metadata | names, rows))
     states, targets = text_states(models, CAPTIONS, ()), [concept_states(models, source.handles) for source in sources]
     found: dict[str, Change | Difference] = {}
@@ -218,10 +246,11 @@ def merge_keys_and_values(base: Parts, sources: Sequence[Source], changes: Seque
 
 
 # How the runs of one kind are merged.
-METHODS: dict[str, Callable[[Parts, Sequence[Source], Sequence[Adapters]], Adapters]] = {
+METHODS: dict[str, Method] = {
     "lora": merge_loras,
     "kv": merge_keys_and_values,
     "v": merge_keys_and_values,
+    "token": merge_tokens,
 }
 
 
@@ -253,12 +282,12 @@ def _tensors(base: Parts, merged: Adapters) -> Iterable[tuple[str, Tensor]]:
 def _metadata(sources: Sequence[Source], target: Path, tuned: dict[str, Tensor], rank: int | None) -> dict[str, Any]:
     """What the merged run says of itself: the first run's settings but for what was merged."""
     first, configs = sources[0].metadata, [source.metadata["config"] for source in sources]
-    adapters = any(".lora_A." in name for name in tuned)
+    adapters, kinds = any(".lora_A." in name for name in tuned), {source.kind for source in sources}
     ranks = [len(tensor) for name, tensor in tuned.items() if ".lora_A." in name]
     config = first["config"] | {
         "output_dir": str(target),
         "instance_data_dir": " + ".join(dict.fromkeys(config["instance_data_dir"] for config in configs)),
-        "train": "lora" if adapters else max((config["train"] for config in configs), key=("v", "kv", "lora").index),
+        "train": first["config"]["train"] if len(kinds) == 1 and not rank else "lora" if adapters else "kv",
         "rank": max(ranks, default=first["config"]["rank"]),
         "alpha": None,
         "phase1_train_steps": 0,
@@ -308,8 +337,7 @@ def measure_drift(sources: Sequence[Source], merged: Parts) -> dict[str, float]:
     """
     own: dict[str, list[Tensor]] = {}
     for source in sources:
-        base = read_base(source.run, source.metadata)
-        parts = with_tuned(base, *read_tuned(source.run), source.run)
+        parts = with_tuned(source.read_base(), source.tuned, source.run)
         models = load_parts(with_handles(parts, source.run, source.metadata, source.concepts["handles"]))
         for old, new in zip(source.metadata["handles"], source.handles, strict=True):
             own[new] = attention_outputs(models, old)

@@ -6,8 +6,9 @@
 Such a run reads as a whole model: the base with the trained weights in their places and the adapters added.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference, changed
 from bas.models.bundle import is_adapter, is_finite
 from bas.models.text import check_handles
-from bas.pretrained.folder import read_parts, weights_hash
+from bas.pretrained.additions import Additions, base_hash, with_additions
+from bas.pretrained.folder import read_parts
 from bas.pretrained.hub import SHIPPED, find, is_known_elsewhere, manifest
 from bas.pretrained.loading import TEXT_PREFIX, Parts, name_of
 
@@ -29,19 +31,28 @@ FORMAT = "tuned-1"
 ADVICE = "copy the run again"
 
 
-def save_tuned(weights: Mapping[str, Tensor], scale: float, run: Path, dtype: torch.dtype) -> None:
-    """Write the trained weights of a small run.
+@dataclass(frozen=True)
+class Tuned:
+    """What a small run holds of its networks."""
 
-    weights: by their names in checkpoints, the handles among them, which have a file of their own. scale: alpha / rank.
+    weights: Mapping[str, Tensor]  # by their names in checkpoints
+    scale: float = 1.0  # of the adapters: alpha / rank
+    token_ranks: tuple[int, ...] = ()  # by handle, of adapters that act at the handles' own tokens
+
+
+def save_tuned(tuned: Tuned, run: Path, dtype: torch.dtype) -> None:
+    """Write the trained weights of a small run, but for the handles, which have a file of their own.
+
     RunError, before anything is written, for weights that are not finite in `dtype`.
     """
-    tensors = {_public(name): tensor.to(dtype) for name, tensor in weights.items() if name != "handles"}
+    tensors = {_public(name): tensor.to(dtype) for name, tensor in tuned.weights.items() if name != "handles"}
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise RunError(
             f"the weights cannot be saved in {name_of(dtype)}, {len(broken)} tensors are beyond its range or not "
             f"finite ({broken[0]}): use --save_precision fp32 or bf16"
         )
-    write_tensors(run / TUNED, tensors, {"bas": FORMAT, "scale": repr(scale)})
+    texts = {"token_ranks": json.dumps(tuned.token_ranks)} if tuned.token_ranks else {}
+    write_tensors(run / TUNED, tensors, {"bas": FORMAT, "scale": repr(tuned.scale), **texts})
 
 
 def _public(name: str) -> str:
@@ -50,16 +61,27 @@ def _public(name: str) -> str:
     return name if text or not rest else f"text_encoder.{TEXT_PREFIX}{rest.removeprefix(TEXT_PREFIX)}"
 
 
-def read_small_run(run: Path, prediction_type: str | None) -> Parts:
-    """Read a small run as the parts of a whole model. InputError if its base is not here or its files do not fit."""
+def read_small_run(run: Path, prediction_type: str | None, base: Path | None = None) -> Parts:
+    """Read a small run as the parts of a whole model. InputError if its base is not here or its files do not fit.
+
+    base: where that is, if it was moved.
+    """
     concepts, metadata = read_concepts(run)
-    parts = with_tuned(read_base(run, metadata, prediction_type), *read_tuned(run), run)
+    parts = with_tuned(read_base(run, metadata, base, prediction_type), read_tuned(run), run)
     return with_handles(parts, run, metadata, concepts["handles"])
 
 
-def read_base(run: Path, metadata: dict[str, Any], prediction_type: str | None = None) -> Parts:
-    """Read the base of a small run. metadata: of the run. InputError if it is not here."""
-    return read_parts(find_base(run, metadata), prediction_type or metadata["config"]["prediction_type"])
+def read_base(
+    run: Path, metadata: dict[str, Any], base: Path | None = None, prediction_type: str | None = None
+) -> Parts:
+    """Read the base of a small run. metadata: of the run; base: where it is, if it was moved.
+
+    Raises InputError if it is not here.
+    """
+    additions = Additions.of_base(metadata["config"], run)
+    place, own = find_base(run, metadata, additions, base), metadata["config"]["prediction_type"]
+    parts = read_parts(place, prediction_type or own)
+    return with_additions(parts, additions) if additions else parts
 
 
 def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Tensor) -> Parts:
@@ -85,28 +107,28 @@ def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Tensor
     return replace(parts, spec=spec, rows=rows)
 
 
-def read_tuned(run: Path) -> tuple[dict[str, Tensor], float]:
-    """Read a run's trained weights, and the scale of its adapters. InputError for a file of another kind."""
+def read_tuned(run: Path) -> Tuned:
+    """Read a run's trained weights. InputError for a file of another kind."""
     path = run / TUNED
-    tuned, texts = read_tensors(path)
+    weights, texts = read_tensors(path)
     try:
-        scale = float(texts["scale"])
-        check_shape(texts["bas"], str)
+        scale, ranks = float(texts["scale"]), json.loads(texts.get("token_ranks", "[]"))
+        check_shape(ranks, [int])
         if texts["bas"] != FORMAT:
             raise ValueError
     except (KeyError, ValueError):
         raise InputError(f"{path} was not written by bas, or by a later version: {ADVICE}") from None
-    return tuned, scale
+    return Tuned(weights, scale, tuple(ranks))
 
 
-def with_tuned(parts: Parts, tuned: Mapping[str, Tensor], scale: float, run: Path) -> Parts:
+def with_tuned(parts: Parts, tuned: Tuned, run: Path) -> Parts:
     """Put a run's trained weights into the parts of its base. InputError for a tensor that has no place there."""
     path = run / TUNED
     tensors = {component: dict(weights) for component, weights in parts.tensors.items()}
     changes: dict[str, dict[str, list[Change | Difference]]] = {
         component: {name: [*each] for name, each in parts.changes.get(component, {}).items()} for component in tensors
     }
-    for name, tensor in tuned.items():
+    for name, tensor in tuned.weights.items():
         component, _, key = name.partition(".")
         key = key.removeprefix(TEXT_PREFIX)
         layer, _, kind = key.removesuffix(".weight").rpartition(".")
@@ -120,17 +142,25 @@ def with_tuned(parts: Parts, tuned: Mapping[str, Tensor], scale: float, run: Pat
             tensors[component][weight] = tensor
             changes[component].pop(weight, None)  # of the base, which this weight was trained with
         elif kind == "lora_A":
-            up = tuned.get(name.replace(".lora_A.", ".lora_B."))
+            up = tuned.weights.get(name.replace(".lora_A.", ".lora_B."))
             if up is None or not fits(tensor, up, place):
                 raise InputError(f"{path}: {name} has no fitting lora_B beside it: {ADVICE}")
-            changes[component].setdefault(weight, []).append(Change(tensor, up, scale))
-        elif name.replace(".lora_B.", ".lora_A.") not in tuned:
+            if tuned.token_ranks:
+                tensors[component] |= {key: tensor, f"{layer}.lora_B.weight": tuned.scale * up.float()}
+            else:
+                changes[component].setdefault(weight, []).append(Change(tensor, up, tuned.scale))
+        elif name.replace(".lora_B.", ".lora_A.") not in tuned.weights:
             raise InputError(f"{path}: {name} has no lora_A beside it: {ADVICE}")
-    return replace(parts, tensors=tensors, changes=dict(changes))
+    begin = parts.spec.text_encoder["vocab_size"]  # the run's handles follow
+    adapted = tuple(enumerate(tuned.token_ranks, start=begin))
+    return replace(parts, spec=replace(parts.spec, adapted_tokens=adapted), tensors=tensors, changes=dict(changes))
 
 
 def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Difference]]:
-    """What a small run changes in its base, by component and layer. run: the base's parts `with_tuned`"""
+    """What a small run changes in its base, by component and layer. run: the base's parts `with_tuned`
+
+    Adapters at single tokens are among it, though they change no weight for other tokens.
+    """
     found: dict[str, dict[str, Change | Difference]] = {"unet": {}, "text_encoder": {}}
     for component, layers in found.items():
         before = base.changes.get(component, {})
@@ -138,9 +168,11 @@ def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Differen
             for change in each[len(before.get(name, ())) :]:  # behind those of the base
                 layers[name.removesuffix(".weight")] = change
         for name, weight in run.tensors[component].items():
-            if weight is not (first := base.tensors[component].get(name)) and first is not None:
-                difference = weight.float() - changed(first, before.get(name, ())).float()
-                layers[name.removesuffix(".weight")] = Difference(difference)
+            first, layer = base.tensors[component].get(name), name.removesuffix(".weight")
+            if first is None and (layer := layer.removesuffix(".lora_A")) != name.removesuffix(".weight"):
+                layers[layer] = Change(weight, run.tensors[component][f"{layer}.lora_B.weight"], 1.0)
+            elif first is not None and weight is not first:
+                layers[layer] = Difference(weight.float() - changed(first, before.get(name, ())).float())
     return found
 
 
@@ -150,19 +182,24 @@ def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
     return up.shape[1] == down.shape[0] and len(weight) == up.shape[0] and weight.numel() == product
 
 
-def find_base(run: Path, metadata: dict[str, Any]) -> Path:
+def find_base(run: Path, metadata: dict[str, Any], additions: Additions | None, base: Path | None) -> Path:
     """Find the base of a small run by the name that it was trained with, else by its hash among the known models.
 
-    Raises InputError that says what to fetch.
+    base: where it is, if it was moved. Raises InputError that says what to fetch.
     """
     name, wanted = metadata["config"]["pretrained_model_name_or_path"], metadata["base"]
+    if base is not None:
+        if (found := base_hash(base, additions)) != wanted:
+            raise InputError(f"--base {base} has the hash {found[:16]}, {run} was trained on one with {wanted[:16]}")
+        return base
     others = [known for known in manifest() if known != name and not is_known_elsewhere(known)]
     for candidate in (name, *others):
         try:
             place = find(candidate)
-            if weights_hash(place) == wanted:
+            if base_hash(place, additions) == wanted:
                 return place
         except InputError:
             continue
-    advice = f"bas download {name}" if is_known_elsewhere(name) else f"put it back as {name or SHIPPED}"
+    fetch, back = f"bas download {name}", f"put it back as {name or SHIPPED}, or say where it is with --base"
+    advice = fetch if is_known_elsewhere(name) else back
     raise InputError(f"{run} keeps no base model, and the one with the hash {wanted[:16]} is not here: {advice}")

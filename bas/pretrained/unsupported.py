@@ -8,12 +8,13 @@ from torch import Tensor
 
 from bas.errors import InputError
 
+LORA, EMBEDDING = "a LoRA", "a textual inversion embedding"
 WHOLE_MODEL = "give a whole Stable Diffusion 1.x or 2.x model"
 
 KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
     (
         r"(^|[._])lora[._]|\.hada_w|\.lokr_w",
-        "a LoRA",
+        LORA,
         "it holds changes to a model: name the model, and add the file with --lora",
     ),
     (r"^conditioner\.embedders\.[1-9]|^text_encoder_2\.", "a Stable Diffusion XL model", WHOLE_MODEL),
@@ -22,7 +23,7 @@ KINDS = (  # a pattern that one of the file's keys matches, what the file then i
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
     (
         r"^(string_to_param|emb_params|clip_[gl]$)|^<[^<>]*>$",
-        "a textual inversion embedding",
+        EMBEDDING,
         "name a model, and add the file with --embedding",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module", WHOLE_MODEL),

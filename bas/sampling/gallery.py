@@ -7,6 +7,7 @@ evaluation (appendix).
 import math
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -41,26 +42,26 @@ def subsets(handles: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [subset for size in range(1, len(handles) + 1) for subset in combinations(handles, size)]
 
 
-def vary(models: Models, folder: Path, config: SampleConfig) -> Path:
+def vary(models: Models, folder: Path, config: SampleConfig, **about: Any) -> Path:
     """Generate all concepts of a run together, `num_images` times, as single files and on one near-square grid.
 
-    Returns the grid's path. InputError for a model without handles.
+    about: further settings of the images. Returns the grid's path. InputError for a model without handles.
     """
     prompt = all_together(models)
-    images = generate_files(models, [prompt], folder, config)
+    images = generate_files(models, [prompt], folder, config, **about)
     columns = math.ceil(math.sqrt(len(images)))
     rows = [range(i, min(i + columns, len(images))) for i in range(0, len(images), columns)]
     labels = [[f"seed {config.seed + i}" for i in row] for row in rows]
     return save_grid([[images[i] for i in row] for row in rows], labels, prompt, folder)
 
 
-def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: SampleConfig) -> Path:
+def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: SampleConfig, **about: Any) -> Path:
     """Generate every non-empty subset of a run's concepts in every context, as files and on a grid, a row per subset.
 
-    Returns the grid's path. InputError for a model without handles.
+    about: further settings of the images. Returns the grid's path. InputError for a model without handles.
     """
     prompts = combinations_in(models, contexts)
-    images = generate_files(models, prompts, folder, config)
+    images = generate_files(models, prompts, folder, config, **about)
     texts = [prompt for prompt in prompts for _ in range(config.num_images)]
     columns = len(contexts) * config.num_images
     starts = range(0, len(images), columns)
@@ -85,15 +86,16 @@ def handles_of(models: Models | ModelSpec) -> tuple[str, ...]:
     return models.handles
 
 
-def generate_files(models: Models, prompts: list[str], folder: Path, config: SampleConfig) -> list[Image.Image]:
+def generate_files(
+    models: Models, prompts: list[str], folder: Path, config: SampleConfig, **about: Any
+) -> list[Image.Image]:
     """Generate images and save each with its settings as soon as it is done: FOLDER/0000.png, 0001.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     progress, images = ImageProgress(len(jobs), steps_taken(config)), []
     for (prompt, seed), image in zip(jobs, sample_each(models, prompts, config, progress), strict=True):
-        save_image(
-            image, folder / f"{len(images):04d}.png", as_record(models, config) | {"prompt": prompt, "seed": seed}
-        )
+        record = as_record(models, config) | {"prompt": prompt, "seed": seed, **about}
+        save_image(image, folder / f"{len(images):04d}.png", record)
         images.append(image)
     return images
 

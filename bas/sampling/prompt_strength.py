@@ -179,5 +179,5 @@ def apply_strengths(
 
 def encode_without(text_encoder: CLIPTextModel, ids: Tensor, empty: Tensor, gone: Tensor) -> Tensor:
     """Encode a prompt as if some tokens were not there, all others in their places. gone: (1, 77) bool -> (1, 77, d)"""
-    states = text_encoder(input_ids=ids, attention_mask=(~gone).long()).last_hidden_state
+    states = encode_ids(text_encoder, ids, (~gone).long())
     return torch.where(gone[..., None], empty, states)

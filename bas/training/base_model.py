@@ -11,8 +11,10 @@ from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.models.adapters import remove_adapters
 from bas.models.bundle import Models
+from bas.models.text import mark_tokens
 from bas.models.vae import Posterior
-from bas.pretrained.folder import load, weights_hash
+from bas.pretrained.additions import Additions, base_hash
+from bas.pretrained.folder import load
 from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 
@@ -40,11 +42,15 @@ class Base:
         weights: str | None = None,
         keep: bool = False,
         prediction_type: str | None = None,
+        additions: Additions | None = None,
     ) -> "Base":
-        """Load the models at `path`, whose hash is `weights`. InputError if a file changes meanwhile."""
-        weights = weights or weights_hash(path, remembered=False)
-        models = load(path, device=device, prediction_type=prediction_type)
-        if weights_hash(path) != weights:
+        """Load the models at `path` and what is added to them, whose hash is `weights`.
+
+        InputError if a file changes meanwhile.
+        """
+        weights = weights or base_hash(path, additions, remembered=False)
+        models = load(path, device=device, prediction_type=prediction_type, additions=additions)
+        if base_hash(path, additions) != weights:
             raise InputError(f"{path} was changed while it was read: start again")
         return cls(path, models, weights, keep)
 
@@ -59,6 +65,7 @@ class Base:
         for name, state in self.kept.items():
             network = getattr(self.models, name)
             remove_adapters(network)
+            mark_tokens(network, ())
             put_back(network, state)
             network.zero_grad(set_to_none=True)
         return replace(self.models, tokenizer=deepcopy(self.tokenizer))

@@ -12,6 +12,7 @@ from bas.io.files import human_size, require_writable
 from bas.io.run_files import CHECKPOINTS
 from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models, weight_groups
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES
 from bas.training.checkpoints import newest_kept
@@ -53,10 +54,13 @@ def free_disk_space(folder: Path) -> int:
     return shutil.disk_usage(require_writable(folder, "--output_dir")).free
 
 
-def require_disk_space(folder: Path, base: Path, config: TrainConfig) -> None:
-    """Raise InputError if the run's files will take more than the free space on the disk of the run folder."""
-    models, _ = build_on_meta(base, config.prediction_type)
-    add_adapters(models, config)
+def require_disk_space(folder: Path, base: Path, config: TrainConfig, handles: int) -> None:
+    """Raise InputError if the run's files will take more than the free space on the disk of the run folder.
+
+    handles: how many the run adds.
+    """
+    models, _ = build_on_meta(base, config.prediction_type, Additions.of_base(vars(config)))
+    add_adapters(models, config, handles)
     files, free = files_to_come(count_numbers(models), config), free_disk_space(folder)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())

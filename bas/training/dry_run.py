@@ -23,8 +23,9 @@ from bas.io.files import human_size
 from bas.losses import resize_mask
 from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models
-from bas.models.text import add_handles, tokenize
+from bas.models.text import add_handles, context_width, tokenize
 from bas.models.vae import Posterior
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import build_networks, build_on_meta
 from bas.pretrained.hub import find_spec, is_known_elsewhere
 from bas.pretrained.loading import check_keys
@@ -134,12 +135,12 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str, coun
     if is_known_elsewhere(config.pretrained_model_name_or_path):
         models = build_networks(find_spec(config.pretrained_model_name_or_path, config.prediction_type))
     else:
-        models, tensors = build_on_meta(base, config.prediction_type)
+        models, tensors = build_on_meta(base, config.prediction_type, Additions.of_base(vars(config)))
         for component in COMPONENTS:
             check_keys(getattr(models, component), tensors[component], f"{base} ({component})")
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
-    add_adapters(models, config)
+    add_adapters(models, config, len(scene.handles))
     numbers = count_numbers(models)
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     data = blank_data(models, scene, masks, config)
@@ -275,7 +276,7 @@ def class_image_operations(models: Models, data: TrainingData, config: TrainConf
 def unet_operations(models: Models, data: TrainingData) -> int:
     """Operations of the UNet's forward pass for one image of this size."""
     z = data.images[0].views[0].posterior.mean[None].to("meta", models.unet.conv_in.weight.dtype)
-    tokens, width = models.tokenizer.model_max_length, models.unet.config.cross_attention_dim
+    tokens, width = models.tokenizer.model_max_length, context_width(models.text_encoder)
     context = torch.empty(1, tokens, width, dtype=z.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)

@@ -19,10 +19,11 @@ from bas.data.batches import Batch, sample_batch
 from bas.errors import NotFiniteError
 from bas.io.run_files import save_concepts
 from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
+from bas.models.adapters import token_ranks
 from bas.models.bundle import Models
 from bas.models.text import encode_ids
 from bas.pretrained.folder import save_model
-from bas.pretrained.small_runs import save_tuned
+from bas.pretrained.small_runs import Tuned, save_tuned
 from bas.runtime.device import DTYPES, autocast, deterministic
 from bas.runtime.progress import Progress
 from bas.runtime.signals import Interrupted, Interrupts
@@ -243,7 +244,8 @@ def finish(run: Run) -> None:
         if run.config.kind.whole:
             save_model(run.models, run.folder, dtype)
         else:
-            save_tuned(trained_weights(run.models, run.config), run.config.adapter_scale, run.folder, dtype)
+            weights = trained_weights(run.models, run.config)
+            save_tuned(Tuned(weights, run.config.adapter_scale, token_ranks(run.models.unet)), run.folder, dtype)
         save_concepts(run.folder, handle_embedding(run.models).handles, run.masks, run.scene.handles, run.metadata)
         remove_all(run.folder)
     if run.events:

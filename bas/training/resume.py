@@ -12,7 +12,7 @@ from bas.errors import InputError
 from bas.io.files import read_bytes
 from bas.io.json_files import MAX_ROWS_BYTES, check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
-from bas.pretrained.folder import weights_hash
+from bas.pretrained.additions import Additions, base_hash
 from bas.pretrained.hub import find
 from bas.schedulers import NoiseSchedule
 from bas.training.checkpoints import Checkpoint
@@ -23,6 +23,8 @@ FREE_ON_RESUME = {
     "gradient_checkpointing",  # computes the same numbers again
     "instance_data_dir",
     "pretrained_model_name_or_path",
+    "lora",  # files and weights are part of the base's hash
+    "embedding",
     "output_dir",
     "class_data_dir",
     "sample_batch_size",
@@ -143,7 +145,7 @@ def is_finished(config: TrainConfig) -> bool:
     folder = Path(config.output_dir)
     if not (folder / CONCEPTS).exists():
         return False
-    base = weights_hash(find(config.pretrained_model_name_or_path))
+    base = base_hash(find(config.pretrained_model_name_or_path), Additions.of_base(vars(config)))
     metadata = {"config": asdict(config), **scene_state(scene_for_method(config)), "base": base}
     check_resumable(folder, metadata, read_settings(folder))
     return True

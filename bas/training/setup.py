@@ -21,7 +21,8 @@ from bas.models.adapters import add_adapters
 from bas.models.bundle import Models, ModelSpec
 from bas.models.compile import compile_unet
 from bas.models.text import add_handles
-from bas.pretrained.folder import build_on_meta, weights_hash
+from bas.pretrained.additions import Additions, base_hash
+from bas.pretrained.folder import build_on_meta
 from bas.pretrained.hub import find, find_spec
 from bas.pretrained.loading import check_savable
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
@@ -81,7 +82,11 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
     name, device = config.pretrained_model_name_or_path, pick_device(config.device)
     if weights:
         find(name)
-    spec = find_spec(name, config.prediction_type)
+    spec = find_spec(name, config.prediction_type, Additions.of_base(vars(config)))
+    if spec.adapted_tokens:
+        raise InputError(
+            f"{name} was trained with --train token and cannot be a base: train on its own base, and merge"
+        )
     precision = pick_precision(config.mixed_precision, device, spec.unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
@@ -119,12 +124,12 @@ def setup_run(
     """
     folder = Path(config.output_dir)
     prepare_folder(folder, resuming=config.resume_from_checkpoint is not None)
-    require_disk_space(folder, path, config)
-    place = find_checkpoint(folder, config.resume_from_checkpoint)
+    require_disk_space(folder, path, config, len(scene.handles))
+    place, additions = find_checkpoint(folder, config.resume_from_checkpoint), Additions.of_base(vars(config))
     metadata = {
         "config": asdict(config),
         **scene_state(scene),
-        "base": base.hash if base else weights_hash(path, remembered=place is None),
+        "base": base.hash if base else base_hash(path, additions, remembered=place is None),
         "precision": precision,
         "version": __version__,
     }
@@ -137,7 +142,7 @@ def setup_run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
-        base = Base.open(path, device, metadata["base"], prediction_type=config.prediction_type)
+        base = Base.open(path, device, metadata["base"], False, config.prediction_type, additions)
     models = fresh_models(base, scene, config)
     check_savable(models, DTYPES[config.save_precision])
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
@@ -188,8 +193,8 @@ def setup_run(
 
 def check_parameters(checkpoint: Checkpoint, base: Path, scene: Scene, config: TrainConfig, precision: str) -> None:
     """Check that a checkpoint's tensors are those of the phase that its step lies in. Reads no weight."""
-    models, _ = build_on_meta(base, config.prediction_type)
-    add_adapters(models, config)
+    models, _ = build_on_meta(base, config.prediction_type, Additions.of_base(vars(config)))
+    add_adapters(models, config, len(scene.handles))
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     left = checkpoint.step
     for phase in config.phases:
@@ -207,7 +212,7 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
     if config.resolution:
         latent_side = config.resolution // models.vae.config.factor
         models.unet.config = replace(models.unet.config, sample_size=latent_side)
-    add_adapters(models, config)
+    add_adapters(models, config, len(scene.handles))
     add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
     return models

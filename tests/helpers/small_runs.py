@@ -8,11 +8,11 @@ import torch
 from bas.config import TrainConfig
 from bas.io.json_files import write_json
 from bas.io.run_files import SETTINGS, save_concepts
-from bas.models.adapters import add_adapters
+from bas.models.adapters import add_adapters, token_ranks
 from bas.models.bundle import is_adapter
 from bas.models.text import add_handles
 from bas.pretrained.folder import load, save_model, weights_hash
-from bas.pretrained.small_runs import save_tuned
+from bas.pretrained.small_runs import Tuned, save_tuned
 from bas.training.phase_state import trained_weights
 from tests.helpers.families import tiny
 
@@ -30,7 +30,7 @@ def write_small_run(folder: Path, base: Path, handles: tuple[str, ...] = ("<asse
     folder.mkdir(parents=True)
     config = TrainConfig(instance_data_dir="scene", pretrained_model_name_or_path=str(base), **settings)
     models, generator = load(base), torch.Generator().manual_seed(config.seed + 7)
-    add_adapters(models, config)
+    add_adapters(models, config, len(handles))
     add_handles(models.text_encoder, models.tokenizer, handles, (None,) * len(handles), config.seed)
     weights = trained_weights(models, config)
     for name, p in weights.items():
@@ -38,6 +38,6 @@ def write_small_run(folder: Path, base: Path, handles: tuple[str, ...] = ("<asse
         p.data = p.data + spread * torch.randn(p.shape, generator=generator)
     facts = {"config": asdict(config), "handles": list(handles), "base": weights_hash(base), "version": "1"}
     write_json(folder / SETTINGS, facts)
-    save_tuned(weights, config.adapter_scale, folder, torch.float32)
+    save_tuned(Tuned(weights, config.adapter_scale, token_ranks(models.unet)), folder, torch.float32)
     save_concepts(folder, weights["handles"].detach(), torch.ones(len(handles), 8, 8), handles, facts)
     return folder

@@ -8,13 +8,14 @@ from bas.models.adapters import (
     AdaptedConv2d,
     AdaptedLinear,
     Change,
+    adapt_tokens,
     adapted_layers,
     add_adapters,
     changed,
     remove_adapters,
 )
 from bas.models.bundle import Models, weight_groups
-from bas.models.text import encode_ids, tokenize
+from bas.models.text import context_width, encode_ids, tokenize
 from bas.pretrained.folder import build_networks
 from bas.pretrained.hub import find_spec
 from tests.helpers.families import tiny
@@ -25,7 +26,7 @@ EVERYWHERE = {"train": "lora", "rank": 4, "conv_rank": 3, "alpha": 6.0}
 def adapted(family: str, values: bool = True, **settings) -> Models:
     """A tiny model with adapters; with `values`, as if they had been trained."""
     models = tiny(family)
-    add_adapters(models, TrainConfig(**EVERYWHERE | settings))
+    add_adapters(models, TrainConfig(**EVERYWHERE | settings), 0)
     generator = torch.Generator().manual_seed(3)
     for network in (models.unet, models.text_encoder):
         for _, layer in adapted_layers(network):
@@ -115,7 +116,7 @@ def test_full_size_models_have_the_known_numbers_of_layers_and_weights(name):
         if model == name:
             models = build_networks(find_spec(name))
             extra = {"conv_rank": 4} if targets == "convolutions" else {"lora_targets": targets}
-            add_adapters(models, TrainConfig(train="lora", rank=4, **extra))
+            add_adapters(models, TrainConfig(train="lora", rank=4, **extra), 0)
             groups = weight_groups(models)
             found = []
             for part in ("unet_lora", "text_encoder_lora"):
@@ -151,10 +152,52 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(g.abs().max() > 0 for g in gradients[0])
 
 
-def test_an_adapted_block_is_one_graph():
+@pytest.mark.parametrize("kind", ["lora", "token"])
+def test_an_adapted_block_is_one_graph(kind):
     """torch.compile takes a transformer block with adapters as a whole, with the same output."""
-    block = adapted("sd1").unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
-    x, context = torch.randn(1, 4, 64), torch.randn(1, 5, 64)
+    models = adapted("sd1") if kind == "lora" else with_tokens((4, 2))
+    block = models.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    x, context = torch.randn(1, 4, 64), torch.randn(1, 5, context_width(models.text_encoder))
     expected, _ = block(x, context)
     block.compile(fullgraph=True, dynamic=False, backend="eager")
     assert torch.equal(block(x, context)[0], expected)
+
+
+# --- Adapters of single tokens ------------------------------------------------------------------------------------
+
+
+def with_tokens(ranks: tuple[int, ...]) -> Models:
+    """A tiny model whose last tokens have adapters of these ranks, with drawn values."""
+    models, generator = tiny("sd1"), torch.Generator().manual_seed(3)
+    first = len(models.tokenizer) - len(ranks)
+    adapt_tokens(models, dict(enumerate(ranks, start=first)), 0.5, generator)
+    for _, layer in adapted_layers(models.unet):
+        layer.lora_B.weight.data.normal_(0, 0.3, generator=generator)
+    return models
+
+
+def test_an_adapter_of_a_token_acts_at_its_token_alone():
+    """Values are W x + s B A x with the rows of the token's own adapter, to 1e-6, and W x bit for bit elsewhere.
+
+    What is predicted without such tokens equals the base bit for bit.
+    """
+    models, base = with_tokens((4, 2)), tiny("sd1")
+    last = len(models.tokenizer) - 1
+    ids = torch.randint(0, last - 1, (1, 77), generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, plain = (m.unet(z, 500, encode_ids(m.text_encoder, ids)).sample for m in (models, base))
+    assert torch.equal(ours, plain)
+    ids[0, 5], ids[0, 9] = last - 1, last
+    layer = models.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_v")
+    context = encode_ids(models.text_encoder, ids)
+    assert context.shape == (1, 77, 66)
+    assert context[0, :, 64:].sum(dim=0).tolist() == [1, 1]
+    states, values = context[0, :, :64], layer(context)[0]
+    plain = torch.nn.functional.linear(states, layer.weight)
+    for place, rows in ((5, slice(0, 4)), (9, slice(4, 6))):
+        change = layer.lora_B.weight[:, rows] @ layer.lora_A.weight[rows] @ states[place]
+        assert (values[place] - plain[place] - 0.5 * change).abs().max() < 1e-6
+        assert change.abs().max() > 1e-2
+    others = [place for place in range(77) if place not in (5, 9)]
+    assert torch.equal(values[others], plain[others])

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bas.cli.entry import main
+from bas.cli.inspection import describe
 from bas.pretrained.additions import Additions, split_weight
 from bas.pretrained.exports import adapters_of
-from bas.pretrained.folder import load, read_parts, read_spec
+from bas.pretrained.folder import load, read_parts, read_spec, weights_hash
 from bas.pretrained.lora_files import kohya_tensors, read_lora, write_lora
 from bas.pretrained.lora_names import kohya_name, peft_name
 from tests.helpers.tiny import refused
@@ -212,6 +213,38 @@ def test_weights_of_files(tmp_path):
     for text in ("style:strong", "style.safetensors:11", "style.safetensors:nan"):
         with refused("--lora style"):
             split_weight(text)
+
+
+# --- Describing ---------------------------------------------------------------------------------------------------
+
+
+def test_info_describes_the_files_of_an_export(base, run, tmp_path):
+    """Base, layers, ranks, alpha and trigger words of a LoRA; handle and vectors of an embedding."""
+    assert main(["export", str(run), str(tmp_path / "creature.safetensors")]) == 0
+    told, texts = describe(tmp_path / "creature.safetensors"), adapters_of(run)[0]["text_encoder"]
+    assert (told["what"], told["loads"]) == ("a LoRA", False)
+    assert "add the file with --lora" in told["problem"]
+    assert told["for"] == "a model with text of width 64"
+    assert told["layers"] == f"{len(adapters_of(run)[0]['unet'])} of the UNet, {len(texts)} of the text encoder"
+    assert (told["ranks"], told["alpha"]) == ([3, 4], [3.0])
+    assert told["trigger words"] == ["asset0", "asset1"]
+    assert told["base hash"] == weights_hash(base)
+    assert told["not used"] == []
+    told = describe(tmp_path / "asset0.safetensors")
+    assert (told["handle"], told["learnt as"], told["vectors"]) == ("<asset0>", "<asset0>", [1])
+
+
+def test_info_describes_foreign_files(tmp_path):
+    """The family by the width of the text, a missing alpha, what has no place, and a kind that bas does not read."""
+    names = (DOWN, UP, "lora_unet_mystery", f"bundle_emb.toy.{'emb_params'}")
+    shapes = ((4, 1024), (32, 4), (1,), (1, 1024))
+    save_file({n: torch.zeros(s) for n, s in zip(names, shapes, strict=True)}, tmp_path / "a.safetensors")
+    told = describe(tmp_path / "a.safetensors")
+    assert (told["for"], told["ranks"]) == ("Stable Diffusion 2", [4])
+    assert told["alpha"] == "none: the strength counts as it is"
+    assert told["not used"] == ["bundle_emb.toy.emb_params", "lora_unet_mystery"]
+    save_file(KINDS["a LoHa"], tmp_path / "b.safetensors")
+    assert describe(tmp_path / "b.safetensors")["what"] == "a LoHa"
 
 
 # --- Embeddings ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load
 from bas.pretrained.lora_files import as_lora
 from bas.pretrained.merging import attention_outputs, closed_form, concept_states, joined
+from bas.sampling.prompt_strength import encode_prompts
 from tests.helpers.small_runs import LORA, write_base, write_small_run
 from tests.helpers.tiny import refused
 
@@ -44,8 +45,6 @@ def weights(models) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def prediction(models, prompt: str) -> torch.Tensor:
     """What a model predicts for a prompt."""
-    from bas.sampling.prompt_strength import encode_prompts
-
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     return models.unet(z, 500, encode_prompts(models.text_encoder, models.tokenizer, [prompt])).sample
 
@@ -154,6 +153,36 @@ def test_other_kinds_merge_into_adapters(place, tmp_path, capsys):
         for folder in (place / "base", place / "toys", place / "kv", tmp_path / "both")
     )
     assert (both - (toys + kv - base)).abs().max() < 5e-6
+
+
+# --- Single tokens ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_single_tokens_stand_side_by_side(place, tmp_path, capsys):
+    """Each prompt gives what its own run gives, to 5e-6, with a strength too; one without handles what the base gives,
+    bit for bit. Such a run is no LoRA file and no whole model."""
+    base, runs = place / "base", (place / "one", place / "two")
+    write_small_run(runs[0], base, train="token", rank=3)
+    write_small_run(runs[1], base, ("<asset0>",), train="token", rank=2, alpha=1.0, seed=6)
+    assert merge(place, "one", "two", "--output_dir", str(tmp_path / "both")) == 0
+    both, plain = load(tmp_path / "both"), "a photo of a creature at the beach"
+    assert torch.equal(prediction(both, plain), prediction(load(base), plain))
+    for run, old, new in (
+        (runs[0], "a photo of <asset0> and <asset1>", "a photo of <one-asset0> and <asset1>"),
+        (runs[1], "a photo of (<asset0>:0.7)", "a photo of (<two-asset0>:0.7)"),
+    ):
+        own = prediction(load(run), old)
+        assert (prediction(both, new) - own).abs().max() < 5e-6
+        assert (prediction(load(base), plain) - own).abs().max() > 1e-2
+    capsys.readouterr()
+    for words, part in (
+        (["export", str(runs[0]), str(tmp_path / "a.safetensors")], "other programs have no adapters of single tokens"),
+        (["merge", str(runs[0]), "--into_base", "--output_dir", str(tmp_path / "a")], "no place in a whole model"),
+        (["merge", str(runs[0]), str(place / "toys"), "--output_dir", str(tmp_path / "a")], "merge with such alone"),
+        (["merge", *map(str, runs), "--rank", "2", "--output_dir", str(tmp_path / "a")], "without --rank"),
+    ):
+        assert main(words) == 2
+        assert part in capsys.readouterr().err
 
 
 # --- Names, records, refusals -------------------------------------------------------------------------------------

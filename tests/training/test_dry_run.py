@@ -431,7 +431,7 @@ def test_a_card_holds_what_its_settings_take(sd21, card, gib, counted):
     def peak(config: TrainConfig) -> int:
         models, data = sd21
         precision = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        add_adapters(models, config)
+        add_adapters(models, config, 3)
         set_up(models, precision, config.gradient_checkpointing)
         weights = sum(p.nbytes for part in (models.unet, models.vae, models.text_encoder) for p in part.parameters())
         cost = phase_cost(models, data, config.phases[1], config, count_operations=False)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -52,7 +54,12 @@ def bare(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "part"),
-    [("lora", ("lora_A", "lora_B")), ("kv", ("attn2.to_k", "attn2.to_v")), ("v", ("attn2.to_v",))],
+    [
+        ("lora", ("lora_A", "lora_B")),
+        ("token", ("to_k.lora_", "to_v.lora_")),
+        ("kv", ("attn2.to_k", "attn2.to_v")),
+        ("v", ("attn2.to_v",)),
+    ],
 )
 def test_a_kind_moves_its_weights_and_nothing_else(bench, tmp_path, kind, part):
     """Every weight of the base outside the kind keeps its bits; everything that it names moves."""
@@ -74,15 +81,16 @@ def test_a_kind_moves_its_weights_and_nothing_else(bench, tmp_path, kind, part):
     assert not (tmp_path / "run" / "unet").exists()
 
 
-def test_a_small_run_reads_as_the_model_that_was_trained(bench, tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "token"])
+def test_a_small_run_reads_as_the_model_that_was_trained(bench, tmp_path, kind):
     """The run, read from disk, predicts what the networks in memory predict, to 5e-6; its base predicts otherwise."""
-    config = bench.config(tmp_path / "run", **LORA)
+    config = bench.config(tmp_path / "run", **LORA | {"train": kind})
     with trained(config) as run:
         expected = prediction(run.models)
         training.finish(run)
     models = bas.load(tmp_path / "run", device="cpu", dtype=torch.float32)
     assert models.handles == ("<asset0>", "<asset1>", "<asset2>")
-    assert not any(".lora_" in name for name in models.unet.state_dict())
+    assert any(".lora_" in name for name in models.unet.state_dict()) == (kind == "token")
     assert (prediction(models) - expected).abs().max() < 5e-6
     plain, _ = bench.prepared(bench.config())
     assert (prediction(plain) - expected).abs().max() > 1e-3
@@ -109,7 +117,7 @@ def test_bf16_gradients_point_as_those_of_float32(bench):
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         models, data = bench.prepared(config)
-        add_adapters(models, config)
+        add_adapters(models, config, 3)
         generator = torch.Generator().manual_seed(5)
         for name, p in trained_weights(models, config).items():
             if ".lora_B." in name:
@@ -168,11 +176,11 @@ def test_another_kind_does_not_resume(bench, tmp_path, small):
 # --- The base -----------------------------------------------------------------------------------------------------
 
 
-def copied(small, tmp_path, name: str):
-    """A copy of the run that says it was trained on a base of this name."""
+def copied(small, tmp_path, name: str, **settings):
+    """A copy of the run that says it was trained on a base of this name, with these settings."""
     run = shutil.copytree(small, tmp_path / "copy")
     tensors, metadata = read_concepts(run)
-    metadata["config"]["pretrained_model_name_or_path"] = name
+    metadata["config"] |= settings | {"pretrained_model_name_or_path": name}
     save_concepts(run, tensors["handles"], tensors["masks"] / 255, metadata.pop("handles"), metadata)
     return run
 
@@ -189,7 +197,8 @@ def test_the_base_is_found_by_its_hash(bench, tmp_path, small, monkeypatch):
 def test_a_base_that_is_not_here_is_named(tmp_path, small, capsys, monkeypatch):
     """One line says what to fetch or to put back, with exit code 2, before anything is written."""
     monkeypatch.chdir(tmp_path)
-    for name, advice in (("sd15", "bas download sd15"), (str(tmp_path / "gone"), f"put it back as {tmp_path}/gone")):
+    back = f"put it back as {tmp_path}/gone, or say where it is with --base"
+    for name, advice in (("sd15", "bas download sd15"), (str(tmp_path / "gone"), back)):
         run = copied(small, tmp_path, name)
         assert main(["sample", str(run), "--prompt", "a photo of <asset0>"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -252,16 +261,96 @@ def test_a_kind_has_its_own_rate_over_a_models():
     assert TrainConfig.resolve({"train": "kv", "learning_rate": 3e-4}, row).learning_rate == 3e-4
 
 
+def test_a_setting_without_effect_is_refused():
+    """The adapters' settings belong to the kinds that have adapters; a settings file may hold their defaults."""
+    assert TrainConfig.resolve({"train": "token", "rank": 4, "conv_rank": None}).rank == 4
+    for kind, name, value in (("full", "rank", 4), ("kv", "alpha", 2.0), ("token", "lora_targets", "attention")):
+        with refused(f"--{name} means nothing with --train {kind}"):
+            TrainConfig.resolve({"train": kind, name: value})
+
+
+def test_a_run_of_single_tokens_is_no_base(bench, tmp_path):
+    run = bas.train(bench.config(tmp_path / "run", train="token", phase1_train_steps=0, phase2_train_steps=1))
+    with refused("cannot be a base"):
+        bas.train(bench.config(tmp_path / "again", pretrained_model_name_or_path=str(run)))
+
+
 def test_the_old_flag_is_answered_with_the_new_one(capsys):
     assert main(["train", "scene", "--unet_layers", "cross_attention"]) == 2
     assert "bas calls it --train" in capsys.readouterr().err
 
 
-def test_info_describes_a_small_run(small, capsys):
-    assert main(["info", str(small), "--json"]) == 0
-    details = json.loads(capsys.readouterr().out)
-    assert details["loads"]
-    assert details["handles"] == ["<asset0>", "<asset1>", "<asset2>"]
+def test_a_base_that_was_moved_is_named(bench, tmp_path, small, capsys):
+    """--base says where it is; another model there, or a base of a whole model, is refused."""
+    run, moved = copied(small, tmp_path, str(tmp_path / "gone")), shutil.copytree(bench.model, tmp_path / "moved")
+    words = ["--prompt", "a photo of <asset0>", "--num_inference_steps", "1"]
+    image = ["--output_path", str(tmp_path / "a.png")]
+    assert main(["sample", str(run), *words, *image, "--base", str(moved)]) == 0
+    assert main(["info", str(run), "--base", str(moved), "--json"]) == 0
+    details = json.loads(capsys.readouterr().out.partition("\n")[2])
+    assert (details["loads"], details["handles"]) == (True, ["<asset0>", "<asset1>", "<asset2>"])
+    assert (details["trained"], details["ranks"], details["alpha"]) == ("lora", [1, 2], 3.0)
+    count = sum(tensor.numel() for tensor in load_file(run / TUNED).values())
+    assert details["trained weights"].startswith(f"{count:,}, fp")
+    assert main(["info", str(run), "--json"]) == 0
+    assert "keeps no base model" in json.loads(capsys.readouterr().out)["problem"]
+    with refused("--base", "was trained on one with"):
+        read_spec(run, base=small)
+    with refused("is a whole model"):
+        read_spec(moved, base=moved)
+
+
+@pytest.fixture(scope="module")
+def additions(bench, small, tmp_path_factory):
+    """A LoRA and an embedding that another run was exported to."""
+    folder = tmp_path_factory.mktemp("additions")
+    assert main(["export", str(small), str(folder / "style.safetensors"), "--prefix", "other-"]) == 0
+    return {"lora": (f"{folder}/style.safetensors:0.5",), "embedding": (f"{folder}/other-asset0.safetensors",)}
+
+
+def test_files_under_the_base_are_a_part_of_it(bench, tmp_path, additions, monkeypatch):
+    """A run trained over a LoRA and an embedding reads as it was trained.
+
+    It resumes and opens with the same files alone, which may lie in the run.
+    """
+    config = bench.config(tmp_path / "run", **LORA, **additions)
+    with trained(config) as run:
+        expected = prediction(run.models)
+        training.finish(run)
+    models = bas.load(tmp_path / "run", device="cpu", dtype=torch.float32)
+    assert models.handles == ("<other-asset0>", "<asset0>", "<asset1>", "<asset2>")
+    assert (prediction(models) - expected).abs().max() < 5e-6
+    plain, _ = bench.prepared(bench.config())
+    assert (prediction(plain) - expected).abs().max() > 1e-3
+    assert training.is_finished(config)
+    (style,) = additions["lora"]
+    with refused("another base"):
+        training.is_finished(replace(config, lora=(style.replace("0.5", "0.6"),)))
+    file = tmp_path / "style.safetensors"
+    shutil.copy(style.removesuffix(":0.5"), file)
+    moved = copied(tmp_path / "run", tmp_path, str(bench.model), lora=[f"{file}:0.5"])
+    file.unlink()
+    with refused("style.safetensors does not exist", f"or into {moved}"):
+        read_spec(moved)
+    shutil.copy(style.removesuffix(":0.5"), moved)
+    assert (prediction(bas.load(moved, device="cpu", dtype=torch.float32)) - expected).abs().max() < 5e-6
+
+
+def test_images_keep_the_files_that_they_were_made_with(bench, tmp_path, additions, monkeypatch):
+    """The settings in an image name its LoRA and embedding, and as --config they repeat it, bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--prompt", "a photo of <other-asset0>", "--num_inference_steps", "1", "--precision", "fp32"]
+    files = ["--lora", *additions["lora"], "--embedding", *additions["embedding"]]
+    assert main(["sample", str(bench.model), *words, *files]) == 0
+    with Image.open("result.png") as image:
+        settings = json.loads(image.info["bas"])
+        first = image.tobytes()
+    assert settings["lora"] == [*additions["lora"]]
+    assert settings["embedding"] == [*additions["embedding"]]
+    (tmp_path / "again.toml").write_text(f"lora = {settings['lora']}\nembedding = {settings['embedding']}\n")
+    assert main(["sample", str(bench.model), *words, "--config", "again.toml", "--output_path", "again.png"]) == 0
+    with Image.open("again.png") as image:
+        assert image.tobytes() == first
 
 
 def test_a_second_scene_is_trained_as_if_it_were_alone(bench, tmp_path, small):

@@ -25,7 +25,8 @@ from bas.evaluation.runner import (
 from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import read_config
-from bas.pretrained.folder import read_spec, weights_hash
+from bas.pretrained.additions import Additions, base_hash
+from bas.pretrained.folder import read_spec
 from bas.pretrained.hub import find
 from bas.pretrained.own_settings import read_own_settings
 from bas.runtime.distributed import Ranks, announce
@@ -114,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     methods, seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
     trials = plan_trials(folder, scenes, methods, seeds, contexts, explicit, row)
     _, device, _ = check_machine(trials[0].training)
+    additions = Additions.of_base(vars(trials[0].training))
     measured = measures(args, base)
     print_plan(trials, sampling, scenes, ranks, args.dry_run)
     if args.dry_run:
@@ -123,14 +125,14 @@ def run(args: argparse.Namespace) -> None:
         optional_library(library)
     training = {name: value for name, value in explicit.items() if name not in ("device", "class_data_dir")}
     plan = {
-        "base": weights_hash(base),
+        "base": base_hash(base, additions),
         "contexts": list(contexts),
         "metrics": measured,
         "sampling": {name: value for name, value in asdict(sampling).items() if name not in STEERING},
     }
     agree_on(folder, plan | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
     scorer = partial(make_scorer, measured, base, str(device))
-    context = EvaluationContext(base, device, sampling, scorer, trials[0].training.prediction_type)
+    context = EvaluationContext(base, device, sampling, scorer, trials[0].training.prediction_type, additions)
     share, failed = ranks.part(trials), []
     with ranks.connected() as gather:
         for i, outcome in enumerate(evaluate_each(share, context), start=1):

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from bas.cli.flags import Parser
-from bas.cli.open_model import add_prediction_type
+from bas.cli.open_model import add_base, add_prediction_type
 from bas.cli.output_files import warn_of_replacement
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
@@ -46,6 +46,7 @@ def configure(parser: Parser) -> None:
         help="of a run by --train kv or v: write the nearest LoRA of this rank",
     )
     add_prediction_type(parser)
+    add_base(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from shlex import quote
 
 from bas.cli.flags import Parser
+from bas.cli.open_model import add_base, find_base
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_float, check_int
 from bas.io.files import new_folder
@@ -49,6 +50,7 @@ def configure(parser: Parser) -> None:
         choices=setting_rows(TrainConfig)["save_precision"].metadata["choices"],
         help="precision of what is written (default: as the first run has it, fp32 for a whole model)",
     )
+    add_base(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     weights = [check_float("--weights", weight, -STRONGEST, STRONGEST) for weight in weights]
     if args.rank is not None:
         check_int("--rank", args.rank, 1, MAX_RANK)
-    folder, sources = new_folder(args.output_dir), read_sources(paths, weights, args.rename)
+    folder, sources = new_folder(args.output_dir), read_sources(paths, weights, args.rename, find_base(args))
     precision = args.save_precision or sources[0].metadata["config"]["save_precision"]
     drift = merge_runs(sources, folder, args.rank, DTYPES[precision])
     for source in sources:
@@ -90,8 +92,6 @@ def into_base(paths: list[Path], args: argparse.Namespace) -> None:
     (path,) = paths
     if not (path / TUNED).is_file():
         raise InputError(f"{path} is no small run: it holds no {TUNED}; a whole model needs no merging")
-    folder, models = new_folder(args.output_dir), load(path)
+    folder, models = new_folder(args.output_dir), load(path, base=find_base(args))
     save_model(models, folder, DTYPES[args.save_precision or "fp32"])
-    print(
-        f'{folder} is ready. Try: bas sample {quote(str(folder))} --prompt "a photo of {models.handles[0]} at the beach"'
-    )
+    print_ready(folder, models.handles[:1])

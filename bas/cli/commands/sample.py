@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from bas.cli.flags import Parser, add_config, add_fields, given
-from bas.cli.open_model import add_model, find_model, open_model
+from bas.cli.open_model import add_model, added_files, find_model, open_model
 from bas.cli.output_files import add_output_path, check_output_path
 from bas.config import SampleConfig, Settings, setting, setting_rows
 from bas.errors import InputError
@@ -27,6 +27,8 @@ class Request(Settings):
 
     prompt: tuple[str, ...] = setting((), "one prompt or several")
     model_path: str | None = setting(None, "run, model folder, .safetensors file or known name")
+    lora: tuple[str, ...] = setting((), "LoRA files, FILE or FILE:WEIGHT")
+    embedding: tuple[str, ...] = setting((), "embedding files")
 
 
 EXAMPLES = (
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     """Generate the images, and save each with its settings as soon as it is done."""
     settings = read_config(args.config, setting_rows(SampleConfig) | setting_rows(Request))
     prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
+    args.lora, args.embedding = (getattr(args, kind) or list(settings.pop(kind, ())) for kind in ("lora", "embedding"))
     prompts: list[str] = args.prompt or list(prompt or ())
     if args.model_path is None and args.run is None:
         args.model_path = model
@@ -65,12 +68,13 @@ def run(args: argparse.Namespace) -> None:
     progress = ImageProgress(len(jobs), steps_taken(config))
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
-    records = [as_record(models, config) | {"prompt": prompt, "seed": seed, "model": name} for prompt, seed in jobs]
+    shared = as_record(models, config) | {"model": name, **added_files(args)}
+    records = [shared | {"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     if args.grid:
         rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]
         labels = [[f"{jobs[i][0]}, seed {jobs[i][1]}" for i in row] for row in rows]
         cells = list(images)
         images = [grid([[cells[i] for i in row] for row in rows], labels, max(192, min(512, cells[0].width)))]
-        records = [as_record(models, config) | {"prompts": prompts, "model": name}]
+        records = [shared | {"prompts": prompts}]
     for path in save_images(images, records, target):
         print(path, flush=True)
