@@ -1,82 +1,162 @@
-"""A small run as files that other programs open: a LoRA, one embedding for each handle, and a card beside them.
+"""A run as files that other programs open: a LoRA or a whole model, an embedding for each handle, and a card.
 
-NAME.safetensors    the adapters        NAME.json    what A1111, Forge and InvokeAI show
-HANDLE.safetensors  a row of the token embedding, for each handle
+NAME.safetensors         the adapters, differences of weights, or the whole model
+NAME-lora.safetensors    beside differences, the nearest LoRA: diffusers reads no differences
+HANDLE.safetensors       rows of the token embedding, for each handle
+NAME.json    NAME.preview.png    what A1111, Forge and InvokeAI show
 """
 
 import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bas import __version__
+from bas.config import KINDS
 from bas.errors import InputError
 from bas.io.json_files import write_json
-from bas.io.run_files import METRICS, TUNED, read_concepts, read_rows
-from bas.models.adapters import Difference
+from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, read_concepts, read_rows
 from bas.models.bundle import ModelSpec
+from bas.models.text import handle_ids
 from bas.pretrained.embedding_files import file_names, write_embedding
-from bas.pretrained.lora_files import Adapters, as_lora, write_lora
+from bas.pretrained.folder import load, read_spec
+from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora
+from bas.pretrained.single_file import has_clip_vocabulary, save_single_file, without_handles
 from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
+
+RANK_BESIDE = 64  # of the LoRA beside differences, unless a rank is given
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The files that an export writes."""
+
+    main: Path
+    embeddings: dict[str, Path] = field(default_factory=dict)  # by handle
+    lora: Path | None = None  # beside differences
+    card: Path | None = None
+    preview: tuple[Path, Path] | None = None  # an image of the run, and where it goes
+
+    def __iter__(self) -> Iterator[Path]:
+        """All of them, the embeddings first."""
+        preview = self.preview[1] if self.preview else None
+        yield from (path for path in (*self.embeddings.values(), self.main, self.lora, self.card, preview) if path)
 
 
 def adapters_of(run: Path, rank: int | None = None, base_place: Path | None = None) -> tuple[Adapters, ModelSpec]:
-    """The adapters of a small run, and the description of its base. With `rank`, differences become adapters of it.
+    """The changes that a small run makes, and the description of its base. With `rank`, the nearest adapters of it.
 
     base_place: where the base is, if it was moved.
     """
     _, metadata = read_concepts(run)
     base = read_base(run, metadata, base_place)
     adapters = changes_of(base, with_tuned(base, read_tuned(run), run))
-    if rank:
-        adapters = {
-            component: {n: as_lora(c, rank) if isinstance(c, Difference) else c for n, c in layers.items()}
-            for component, layers in adapters.items()
-        }
-    return adapters, base.spec
+    return (with_rank(adapters, rank) if rank else adapters), base.spec
 
 
-def export_files(run: Path, target: Path, prefix: str) -> dict[str, Path]:
-    """The files that an export writes: under each handle its embedding, the LoRA under "lora", its card under "card".
+def with_rank(adapters: Adapters, rank: int) -> Adapters:
+    """The nearest adapters of this rank."""
+    return {part: {name: as_lora(change, rank) for name, change in layers.items()} for part, layers in adapters.items()}
+
+
+def plan_export(
+    model: Path, target: Path, form: str, prefix: str, rank: int | None = None, base: Path | None = None
+) -> Targets:
+    """The files that an export writes. form: "kohya", "peft" or "single"; base: of a small run, if it was moved
 
     InputError for a run that has no adapters of its own, and for two files of one name.
     """
-    if not (run / TUNED).is_file():
-        raise InputError(f"{run} is a whole model without adapters: use it as it is, or --format single")
-    _, metadata = read_concepts(run)
-    if read_tuned(run).token_ranks:
-        raise InputError(f"{run} was trained with --train token, and other programs have no adapters of single tokens")
-    names = file_names(tuple(metadata["handles"]), prefix)
+    kind = KINDS[read_concepts(model)[1]["config"]["train"]] if (model / TUNED).is_file() else None
+    if kind is None and form != "single":
+        raise InputError(f"{model} is a whole model without adapters: use it as it is, or --format single")
+    if kind and kind.own_tokens:
+        raise InputError(f"{model} was trained with --train token: other programs have no adapters of single tokens")
+    spec = read_spec(model, None, None, base)
+    if spec.handles and form == "single" and not has_clip_vocabulary(spec.tokenizer):
+        raise InputError(f"{model} has a vocabulary of its own: a single file carries no tokenizer, use the folder")
+    handles = spec.handles if form == "single" else tuple(read_concepts(model)[1]["handles"])
+    beside = form == "kohya" and rank is None and not (kind and kind.reads)
+    names = file_names(handles, prefix)
     files = {handle: target.with_name(f"{name}.safetensors") for handle, name in names.items()}
-    if same := [handle for handle, path in files.items() if path.stem.lower() == target.stem.lower()]:
+    lora = target.with_name(f"{target.stem}-lora.safetensors") if beside else None
+    own = {target.stem.lower(), *([lora.stem.lower()] if lora else [])}
+    if same := [handle for handle, path in files.items() if path.stem.lower() in own]:
         raise InputError(f"{target} would be the file of {same[0]}, too: name another, or give a --prefix")
-    return {**files, "lora": target, "card": target.with_suffix(".json")}
+    if not (model / CONCEPTS).is_file():
+        return Targets(target, files)
+    images = [model / SCENE / "img.png", *sorted(model.glob(f"{PREVIEWS}/pictures/*/sample-*.png"))]
+    shown = next((path for path in reversed(images) if path.is_file()), None)  # of the last step, of all concepts
+    preview = (shown, target.with_suffix(".preview.png")) if shown else None
+    return Targets(target, files, lora, target.with_suffix(".json"), preview)
 
 
-def export(run: Path, files: dict[str, Path], form: str, dtype: torch.dtype, rank: int | None = None) -> None:
-    """Write the files of `export_files`. form: "kohya" or "peft". InputError if the base is not here."""
+def export_lora(
+    run: Path,
+    files: Targets,
+    form: str,
+    dtype: torch.dtype,
+    rank: int | None = None,
+    bundle: bool = False,
+    base: Path | None = None,
+) -> None:
+    """Write a small run's LoRA and what belongs to it. form: "kohya" or "peft". InputError if the base is not here.
+
+    bundle: also put the embeddings into the LoRA's file, for A1111. base: where the base is, if it was moved.
+    """
     concepts, metadata = read_concepts(run)
-    adapters, spec = adapters_of(run, rank)
-    words = {handle: files[handle].stem for handle in metadata["handles"]}
-    texts = describe(run, metadata, spec, [*words.values()], files["lora"].stem)
-    write_lora(files["lora"], adapters, form, dtype, texts | {"modelspec.architecture": f"{family(spec)}/lora"})
-    for handle, row in zip(metadata["handles"], concepts["handles"], strict=True):
+    adapters, spec = adapters_of(run, rank, base)
+    words = {handle: path.stem for handle, path in files.embeddings.items()}
+    rows = {handle: row[None] for handle, row in zip(metadata["handles"], concepts["handles"], strict=True)}
+    texts = describe(run, metadata, spec, [*words.values()], files.main.stem)
+    texts |= {"modelspec.architecture": f"{family(spec)}/lora"}
+    extra = bundled({words[handle]: row for handle, row in rows.items()}) if bundle else {}
+    write_lora(files.main, adapters, form, dtype, texts, extra)
+    if files.lora:
+        name = {"ss_output_name": files.lora.stem, "modelspec.title": files.lora.stem}
+        write_lora(files.lora, with_rank(adapters, RANK_BESIDE), form, dtype, texts | name)
+    write_beside(run, files, rows, spec)
+
+
+def export_single(
+    model: Path, files: Targets, dtype: torch.dtype, prediction_type: str | None, base: Path | None = None
+) -> None:
+    """Write a whole model as one file, without its handles, and what belongs to it."""
+    models = load(model, prediction_type=prediction_type, base=base)
+    table = models.text_encoder.get_input_embeddings().get_parameter("weight").detach()
+    rows = {handle: table[handle_ids(models.tokenizer, handle)] for handle in models.handles}
+    save_single_file(without_handles(models), files.main, dtype)
+    write_beside(model, files, rows, models.spec)
+
+
+def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: ModelSpec) -> None:
+    """Write the embeddings, the card and the preview. rows: (n, d) by handle"""
+    _, metadata = read_concepts(model) if files.card else (None, {"base": "", "config": {}})
+    for handle, path in files.embeddings.items():
         own = {
             "bas.handle": handle,
             "bas.base_sha256": metadata["base"],
+            "bas.note": f"belongs to {files.main.name}: beside another text encoder it is another word",
             "modelspec.architecture": f"{family(spec)}/textual-inversion",
-            "modelspec.title": words[handle],
+            "modelspec.title": path.stem,
         }
-        write_embedding(files[handle], row[None], own)
-    card = {
-        "description": f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas",
-        "sd version": "SD2" if is_sd2(spec) else "SD1",
-        "activation text": ", ".join(words.values()),
-        "preferred weight": 1.0,
-        "negative text": "",
-        "notes": "put the embeddings of the same name beside it: " + ", ".join(words.values()),
-    }
-    write_json(files["card"], card)
+        write_embedding(path, rows[handle], own)
+    words = ", ".join(path.stem for path in files.embeddings.values())
+    if files.card:
+        card = {
+            "description": f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas",
+            "sd version": "SD2" if is_sd2(spec) else "SD1",
+            "activation text": words,
+            "preferred weight": 1.0,
+            "negative text": "",
+            "notes": f"put the embeddings of the same name beside it: {words}",
+        }
+        write_json(files.card, card)
+    if files.preview:
+        shutil.copyfile(*files.preview)
 
 
 def is_sd2(spec: ModelSpec) -> bool:
@@ -94,6 +174,7 @@ def family(spec: ModelSpec) -> str:
 def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name: str) -> dict[str, str]:
     """The metadata of a LoRA file that other programs show. All values are texts."""
     config, velocity = metadata["config"], spec.schedule.prediction_type == "v_prediction"
+    merged = [Path(each).name for each in metadata.get("merged", {}).get("runs", ())]
     steps = len(read_rows(run / METRICS))
     return {
         "ss_v2": str(is_sd2(spec)),
@@ -112,5 +193,10 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
         "modelspec.trigger_phrase": ", ".join(words),
         "bas": f"lora-1 {__version__}",
         "bas.handles": json.dumps(metadata["handles"]),
+        **(
+            {"modelspec.merged_from": ", ".join(Path(run).name for run in metadata["merged"]["runs"])}
+            if "merged" in metadata
+            else {}
+        ),
         "bas.base_sha256": metadata["base"],
     }

@@ -181,8 +181,19 @@ def to_original(
         tensors[f"{VAE}{rename(key, vae_names)}"] = tensor[:, :, None, None] if is_projection else tensor
     if open_clip:
         text = _to_open_clip(ours["text_encoder"])
+        text |= _unused_of_open_clip(text)
         return tensors | {OPEN_CLIP + key: tensor for key, tensor in text.items()}
     return tensors | {f"{CLIP}text_model.{key}": tensor for key, tensor in ours["text_encoder"].items()}
+
+
+def _unused_of_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What strict readers look for and SD 2 does not use: a 24th layer, here the 23rd again, and a projection."""
+    last, further = (f"transformer.resblocks.{OPEN_CLIP_LAYERS - behind}." for behind in (1, 0))
+    copies = {key.replace(last, further): tensor.clone() for key, tensor in text.items() if key.startswith(last)}
+    if not copies:
+        return {}
+    norm = text["ln_final.weight"]
+    return copies | {"text_projection": norm.new_ones(len(norm), len(norm)), "logit_scale": norm.new_ones(())}
 
 
 def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:

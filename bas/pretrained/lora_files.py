@@ -9,6 +9,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,9 +97,25 @@ def peft_tensors(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]
 FORMATS = {"kohya": kohya_tensors, "peft": peft_tensors}
 
 
-def write_lora(path: Path, adapters: Adapters, form: str, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file. RunError for values that are beyond the range of `dtype` or no finite numbers."""
+def bundled(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of embeddings inside a LoRA file, as A1111 reads them. rows: (n, d) by name, which has no dot"""
+    return {f"bundle_emb.{name}.string_to_param.*": row for name, row in rows.items()}
+
+
+def write_lora(
+    path: Path,
+    adapters: Adapters,
+    form: str,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Write a LoRA file, with further tensors in it.
+
+    RunError for values that are beyond the range of `dtype` or no finite numbers.
+    """
     tensors, texts = FORMATS[form](adapters)
+    tensors |= extra
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise RunError(f"{len(broken)} tensors are beyond the range of {name_of(dtype)} or not finite ({broken[0]})")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bas.errors import InputError
 from bas.io.tensors import read_tensors, write_tensors
@@ -114,6 +114,25 @@ def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
     if pad_with_exclamation_mark:
         tokenizer.add_special_tokens({"pad_token": "!"})
     return tokenizer
+
+
+def has_clip_vocabulary(tokenizer: CLIPTokenizer) -> bool:
+    """Whether a tokenizer numbers all of CLIP's tokens as CLIP does; it may have more."""
+    own = tokenizer.get_vocab()
+    return all(own.get(token) == number for token, number in load_tokenizer(CLIP_VOCABULARY).get_vocab().items())
+
+
+def without_handles(models: Models) -> Models:
+    """The model with CLIP's own vocabulary: its handles and other added tokens are cut off, in place.
+
+    A model with another vocabulary stays as it is.
+    """
+    if not has_clip_vocabulary(models.tokenizer):
+        return models
+    plain = clip_tokenizer(pad_with_exclamation_mark=models.text_encoder.config.hidden_act == "gelu")
+    table = models.text_encoder.get_input_embeddings().get_parameter("weight").detach()[: len(plain)].clone()
+    models.text_encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
+    return replace(models, tokenizer=plain, handles=())
 
 
 def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torch.float32) -> None:

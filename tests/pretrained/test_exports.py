@@ -12,11 +12,15 @@ from safetensors.torch import load_file
 from bas.cli.entry import main
 from bas.config import SampleConfig
 from bas.models.adapters import Change
+from bas.models.config import UNetConfig, VAEConfig
+from bas.pretrained.additions import Additions
 from bas.pretrained.embedding_files import file_names
 from bas.pretrained.exports import adapters_of
-from bas.pretrained.folder import load
+from bas.pretrained.folder import load, save_model
+from bas.pretrained.ldm_keys import from_original, to_original
 from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
 from bas.sampling.sampler import generate
+from tests.helpers.families import tiny
 from tests.helpers.small_runs import LORA, write_small_run
 from tests.helpers.tiny import refused
 
@@ -153,7 +157,10 @@ def test_metadata_and_card_say_what_programs_show(base, run, cwd):
 
 
 def test_a_difference_file_holds_what_the_weights_changed_by(base, cwd):
-    """A run by --train v without --rank: `.diff` is the new weight minus that of the base, to 1e-6."""
+    """A run by --train v without --rank: `.diff` is the new weight minus that of the base, to 1e-6.
+
+    A LoRA stands beside it, of rank 64, which here is the whole rank: it gives the same weights to 5e-6.
+    """
     run = write_small_run(cwd / "run", base, train="v")
     write(run, "v.safetensors")
     tensors = load_file(cwd / "v.safetensors")
@@ -161,6 +168,8 @@ def test_a_difference_file_holds_what_the_weights_changed_by(base, cwd):
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
     before, after = (load(folder).unet.get_submodule(name).weight for folder in (base, run))
     assert (tensors[f"lora_unet_{name.replace('.', '_')}.diff"] - (after - before)).abs().max() < 1e-6
+    beside = load(base, additions=Additions(loras=((cwd / "v-lora.safetensors", 1.0),)))
+    assert (beside.unet.get_submodule(name).weight - after).abs().max() < 5e-6
     assert main(["export", str(run), "w.safetensors", "--format", "peft"]) == 2
 
 
@@ -198,6 +207,62 @@ def test_no_file_has_two_alphas():
         plain, _ = peft_tensors({"unet": layers})
         product = plain["unet.layer0.lora_B.weight"] @ plain["unet.layer0.lora_A.weight"]
         assert torch.allclose(product, layers["layer0"].delta(), atol=1e-5)
+
+
+def test_a_bundle_holds_the_embeddings_too(run, cwd, caplog):
+    """--bundle: rows under bundle_emb.NAME.string_to_param.*, the LoRA unchanged; bas reads the LoRA and names them."""
+    write(run, "plain.safetensors")
+    write(run, "bundle.safetensors", "--bundle")
+    plain, bundle = load_file(cwd / "plain.safetensors"), load_file(cwd / "bundle.safetensors")
+    added = {name for name in bundle if name not in plain}
+    assert added == {f"bundle_emb.{name}.string_to_param.*" for name in ("asset0", "asset1")}
+    assert all(torch.equal(plain[name], bundle[name]) for name in plain)
+    rows = load_file(run / "concepts.safetensors")["handles"]
+    assert torch.equal(bundle["bundle_emb.asset1.string_to_param.*"], rows[1:])
+    assert main(["export", str(run), "b.safetensors", "--format", "peft", "--bundle"]) == 2
+
+
+def test_an_image_of_the_run_is_the_preview(run, cwd):
+    """The last preview of all concepts, else the scene; A1111 shows NAME.preview.png."""
+    copy = shutil.copytree(run, cwd / "run")
+    for place in ("scene/img.png", "previews/pictures/step-000200/sample-0.png"):
+        (copy / place).parent.mkdir(parents=True)
+        (copy / place).write_bytes(place.encode())
+        write(copy, "a.safetensors")
+        assert (cwd / "a.preview.png").read_bytes() == place.encode()
+
+
+# --- Single files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_a_single_file_and_its_embeddings_are_the_run(family, cwd, capsys):
+    """`--format single` of a small run: read back with --embedding, bas predicts what the run gives, to 5e-6."""
+    save_model(tiny(family, whole_vocabulary=True), cwd / "base")
+    run = write_small_run(cwd / "run", cwd / "base", **LORA)
+    write(run, "whole.safetensors", "--format", "single")
+    files = tuple(cwd / f"asset{i}.safetensors" for i in (0, 1))
+    again = load(cwd / "whole.safetensors", additions=Additions(embeddings=files))
+    assert again.handles == ("<asset0>", "<asset1>")
+    assert len(load(cwd / "whole.safetensors").tokenizer) == 49408
+    config = SampleConfig(num_inference_steps=STEPS, guidance_scale=1.0, height=64, width=64)
+    assert (generate([PROMPT], [0], again, config) - drawn_by_bas(run)).abs().max() < 5e-6
+    assert json.loads((cwd / "whole.json").read_text())["activation text"] == "asset0, asset1"
+    assert "CheckpointLoaderSimple whole" in capsys.readouterr().out
+
+
+def test_a_single_file_of_sd2_holds_what_strict_readers_look_for():
+    """With 23 layers: the 24th equals the 23rd, a projection of ones and a scale; bas reads it as before."""
+    text = {
+        f"encoder.layers.{i}.{name}": torch.full((1,), float(i)) for i in range(23) for name in ("layer_norm1.bias",)
+    }
+    text |= {"final_layer_norm.weight": torch.ones(4)}
+    original = to_original({"unet": {}, "vae": {}, "text_encoder": text}, UNetConfig(), VAEConfig(), open_clip=True)
+    layer = "cond_stage_model.model.transformer.resblocks.{}.ln_1.bias"
+    assert torch.equal(original[layer.format(23)], original[layer.format(22)])
+    assert original["cond_stage_model.model.text_projection"].shape == (4, 4)
+    assert original["cond_stage_model.model.logit_scale"].shape == ()
+    assert from_original(original, UNetConfig(), VAEConfig())["text_encoder"].keys() == text.keys()
 
 
 # --- Names --------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_adapters_of_single_tokens_stand_side_by_side(place, tmp_path, capsys):
         assert (prediction(load(base), plain) - own).abs().max() > 1e-2
     capsys.readouterr()
     for words, part in (
-        (["export", str(runs[0]), str(tmp_path / "a.safetensors")], "other programs have no adapters of single tokens"),
+        (["export", str(runs[0]), str(tmp_path / "a.safetensors")], "other programs have no adapters of single"),
         (["merge", str(runs[0]), "--into_base", "--output_dir", str(tmp_path / "a")], "no place in a whole model"),
         (["merge", str(runs[0]), str(place / "toys"), "--output_dir", str(tmp_path / "a")], "merge with such alone"),
         (["merge", *map(str, runs), "--rank", "2", "--output_dir", str(tmp_path / "a")], "without --rank"),

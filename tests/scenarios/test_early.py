@@ -215,7 +215,7 @@ OTHERS = [
     ("masks {scene} --auto sam", "scene has masks already: name another --output_dir"),
     ("report {none}", "none is not a run of bas: it has no settings.json"),
     ("report {settings}", "settings/settings.json is not valid JSON"),
-    ("export {taught} {new}.safetensors", "taught has the handles <asset0> <asset1>: a single file cannot hold them"),
+    ("export {taught} {new}.safetensors", "taught has a vocabulary of its own: a single file carries no tokenizer"),
     ("export {model} {new}.ckpt", "new.ckpt: name a .safetensors file in an existing folder"),
     ("export {model} {new}/a.safetensors", "new/a.safetensors: name a .safetensors file in an existing folder"),
     ("export {text} {new}.safetensors", "text is not a model"),

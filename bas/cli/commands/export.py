@@ -1,20 +1,18 @@
-"""Write a model for other tools: a whole one as one .safetensors file, a small run as a LoRA with its embeddings."""
+"""Write a model for other tools: as one .safetensors file, or a small run as a LoRA, with a file for each handle."""
 
 import argparse
 from pathlib import Path
 
 from bas.cli.flags import Parser
-from bas.cli.open_model import add_base, add_prediction_type
+from bas.cli.open_model import add_base, add_prediction_type, find_base
 from bas.cli.output_files import warn_of_replacement
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
 from bas.io.files import require_writable
-from bas.io.run_files import TUNED
-from bas.pretrained.exports import export, export_files
-from bas.pretrained.folder import load, read_spec
+from bas.io.run_files import TUNED, read_concepts
+from bas.pretrained.exports import Targets, export_lora, export_single, plan_export
 from bas.pretrained.hub import find
 from bas.pretrained.lora_files import FORMATS
-from bas.pretrained.single_file import save_single_file
 from bas.runtime.device import DTYPES
 
 EXAMPLES = (
@@ -30,9 +28,9 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--format",
         choices=("single", *FORMATS),
-        help="single: one file in the original layout, of a model without handles; kohya: a LoRA that all programs "
-        "read, with one embedding file for each handle; peft: a LoRA for diffusers (default: kohya for a small run, "
-        "single for a model)",
+        help="single: the whole model as one file in the original layout; kohya: a LoRA that all programs read; "
+        "peft: a LoRA for diffusers; each with one embedding file for each handle (default: kohya for a small run, "
+        "single for a whole model)",
     )
     precisions = setting_rows(TrainConfig)["save_precision"].metadata["choices"]
     parser.add_argument(
@@ -43,7 +41,11 @@ def configure(parser: Parser) -> None:
         "--rank",
         type=int,
         metavar="INT",
-        help="of a run by --train kv or v: write the nearest LoRA of this rank",
+        help="write the nearest LoRA of this rank (default: of --train lora as trained, of kv and v the differences of "
+        "the weights, with a LoRA of rank 64 beside them)",
+    )
+    parser.add_argument(
+        "--bundle", action="store_true", help="also put the embeddings into the LoRA; diffusers refuses such a file"
     )
     add_prediction_type(parser)
     add_base(parser)
@@ -51,42 +53,58 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that needs no weights; then write, and print the files and what to type where."""
-    target, path = Path(args.output_path), find(args.model)
+    target, path, base = Path(args.output_path), find(args.model), find_base(args)
     if target.suffix != ".safetensors" or target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{target}: name a .safetensors file in an existing folder")
     require_writable(target.parent, "the folder")
-    form = args.format or ("kohya" if (path / TUNED).is_file() else "single")
+    small = (path / TUNED).is_file()
+    form = args.format or ("kohya" if small else "single")
     if args.rank is not None:
         check_int("--rank", args.rank, 1, MAX_RANK)
-    if form != "single":
-        files = export_files(path, target, args.prefix)
-        warn_of_replacement([*files.values()])
-        export(path, files, form, DTYPES[args.save_precision], args.rank)
-        words = {handle: file.stem for handle, file in files.items() if handle.startswith("<")}
-        print(*files.values(), sep="\n")
-        print(how_to_use(target.stem, words, form))
-        return
-    if handles := read_spec(path, args.prediction_type).handles:
-        raise InputError(
-            f"{path} has the handles {' '.join(handles)}: a single file cannot hold them, use the folder itself"
-        )
-    warn_of_replacement([target])
-    save_single_file(load(path, prediction_type=args.prediction_type), target, DTYPES[args.save_precision])
-    print(target)
+    unused = [f"--{name}" for name in ("rank", "bundle") if getattr(args, name) and form != "kohya"]
+    if unused and (form, unused) != ("peft", ["--rank"]):
+        raise InputError(f"{unused[-1]} means nothing with --format {form}: leave it out")
+    files, dtype = plan_export(path, target, form, args.prefix, args.rank, base), DTYPES[args.save_precision]
+    warn_of_replacement([*files])
+    if form == "single":
+        export_single(path, files, dtype, args.prediction_type, base)
+    else:
+        export_lora(path, files, form, dtype, args.rank, args.bundle, base)
+    print(*files, sep="\n")
+    for handle, file in files.embeddings.items():
+        if file.stem != handle[1:-1]:
+            print(f"{handle} is called {file.stem}")
+    print(*how_to_use(files, form), sep="\n")
+    if small and (added := read_concepts(path)[1]["config"]["lora"]) and form != "single":
+        print(f"The run was trained over {', '.join(added)}: add that there, too")
 
 
-def how_to_use(name: str, words: dict[str, str], form: str) -> str:
+# What to type in each program: {name} is the main file's, {word} an embedding's, {handle} the handle.
+USES = {
+    "kohya": (
+        "ComfyUI: LoraLoader {name}; a photo of embedding:{word}",
+        "A1111, Forge: a photo of {word} <lora:{name}:1>",
+        "InvokeAI: LoRA {name}; a photo of <{word}>",
+    ),
+    "single": (
+        "ComfyUI: CheckpointLoaderSimple {name}; a photo of embedding:{word}",
+        "A1111, Forge: checkpoint {name}; a photo of {word}",
+        "InvokeAI: main model {name}; a photo of <{word}>",
+    ),
+    "peft": (),
+}
+DIFFUSERS = {
+    "single": 'StableDiffusionPipeline.from_single_file("{main}")',
+    "kohya": 'load_lora_weights(".", weight_name="{main}")',
+    "peft": 'load_lora_weights(".", weight_name="{main}")',
+}
+
+
+def how_to_use(files: Targets, form: str) -> list[str]:
     """What to type in other programs for the first of the concepts."""
-    handle, word = next(iter(words.items()))
-    lines = [
-        f'diffusers: load_lora_weights(".", weight_name="{name}.safetensors"); '
-        f'load_textual_inversion("{word}.safetensors", token="{handle}"); "a photo of {handle}"'
-    ]
-    if form == "kohya":
-        lines = [
-            f"ComfyUI: LoraLoader {name}; a photo of embedding:{word}",
-            f"A1111, Forge: a photo of {word} <lora:{name}:1>",
-            f"InvokeAI: LoRA {name}; a photo of <{word}>",
-            *lines,
-        ]
-    return "\n".join(lines)
+    handle, file = next(iter(files.embeddings.items()), ("a bowl", None))
+    if file is None:
+        return []
+    names = {"name": files.main.stem, "main": (files.lora or files.main).name, "word": file.stem, "handle": handle}
+    last = f'diffusers: {DIFFUSERS[form]}; load_textual_inversion("{{word}}.safetensors", token="{{handle}}"); '
+    return [line.format(**names) for line in (*USES[form], last + '"a photo of {handle}"')]
