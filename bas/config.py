@@ -172,6 +172,8 @@ class Kind:
 
 
 # The learning rates of `kv` and `v` are Custom Diffusion's (Kumari et al. 2023), that of `lora` is usual for LoRA.
+# Whole weights are saved in fp32, because fp16 would round away small changes; adapters hold nothing but the changes.
+OF_SMALL_ADAPTERS = {"learning_rate": 1e-4, "save_precision": "fp16"}
 KINDS: dict[str, Kind] = {
     "full": Kind(weights=("embedding", "unet"), text="text_encoder", whole=True),
     "cross_attention": Kind(weights=("embedding", "cross_attention"), text="text_encoder", whole=True),
@@ -180,10 +182,10 @@ KINDS: dict[str, Kind] = {
     "lora": Kind(
         weights=("unet_lora",),
         text="text_encoder_lora",
-        defaults={"learning_rate": 1e-4},
+        defaults=OF_SMALL_ADAPTERS,
         reads=("rank", "alpha", "lora_targets", "conv_rank"),
     ),
-    "token": Kind(weights=("unet_token",), defaults={"learning_rate": 1e-4}, reads=("rank", "alpha"), own_tokens=True),
+    "token": Kind(weights=("unet_token",), defaults=OF_SMALL_ADAPTERS, reads=("rank", "alpha"), own_tokens=True),
 }
 
 OF_ADAPTERS = KINDS["lora"].reads  # all settings of adapters
@@ -541,7 +543,10 @@ class TrainConfig(Settings):
         None, "a checkpoint folder, or 'latest' for the newest in --output_dir", group="output", common=True
     )
     save_precision: str = setting(
-        "fp32", "precision of the saved model", group="output", choices=("fp32", "fp16", "bf16")
+        "fp32",
+        "precision of the saved model; with --train lora or token the default is fp16",
+        group="output",
+        choices=("fp32", "fp16", "bf16"),
     )
 
     def __post_init__(self):

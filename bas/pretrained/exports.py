@@ -193,10 +193,6 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
         "modelspec.trigger_phrase": ", ".join(words),
         "bas": f"lora-1 {__version__}",
         "bas.handles": json.dumps(metadata["handles"]),
-        **(
-            {"modelspec.merged_from": ", ".join(Path(run).name for run in metadata["merged"]["runs"])}
-            if "merged" in metadata
-            else {}
-        ),
+        **({"modelspec.merged_from": ", ".join(merged)} if merged else {}),
         "bas.base_sha256": metadata["base"],
     }

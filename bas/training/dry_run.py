@@ -43,8 +43,9 @@ from bas.training.setup import check_input
 CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
 CHECKED = f"{CHECKED_WITHOUT_BASE}; every weight's name and shape (no values)"
 MEMORY_RULE = (
-    "counting weights, master weights, gradients, optimizer and what a step keeps for its backward pass (at half "
-    "size in fp16); the allocator, work space of kernels and recomputed blocks are not counted"
+    "counting weights, on a GPU without the VAE's, which leave it once the images are encoded, master weights, "
+    "gradients, optimizer and what a step keeps for its backward pass (at half size in fp16); the allocator, work "
+    "space of kernels and recomputed blocks are not counted"
 )
 TIME_RULE = (
     "a lower bound: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while "
@@ -89,7 +90,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     scene, base, device, precision = check_input(config, weights=False)
     check_output_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
     find_checkpoint(Path(config.output_dir), config.resume_from_checkpoint)
-    plan = plan_run(config, scene, base, precision)
+    plan = plan_run(config, scene, base, precision, device)
     speed = matrix_speed(device, DTYPES[precision])
     files, free = files_to_come(plan.numbers, config), free_disk_space(Path(config.output_dir))
     passing = files.get(WHILE_TRAINING, 0)
@@ -127,7 +128,9 @@ def _not_here(config: TrainConfig) -> str:
     return f"; not here yet: bas download {name}" if is_known_elsewhere(name) else ""
 
 
-def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str, count_operations: bool = True) -> Plan:
+def plan_run(
+    config: TrainConfig, scene: Scene, base: Path, precision: str, device: torch.device, count_operations: bool = True
+) -> Plan:
     """Lay out the run of this scene on this base on the meta device, and count the cost of each phase.
 
     Memory alone takes a third of the time.
@@ -148,7 +151,9 @@ def plan_run(config: TrainConfig, scene: Scene, base: Path, precision: str, coun
         models.unet.bfloat16()
         models.text_encoder.bfloat16()
     costs = {phase: phase_cost(models, data, phase, config, count_operations) for phase in config.phases}
-    weights = sum(p.nbytes for component in COMPONENTS for p in getattr(models, component).parameters())
+    weights = sum(p.nbytes for network in (models.unet, models.text_encoder) for p in network.parameters())
+    if device.type == "cpu":
+        weights += sum(p.nbytes for p in models.vae.parameters())  # elsewhere it is moved off the device
     copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
     memory = {phase: phase_memory(weights, cost, precision, config, copied) for phase, cost in costs.items()}
     return Plan(models, image, data, numbers, costs, memory)
@@ -175,7 +180,8 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
 
     def peak(changes: dict) -> int:
         changed = replace(config, **changes)
-        return plan_run(changed, scene, base, changes.get("mixed_precision", precision), count_operations=False).peak
+        precise = changes.get("mixed_precision", precision)
+        return plan_run(changed, scene, base, precise, device, count_operations=False).peak
 
     needed = peak({})
     saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}

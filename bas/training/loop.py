@@ -144,16 +144,28 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator[Run]:
         timing.note("preparation", folder, run.models.device)
         with Interrupts() as run.interrupts:
             begin = 0
-            for phase in config.phases:
-                try:
-                    train_phase(run, phase, begin)
-                except Interrupted:
-                    timing.note(phase.name, folder, run.models.device)  # the part of it that was trained
-                    raise
-                timing.note(phase.name, folder, run.models.device)
-                begin += phase.steps
+            with moved(run.models.vae, torch.device("cpu")):  # the images are encoded
+                for phase in config.phases:
+                    try:
+                        train_phase(run, phase, begin)
+                    except Interrupted:
+                        timing.note(phase.name, folder, run.models.device)  # the part of it that was trained
+                        raise
+                    timing.note(phase.name, folder, run.models.device)
+                    begin += phase.steps
             yield run
             timing.note("saving", folder, run.models.device)
+
+
+@contextmanager
+def moved(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the block a network is on another device, where it takes no memory of its own."""
+    home = next(network.parameters()).device
+    network.to(device)
+    try:
+        yield
+    finally:
+        network.to(home)
 
 
 def train_phase(run: Run, phase: Phase, begin: int) -> None:
@@ -210,7 +222,8 @@ def do_rare_work(run: Run, state: PhaseState, step: int) -> None:
     due = bool(config.img_log_steps) and step % config.img_log_steps == 0
     if due and not (resumed and sheet_path(run.folder, step).exists()):
         try:
-            with writing(run.folder), autocast(run.models.device, run.precision):
+            device = run.models.device
+            with writing(run.folder), autocast(device, run.precision), moved(run.models.vae, device):
                 sheet = write_preview(run.folder, run.models, run.scene.handles, run.image, run.masks, config, step)
         except NotFiniteError as error:  # losses and weights have checks of their own
             log.warning("no preview after step %d: %s", step, error)

@@ -144,7 +144,8 @@ def setup_run(
         log_miniature(config)
         base = Base.open(path, device, metadata["base"], False, config.prediction_type, additions)
     models = fresh_models(base, scene, config)
-    check_savable(models, DTYPES[config.save_precision])
+    if config.kind.whole:
+        check_savable(models, DTYPES[config.save_precision])
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)
     exact = {}
     if precision == "bf16":

@@ -122,6 +122,14 @@ def test_full_size_models_have_the_known_numbers_of_layers_and_weights(name):
             for part in ("unet_lora", "text_encoder_lora"):
                 found += [round(sum(p.numel() for p in groups[part].values()) / 1e6, 3), len(groups[part]) // 2]
             assert tuple(found) == expected, targets
+    kept = {"lora": ("unet_lora", "text_encoder_lora"), "token": ("unet_token",)}
+    for kind, parts in kept.items():  # the files of default runs in fp16, with two handles: 40 MB at most
+        models, config = build_networks(find_spec(name)), TrainConfig.resolve({"train": kind})
+        add_adapters(models, config, 2)
+        groups = weight_groups(models)
+        numbers = sum(p.numel() for part in parts for p in groups[part].values())
+        assert config.save_precision == "fp16"
+        assert numbers * 2 < 40e6
     sizes = {part: sum(p.numel() for p in group.values()) for part, group in groups.items()}
     expected = (19.17, 9.58) if name == "sd15" else (25.56, 12.78)
     assert (round(sizes["cross_attention_kv"] / 1e6, 2), round(sizes["cross_attention_v"] / 1e6, 2)) == expected

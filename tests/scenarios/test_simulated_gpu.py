@@ -135,6 +135,7 @@ VARIANTS = (
     "--mixed_precision bf16 --exact_phase1 --attention_loss cross_entropy --close_ups --normalize_masked_loss",
     "--mixed_precision fp16 --optimizer adam --train cross_attention --class_data_dir {made}",
     "--mixed_precision no --background_handle bg --save_precision fp16 --lr_scheduler cosine",
+    "--mixed_precision bf16 --train token --rank 2",
 )
 
 
@@ -146,7 +147,7 @@ def test_every_kind_of_training_stays_on_its_device(bench, tmp_path):
     ]
     done = simulate(COMMAND_LINES, json.dumps(lines))
     assert done.returncode == 0, done.stderr
-    assert [(tmp_path / f"run{i}" / "concepts.safetensors").exists() for i in range(len(VARIANTS))] == [True] * 4
+    assert [(tmp_path / f"run{i}" / "concepts.safetensors").exists() for i in range(len(VARIANTS))] == [True] * 5
     assert len(list((tmp_path / "made").glob("*.png"))) == 2
 
 
@@ -163,7 +164,9 @@ bench = Bench(Path(sys.argv[1]))
 for precision in ("no", "bf16"):
     settings = {"device": "gpu", "mixed_precision": precision}
     whole, stopped = (bench.folder / f"{name} {precision}" for name in ("whole", "stopped"))
-    bas.train(bench.config(whole, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        before_step(patch, 4, lambda models, _: print(models.vae.post_quant_conv.weight.device, models.device))
+        bas.train(bench.config(whole, **settings))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted), heard():
         before_step(patch, 5, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         bas.train(bench.config(stopped, **settings))
@@ -172,9 +175,12 @@ for precision in ("no", "bf16"):
 
 
 def test_a_stopped_training_goes_on_on_its_device(tmp_path):
-    """To the same bits, as on the CPU: weights, masters and the optimizer's state find their way back."""
+    """To the same bits, as on the CPU: weights, masters and the optimizer's state find their way back.
+
+    While steps are taken, the VAE is in the host's memory.
+    """
     done = simulate(RESUMED, str(tmp_path))
-    assert done.stdout.splitlines() == ["no True", "bf16 True"], done.stderr
+    assert done.stdout.splitlines() == ["cpu gpu:0", "no True", "cpu gpu:0", "bf16 True"], done.stderr
 
 
 MINIATURE = """

@@ -333,7 +333,8 @@ def test_the_savings_are_differences_of_what_is_counted(scene, model, tmp_path, 
     monkeypatch.setattr("bas.training.dry_run.SAVINGS", SAVINGS[:1])  # each is a plan of its own
     settings = config(scene, model, tmp_path / "run")
     lean = replace(settings, gradient_checkpointing=True)
-    peaks = [plan_run(c, load_scene(c), model, "no", count_operations=False).peak for c in (settings, lean)]
+    cpu = torch.device("cpu")
+    peaks = [plan_run(c, load_scene(c), model, "no", cpu, count_operations=False).peak for c in (settings, lean)]
     advice = memory_advice(settings, 10**9)
     assert f"--gradient_checkpointing (about {human_size(peaks[0] - peaks[1])} less)" in advice
     assert "1.0 GB of it used at most" in advice
@@ -351,7 +352,7 @@ def test_a_disk_without_room_is_refused_before_weights_are_read(scene, model, tm
     with pytest.raises(InputError, match=r"has .* free, the run takes .*: make room, or try"):
         train(settings)
     monkeypatch.setattr("bas.training.disk_space.free_disk_space", lambda folder: needed)
-    require_disk_space(tmp_path, model, settings)
+    require_disk_space(tmp_path, model, settings, 1)
 
 
 def test_a_run_that_goes_on_needs_no_room_for_what_it_has(bench, tmp_path, monkeypatch):
@@ -420,7 +421,7 @@ def test_a_step_at_full_size_costs_what_was_predicted(sd21):
 
 @pytest.mark.parametrize(
     ("card", "gib", "counted"),
-    [("6gb", 6, 2.9), ("8gb", 8, 3.1), ("12gb", 12, 8.7), ("16gb", 16, 14.1), ("24gb", 24, 20.8)],
+    [("6gb", 6, 2.6), ("8gb", 8, 2.8), ("12gb", 12, 8.4), ("16gb", 16, 13.8), ("24gb", 24, 20.5)],
 )
 def test_a_card_holds_what_its_settings_take(sd21, card, gib, counted):
     """By the dry run's count for SD 2.1 at 512x512, as the pages print it, with a tenth of the card to spare.
@@ -433,7 +434,7 @@ def test_a_card_holds_what_its_settings_take(sd21, card, gib, counted):
         precision = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         add_adapters(models, config, 3)
         set_up(models, precision, config.gradient_checkpointing)
-        weights = sum(p.nbytes for part in (models.unet, models.vae, models.text_encoder) for p in part.parameters())
+        weights = sum(p.nbytes for part in (models.unet, models.text_encoder) for p in part.parameters())
         cost = phase_cost(models, data, config.phases[1], config, count_operations=False)
         for network in (models.unet, models.text_encoder):
             remove_adapters(network)
@@ -442,5 +443,5 @@ def test_a_card_holds_what_its_settings_take(sd21, card, gib, counted):
     assert peak(TrainConfig.resolve({"card": card})) / 2**30 == pytest.approx(counted, abs=0.06)
     assert counted < 0.9 * gib
     if card == "24gb":
-        assert peak(TrainConfig(mixed_precision="bf16")) / 2**30 == pytest.approx(22.7, abs=0.06)
-        assert 0.9 * gib < 22.7
+        assert peak(TrainConfig(mixed_precision="bf16")) / 2**30 == pytest.approx(22.4, abs=0.06)
+        assert 0.9 * gib < 22.4
