@@ -43,7 +43,7 @@ from bas.training.setup import check_input
 CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
 CHECKED = f"{CHECKED_WITHOUT_BASE}; every weight's name and shape (no values)"
 MEMORY_RULE = (
-    "counting weights, on a GPU without the VAE's, which leave it once the images are encoded, master weights, "
+    "counting weights, on a GPU without the VAE's unless Seg-Mix encodes images in each step, master weights, "
     "gradients, optimizer and what a step keeps for its backward pass (at half size in fp16); the allocator, work "
     "space of kernels and recomputed blocks are not counted"
 )
@@ -152,7 +152,7 @@ def plan_run(
         models.text_encoder.bfloat16()
     costs = {phase: phase_cost(models, data, phase, config, count_operations) for phase in config.phases}
     weights = sum(p.nbytes for network in (models.unet, models.text_encoder) for p in network.parameters())
-    if device.type == "cpu":
+    if device.type == "cpu" or config.seg_mix_probability:
         weights += sum(p.nbytes for p in models.vae.parameters())  # elsewhere it is moved off the device
     copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
     memory = {phase: phase_memory(weights, cost, precision, config, copied) for phase, cost in costs.items()}

@@ -144,7 +144,8 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator[Run]:
         timing.note("preparation", folder, run.models.device)
         with Interrupts() as run.interrupts:
             begin = 0
-            with moved(run.models.vae, torch.device("cpu")):  # the images are encoded
+            device = run.models.device if config.seg_mix_probability else torch.device("cpu")  # all else is encoded
+            with moved(run.models.vae, device):
                 for phase in config.phases:
                     try:
                         train_phase(run, phase, begin)
