@@ -10,15 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bas.cli.entry import main
-from bas.config import SampleConfig
-from bas.models.adapters import Change
+from bas.config import SampleConfig, TrainConfig
+from bas.models.adapters import Change, adapted_layers, add_adapters
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained.additions import Additions
-from bas.pretrained.embedding_files import file_names
+from bas.pretrained.embedding_files import file_names, write_embedding
 from bas.pretrained.exports import adapters_of
-from bas.pretrained.folder import load, save_model
+from bas.pretrained.folder import build_networks, load, save_model
+from bas.pretrained.hub import find_spec
 from bas.pretrained.ldm_keys import from_original, to_original
 from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
+from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import generate
 from tests.helpers.families import tiny
 from tests.helpers.small_runs import LORA, write_small_run
@@ -111,6 +113,18 @@ def test_embeddings_give_the_states_of_the_handles(base, run, cwd):
         assert metadata(cwd / f"{name}.safetensors")["bas.handle"] == f"<{name}>"
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_diffusers_reads_an_embedding_of_several_vectors(base, cwd, vectors):
+    """The states of a prompt with it are those that bas computes, with no difference at all."""
+    rows = torch.randn(vectors, 64, generator=torch.Generator().manual_seed(vectors))
+    write_embedding(cwd / "toy.safetensors", rows, {})
+    models = load(base, additions=Additions(embeddings=(cwd / "toy.safetensors",)))
+    pipe, prompt = pipeline(base, None, {"<toy>": cwd / "toy.safetensors"}), "a photo of <toy> at the beach"
+    theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+    ours = encode_prompts(models.text_encoder, models.tokenizer, [prompt])
+    assert torch.equal(ours, theirs)
+
+
 # --- The files ----------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +149,26 @@ def test_a_kohya_file_has_kohyas_names_and_one_alpha(base, run, cwd):
     assert ranks == {3, 4}
     projection = tensors["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"]
     assert projection.ndim == (2 if sd2 else 4)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("sd15", 264), ("sd21-base", 330)])
+def test_a_full_size_file_has_three_tensors_for_each_layer(name, layers):
+    """The default LoRA, without values: kohya's 192 layers of the UNet, and 72 or 138 of the text encoder."""
+    models = build_networks(find_spec(name))
+    add_adapters(models, TrainConfig(train="lora"), 0)
+    adapters = {
+        part: {
+            layer.removeprefix("text_model."): Change(adapted.lora_A.weight, adapted.lora_B.weight, 1.0)
+            for layer, adapted in adapted_layers(getattr(models, part))
+        }
+        for part in ("unet", "text_encoder")
+    }
+    tensors, texts = kohya_tensors(adapters)
+    assert len(tensors) == 3 * layers
+    assert (texts["ss_network_dim"], texts["ss_network_alpha"]) == ("16", "16.0")
+    assert f"lora_te_text_model_encoder_layers_{len(adapters['text_encoder']) // 6 - 1}_mlp_fc2.alpha" in tensors
+    shapes = {tuple(tensors[name].shape) for name in tensors if name.endswith("attentions_0_proj_in.lora_down.weight")}
+    assert {len(shape) for shape in shapes} == ({4} if name == "sd15" else {2})
 
 
 def test_metadata_and_card_say_what_programs_show(base, run, cwd):

@@ -24,6 +24,7 @@ from bas.training import loop as training
 from bas.training.base_model import Base
 from bas.training.loop import trained
 from bas.training.phase_state import trained_weights
+from tests.helpers.faults import before_step
 from tests.helpers.tiny import file_hashes, refused, snapshot
 
 LORA = {"train": "lora", "rank": 2, "conv_rank": 1, "alpha": 3.0, "learning_rate": 1e-2}
@@ -161,6 +162,21 @@ def test_a_small_run_resumes_to_the_same_bits(bench, tmp_path, monkeypatch, smal
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * count + header
     run = bas.train(bench.config(tmp_path / "run", resume_from_checkpoint="latest", **LORA))
     assert file_hashes(run, FILES) == file_hashes(small, FILES)
+
+
+def test_a_run_of_single_tokens_resumes_to_the_same_bits(bench, tmp_path, monkeypatch):
+    """Cut off before its last step."""
+    whole = bas.train(bench.config(tmp_path / "whole", train="token", rank=2))
+
+    def dying(*_):
+        raise CutOff
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 6, dying)
+        with pytest.raises(CutOff):
+            bas.train(bench.config(tmp_path / "run", checkpointing_steps=1, train="token", rank=2))
+    run = bas.train(bench.config(tmp_path / "run", resume_from_checkpoint="latest", train="token", rank=2))
+    assert file_hashes(run, FILES) == file_hashes(whole, FILES)
 
 
 def test_another_kind_does_not_resume(bench, tmp_path, small):

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import bas
 
@@ -55,6 +57,30 @@ def interleave(
             found[name] += time_calls(call, block, device)
         rounds += 1
     return found
+
+
+@contextmanager
+def optimizer_seconds(device: str) -> Iterator[dict[int, list[float]]]:
+    """Within the block, the seconds of the steps of optimizers, by the number of weights that they step."""
+    found: dict[int, list[float]] = {}
+    began = [0.0]
+
+    def now() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def start(*_) -> None:
+        began[0] = now()
+
+    def stop(optimizer: torch.optim.Optimizer, *_) -> None:
+        weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        found.setdefault(weights, []).append(now() - began[0])
+
+    hooks = register_optimizer_step_pre_hook(start), register_optimizer_step_post_hook(stop)
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 def ceilings(device: str) -> list[tuple[str, float, str]]:

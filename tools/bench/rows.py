@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tools.bench.bas_side import BasSide, Mode, chosen_modes, mode_named
-from tools.bench.clock import child, interleave
+from tools.bench.clock import child, interleave, optimizer_seconds
 from tools.bench.fidelity import Reference, fidelity, official_gradients
 from tools.bench.goals import failure, line
 from tools.bench.images import images
@@ -156,6 +156,24 @@ def scaling(bench, setting, _lines) -> Iterator[Line]:
                 yield line(setting, name, mode.name, bas=stats[value], ratio=ratio, note=note)
 
 
+def adapters(bench, setting, _lines) -> Iterator[Line]:
+    """A LoRA step of rank 16 against a full step of phase 2 without the time of its optimizer."""
+    mode = mode_named("bf16" if setting.device == "cuda" else "fp32")
+    lora, material = Mode("lora", mode.flags | {"train": "lora"}), bench.material(setting)
+    with ExitStack() as sides, optimizer_seconds(setting.device) as spent:
+        calls = {
+            each.name: sides.enter_context(closing(BasSide(material, each, 2, bench.fresh("run")))).step
+            for each in (mode, lora)
+        }
+        found = interleave(calls, setting.device, bench.rounds, bench.budget)
+    optimizer = Stat.of(spent[max(spent)]).median  # that of all weights
+    rest, ours = Stat.of([seconds - optimizer for seconds in found[mode.name]]), Stat.of(found["lora"])
+    ratio, note = share(rest, ours), f"against {rest.median:.3g} s"
+    yield line(
+        setting, "LoRA step against a full one without its optimizer", mode.name, bas=ours, ratio=ratio, note=note
+    )
+
+
 MEASURES = {
     "imports": imports,
     "steps": steps,
@@ -163,6 +181,7 @@ MEASURES = {
     "job": job,
     "images": images,
     "scaling": scaling,
+    "adapters": adapters,
     "loading": loading,
     "commands": commands,
     "scenes": scenes,
