@@ -178,7 +178,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     if rank:
         merged = {part: {name: as_lora(c, rank) for name, c in layers.items()} for part, layers in merged.items()}
     weights = dict(_tensors(base, merged))
-    ranks = [rank for source in sources for rank in source.tuned.token_ranks or (0,) * len(source.handles)]
+    ranks = [own for source in sources for own in source.tuned.token_ranks or (0,) * len(source.handles)]
     tuned = Tuned(weights, token_ranks=tuple(ranks) if any(ranks) else ())
     metadata = _metadata(sources, target, weights, rank)
     rows = torch.cat([source.concepts["handles"] for source in sources])

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -191,6 +192,19 @@ def test_a_run_starts_in_the_thread_that_trains(material, tmp_path, monkeypatch)
     side.step()
     side.close()
     assert threads == {side.thread}
+
+
+def test_a_lora_step_is_compared_with_a_full_one_without_its_optimizer(material, tmp_path):
+    """On the tiny model: the time of the full step's optimizer, told by PyTorch's hooks, is taken off."""
+    from tools.bench.rows import adapters
+
+    names = map(str, count())
+    given = SimpleNamespace(material=lambda _: material, rounds=2, budget=0, fresh=lambda _: tmp_path / next(names))
+    (found,) = adapters(given, SimpleNamespace(name="a model", device="cpu"), ())
+    assert found.bas.n == 2
+    rest = float(found.note.removeprefix("against ").removesuffix(" s"))
+    assert found.ratio == pytest.approx(found.bas.median / rest, rel=0.01)
+    assert rest > 0
 
 
 def test_what_goes_wrong_in_the_held_loop_is_raised(material, tmp_path, monkeypatch):
