@@ -134,7 +134,7 @@ def counted_seconds(trials: list[Trial], sampling: SampleConfig) -> float:
     for trial in trials:
         if trial.method not in known:
             scene, base, device, precision = check_input(trial.training)
-            plan = plan_run(trial.training, scene, base, precision)
+            plan = plan_run(trial.training, scene, base, precision, device)
             steps = sum(phase.steps * cost.operations for phase, cost in plan.costs.items())
             image = passes * unet_operations(plan.models, plan.data)
             known[trial.method] = steps, image, matrix_speed(device, DTYPES[precision])

@@ -81,9 +81,9 @@ Method = Callable[[Parts, Sequence[Source], Sequence[Adapters]], Adapters]
 def read_sources(
     runs: Sequence[Path], weights: Sequence[float], renames: Iterable[str], base: Path | None = None
 ) -> list[Source]:
-    """Read the runs to merge. renames: `RUN:<old>=<new>`, RUN as it was named or by its folder's name. base:
-    where their base is, if it was moved.
+    """Read the runs to merge.
 
+    renames: `RUN:<old>=<new>`, RUN as it was named or by its folder's name. base: where their base is, if it was moved.
     A handle that several runs have is called by its run too: <asset0> of runs/toys is <toys-asset0>. Raises InputError
     for a run that keeps a whole model, for runs on different bases, and for names that are wrong or remain equal.
     """
@@ -98,8 +98,10 @@ def read_sources(
         if metadata["config"]["prediction_type"] != read[0][1]["config"]["prediction_type"]:
             raise InputError(f"{run} was trained with another --prediction_type than {runs[0]}")
     names = _renamed(runs, [metadata["handles"] for _, metadata in read], renames)
-    tuned = map(read_tuned, runs)
-    return [Source(*each, base) for each in zip(runs, weights, names, tuned, *zip(*read, strict=True), strict=True)]
+    return [
+        Source(run, weight, handles, read_tuned(run), concepts, metadata, base)
+        for run, weight, handles, (concepts, metadata) in zip(runs, weights, names, read, strict=True)
+    ]
 
 
 def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: Iterable[str]) -> list[tuple[str, ...]]:
