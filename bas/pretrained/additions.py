@@ -3,7 +3,6 @@
 In `bas train` they are a part of the base: its hash counts them, and a small run looks for them beside it.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from bas.errors import InputError, check_float
 from bas.models.adapters import Change, Difference
 from bas.models.text import check_handles
 from bas.pretrained.embedding_files import read_embedding
-from bas.pretrained.folder import weights_hash
 from bas.pretrained.loading import Parts
 from bas.pretrained.lora_files import read_lora
 
@@ -51,20 +49,6 @@ class Additions:
 
         loras = tuple((place(path), weight) for path, weight in found.loras)
         return cls(loras, tuple(map(place, found.embeddings))) if settings["lora"] or settings["embedding"] else None
-
-
-def base_hash(path: Path, additions: Additions | None, remembered: bool = True) -> str:
-    """The hash of a base model with its additions: of its weights, and of each file with its weight or name.
-
-    remembered: as in `weights_hash`.
-    """
-    digest = weights_hash(path, remembered)
-    if additions is None:
-        return digest
-    lines = [f"base {digest}"]
-    lines += [f"lora {weights_hash(file, remembered)} {weight!r}" for file, weight in additions.loras]
-    lines += [f"embedding {weights_hash(file, remembered)} {file.stem}" for file in additions.embeddings]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def split_weight(text: str) -> tuple[Path, float]:

@@ -397,6 +397,20 @@ def weights_hash(path: str | Path, remembered: bool = True) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def base_hash(path: Path, additions: Additions | None, remembered: bool = True) -> str:
+    """The hash of a base model with its additions: of its weights, and of each file with its weight or name.
+
+    remembered: as in `weights_hash`.
+    """
+    digest = weights_hash(path, remembered)
+    if additions is None:
+        return digest
+    lines = [f"base {digest}"]
+    lines += [f"lora {weights_hash(file, remembered)} {weight!r}" for file, weight in additions.loras]
+    lines += [f"embedding {weights_hash(file, remembered)} {file.stem}" for file in additions.embeddings]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def _file_hash(path: Path, remembered: bool) -> str:
     """sha256 of a file's content, from the cache where that may be and the file is the same."""
     memory, key, state = cache_dir() / "hashes.json", str(path.resolve()), _file_state(path)

@@ -22,8 +22,8 @@ from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference, changed
 from bas.models.bundle import is_adapter, is_finite
 from bas.models.text import check_handles
-from bas.pretrained.additions import Additions, base_hash, with_additions
-from bas.pretrained.folder import read_parts
+from bas.pretrained.additions import Additions, with_additions
+from bas.pretrained.folder import base_hash, read_parts
 from bas.pretrained.hub import SHIPPED, find, is_known_elsewhere, manifest
 from bas.pretrained.loading import TEXT_PREFIX, Parts, name_of
 

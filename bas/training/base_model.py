@@ -13,8 +13,8 @@ from bas.models.adapters import remove_adapters
 from bas.models.bundle import Models
 from bas.models.text import mark_tokens
 from bas.models.vae import Posterior
-from bas.pretrained.additions import Additions, base_hash
-from bas.pretrained.folder import load
+from bas.pretrained.additions import Additions
+from bas.pretrained.folder import base_hash, load
 from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 

@@ -12,7 +12,8 @@ from bas.errors import InputError
 from bas.io.files import read_bytes
 from bas.io.json_files import MAX_ROWS_BYTES, check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
-from bas.pretrained.additions import Additions, base_hash
+from bas.pretrained.additions import Additions
+from bas.pretrained.folder import base_hash
 from bas.pretrained.hub import find
 from bas.schedulers import NoiseSchedule
 from bas.training.checkpoints import Checkpoint

@@ -25,8 +25,8 @@ from bas.evaluation.runner import (
 from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import read_config
-from bas.pretrained.additions import Additions, base_hash
-from bas.pretrained.folder import read_spec
+from bas.pretrained.additions import Additions
+from bas.pretrained.folder import base_hash, read_spec
 from bas.pretrained.hub import find
 from bas.pretrained.own_settings import read_own_settings
 from bas.runtime.distributed import Ranks, announce
