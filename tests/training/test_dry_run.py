@@ -93,10 +93,10 @@ def planned_once(monkeypatch, plans):
     """Lay out each run once for all tests: its folder changes no number."""
     original = planning.plan_run
 
-    def plan(settings, scene, base, precision, **how):
-        key = str((replace(settings, output_dir=""), base, precision, how))
+    def plan(settings, scene, base, precision, device, **how):
+        key = str((replace(settings, output_dir=""), base, precision, device, how))
         if key not in plans:
-            plans[key] = original(settings, scene, base, precision, **how)
+            plans[key] = original(settings, scene, base, precision, device, **how)
         return plans[key]
 
     monkeypatch.setattr(planning, "plan_run", plan)
