@@ -262,7 +262,7 @@ def prepare_seg_mix(
         named = [i for i, place in enumerate(shown) if place]
         decoded = decode_means(models, class_posterior.mean[named]) if named else []
         backgrounds = [(image, shown[i]) for i, image in zip(named, decoded, strict=True)]
-    seg_mix = SegMix(scene, (image.shape[2], image.shape[1]), backgrounds, config.seg_mix_move)
+    seg_mix = SegMix(scene, (image.shape[2], image.shape[1]), backgrounds, config.seg_mix_move, config.subset_sampling)
     return seg_mix if seg_mix.movable else None
 
 
@@ -306,8 +306,6 @@ def sample_mixed(
         pixels, layers = pixels.flip(-1), layers.flip(-1)
     view = encode_view(models, pixels, layers, config)
     shown = [i for i in sorted(extra.masks) if view.latent_masks[i].any()]
-    if not place and shown:
-        shown = [shown[i] for i in sample_subset(len(shown), config.subset_sampling, generator)]
     return Example(view, shown, place, whole=bool(place))
 
 

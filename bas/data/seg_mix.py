@@ -33,10 +33,10 @@ class CutOut:
 class SegMix:
     """Images in which concepts, cut out of the scene, stand on other backgrounds, at other places, in other sizes.
 
-    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Union sampling decides which concepts an image
-    shows. They are cut out of the scene's image, or of an extra image that shows them. The largest gets a random size,
-    the others keep theirs beside it. Concepts cover each other only where there is no room. A concept that covers most
-    of the scene is left out: it is the background of the others.
+    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Which concepts an image shows is sampled as the
+    subsets of the method are. They are cut out of the scene's image, or of an extra image that shows them. The largest
+    gets a random size, the others keep theirs beside it. Concepts cover each other only where there is no room. A
+    concept that covers most of the scene is left out: it is the background of the others.
     """
 
     def __init__(
@@ -45,13 +45,15 @@ class SegMix:
         size: tuple[int, int],
         backgrounds: Sequence[tuple[Image.Image, str]] = (),
         move: float = 1,
+        sampling: str = "union",
     ):
         """Cut the concepts out.
 
         size: (W, H) in pixels of plain colours. backgrounds: class images, each with its place; none for plain colours.
-        move: 1 for any place and size, 0 for those in the image, or the share between them.
+        move: 1 for any place and size, 0 for those in the image, or the share between them. sampling: which concepts an
+        image shows, as `sample_subset` takes it.
         """
-        self.size, self.backgrounds, self.move = size, tuple(backgrounds), move
+        self.size, self.backgrounds, self.move, self.sampling = size, tuple(backgrounds), move, sampling
         self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
         images = [(scene.image, dict(enumerate(scene.masks)))]
         images += [(extra.image, extra.masks) for extra in scene.extra_images if not extra.close_up]
@@ -70,7 +72,7 @@ class SegMix:
     def on(self, background: Image.Image, generator: torch.Generator) -> ExtraImage:
         """Make an image on this background, which is not changed itself."""
         canvas = background.copy()
-        chosen = [self.movable[j] for j in sample_subset(len(self.movable), "union", generator)]
+        chosen = [self.movable[j] for j in sample_subset(len(self.movable), self.sampling, generator)]
         sources = [source for source in self.sources if source[1].keys() >= {*chosen}]
         size, cuts = sources[int(torch.randint(len(sources), (), generator=generator))]
         longest = max(max(cuts[concept].image.size) for concept in chosen)

@@ -36,6 +36,10 @@ VARIANTS: dict[str, Variant] = {
     ),
     "close-ups": Variant("close-ups as extra images", "option", {"close_ups": True}),
     "no-close-ups": Variant("the image alone, the official way", "option", {"close_ups": False}),
+    "seg-mix": Variant(
+        "concepts pasted onto class images", "option", {"seg_mix_probability": 1.0, "seg_mix_move": 0.0}
+    ),
+    "no-seg-mix": Variant("concepts in their image alone, the official way", "option", {"seg_mix_probability": 0.0}),
     "uniform": Variant("every subset equally likely", "option", {"subset_sampling": "uniform"}),
 }
 PAPER = tuple(name for name, row in VARIANTS.items() if row.kind != "option")

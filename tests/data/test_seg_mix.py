@@ -196,14 +196,17 @@ def test_the_probability_is_that_of_a_row(bench):
 
 
 def test_on_plain_colours_only_the_inside_counts(bench):
-    """Without class images no place is named, and a subset of what is shown may be."""
-    config = bench.config(with_prior_preservation=False, seg_mix_probability=1.0)
-    models, data = bench.prepared(config)
-    generator = torch.Generator().manual_seed(0)
-    examples = [sample_example(data, models, config, generator) for _ in range(40)]
-    assert {(example.place, example.whole) for example in examples} == {("", False)}
-    shown = [sum(bool(mask.any()) for mask in example.view.latent_masks) for example in examples]
-    assert any(len(example.chosen) < count for example, count in zip(examples, shown, strict=True))
+    """Without class images no place is named. The setting for subsets decides how many concepts an image shows."""
+    for sampling, sizes in (("union", {1, 2, 3}), ("single", {1}), ("all", {3})):
+        config = bench.config(with_prior_preservation=False, seg_mix_probability=1.0, subset_sampling=sampling)
+        models, data = bench.prepared(config)
+        generator = torch.Generator().manual_seed(0)
+        examples = [sample_example(data, models, config, generator) for _ in range(20)]
+        assert {(example.place, example.whole) for example in examples} == {("", False)}
+        shown = [sum(bool(mask.any()) for mask in example.view.latent_masks) for example in examples]
+        assert shown == [len(example.chosen) for example in examples]
+        assert max(shown) == max(sizes)
+        assert (1 in shown) == (1 in sizes)
 
 
 def test_a_probability_above_one_is_refused(bench):
