@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from bas.errors import InputError
+from bas.io import figures
 from tools.checks import combine
 from tools.checks.combine import (
     BOXES,
@@ -196,6 +197,10 @@ def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, c
     assert all(row["boxed"].keys() == {"usual", "swapped"} for row in scene["images"])
     assert "| true concepts, drawn: pairs | 2 | 100 % | 0 % |" in capsys.readouterr().out
     assert (tmp_path / "seed0-00" / "sheet.png").exists()
+    cells = 2 + 2 + 2  # the scene and its masks; two concepts alone; both in two places
+    with Image.open(tmp_path / "figure.png") as figure, Image.open(tmp_path / "seed0-00" / "row.png") as row:
+        assert figure.size == row.size
+        assert figure.width == figures.MARGIN + cells * (combine.CELL + figures.MARGIN)
 
     def fail(*args):
         raise AssertionError("trained again")

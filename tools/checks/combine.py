@@ -21,8 +21,9 @@ the next one of the scene. `--layout` steers images into either; without it the 
 
 Two ceilings stand beside: the true concepts drawn by the world in the same places, and each scene's image through the
 VAE. A second call goes on: a finished run is not trained again, and a scene that is measured with the same settings is
-not measured again. DIR holds table.md, scores.json and, for each scene, sheet.png, its scores and its run. Steered
-images have files of their own beside those of plain ones, as table-layout-swapped.md.
+not measured again. DIR holds table.md, scores.json, and figure.png with a row for each scene. The folder of each scene
+holds sheet.png, its scores and its run. Steered images have files of their own beside those of plain ones, as
+table-layout-swapped.md.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid, tint_masks
 from bas.io.files import write_text
-from bas.io.images import save_image
+from bas.io.images import read_image, save_image
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
@@ -74,6 +75,7 @@ FINER = 4  # times SIDE, of the scenes' images: close-ups stay sharp
 SETS_APART = 1_000_003  # between the generators of two seeds
 FIRST_NOISE = 1000  # the seed of the first image of each prompt
 CELL = 112  # pixels of an image on the sheets
+ROW = 6  # generated images of a scene in the figure
 SIZES = {1: "alone", 2: "pairs", 3: "triples", 4: "all four"}  # of subsets
 SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed", "height", "width", "layout"}
 BOXES = ("usual", "swapped")
@@ -297,7 +299,9 @@ def measure(
     decoded = [Image.fromarray(image) for image in through_vae(models, [np.array(truth.image)])]
     image, masks = load_scene(trained).tensors(models.resolution, models.size_multiple)
     maps = scene_attention(models, models.handles[: len(truth.masks)], image, trained)
-    save_image(sheet(truth, decoded[0], images, shown, config.num_images), folder / f"sheet{variant(config, kind)}.png")
+    first = list(zip(images, shown, strict=True))[:: config.num_images]
+    save_image(sheet(truth, decoded[0], first), folder / f"sheet{variant(config, kind)}.png")
+    save_image(figure_row(truth, first), folder / f"row{variant(config, kind)}.png")
     return {
         "concepts": [asdict(obj) for obj in layout.objects],
         "background": layout.background,
@@ -310,13 +314,13 @@ def measure(
     }
 
 
-def sheet(truth: Truth, decoded: Image.Image, images: list[Image.Image], shown: list[Shown], seeds: int) -> Image.Image:
+def sheet(truth: Truth, decoded: Image.Image, first: list[tuple[Image.Image, Shown]]) -> Image.Image:
     """Put the scene and the first seed of every request on one sheet, a row for each subset."""
     masks = dict(enumerate(truth.masks))
     rows = [[truth.image, tint_masks(truth.image, masks), decoded]]
     labels = [["the scene", "and its masks", "through the VAE"]]
     last = None
-    for image, found in list(zip(images, shown, strict=True))[::seeds]:
+    for image, found in first:
         if found.subset != last:
             rows.append([])
             labels.append([])
@@ -327,6 +331,28 @@ def sheet(truth: Truth, decoded: Image.Image, images: list[Image.Image], shown: 
         named = " and ".join(map(str, found.subset))
         labels[-1].append(f"{named}, {found.place}: {'right' if found.right else 'wrong'} {values}{guests}")
     return grid(rows, labels, CELL, title="named concepts, place, likeness, +guests")
+
+
+def figure_row(truth: Truth, first: list[tuple[Image.Image, Shown]]) -> Image.Image:
+    """Put a scene, its masks, each concept alone and then all of them into one row, each image in the next place."""
+    places = list(dict.fromkeys(found.place for _, found in first))
+    every = tuple(range(len(truth.masks)))
+    wanted = [((i,), places[i % len(places)]) for i in every]
+    wanted += [(every, place) for place in places[: ROW - len(every)]]
+    drawn = {(found.subset, found.place): image for image, found in first}
+    names = [" and ".join(f"<asset{i}>" for i in subset) for subset, _ in wanted]
+    labels = [f"{name} {PLACES[place][0]}" for name, (_, place) in zip(names, wanted, strict=True)]
+    images = [truth.image, tint_masks(truth.image, dict(enumerate(truth.masks))), *(drawn[key] for key in wanted)]
+    return grid([images], [["the scene", "and its masks", *labels]], CELL)
+
+
+def stack(rows: list[Image.Image]) -> Image.Image:
+    """Put images below each other, as wide as the widest."""
+    paper = rows[0].getpixel((0, 0))
+    whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), paper)
+    for i, row in enumerate(rows):
+        whole.paste(row, (0, sum(above.height for above in rows[:i])))
+    return whole
 
 
 # --- The table ----------------------------------------------------------------------------------------------------
@@ -451,6 +477,7 @@ def main() -> None:
         scores = {"about": about, "weights": weights_hash(base), "changes": changes, **stated, "scenes": scenes}
         write_json(out / f"scores{suffix}.json", scores | {"by_size": by_size(scenes, "images")})
         write_text(out / f"table{suffix}.md", markdown(scores))
+        save_image(stack([read_image(out / done / f"row{suffix}.png") for done in scenes]), out / f"figure{suffix}.png")
     print((out / f"table{suffix}.md").read_text(encoding="utf-8"))
 
 
