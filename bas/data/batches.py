@@ -280,9 +280,10 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
 def sample_example(data: TrainingData, models: Models, config: TrainConfig, generator: torch.Generator) -> Example:
     """Sample an image, all equally likely, then a subset of the concepts that it shows, then whether it is mirrored.
 
-    A single image takes no random number. With `seg_mix_probability` it is one of Seg-Mix instead.
+    A single image takes no random number. With `seg_mix_probability` it is one of Seg-Mix instead: less often by the
+    share of concepts that are never cut out, which only the images show.
     """
-    if data.seg_mix and torch.rand((), generator=generator) < config.seg_mix_probability:
+    if data.seg_mix and torch.rand((), generator=generator) < config.seg_mix_probability * data.seg_mix.share:
         example = sample_mixed(data.seg_mix, data, models, config, generator)
         if example.chosen:
             return example

@@ -55,6 +55,7 @@ class SegMix:
         """
         self.size, self.backgrounds, self.move, self.sampling = size, tuple(backgrounds), move, sampling
         self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
+        self.share = len(self.movable) / len(scene)  # of the concepts
         images = [(scene.image, dict(enumerate(scene.masks)))]
         images += [(extra.image, extra.masks) for extra in scene.extra_images if not extra.close_up]
         self.sources = [

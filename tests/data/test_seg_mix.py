@@ -1,5 +1,6 @@
 """Seg-Mix: concepts cut out of the scene at other places and sizes, and how often a step samples them."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -193,6 +194,21 @@ def test_the_probability_is_that_of_a_row(bench):
     assert 60 < scenes(0.5, 200) < 140
     _, data = bench.prepared(bench.config(with_prior_preservation=False))
     assert data.seg_mix is None
+
+
+def test_a_background_is_learnt_from_the_image(bench, tmp_path):
+    """It is never cut out. So a share of 3 of 4 rows is mixed at a probability of 1, and the others may name it."""
+    scene = shutil.copytree(bench.scene, tmp_path / "scene")
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(scene / "mask3.png")
+    config = bench.config(instance_data_dir=str(scene), with_prior_preservation=False, seg_mix_probability=1.0)
+    models, data = bench.prepared(config)
+    views = {id(view) for image in data.images for view in image.views}
+    generator = torch.Generator().manual_seed(0)
+    examples = [sample_example(data, models, config, generator) for _ in range(200)]
+    plain = [example for example in examples if id(example.view) in views]
+    assert 25 < len(plain) < 75
+    assert any(3 in example.chosen for example in plain)
+    assert not any(3 in example.chosen for example in examples if id(example.view) not in views)
 
 
 def test_on_plain_colours_only_the_inside_counts(bench):
