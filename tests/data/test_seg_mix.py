@@ -199,7 +199,9 @@ def test_the_probability_is_that_of_a_row(bench):
 def test_a_background_is_learnt_from_the_image(bench, tmp_path):
     """It is never cut out. So a share of 3 of 4 rows is mixed at a probability of 1, and the others may name it."""
     scene = shutil.copytree(bench.scene, tmp_path / "scene")
-    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(scene / "mask3.png")
+    ground = np.full((32, 32), 255, np.uint8)
+    ground[:4] = 0
+    Image.fromarray(ground).save(scene / "mask3.png")
     config = bench.config(instance_data_dir=str(scene), with_prior_preservation=False, seg_mix_probability=1.0)
     models, data = bench.prepared(config)
     views = {id(view) for image in data.images for view in image.views}
