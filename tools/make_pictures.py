@@ -15,7 +15,7 @@ from PIL import Image
 
 from bas.cli.entry import main as bas
 from bas.io.figures import grid, tint_masks
-from bas.io.images import read_image, read_mask
+from bas.io.images import read_image, read_mask, to_floats
 from bas.pretrained.hub import find
 from bas.web.report import SHEET
 from tools.checks.applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
@@ -47,7 +47,9 @@ def publish(image: Path, name: str) -> None:
 
 def with_masks(folder: Path) -> Image.Image:
     """The image of a scene folder, its masks in their concepts' colours."""
-    masks = {int(path.stem.removeprefix("mask")): read_mask(path) for path in sorted(folder.glob("mask*.png"))}
+    masks = {
+        int(path.stem.removeprefix("mask")): to_floats(read_mask(path)) for path in sorted(folder.glob("mask*.png"))
+    }
     return tint_masks(read_image(folder / "img.png"), masks)
 
 
@@ -55,7 +57,7 @@ def draw_edit(model: Path, work: Path) -> None:
     """Put each learnt object where another stood: the image and the mask, then one edit beside the other."""
     photo, place = work / "photo", PLACES[PHOTO.background][0]
     save_scene(realise(PHOTO, describe(PHOTO), PHOTO_SIDE), photo)
-    mask = np.zeros_like(found := read_mask(photo / "mask0.png"))
+    mask = np.zeros_like(found := to_floats(read_mask(photo / "mask0.png")))
     mask[loose_box(found)] = 1
     Image.fromarray((255 * mask).astype(np.uint8)).save(work / "where.png")
     source = read_image(photo / "img.png")

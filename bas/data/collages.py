@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from bas.config import METHODS, TrainConfig
-from bas.data.scene import ExtraImage, Scene, sample_subset
+from bas.data.scene import ExtraImage, Scene, sample_subset, union
 from bas.data.scene_folder import load_scene
+from bas.io.images import strips, to_floats
 
 
 def scene_for_method(config: TrainConfig) -> Scene:
@@ -46,8 +47,13 @@ def collect(scene: Scene, count: int, seed: int) -> Scene:
 
 
 def paste(image: Image.Image, masks: list[np.ndarray], generator: torch.Generator) -> Image.Image:
-    """Paste what lies inside any of the masks (H, W) on a plain colour, sampled uniformly from RGB. Soft edges mix."""
-    colour = torch.randint(256, (3,), generator=generator).numpy()
-    inside = np.maximum.reduce(masks)[..., None]
-    mixed = np.asarray(image, dtype=np.float32) * inside + colour * (1 - inside)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    """Paste what lies inside any of the masks, (H, W) uint8, on a plain colour, sampled uniformly from RGB.
+
+    Soft edges mix.
+    """
+    colour, mixed = torch.randint(256, (3,), generator=generator).numpy(), image.copy()
+    for top, strip in strips(image):
+        inside = to_floats(union(mask[top : top + strip.height] for mask in masks))[..., None]
+        pasted = np.asarray(strip, dtype=np.float32) * inside + colour * (1 - inside)
+        mixed.paste(Image.fromarray(pasted.round().astype(np.uint8)), (0, top))
+    return mixed

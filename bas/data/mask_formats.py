@@ -31,7 +31,18 @@ from bas.data.mask_shapes import (
 )
 from bas.errors import InputError
 from bas.io.files import MAX_BYTES, human_size
-from bas.io.images import MAX_PIXELS, has_alpha, image_size, open_image, read_mask, read_orientation, to_array
+from bas.io.images import (
+    MAX_PIXELS,
+    STRIP,
+    from_inside,
+    has_alpha,
+    image_size,
+    open_image,
+    read_mask,
+    read_orientation,
+    to_array,
+    to_levels,
+)
 from bas.io.json_files import read_content
 
 log = logging.getLogger(__name__)
@@ -39,7 +50,7 @@ log = logging.getLogger(__name__)
 NUMBERED = re.compile(r"(mask|cutout)(0|[1-9][0-9]*)\.png")
 NEARLY = re.compile(r"(mask|cutout)[ _-]?(\d+)\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|heic|heif)", re.IGNORECASE)
 MAX_MASKS = 64  # of one scene; a label map with more values was smoothed, or saved with loss
-MAX_TOTAL = 200_000_000  # pixels of all masks together, 800 MB
+MAX_TOTAL = 200_000_000  # pixels of all masks together, 200 MB
 UNDECIDED = (224, 224, 192)  # colour of the border that PASCAL VOC leaves undecided, palette entry 255
 MAX_CLASSES = 64  # label maps whose other values are below that number classes, and 255 is none
 
@@ -62,7 +73,7 @@ class FoundMask:
 
     @property
     def values(self) -> np.ndarray:
-        """(H, W) float32 in [0, 1], at the source's own size."""
+        """(H, W) uint8, 255 inside, at the source's own size."""
         return self.read()
 
 
@@ -148,11 +159,11 @@ def check_total(name: str, count: int, size: tuple[int, int]) -> None:
 
 
 def read_cutout(path: Path) -> np.ndarray:
-    """The alpha channel of a cut-out as its mask, (H, W) float32 in [0, 1]. Its colours are not read."""
+    """The alpha channel of a cut-out as its mask, (H, W) uint8. Its colours are not read."""
     image = open_image(path)
     if not has_alpha(image):
         raise InputError(f"{path} has no alpha channel: a cut-out is transparent where the concept is not")
-    return np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.float32) / 255
+    return to_array(image.convert("RGBA").getchannel("A"))
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
@@ -206,11 +217,11 @@ def label_name(value: Any) -> str:
 
 
 def _equal(labels: np.ndarray, value: Any) -> np.ndarray:
-    """Where a label map (H, W) or (H, W, 3) has a value, as float32."""
+    """Where a label map (H, W) or (H, W, 3) has a value, as a mask."""
     if not isinstance(value, tuple):
-        return (labels == value).astype(np.float32)
+        return from_inside(labels == value)
     red, green, blue = (labels[..., i] == part for i, part in enumerate(value))
-    return (red & green & blue).astype(np.float32)
+    return from_inside(red & green & blue)
 
 
 def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
@@ -241,10 +252,10 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 
 def _scaled(mask: np.ndarray, full: int) -> np.ndarray:
-    """A mask of 0..full as float32 in [0, 1]."""
-    values = mask.astype(np.float32)
-    if full != 1:
-        values /= full
+    """A mask (H, W) of 0..full as uint8, 255 for full."""
+    values, rows = np.empty(mask.shape, np.uint8), max(STRIP // mask.shape[1], 1)
+    for top in range(0, len(mask), rows):
+        values[top : top + rows] = to_levels(mask[top : top + rows] / np.float32(full))
     return values
 
 
@@ -283,8 +294,8 @@ def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 
 def _rasterised(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A polygon as a mask, float32."""
-    return rasterise_polygon(points, size).astype(np.float32)
+    """A polygon as a mask."""
+    return from_inside(rasterise_polygon(points, size))
 
 
 def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
@@ -327,10 +338,10 @@ def _check_polygons(annotations: list[dict], size: tuple[int, int], name: str) -
 
 
 def _annotated(annotation: dict, size: tuple[int, int], name: str) -> np.ndarray:
-    """The mask of a COCO annotation, float32, compared with its own bbox and area."""
+    """The mask of a COCO annotation, compared with its own bbox and area."""
     mask = segmentation_mask(annotation.get("segmentation"), size, name)
     _warn(check_annotation(mask, annotation, name))
-    return mask.astype(np.float32, order="C")  # rows first, or Pillow would copy it before it is resized
+    return from_inside(mask)
 
 
 def _warn(message: str | None) -> None:

@@ -3,7 +3,9 @@
 A scene may hold extra images of the same concepts. Image and masks are resized and cropped together.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations
 from math import gcd
 
@@ -13,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.errors import CONTROL, MAX_SIDE, InputError, is_utf8
-from bas.io.images import fit, pixels
+from bas.io.images import fit, fit_mask, pixels
 from bas.models.text import HANDLE
 
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
@@ -31,7 +33,7 @@ class ExtraImage:
 
     name: str  # of its folder, for messages
     image: Image.Image  # RGB, upright
-    masks: dict[int, np.ndarray]  # by concept: arrays (H, W) float32 in [0, 1]
+    masks: dict[int, np.ndarray]  # by concept: arrays (H, W) uint8, 255 inside
     close_up: bool = False  # a part of the scene's image
 
     def tensors(self, height: int, width: int, count: int) -> tuple[Tensor, Tensor]:
@@ -44,8 +46,7 @@ class ExtraImage:
         box = (left, top, left + width, top + height)
         masks = torch.zeros(count, height, width)
         for i, mask in self.masks.items():
-            layer = fit(Image.fromarray(mask), size, Image.Resampling.BILINEAR).crop(box)
-            masks[i] = torch.from_numpy(np.array(layer))
+            masks[i] = torch.from_numpy(np.array(fit_mask(mask, size).crop(box)))
         return pixels(fit(self.image, size, Image.Resampling.BICUBIC).crop(box)), masks
 
 
@@ -54,7 +55,7 @@ class Scene:
     """An image and its concepts, read and checked, at the image's own size."""
 
     image: Image.Image  # RGB, upright
-    masks: list[np.ndarray]  # N arrays (H, W) float32 in [0, 1], soft edges kept
+    masks: list[np.ndarray]  # N arrays (H, W) uint8, 255 inside, soft edges kept
     handles: tuple[str, ...]  # N names such as <asset0>
     words: tuple[str | None, ...]  # N initial words, None for a handle that starts from a random row
     extra_images: tuple[ExtraImage, ...] = ()
@@ -77,8 +78,8 @@ class Scene:
         """
         size, box = resize_and_crop_box(self.image.size, resolution, multiple, square)
         image = pixels(fit(self.image, size, Image.Resampling.BICUBIC).crop(box))
-        layers = [fit(Image.fromarray(mask), size, Image.Resampling.BILINEAR).crop(box) for mask in self.masks]
-        return image, torch.stack([torch.from_numpy(np.array(layer)) for layer in layers])
+        layers = [np.array(fit_mask(mask, size).crop(box)) for mask in self.masks]
+        return image, torch.stack([torch.from_numpy(layer) for layer in layers])
 
 
 # --- Sizes --------------------------------------------------------------------------------------------------------
@@ -126,17 +127,17 @@ def with_background(scene: Scene, name: str) -> Scene:
 
     name: its handle, with or without < >. Raises InputError for a name in use, and where the masks cover everything.
     """
-    handle, rest = bracketed(name), 1 - np.maximum.reduce(scene.masks)
+    handle, rest = bracketed(name), ~union(scene.masks)
     if not HANDLE.fullmatch(handle):
         raise InputError(f"--background_handle {name}: expected 1 to 32 letters, digits, _ or -")
     if handle in scene.handles:
         raise InputError(f"--background_handle {handle}: the scene has a concept of that name")
-    if rest.max() < DARKEST_MASK:
+    if rest.max() < 255 * DARKEST_MASK:
         raise InputError(f"--background_handle {handle}: the masks cover the whole image, no background is left")
     extra_images = []
     for extra in scene.extra_images:
-        left_over = 1 - np.maximum.reduce(list(extra.masks.values()))
-        shown = {len(scene): left_over} if left_over.max() >= DARKEST_MASK else {}
+        left_over = ~union(extra.masks.values())
+        shown = {len(scene): left_over} if left_over.max() >= 255 * DARKEST_MASK else {}
         extra_images.append(replace(extra, masks=extra.masks | shown))
     masks, handles, words = [*scene.masks, rest], (*scene.handles, handle), (*scene.words, "background")
     return Scene(scene.image, masks, handles, words, tuple(extra_images))
@@ -154,7 +155,8 @@ def with_close_ups(scene: Scene) -> Scene:
         raise InputError(f"--close_ups: {count} concepts have {2**count - 2} subsets to show: {expected}")
     close_ups = []
     for subset in (c for size in range(1, count) for c in combinations(range(count), size)):
-        ys, xs = np.nonzero(np.maximum.reduce([scene.masks[i] for i in subset]) > 0.5)
+        inside = union(scene.masks[i] for i in subset)
+        ys, xs = (np.flatnonzero(inside.max(axis=axis) > 127) for axis in (1, 0))
         if len(ys) == 0:
             continue
         (left, right), (top, bottom) = (xs.min(), xs.max() + 1), (ys.min(), ys.max() + 1)
@@ -168,6 +170,11 @@ def with_close_ups(scene: Scene) -> Scene:
         name = "-".join(("close-up", *map(str, subset)))
         close_ups.append(ExtraImage(name, scene.image.crop((x, y, x + w, y + h)), masks, close_up=True))
     return replace(scene, extra_images=(*scene.extra_images, *close_ups))
+
+
+def union(masks: Iterable[np.ndarray]) -> np.ndarray:
+    """What lies in any of the masks, (H, W) uint8. Of one mask it is that mask."""
+    return reduce(np.maximum, masks)
 
 
 def overlaps(masks: np.ndarray, i: int) -> dict[int, float]:

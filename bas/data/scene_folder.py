@@ -40,14 +40,14 @@ from bas.data.scene import (
 )
 from bas.errors import InputError, did_you_mean
 from bas.io.files import reading
-from bas.io.images import LABELS_ADVICE, SUFFIXES, TURNS, image_size, read_image, read_orientation, to_array
+from bas.io.images import LABELS_ADVICE, SUFFIXES, TURNS, image_size, read_image, to_array, upright_size
 from bas.io.json_files import check_shape
 from bas.models.text import check_name
 
 log = logging.getLogger(__name__)
 
 UNREADABLE = (".svg", ".psd", ".xcf", ".pdf", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".ppm")
-MAX_EXTRA = 400_000_000  # pixels of all extra images and their masks together, 1.6 GB
+MAX_EXTRA = 400_000_000  # pixels of all extra images and their masks together, 1 GB at most
 LIKELY_INVERTED = 0.8  # of the image
 FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
 
@@ -75,20 +75,20 @@ def load_scene(config: TrainConfig) -> Scene:
 def read_folder(folder: Path, config: TrainConfig) -> Scene:
     """The images and masks of a scene folder, checked, with the names that the settings give."""
     image_path, mask_files = find_files(folder)
-    image = read_image(image_path)
-    found = read_source(mask_files, image.size)
+    size, orientation = upright_size(image_path)  # decoded last: beside it, the memory would not hold large masks
+    found = read_source(mask_files, size)
     handles, words = name_concepts(config, folder, found)
     masks: list[np.ndarray] = []
     for concept in found:
         path = folder / concept.name
-        mask = match_size(concept.values, path, image, image_path)
+        mask = match_size(concept.values, path, size, image_path)
         check_coverage(path, mask)
         for other, earlier in zip(found, masks, strict=False):
             if np.array_equal(mask, earlier):
                 raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
         masks.append(mask)
-    warn_if_turned(image_path, image, found)
-    return Scene(image, masks, handles, words, read_extra_images(folder, len(masks)))
+    warn_if_turned(image_path, size, orientation, found)
+    return Scene(read_image(image_path), masks, handles, words, read_extra_images(folder, len(masks)))
 
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -173,13 +173,13 @@ def find_extra_files(folder: Path, count: int) -> tuple[Path, dict[int, Path]]:
 
 def read_extra_image(image_path: Path, mask_files: dict[int, Path]) -> ExtraImage:
     """One extra image, named by its folder."""
-    image, masks, found = read_image(image_path), {}, []
+    (size, orientation), masks, found = upright_size(image_path), {}, []
     for number, path in mask_files.items():
         found.append(mask_in_file(path))
-        masks[number] = match_size(found[-1].values, path, image, image_path)
+        masks[number] = match_size(found[-1].values, path, size, image_path)
         check_coverage(path, masks[number])
-    warn_if_turned(image_path, image, found)
-    return ExtraImage(image_path.parent.name, image, masks)
+    warn_if_turned(image_path, size, orientation, found)
+    return ExtraImage(image_path.parent.name, read_image(image_path), masks)
 
 
 # --- Names --------------------------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ def name_concepts(
 # --- Masks --------------------------------------------------------------------------------------------------------
 
 
-def match_size(mask: np.ndarray, path: Path, image: Image.Image, image_path: Path) -> np.ndarray:
-    """The mask at the image's size: (H, W). Resizes another size of the same shape; another shape is an InputError."""
-    (h, w), (image_w, image_h) = mask.shape, image.size
+def match_size(mask: np.ndarray, path: Path, size: tuple[int, int], image_path: Path) -> np.ndarray:
+    """The mask at the image's (W, H), as (H, W) uint8. Resizes one of the same shape; another is an InputError."""
+    (h, w), (image_w, image_h) = mask.shape, size
     if (w, h) == (image_w, image_h):
         return mask
     sizes = f"{path} is {w}x{h}, {image_path.name} is {image_w}x{image_h}"
@@ -250,18 +250,21 @@ def match_size(mask: np.ndarray, path: Path, image: Image.Image, image_path: Pat
         raise InputError(f"{sizes}: they must have the same shape{hint}")
     log.warning("%s: the mask is resized", sizes)
     check_not_black(path, mask)
-    return to_array(Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR))
+    return to_array(Image.fromarray(mask).resize(size, Image.Resampling.BILINEAR))
 
 
-def warn_if_turned(image_path: Path, image: Image.Image, masks: Sequence[FoundMask]) -> None:
+def warn_if_turned(
+    image_path: Path, size: tuple[int, int], orientation: int | None, masks: Sequence[FoundMask]
+) -> None:
     """Warn where an image is turned by its EXIF tag and it is unknown whether its masks were made on the turned image.
 
+    size: its (W, H), upright; orientation: what its tag says.
     It is known of a mask with an EXIF tag of its own, and of one whose size fits the upright image alone.
     """
-    orientation = read_orientation(image_path)
     if orientation in (None, 1):
         return
-    swaps_sides = orientation >= 5 and not _same_shape(image.width / image.height, image.height / image.width)
+    (width, height) = size
+    swaps_sides = orientation >= 5 and not _same_shape(width / height, height / width)
     unknown = [mask.name for mask in masks if not (mask.oriented or (swaps_sides and mask.sized))]
     if unknown:
         names = unknown[0] if len(unknown) == 1 else f"{unknown[0]} to {unknown[-1]}"
@@ -284,13 +287,13 @@ def check_not_black(path: Path, mask: np.ndarray) -> None:
 def check_coverage(path: Path, mask: np.ndarray) -> None:
     """Raise InputError for a mask that shows nothing or everything, and warn about an unlikely one. mask: (H, W)"""
     check_not_black(path, mask)
-    if mask.max() < DARKEST_MASK:
-        raise InputError(f"{path} is nearly black, {255 * mask.max():.0f} of 255 at most: {LABELS_ADVICE}")
-    if mask.min() == 1:
+    if mask.max() < 255 * DARKEST_MASK:
+        raise InputError(f"{path} is nearly black, {mask.max()} of 255 at most: {LABELS_ADVICE}")
+    if mask.min() == 255:
         raise InputError(f"{path} is white all over: leave out what is not the concept")
-    if mask.max() < FAINT_MASK:
-        value, weight = 255 * mask.max(), 100 * mask.max() ** 2
+    if mask.max() < 255 * FAINT_MASK:
+        weight = 100 * float(mask.max() / 255) ** 2
         advice = "paint it white, or name it labels.png if it is a label map"
-        log.warning("%s is %.0f of 255 at most, so its concept weighs %.0f %%: %s", path, value, weight, advice)
-    if mask.mean() >= LIKELY_INVERTED:
-        log.warning("%s covers %.0f %% of the image: is it inverted?", path, 100 * mask.mean())
+        log.warning("%s is %d of 255 at most, so its concept weighs %.0f %%: %s", path, mask.max(), weight, advice)
+    if (share := mask.mean() / 255) >= LIKELY_INVERTED:
+        log.warning("%s covers %.0f %% of the image: is it inverted?", path, 100 * share)

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import ExifTags, Image
 
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
@@ -63,9 +62,9 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
         return [{"handle": "<asset0>", "word": None, "mask": None}]
     found = read_source(find_source(origin), draft.image.size)
     handles, words = read_names(origin, found)
-    masks = [match_size(mask.values, origin / mask.name, draft.image, draft.image_path) for mask in found]
+    masks = [match_size(mask.values, origin / mask.name, draft.image.size, draft.image_path) for mask in found]
     return [
-        {"handle": handle or f"<asset{i}>", "word": word, "mask": (mask * 255).round().astype(np.uint8)}
+        {"handle": handle or f"<asset{i}>", "word": word, "mask": mask}
         for i, (handle, word, mask) in enumerate(zip(handles, words, masks, strict=True))
     ]
 

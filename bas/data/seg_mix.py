@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from bas.data.scene import DARKEST_MASK, ExtraImage, Scene, sample_subset, size_to_cover
+from bas.io.images import to_floats, to_levels
 
 SEG_MIX_SIDES = 0.5, 0.8  # of the image's shorter side: the longest side of a concept alone; of k, by sqrt(k) less
 SEG_MIX_LARGEST = 0.5  # of the scene's area: a larger concept is no object
@@ -24,10 +25,9 @@ class CutOut:
 
     @classmethod
     def from_image(cls, image: Image.Image, mask: np.ndarray) -> "CutOut":
-        """Cut along a mask (H, W) in 0..1."""
+        """Cut along a mask, (H, W) uint8."""
         left, top, right, bottom = box = bounding_box(mask)
-        inside = (mask[top:bottom, left:right] * 255).round().astype(np.uint8)
-        return cls(image.crop(box), Image.fromarray(inside), box)
+        return cls(image.crop(box), Image.fromarray(mask[top:bottom, left:right]), box)
 
 
 class SegMix:
@@ -54,7 +54,7 @@ class SegMix:
         image shows, as `sample_subset` takes it.
         """
         self.size, self.backgrounds, self.move, self.sampling = size, tuple(backgrounds), move, sampling
-        self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= SEG_MIX_LARGEST]
+        self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= 255 * SEG_MIX_LARGEST]
         self.share = len(self.movable) / len(scene)  # of the concepts
         images = [(scene.image, dict(enumerate(scene.masks)))]
         images += [(extra.image, extra.masks) for extra in scene.extra_images if not extra.close_up]
@@ -91,12 +91,14 @@ class SegMix:
                 canvas_side / 2 + still * ((first + last) - side) / 2
                 for canvas_side, first, last, side in zip(canvas.size, cut.box[:2], cut.box[2:], size, strict=True)
             )
-            where = place(np.asarray(mask) / 255, canvas.size, (x, y), list(layers.values()), generator, self.move)
+            inside, others = to_floats(np.asarray(mask)), [to_floats(layer) for layer in layers.values()]
+            where = place(inside, canvas.size, (x, y), others, generator, self.move)
             canvas.paste(cut.image.resize(resized, Image.Resampling.BICUBIC), where, mask)
             pasted = Image.new("L", canvas.size)
             pasted.paste(mask, where)
-            inside = np.asarray(pasted, dtype=np.float32) / 255
-            layers = {other: below * (1 - inside) for other, below in layers.items()} | {concept: inside}
+            over = np.array(pasted)
+            layers = {i: to_levels(to_floats(below) * to_floats(255 - over)) for i, below in layers.items()}
+            layers[concept] = over
         return ExtraImage("seg-mix", canvas, layers)
 
 
@@ -107,9 +109,9 @@ def plain(width: int, height: int, generator: torch.Generator) -> Image.Image:
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The (left, top, right, bottom) of a mask (H, W)."""
-    ys, xs = np.nonzero(mask >= DARKEST_MASK)
-    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+    """The (left, top, right, bottom) of a mask, (H, W) uint8."""
+    ys, xs = (np.flatnonzero(mask.max(axis=axis) >= 255 * DARKEST_MASK) for axis in (1, 0))
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
 def place(
@@ -123,7 +125,7 @@ def place(
     """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
     It lies the share `move` of the way from `centre`, in pixels, to a random place. Of TRIES places the first that
-    covers nothing is taken, or else the one that covers least.
+    covers nothing is taken, or else the one that covers least. Masks are in 0..1.
     """
     (h, w), (width, height) = mask.shape, size
     covered = {}

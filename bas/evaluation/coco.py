@@ -22,7 +22,7 @@ from bas.data.mask_formats import FoundMask, entries
 from bas.data.mask_shapes import check_annotation, segmentation_mask
 from bas.data.scene_folder import warn_if_turned
 from bas.errors import InputError, check_positive
-from bas.io.images import MAX_PIXELS, read_image, save_image
+from bas.io.images import MAX_PIXELS, read_image, read_orientation, save_image
 from bas.io.json_files import read_content, write_json
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ def write_scene(choice: Choice, images: Path, folder: Path) -> None:
         stated = f"{choice.row['width']}x{choice.row['height']}"
         raise InputError(f"{path} is {image.width}x{image.height}, but annotated at {stated}: it is another image")
     masks = [FoundMask(f"annotation {s.annotation}", s.mask.copy) for s in choice.segments]
-    warn_if_turned(path, image, masks)
+    warn_if_turned(path, image.size, read_orientation(path), masks)
     folder.mkdir(parents=True)
     save_image(image.crop(choice.box), folder / "img.png")
     for i, segment in enumerate(choice.segments):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bas.errors import InputError
-from bas.io.images import read_mask
+from bas.io.images import read_mask, to_floats
 from bas.io.json_files import read_json
 from bas.pretrained.helper_models import find_helper, load_helper
 
@@ -68,7 +68,7 @@ def read_segments(paths: list[Path], images: list[Image.Image]) -> list[np.ndarr
         mask = read_mask(path)
         if mask.shape != (image.height, image.width):
             raise InputError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {image.width}x{image.height}")
-        found.append(mask)
+        found.append(to_floats(mask))
     return found
 
 

@@ -21,7 +21,7 @@ from bas.evaluation.masking import blacken
 from bas.evaluation.metrics import class_prompt
 from bas.evaluation.protocol import RUN, TRIAL, TRIALS
 from bas.io.files import read_bytes, write_text
-from bas.io.images import read_image, read_mask
+from bas.io.images import read_image, read_mask, to_floats
 from bas.io.json_files import decode_text, read_json, write_json
 from bas.training.preview import SCENE
 from bas.web.elements import data_uri, render
@@ -221,6 +221,6 @@ def cut_out(reference: Path, mask_path: Path) -> Image.Image:
     margin = round(MARGIN * max(np.ptp(rows), np.ptp(columns))) + 1
     left, top = int(columns[0]) - margin, int(rows[0]) - margin
     right, bottom = int(columns[-1]) + 1 + margin, int(rows[-1]) + 1 + margin
-    concept = blacken(image, mask).crop((left, top, right, bottom))  # black beyond the image
+    concept = blacken(image, to_floats(mask)).crop((left, top, right, bottom))  # black beyond the image
     concept.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return concept

@@ -27,7 +27,6 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  #
 FIRST_FRAME = ("MPO", "GIF")  # of several frames the first is read: a phone's second image, or an animation
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
 STRIP = 2**20  # pixels of a part: copies of a whole image in other forms would take gigabytes
-ONE = np.float32(1 / 255)  # the value 1 of 255
 MAX_LABELS = 64  # colours; a drawn mask with soft edges has more
 MAX_NUMBER = 21  # classes of PASCAL VOC, with the background
 GREYISH = 30  # of 255, between the channels of a grey that was converted or compressed
@@ -90,6 +89,18 @@ def image_size(path: Path) -> tuple[int, int]:
     return _from_header(path, lambda image: image.size) or (0, 0)
 
 
+def upright_size(path: Path) -> tuple[tuple[int, int], int | None]:
+    """The (W, H) of an image turned upright, and its EXIF orientation, None where it states none.
+
+    InputError as `open_image`, where its header cannot be read.
+    """
+    found = _from_header(path, lambda image: (image.size, _orientation(image)))
+    if found is None or found[0][0] * found[0][1] > MAX_PIXELS:
+        return open_image(path).size, None
+    (width, height), orientation = found
+    return ((height, width) if orientation in (5, 6, 7, 8) else (width, height)), orientation
+
+
 def read_orientation(path: Path) -> int | None:
     """The EXIF orientation of an image, 1 to 8, None where it states none."""
     value = _from_header(path, _orientation)
@@ -139,7 +150,7 @@ def has_alpha(image: Image.Image) -> bool:
     return not _is_deep(image) and image.has_transparency_data
 
 
-def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """Cut an image into strips of whole rows. Yields each with the number of its first row."""
     rows = max(STRIP // image.width, 1)
     for top in range(0, image.height, rows):
@@ -150,27 +161,37 @@ def to_array(image: Image.Image) -> np.ndarray:
     """The pixels of an image, (H, W) or (H, W, channels), without the copies that np.asarray makes on its way."""
     one = np.asarray(image.crop((0, 0, 1, 1)))
     array = np.empty((image.height, image.width, *one.shape[2:]), one.dtype)
-    for top, strip in _strips(image):
+    for top, strip in strips(image):
         array[top : top + strip.height] = np.asarray(strip)
     return array
 
 
 def _grey(image: Image.Image, path: Path) -> np.ndarray:
-    """Convert an image to one channel (H, W), float32 in [0, 1], from any depth. InputError for values outside."""
-    values, deep = np.empty((image.height, image.width), np.float32), _is_deep(image)
-    for top, strip in _strips(image):
-        values[top : top + strip.height] = np.asarray(strip if deep else strip.convert("L"))
-    if image.mode[0] != "F":
-        values /= 65535.0 if deep else 255.0
-    if deep and not (values.min() >= 0 and values.max() <= 1):  # also false for not-a-number
-        raise InputError(f"{path} holds values outside black to white: save it as an 8-bit grey image")
+    """Convert an image to one channel (H, W), uint8, from any depth. InputError for values outside."""
+    values, deep = np.empty((image.height, image.width), np.uint8), _is_deep(image)
+    white = 1 if image.mode[0] == "F" else 65535
+    for top, strip in strips(image):
+        part = np.asarray(strip if deep else strip.convert("L"))
+        if deep and not (part.min() >= 0 and part.max() <= white):  # also false for not-a-number
+            raise InputError(f"{path} holds values outside black to white: save it as an 8-bit grey image")
+        values[top : top + strip.height] = to_levels(part / np.float32(white)) if deep else part
     return values
+
+
+def to_levels(mask: np.ndarray) -> np.ndarray:
+    """A mask in [0, 1] as uint8, 255 for 1. What is above 0 stays above 0."""
+    return np.maximum(np.rint(mask * np.float32(255)), mask > 0).astype(np.uint8)
+
+
+def to_floats(mask: np.ndarray) -> np.ndarray:
+    """A mask of uint8 as float32 in [0, 1], 1 for 255."""
+    return np.divide(mask, np.float32(255), dtype=np.float32)
 
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:
     """Convert an image to 8-bit RGB, laid over white."""
     if _is_deep(image):
-        return Image.fromarray((_grey(image, path) * 255).round().astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_grey(image, path)).convert("RGB")
     if has_alpha(image):
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -187,7 +208,7 @@ def read_image(path: Path) -> Image.Image:
     if image.mode == "RGB" and not alpha:
         return image
     result = Image.new("RGB", image.size)
-    for top, strip in _strips(image):
+    for top, strip in strips(image):
         result.paste(_rgb(strip, path), (0, top))
         if alpha and strip.convert("RGBA").getchannel("A").getextrema()[0] != 255:
             log.warning("%s has transparent pixels: they become white", path)
@@ -202,7 +223,10 @@ def varies(band: Image.Image) -> bool:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read one mask, (H, W) float32 in [0, 1]. In an RGBA file the mask is the channel that varies."""
+    """Read one mask, (H, W) uint8, 255 inside. In an RGBA file the mask is the channel that varies.
+
+    A mask has 256 levels: 16 bits and floats are rounded.
+    """
     image = open_image(path)
     if has_alpha(image):
         image = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -215,9 +239,9 @@ def read_mask(path: Path) -> np.ndarray:
         return inside
     _check_no_labels(image, path)
     mask = _grey(image, path)
-    if mask.max() == ONE and np.isin(mask, [0, float(ONE)]).all():
+    if mask.max() == 1 and not _is_deep(image):
         log.warning("%s holds only the values 0 and 1 of 255: 1 is read as inside", path)
-        np.sign(mask, out=mask)
+        mask *= 255
     return mask
 
 
@@ -226,11 +250,15 @@ def _check_no_labels(image: Image.Image, path: Path) -> None:
     if _is_deep(image):
         return
     most = min(MAX_LABELS, image.width * image.height // 16)  # a small image has few colours in any case
-    rgb = image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
-    colours = [colour[:3] for _, colour in rgb.getcolors(most) or () if isinstance(colour, tuple)]
-    vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours)
-    levels = image.convert("L").histogram()
-    numbers, between, white = sum(levels[1:MAX_NUMBER]), sum(levels[MAX_NUMBER:255]), levels[255]
+    colours, levels = set(), np.zeros(256, int)
+    for _, strip in strips(image):
+        if len(colours) <= most:
+            colours |= {
+                colour for _, colour in strip.convert("RGB").getcolors(most) or [(0, i) for i in range(most + 1)]
+            }
+        levels += strip.convert("L").histogram()
+    vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours) if len(colours) <= most else 0
+    numbers, between, white = levels[1:MAX_NUMBER].sum(), levels[MAX_NUMBER:255].sum(), levels[255]
     if vivid > 1 or numbers >= white > between == 0:
         found = f"{vivid} colours" if vivid > 1 else "small numbers and 255"
         raise InputError(f"{path} holds {found}: {LABELS_ADVICE}")
@@ -243,14 +271,32 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
     """
     entries = image.getpalette("RGB") or []
     palette = np.array(entries + [0] * (768 - len(entries))).reshape(256, 3)
-    used = np.unique(np.asarray(image))
+    used = np.flatnonzero(image.histogram()[:256])
     colours = palette[used]
     if len(used) < 2 or (colours == colours[:, :1]).all():
         return None
     if len(used) == 2 and used[0] == 0 and colours[0].sum() < colours[1].sum():
         log.warning("%s has a palette: entry %d is read as inside, entry 0 as outside", path, used[1])
-        return (np.asarray(image) == used[1]).astype(np.float32)
+        return from_inside(to_array(image) == used[1])
     raise InputError(f"{path} has {len(used)} palette entries in colours: {LABELS_ADVICE}")
+
+
+def from_inside(inside: np.ndarray) -> np.ndarray:
+    """What is inside, bool (H, W), as a mask of uint8 with its rows one after the other."""
+    return np.multiply(inside, np.uint8(255), order="C", dtype=np.uint8)
+
+
+def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """A mask of uint8 resized to (W, H), as an image of float32 in [0, 1].
+
+    Its rows are resized in strips: a large mask in float32 would take gigabytes.
+    """
+    width, rows = size[0], max(STRIP // mask.shape[1], 1)
+    across = np.empty((len(mask), width), np.float32)
+    for top in range(0, len(mask), rows):
+        strip = Image.fromarray(to_floats(mask[top : top + rows]))
+        across[top : top + rows] = fit(strip, (width, strip.height), Image.Resampling.BILINEAR)
+    return fit(Image.fromarray(across), size, Image.Resampling.BILINEAR)
 
 
 def image_path(name: str) -> Path:

@@ -18,7 +18,7 @@ from bas.config import EditConfig
 from bas.data.mask_formats import mask_in_file
 from bas.data.scene_folder import match_size, warn_if_turned
 from bas.errors import InputError
-from bas.io.images import fit, pixels, to_images
+from bas.io.images import fit, pixels, read_orientation, to_floats, to_images
 from bas.io.json_files import read_content
 from bas.io.settings_file import read_toml
 from bas.models.bundle import Models, ModelSpec
@@ -54,11 +54,11 @@ class Region:
 def read_region(mask: Path, prompt: str, file: Path, image: Image.Image) -> Region:
     """Read a region from its mask file, resized to the image. InputError for a mask that marks nothing."""
     found = mask_in_file(mask)
-    layer = match_size(found.values, mask, image, file)
-    warn_if_turned(file, image, [found])
+    layer = match_size(found.values, mask, image.size, file)
+    warn_if_turned(file, image.size, read_orientation(file), [found])
     if layer.max() == 0:
         raise InputError(f"{mask} is black all over: paint white what may change")
-    return Region(layer, prompt, mask)
+    return Region(to_floats(layer), prompt, mask)
 
 
 def read_regions(path: Path, file: Path, image: Image.Image) -> list[Region]:

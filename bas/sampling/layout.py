@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bas.errors import InputError, check_float, shown
-from bas.io.images import read_mask
+from bas.io.images import read_mask, to_floats
 from bas.io.json_files import read_content
 
 # A box (left, top, right, bottom) in shares of the image, or a mask (H, W) in 0..1.
@@ -29,7 +29,7 @@ def read_layout(path: Path) -> Layout:
     if not isinstance(content, dict) or not content:
         raise InputError(f'--layout {path} is not {{"<asset0>": [left, top, right, bottom], "<asset1>": "mask.png"}}')
     return {
-        handle: read_mask(path.parent / region) if isinstance(region, str) else region
+        handle: to_floats(read_mask(path.parent / region)) if isinstance(region, str) else region
         for handle, region in content.items()
     }
 

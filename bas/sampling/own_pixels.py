@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bas.config import SampleConfig
 from bas.errors import InputError
-from bas.io.images import pixels, read_image, read_mask
+from bas.io.images import pixels, read_image, read_mask, to_floats
 from bas.io.run_files import SCENE
 from bas.models.bundle import ModelSpec
 from bas.sampling.layout import Layout, bounding_box
@@ -51,7 +51,8 @@ def read_segments(spec: ModelSpec, handles: tuple[str, ...]) -> dict[str, Segmen
         name = f"mask{spec.handles.index(handle)}.png"
         further = sorted(folder.glob(f"*/{name}"))  # of a merged run, an image of its own
         path = further[0] if further and not (folder / name).exists() else folder / name
-        image, mask = pixels(read_image(path.with_name("img.png"))), torch.from_numpy(read_mask(path))
+        image = pixels(read_image(path.with_name("img.png")))
+        mask = torch.from_numpy(to_floats(read_mask(path)))
         if mask.shape != image.shape[1:] or not mask.any():
             raise InputError(f"{path} is no mask of {path.with_name('img.png')}: leave out --own_pixels, or train anew")
         ys, xs = (mask >= min(0.5, float(mask.max()))).nonzero().T

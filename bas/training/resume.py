@@ -5,11 +5,15 @@ from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from bas.config import TrainConfig, flag_of
 from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
 from bas.errors import InputError
 from bas.io.files import read_bytes
+from bas.io.images import strips, to_floats
 from bas.io.json_files import MAX_ROWS_BYTES, check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
 from bas.pretrained.additions import Additions
@@ -57,9 +61,12 @@ def scene_state(scene: Scene) -> dict:
     """What a resumed run must share of its scene: handles, initial words, and the sha256 of all images and masks."""
     digest = hashlib.sha256()
     for image, masks in scene.images:
-        digest.update(repr((image.size, sorted(masks))).encode() + image.tobytes())
+        digest.update(repr((image.size, sorted(masks))).encode())
+        for _, strip in strips(image):
+            digest.update(strip.tobytes())
         for i in sorted(masks):
-            digest.update(masks[i].tobytes())
+            for _, strip in strips(Image.fromarray(masks[i])):
+                digest.update(to_floats(np.asarray(strip)).tobytes())
     return {"handles": list(scene.handles), "words": list(scene.words), "scene": digest.hexdigest()}
 
 

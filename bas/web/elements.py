@@ -18,7 +18,7 @@ from PIL import Image
 from bas import __version__
 from bas.errors import InputError
 from bas.io.figures import as_hex, concept_colour
-from bas.io.images import read_image, read_mask
+from bas.io.images import read_image, read_mask, to_floats
 
 log = logging.getLogger(__name__)
 
@@ -147,4 +147,4 @@ def readable(path: Path, read: Callable[[Path], T] = read_image) -> T | None:
 def readable_masks(folder: Path, count: int) -> dict[int, np.ndarray]:
     """Read the masks of a scene folder that can be read, by concept, (H, W) in 0..1 each."""
     masks = {i: readable(folder / f"mask{i}.png", read_mask) for i in range(count)}
-    return {i: mask for i, mask in masks.items() if mask is not None}
+    return {i: to_floats(mask) for i, mask in masks.items() if mask is not None}

@@ -32,11 +32,11 @@ def test_the_background_is_what_no_mask_covers(scene):
     assert loaded.handles == ("<asset0>", "<asset1>", "<bg>")
     assert loaded.words == (None, None, "background")
     left, right, background = loaded.masks
-    assert background.dtype == np.float32
-    assert np.array_equal(background, 1 - np.maximum(left, right))
+    assert background.dtype == np.uint8
+    assert np.array_equal(background, 255 - np.maximum(left, right))
     # The soft edge stays soft: 127 of 255 in the mask leave 128 of 255.
-    assert np.isclose(background[10, 31], 128 / 255)
-    assert background[0, 0] == 1
+    assert background[10, 31] == 128
+    assert background[0, 0] == 255
 
 
 def test_names_and_counts_of_the_given_concepts_stay_as_they_are(scene):

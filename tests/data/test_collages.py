@@ -14,6 +14,7 @@ from bas.data.batches import prepare, sample_batch
 from bas.data.collages import collect, scene_for_method
 from bas.data.scene import Scene, with_background
 from bas.data.scene_folder import load_scene
+from bas.io.images import to_floats
 from bas.pretrained.folder import build_on_meta
 from bas.training.disk_space import count_numbers, files_to_come
 from bas.training.phase_state import trainable_parameters
@@ -71,7 +72,7 @@ def test_a_baseline_has_the_plain_loss():
 
 
 def inside(masks: list[np.ndarray]) -> np.ndarray:
-    return np.maximum.reduce(masks)
+    return to_floats(np.maximum.reduce(masks))
 
 
 def test_a_collection_holds_the_concepts_on_plain_colours(bench):

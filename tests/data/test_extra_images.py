@@ -45,7 +45,7 @@ def test_extra_images_are_read_by_number_each_with_the_concepts_it_shows(scene):
     (scene / "notes").mkdir()
     loaded = load(scene)
     assert [(shot.name, sorted(shot.masks)) for shot in loaded.extra_images] == [("2", [0, 2]), ("10", [1])]
-    assert loaded.extra_images[0].masks[2].sum() == 256
+    assert loaded.extra_images[0].masks[2].sum() == 256 * 255
     with Image.open(scene / "10" / "img.png") as image:
         assert np.array_equal(loaded.extra_images[1].image, image)
     assert load(write_scene(scene.parent / "alone")).extra_images == ()
@@ -127,7 +127,7 @@ def test_each_image_has_its_own_background(scene):
     add_shot(scene, "11", {0: (0, 0, 16, 32), 1: (16, 0, 32, 32)})
     loaded = load(scene, background_handle="bg")
     assert [sorted(shot.masks) for shot in loaded.extra_images] == [[0, 2, 3], [1, 3], [0, 1]]
-    assert loaded.extra_images[0].masks[3].sum() == 1024 - 2 * 256
+    assert loaded.extra_images[0].masks[3].sum() == (1024 - 2 * 256) * 255
 
 
 def test_a_run_trains_on_all_and_keeps_them(bench, scene, tmp_path):

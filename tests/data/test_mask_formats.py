@@ -1,6 +1,7 @@
 """Every way to give masks: exact pixels by the stated rules, exact words for what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from bas.config import TrainConfig
 from bas.data.mask_formats import find_source, read_source
 from bas.data.mask_shapes import decode_runs, rasterise_polygon, unpack_counts
 from bas.data.scene_folder import load_scene
+from bas.io.images import to_floats
 from tests.helpers.tiny import refused
 
 W, H = 6, 4
@@ -24,11 +26,12 @@ def folder(tmp_path):
 
 
 def load(folder, **settings):
-    return load_scene(TrainConfig(instance_data_dir=str(folder), **settings))
+    scene = load_scene(TrainConfig(instance_data_dir=str(folder), **settings))
+    return replace(scene, masks=[to_floats(mask) for mask in scene.masks])
 
 
 def masks(folder):
-    return [mask.values for mask in read_source(find_source(folder), (W, H))]
+    return [to_floats(mask.values) for mask in read_source(find_source(folder), (W, H))]
 
 
 def write_json(folder, name, **content):
@@ -92,8 +95,8 @@ def save_labels(folder, mode):
 def test_each_label_is_a_concept_in_rising_order(folder, mode):
     save_labels(folder, mode)
     first, second = read_source(find_source(folder), (W, H))
-    assert np.array_equal(first.values, LABELS == 2)
-    assert np.array_equal(second.values, LABELS == 7)
+    assert np.array_equal(first.values, (LABELS == 2) * 255)
+    assert np.array_equal(second.values, (LABELS == 7) * 255)
     names = ("colour #0000ff", "colour #ff0000") if mode == "RGB" else ("value 2", "value 7")
     assert (first.name, second.name) == tuple(f"labels.png {name}" for name in names)
     assert [mask.sum() for mask in load(folder).masks] == [5, 6]
@@ -350,14 +353,14 @@ def test_arrays_of_every_kind_that_has_one_meaning(folder, dtype):
     np.save(folder / "masks.npy", stack.astype(dtype) * np.array(255 if dtype == np.uint8 else 1, dtype))
     found = read_source(find_source(folder), (W, H))
     assert [mask.name for mask in found] == ["masks.npy[0]", "masks.npy[1]"]
-    assert all(np.array_equal(mask.values, layer) for mask, layer in zip(found, stack, strict=True))
+    assert all(np.array_equal(mask.values, 255 * layer) for mask, layer in zip(found, stack, strict=True))
     assert len(load(folder)) == 2
 
 
 def test_an_array_keeps_soft_values_and_may_hold_one_mask(folder):
     np.save(folder / "masks.npy", np.asfortranarray(LABELS / 7))
     (mask,) = load(folder).masks
-    assert np.array_equal(mask, (LABELS / 7).astype(np.float32))
+    assert np.array_equal(mask, to_floats(np.rint(LABELS / 7 * 255)))
 
 
 def test_an_array_of_zeros_and_ones_of_255_is_read_with_a_warning(folder, caplog):

@@ -318,7 +318,7 @@ def test_words_become_initial_words(folders, image, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].split()[::3] == ["mask0.png", "bowl"]
     scene = load_scene(TrainConfig(instance_data_dir=str(tmp_path)))
     assert (scene.handles, scene.words) == (("<asset0>",), ("bowl",))
-    assert 0.4 < scene.masks[0].mean() < 0.6
+    assert 0.4 < scene.masks[0].mean() / 255 < 0.6
 
 
 # --- What cannot be used ------------------------------------------------------------------------------------------

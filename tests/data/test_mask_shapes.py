@@ -8,6 +8,7 @@ from PIL import Image
 
 from bas.config import TrainConfig
 from bas.data.scene_folder import load_scene
+from bas.io.images import to_floats
 from tests.helpers.tiny import refused
 
 W, H = 60, 40
@@ -25,7 +26,7 @@ def folder(tmp_path):
 
 
 def load(folder):
-    return load_scene(TrainConfig(instance_data_dir=str(folder))).masks
+    return [to_floats(mask) for mask in load_scene(TrainConfig(instance_data_dir=str(folder))).masks]
 
 
 def runs(flat):

@@ -187,7 +187,7 @@ def test_masks_that_bas_writes_for_a_turned_image_say_that_they_are_upright(tmp_
     mask = Image.new("L", (32, 32))
     mask.paste(255, (0, 0, 9, 9))
     write_draft(draft, [mask], [{"handle": "<a>", "word": None}])
-    assert load(tmp_path / "photo").masks[0].sum() == 81
+    assert load(tmp_path / "photo").masks[0].sum() == 81 * 255
     assert caplog.messages == []
 
 
@@ -217,7 +217,7 @@ def test_a_mask_of_two_palette_entries_is_read_by_entry(tmp_path, caplog, entry,
     folder = write_scene(tmp_path / "s", concepts=1)
     save_palette(folder / "mask0.png", INSIDE * entry, colours)
     (mask,) = load(folder).masks
-    assert np.array_equal(mask, INSIDE)
+    assert np.array_equal(mask, 255 * INSIDE)
     assert caplog.messages == [f"{folder}/mask0.png has a palette: entry {entry} is read as inside, entry 0 as outside"]
 
 
@@ -225,7 +225,7 @@ def test_a_grey_palette_is_read_by_brightness(tmp_path, caplog):
     folder = write_scene(tmp_path / "s", concepts=1)
     save_palette(folder / "mask0.png", 1 - INSIDE, [(255, 255, 255), (0, 0, 0)])
     (mask,) = load(folder).masks
-    assert np.array_equal(mask, INSIDE)
+    assert np.array_equal(mask, 255 * INSIDE)
     assert caplog.messages == []
 
 
@@ -269,7 +269,7 @@ def test_a_dark_corner_beside_white_is_a_mask(tmp_path, caplog, low):
     mask = (255 * INSIDE).astype(np.uint8)
     mask[30:, 28:] = low
     Image.fromarray(mask).save(folder / "mask0.png")
-    assert np.array_equal(load(folder).masks[0], mask.astype(np.float32) / 255)
+    assert np.array_equal(load(folder).masks[0], mask)
     assert caplog.messages == []
 
 
@@ -289,7 +289,7 @@ def test_the_undecided_border_of_a_label_map_is_no_concept(tmp_path, caplog, kin
         name = "colour #e0e0c0"
     else:
         Image.fromarray(labels.astype(np.uint8 if kind == "grey" else np.uint16)).save(folder / "labels.png")
-    sums = sorted(mask.sum() for mask in load(folder).masks)
+    sums = sorted(mask.sum() / 255 for mask in load(folder).masks)
     assert sums == [7 * 32, 16 * 16]
     assert f"{folder}/labels.png: {name} is read as undecided, not as a concept" in caplog.messages
 
@@ -301,7 +301,7 @@ def test_white_is_a_label_of_a_drawn_map(tmp_path, values):
     for i, value in enumerate(values):
         labels[8 * i : 8 * i + 6] = value
     Image.fromarray(labels).save(folder / "labels.png")
-    assert [mask.sum() for mask in load(folder).masks] == [192] * len(values)
+    assert [mask.sum() / 255 for mask in load(folder).masks] == [192] * len(values)
 
 
 # --- Memory and time ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from bas.data.batches import sample_batch, sample_example
 from bas.data.scene import ExtraImage, Scene
 from bas.data.scene_folder import load_scene
 from bas.data.seg_mix import SEG_MIX_SIDES, SegMix, place, place_named
+from bas.io.images import to_floats
 from tests.helpers.tiny import refused
 
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
@@ -28,9 +29,9 @@ def squares() -> Scene:
     """Three squares of 8 pixels, each of its own colour, in an image of 64."""
     image, masks = np.zeros((64, 64, 3), np.uint8), []
     for i, left in enumerate((4, 24, 44)):
-        mask = np.zeros((64, 64), np.float32)
-        mask[20:28, left : left + 8] = 1
-        image[mask == 1] = COLOURS[i]
+        mask = np.zeros((64, 64), np.uint8)
+        mask[20:28, left : left + 8] = 255
+        image[mask == 255] = COLOURS[i]
         masks.append(mask)
     return Scene(Image.fromarray(image), masks, ("<a>", "<b>", "<c>"), (None,) * 3)
 
@@ -44,7 +45,7 @@ def test_images_hold_cut_outs_on_plain_colours(squares):
         pixels, union = np.asarray(extra.image), np.maximum.reduce(list(extra.masks.values()))
         assert len(np.unique(pixels[union == 0], axis=0)) == 1
         for concept, mask in extra.masks.items():
-            assert (pixels[mask == 1] == COLOURS[concept]).all()
+            assert (pixels[mask == 255] == COLOURS[concept]).all()
             columns = np.nonzero(mask.max(axis=0))[0]
             lefts.append(columns.min())
             widths[len(extra.masks)].append(np.ptp(columns) + 1)
@@ -59,12 +60,12 @@ def test_images_hold_cut_outs_on_plain_colours(squares):
 
 def test_the_sizes_of_concepts_beside_each_other_are_kept(squares):
     """A square of twice the side stays twice as wide in images that show both."""
-    large = np.zeros((64, 64), np.float32)
-    large[:16, :16] = 1
+    large = np.zeros((64, 64), np.uint8)
+    large[:16, :16] = 255
     scene = Scene(squares.image, [large, squares.masks[2]], ("<a>", "<c>"), (None,) * 2)
     both = [extra.masks for extra in mix(scene, 64, 0) if len(extra.masks) == 2]
     assert len(both) > 20
-    ratios = [masks[0].max(axis=0).sum() / masks[1].max(axis=0).sum() for masks in both]
+    ratios = [to_floats(masks[0]).max(axis=0).sum() / to_floats(masks[1]).max(axis=0).sum() for masks in both]
     near = [abs(ratio - 2) < 0.2 for ratio in ratios]
     assert sum(near) > 0.8 * len(near)  # not where one covers a part of the other
 
@@ -76,11 +77,11 @@ def test_without_a_move_concepts_stay_where_they_are(squares):
         for concept, mask in extra.masks.items():
             assert np.array_equal(mask, squares.masks[concept])
     half = mix(squares, 32, 0, 8, move=0)
-    assert {float(mask.sum()) for extra in half for mask in extra.masks.values()} == {16.0}
+    assert {float(to_floats(mask).sum()) for extra in half for mask in extra.masks.values()} == {16.0}
     shifts = []
     for extra in mix(squares, 64, 0, move=0.1):
         for concept, mask in extra.masks.items():
-            centres = [np.mean(np.nonzero(layer > 0.5), axis=1) for layer in (mask, squares.masks[concept])]
+            centres = [np.mean(np.nonzero(layer > 127), axis=1) for layer in (mask, squares.masks[concept])]
             shifts.append(np.abs(centres[0] - centres[1]).max())
     assert 2 < max(shifts) <= 6
 
@@ -94,14 +95,14 @@ def test_concepts_are_cut_out_of_all_images_but_close_ups(squares):
         widths = {}
         for extra in mix(scene, 64, 0, 48, move=0):
             for concept, mask in extra.masks.items():
-                widths.setdefault((len(extra.masks), concept), set()).add(float(mask.max(axis=0).sum().round()))
+                widths.setdefault((len(extra.masks), concept), set()).add(round(mask.max(axis=0).sum() / 255))
         assert widths[1, 0] == found
         assert widths[1, 1] == widths[2, 0] == {8}
 
 
 def test_a_background_is_no_object(squares):
     """A concept that covers more than half of the scene is never cut out. A scene of such concepts has none to move."""
-    rest = 1 - np.maximum.reduce(squares.masks)
+    rest = 255 - np.maximum.reduce(squares.masks)
     scene = Scene(squares.image, [*squares.masks, rest], ("<a>", "<b>", "<c>", "<bg>"), (None,) * 4)
     assert {concept for extra in mix(scene, 64, 0) for concept in extra.masks} == {0, 1, 2}
     assert SegMix(Scene(squares.image, [rest], ("<bg>",), (None,)), (64, 64)).movable == []
@@ -177,7 +178,7 @@ def test_covered_parts_belong_to_the_upper_concept(bench):
     """Where concepts overlap, the masks of an image add up to 1 at most. Three that fill it do overlap."""
     scene = load_scene(bench.config())
     for extra in mix(scene, 40, seed=0):
-        assert sum(extra.masks.values()).max() <= 1 + 1e-6
+        assert np.sum([*extra.masks.values()], axis=0).max() <= 255
 
 
 def test_the_probability_is_that_of_a_row(bench):

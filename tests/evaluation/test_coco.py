@@ -211,7 +211,7 @@ def test_the_command_writes_ordinary_scenes_and_a_manifest(world, tmp_path, caps
         pixels = np.array(scene.image)
         assert (pixels[0, 0, 0], pixels[0, -1, 0], pixels[-1, 0, 1]) == (left, right - 1, bottom - 1)
         assert scene.words == tuple(concept["word"] for concept in row["concepts"])
-        assert [round(float(mask.mean()), 4) for mask in scene.masks] == [c["share"] for c in row["concepts"]]
+        assert [round(float(mask.mean() / 255), 4) for mask in scene.masks] == [c["share"] for c in row["concepts"]]
         assert scene.image.size == (100, 100)
         assert top == 0
 

@@ -280,7 +280,7 @@ def test_a_key_colour_of_16_bits_is_not_cut_to_8(tmp_path):
     """Pillow would clip 16 bits at 255 on the way to RGBA: both pixels white."""
     key = chunk(b"tRNS", words(0x1280))
     path = png(tmp_path / "mask0.png", 16, 0, words(0x1280, 0x8000), key)
-    assert read_mask(path).tolist() == [[np.float32(0x1280 / 65535), np.float32(0x8000 / 65535)]]
+    assert read_mask(path).tolist() == [[18, 128]]
     assert pixels(path) == [[[18] * 3, [128] * 3]]
     with refused(f"{path} has no alpha channel"):
         read_cutout(path)
@@ -299,13 +299,13 @@ def test_values_outside_black_to_white_are_refused(tmp_path, read, bad):
 def test_whole_numbers_of_32_bits_are_read_as_16(tmp_path):
     path = save(tmp_path / "mask0.tif", GREY.astype(np.int32) * 257)
     assert Image.open(path).mode == "I"
-    assert np.array_equal(read_mask(path), GREY.astype(np.float32) / 255)
+    assert np.array_equal(read_mask(path), GREY)
 
 
 def test_a_cmyk_mask_is_turned_to_grey(tmp_path):
     ink = np.dstack([np.zeros((6, 8, 3), np.uint8), 255 - GREY])
     Image.fromarray(ink, "CMYK").save(tmp_path / "mask0.tif")
-    assert np.array_equal(read_mask(tmp_path / "mask0.tif"), GREY.astype(np.float32) / 255)
+    assert np.array_equal(read_mask(tmp_path / "mask0.tif"), GREY)
 
 
 def test_a_cielab_mask_is_turned_to_grey(tmp_path):
@@ -314,7 +314,7 @@ def test_a_cielab_mask_is_turned_to_grey(tmp_path):
     Image.fromarray(lab, "LAB").save(tmp_path / "mask0.tif")
     assert Image.open(tmp_path / "mask0.tif").mode == "LAB"
     grey = read_image(tmp_path / "mask0.tif").convert("L")
-    assert np.array_equal(read_mask(tmp_path / "mask0.tif"), np.asarray(grey, np.float32) / 255)
+    assert np.array_equal(read_mask(tmp_path / "mask0.tif"), np.asarray(grey))
 
 
 # --- Content of masks ---------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_an_rgba_mask_that_varies_in_nothing_is_its_colour(scene, pixel, message
 
 def test_colour_is_the_mask_under_an_alpha_of_zero(tmp_path):
     path = save(tmp_path / "mask0.png", np.dstack([GREY, GREY, GREY, GREY * 0]))
-    assert np.array_equal(read_mask(path), GREY.astype(np.float32) / 255)
+    assert np.array_equal(read_mask(path), GREY)
 
 
 def test_one_level_of_alpha_beside_colour_already_asks(tmp_path):
@@ -371,7 +371,7 @@ def test_a_mask_just_light_enough_keeps_its_values(scene, caplog):
     mask = np.zeros((32, 40), np.uint8)
     mask[8:24, 8:20] = 26
     save(scene / "mask1.png", mask)
-    assert np.array_equal(load(scene).masks[1], mask.astype(np.float32) / 255)
+    assert np.array_equal(load(scene).masks[1], mask)
     assert "mask1.png is 26 of 255 at most, so its concept weighs 1 %: paint it white" in caplog.text
 
 
@@ -398,7 +398,7 @@ def test_a_mask_in_a_colour_is_told_how_little_it_weighs(scene, caplog, colour, 
 
 def test_a_soft_mask_below_one_of_255_is_not_taken_for_zeros_and_ones(tmp_path, caplog):
     mask = GREY.astype(np.float32) / 255 / 255
-    assert np.array_equal(read_mask(save(tmp_path / "mask0.tif", mask)), mask)
+    assert np.array_equal(read_mask(save(tmp_path / "mask0.tif", mask)), mask > 0)
     assert not caplog.messages
 
 
@@ -426,7 +426,7 @@ def test_a_single_white_pixel_is_read_and_announced_on_both_grids(tmp_path):
     save(folder / "mask1.png", mask)
     config = TrainConfig(instance_data_dir=str(folder), initializer_tokens=("bowl", "stone"))
     read = load_scene(config)
-    assert read.masks[1].sum() == read.masks[1][5, 5] == 1
+    assert read.masks[1].sum() == read.masks[1][5, 5] == 255
     assert warnings(view_scene(read, read_spec(model), config)) == [
         "the mask of <asset1> vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution",
         "the mask of <asset1> vanishes on the attention grid of 4x4 cells: make it larger, or raise --resolution",
@@ -450,7 +450,7 @@ def test_an_orientation_that_means_nothing_turns_nothing(tmp_path, orientation):
 
 def test_a_mask_is_turned_by_its_own_note(tmp_path):
     path = save(tmp_path / "mask0.png", np.ascontiguousarray(np.rot90(GREY)), exif=note(6))
-    assert np.array_equal(read_mask(path), GREY.astype(np.float32) / 255)
+    assert np.array_equal(read_mask(path), GREY)
 
 
 def test_a_smaller_mask_of_the_turned_image_gets_the_hint_too(scene):
@@ -502,9 +502,9 @@ def test_a_mask_of_nearly_the_same_shape_is_resized_with_a_warning(tmp_path, cap
     path = save(tmp_path / "mask0.png", half)
     (mask,) = load(tmp_path).masks
     assert mask.shape == (511, 513)
-    assert np.array_equal(mask[:, :256], np.ones((511, 256)))
+    assert np.array_equal(mask[:, :256], np.full((511, 256), 255))
     assert np.array_equal(mask[:, 257:], np.zeros((511, 256)))
-    assert ((mask[:, 256] > 0) & (mask[:, 256] < 1)).all()
+    assert ((mask[:, 256] > 0) & (mask[:, 256] < 255)).all()
     assert caplog.messages == [f"{path} is 512x512, img.png is 513x511: the mask is resized"]
 
 

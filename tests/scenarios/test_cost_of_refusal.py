@@ -21,6 +21,7 @@ from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.memory import peak_bytes
+from bas.training.resume import scene_state
 from tests.data.test_scene_folder import BOMBS
 from tests.helpers.families import change_json
 from tests.helpers.tiny import write_model, write_scene
@@ -152,6 +153,28 @@ def test_extra_images_are_counted_before_they_are_decoded(tmp_path):
     message, peak, _ = measured(lambda: load_scene(TrainConfig(instance_data_dir=str(folder))))
     assert said in message
     assert peak < 4e8
+
+
+def test_a_scene_that_is_read(tmp_path):
+    """An image and its two masks take less than 9 bytes a pixel together.
+
+    They are read, compared, hashed for a resume and brought to the size of the model.
+    """
+    side = SIDE // 2
+    (tmp_path / "img.png").write_bytes(png(side, side, 8, 2, b"\1\2\3"))
+    for i, box in enumerate([(9, 9, side // 3, side // 3), (side // 2, 9, side - 9, side // 2)]):
+        mask = Image.new("L", (side, side))
+        mask.paste(255, box)
+        mask.save(tmp_path / f"mask{i}.png", compress_level=1)
+
+    def read():
+        scene = load_scene(TrainConfig(instance_data_dir=str(tmp_path)))
+        scene_state(scene)
+        scene.tensors(512, 64)
+
+    message, peak, _ = measured(read)
+    assert message == "accepted"
+    assert peak - IMPORTS < 9 * side * side
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

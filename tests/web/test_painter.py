@@ -102,7 +102,7 @@ def test_what_is_saved_is_a_scene_to_train_on_and_is_loaded_again(session, photo
     assert json.loads((folder / "scene.json").read_text()) == {"concepts": [first, second]}
     scene = load_scene(TrainConfig(instance_data_dir=str(folder)))
     assert (scene.handles, scene.words) == (("<toy>", "<bowl>"), ("toy", None))
-    assert np.array_equal(scene.masks[0], soft().astype(np.float32) / 255)
+    assert np.array_equal(scene.masks[0], soft())
 
     for again in (session, Session(open_draft(photo, None)), Session(open_draft(folder, None))):
         content = json.loads(ask(again, place="scene")[2])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from bas.io.images import pixels, read_image, read_mask
+from bas.io.images import pixels, read_image, read_mask, to_floats
 
 CLASS_PROMPT = "a photo at the beach"
 CLASS_BATCH = 4  # class images generated at once
@@ -281,7 +281,7 @@ def make_class_images(weights: Path, folder: Path, wanted: int, device: str) -> 
 def read_scene(folder: Path, class_images: Path) -> OfficialScene:
     """img.* and mask0.png, mask1.png, ... of a folder, and all files of the folder of class images."""
     (image,) = folder.glob("img.*")
-    masks = [read_mask(path) for path in sorted(folder.glob("mask*.png"))]
+    masks = [to_floats(read_mask(path)) for path in sorted(folder.glob("mask*.png"))]
     layers = torch.stack([torch.as_tensor(mask)[None] for mask in masks])
     return OfficialScene(pixels(read_image(image)), layers, tuple(sorted(class_images.glob("*.[jp]*g"))))
 
