@@ -1,14 +1,18 @@
 """The noise schedule and the sampling steps, as plain functions of tensors.
 
 Notation of the papers: a_t is the cumulative product of the alphas, z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps.
-In the sampling steps t and prev_t are whole numbers; prev_t < 0 is the end, beyond timestep 0.
+In the sampling steps t and prev_t are numbers; prev_t < 0 is the end, beyond timestep 0. They are whole, except that
+Karras' spacing has steps between the timesteps.
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +37,10 @@ SCHEDULERS = {
 }
 CLASS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # of each of these classes
 OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+KARRAS, KARRAS_RHO = "dpmpp_2m_karras", 7.0  # DPM-Solver++(2M) with the spacing of Karras et al. 2022
+# Euler's samplers: the eta with which a DDIM step from each timestep to the next, and at last to a = 1, is their step
+# (Karras et al. 2022, algorithm 1; ancestral: as k-diffusion has it).
+EULER = {"euler": 0.0, "euler_a": 1.0}
 LEAST_ALPHA = 2.0**-24  # stands for a_t = 0 where its logarithm is needed, as in diffusers
 
 
@@ -124,9 +132,12 @@ class NoiseSchedule:
             "clip_sample": False,
         }
 
-    def alpha(self, t: int, final: float = 1.0) -> float:
-        """a_t as a number; `final` beyond the last step (t < 0)."""
-        return self.alphas_cumprod[t].item() if t >= 0 else final
+    def alpha(self, t: float, final: float = 1.0) -> float:
+        """a_t as a number, between timesteps by the logarithm of the noise; `final` beyond the last step (t < 0)."""
+        if t < 0 or t == int(t):
+            return self.alphas_cumprod[int(t)].item() if t >= 0 else final
+        low, high = log_sigmas(self)[int(t) : int(t) + 2].tolist()
+        return 1 / (1 + math.exp(2 * (low + (t - int(t)) * (high - low))))
 
 
 @cache
@@ -141,6 +152,12 @@ def _rescaled_to_zero_snr(betas: Tensor) -> Tensor:
     first, last = roots[0].clone(), roots[-1].clone()
     a = ((roots - last) * (first / (first - last))) ** 2
     return 1 - torch.cat([a[:1], a[1:] / a[:-1]])
+
+
+def log_sigmas(schedule: NoiseSchedule) -> Tensor:
+    """The logarithm of each timestep's noise relative to its signal, sqrt((1 - a_t) / a_t). (T,) float64"""
+    a = schedule.alphas_cumprod.double().clamp(min=LEAST_ALPHA)
+    return 0.5 * torch.log((1 - a) / a)
 
 
 @cache
@@ -169,7 +186,7 @@ def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor)
     return a**0.5 * eps - (1 - a) ** 0.5 * z0
 
 
-def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int) -> tuple[Tensor, Tensor]:
+def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """Convert the output of the model at timestep t to (z0, eps). z, output: (b, c, h, w)"""
     a = schedule.alpha(t)
     if schedule.prediction_type == "epsilon":
@@ -177,7 +194,7 @@ def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int) 
     return a**0.5 * z - (1 - a) ** 0.5 * output, a**0.5 * output + (1 - a) ** 0.5 * z
 
 
-def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> list[int]:
+def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> Sequence[float]:
     """The timesteps of a sampling run, noisiest first, with the spacing of the model's scheduler config.
 
     DPM-Solver++ has one interval more than DDIM and leaves the last point out, as its authors' code does. Raises
@@ -188,6 +205,8 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     points = steps + 1 if multistep else steps
     if not 1 <= steps or points > total:
         raise InputError(f"{steps} denoising steps: this model was trained with {total} timesteps, so ask for fewer")
+    if sampler == KARRAS:
+        return karras_timesteps(schedule, steps)
     if spacing == "leading":
         timesteps = [i * (total // points) + schedule.steps_offset for i in reversed(range(points))]
     elif spacing == "linspace":
@@ -203,7 +222,15 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     return timesteps
 
 
-def previous_timestep(schedule: NoiseSchedule, timesteps: list[int], i: int, sampler: str = "ddim") -> int:
+def karras_timesteps(schedule: NoiseSchedule, steps: int) -> list[float]:
+    """The places between the timesteps, noisiest first, at which the noise is that of Karras et al. 2022, eq. 5."""
+    known = log_sigmas(schedule).numpy()
+    least, most = (np.exp(end) ** (1 / KARRAS_RHO) for end in (known[0], known[-1]))
+    sigmas = (most + np.linspace(0, 1, steps) * (least - most)) ** KARRAS_RHO
+    return np.interp(np.log(sigmas), known, np.arange(len(known))).tolist()
+
+
+def previous_timestep(schedule: NoiseSchedule, timesteps: Sequence[float], i: int, sampler: str = "ddim") -> float:
     """The timestep at which step i of a sampling run ends; below 0 is the end of the run.
 
     DDIM steps by T // steps, by its definition. With "linspace" spacing this is not exactly the next timestep.
@@ -213,12 +240,22 @@ def previous_timestep(schedule: NoiseSchedule, timesteps: list[int], i: int, sam
     return timesteps[i + 1] if i + 1 < len(timesteps) else -1
 
 
-def earlier_step(last: tuple[Tensor, int] | None, prev_t: int, steps: int) -> tuple[Tensor, int] | None:
+def earlier_step(last: tuple[Tensor, float] | None, prev_t: float, steps: int) -> tuple[Tensor, float] | None:
     """The step before that a DPM-Solver++ step extrapolates from: none at the end of a run of few steps."""
     return None if prev_t < 0 and steps < FEW_STEPS else last
 
 
-def ddpm_step(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: int, prev_t: int, noise: Tensor) -> Tensor:
+def initial_scale(schedule: NoiseSchedule, t: float, sampler: str) -> float:
+    """By what the first noise of a run that begins at timestep t is multiplied.
+
+    1, as the models were trained to see almost pure noise there; Euler's samplers leave out the part of the image in
+    it, unless timesteps are spaced as "leading", as diffusers does.
+    """
+    evenly = (schedule.timestep_spacing or "leading") == "leading"
+    return 1.0 if sampler not in EULER or evenly else (1 - schedule.alpha(t)) ** 0.5
+
+
+def ddpm_step(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: float, prev_t: float, noise: Tensor) -> Tensor:
     """One ancestral step (Ho et al. 2020, eq. 6 and 7, the smaller variance). Tensors (b, c, h, w); noise ~ N(0, I)."""
     a_t, a_prev = schedule.alpha(t), schedule.alpha(prev_t)
     alpha = a_t / a_prev
@@ -234,8 +271,8 @@ def ddim_step(
     schedule: NoiseSchedule,
     z: Tensor,
     output: Tensor,
-    t: int,
-    prev_t: int,
+    t: float,
+    prev_t: float,
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
@@ -252,9 +289,9 @@ def dpmpp_2m_step(
     schedule: NoiseSchedule,
     z: Tensor,
     z0: Tensor,
-    t: int,
-    prev_t: int,
-    last: tuple[Tensor, int] | None = None,
+    t: float,
+    prev_t: float,
+    last: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """One DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2).
 
@@ -265,13 +302,13 @@ def dpmpp_2m_step(
     if prev_t < 0 and schedule.final_sigmas_type == "zero":
         return z0
     prev_t = max(prev_t, 0)
-    a_t, a_prev = (schedule.alphas_cumprod[i].double().clamp(min=LEAST_ALPHA) for i in (t, prev_t))
+    a_t, a_prev = (torch.tensor(schedule.alpha(i), dtype=torch.float64).clamp(min=LEAST_ALPHA) for i in (t, prev_t))
     log_snr = [0.5 * torch.log(a / (1 - a)) for a in (a_t, a_prev)]
     h = log_snr[1] - log_snr[0]
     estimate = z0
     if last is not None:
         z0_last, t_last = last
-        a_last = schedule.alphas_cumprod[t_last].double().clamp(min=LEAST_ALPHA)
+        a_last = torch.tensor(schedule.alpha(t_last), dtype=torch.float64).clamp(min=LEAST_ALPHA)
         r = (log_snr[0] - 0.5 * torch.log(a_last / (1 - a_last))) / h
         estimate = z0 + (z0 - z0_last) / (2 * r.item())
     ratio = ((1 - a_prev) / (1 - a_t)).sqrt().item()

@@ -101,7 +101,7 @@ NUMBERS = {  # of every other number: two at its ends that pass, two beyond them
         "seg_mix_probability": PROBABILITY,
         "seg_mix_move": PROBABILITY,
     },
-    SampleConfig: {"guidance_scale": EVERYTHING_OR_MORE, "eta": PROBABILITY},
+    SampleConfig: {"guidance_scale": EVERYTHING_OR_MORE, "guidance_rescale": PROBABILITY, "eta": PROBABILITY},
     EditConfig: {"blending_start_percentage": DECAY},
     ProposalConfig: {"threshold": INSIDE, "min_coverage": INSIDE, "smooth": (0.0, 1000.0, -1e-9, 1000.1)},
     CocoConfig: {"min_share": INSIDE},
@@ -235,7 +235,7 @@ def test_a_card_lies_between_the_preset_and_the_flags():
         "cross_attention",
         "text_encoder",
     )
-    with refused("--card is '7gb'", "any, 24gb, 16gb, 12gb, 8gb, 6gb"):
+    with refused("--card is '7gb'", "any, 80gb, 40gb, 24gb, 16gb, 12gb, 8gb, 6gb"):
         TrainConfig.resolve({"card": "7gb"})
 
 

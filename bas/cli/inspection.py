@@ -157,8 +157,8 @@ def describe_model(path: Path, hashes: bool, prediction_type: str | None = None,
     """Describe the networks, precision, handles and hash of a model folder or file, or the reason it does not load."""
     try:
         models, tensors = build_on_meta(path, prediction_type, None, base)
-        for component in COMPONENTS:
-            check_keys(getattr(models, component), tensors[component], f"{path} ({component})")
+        for component, network in models.networks.items():
+            check_keys(network, tensors[component], f"{path} ({component})")
     except InputError as error:
         return {"loads": False, "problem": str(error)}
     details = {"loads": True, "checked": CHECKED, **_architecture(models, tensors)}
@@ -169,12 +169,15 @@ def describe_model(path: Path, hashes: bool, prediction_type: str | None = None,
 
 
 def _architecture(models: Models, tensors: dict[str, dict[str, Tensor]]) -> dict:
-    unet, text = models.unet.config, models.text_encoder.config
-    counts = {component: sum(t.numel() for t in tensors[component].values()) for component in COMPONENTS}
+    unet, texts = models.unet.config, [text_encoder.config for text_encoder in models.text_encoders]
+    counts = {component: sum(t.numel() for t in tensors[component].values()) for component in models.networks}
     return {
-        "family": f"Stable Diffusion {2 if text.hidden_act == 'gelu' else 1}",
+        "family": models.spec.family,
         "unet": f"{' '.join(map(str, unet.block_out_channels))} channels, {unet.layers_per_block} blocks a level",
-        "text": f"{text.hidden_size} features, {text.num_hidden_layers} layers, {len(models.tokenizer)} tokens",
+        "text": "; ".join(
+            f"{text.hidden_size} features, {text.num_hidden_layers} layers, {len(models.tokenizer)} tokens"
+            for text in texts
+        ),
         "parameters": counts | {"total": sum(counts.values())},
         "resolution": models.resolution,
         "prediction type": models.schedule.prediction_type,

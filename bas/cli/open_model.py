@@ -34,7 +34,7 @@ def find_base(args: argparse.Namespace) -> Path | None:
 
 
 def add_model(parser: Parser) -> None:
-    """Declare RUN, --model_path, --prediction_type, --lora, --embedding, --base, and the two flags of the machine."""
+    """Declare RUN, --model_path, --prediction_type, --base, what changes the model, and the flags of the machine."""
     parser.add_argument(
         "run", metavar="RUN", nargs="?", help="run folder, model folder, .safetensors file or known name"
     )
@@ -45,6 +45,13 @@ def add_model(parser: Parser) -> None:
     )
     parser.add_argument(
         "--embedding", nargs="+", action="extend", metavar="FILE", default=[], help="add an embedding file as <FILE>"
+    )
+    parser.add_argument("--vae", metavar="FILE", help="a VAE to use in place of the model's: a file or a folder")
+    parser.add_argument(
+        "--clip_skip",
+        type=int,
+        metavar="INT",
+        help="which layer of the text encoder is read: 1 the last, 2 the last but one (default: the model's own)",
     )
     add_base(parser)
     add_machine(parser)
@@ -68,7 +75,8 @@ def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -
     `check` sees the model's description before any weight is read, and raises InputError for what it cannot do.
     """
     path, device, base = find_model(args), pick_device(args.device), find_base(args)
-    additions = Additions.read(args.lora, args.embedding) if args.lora or args.embedding else None
+    additions = Additions.read(args.lora, args.embedding, args.vae, args.clip_skip)
+    additions = None if additions == Additions() else additions
     spec = read_spec(path, args.prediction_type, additions, base)
     check(spec)
     dtype = DTYPES[pick_precision(args.precision, device, spec.unet_size)]

@@ -99,9 +99,7 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
     """
     config = spec.unet
     grids = [
-        grid
-        for level, grid in enumerate(spec.grids(*latent))
-        if config.down_has_attention(level) or config.up_has_attention(level)
+        grid for level, grid in enumerate(spec.grids(*latent)) if config.down_depths(level) or config.up_depths(level)
     ]
     wanted = side or -(-min(latent) // 4)
     grid = next((grid for grid in grids if min(grid) == wanted), None)
@@ -121,7 +119,8 @@ def encode_images(models: Models, images: Tensor) -> Posterior:
     """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32"""
     vae = models.vae
     dtype, device = vae.post_quant_conv.weight.dtype, models.device
-    parts = [vae.encode(image[None].to(device, dtype)) for image in images]
+    with models.vae_arithmetic():
+        parts = [vae.encode(image[None].to(device, dtype)) for image in images]
     return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
 
 
@@ -129,7 +128,8 @@ def encode_images(models: Models, images: Tensor) -> Posterior:
 def decode_means(models: Models, means: Tensor) -> list[Image.Image]:
     """The images of posterior means (b, c, h, w), one at a time to keep memory flat."""
     dtype = models.vae.post_quant_conv.weight.dtype
-    parts = [models.vae.decode(mean[None].to(models.device, dtype)).float().cpu() for mean in means]
+    with models.vae_arithmetic():
+        parts = [models.vae.decode(mean[None].to(models.device, dtype)).float().cpu() for mean in means]
     return to_images((torch.cat(parts) / 2 + 0.5).clamp(0, 1))
 
 

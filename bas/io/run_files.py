@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,16 @@ def read_sessions(run: Path) -> list[dict[str, Any]]:
         return []
 
 
-def save_concepts(run: Path, rows: Tensor, masks: Tensor, handles: Iterable[str], metadata: dict[str, Any]) -> None:
-    """Write what a run learnt of its concepts: the handles' rows (N, d) as float32, the masks (N, H, W) as 8 bits."""
-    tensors = {"handles": rows.float(), "masks": (masks * 255).round().to(torch.uint8)}
+def save_concepts(
+    run: Path, rows: Sequence[Tensor], masks: Tensor, handles: Iterable[str], metadata: dict[str, Any]
+) -> None:
+    """Write what a run learnt of its concepts.
+
+    That is the handles' rows (N, d) of each text encoder as float32, and the masks (N, H, W) as 8 bits.
+    """
+    names = ("handles", "handles_2")
+    tensors = {name: each.float() for name, each in zip(names, rows, strict=False)}
+    tensors |= {"masks": (masks * 255).round().to(torch.uint8)}
     texts = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(metadata)}
     write_tensors(run / CONCEPTS, tensors, texts)
 

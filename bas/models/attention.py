@@ -1,15 +1,16 @@
 """The UNet's attention layers. Cross-attention can return its probabilities, which the attention loss reads (eq. 2).
 
 The probabilities are an output like any other: gradients flow through them, without hooks. Where the caller does not
-ask for them, `attend` takes the faster way for the device, the precision and the size.
+ask for them, `attend` (dot_product.py) takes the faster way for the device, the precision and the size.
 """
 
 import math
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from bas.models.dot_product import attend
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -20,39 +21,6 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(b, heads, n, d) -> (b, n, heads x d)"""
     return rearrange(x, "b heads n d -> b n (heads d)")
-
-
-# On a CPU in bf16, PyTorch's fused attention has a slow backward pass. Spelt out, forward and backward took 0.67 of its
-# time for 24 x 2 heads of 256 queries and keys, 0.37 for 77 keys, 0.18 for 64 queries and keys. Forward alone, and for
-# larger sizes, fused is as fast or faster. `python -m tools.bench.attention` measures it.
-MOST_SCORES = 2**23  # batch x heads x queries x keys that may be kept for the backward pass: 16 MB in bf16
-SCORES_AT_ONCE = 2**22  # of those, computed together: 8 MB
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1). q: (b, heads, n, d); k, v: (b, heads, m, d) -> as q
-
-    hide: (b, n, m) bool, True for a key that a query may not look at; some key must be left to each query.
-    """
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if not trains or q.device.type != "cpu" or q.dtype != torch.bfloat16 or scores > MOST_SCORES:
-        return F.scaled_dot_product_attention(q, k, v, None if hide is None else ~hide[:, None])
-    parts = math.ceil(scores / SCORES_AT_ONCE)
-    if parts == 1:
-        return _attend_openly(q, k, v, hide)
-    length = math.ceil(q.shape[2] / parts)
-    queries = q.split(length, dim=2)
-    hidden = [None] * len(queries) if hide is None else hide.split(length, dim=1)
-    return torch.cat([_attend_openly(chunk, k, v, h) for chunk, h in zip(queries, hidden, strict=True)], dim=2)
-
-
-def _attend_openly(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
-    """`attend` as matrix products; the softmax computes in float32 and returns bf16, so nothing larger is stored."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if hide is not None:
-        scores = scores.masked_fill(hide[:, None], -math.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):
@@ -154,34 +122,37 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the cells of a grid. SD 1 projects in and out by 1x1 convolutions, SD 2 linearly."""
+    """Transformer blocks over a grid: one, in SDXL up to ten. SD 1 projects in and out by 1x1 convolutions."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, groups: int, linear_projection: bool):
+    def __init__(
+        self, channels: int, context_dim: int, heads: int, groups: int, linear_projection: bool, depth: int = 1
+    ):
         super().__init__()
         self.linear_projection = linear_projection
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(
         self, x: Tensor, context: Tensor, with_probs: bool = False, hide: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """x: (b, c, h, w), context: (b, k, context_dim) -> (b, c, h, w), probs (b, heads, h, w, k) or None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x: (b, c, h, w), context: (b, k, context_dim) -> (b, c, h, w), each block's probs (b, heads, h, w, k)
 
-        hide: (b, h x w, k) bool or None, as in `CrossAttention`.
+        No probs unless `with_probs`. hide: (b, h x w, k) bool or None, as in `CrossAttention`.
         """
-        skip, h = x, x.shape[-2]
+        skip, h, maps = x, x.shape[-2], []
         x = self.norm(x)
         if self.linear_projection:
             x = self.proj_in(rearrange(x, "b c h w -> b (h w) c"))
         else:
             x = rearrange(self.proj_in(x), "b c h w -> b (h w) c")
-        x, probs = self.transformer_blocks[0](x, context, with_probs, hide)
+        for block in self.transformer_blocks:
+            x, probs = block(x, context, with_probs, hide)
+            if probs is not None:
+                maps.append(rearrange(probs, "b heads (h w) k -> b heads h w k", h=h))
         if self.linear_projection:
             x = rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h)
         else:
             x = self.proj_out(rearrange(x, "b (h w) c -> b c h w", h=h))
-        if probs is not None:
-            probs = rearrange(probs, "b heads (h w) k -> b heads h w k", h=h)
-        return x + skip, probs
+        return x + skip, maps

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,12 @@ from bas.models.vae import VAE
 from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-COMPONENTS = ("unet", "vae", "text_encoder")
+    from bas.models.text import TextEncoder
+
+COMPONENTS = ("unet", "vae", "text_encoder")  # the networks of every model
+TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}  # SDXL has both
 TEXT_FIELDS = (  # of the text encoder's config.json, beside the rows of its embedding
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
     *("hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim"),
@@ -39,6 +44,29 @@ class ModelSpec:
     source: Path | None = None  # where it was read from
     guidance_scale: float = GUIDANCE  # for images where no other is asked for
     adapted_tokens: tuple[tuple[int, int], ...] = ()  # ids of tokens with adapters of their own, and their ranks
+    text_encoder_2: dict[str, Any] | None = None  # SDXL's second, its config.json
+    zeros_for_empty: bool = False  # whether an empty negative prompt is zeros, not the states of an empty text
+
+    @property
+    def text_encoders(self) -> dict[str, dict[str, Any]]:
+        """The config.json of each text encoder, by component."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder, **second}
+
+    @property
+    def family(self) -> str:
+        """The family of Stable Diffusion, in words."""
+        if self.text_encoder_2 is not None:
+            return "Stable Diffusion XL"
+        return f"Stable Diffusion {2 if self.text_encoder.get('hidden_act') == 'gelu' else 1}"
+
+    def dtype_of(self, component: str, dtype: torch.dtype) -> torch.dtype:
+        """The precision of a network in a model of precision `dtype`: SDXL's VAE overflows in 16 bits.
+
+        `force_upcast` of its configuration is false where it was made to bear them.
+        """
+        upcast = component == "vae" and self.text_encoder_2 is not None and self.vae.force_upcast is not False
+        return torch.float32 if upcast and dtype.itemsize < torch.float32.itemsize else dtype
 
     @property
     def size_multiple(self) -> int:
@@ -92,21 +120,41 @@ class Models:
     handles: tuple[str, ...] = ()  # its learnt concepts, as `<asset0>`
     source: Path | None = None  # where it was read from
     guidance_scale: float = GUIDANCE  # for images where no other is asked for
+    text_encoder_2: CLIPTextModelWithProjection | None = None  # SDXL's second
+    zeros_for_empty: bool = False  # whether an empty negative prompt is zeros, not the states of an empty text
 
     def __repr__(self) -> str:
-        sizes = {name: sum(p.numel() for p in getattr(self, name).parameters()) for name in COMPONENTS}
+        sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
         parts = ", ".join(f"{name} of {size:,} weights" for name, size in sizes.items())
         return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
 
+    @property
+    def text_encoders(self) -> tuple[TextEncoder, ...]:
+        """The text encoders, in the order of their states: one, or SDXL's two."""
+        return (self.text_encoder,) if self.text_encoder_2 is None else (self.text_encoder, self.text_encoder_2)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks by component."""
+        return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
-        """Move or convert all three networks, in place. Raises InputError for weights beyond the range of `dtype`."""
-        for name in COMPONENTS:
-            network: nn.Module = getattr(self, name)
-            for key, weight in network.named_parameters() if dtype else ():
-                if weight.dtype != dtype and not is_finite(weight.detach().to(dtype)):
-                    raise InputError(f"{name} {key} holds values beyond the range of {dtype}: keep fp32, or take bf16")
-            nn.Module.to(network, device=device, dtype=dtype)
+        """Move or convert all networks, in place, each as `ModelSpec.dtype_of` says.
+
+        Raises InputError for weights beyond the range of `dtype`.
+        """
+        for name, network in self.networks.items():
+            wanted = dtype and self.spec.dtype_of(name, dtype)
+            for key, weight in network.named_parameters() if wanted else ():
+                if weight.dtype != wanted and not is_finite(weight.detach().to(wanted)):
+                    raise InputError(f"{name} {key} holds values beyond the range of {wanted}: keep fp32, or take bf16")
+            network.to(device=device, dtype=wanted)
         return self
+
+    def vae_arithmetic(self) -> AbstractContextManager:
+        """Within the block the VAE computes in float32 also under autocast, where 16 bits would overflow."""
+        alone = self.spec.dtype_of("vae", torch.float16) == torch.float32
+        return torch.autocast(self.device.type, enabled=False) if alone else nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -116,11 +164,10 @@ class Models:
     @property
     def spec(self) -> ModelSpec:
         """The description of these networks, as they are now."""
-        fields = {name: getattr(self.text_encoder.config, name) for name in TEXT_FIELDS}
-        rows = sum(len(rows) for rows in self.text_encoder.get_input_embeddings().parameters())
-        text = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **fields, "vocab_size": rows}
+        texts = [_describe(network, name) for name, network in self.networks.items() if name in TEXT_ENCODERS]
         own = self.tokenizer, self.schedule, self.handles, self.source, self.guidance_scale
-        return ModelSpec(self.unet.config, self.vae.config, text, *own)
+        second = {"text_encoder_2": texts[1] if len(texts) > 1 else None, "zeros_for_empty": self.zeros_for_empty}
+        return ModelSpec(self.unet.config, self.vae.config, texts[0], *own, **second)
 
     @property
     def size_multiple(self) -> int:
@@ -131,6 +178,14 @@ class Models:
     def resolution(self) -> int:
         """Pixels: the side of the square images that the model was trained on."""
         return self.spec.resolution
+
+
+def _describe(text_encoder: nn.Module, component: str) -> dict[str, Any]:
+    """The config.json of a text encoder as it is now, handles among its rows."""
+    network = cast("TextEncoder", text_encoder)
+    fields = {name: getattr(network.config, name) for name in TEXT_FIELDS}
+    rows = sum(len(rows) for rows in network.get_input_embeddings().parameters())
+    return {"architectures": [TEXT_ENCODERS[component]], "model_type": "clip_text_model", **fields, "vocab_size": rows}
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -149,7 +204,15 @@ def is_adapter(name: str) -> bool:
 def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
     """The groups of the networks' weights that a phase can name in `Phase.trains`, by name. Groups overlap."""
     unet = {f"unet.{name}": p for name, p in models.unet.named_parameters()}
-    text = {f"text_encoder.{name}": p for name, p in models.text_encoder.named_parameters()}
+    text = {
+        f"{component}.{name}": p
+        for component, network in zip(TEXT_ENCODERS, models.text_encoders, strict=False)
+        for name, p in network.named_parameters()
+    }
+    if len(models.text_encoders) > 1:  # nothing reads what comes behind the last layer but one of SDXL's first
+        last = models.text_encoder.config.num_hidden_layers - 1
+        unread = re.compile(rf"text_encoder\.(text_model\.)?(encoder\.layers\.{last}|final_layer_norm)\.")
+        text = {name: p for name, p in text.items() if not unread.match(name)}
     own = {name: p for name, p in unet.items() if not is_adapter(name)}
     cross = {name: p for name, p in own.items() if ".attn2." in name}
     adapters = {name: p for name, p in unet.items() if is_adapter(name)}

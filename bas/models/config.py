@@ -1,10 +1,17 @@
 """The configurations of the networks, as in a checkpoint's config.json; unknown settings are errors."""
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from bas.errors import InputError, check_bool, check_float, check_positive, shown
 
 MAX_LAYERS = 16  # in one level; far above any model of this family
+SIZES = 6  # numbers of SDXL's size conditioning: height and width of the original, crop's top and left, of the target
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": 2, "UNetMidBlock2D": 1, None: 0}  # residual blocks in the middle, by type
+UNET_EXTENSIONS = {  # fields that a config.json has only where a model needs them
+    *("transformer_layers_per_block", "reverse_transformer_layers_per_block", "mid_block_type"),
+    *("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+}
 LISTS = {"block_out_channels": int, "down_block_types": str, "up_block_types": str}  # fields and what they list
 
 
@@ -20,7 +27,12 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
         raise InputError(
             f"{kind.__name__.removesuffix('Config')} config has unsupported settings: {', '.join(unknown)}"
         )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
+    return {key: _frozen(value) for key, value in config.items() if key in known}
+
+
+def _frozen(value: object) -> Any:
+    """A value of a config.json with tuples for lists, at every depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _check_lists(config: dict) -> dict:
@@ -58,6 +70,15 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     upcast_attention: bool = False  # accepted; softmax statistics are float32 here in any case
+    # Blocks in each transformer: one number for all, or one for each level, the finest first, or one for each of its
+    # transformers. The way up reads them from the coarsest level, or has its own; the middle has the last.
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"  # UNetMidBlock2D: one residual block; None: no middle
+    # SDXL: pooled text and the image's sizes, as features of so many numbers, are added to the time embedding.
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None  # width of the pooled text and all features together
 
     EACH = (  # fields that diffusers reads as one value, or as a list of one for each level or side
         *("sample_size", "layers_per_block", "cross_attention_dim", "transformer_layers_per_block"),
@@ -68,17 +89,14 @@ class UNetConfig:
         "act_fn": ("silu", "swish"),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1, 1.0),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
         "resnet_time_scale_shift": ("default",),
         "time_embedding_type": ("positional",),
-        "transformer_layers_per_block": (1,),
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
         "dropout": (0.0,),
         "resnet_out_scale_factor": (1.0,),
         "resnet_skip_time_act": (False,),
         "attention_type": ("default",),
-        "projection_class_embeddings_input_dim": (None,),
         "addition_embed_type_num_heads": (64,),
         "center_input_sample": (False,),
     }
@@ -86,7 +104,10 @@ class UNetConfig:
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
         """Check a config.json and keep what describes the network. Raises InputError for what bas does not support."""
-        return cls(**_read_fields(cls, _with_one_value(_check_lists(config), cls.EACH), cls.INERT))
+        values = _read_fields(cls, _with_one_value(_check_lists(config), cls.EACH), cls.INERT)
+        if values.get("upcast_attention", False) is None:  # in SDXL's file
+            del values["upcast_attention"]
+        return cls(**values)
 
     def __post_init__(self):
         for name in ("sample_size", "in_channels", "out_channels", "cross_attention_dim"):
@@ -114,6 +135,30 @@ class UNetConfig:
             types = getattr(self, name)
             if len(types) != self.levels or not kinds.issuperset(types):
                 raise InputError(f"unet {name} is {types}: expected {self.levels} of {sorted(kinds)}")
+        if self.mid_block_type not in MID_BLOCKS:
+            raise InputError(f"unet mid_block_type is {self.mid_block_type!r}: expected one of {[*MID_BLOCKS]}")
+        for name in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
+            if isinstance(depths := getattr(self, name), tuple) and len(depths) != self.levels:
+                raise InputError(f"unet {name} has {len(depths)} entries for {self.levels} levels")
+        for level in range(self.levels):
+            for depth in (*self.down_depths(level), *self.up_depths(level), *self.mid_depths):
+                check_positive("unet transformer_layers_per_block", depth, MAX_LAYERS)
+        self._check_added()
+
+    def _check_added(self) -> None:
+        """Raise InputError unless what is added to the time embedding is nothing, or as in SDXL."""
+        dims = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if self.addition_embed_type is None and dims == (None, None):
+            return
+        if self.addition_embed_type != "text_time":
+            raise InputError(f"unet addition_embed_type is {self.addition_embed_type!r}: expected text_time, or none")
+        check_positive("unet addition_time_embed_dim", dims[0])
+        check_positive("unet projection_class_embeddings_input_dim", dims[1])
+        if self.pooled_dim < 1:
+            raise InputError(
+                f"unet projection_class_embeddings_input_dim is {dims[1]}, which leaves nothing for the pooled text "
+                f"beside {SIZES} features of {dims[0]}"
+            )
 
     @property
     def levels(self) -> int:
@@ -129,17 +174,46 @@ class UNetConfig:
             raise InputError(f"unet attention_head_dim has {len(heads)} entries for {self.levels} levels")
         return heads
 
-    def down_has_attention(self, level: int) -> bool:
-        """Whether the down block on this level (0 is the finest) carries transformers."""
-        return self.down_block_types[level] == "CrossAttnDownBlock2D"
+    def down_depths(self, level: int) -> tuple[int, ...]:
+        """How many blocks each transformer of the down block on this level (0 is the finest) has; () without any."""
+        depths = self.transformer_layers_per_block
+        here = depths[level] if isinstance(depths, tuple) else depths
+        return self._depths(here, self.layers_per_block) if self.down_block_types[level].startswith("Cross") else ()
 
-    def up_has_attention(self, level: int) -> bool:
-        """Whether the up block on this level (0 is the finest) carries transformers."""
-        return self.up_block_types[self.levels - 1 - level] == "CrossAttnUpBlock2D"
+    def up_depths(self, level: int) -> tuple[int, ...]:
+        """The same of the up block on this level."""
+        depths, place = self.transformer_layers_per_block, level
+        if self.reverse_transformer_layers_per_block is not None:
+            depths, place = self.reverse_transformer_layers_per_block, self.levels - 1 - level
+        here = depths[place] if isinstance(depths, tuple) else depths
+        attends = self.up_block_types[self.levels - 1 - level].startswith("Cross")
+        return self._depths(here, self.layers_per_block + 1) if attends else ()
+
+    @property
+    def mid_depths(self) -> tuple[int, ...]:
+        """The same of the middle block."""
+        depths = self.transformer_layers_per_block
+        here = depths[-1] if isinstance(depths, tuple) else depths
+        return self._depths(here, 1) if self.mid_block_type == "UNetMidBlock2DCrossAttn" else ()
+
+    def _depths(self, depths: int | tuple, count: int) -> tuple[int, ...]:
+        """One depth for each of `count` transformers. InputError for a list of another length."""
+        each = depths if isinstance(depths, tuple) else (depths,) * count
+        if len(each) != count:
+            raise InputError(f"unet transformer_layers_per_block has {shown(list(each))} for {count} transformers")
+        return each
+
+    @property
+    def pooled_dim(self) -> int:
+        """The width of the pooled text that is added to the time embedding; 0 where nothing is."""
+        if self.addition_time_embed_dim is None or self.projection_class_embeddings_input_dim is None:
+            return 0
+        return self.projection_class_embeddings_input_dim - SIZES * self.addition_time_embed_dim
 
     def to_json(self) -> dict:
         """The config.json that diffusers reads."""
-        config = {k: v for k, v in asdict(self).items() if k != "num_attention_heads"}
+        own = {f.name for f in fields(self) if f.name in UNET_EXTENSIONS and getattr(self, f.name) == f.default}
+        config = {k: v for k, v in asdict(self).items() if k not in own | {"num_attention_heads"}}
         return {"_class_name": "UNet2DConditionModel", **config, "attention_head_dim": self.heads}
 
 
@@ -155,13 +229,13 @@ class VAEConfig:
     norm_num_groups: int = 32
     sample_size: int = 512  # image rows and columns that the model was trained on
     scaling_factor: float = 0.18215  # latents are multiplied by this for the diffusion model
+    force_upcast: bool | None = None  # false: SDXL's VAE may compute in 16 bits; None: the file says nothing
 
     INERT = {
         "act_fn": ("silu", "swish"),
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
         "mid_block_add_attention": (True,),
-        "force_upcast": (True, False),  # to run SDXL's VAE in float32
     }
 
     @classmethod
@@ -185,6 +259,8 @@ class VAEConfig:
             ):
                 raise InputError(f"vae width {channels} is not divisible by {self.norm_num_groups} groups")
         check_float("vae scaling_factor", self.scaling_factor, above=0, below=1000)
+        if self.force_upcast is not None:
+            check_bool("vae force_upcast", self.force_upcast)
 
     @property
     def factor(self) -> int:
@@ -194,9 +270,10 @@ class VAEConfig:
     def to_json(self) -> dict:
         """The config.json that diffusers reads."""
         levels = len(self.block_out_channels)
+        config = {name: value for name, value in asdict(self).items() if value is not None}
         return {
             "_class_name": "AutoencoderKL",
-            **asdict(self),
+            **config,
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
             "act_fn": "silu",

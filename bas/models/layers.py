@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PIXELS_PER_CELL = 8  # image pixels on each side of a latent cell, in every SDXL
+
 
 def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0) -> Tensor:
     """Sinusoidal features of the timestep (Ho et al. 2020, after Vaswani et al. 2017, section 3.5).
@@ -22,6 +24,15 @@ def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True
     angles = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))
     pair = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(pair, dim=-1), (0, dim % 2))
+
+
+def uncropped(latents: Tensor) -> Tensor:
+    """SDXL's size conditioning of images as large as these latents, made whole: (h, w, 0, 0, h, w) pixels. -> (b, 6)"""
+    sizes = torch.zeros(len(latents), 6, device=latents.device)
+    sizes[:, 0::4], sizes[:, 1::4] = (
+        PIXELS_PER_CELL * side for side in latents.shape[-2:]
+    )  # fills: no copy to the GPU
+    return sizes
 
 
 class TimeEmbedding(nn.Module):

@@ -1,7 +1,8 @@
-"""The text encoder (transformers' CLIP) and its tokenizer, extended by trainable handles such as `<asset0>`.
+"""The text encoders (transformers' CLIP) and their tokenizer, extended by trainable handles such as `<asset0>`.
 
-A handle is one new token. Its embedding row is a parameter of its own beside the base vocabulary, so phase 1 trains N
-rows and nothing else (paper, section 3), and the base rows stay bit-identical.
+SD 1 and 2 have one text encoder, SDXL two, which read the same tokens. A handle is one new token. Its embedding row is
+a parameter of its own beside the base vocabulary, so phase 1 trains N rows of each text encoder and nothing else
+(paper, section 3), and the base rows stay bit-identical.
 
 transformers is imported in functions: its networks take longer to import than PyTorch, and errors in the input are
 reported without them. Only `build_text_encoder` imports the networks.
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Sequence
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ from bas.errors import MAX_CHANNELS, InputError, check_float, check_positive, is
 from bas.io.json_files import read_json
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +48,35 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ACTIVATIONS = ("quick_gelu", "gelu")
 
 
-def build_text_encoder(config: dict) -> CLIPTextModel:
-    """Build an uninitialised text encoder from its config.json. Raises InputError as `text_config` does."""
+class Conditioning(NamedTuple):
+    """What the UNet reads of prompts."""
+
+    states: Tensor  # (b, k, d), one for each token
+    pooled: Tensor | None = None  # (b, p), one for the whole prompt, in SDXL alone
+
+    def each(self, change: Callable[..., Tensor], *others: Conditioning) -> Conditioning:
+        """What a function makes of the states, and of the pooled text where there is one, with those of others."""
+        states = change(self.states, *(other.states for other in others))
+        pooled = None if self.pooled is None else change(self.pooled, *(other.pooled for other in others))
+        return Conditioning(states, pooled)
+
+
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of these, one after another."""
+    return parts[0].each(lambda *rows: torch.cat(rows), *parts[1:])
+
+
+def build_text_encoder(config: dict, projection: bool = False) -> TextEncoder:
+    """Build an uninitialised text encoder from its config.json, with a projection of its pooled output if asked.
+
+    Raises InputError as `text_config` does.
+    """
     with torch.device("cpu"):  # the caller's may be meta, on which tensors made at import would lose their values
-        from transformers import CLIPTextModel
-    return CLIPTextModel(text_config(config))
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(text_config(config, projection))
 
 
-def text_config(config: dict) -> CLIPTextConfig:
+def text_config(config: dict, projection: bool = False) -> CLIPTextConfig:
     """Read the text encoder's config.json field by field, so that nothing in it can name code.
 
     Raises InputError for absurd or unknown values, before anything is allocated.
@@ -73,6 +98,8 @@ def text_config(config: dict) -> CLIPTextConfig:
     ids = {name: config[name] for name in TOKEN_IDS if isinstance(config.get(name), int)}
     chosen |= {name: value for name, value in ids.items() if 0 <= value < chosen["vocab_size"]}
     chosen["projection_dim"] = config.get("projection_dim", chosen["hidden_size"])
+    if projection:
+        check_positive("text encoder projection_dim", chosen["projection_dim"], MAX_CHANNELS)
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(**chosen)
@@ -184,34 +211,36 @@ def initial_row(weight: Tensor, tokenizer: CLIPTokenizer, word: str | None, gene
 
 
 def add_handles(
-    text_encoder: CLIPTextModel,
+    text_encoders: Sequence[TextEncoder],
     tokenizer: CLIPTokenizer,
     handles: tuple[str, ...],
     words: tuple[str | None, ...],
     seed: int,
-) -> HandleEmbedding:
-    """Extend tokenizer and token embedding by handles, in place. -> the new embedding
+) -> tuple[HandleEmbedding, ...]:
+    """Extend the tokenizer and the token embedding of each text encoder by handles, in place. -> the new embeddings
 
     Raises InputError for a malformed name, or one that the vocabulary already has.
     """
     check_handles(tokenizer, handles)
-    weight = text_encoder.get_input_embeddings().get_parameter("weight").detach()
-    if len(tokenizer) != len(weight):
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(weight)} rows: they don't match"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    rows = [initial_row(weight, tokenizer, word, generator) for word in words]
+    generator, embeddings = torch.Generator().manual_seed(seed), []
+    for text_encoder in text_encoders:
+        weight = text_encoder.get_input_embeddings().get_parameter("weight").detach()
+        if len(tokenizer) != len(weight):
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder {len(weight)} rows: they don't match"
+            )
+        rows = [initial_row(weight, tokenizer, word, generator) for word in words]
+        embeddings.append(HandleEmbedding(weight, torch.stack(rows)))
     # Not normalized: handles are matched before the text is lower-cased, so `<Toy>` and `<toy>` stay different.
     from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(handle, normalized=False) for handle in handles])
-    embedding = HandleEmbedding(weight, torch.stack(rows))
-    text_encoder.set_input_embeddings(embedding)
-    return embedding
+    for text_encoder, embedding in zip(text_encoders, embeddings, strict=True):
+        text_encoder.set_input_embeddings(embedding)
+    return tuple(embeddings)
 
 
-def merged_state_dict(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+def merged_state_dict(text_encoder: TextEncoder) -> dict[str, Tensor]:
     """The text encoder's state dict with the handles as the last rows of one matrix, as other tools read it."""
     state = text_encoder.state_dict()
     for key in [key for key in state if key.endswith("token_embedding.handles")]:
@@ -329,16 +358,32 @@ def mark_tokens(text_encoder: nn.Module, ids: tuple[int, ...]) -> None:
     setattr(text_encoder, MARKED, ids)
 
 
-def context_width(text_encoder: CLIPTextModel) -> int:
-    """The width of what `encode_ids` returns: the features of a state, and a column for each marked token."""
-    return text_encoder.config.hidden_size + len(getattr(text_encoder, MARKED, ()))
+def context_width(text_encoders: Sequence[TextEncoder]) -> int:
+    """The width of the states of `encode_ids`: the features of all encoders, and a column for each marked token."""
+    return sum(encoder.config.hidden_size + len(getattr(encoder, MARKED, ())) for encoder in text_encoders)
 
 
-def encode_ids(text_encoder: CLIPTextModel, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Token states after the text encoder's final norm, usually without an attention mask. ids: (b, k) -> (b, k, d)
+def encode_ids(text_encoders: Sequence[TextEncoder], ids: Tensor, visible: Tensor | None = None) -> Conditioning:
+    """Encode tokens for the UNet. ids: (b, k); visible: (b, k), 0 for tokens that no other may attend to, or None.
 
-    Of a model with adapters at single tokens, each such token has a column more: 1 where it stands, 0 elsewhere.
+    One text encoder gives the states after its final norm. Of SDXL's two, the states are those before the last layer,
+    side by side, and the pooled text is the second's output at the end of the text, projected (Podell et al. 2023,
+    section 2.1). Padding is not masked. Of a model with adapters at single tokens, the states have a column more for
+    each such token: 1 where it stands, 0 elsewhere.
     """
-    states = text_encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
-    marks = [(ids == number)[..., None].to(states.dtype) for number in getattr(text_encoder, MARKED, ())]
-    return torch.cat([states, *marks], dim=-1) if marks else states
+    if len(text_encoders) == 1:
+        states = text_encoders[0](input_ids=ids, attention_mask=visible).last_hidden_state
+        marks = [(ids == number)[..., None].to(states.dtype) for number in getattr(text_encoders[0], MARKED, ())]
+        return Conditioning(torch.cat([states, *marks], dim=-1) if marks else states)
+    first, second = text_encoders
+    end = ids.eq(cast(int, first.config.eos_token_id)).int().argmax(dim=1, keepdim=True)  # the first such token
+    padding = torch.arange(ids.shape[1], device=ids.device) > end
+    padded = ids.masked_fill(padding, cast(int, second.config.pad_token_id))
+    outputs = [
+        first(input_ids=ids, attention_mask=visible, output_hidden_states=True),
+        second(input_ids=padded, attention_mask=visible, output_hidden_states=True),
+    ]
+    # transformers' own pooled output would be that of a handle, whose id is above the end's, where eos_token_id is 2.
+    at_end = outputs[1].last_hidden_state.take_along_dim(end[..., None], dim=1)[:, 0]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return Conditioning(states, cast("CLIPTextModelWithProjection", second).text_projection(at_end))

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1 and 2 (Rombach et al. 2022, section 3.3), built from its config.
+"""The denoising UNet of Stable Diffusion (Rombach et al. 2022, section 3.3; SDXL: Podell et al. 2023), from its config.
 
 Cross-attention probabilities are ordinary outputs: `unet(z_t, t, context, return_maps=(16, 16)).maps`.
 """
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bas.models.attention import SpatialTransformer
-from bas.models.config import UNetConfig
-from bas.models.layers import Downsample, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding
+from bas.models.config import MID_BLOCKS, UNetConfig
+from bas.models.layers import Downsample, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding, uncropped
 
 
 class AttentionMap(NamedTuple):
@@ -46,7 +46,7 @@ class Stage(nn.Module):
     resnets: nn.ModuleList
     attentions: nn.ModuleList
 
-    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int):
+    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], depths: tuple[int, ...]):
         super().__init__()
         channels, heads = config.block_out_channels[level], config.heads[level]
         time_dim = 4 * config.block_out_channels[0]
@@ -60,8 +60,9 @@ class Stage(nn.Module):
                 heads,
                 config.norm_num_groups,
                 config.use_linear_projection,
+                depth,
             )
-            for _ in range(transformers)
+            for depth in depths
         )
 
     def run(self, module: nn.Module, *args):
@@ -79,14 +80,15 @@ class Stage(nn.Module):
         maps: list[AttentionMap],
         hide: Hide | None,
     ) -> Tensor:
-        """Run transformer i, if the stage has one, and append its map to `maps`, if it was asked for."""
+        """Run transformer i, if the stage has one, and append its blocks' maps to `maps`, if they were asked for."""
         if i >= len(self.attentions):
             return x
         grid = (x.shape[-2], x.shape[-1])
         with_probs = return_maps if isinstance(return_maps, bool) else grid == tuple(return_maps)
         x, probs = self.run(self.attentions[i], x, context, with_probs, hide.get(grid) if hide else None)
-        if probs is not None:
-            maps.append(AttentionMap(self.place, probs, f"{self.name}.attentions.{i}"))
+        layer = f"{self.name}.attentions.{i}"
+        names = [layer] if len(probs) == 1 else [f"{layer}.transformer_blocks.{j}" for j in range(len(probs))]
+        maps += [AttentionMap(self.place, each, name) for each, name in zip(probs, names, strict=True)]
         return x
 
 
@@ -99,7 +101,7 @@ class DownBlock(Stage):
         c_in = config.block_out_channels[max(level - 1, 0)]
         c_out = config.block_out_channels[level]
         widths = [(c_in, c_out)] + [(c_out, c_out)] * (config.layers_per_block - 1)
-        super().__init__(config, level, widths, len(widths) if config.down_has_attention(level) else 0)
+        super().__init__(config, level, widths, config.down_depths(level))
         last = level == config.levels - 1
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out, pad_all_around=True)])
 
@@ -119,22 +121,24 @@ class DownBlock(Stage):
 
 
 class MidBlock(Stage):
-    """Residual block, transformer, residual block on the smallest grid."""
+    """Residual block, transformer, residual block on the smallest grid; in small models the first alone, or nothing."""
 
     place = "mid"
 
     def __init__(self, config: UNetConfig):
         channels = config.block_out_channels[-1]
-        super().__init__(config, config.levels - 1, [(channels, channels)] * 2, transformers=1)
+        widths = [(channels, channels)] * MID_BLOCKS[config.mid_block_type]
+        super().__init__(config, config.levels - 1, widths, config.mid_depths)
 
     def forward(
         self, x: Tensor, time: Tensor, context: Tensor, return_maps: ReturnMaps, hide: Hide | None = None
     ) -> tuple[Tensor, list[AttentionMap]]:
         """(b, c, h, w) -> (b, c, h, w), the maps"""
         maps: list[AttentionMap] = []
-        x = self.run(self.resnets[0], x, time)
-        x = self.attend(0, x, context, return_maps, maps, hide)
-        return self.run(self.resnets[1], x, time), maps
+        for i, resnet in enumerate(self.resnets):
+            x = self.run(resnet, x, time)
+            x = self.attend(i, x, context, return_maps, maps, hide)
+        return x, maps
 
 
 class UpBlock(Stage):
@@ -148,7 +152,7 @@ class UpBlock(Stage):
         skips = [channels[level]] * layers + [channels[max(level - 1, 0)]]
         inputs = [below] + [channels[level]] * layers
         widths = [(x + skip, channels[level]) for x, skip in zip(inputs, skips, strict=True)]
-        super().__init__(config, level, widths, len(widths) if config.up_has_attention(level) else 0)
+        super().__init__(config, level, widths, config.up_depths(level))
         self.upsamplers = nn.ModuleList([Upsample(channels[level])] if level > 0 else [])
 
     def forward(
@@ -183,6 +187,8 @@ class UNet(nn.Module):
         width = config.block_out_channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.time_embedding = TimeEmbedding(width, 4 * width)
+        added = config.projection_class_embeddings_input_dim
+        self.add_embedding = TimeEmbedding(added, 4 * width) if added else None
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(config.levels))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(range(config.levels)))
@@ -199,19 +205,24 @@ class UNet(nn.Module):
         context: Tensor,
         return_maps: ReturnMaps = False,
         hide: Hide | None = None,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
     ) -> UNetOutput:
-        """latents: (b, c, h, w); timesteps: (b,) or one; context: (b, k, d).
+        """latents: (b, c, h, w); timesteps: (b,) or one; context: (b, k, d); for SDXL pooled: (b, p), sizes: (b, 6).
 
         Returns the prediction (b, c, h, w) in the precision of the weights, and the attention maps that `return_maps`
         asks for: True for all, (h, w) for those of the layers on that grid, which may be none. `hide` says by grid
-        which tokens the cells may not look at.
+        which tokens the cells may not look at. `sizes` are, in pixels, height and width of the original image, top and
+        left of its crop, height and width of the image to make; by default those of the latents, uncropped.
         """
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))
-        features = timestep_embedding(
-            timesteps, self.conv_in.out_channels, self.config.flip_sin_to_cos, self.config.freq_shift
-        )
         dtype = self.conv_in.weight.dtype
-        time = self.time_embedding(features.to(dtype))
+        time = self.time_embedding(self.sinusoids(timesteps, self.conv_in.out_channels).to(dtype))
+        if self.add_embedding is not None:
+            assert pooled is not None, "SDXL needs the pooled text too"
+            sizes = uncropped(latents) if sizes is None else sizes
+            features = self.sinusoids(sizes.flatten(), self.config.addition_time_embed_dim or 0)
+            time = time + self.add_embedding(torch.cat([pooled.to(dtype), features.view(len(sizes), -1).to(dtype)], 1))
         x = self.conv_in(latents.to(dtype))
         skips, maps = [x], []
         for block in self.down_blocks:
@@ -228,6 +239,10 @@ class UNet(nn.Module):
             x, block_maps = block(x, used, time, context, return_maps, size, hide)
             maps += block_maps
         return UNetOutput(self.conv_out(F.silu(self.conv_norm_out(x))), maps)
+
+    def sinusoids(self, numbers: Tensor, dim: int) -> Tensor:
+        """The sinusoidal features of timesteps, or of sizes in pixels. numbers: (n,) -> (n, dim) float32"""
+        return timestep_embedding(numbers, dim, self.config.flip_sin_to_cos, self.config.freq_shift)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Keep only the input of each residual block and transformer for the backward pass, and recompute the rest."""

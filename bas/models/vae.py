@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from bas.models.attention import attend
 from bas.models.config import VAEConfig
+from bas.models.dot_product import attend
 from bas.models.layers import Downsample, ResnetBlock, Upsample
 
 NORM_EPS = 1e-6

@@ -1,6 +1,9 @@
-"""LoRA and embedding files beside a model: `--lora FILE:0.8` changes its weights, `--embedding FILE` adds a handle.
+"""What changes a model while it is loaded: `--lora FILE:0.8`, `--embedding FILE`, `--vae FILE`, `--clip_skip 2`.
 
-In `bas train` they are a part of the base: its hash counts them, and a small run looks for them beside it.
+A LoRA changes its weights, an embedding adds a handle, a VAE takes the place of its own, and a clip skip leaves out the
+last layers of the text encoder.
+
+In `bas train` the first two are a part of the base: its hash counts them, and a small run looks for them beside it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,27 +13,35 @@ from typing import Any
 
 import torch
 
-from bas.errors import InputError, check_float
+from bas.errors import InputError, check_float, check_positive
 from bas.models.adapters import Change, Difference
 from bas.models.text import check_handles
 from bas.pretrained.embedding_files import read_embedding
-from bas.pretrained.loading import Parts
+from bas.pretrained.loading import Parts, fit_text_encoders
 from bas.pretrained.lora_files import read_lora
+from bas.pretrained.vae_files import with_vae
 
 STRONGEST = 10.0
 
 
 @dataclass(frozen=True)
 class Additions:
-    """Files that are added to a model while it is loaded."""
+    """What is added to a model, or changed in it, while it is loaded."""
 
     loras: tuple[tuple[Path, float], ...] = ()  # each with its weight
     embeddings: tuple[Path, ...] = ()
+    vae: Path | None = None
+    clip_skip: int | None = None  # 1: the text encoder's last layer is read, 2: the last but one, ...
 
     @classmethod
-    def read(cls, loras: Iterable[str], embeddings: Iterable[str]) -> "Additions":
-        """Read the values of --lora, `FILE` or `FILE:WEIGHT`, and of --embedding. InputError for a wrong weight."""
-        return cls(tuple(map(split_weight, loras)), tuple(map(Path, embeddings)))
+    def read(
+        cls, loras: Iterable[str], embeddings: Iterable[str], vae: str | None = None, clip_skip: int | None = None
+    ) -> "Additions":
+        """Read the values of --lora, `FILE` or `FILE:WEIGHT`, and of the other flags. InputError for a wrong weight."""
+        if clip_skip is not None:
+            check_positive("--clip_skip", clip_skip)
+        files = tuple(map(split_weight, loras)), tuple(map(Path, embeddings))
+        return cls(*files, None if vae is None else Path(vae), clip_skip)
 
     @classmethod
     def of_base(cls, settings: Mapping[str, Any], run: Path | None = None) -> "Additions | None":
@@ -63,8 +74,30 @@ def split_weight(text: str) -> tuple[Path, float]:
     return Path(file), check_float(f"--lora {file}: the weight", value, -STRONGEST, STRONGEST)
 
 
+def with_clip_skip(parts: Parts, clip_skip: int) -> Parts:
+    """Leave out the text encoder's last layers but keep its final norm, so that its layer `-clip_skip` is read.
+
+    InputError where there are not so many, and for SDXL, which was trained with the last but one of both.
+    """
+    spec, layers = parts.spec, parts.spec.text_encoder["num_hidden_layers"]
+    if spec.text_encoder_2 is not None:
+        if clip_skip != 2:
+            raise InputError(f"--clip_skip {clip_skip}: SDXL reads the last layer but one, which is 2: leave it out")
+        return parts
+    if clip_skip > layers:
+        raise InputError(f"--clip_skip {clip_skip}: the text encoder of {spec.source} has {layers} layers")
+    text = spec.text_encoder | {"num_hidden_layers": layers - clip_skip + 1}
+    return fit_text_encoders(replace(parts, spec=replace(spec, text_encoder=text)))
+
+
 def with_additions(parts: Parts, additions: Additions) -> Parts:
     """Put files into the parts of a model. InputError for a file that does not fit it."""
+    if additions.vae is not None:
+        parts = with_vae(parts, additions.vae)
+    if additions.clip_skip is not None:
+        parts = with_clip_skip(parts, additions.clip_skip)
+    if parts.spec.text_encoder_2 is not None and (additions.loras or additions.embeddings):
+        raise InputError(f"{parts.spec.source} is an SDXL: this version adds no LoRA and no embedding to one")
     changes: dict[str, dict[str, list[Change | Difference]]] = {
         component: {name: list(each) for name, each in parts.changes.get(component, {}).items()}
         for component in ("unet", "text_encoder")

@@ -16,39 +16,40 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bas.config import GUIDANCE
-from bas.errors import InputError, is_own_fault
+from bas.errors import InputError, check_bool, is_own_fault
 from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
 from bas.io.json_files import check_json_size, read_cache, read_json, read_text, write_json
 from bas.io.run_files import CONCEPTS, METRICS, TUNED, read_concepts
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.adapters import adapt_tokens
-from bas.models.bundle import COMPONENTS, Models, ModelSpec
+from bas.models.bundle import COMPONENTS, TEXT_ENCODERS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.pretrained.loading import (
     EMBEDDING,
+    PROJECTION,
     TEXT_PREFIX,
     Parts,
     check_parts,
-    fit_text_encoder,
+    fit_text_encoders,
     load_weights,
     unwrap_keys,
 )
 from bas.pretrained.own_settings import read_own_settings, write_own_settings
-from bas.pretrained.single_file import SD_STEPS_OFFSET, read_single_file
+from bas.pretrained.single_file import EMBEDDER_2, SD_STEPS_OFFSET, read_single_file
 from bas.pretrained.unsupported import check_channels, check_class, check_kind, check_pipeline, check_tokenizer_config
 from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from bas.pretrained.additions import Additions
 
@@ -57,6 +58,7 @@ T = TypeVar("T")
 
 SHA256 = re.compile("[0-9a-f]{64}")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+STEMS |= {"text_encoder_2": "model"}
 VARIANTS = ("", ".fp16", ".bf16")  # in order of preference; other variants, such as non_ema, have other weights
 SETTLED = 2_000_000_000  # ns without a change from which on a hash is remembered: clocks of file systems are coarse
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -70,7 +72,7 @@ def load(
     additions: Additions | None = None,
     base: Path | None = None,
 ) -> Models:
-    """Load a diffusers folder, an original single file (.safetensors) of Stable Diffusion 1.x or 2.x, or a small run.
+    """Load a diffusers folder, an original single file (.safetensors) of Stable Diffusion 1, 2 or XL, or a small run.
 
     `prediction_type` ("epsilon" or "v_prediction") overrides the files; `additions` are LoRA and embedding files;
     `base` says where the base of a small run is, if it was moved. No weight stays memory-mapped, so a file that changes
@@ -82,9 +84,10 @@ def load(
 def load_parts(parts: Parts, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
     """Build the networks of a model's parts, and give them their weights. Raises InputError as `load` does."""
     models, parts = _build(parts)
-    for component in COMPONENTS:
-        network, changes = getattr(models, component), parts.changes.get(component)
-        load_weights(network, parts.tensors[component], f"{parts.spec.source} ({component})", device, dtype, changes)
+    source = parts.spec.source
+    for component, network in models.networks.items():
+        kind, changes = parts.spec.dtype_of(component, dtype), parts.changes.get(component)
+        load_weights(network, parts.tensors[component], f"{source} ({component})", device, kind, changes)
     return models
 
 
@@ -101,13 +104,14 @@ def build_on_meta(
 
 def _build(parts: Parts) -> tuple[Models, Parts]:
     """Build a model's networks on the meta device. -> the networks, and parts with the names of their weights"""
-    models, text = build_networks(parts.spec), parts.tensors["text_encoder"]
+    models, tensors, changes = build_networks(parts.spec), dict(parts.tensors), dict(parts.changes)
     if parts.rows is not None:
-        text = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), parts.rows])}
-    tensors = {**parts.tensors, "text_encoder": _with_prefix_of(models.text_encoder, text)}
-    changes = dict(parts.changes)
-    if "text_encoder" in changes:
-        changes["text_encoder"] = _with_prefix_of(models.text_encoder, changes["text_encoder"])
+        text = tensors["text_encoder"]
+        tensors["text_encoder"] = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), parts.rows])}
+    for component in parts.spec.text_encoders:
+        network = models.networks[component]
+        tensors[component] = _with_prefix_of(network, tensors[component])
+        changes[component] = _with_prefix_of(network, changes.get(component, {}))
     return models, replace(parts, tensors=tensors, changes=changes)
 
 
@@ -115,8 +119,16 @@ def build_networks(spec: ModelSpec) -> Models:
     """Build the networks of a description on the meta device."""
     with torch.device("meta"):
         unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
+        second = build_text_encoder(spec.text_encoder_2, projection=True) if spec.text_encoder_2 else None
     own = spec.tokenizer, spec.schedule, spec.handles, spec.source, spec.guidance_scale
-    models = Models(unet, vae, text_encoder, *own)
+    models = Models(
+        unet,
+        vae,
+        cast("CLIPTextModel", text_encoder),
+        *own,
+        text_encoder_2=cast("CLIPTextModelWithProjection | None", second),
+        zeros_for_empty=spec.zeros_for_empty,
+    )
     if spec.adapted_tokens:
         adapt_tokens(models, dict(spec.adapted_tokens), 1.0, torch.Generator())
     return models
@@ -156,9 +168,10 @@ def read_parts(path: Path, prediction_type: str | None, base: Path | None = None
     with _blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
-    with _blaming(path / "text_encoder" / "config.json" if folder else path):
-        text_config(parts.spec.text_encoder)
-    parts = fit_text_encoder(parts)
+    for component, config in parts.spec.text_encoders.items():
+        with _blaming(path / component / "config.json" if folder else path):
+            text_config(config, projection=component == "text_encoder_2")
+    parts = fit_text_encoders(parts)
     spec = parts.spec
     check_parts(spec)
     # A tokenizer that states no length would pad prompts to any.
@@ -168,10 +181,22 @@ def read_parts(path: Path, prediction_type: str | None, base: Path | None = None
     return parts
 
 
-def _with_prefix_of(text_encoder: CLIPTextModel, tensors: Mapping[str, T]) -> dict[str, T]:
+def _with_prefix_of(text_encoder: nn.Module, tensors: Mapping[str, T]) -> dict[str, T]:
     """Rename the keys of the text encoder to those of the installed version of transformers."""
-    prefix = TEXT_PREFIX if next(iter(text_encoder.state_dict())).startswith(TEXT_PREFIX) else ""
-    return {prefix + name: tensor for name, tensor in tensors.items()}
+    prefixed = any(name.startswith(TEXT_PREFIX) for name in text_encoder.state_dict())
+    return _with_prefix(tensors) if prefixed else dict(tensors)
+
+
+def _with_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The keys of a text encoder behind TEXT_PREFIX, that of the projection beside them."""
+    return {name if name == PROJECTION else TEXT_PREFIX + name: tensor for name, tensor in tensors.items()}
+
+
+def holds_sdxl(path: Path) -> bool:
+    """Whether a model folder, or a single file, is an SDXL, by the names in it."""
+    if path.is_dir():
+        return (path / "text_encoder_2").is_dir()
+    return any(name.startswith(EMBEDDER_2) for name in read_tensors(path)[0])
 
 
 # --- Reading a folder ---------------------------------------------------------------------------------------------
@@ -179,12 +204,15 @@ def _with_prefix_of(text_encoder: CLIPTextModel, tensors: Mapping[str, T]) -> di
 
 def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     """Read a diffusers folder in parts."""
-    index = folder / "model_index.json"
+    index, description = folder / "model_index.json", {}
     if index.exists():
-        check_pipeline(read_json(index), folder)
+        description = read_json(index)
+        check_pipeline(description, folder)
     elif not all((folder / component).is_dir() for component in COMPONENTS):
         _raise_for_folder(folder)
-    configs = {component: read_json(folder / component / "config.json") for component in COMPONENTS}
+    both = "XL" in description.get("_class_name", "") or (folder / "text_encoder_2").is_dir()
+    components = (*COMPONENTS, "text_encoder_2") if both else COMPONENTS
+    configs = {component: read_json(folder / component / "config.json") for component in components}
     for component in ("unet", "vae"):
         if (name := configs[component].get("_class_name")) is not None:
             check_class(component, name, folder)
@@ -197,20 +225,43 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     with _blaming(folder / "vae" / "config.json"):
         vae = VAEConfig.from_json(configs["vae"])
     with _blaming(folder / "scheduler" / "scheduler_config.json"):
-        noise_schedule = as_in_pipeline(NoiseSchedule.from_json(schedule))
+        noise_schedule = (as_in_sdxl if both else as_in_pipeline)(NoiseSchedule.from_json(schedule), schedule)
     tokenizer = _read_tokenizer(folder / "tokenizer")
-    tensors = {component: _read_component(folder / component, STEMS[component]) for component in COMPONENTS}
+    tensors = {component: _read_component(folder / component, STEMS[component]) for component in components}
     tensors = {part: unwrap_keys(weights, f"{folder} ({part})") for part, weights in tensors.items()}
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
-    handles = known_handles(tokenizer)
+    own = tokenizer, noise_schedule, known_handles(tokenizer), folder
     sampling = read_own_settings(folder, "sample") or {}
-    spec = ModelSpec(unet, vae, configs["text_encoder"], tokenizer, noise_schedule, handles, folder, **sampling)
+    spec = ModelSpec(unet, vae, configs["text_encoder"], *own, **sampling)
+    if both:
+        second = _read_tokenizer(folder / "tokenizer_2")
+        if second.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"{folder}: tokenizer and tokenizer_2 have other tokens: bas gives one text to both")
+        zeros = check_bool("force_zeros_for_empty_prompt", description.get("force_zeros_for_empty_prompt", True))
+        spec = as_sdxl(spec, configs["text_encoder_2"], cast("int", second.pad_token_id), zeros)
     return Parts(spec, tensors)
 
 
-def as_in_pipeline(schedule: NoiseSchedule) -> NoiseSchedule:
+def as_sdxl(spec: ModelSpec, second: dict, padding: int, zeros_for_empty: bool) -> ModelSpec:
+    """A model with a second text encoder, which pads by the token `padding`.
+
+    The end of the text is the tokenizer's own: the hub's files say 2, by which transformers would pool the output of a
+    handle, whose number is above the end's.
+    """
+    own = {"bos_token_id": spec.tokenizer.bos_token_id, "eos_token_id": spec.tokenizer.eos_token_id}
+    first = spec.text_encoder | own | {"pad_token_id": spec.tokenizer.pad_token_id}
+    second = second | own | {"pad_token_id": padding}
+    return replace(spec, text_encoder=first, text_encoder_2=second, zeros_for_empty=zeros_for_empty)
+
+
+def as_in_pipeline(schedule: NoiseSchedule, _config: dict) -> NoiseSchedule:
     """The schedule with a steps_offset of 1, which diffusers' StableDiffusionPipeline sets whatever the file says."""
     return replace(schedule, steps_offset=SD_STEPS_OFFSET)
+
+
+def as_in_sdxl(schedule: NoiseSchedule, config: dict) -> NoiseSchedule:
+    """The schedule of an SDXL: Euler, which most name, ends without noise, whatever the file says of other classes."""
+    return replace(schedule, set_alpha_to_one=True) if "Euler" in config.get("_class_name", "") else schedule
 
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -324,19 +375,24 @@ def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.fl
     written, for weights that are not finite in `dtype`.
     """
     folder, parts = Path(folder), Parts.of(models, dtype)
-    for name in (*COMPONENTS, "tokenizer", "scheduler"):
+    index = MODEL_INDEX if parts.spec.text_encoder_2 is None else MODEL_INDEX_XL
+    configs = {"unet": parts.spec.unet.to_json(), "vae": parts.spec.vae.to_json(), **parts.spec.text_encoders}
+    for name in (*configs, "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_json(folder / "unet" / "config.json", parts.spec.unet.to_json())
-    write_json(folder / "vae" / "config.json", parts.spec.vae.to_json())
-    write_json(folder / "text_encoder" / "config.json", parts.spec.text_encoder)
+    for component, config in configs.items():
+        write_json(folder / component / "config.json", config)
     write_json(folder / "scheduler" / "scheduler_config.json", parts.spec.schedule.to_json())
     _write_tokenizer(models.tokenizer, folder / "tokenizer")
-    parts.tensors["text_encoder"] = {TEXT_PREFIX + k: v for k, v in parts.tensors["text_encoder"].items()}
+    if parts.spec.text_encoder_2 is not None:
+        padding = models.tokenizer.convert_ids_to_tokens(parts.spec.text_encoder_2["pad_token_id"])
+        _write_tokenizer(models.tokenizer, folder / "tokenizer_2", {"pad_token": str(padding)})
+        index = index | {"force_zeros_for_empty_prompt": models.zeros_for_empty}
     for component, tensors in parts.tensors.items():
+        tensors = _with_prefix(tensors) if component in TEXT_ENCODERS else tensors
         write_tensors(folder / component / f"{STEMS[component]}.safetensors", tensors)
     own = {} if models.guidance_scale == GUIDANCE else {"guidance_scale": models.guidance_scale}
     write_own_settings(folder, {"sample": own})
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "model_index.json", index)
 
 
 MODEL_INDEX = {
@@ -351,13 +407,31 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+MODEL_INDEX_XL = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "_diffusers_version": "0.19.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
-def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the files that every version of transformers reads: vocabulary, merges, special and added tokens."""
+def _write_tokenizer(tokenizer: CLIPTokenizer, folder: Path, changes: dict[str, str] | None = None) -> None:
+    """Write the files that every version of transformers reads: vocabulary, merges, special and added tokens.
+
+    changes: special tokens of this copy, by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     special = {f"{name}_token": str(getattr(tokenizer, f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    special |= changes or {}
     added = {token: i for token, i in tokenizer.get_added_vocab().items() if token not in model["vocab"]}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.model_max_length, **special}
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -392,7 +466,8 @@ def weights_hash(path: str | Path, remembered: bool = True) -> str:
         lines = [f"{name} {_file_hash(path / name, remembered)}\n" for name in (TUNED, CONCEPTS)]
         _, metadata = read_concepts(path)
         return hashlib.sha256("".join([*lines, f"base {metadata['base']}\n"]).encode()).hexdigest()
-    files = [file for component in COMPONENTS for file in component_files(path / component, STEMS[component])]
+    components = [component for component in STEMS if component in COMPONENTS or (path / component).is_dir()]
+    files = [file for component in components for file in component_files(path / component, STEMS[component])]
     lines = sorted(f"{file.relative_to(path).as_posix()} {_file_hash(file, remembered)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

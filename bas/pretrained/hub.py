@@ -7,19 +7,21 @@ huggingface_hub is imported in functions: it brings an HTTP client, and most mod
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bas.config import TrainConfig
+from bas.config import CARDS, CARDS_XL, OF_SDXL, TrainConfig
 from bas.errors import InputError
 from bas.io.json_files import read_json
 from bas.io.run_files import CONCEPTS, read_concepts
-from bas.models.bundle import Models, ModelSpec
+from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained import folder as model_folder
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import STEMS, component_files, read_spec
+from bas.pretrained.folder import STEMS, as_in_sdxl, as_sdxl, component_files, holds_sdxl, read_spec
 from bas.pretrained.own_settings import read_own_settings
 from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.device import DTYPES, pick_device, pick_precision
@@ -35,7 +37,11 @@ KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"  # of the known mod
 
 WEIGHT_FILES = {".safetensors", ".ckpt", ".bin", ".pt", ".pth"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-CONFIGS = ("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "scheduler", "tokenizer")), "tokenizer/*.txt")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+CONFIGS = (
+    *("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "scheduler", *TOKENIZERS))),
+    *(f"{part}/*.txt" for part in TOKENIZERS),
+)
 
 
 def load(
@@ -66,8 +72,21 @@ def train_config(scene: str | Path, **settings) -> TrainConfig:
         settings["pretrained_model_name_or_path"] = settings.pop("weights")
     base = settings.get("pretrained_model_name_or_path")
     name = None if base is None else str(base)
-    row = None if is_known_elsewhere(name) else read_own_settings(find(name), "train")
-    return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, row)
+    cards = CARDS_XL if is_sdxl(name) else CARDS
+    return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, training_row(name), cards)
+
+
+def is_sdxl(name: str | None) -> bool:
+    """Whether a model is an SDXL, by the names in it. Raises InputError as `find` does."""
+    if is_known_elsewhere(name):
+        return "text_encoder_2" in read_json(KNOWN_CONFIGS)[str(name)]
+    return holds_sdxl(find(name))
+
+
+def training_row(name: str | None) -> dict[str, Any]:
+    """The training settings that suit a model: those of its family, and over them those of its own bas.json."""
+    own = {} if is_known_elsewhere(name) else read_own_settings(find(name), "train")
+    return (OF_SDXL if is_sdxl(name) else {}) | (own or {})
 
 
 def manifest() -> dict[str, dict]:
@@ -129,7 +148,7 @@ def find_spec(
         return model_folder.read_spec(find(name), prediction_type, additions)
     configs = read_json(KNOWN_CONFIGS)[str(name)]
     schedule = configs["scheduler"] | ({"prediction_type": prediction_type} if prediction_type else {})
-    return ModelSpec(
+    spec = ModelSpec(
         UNetConfig.from_json(configs["unet"]),
         VAEConfig.from_json(configs["vae"]),
         configs["text_encoder"],
@@ -137,6 +156,10 @@ def find_spec(
         NoiseSchedule.from_json(schedule),
         source=Path(name),
     )
+    if "text_encoder_2" not in configs:
+        return spec
+    spec = as_sdxl(spec, configs["text_encoder_2"], padding=0, zeros_for_empty=True)
+    return replace(spec, schedule=as_in_sdxl(spec.schedule, schedule))
 
 
 def cached(hub_id: str, file: str) -> Path | None:
@@ -165,8 +188,8 @@ def download(name: str, half: bool = False) -> Path:
     for hub_id in _hub_ids(name):
         try:
             folder = Path(snapshot_download(hub_id, allow_patterns=_patterns(half)))
-            for part, stem in STEMS.items():
-                component_files(folder / part, stem)
+            for part in (part for part in STEMS if part in COMPONENTS or (folder / part).is_dir()):
+                component_files(folder / part, STEMS[part])
         except Exception as error:
             told = isinstance(error, (HfHubHTTPError, HFValidationError, OSError, InputError))
             if not told and not type(error).__module__.startswith("httpx"):  # of the hub's client, by version

@@ -1,9 +1,9 @@
 """Names of the original single-file layout (CompVis, Stability AI) and of diffusers, in tables for both directions.
 
 A table maps our module path to the original one; the rest of a key (`weight`, `bias`) stays. Tables are made from the
-model's configuration, for any number of levels and layers. Three things differ in shape too: the VAE's attention has
-1x1 convolutions, and SD 2's text encoder (open_clip) fuses query, key and value and names its position table without
-`.weight`.
+model's configuration, for any number of levels and layers. Four things differ in shape too: the VAE's attention has
+1x1 convolutions, and open_clip's text encoder (of SD 2, and the second of SDXL) fuses query, key and value, names its
+position table without `.weight`, and has its projection transposed.
 """
 
 import re
@@ -19,6 +19,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."  # SD 1: OpenAI's text encoder with transformers' names
 OPEN_CLIP = "cond_stage_model.model."  # SD 2: open_clip's ViT-H
+OPEN_CLIP_2 = "conditioner.embedders.1.model."  # SDXL: open_clip's ViT-bigG, beside the text encoder of SD 1
 OPEN_CLIP_LAYERS = 23  # SD 2 reads the output of the last layer but one of 24
 
 # Keys of the networks' parts that are no weights of theirs: the losses and running averages of training, the image
@@ -27,11 +28,13 @@ UNUSED_PREFIXES = (
     *(f"{VAE}{name}" for name in ("loss.", "model_ema.", "ema.", "discriminator.")),
     *(f"{CLIP}{name}" for name in ("vision_model.", "visual_projection.")),
     f"{OPEN_CLIP}visual.",
+    f"{OPEN_CLIP_2}visual.",
 )
 UNUSED = {
     *(f"{CLIP}text_model.embeddings.position_ids", f"{CLIP}embeddings.position_ids"),
     *(f"{CLIP}logit_scale", f"{CLIP}text_projection.weight"),
     *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "attn_mask")),
+    *(f"{OPEN_CLIP_2}{name}" for name in ("logit_scale", "attn_mask")),
 }
 
 UNET_RESNET = {
@@ -62,6 +65,8 @@ def unet_table(config: UNetConfig) -> Table:
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
         **_within("mid_block.resnets.0", "middle_block.0", UNET_RESNET),
@@ -85,7 +90,7 @@ def unet_table(config: UNetConfig) -> Table:
             table[f"{ours}.attentions.{i}"] = f"output_blocks.{stage}.1"
             stage += 1
         # The upsampler follows the level's last layers in their own list: behind the transformer, where there is one.
-        place = 2 if config.up_has_attention(level) else 1
+        place = 2 if config.up_depths(level) else 1
         table[f"{ours}.upsamplers.0.conv"] = f"output_blocks.{stage - 1}.{place}.conv"
     return table
 
@@ -116,7 +121,7 @@ def vae_table(config: VAEConfig) -> Table:
 
 
 def open_clip_table(layers: int) -> Table:
-    """The names of SD 2's text encoder, without its fused attention inputs and its position table."""
+    """The names of open_clip's text encoder, without its fused attention inputs and its position table."""
     table = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     for i in range(layers):
         table |= _within(f"encoder.layers.{i}", f"transformer.resblocks.{i}", OPEN_CLIP_LAYER)
@@ -149,59 +154,74 @@ def inverse(table: Table) -> Table:
 # --- Whole files --------------------------------------------------------------------------------------------------
 
 
-def from_original(tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig) -> dict[str, dict[str, Tensor]]:
-    """A single file's tensors by component, under the names of bas. An unknown key of a network keeps its own name."""
-    sections = (
+def from_original(
+    tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig, layers_2: int = 0
+) -> dict[str, dict[str, Tensor]]:
+    """A single file's tensors by component, under the names of bas. An unknown key of a network keeps its own name.
+
+    layers_2: of SDXL's second text encoder; 0 where there is none.
+    """
+    sections = [
         ("unet", UNET, inverse(unet_table(unet))),
         ("vae", VAE, inverse(vae_table(vae))),
         ("text_encoder", OPEN_CLIP, inverse(open_clip_table(OPEN_CLIP_LAYERS))),
-    )
+    ]
+    if layers_2:
+        sections.append(("text_encoder_2", OPEN_CLIP_2, inverse(open_clip_table(layers_2))))
+    layers = {OPEN_CLIP: OPEN_CLIP_LAYERS, OPEN_CLIP_2: layers_2}
     ours: dict[str, dict[str, Tensor]] = {component: {} for component, _, _ in sections}
     for key, tensor in tensors.items():
         component, prefix, table = next((s for s in sections if key.startswith(s[1])), ("", "", {}))
         if key in UNUSED or key.startswith(UNUSED_PREFIXES):
             continue
+        rest = key.removeprefix(prefix)
         if key.startswith(CLIP):
             ours["text_encoder"][key.removeprefix(CLIP).removeprefix("text_model.")] = tensor
-        elif prefix == OPEN_CLIP and (special := _from_open_clip(key.removeprefix(prefix), tensor)) is not None:
+        elif prefix in layers and (special := _from_open_clip(rest, tensor, layers[prefix])) is not None:
             ours[component] |= special
         elif component:
-            ours[component][rename(key.removeprefix(prefix), table) or key] = tensor
+            ours[component][rename(rest, table) or key] = tensor
     return ours
 
 
 def to_original(
     ours: dict[str, dict[str, Tensor]], unet: UNetConfig, vae: VAEConfig, open_clip: bool
 ) -> dict[str, Tensor]:
-    """The tensors of a single file, from those of the components; the text encoder as in SD 2 if `open_clip`."""
+    """The tensors of a single file, from those of the components; the first text encoder as in SD 2 if `open_clip`."""
     unet_names, vae_names = unet_table(unet), vae_table(vae)
     tensors = {f"{UNET}{rename(key, unet_names)}": tensor for key, tensor in ours["unet"].items()}
     for key, tensor in ours["vae"].items():
         is_projection = ".attentions." in key and tensor.ndim == 2
         tensors[f"{VAE}{rename(key, vae_names)}"] = tensor[:, :, None, None] if is_projection else tensor
     if open_clip:
-        text = _to_open_clip(ours["text_encoder"])
-        text |= _unused_of_open_clip(text)
-        return tensors | {OPEN_CLIP + key: tensor for key, tensor in text.items()}
-    return tensors | {f"{CLIP}text_model.{key}": tensor for key, tensor in ours["text_encoder"].items()}
+        text = _to_open_clip(ours["text_encoder"], OPEN_CLIP)
+        return tensors | text | _unused_of_open_clip(text)
+    tensors |= {f"{CLIP}text_model.{key}": tensor for key, tensor in ours["text_encoder"].items()}
+    return tensors | _to_open_clip(ours.get("text_encoder_2", {}), OPEN_CLIP_2)
 
 
 def _unused_of_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
     """What strict readers look for and SD 2 does not use: a 24th layer, here the 23rd again, and a projection."""
-    last, further = (f"transformer.resblocks.{OPEN_CLIP_LAYERS - behind}." for behind in (1, 0))
+    last, further = (f"{OPEN_CLIP}transformer.resblocks.{OPEN_CLIP_LAYERS - behind}." for behind in (1, 0))
     copies = {key.replace(last, further): tensor.clone() for key, tensor in text.items() if key.startswith(last)}
     if not copies:
         return {}
-    norm = text["ln_final.weight"]
-    return copies | {"text_projection": norm.new_ones(len(norm), len(norm)), "logit_scale": norm.new_ones(())}
+    norm = text[f"{OPEN_CLIP}ln_final.weight"]
+    unused = {"text_projection": norm.new_ones(len(norm), len(norm)), "logit_scale": norm.new_ones(())}
+    return copies | {f"{OPEN_CLIP}{name}": tensor for name, tensor in unused.items()}
 
 
-def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
-    """The keys of SD 2's text encoder beyond its table: position table, unused last layer, fused (3d, ...) inputs."""
+def _from_open_clip(key: str, tensor: Tensor, layers: int) -> dict[str, Tensor] | None:
+    """The keys of open_clip's text encoder beyond its table: position table, projection, fused (3d, ...) inputs.
+
+    Those of layers that the model does not use are left out.
+    """
     if key == "positional_embedding":
         return {"embeddings.position_embedding.weight": tensor}
+    if key == "text_projection":
+        return {"text_projection.weight": tensor.T}
     layer = re.match(r"transformer\.resblocks\.([0-9]{1,4})\.(attn\.in_proj_(weight|bias)$)?", key)
-    if layer and int(layer[1]) >= OPEN_CLIP_LAYERS:
+    if layer and int(layer[1]) >= layers:
         return {}
     if layer and layer[2] and len(tensor) % 3 == 0:
         attention = f"encoder.layers.{layer[1]}.self_attn"
@@ -209,15 +229,18 @@ def _from_open_clip(key: str, tensor: Tensor) -> dict[str, Tensor] | None:
     return None
 
 
-def _to_open_clip(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SD 2's text encoder under open_clip's names, without the unused last layer."""
-    table, theirs = open_clip_table(OPEN_CLIP_LAYERS), {}
+def _to_open_clip(ours: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """A text encoder under open_clip's names."""
+    numbers = [int(layer[1]) for key in ours if (layer := re.match(r"encoder\.layers\.(\d+)\.", key))]
+    table, theirs = open_clip_table(max(numbers, default=-1) + 1), {}
     for key, tensor in ours.items():
         if key == "embeddings.position_embedding.weight":
             theirs["positional_embedding"] = tensor
+        elif key == "text_projection.weight":
+            theirs["text_projection"] = tensor.T.contiguous()
         elif query := re.fullmatch(r"(encoder\.layers\.(\d+)\.self_attn\.)q_proj\.(weight|bias)", key):
             fused = torch.cat([ours[f"{query[1]}{x}_proj.{query[3]}"] for x in "qkv"])
             theirs[f"transformer.resblocks.{query[2]}.attn.in_proj_{query[3]}"] = fused
         elif not re.search(r"\.[kv]_proj\.", key):
             theirs[str(rename(key, table))] = tensor
-    return theirs
+    return {prefix + key: tensor for key, tensor in theirs.items()}

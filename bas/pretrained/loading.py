@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,17 @@ from torch import Tensor, nn
 from bas.errors import InputError, RunError
 from bas.io.tensors import WEIGHT_TYPES
 from bas.models.adapters import Changes, changed
-from bas.models.bundle import COMPONENTS, Models, ModelSpec, is_adapter, is_finite
+from bas.models.bundle import TEXT_ENCODERS, Models, ModelSpec, is_adapter, is_finite
+from bas.models.layers import PIXELS_PER_CELL
 from bas.models.text import merged_state_dict
 
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 TEXT_PREFIX = "text_model."  # of the text encoder's keys in older versions of transformers
+PROJECTION = "text_projection.weight"  # of SDXL's second text encoder, beside the text model
 EMBEDDING = "embeddings.token_embedding.weight"
-TEXT_UNUSED = {"embeddings.position_ids", "logit_scale", "text_projection.weight"}  # no part of Stable Diffusion
+TEXT_UNUSED = {"embeddings.position_ids", "logit_scale"}  # no part of Stable Diffusion
 PADDING = 8, 128  # rows of an embedding are padded to a multiple of the first, by fewer than the second
 WRAPPERS = {  # parts of names that wrappers add: torch.compile, parallel training, Lightning
     *("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "state_dict"),
@@ -45,8 +52,9 @@ class Parts:
 
         Raises RunError for weights beyond the range of `dtype`, or that are not finite.
         """
-        text = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(models.text_encoder).items()}
-        states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict(), "text_encoder": text}
+        states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict()}
+        for name, network in zip(TEXT_ENCODERS, models.text_encoders, strict=False):
+            states[name] = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(network).items()}
         if any(map(is_adapter, states["unet"])):
             raise InputError("adapters at single tokens have no place in a whole model: keep the run and its base")
         tensors = {component: {k: v.to(dtype) for k, v in state.items()} for component, state in states.items()}
@@ -60,8 +68,8 @@ def check_savable(models: Models, dtype: torch.dtype) -> None:
     """Raise InputError for weights that are beyond the range of the precision in which the model will be saved."""
     broken = [
         f"{component} {name}"
-        for component in COMPONENTS
-        for name, weight in getattr(models, component).named_parameters()
+        for component, network in models.networks.items()
+        for name, weight in network.named_parameters()
         if weight.dtype != dtype and not is_finite(weight.detach().to(dtype))
     ]
     if broken:
@@ -92,22 +100,25 @@ def unwrap_keys(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     return {new: tensors[name] for name, new in names.items()}
 
 
-def fit_text_encoder(parts: Parts) -> Parts:
+def fit_text_encoders(parts: Parts) -> Parts:
     """Leave out what a text encoder's file holds beyond its configuration and its tokenizer.
 
-    That is layers behind the last one that is used (clip skip), and rows by which the embedding is padded.
+    That is layers behind the last one that is used (clip skip), rows by which the embedding is padded, and a projection
+    where nothing is pooled.
     """
-    spec, tensors = parts.spec, parts.tensors["text_encoder"]
-    tensors = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in tensors.items()}
-    layers, rows, tokens = spec.text_encoder["num_hidden_layers"], spec.text_encoder["vocab_size"], len(spec.tokenizer)
-    unused = {name for name in tensors if (layer := _layer_of(name)) is not None and layer >= layers}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused | TEXT_UNUSED}
-    multiple, least = PADDING
-    if 0 < rows - tokens < least and rows % multiple == 0:
-        spec = replace(spec, text_encoder=spec.text_encoder | {"vocab_size": tokens})
-        if EMBEDDING in tensors and len(tensors[EMBEDDING]) == rows:
-            tensors[EMBEDDING] = tensors[EMBEDDING][:tokens]
-    return Parts(spec, parts.tensors | {"text_encoder": tensors})
+    spec, tokens, (multiple, least) = parts.spec, len(parts.spec.tokenizer), PADDING
+    fitted, configs = dict(parts.tensors), dict(spec.text_encoders)
+    for component, config in spec.text_encoders.items():
+        tensors = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in parts.tensors[component].items()}
+        layers, rows = config["num_hidden_layers"], config["vocab_size"]
+        unused = {name for name in tensors if (layer := _layer_of(name)) is not None and layer >= layers}
+        unused |= TEXT_UNUSED | ({PROJECTION} if component == "text_encoder" else set())
+        fitted[component] = tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+        if 0 < rows - tokens < least and rows % multiple == 0:
+            configs[component] = config | {"vocab_size": tokens}
+            if EMBEDDING in tensors and len(tensors[EMBEDDING]) == rows:
+                tensors[EMBEDDING] = tensors[EMBEDDING][:tokens]
+    return replace(parts, spec=replace(spec, **configs), tensors=fitted)
 
 
 def _layer_of(name: str) -> int | None:
@@ -118,27 +129,47 @@ def _layer_of(name: str) -> int | None:
 
 def check_parts(spec: ModelSpec) -> None:
     """Raise InputError unless the parts of a model belong together."""
-    source, width, tokens = spec.source, spec.text_encoder["hidden_size"], spec.text_encoder["vocab_size"]
+    source, texts = spec.source, spec.text_encoders.values()
+    width = sum(text["hidden_size"] for text in texts)
     if spec.unet.cross_attention_dim != width:
+        several = "encoder gives" if len(texts) == 1 else "encoders give"
         raise InputError(
-            f"{source}: the UNet reads text of width {spec.unet.cross_attention_dim}, the text encoder gives {width}: "
+            f"{source}: the UNet reads text of width {spec.unet.cross_attention_dim}, the text {several} {width}: "
             "they belong to different models"
+        )
+    second = spec.text_encoder_2
+    pooled = second.get("projection_dim", second["hidden_size"]) if second else 0
+    if spec.unet.pooled_dim != pooled:
+        raise InputError(
+            f"{source}: the UNet reads a pooled text of width {spec.unet.pooled_dim}, the text encoders give {pooled}: "
+            "they belong to different models"
+        )
+    if pooled and spec.vae.factor != PIXELS_PER_CELL:
+        raise InputError(
+            f"{source}: the VAE makes one latent cell of {spec.vae.factor} pixels a side, those of Stable Diffusion XL "
+            f"of {PIXELS_PER_CELL}: they belong to different models"
         )
     if spec.unet.in_channels != spec.vae.latent_channels:
         raise InputError(
             f"{source}: the UNet has {spec.unet.in_channels} latent channels, the VAE {spec.vae.latent_channels}: "
             "they belong to different models"
         )
-    if len(spec.tokenizer) != tokens:
+    for text in texts:
+        _check_tokens(source, spec.tokenizer, text["vocab_size"])
+
+
+def _check_tokens(source: Path | None, tokenizer: CLIPTokenizer, rows: int) -> None:
+    """Raise InputError unless the tokens of a tokenizer are the rows of an embedding."""
+    if len(tokenizer) != rows:
         raise InputError(
-            f"{source}: the tokenizer has {len(spec.tokenizer)} tokens, the text encoder {tokens} rows: "
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the text encoder {rows} rows: "
             "they belong to different models"
         )
-    if (numbers := sorted(spec.tokenizer.get_vocab().values())) != list(range(tokens)):
+    if (numbers := sorted(tokenizer.get_vocab().values())) != list(range(rows)):
         wrong = next(number for i, number in enumerate(numbers) if number != i)
         raise InputError(
             f"{source}: the tokenizer's numbers go up to {numbers[-1]}, {wrong} among them, the text encoder has "
-            f"{tokens} rows: they belong to different models"
+            f"{rows} rows: they belong to different models"
         )
 
 

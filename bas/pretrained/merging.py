@@ -193,7 +193,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     save_tuned(tuned, target, dtype)
     write_json(target / SETTINGS, metadata)
     masks = _side_by_side([source.concepts["masks"] for source in sources])
-    save_concepts(target, rows, masks, metadata["handles"], metadata)
+    save_concepts(target, [rows], masks, metadata["handles"], metadata)
     return drift
 
 
@@ -318,7 +318,7 @@ def text_states(models: Models, prompts: Sequence[str], handles: Sequence[str]) 
     rows = []
     for i in range(0, len(prompts), AT_ONCE):
         ids = tokenize(models.tokenizer, list(prompts[i : i + AT_ONCE]))
-        states = encode_ids(models.text_encoder, ids.to(models.device)).double().cpu()
+        states = encode_ids(models.text_encoders, ids.to(models.device)).states.double().cpu()
         for line, state in zip(ids.tolist(), states, strict=True):
             end = line.index(models.tokenizer.eos_token_id)
             begin = next((place for place, number in enumerate(line) if number in marks), 1)
@@ -363,7 +363,7 @@ def attention_outputs(models: Models, handle: str) -> list[Tensor]:
     ]
     side, channels = models.unet.config.sample_size, models.unet.config.in_channels
     noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    context = encode_ids(models.text_encoder, tokenize(models.tokenizer, [f"a photo of {handle}"]))
+    context = encode_ids(models.text_encoders, tokenize(models.tokenizer, [f"a photo of {handle}"])).states
     models.unet(noise, models.schedule.num_train_timesteps // 2, context)
     for hook in hooks:
         hook.remove()

@@ -1,7 +1,8 @@
-"""Original single files (CompVis, Stability AI): UNet, VAE and text encoder in one .safetensors, no configuration.
+"""Original single files (CompVis, Stability AI): UNet, VAE and text encoders in one .safetensors, no configuration.
 
-The shapes tell the widths, levels and layers. The family tells the rest: SD 1 has OpenAI's text encoder and 8 heads
-everywhere, SD 2 has open_clip's, heads of 64 features, and linear projections in its transformers.
+The shapes tell the widths, levels, layers and depths. The family tells the rest: SD 1 has OpenAI's text encoder and 8
+heads everywhere, SD 2 has open_clip's, heads of 64 features, and linear projections in its transformers, SDXL has both
+text encoders and otherwise what SD 2 has.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from torch import Tensor, nn
 from bas.errors import InputError
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import Models, ModelSpec
-from bas.models.config import UNetConfig, VAEConfig
+from bas.models.config import SIZES, UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer
-from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, OPEN_CLIP_LAYERS, UNET, VAE, from_original, to_original
+from bas.pretrained.ldm_keys import (
+    CLIP,
+    OPEN_CLIP,
+    OPEN_CLIP_2,
+    OPEN_CLIP_LAYERS,
+    UNET,
+    VAE,
+    from_original,
+    to_original,
+)
 from bas.pretrained.loading import Parts, unwrap_keys
 from bas.pretrained.unsupported import WHOLE_MODEL, check_channels, check_complete
 from bas.schedulers import NoiseSchedule
@@ -33,8 +43,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
+SDXL_SCALING = 0.13025  # of its latents
 SD_STEPS_OFFSET = 1  # of every Stable Diffusion's scheduler, and of diffusers' pipeline whatever the file says
-EMBEDDER = "conditioner.embedders.0."  # the text encoder's prefix in Stability AI's later code
+EMBEDDER, EMBEDDER_2 = "conditioner.embedders.0.", "conditioner.embedders.1."  # in Stability AI's later code
 FAMILY_WIDTHS = {768: False, 1024: True}  # of the published text encoders: whether it is SD 2's
 MAX_YAML_BYTES = 2**20
 PARAMETERIZATION = re.compile(r"""^[^#\n]*\bparameterization["']?\s*:\s*["']?(\w+)""", re.MULTILINE)
@@ -76,7 +87,7 @@ class _Shapes:
 
 
 def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
-    """Read a single file in parts. Raises InputError unless it is a whole Stable Diffusion 1.x or 2.x model."""
+    """Read a single file in parts. Raises InputError unless it is a whole Stable Diffusion 1.x, 2.x or XL model."""
     tensors, metadata = read_tensors(path)
     tensors = _original_names(tensors, path)
     check_complete(tensors, path)
@@ -86,13 +97,14 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     _check_family(shapes)
     prediction_type, reason = _prediction_type(tensors, metadata, prediction_type, path)
     log.info("%s: prediction type %s, %s", path, prediction_type, reason)
-    unet, vae, text = infer_configs(tensors, metadata, prediction_type, path)
+    unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
-    zero_snr = "ztsnr" in tensors and prediction_type == "v_prediction"
-    schedule = NoiseSchedule(
-        prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET, rescale_betas_zero_snr=zero_snr
-    )
-    return Parts(ModelSpec(unet, vae, text, tokenizer, schedule, source=path), from_original(tensors, unet, vae))
+    schedule = infer_schedule(tensors, prediction_type)
+    spec = ModelSpec(unet, vae, text, tokenizer, schedule, source=path)
+    if second is None:
+        return Parts(spec, from_original(tensors, unet, vae))
+    spec = replace(spec, text_encoder_2=second, zeros_for_empty=True)
+    return Parts(spec, from_original(tensors, unet, vae, second["num_hidden_layers"]))
 
 
 def _original_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -100,8 +112,10 @@ def _original_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     tensors = unwrap_keys(tensors, str(path))
     if not any(name.startswith(EMBEDDER) for name in tensors):
         return tensors
-    if any(".label_emb." in name for name in tensors):
-        raise InputError(f"{path} is a Stable Diffusion XL model: {WHOLE_MODEL}")
+    if any(".label_emb." in name for name in tensors) and not _is_sdxl(tensors):
+        refiner = any(name.startswith(f"{EMBEDDER}model.") for name in tensors)
+        what = "a Stable Diffusion XL refiner" if refiner else "a Stable Diffusion XL model without both text encoders"
+        raise InputError(f"{path} is {what}: {WHOLE_MODEL}")
     return {
         f"cond_stage_model.{name.removeprefix(EMBEDDER)}" if name.startswith(EMBEDDER) else name: tensor
         for name, tensor in tensors.items()
@@ -141,29 +155,42 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
     spec = parts.spec
     if len(spec.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
         raise InputError("a single file carries no tokenizer, so no handles and no vocabulary but CLIP's: use a folder")
-    sd2 = spec.text_encoder["hidden_act"] == "gelu"
-    tensors = to_original(parts.tensors, spec.unet, spec.vae, open_clip=sd2)
+    tensors = to_original(parts.tensors, spec.unet, spec.vae, open_clip=spec.text_encoder["hidden_act"] == "gelu")
     prediction_type = spec.schedule.prediction_type
+    if spec.text_encoder_2 is not None:  # other programs know both from these alone
+        markers = {"v_pred": prediction_type == "v_prediction", "ztsnr": spec.schedule.rescale_betas_zero_snr}
+        tensors |= {name: torch.zeros(0) for name, marked in markers.items() if marked}
     metadata = {
         f"{SPEC}sai_model_spec": "1.0.0",
-        f"{SPEC}architecture": _architecture(sd2, prediction_type),
+        f"{SPEC}architecture": architecture(spec),
         f"{SPEC}prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         f"{SPEC}resolution": f"{spec.resolution}x{spec.resolution}",
     }
-    seen = infer_configs(tensors, metadata, prediction_type, path)
-    if lost := _differences(spec, *seen):
+    unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
+    lost = _differences(spec, unet, vae, text, infer_schedule(tensors, prediction_type))
+    if second is not None and not spec.zeros_for_empty:
+        lost.append("force_zeros_for_empty_prompt (False)")
+    if lost:
         raise InputError(f"the single-file layout cannot express this model's {', '.join(lost)}: save a folder instead")
+    if spec.text_encoder_2 is not None:
+        first = "cond_stage_model."
+        tensors = {
+            f"{EMBEDDER}{name.removeprefix(first)}" if name.startswith(first) else name: tensor
+            for name, tensor in tensors.items()
+        }
     write_tensors(path, tensors, metadata)
 
 
-def _architecture(sd2: bool, prediction_type: str) -> str:
+def architecture(spec: ModelSpec) -> str:
     """The name of the architecture in ModelSpec."""
-    if not sd2:
+    if spec.text_encoder_2 is not None:
+        return "stable-diffusion-xl-v1-base"
+    if spec.text_encoder["hidden_act"] != "gelu":
         return "stable-diffusion-v1"
-    return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+    return "stable-diffusion-v2-768-v" if spec.schedule.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
 
-def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict) -> list[str]:
+def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict, schedule: NoiseSchedule) -> list[str]:
     """The settings that a reader of the single file would get wrong."""
     given = {
         "unet": vars(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
@@ -171,11 +198,11 @@ def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict) 
         "text encoder": spec.text_encoder,
         "scheduler": vars(spec.schedule),
     }
-    read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(NoiseSchedule())}
+    read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(schedule)}
     # These do not change the arithmetic, or are in the metadata, or are the user's to choose.
     silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
     silent |= {"prediction_type", "steps_offset", "timestep_spacing", "alphas_cumprod"}
-    silent_of = {"vae": {"sample_size"}}
+    silent_of = {"vae": {"sample_size", "force_upcast"}}
     return [
         f"{part} {name} ({given[part][name]})"
         for part in given
@@ -197,14 +224,23 @@ def _has_clip(tensors: dict[str, Tensor]) -> bool:
     return any(f"{CLIP}{inner}final_layer_norm.weight" in tensors for inner in ("text_model.", ""))
 
 
+def _is_sdxl(tensors: dict[str, Tensor]) -> bool:
+    """Whether this is SDXL, which has two text encoders."""
+    return any(name.startswith(OPEN_CLIP_2) for name in tensors)
+
+
 def _is_sd2(tensors: dict[str, Tensor]) -> bool:
     """Whether this is SD 2, whose transformers project linearly; its text encoder may have either names."""
+    if _is_sdxl(tensors):
+        return False
     projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
     return projection.ndim == 2 if projection is not None else _has_open_clip(tensors)
 
 
 def _check_family(shapes: _Shapes) -> None:
     """Raise InputError when UNet and text encoder are of different families, or the text encoders are two."""
+    if _is_sdxl(shapes.tensors):
+        return
     sd2, names = _is_sd2(shapes.tensors), _has_open_clip(shapes.tensors)
     width = shapes(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     unet = f"{shapes.path} has the UNet of Stable Diffusion {2 if sd2 else 1}"
@@ -220,17 +256,37 @@ def _check_family(shapes: _Shapes) -> None:
 
 def infer_configs(
     tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: str, path: Path
-) -> tuple[UNetConfig, VAEConfig, dict]:
-    """Infer the configurations of UNet, VAE and text encoder from the shapes of a single file."""
-    shapes, sd2 = _Shapes(tensors, path), _is_sd2(tensors)
+) -> tuple[UNetConfig, VAEConfig, dict, dict | None]:
+    """Infer the configurations of UNet, VAE and text encoders from the shapes of a single file."""
+    shapes, sd2, sdxl = _Shapes(tensors, path), _is_sd2(tensors), _is_sdxl(tensors)
     said = re.fullmatch(r"(\d{2,5})x\1", metadata.get(f"{SPEC}resolution", ""))
-    resolution = int(said[1]) if said else 768 if sd2 and prediction_type == "v_prediction" else 512
+    own = 1024 if sdxl else 768 if sd2 and prediction_type == "v_prediction" else 512
+    resolution = int(said[1]) if said else own
     vae = _infer_vae(shapes, resolution)
-    unet = _infer_unet(shapes, resolution // vae.factor, sd2)
-    return unet, vae, _infer_open_clip(shapes) if _has_open_clip(tensors) else _infer_clip(shapes, sd2)
+    if sdxl:
+        vae = replace(vae, scaling_factor=SDXL_SCALING, force_upcast=True)
+    unet = _infer_unet(shapes, resolution // vae.factor, sd2, sdxl)
+    if _has_open_clip(tensors):
+        return unet, vae, _infer_open_clip(shapes, OPEN_CLIP, OPEN_CLIP_LAYERS), None
+    first = _infer_clip(shapes, sd2)
+    if not sdxl:
+        return unet, vae, first, None
+    second = _infer_open_clip(shapes, OPEN_CLIP_2) | {"projection_dim": shapes(f"{OPEN_CLIP_2}text_projection")[1]}
+    return unet, vae, first, second
 
 
-def _infer_unet(shapes: _Shapes, sample_size: int, sd2: bool) -> UNetConfig:
+def infer_schedule(tensors: dict[str, Tensor], prediction_type: str) -> NoiseSchedule:
+    """The noise schedule of a single file, which holds no more of it than markers."""
+    zero_snr = "ztsnr" in tensors and prediction_type == "v_prediction"
+    schedule = NoiseSchedule(
+        prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET, rescale_betas_zero_snr=zero_snr
+    )
+    if not _is_sdxl(tensors):
+        return schedule
+    return replace(schedule, set_alpha_to_one=True, timestep_spacing="trailing" if zero_snr else "leading")
+
+
+def _infer_unet(shapes: _Shapes, sample_size: int, sd2: bool, sdxl: bool) -> UNetConfig:
     levels: list[list[str]] = [[]]  # the input blocks with a residual block, level by level
     for stage in count(1):
         block = f"{UNET}input_blocks.{stage}"
@@ -242,21 +298,54 @@ def _infer_unet(shapes: _Shapes, sample_size: int, sd2: bool) -> UNetConfig:
             break
     if not all(levels):
         raise InputError(f"{shapes.path} lacks input blocks of its UNet: it is damaged, download it again")
-    widths = tuple(shapes(f"{blocks[0]}.0.in_layers.2.weight")[0] for blocks in levels)
+    widths, layers = tuple(shapes(f"{blocks[0]}.0.in_layers.2.weight")[0] for blocks in levels), len(levels[0])
+    down = [[_depth(shapes, block) for block in blocks] for blocks in levels]
     attends = [f"{blocks[0]}.1.proj_in.weight" in shapes for blocks in levels]
-    middle = f"{UNET}middle_block.1"
-    return UNetConfig(
+    config = UNetConfig(
         sample_size=sample_size,
         in_channels=shapes(f"{UNET}input_blocks.0.0.weight")[1],
         out_channels=shapes(f"{UNET}out.2.weight")[0],
         block_out_channels=widths,
-        layers_per_block=len(levels[0]),
+        layers_per_block=layers,
         down_block_types=tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends),
         up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attends)),
-        attention_head_dim=tuple(max(width // 64, 1) if sd2 else 8 for width in widths),
-        cross_attention_dim=shapes(f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
-        use_linear_projection=len(shapes(f"{middle}.proj_in.weight")) == 2,
+        attention_head_dim=tuple(max(width // 64, 1) if sd2 or sdxl else 8 for width in widths),
     )
+    if not sdxl:
+        middle = f"{UNET}middle_block.1"
+        return replace(
+            config,
+            cross_attention_dim=shapes(f"{middle}.transformer_blocks.0.attn2.to_k.weight")[1],
+            use_linear_projection=len(shapes(f"{middle}.proj_in.weight")) == 2,
+        )
+    blocks = [f"{UNET}output_blocks.{i}" for i in range((layers + 1) * len(levels))]
+    up = [[_depth(shapes, block) for block in blocks[i : i + layers + 1]] for i in range(0, len(blocks), layers + 1)]
+    middle, depths = _depth(shapes, f"{UNET}middle_block"), tuple(map(_one_or_each, down))
+    alike = tuple(map(_one_or_each, reversed(up))) == depths and all(isinstance(depth, int) for depth in depths)
+    reads = next(block for block, has in zip(levels, attends, strict=True) if has)[0]
+    added = shapes(f"{UNET}label_emb.0.0.weight")[1]
+    pooled = shapes(f"{OPEN_CLIP_2}text_projection")[1]
+    return replace(
+        config,
+        cross_attention_dim=shapes(f"{reads}.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        use_linear_projection=len(shapes(f"{reads}.1.proj_in.weight")) == 2,
+        transformer_layers_per_block=depths,
+        reverse_transformer_layers_per_block=None if alike else tuple(map(_one_or_each, up)),
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        addition_embed_type="text_time",
+        addition_time_embed_dim=(added - pooled) // SIZES,
+        projection_class_embeddings_input_dim=added,
+    )
+
+
+def _depth(shapes: _Shapes, block: str) -> int:
+    """How many transformer blocks the transformer behind a residual block has; 0 where there is none."""
+    return shapes.count(f"{block}.1.transformer_blocks.{{}}.attn2.to_k.weight")
+
+
+def _one_or_each(depths: list[int]) -> int | tuple[int, ...]:
+    """One number where all transformers of a level have the same depth, 1 where there are none; else one for each."""
+    return max(depths[0], 1) if len(set(depths)) == 1 else tuple(depths)
 
 
 def _infer_vae(shapes: _Shapes, resolution: int) -> VAEConfig:
@@ -285,14 +374,14 @@ def _infer_clip(shapes: _Shapes, sd2: bool) -> dict:
     )
 
 
-def _infer_open_clip(shapes: _Shapes) -> dict:
-    """Infer open_clip's text encoder, without the last layer, which SD 2 does not use."""
-    layer = f"{OPEN_CLIP}transformer.resblocks.{{}}.mlp.c_fc.weight"
+def _infer_open_clip(shapes: _Shapes, prefix: str, most: int | None = None) -> dict:
+    """Infer open_clip's text encoder, with at most `most` layers: SD 2 does not use the last one."""
+    layer = f"{prefix}transformer.resblocks.{{}}.mlp.c_fc.weight"
     return _text_config(
-        shapes(f"{OPEN_CLIP}token_embedding.weight"),
-        positions=shapes(f"{OPEN_CLIP}positional_embedding")[0],
+        shapes(f"{prefix}token_embedding.weight"),
+        positions=shapes(f"{prefix}positional_embedding")[0],
         hidden=shapes(layer.format(0))[0],
-        layers=min(shapes.count(layer), OPEN_CLIP_LAYERS),
+        layers=min(shapes.count(layer), most or shapes.count(layer)),
         activation="gelu",
     )
 
@@ -329,7 +418,8 @@ def _prediction_type(
     if (given := _read_parameterization(path.with_suffix(".yaml"))) in SPEC_PREDICTION:
         return SPEC_PREDICTION[given], f"from {path.with_suffix('.yaml').name} (parameterization: {given})"
     if not _is_sd2(tensors):
-        return "epsilon", "as most Stable Diffusion 1.x; --prediction_type v_prediction for the others"
+        family = "XL" if _is_sdxl(tensors) else "1.x"
+        return "epsilon", f"as most Stable Diffusion {family}; --prediction_type v_prediction for the others"
     blocks = (re.match(rf"{re.escape(UNET)}output_blocks\.([0-9]{{1,4}})\.", name) for name in tensors)
     last = max((int(block[1]) for block in blocks if block), default=0)
     bias = tensors.get(f"{UNET}output_blocks.{last}.{V_PREDICTION_BIAS}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from bas.errors import InputError
 
 LORA, EMBEDDING = "a LoRA", "a textual inversion embedding"
-WHOLE_MODEL = "give a whole Stable Diffusion 1.x or 2.x model"
+WHOLE_MODEL = "give a whole Stable Diffusion 1.x, 2.x or XL model"
 
 KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
     (
@@ -17,7 +17,6 @@ KINDS = (  # a pattern that one of the file's keys matches, what the file then i
         LORA,
         "it holds changes to a model: name the model, and add the file with --lora",
     ),
-    (r"^conditioner\.embedders\.[1-9]|^text_encoder_2\.", "a Stable Diffusion XL model", WHOLE_MODEL),
     (r"joint_blocks\.", "a Stable Diffusion 3 model", WHOLE_MODEL),
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux model", WHOLE_MODEL),
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
@@ -27,7 +26,8 @@ KINDS = (  # a pattern that one of the file's keys matches, what the file then i
         "name a model, and add the file with --embedding",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module", WHOLE_MODEL),
-    (r"^edm_(vpred|mean)\.", "a model of another noise schedule (EDM)", WHOLE_MODEL),
+    (r"^edm_vpred\.", "a CosXL model, of another noise schedule (EDM)", WHOLE_MODEL),
+    (r"^edm_(mean|std)", "a Playground 2.5 model, of another noise schedule (EDM)", WHOLE_MODEL),
 )
 ALONE = (  # for files that hold no UNet in the original layout
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid)", "a VAE alone"),
@@ -36,14 +36,25 @@ ALONE = (  # for files that hold no UNet in the original layout
 )
 # Class names of a model_index.json whose networks are those of Stable Diffusion, and what else may stand there.
 SUPPORTED = {
+    "StableDiffusionXLPipeline",
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"),
     *("StableDiffusionAttendAndExcitePipeline", "StableDiffusionSAGPipeline", "StableDiffusionPanoramaPipeline"),
     *("StableDiffusionPipelineSafe", "StableDiffusionPAGPipeline", "CycleDiffusionPipeline"),
     *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
-    *("StableDiffusionAdapterPipeline", "StableDiffusionKDiffusionPipeline", "StableDiffusionDiffEditPipeline"),
+    *(
+        "StableDiffusionXLPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionKDiffusionPipeline",
+        "StableDiffusionDiffEditPipeline",
+    ),
 }
 PIPELINES = (  # how the class name begins, what the model is
-    ("StableDiffusionXL", "a Stable Diffusion XL model"),
+    ("StableDiffusionXLControlNet", "a ControlNet pipeline of Stable Diffusion XL"),
+    ("StableDiffusionXLAdapter", "an adapter pipeline of Stable Diffusion XL"),
+    ("StableDiffusionXLImg2Img", "a Stable Diffusion XL refiner"),
+    ("StableDiffusionXLInpaint", "an inpainting model"),
+    ("StableDiffusionXLInstructPix2Pix", "an InstructPix2Pix model"),
+    ("StableDiffusionXL", "a pipeline of Stable Diffusion XL that bas does not know"),
     ("StableDiffusion3", "a Stable Diffusion 3 model"),
     ("Flux", "a Flux model"),
     ("StableDiffusionInpaint", "an inpainting model"),
@@ -51,12 +62,15 @@ PIPELINES = (  # how the class name begins, what the model is
     ("StableDiffusionUpscale", "an upscaler"),
     ("StableDiffusionInstructPix2Pix", "an InstructPix2Pix model"),
 )
-CLASSES = {  # the classes of each part of a model
+CLASSES = {  # the classes of each part of a model; SDXL's second text encoder and its tokenizer are in its index alone
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
+SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL alone
 BASE_ADVICE = "use the base model it was made from"
 ELSEWHERE = {  # of a tokenizer_config.json: arguments by which transformers would read files outside the folder
     *("gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab"),
@@ -107,14 +121,14 @@ def check_channels(channels: object, latents: object, path: Path) -> None:
 
 
 def check_pipeline(index: dict, path: Path) -> None:
-    """Raise InputError when a model_index.json describes anything but Stable Diffusion 1.x or 2.x."""
+    """Raise InputError when a model_index.json describes anything but Stable Diffusion 1.x, 2.x or XL."""
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise InputError(f"{path} has {name!r} as its _class_name: {WHOLE_MODEL}")
     if name not in SUPPORTED:
         what = next((what for beginning, what in PIPELINES if name.startswith(beginning)), "a model of another kind")
         raise InputError(f"{path} is {what} ({name}): {WHOLE_MODEL}")
-    for part in CLASSES:
+    for part in (part for part in CLASSES if "XL" in name or part not in SECOND):
         entry = index.get(part)
         check_class(part, entry[1] if isinstance(entry, list) and len(entry) == 2 else entry, path)
 

@@ -25,7 +25,7 @@ from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
 from bas.runtime.progress import ImageProgress
 from bas.sampling.layout import cells_inside, read_layout
-from bas.sampling.prompt_strength import encode_prompts
+from bas.sampling.prompt_strength import encode_negative, encode_prompts
 from bas.sampling.sampler import (
     check_request,
     decode,
@@ -135,13 +135,13 @@ def edit_region(
     source = encode(models, [pixels(fit(image, (width, height), Image.Resampling.BICUBIC)) for image in images])
     inside = latent_mask(region.mask, (source.shape[-2], source.shape[-1])).to(models.device)
 
-    def blend(_i: int, prev_t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+    def blend(_i: int, prev_t: float, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
         if progress:
             progress.step(len(z))
         return torch.where(inside, z, noised(models, source, prev_t, generators))
 
-    context = encode_prompts(models.text_encoder, models.tokenizer, [region.prompt] * len(images))
-    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(images))
+    context = encode_prompts(models.text_encoders, models.tokenizer, [region.prompt] * len(images))
+    negative = encode_negative(models, config.negative_prompt, len(images))
     timesteps = denoising_timesteps(models.schedule, config)
     start = skipped_steps(config)
     z = noised(models, source, timesteps[start], generators)
@@ -161,12 +161,12 @@ def skipped_steps(config: EditConfig) -> int:
     return int(config.num_inference_steps * config.blending_start_percentage)
 
 
-def noised(models: Models, source: Tensor, t: int, generators: list[torch.Generator]) -> Tensor:
+def noised(models: Models, source: Tensor, t: float, generators: list[torch.Generator]) -> Tensor:
     """Bring clean latents (b, c, h, w) to timestep t by fresh noise; below 0 is the end, where they stay clean."""
     if t < 0:
         return source
     eps = standard_normal(source.shape[1:], generators).to(source.device)
-    return add_noise(models.schedule, source, eps, torch.full((len(source),), t))
+    return add_noise(models.schedule, source, eps, torch.full((len(source),), round(t)))
 
 
 def latent_mask(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:

@@ -9,6 +9,7 @@ places, and values above 1 extrapolate. The strength of a handle holds wherever 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError
-from bas.models.text import HANDLE, encode_ids, handle_ids, tokenize
+from bas.models.bundle import Models
+from bas.models.text import HANDLE, Conditioning, encode_ids, handle_ids, join, tokenize
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
+
+    from bas.models.text import TextEncoder
 
 STRONGEST = 5.0  # images fall apart far below
 NAME = HANDLE.pattern
@@ -123,19 +127,25 @@ def unread_weights(prompt: str) -> list[str]:
     return [piece for text, _ in read_prompt(prompt).parts for piece in UNREAD.findall(text)]
 
 
-def encode_prompts(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Encode prompts into token states, strengths applied. -> (b, 77, d) on the text encoder's device"""
-    read = [read_prompt(prompt) for prompt in prompts]
-    ids = tokenize(tokenizer, [prompt.text for prompt in read]).to(text_encoder.device)
-    states = encode_ids(text_encoder, ids)
+def encode_prompts(text_encoders: Sequence[TextEncoder], tokenizer: CLIPTokenizer, prompts: list[str]) -> Conditioning:
+    """Encode prompts for the UNet, strengths applied. -> states (b, 77, d), on the text encoders' device"""
+    read, device = [read_prompt(prompt) for prompt in prompts], text_encoders[0].device
+    ids = tokenize(tokenizer, [prompt.text for prompt in read]).to(device)
+    encoded = encode_ids(text_encoders, ids)
     if not any(prompt.has_strengths for prompt in read):
-        return states
-    empty = encode_ids(text_encoder, tokenize(tokenizer, [""]).to(text_encoder.device))
+        return encoded
+    empty = encode_ids(text_encoders, tokenize(tokenizer, [""]).to(device))
     rows = []
-    for row, state, prompt in zip(ids, states, read, strict=True):
-        changes = find_strengths(tokenizer, prompt, row[None])
-        rows.append(apply_strengths(text_encoder, row[None], state[None], empty, changes))
-    return torch.cat(rows)
+    for i, prompt in enumerate(read):
+        row, one = ids[i : i + 1], encoded.each(lambda tensor, i=i: tensor[i : i + 1])
+        rows.append(apply_strengths(text_encoders, row, one, empty, find_strengths(tokenizer, prompt, row)))
+    return join(rows)
+
+
+def encode_negative(models: Models, text: str, count: int) -> Conditioning:
+    """Encode a negative prompt for `count` images. An empty one is zeros where the model was trained with these."""
+    encoded = encode_prompts(models.text_encoders, models.tokenizer, [text] * count)
+    return encoded.each(torch.zeros_like) if models.zeros_for_empty and not text.strip() else encoded
 
 
 def find_strengths(tokenizer: CLIPTokenizer, prompt: Prompt, ids: Tensor) -> list[tuple[Tensor, float]]:
@@ -159,25 +169,33 @@ def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
 
 
 def apply_strengths(
-    text_encoder: CLIPTextModel, ids: Tensor, states: Tensor, empty: Tensor, changes: list[tuple[Tensor, float]]
-) -> Tensor:
-    """Change one prompt's states by the strengths of masked tokens. ids, masks: (1, 77); states, empty: (1, 77, d)
+    text_encoders: Sequence[TextEncoder],
+    ids: Tensor,
+    encoded: Conditioning,
+    empty: Conditioning,
+    changes: list[tuple[Tensor, float]],
+) -> Conditioning:
+    """Change one prompt by the strengths of masked tokens. ids, masks: (1, 77); encoded, empty: one row
 
-    Tokens of strength 0 are removed first, together; the others are then changed one by one. -> (1, 77, d)
+    Tokens of strength 0 are removed first, together; the others are then changed one by one. A pooled text changes by
+    the same rule as the states.
     """
     removed = torch.zeros_like(ids, dtype=torch.bool)
     for mask, strength in changes:
         if strength == 0:
             removed |= mask
-    base = encode_without(text_encoder, ids, empty, removed) if removed.any() else states
+    base = encode_without(text_encoders, ids, empty, removed) if removed.any() else encoded
     changed = base
     for mask, strength in changes:
         if strength not in (0, 1) and mask.any():
-            changed = changed + (strength - 1) * (base - encode_without(text_encoder, ids, empty, removed | mask))
+            without = encode_without(text_encoders, ids, empty, removed | mask)
+            changed = changed.each(lambda c, b, w, s=strength: c + (s - 1) * (b - w), base, without)
     return changed
 
 
-def encode_without(text_encoder: CLIPTextModel, ids: Tensor, empty: Tensor, gone: Tensor) -> Tensor:
-    """Encode a prompt as if some tokens were not there, all others in their places. gone: (1, 77) bool -> (1, 77, d)"""
-    states = encode_ids(text_encoder, ids, (~gone).long())
-    return torch.where(gone[..., None], empty, states)
+def encode_without(
+    text_encoders: Sequence[TextEncoder], ids: Tensor, empty: Conditioning, gone: Tensor
+) -> Conditioning:
+    """Encode a prompt as if some tokens were not there, all others in their places. gone: (1, 77) bool"""
+    encoded = encode_ids(text_encoders, ids, visible=(~gone).long())
+    return encoded._replace(states=torch.where(gone[..., None], empty.states, encoded.states))

@@ -1,7 +1,7 @@
 """From a prompt to images: guided denoising from pure noise (paper, section 4; Ho and Salimans 2022 for guidance)."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,14 +16,16 @@ from bas.errors import NotFiniteError
 from bas.io.images import to_images
 from bas.losses import average_maps
 from bas.models.bundle import Models, ModelSpec
-from bas.models.text import tokenize
+from bas.models.text import Conditioning, join, tokenize
 from bas.models.unet import AttentionMap, Hide, ReturnMaps, UNetOutput
 from bas.runtime.progress import ImageProgress
 from bas.sampling.layout import cells_inside
 from bas.sampling.own_pixels import left_out, paste
-from bas.sampling.prompt_strength import bare_handles, encode_prompts, read_prompt, unread_weights
+from bas.sampling.prompt_strength import bare_handles, encode_negative, encode_prompts, read_prompt, unread_weights
 from bas.sampling.steer import Steer, Steering, check_steer, plan_steering, read_steer
 from bas.schedulers import (
+    EULER,
+    KARRAS,
     NoiseSchedule,
     add_noise,
     clean_and_noise,
@@ -31,6 +33,7 @@ from bas.schedulers import (
     ddpm_step,
     dpmpp_2m_step,
     earlier_step,
+    initial_scale,
     previous_timestep,
     sampling_timesteps,
 )
@@ -96,8 +99,9 @@ def without_effect(spec: ModelSpec, config: SampleConfig) -> dict[str, str]:
     unused = {}
     if config.eta and config.sampler != "ddim":
         unused["eta"] = f"it is the noise of --sampler ddim, and this one is {config.sampler}"
-    if config.negative_prompt and (scale := guidance_scale(spec, config)) <= 1:
-        unused["negative_prompt"] = f"--guidance_scale {scale:g} turns guidance off"
+    if (scale := guidance_scale(spec, config)) <= 1:
+        off = [name for name in ("negative_prompt", "guidance_rescale") if getattr(config, name)]
+        unused |= dict.fromkeys(off, f"--guidance_scale {scale:g} turns guidance off")
     return unused
 
 
@@ -120,7 +124,7 @@ def sample_each(
 ) -> Iterator[Image.Image]:
     """The images of `sample`, one by one, each as soon as its batch is done. `progress` counts the steps."""
 
-    def count(_i: int, _t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+    def count(_i: int, _t: float, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
         if progress:
             progress.step(len(z))
         return z
@@ -137,7 +141,7 @@ def sample_each(
 
 # Sees (i, prev_t, z, maps): the latents after step i, now at timestep prev_t (below 0 at the end), and the attention
 # maps of the prompt in this step, those that were asked for. Returns the latents to go on with.
-OnStep = Callable[[int, int, Tensor, list[AttentionMap]], Tensor]
+OnStep = Callable[[int, float, Tensor, list[AttentionMap]], Tensor]
 
 
 @torch.inference_mode()
@@ -157,18 +161,20 @@ def generate(
     _, *latent = latent_shape(models.spec, config)
     if steering is None and (steer := read_steer(config)):
         steering = plan_steering(models.spec, prompts, steer, (latent[0], latent[1]))
-    context = encode_prompts(models.text_encoder, models.tokenizer, prompts)
-    negative = encode_prompts(models.text_encoder, models.tokenizer, [config.negative_prompt] * len(prompts))
+    context = encode_prompts(models.text_encoders, models.tokenizer, prompts)
+    negative = encode_negative(models, config.negative_prompt, len(prompts))
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = standard_normal(latent_shape(models.spec, config), generators).to(models.device)
-    start = 0
+    start, timesteps = 0, denoising_timesteps(models.schedule, config)
     if steering is not None and steering.segments is not None:
         start = left_out(config.num_inference_steps)
-        z = start_from_pixels(models, z, steering, denoising_timesteps(models.schedule, config)[start])
+        z = start_from_pixels(models, z, steering, timesteps[start])
+    else:
+        z = z * initial_scale(models.schedule, timesteps[0], config.sampler)
     return denoise(models, z, context, negative, config, generators, on_step, start, return_maps, steering)
 
 
-def start_from_pixels(models: Models, eps: Tensor, steering: Steering, t: int) -> Tensor:
+def start_from_pixels(models: Models, eps: Tensor, steering: Steering, t: float) -> Tensor:
     """Noise the concepts' own pixels in a layout to timestep t. eps: (b, c, h, w) noise, which is all elsewhere."""
     factor, (h, w) = models.vae.config.factor, eps.shape[-2:]
     images, insides = [], []
@@ -178,7 +184,7 @@ def start_from_pixels(models: Models, eps: Tensor, steering: Steering, t: int) -
         images.append(image)
         insides.append(cells_inside(mask[0].numpy(), h, w))
     z0 = encode(models, images) * torch.stack(insides)[:, None].to(eps.device)
-    return add_noise(models.schedule, z0, eps, torch.full((len(eps),), t))
+    return add_noise(models.schedule, z0, eps, torch.full((len(eps),), round(t)))
 
 
 def generate_with_maps(
@@ -196,7 +202,7 @@ def generate_with_maps(
     """
     averages: list[Tensor] = []
 
-    def collect(_i: int, _t: int, z: Tensor, maps: list[AttentionMap]) -> Tensor:
+    def collect(_i: int, _t: float, z: Tensor, maps: list[AttentionMap]) -> Tensor:
         averages.append(average_maps(maps))
         if progress:
             progress.step(len(z))
@@ -209,8 +215,8 @@ def generate_with_maps(
 def denoise(
     models: Models,
     z: Tensor,
-    context: Tensor,
-    negative: Tensor,
+    context: Conditioning,
+    negative: Conditioning,
     config: SampleConfig,
     generators: list[torch.Generator],
     on_step: OnStep | None = None,
@@ -218,7 +224,7 @@ def denoise(
     return_maps: ReturnMaps = False,
     steering: Steering | None = None,
 ) -> Tensor:
-    """Denoise z step by step until it is a clean latent. z: (b, c, h, w) float32; context, negative: (b, 77, d)
+    """Denoise z step by step until it is a clean latent. z: (b, c, h, w) float32; context, negative: b rows
 
     `start` skips that many of the noisiest steps. `on_step` sees the latents after each of the others, with the
     attention maps that `return_maps` asks for, and may change them. `steering` changes the latents before each step,
@@ -227,25 +233,29 @@ def denoise(
     if steering is not None:
         steering.to(z.device)
     schedule, hide = models.schedule, steering.hide if steering is not None else None
-    scale = guidance_scale(models, config)
+    scale, eta = guidance_scale(models, config), EULER.get(config.sampler, config.eta)
     timesteps = denoising_timesteps(schedule, config)
+    if config.sampler in EULER:
+        schedule = replace(schedule, set_alpha_to_one=True)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
         if steering is not None and steering.due(i, len(timesteps)):
-            z = steering.update(models, z, t, context)
-        output, maps = guided_output(models, z, t, context, negative, scale, return_maps, hide)
-        if config.sampler == "dpmpp_2m":
+            z = steering.update(models, z, round(t), context)
+        output, maps = guided_output(
+            models, z, round(t), context, negative, scale, return_maps, hide, config.guidance_rescale
+        )
+        if config.sampler in ("dpmpp_2m", KARRAS):
             z0, _ = clean_and_noise(schedule, z, output, t)
             earlier = earlier_step(last, prev_t, len(timesteps))
             z, last = dpmpp_2m_step(schedule, z, z0, t, prev_t, earlier), (z0, t)
         else:
-            random = config.sampler == "ddpm" or config.eta > 0
+            random = config.sampler == "ddpm" or eta > 0
             noise = standard_normal(z.shape[1:], generators).to(z.device) if random else None
             if config.sampler == "ddpm" and noise is not None:
                 z = ddpm_step(schedule, z, output, t, prev_t, noise)
             else:
-                z = ddim_step(schedule, z, output, t, prev_t, config.eta, noise)
+                z = ddim_step(schedule, z, output, t, prev_t, eta, noise)
         if on_step is not None:
             z = on_step(i, prev_t, z, maps)
     if steering is not None and steering.skipped:
@@ -259,32 +269,38 @@ def guided_output(
     models: Models,
     z: Tensor,
     t: int,
-    context: Tensor,
-    negative: Tensor,
+    context: Conditioning,
+    negative: Conditioning,
     scale: float,
     return_maps: ReturnMaps = False,
     hide: Hide | None = None,
+    rescale: float = 0.0,
 ) -> UNetOutput:
     """Predict with classifier-free guidance (Ho and Salimans 2022): negative + scale (prompt - negative).
 
     A scale of 1 or less turns guidance off, as in diffusers: the result is the prompt's prediction alone.
     -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) of the prompt, those that `return_maps` asks for. `hide`
-    says which tokens of the prompt the cells may not look at, (b, h x w, k) by grid.
+    says which tokens of the prompt the cells may not look at, (b, h x w, k) by grid. `rescale` brings each image's
+    prediction so far back to the standard deviation of the prompt's own (Lin et al. 2024, section 3.4).
     """
     dtype = models.unet.conv_in.weight.dtype
     timesteps = torch.full((len(z),), t, device=z.device)
     if scale <= 1:
-        output, maps = models.unet(z.to(dtype), timesteps, context.to(dtype), return_maps, hide)
+        states, pooled = context.each(lambda tensor: tensor.to(dtype))
+        output, maps = models.unet(z.to(dtype), timesteps, states, return_maps, hide, pooled)
         return UNetOutput(output.float(), maps)
-    both = torch.cat([negative, context]).to(dtype)
+    states, pooled = join([negative, context]).each(lambda tensor: tensor.to(dtype))
     hide = {grid: torch.cat([torch.zeros_like(tokens), tokens]) for grid, tokens in (hide or {}).items()}
-    output, maps = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), both, return_maps, hide)
+    output, maps = models.unet(torch.cat([z, z]).to(dtype), timesteps.repeat(2), states, return_maps, hide, pooled)
     unconditional, conditional = output.float().chunk(2)
     guided = unconditional + scale * (conditional - unconditional)
+    if rescale:
+        own, far = (prediction.std(dim=(1, 2, 3), keepdim=True) for prediction in (conditional, guided))
+        guided = rescale * (guided * (own / far)) + (1 - rescale) * guided
     return UNetOutput(guided, [m._replace(probs=m.probs[len(z) :]) for m in maps])
 
 
-def denoising_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> list[int]:
+def denoising_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> Sequence[float]:
     """The timesteps of a sampling run, noisiest first. Raises InputError for more than the model was trained with."""
     if config.steps_offset is not None:
         schedule = replace(schedule, steps_offset=config.steps_offset)
@@ -315,7 +331,8 @@ def decode(models: Models, latents: Tensor) -> Tensor:
     """
     vae = models.vae
     z = latents / vae.config.scaling_factor
-    images = vae.decode(z.to(vae.post_quant_conv.weight.dtype)).float()
+    with models.vae_arithmetic():
+        images = vae.decode(z.to(vae.post_quant_conv.weight.dtype)).float()
     broken = ~images.flatten(1).isfinite().all(dim=1)
     if broken.any() and arithmetic(models) != "float32":
         log.warning("the decoder overflows in %s: %d images are decoded in float32", arithmetic(models), broken.sum())

@@ -21,7 +21,7 @@ from bas.data.batches import attention_grid
 from bas.errors import InputError
 from bas.losses import ATTENTION_FLOOR, average_maps
 from bas.models.bundle import Models, ModelSpec
-from bas.models.text import find_places, known_handles, tokenize
+from bas.models.text import Conditioning, find_places, known_handles, tokenize
 from bas.models.unet import Hide
 from bas.pretrained.hub import trained_grid
 from bas.sampling.layout import Layout, cells_inside, check_layout, read_layout
@@ -179,10 +179,10 @@ class Steering:
                 hidden[grid] = tokens
         return hidden or None
 
-    def update(self, models: Models, z: Tensor, t: int, context: Tensor) -> Tensor:
+    def update(self, models: Models, z: Tensor, t: int, context: Conditioning) -> Tensor:
         """Move latents down the gradient of their loss, each image by a share of its own norm. -> (b, c, h, w) float32
 
-        z: (b, c, h, w); context: (b, k, d). An image stays where its loss is at `stop` or below, and where its gradient
+        z: (b, c, h, w); context: b rows. An image stays where its loss is at `stop` or below, and where its gradient
         is not finite.
         """
         share = self.steer.step_size
@@ -203,17 +203,18 @@ class Steering:
             self.skipped += int((~finite).sum())
         return z
 
-    def gradient(self, models: Models, z: Tensor, t: int, context: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, models: Models, z: Tensor, t: int, context: Conditioning) -> tuple[Tensor, Tensor]:
         """The losses (b,) of latents at timestep t, and their gradient (b, c, h, w), LOSS_SCALE times as large.
 
         The weights take part without a gradient. Inference tensors are cloned: no backward pass can save them.
         """
         dtype = models.unet.conv_in.weight.dtype
         with torch.inference_mode(False), torch.enable_grad():
-            z, context = z.clone().requires_grad_(), context.clone()
+            z = z.clone().requires_grad_()
+            states, pooled = context.each(lambda tensor: tensor.clone().to(dtype))
             weights = {n: p.clone() if p.is_inference() else p.detach() for n, p in models.unet.named_parameters()}
             timesteps = torch.full((len(z),), t, device=z.device)
-            inputs = (z.to(dtype), timesteps, context.to(dtype), self.grid)
+            inputs = (z.to(dtype), timesteps, states, self.grid, None, pooled)
             losses = self.loss(average_maps(functional_call(models.unet, weights, inputs).maps))
             (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), z)
         return losses.detach(), gradient

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.models.adapters import remove_adapters
-from bas.models.bundle import Models
+from bas.models.bundle import TEXT_ENCODERS, Models
 from bas.models.text import mark_tokens
 from bas.models.vae import Posterior
 from bas.pretrained.additions import Additions
@@ -18,7 +18,7 @@ from bas.pretrained.folder import base_hash, load
 from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 
-TRAINED = ("unet", "text_encoder")  # the networks that a training can change
+TRAINED = ("unet", *TEXT_ENCODERS)  # the networks that a training can change
 
 
 class Base:
@@ -30,8 +30,9 @@ class Base:
 
     def __init__(self, path: Path, models: Models, weights: str, keep: bool = False):
         self.path, self.hash, self.models = path, weights, models
-        self.embedding, self.tokenizer = models.text_encoder.get_input_embeddings(), deepcopy(models.tokenizer)
-        self.kept = {name: self._copy(name) for name in TRAINED} if keep else {}
+        self.embeddings = [text_encoder.get_input_embeddings() for text_encoder in models.text_encoders]
+        self.tokenizer = deepcopy(models.tokenizer)
+        self.kept = {name: self._copy(name) for name in TRAINED if name in models.networks} if keep else {}
         self.encoded: dict[tuple, tuple[Posterior, str]] = {}
 
     @classmethod
@@ -55,15 +56,16 @@ class Base:
         return cls(path, models, weights, keep)
 
     def _copy(self, network: str) -> dict[str, Tensor]:
-        state = getattr(self.models, network).state_dict()
+        state = self.models.networks[network].state_dict()
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def fresh(self) -> Models:
         """The models as they were loaded, without handles and gradients, however they were trained since."""
         if self.kept:
-            self.models.text_encoder.set_input_embeddings(self.embedding)
+            for text_encoder, embedding in zip(self.models.text_encoders, self.embeddings, strict=True):
+                text_encoder.set_input_embeddings(embedding)
         for name, state in self.kept.items():
-            network = getattr(self.models, name)
+            network = self.models.networks[name]
             remove_adapters(network)
             mark_tokens(network, ())
             put_back(network, state)

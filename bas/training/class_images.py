@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 KEY_FILE = "key.json"
 SIDECARS = (".json", ".jsonl", ".txt", ".caption", ".md", ".csv", ".xml", ".xmp", ".yaml", ".toml", ".html")
-NO_MATTER = ("batch_size", "num_images", *STEERING)  # settings that no class image depends on
+NO_MATTER = ("batch_size", "num_images", "guidance_rescale", *STEERING)  # settings that no class image depends on
 CACHE = ("the cache", "set BAS_CACHE to a folder that can be written, or name --class_data_dir")
 LOCK = ".lock"  # held while class images are made
 WRITTEN = re.compile(rf"\d{{5}}\.png|{re.escape(KEY_FILE)}")
@@ -183,7 +183,7 @@ def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfi
     total, prompts = config.num_class_images, config.class_prompt
     progress = ImageProgress(total, settings.num_inference_steps, stage="class images", done=found)
 
-    def count(_i: int, _t: int, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
+    def count(_i: int, _t: float, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
         progress.step(len(z))
         return z
 

@@ -27,7 +27,7 @@ MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
 def count_numbers(models: Models) -> dict[str, int]:
     """Count the weights of each group that a phase can train (`Phase.trains`), and of the VAE. Groups overlap."""
     groups = {name: sum(p.numel() for p in group.values()) for name, group in weight_groups(models).items()}
-    rows = models.text_encoder.get_input_embeddings().get_parameter("weight").numel()
+    rows = sum(encoder.get_input_embeddings().get_parameter("weight").numel() for encoder in models.text_encoders)
     return {**groups, "vae": sum(p.numel() for p in models.vae.parameters()), "embedding": rows}
 
 

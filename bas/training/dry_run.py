@@ -22,7 +22,7 @@ from bas.data.scene import Scene
 from bas.io.files import human_size
 from bas.losses import resize_mask
 from bas.models.adapters import add_adapters
-from bas.models.bundle import COMPONENTS, Models
+from bas.models.bundle import Models
 from bas.models.text import add_handles, context_width, tokenize
 from bas.models.vae import Posterior
 from bas.pretrained.additions import Additions
@@ -139,19 +139,19 @@ def plan_run(
         models = build_networks(find_spec(config.pretrained_model_name_or_path, config.prediction_type))
     else:
         models, tensors = build_on_meta(base, config.prediction_type, Additions.of_base(vars(config)))
-        for component in COMPONENTS:
-            check_keys(getattr(models, component), tensors[component], f"{base} ({component})")
+        for component, network in models.networks.items():
+            check_keys(network, tensors[component], f"{base} ({component})")
     models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
     image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
     add_adapters(models, config, len(scene.handles))
     numbers = count_numbers(models)
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    add_handles(models.text_encoders, models.tokenizer, scene.handles, scene.words, config.seed)
     data = blank_data(models, scene, masks, config)
     if precision == "bf16":  # as `cast_weights` does
-        models.unet.bfloat16()
-        models.text_encoder.bfloat16()
+        for network in (models.unet, *models.text_encoders):
+            network.bfloat16()
     costs = {phase: phase_cost(models, data, phase, config, count_operations) for phase in config.phases}
-    weights = sum(p.nbytes for network in (models.unet, models.text_encoder) for p in network.parameters())
+    weights = sum(p.nbytes for network in (models.unet, *models.text_encoders) for p in network.parameters())
     if device.type == "cpu" or config.seg_mix_probability:
         weights += sum(p.nbytes for p in models.vae.parameters())  # elsewhere it is moved off the device
     copied = sum(numbers[name] for name in ("unet", "text_encoder", "embedding"))
@@ -218,7 +218,7 @@ def phase_cost(
 ) -> Cost:
     """Count one step on the meta device; what it keeps is known after its forward pass."""
     trained = trainable_parameters(models, phase)
-    weights = {p.untyped_storage()._cdata for component in COMPONENTS for p in getattr(models, component).parameters()}
+    weights = {p.untyped_storage()._cdata for network in models.networks.values() for p in network.parameters()}
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -282,10 +282,11 @@ def class_image_operations(models: Models, data: TrainingData, config: TrainConf
 def unet_operations(models: Models, data: TrainingData) -> int:
     """Operations of the UNet's forward pass for one image of this size."""
     z = data.images[0].views[0].posterior.mean[None].to("meta", models.unet.conv_in.weight.dtype)
-    tokens, width = models.tokenizer.model_max_length, context_width(models.text_encoder)
+    tokens, width = models.tokenizer.model_max_length, context_width(models.text_encoders)
     context = torch.empty(1, tokens, width, dtype=z.dtype, device="meta")
+    pooled = torch.empty(1, models.unet.config.pooled_dim, dtype=z.dtype, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context)
+        models.unet(z, torch.zeros(1, dtype=torch.long, device="meta"), context, pooled=pooled)
     return counter.get_total_flops()
 
 

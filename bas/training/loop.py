@@ -34,7 +34,7 @@ from bas.training.disk_space import writing
 from bas.training.master_weights import restore_weights
 from bas.training.nonfinite import check_weights, flush_and_check, is_finite, warn_of_overflows
 from bas.training.optimizer import set_learning_rate
-from bas.training.phase_state import PhaseState, build_phase_state, handle_embedding, restore_phase, trained_weights
+from bas.training.phase_state import PhaseState, build_phase_state, handle_embeddings, restore_phase, trained_weights
 from bas.training.preview import sheet_path, write_preview
 from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished, has_leftovers, locked
@@ -55,11 +55,11 @@ def training_step(models: Models, batch: Batch, config: TrainConfig) -> tuple[Te
     L = L_rec (eq. 1) + prior_loss_weight x L_prior + lambda_attention x L_attn (eq. 2)
     """
     instances = len(batch.union)
-    context = encode_ids(models.text_encoder, batch.input_ids)
+    context = encode_ids(models.text_encoders, batch.input_ids)
     z_t = add_noise(models.schedule, batch.z0, batch.eps, batch.t)
     target = training_target(models.schedule, batch.z0, batch.eps, batch.t)
     grid = tuple(batch.masks.shape[-2:]) if config.lambda_attention else False
-    prediction, maps = models.unet(z_t, batch.t, context, return_maps=grid)
+    prediction, maps = models.unet(z_t, batch.t, context.states, return_maps=grid, pooled=context.pooled)
 
     mask = batch.union if config.apply_masked_loss else torch.ones_like(batch.union)
     loss = masked_mse(prediction[:instances], target[:instances], mask, config.normalize_masked_loss)
@@ -260,7 +260,8 @@ def finish(run: Run) -> None:
         else:
             weights = trained_weights(run.models, run.config)
             save_tuned(Tuned(weights, run.config.adapter_scale, token_ranks(run.models.unet)), run.folder, dtype)
-        save_concepts(run.folder, handle_embedding(run.models).handles, run.masks, run.scene.handles, run.metadata)
+        rows = [embedding.handles for embedding in handle_embeddings(run.models)]
+        save_concepts(run.folder, rows, run.masks, run.scene.handles, run.metadata)
         remove_all(run.folder)
     if run.events:
         run.events.close()

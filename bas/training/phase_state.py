@@ -1,6 +1,7 @@
 """What a phase trains: groups of parameters by name, and the state that its steps change."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,17 +24,20 @@ class PhaseState:
     precision: str  # "no", "fp16" or "bf16"
 
 
-def handle_embedding(models: Models) -> HandleEmbedding:
-    """The token embedding of models that have handles."""
-    embedding = models.text_encoder.get_input_embeddings()
-    assert isinstance(embedding, HandleEmbedding), "add_handles comes first"
-    return embedding
+def handle_embeddings(models: Models) -> list[HandleEmbedding]:
+    """The token embedding of each text encoder of models that have handles."""
+    embeddings = [text_encoder.get_input_embeddings() for text_encoder in models.text_encoders]
+    assert all(isinstance(embedding, HandleEmbedding) for embedding in embeddings), "add_handles comes first"
+    return cast("list[HandleEmbedding]", embeddings)
 
 
 def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
     """The groups of weights that a phase can name in `Phase.trains`, each by the parameters' names in checkpoints."""
-    embedding = handle_embedding(models)
-    own = {"handles": {"handles": embedding.handles}, "embedding": {"embedding": embedding.weight}}
+    embeddings = list(zip(("", "_2"), handle_embeddings(models), strict=False))
+    own = {
+        "handles": {f"handles{end}": embedding.handles for end, embedding in embeddings},
+        "embedding": {f"embedding{end}": embedding.weight for end, embedding in embeddings},
+    }
     return {**own, **weight_groups(models)}
 
 
@@ -46,7 +50,7 @@ def trained_weights(models: Models, config: TrainConfig) -> dict[str, nn.Paramet
 def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter]:
     """Freeze everything but what this phase trains, and return that by name, in a fixed order."""
     groups = parameter_groups(models)
-    for module in (models.unet, models.vae, models.text_encoder):
+    for module in models.networks.values():
         module.requires_grad_(False)
     optimized = {name: p for group in phase.trains for name, p in groups[group].items()}
     for parameter in optimized.values():

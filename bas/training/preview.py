@@ -113,8 +113,8 @@ def scene_attention(models: Models, handles: tuple[str, ...], image: Tensor, con
     t = torch.tensor([int(ATTENTION_AT * schedule.num_train_timesteps)])
     ids = tokenize(models.tokenizer, [subset_prompt(handles)])
     positions = handle_positions(ids[0], cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(handles))))
-    context = encode_ids(models.text_encoder, ids.to(device))
+    context = encode_ids(models.text_encoders, ids.to(device))
     z_t = add_noise(schedule, z0, eps, t).to(device)
     grid_size = attention_grid(models.spec, (z0.shape[-2], z0.shape[-1]), config.attention_grid)
-    maps = models.unet(z_t, t.to(device), context, return_maps=grid_size).maps
+    maps = models.unet(z_t, t.to(device), context.states, return_maps=grid_size, pooled=context.pooled).maps
     return handle_maps(average_maps(maps), torch.tensor([positions], device=device))[0].cpu()

@@ -36,7 +36,7 @@ from bas.io.run_files import (
 )
 from bas.io.settings_file import CONFIG
 from bas.io.tensors import HALF_WRITTEN
-from bas.models.bundle import COMPONENTS
+from bas.pretrained.folder import STEMS
 from bas.training.checkpoints import UNFINISHED, clear_unfinished, remove_all
 from bas.training.disk_space import writing
 from bas.training.tensorboard import EVENTS
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 LOCK = ".bas.lock"  # held while a process writes to the folder, and gone afterwards
 NO_RUN = "the folder is not a run of bas: name another --output_dir"
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}  # of a network drive
-SUBFOLDERS = (*COMPONENTS, "tokenizer", "scheduler", SCENE, PREVIEWS)
+SUBFOLDERS = (*STEMS, "tokenizer", "tokenizer_2", "scheduler", SCENE, PREVIEWS)
 WRITTEN = (SETTINGS, CONFIG, TIMES, MODEL_INDEX, TUNED, CONCEPTS, REPORT)  # the files of a run folder itself
 TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")  # what `replacing` calls a file while it is written
 BEFORE_TRAINING = {SETTINGS, CONFIG, SCENE, EVENTS}  # all that a run without metrics.jsonl can hold

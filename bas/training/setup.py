@@ -87,6 +87,8 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
         raise InputError(
             f"{name} was trained with --train token and cannot be a base: train on its own base, and merge"
         )
+    if spec.text_encoder_2 is not None and not config.kind.whole:
+        raise InputError(f"--train {config.train}: this version trains it for Stable Diffusion 1 and 2, not for XL")
     precision = pick_precision(config.mixed_precision, device, spec.unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
@@ -150,7 +152,7 @@ def setup_run(
     exact = {}
     if precision == "bf16":
         kept = None if config.kind.whole else {*trained_weights(models, config).values()}  # a small run saves no other
-        exact = cast_weights((models.unet, models.text_encoder), DTYPES[precision], kept)
+        exact = cast_weights((models.unet, *models.text_encoders), DTYPES[precision], kept)
     schedule = continued_schedule(models.schedule, checkpoint.metadata) if checkpoint else models.schedule
     class_posterior, metadata["schedule"], metadata["class_images"] = None, schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
@@ -196,7 +198,7 @@ def check_parameters(checkpoint: Checkpoint, base: Path, scene: Scene, config: T
     """Check that a checkpoint's tensors are those of the phase that its step lies in. Reads no weight."""
     models, _ = build_on_meta(base, config.prediction_type, Additions.of_base(vars(config)))
     add_adapters(models, config, len(scene.handles))
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    add_handles(models.text_encoders, models.tokenizer, scene.handles, scene.words, config.seed)
     left = checkpoint.step
     for phase in config.phases:
         if left <= phase.steps:
@@ -214,7 +216,7 @@ def fresh_models(base: Base, scene: Scene, config: TrainConfig) -> Models:
         latent_side = config.resolution // models.vae.config.factor
         models.unet.config = replace(models.unet.config, sample_size=latent_side)
     add_adapters(models, config, len(scene.handles))
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+    add_handles(models.text_encoders, models.tokenizer, scene.handles, scene.words, config.seed)
     models.handles = scene.handles
     return models
 

@@ -43,7 +43,7 @@ def base(tmp_path_factory):
 def tuned(base, tmp_path_factory):
     """The same model with handles, in half precision, without anything that bas notes about a run."""
     models = load(base)
-    add_handles(models.text_encoder, models.tokenizer, HANDLES, (None, None), seed=0)
+    add_handles(models.text_encoders, models.tokenizer, HANDLES, (None, None), seed=0)
     folder = tmp_path_factory.mktemp("info") / "tuned"
     save_model(models, folder, torch.float16)
     return folder
@@ -75,7 +75,7 @@ def test_handles_without_a_run_are_the_official_codes(tuned):
 def test_a_finished_run_tells_where_it_comes_from(tuned, tmp_path):
     run = tmp_path / "run"
     run.symlink_to(tuned, target_is_directory=True)
-    save_concepts(run, torch.zeros(2, tiny.WIDTH), torch.ones(2, 32, 48), HANDLES, NOTE)
+    save_concepts(run, [torch.zeros(2, tiny.WIDTH)], torch.ones(2, 32, 48), HANDLES, NOTE)
     facts = describe(run)
     concepts = describe(run / "concepts.safetensors")
     (tuned / "concepts.safetensors").unlink()

@@ -1,6 +1,7 @@
 """One small randomly initialised model of each family, built on the spot, and ways to spoil it on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,9 +37,37 @@ VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
 
 
+# SDXL: no attention on the finest level, several blocks in a transformer, pooled text and sizes. 64 pixels.
+UNET_XL = UNetConfig(
+    sample_size=8,
+    block_out_channels=(32, 64, 64),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    attention_head_dim=(1, 1, 1),
+    transformer_layers_per_block=(1, 1, 2),
+    cross_attention_dim=64 + 128,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=96 + 6 * 8,
+)
+VAE_XL = VAEConfig(
+    block_out_channels=(32, 32, 32, 32),
+    layers_per_block=1,
+    sample_size=64,
+    scaling_factor=0.13025,
+    force_upcast=True,
+)
+TEXT_XL = {  # of the second text encoder; `!` pads
+    **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2},
+    **{"hidden_act": "gelu", "projection_dim": 96, "pad_token_id": 0},
+}
+
+
 def tiny(family: str, whole_vocabulary: bool = False, seed: int = 0) -> Models:
-    """A model of the family "sd1", "sd2" or "sd2-v"; with CLIP's own vocabulary if `whole_vocabulary`."""
-    sd2, velocity = family != "sd1", family == "sd2-v"
+    """A model of the family "sd1", "sd2", "sd2-v" or "sdxl"; with CLIP's own vocabulary if `whole_vocabulary`."""
+    sd2, velocity = family in ("sd2", "sd2-v"), family == "sd2-v"
     pad_token = "!" if sd2 else "<|endoftext|>"
     words = clip_tokenizer(sd2) if whole_vocabulary else small_tokenizer(pad_token)
     unet = UNetConfig(
@@ -52,6 +81,8 @@ def tiny(family: str, whole_vocabulary: bool = False, seed: int = 0) -> Models:
         use_linear_projection=sd2,
     )
     vae = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, sample_size=8 * unet.sample_size)
+    if family == "sdxl":
+        unet, vae = UNET_XL, VAE_XL
     text = {
         "vocab_size": len(words),
         "hidden_size": 64,
@@ -65,13 +96,18 @@ def tiny(family: str, whole_vocabulary: bool = False, seed: int = 0) -> Models:
         "pad_token_id": words.pad_token_id,
     }
     schedule = NoiseSchedule(prediction_type="v_prediction" if velocity else "epsilon", steps_offset=1)
+    second = text | TEXT_XL if family == "sdxl" else None
+    if second:
+        schedule = replace(schedule, set_alpha_to_one=True, timestep_spacing="leading")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        networks = UNet(unet), VAE(vae), build_text_encoder(text)
+        networks = [UNet(unet), VAE(vae), build_text_encoder(text)]
+        networks += [build_text_encoder(second, projection=True)] if second else []
         for network in networks:
             for parameter in network.parameters():  # biases and norms too, so that a lost one shows
                 parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return Models(*(network.eval() for network in networks), words, schedule)
+    models = Models(*(network.eval() for network in networks[:3]), words, schedule)
+    return replace(models, text_encoder_2=networks[3].eval(), zeros_for_empty=True) if second else models
 
 
 def change_json(path: Path, **changes) -> None:

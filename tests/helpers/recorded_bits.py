@@ -1,6 +1,6 @@
 """Hashes of what tiny models compute, recorded on one processor: a change that should move no bit of them moves none.
 
-    python -m tests.helpers.recorded_bits    records them anew, in tests/reference/bits.json
+python -m tests.helpers.recorded_bits    records them anew, in tests/reference/bits.json
 """
 
 import hashlib

@@ -31,7 +31,7 @@ def write_small_run(folder: Path, base: Path, handles: tuple[str, ...] = ("<asse
     config = TrainConfig(instance_data_dir="scene", pretrained_model_name_or_path=str(base), **settings)
     models, generator = load(base), torch.Generator().manual_seed(config.seed + 7)
     add_adapters(models, config, len(handles))
-    add_handles(models.text_encoder, models.tokenizer, handles, (None,) * len(handles), config.seed)
+    add_handles(models.text_encoders, models.tokenizer, handles, (None,) * len(handles), config.seed)
     weights = trained_weights(models, config)
     for name, p in weights.items():
         spread = 0.1 if is_adapter(name) and ".lora_B." in name else 0.0 if is_adapter(name) else 0.02
@@ -39,5 +39,5 @@ def write_small_run(folder: Path, base: Path, handles: tuple[str, ...] = ("<asse
     facts = {"config": asdict(config), "handles": list(handles), "base": weights_hash(base), "version": "1"}
     write_json(folder / SETTINGS, facts)
     save_tuned(Tuned(weights, config.adapter_scale, token_ranks(models.unet)), folder, torch.float32)
-    save_concepts(folder, weights["handles"].detach(), torch.ones(len(handles), 8, 8), handles, facts)
+    save_concepts(folder, [weights["handles"].detach()], torch.ones(len(handles), 8, 8), handles, facts)
     return folder

@@ -87,7 +87,7 @@ def write_model(folder: Path, prediction_type: str = "epsilon") -> Path:
 def taught(folder: Path, handles: tuple[str, ...] = ("<asset0>", "<asset1>")) -> Models:
     """The model of a folder with handles that nothing was learnt for: their first rows, drawn from a seed."""
     models = load(folder)
-    add_handles(models.text_encoder, models.tokenizer, handles, (None,) * len(handles), seed=0)
+    add_handles(models.text_encoders, models.tokenizer, handles, (None,) * len(handles), seed=0)
     models.handles = handles
     return models
 
@@ -169,7 +169,7 @@ class Bench:
         posterior = None
         if any(phase.prior for phase in config.phases):
             posterior, _ = class_images(models, config, "base", tuple(image.shape[-2:]))
-        add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, config.seed)
+        add_handles(models.text_encoders, models.tokenizer, scene.handles, scene.words, config.seed)
         return models, prepare(models, scene, image, masks, config, posterior)
 
 

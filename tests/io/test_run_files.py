@@ -15,7 +15,7 @@ from tests.helpers.tiny import refused
 def test_concepts_round_trip(tmp_path):
     rows, masks = torch.randn(2, 16), torch.rand(2, 4, 6)
     written = {"config": asdict(TrainConfig()), "handles": ["<a>", "<b>"], "base": "x", "version": "1"}
-    save_concepts(tmp_path, rows, masks, ("<a>", "<b>"), written)
+    save_concepts(tmp_path, [rows], masks, ("<a>", "<b>"), written)
     tensors, note = read_concepts(tmp_path)
     assert torch.equal(tensors["handles"], rows)
     assert (tensors["masks"] / 255 - masks).abs().max() <= 0.5 / 255 + 1e-6

@@ -39,7 +39,7 @@ def adapted(family: str, values: bool = True, **settings) -> Models:
 def outputs(models: Models) -> list[torch.Tensor]:
     """Token states of a prompt, the prediction for one latent, and all attention maps."""
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    context = encode_ids(models.text_encoder, tokenize(models.tokenizer, ["a photo of a bowl"]))
+    context = encode_ids(models.text_encoders, tokenize(models.tokenizer, ["a photo of a bowl"])).states
     prediction, maps = models.unet(z, 500, context, return_maps=True)
     return [context, prediction, *(each.probs for each in maps)]
 
@@ -165,7 +165,7 @@ def test_an_adapted_block_is_one_graph(kind):
     """torch.compile takes a transformer block with adapters as a whole, with the same output."""
     models = adapted("sd1") if kind == "lora" else with_tokens((4, 2))
     block = models.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
-    x, context = torch.randn(1, 4, 64), torch.randn(1, 5, context_width(models.text_encoder))
+    x, context = torch.randn(1, 4, 64), torch.randn(1, 5, context_width(models.text_encoders))
     expected, _ = block(x, context)
     block.compile(fullgraph=True, dynamic=False, backend="eager")
     assert torch.equal(block(x, context)[0], expected)
@@ -194,11 +194,11 @@ def test_an_adapter_of_a_token_acts_at_its_token_alone():
     ids = torch.randint(0, last - 1, (1, 77), generator=torch.Generator().manual_seed(0))
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours, plain = (m.unet(z, 500, encode_ids(m.text_encoder, ids)).sample for m in (models, base))
+        ours, plain = (m.unet(z, 500, encode_ids(m.text_encoders, ids).states).sample for m in (models, base))
     assert torch.equal(ours, plain)
     ids[0, 5], ids[0, 9] = last - 1, last
     layer = models.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_v")
-    context = encode_ids(models.text_encoder, ids)
+    context = encode_ids(models.text_encoders, ids).states
     assert context.shape == (1, 77, 66)
     assert context[0, :, 64:].sum(dim=0).tolist() == [1, 1]
     states, values = context[0, :, :64], layer(context)[0]

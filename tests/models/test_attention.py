@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bas.models import attention as layers
-from bas.models.attention import CrossAttention, SelfAttention, TransformerBlock, attend
+from bas.models import dot_product as layers
+from bas.models.attention import CrossAttention, SelfAttention, TransformerBlock
+from bas.models.dot_product import attend
 from tests.helpers.compare import assert_equals_live, assert_equals_stored, cases, filled
 from tools.reference.measure import uniform
 

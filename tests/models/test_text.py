@@ -77,9 +77,9 @@ def test_handle_rows_are_looked_up_like_any_other():
 def test_text_encoder_with_handles_equals_one_with_a_longer_embedding(text_encoder, tokenizer):
     """transformers with 544 ordinary rows gives the same states: what a saved run is to any other reader."""
     ids = torch.tensor([[540, 320, 542, 518, 543, 541] + [0] * 71])
-    add_handles(text_encoder, tokenizer, HANDLES, ("bowl", None), seed=1)
+    add_handles((text_encoder,), tokenizer, HANDLES, ("bowl", None), seed=1)
     with torch.no_grad():
-        ours = encode_ids(text_encoder, ids)
+        ours = encode_ids((text_encoder,), ids).states
         other = build_text_encoder(
             TEXT_COMMON | {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 544, "hidden_act": "gelu"}
         )
@@ -103,7 +103,7 @@ def test_handles_start_from_their_word(text_encoder, tokenizer):
 def test_adding_handles_leaves_the_vocabulary_alone(text_encoder, tokenizer):
     before = text_encoder.get_input_embeddings().weight.detach().clone()
     plain = tokenize(tokenizer, ["a photo of the bowl"])
-    embedding = add_handles(text_encoder, tokenizer, HANDLES, ("bowl", "stone"), seed=0)
+    (embedding,) = add_handles((text_encoder,), tokenizer, HANDLES, ("bowl", "stone"), seed=0)
     assert torch.equal(embedding.weight, before)
     assert embedding.handles.shape == (2, 32)
     assert text_encoder.get_input_embeddings() is embedding
@@ -114,7 +114,7 @@ def test_adding_handles_leaves_the_vocabulary_alone(text_encoder, tokenizer):
 
 def test_handles_keep_their_case(text_encoder, tokenizer):
     """Prompts are lower-cased, handles are found before that: <Toy> and <toy> are two concepts."""
-    add_handles(text_encoder, tokenizer, ("<Toy>", "<toy>"), (None, None), seed=0)
+    add_handles((text_encoder,), tokenizer, ("<Toy>", "<toy>"), (None, None), seed=0)
     assert tokenize(tokenizer, ["A <toy> AND <Toy>"])[0, :6].tolist() == [540, 320, 543, 518, 542, 541]
 
 
@@ -134,26 +134,26 @@ def test_handles_keep_their_case(text_encoder, tokenizer):
 )
 def test_malformed_handles_are_refused(text_encoder, tokenizer, handles, message):
     with pytest.raises(InputError, match=message):
-        add_handles(text_encoder, tokenizer, handles, (None,) * len(handles), seed=0)
+        add_handles((text_encoder,), tokenizer, handles, (None,) * len(handles), seed=0)
 
 
 def test_a_handle_cannot_take_a_token_of_the_vocabulary(text_encoder, tokenizer):
     tokenizer.add_tokens("<stone>")
     with pytest.raises(InputError, match=r"^handle <stone> is already a token of this model: choose another name$"):
-        add_handles(text_encoder, tokenizer, ("<stone>",), (None,), seed=0)
+        add_handles((text_encoder,), tokenizer, ("<stone>",), (None,), seed=0)
 
 
 def test_a_handle_cannot_be_added_twice(text_encoder, tokenizer):
-    add_handles(text_encoder, tokenizer, ("<toy>",), (None,), seed=0)
+    add_handles((text_encoder,), tokenizer, ("<toy>",), (None,), seed=0)
     with pytest.raises(InputError, match="already"):
-        add_handles(text_encoder, tokenizer, ("<toy>",), (None,), seed=0)
+        add_handles((text_encoder,), tokenizer, ("<toy>",), (None,), seed=0)
 
 
 # --- Prompts ------------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_handle_names_the_known_ones(text_encoder, tokenizer):
-    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles((text_encoder,), tokenizer, HANDLES, (None, None), seed=0)
     with pytest.raises(InputError, match=r"unknown handle <nobody>.*<toy>, <bowl-2>"):
         tokenize(tokenizer, ["a photo of <nobody>"])
 
@@ -175,7 +175,7 @@ def test_an_unknown_handle_names_the_known_ones(text_encoder, tokenizer):
     ],
 )
 def test_a_misspelt_handle_names_the_known_ones(text_encoder, tokenizer, prompt, named):
-    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles((text_encoder,), tokenizer, HANDLES, (None, None), seed=0)
     with pytest.raises(InputError) as error:
         tokenize(tokenizer, [prompt])
     assert str(error.value) == f"unknown handle {named} in {prompt!r}; known handles: <toy>, <bowl-2>"
@@ -189,7 +189,7 @@ def test_a_prompt_that_is_no_text_is_refused(tokenizer):
 
 def test_a_handle_is_no_other_one_that_begins_alike(text_encoder, tokenizer):
     """<asset1> and <asset10> are two tokens, and knowing one is not knowing the other."""
-    add_handles(text_encoder, tokenizer, ("<asset1>",), (None,), seed=0)
+    add_handles((text_encoder,), tokenizer, ("<asset1>",), (None,), seed=0)
     with pytest.raises(InputError, match=r"unknown handle <asset10> .*; known handles: <asset1>$"):
         tokenize(tokenizer, ["<asset10>"])
     with pytest.raises(InputError, match=r"unknown handle <asset> .*; known handles: <asset1>$"):
@@ -203,7 +203,7 @@ def test_a_handle_is_no_other_one_that_begins_alike(text_encoder, tokenizer):
 )
 def test_punctuation_beside_a_handle_leaves_it_whole(text_encoder, tokenizer, prompt):
     """The handle is its one token, and what stands beside it reads as it does without."""
-    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles((text_encoder,), tokenizer, HANDLES, (None, None), seed=0)
     ids = tokenize(tokenizer, [prompt.replace("{}", "<toy>")])[0].tolist()
     assert ids.count(542) == prompt.count("{}")
     around = [tokenizer(part, add_special_tokens=False).input_ids for part in prompt.split("{}")]
@@ -212,7 +212,7 @@ def test_punctuation_beside_a_handle_leaves_it_whole(text_encoder, tokenizer, pr
 
 
 def test_the_75th_token_is_the_last_one_read(text_encoder, tokenizer, caplog):
-    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles((text_encoder,), tokenizer, HANDLES, (None, None), seed=0)
     words = " ".join(["bowl"] * 74)
     assert tokenize(tokenizer, [f"{words} <toy>"])[0, 75:].tolist() == [542, 541]
     assert caplog.text == ""
@@ -227,7 +227,7 @@ def test_the_75th_token_is_the_last_one_read(text_encoder, tokenizer, caplog):
 
 def test_a_handle_that_would_be_cut_off_is_an_error(text_encoder, tokenizer, caplog):
     """Beyond 77 tokens text is cut with a warning, a handle never in silence."""
-    add_handles(text_encoder, tokenizer, HANDLES, (None, None), seed=0)
+    add_handles((text_encoder,), tokenizer, HANDLES, (None, None), seed=0)
     long = " ".join(["bowl"] * 80)
     assert tokenize(tokenizer, [f"<toy> {long}"]).shape == (1, 77)
     assert "too long" in caplog.text
@@ -238,9 +238,9 @@ def test_a_handle_that_would_be_cut_off_is_an_error(text_encoder, tokenizer, cap
 def test_prompts_are_encoded_row_by_row(text_encoder, tokenizer):
     """A prompt's states don't depend on its neighbours in the batch."""
     with torch.no_grad():
-        both = encode_prompts(text_encoder, tokenizer, ["a photo of the bowl", ""])
+        both = encode_prompts((text_encoder,), tokenizer, ["a photo of the bowl", ""]).states
         assert both.shape == (2, 77, 32)
-        torch.testing.assert_close(both[1:], encode_prompts(text_encoder, tokenizer, [""]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(both[1:], encode_prompts((text_encoder,), tokenizer, [""]).states, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_diffusers_reads_an_embedding_of_several_vectors(base, cwd, vectors):
     models = load(base, additions=Additions(embeddings=(cwd / "toy.safetensors",)))
     pipe, prompt = pipeline(base, None, {"<toy>": cwd / "toy.safetensors"}), "a photo of <toy> at the beach"
     theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
-    ours = encode_prompts(models.text_encoder, models.tokenizer, [prompt])
+    ours = encode_prompts(models.text_encoders, models.tokenizer, [prompt]).states
     assert torch.equal(ours, theirs)
 
 

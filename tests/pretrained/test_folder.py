@@ -57,7 +57,7 @@ def test_folder_returns_what_was_saved(family, tmp_path):
 def test_diffusers_opens_the_folder_unchanged(family, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: it is the reader under test")
     models = tiny(family)
-    add_handles(models.text_encoder, models.tokenizer, ("<toy-1>", "<Bowl>"), ("toy", None), seed=0)
+    add_handles(models.text_encoders, models.tokenizer, ("<toy-1>", "<Bowl>"), ("toy", None), seed=0)
     save_model(models, tmp_path)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
 
@@ -69,9 +69,9 @@ def test_diffusers_opens_the_folder_unchanged(family, tmp_path):
     x, t = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([3, 700])
     image = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
-        text = encode_prompts(models.text_encoder, models.tokenizer, prompt)
-        context = text.expand(2, -1, -1)
-        torch.testing.assert_close(pipeline.text_encoder(ids)[0], text, atol=1e-6, rtol=0)
+        text = encode_prompts(models.text_encoders, models.tokenizer, prompt)
+        context = text.states.expand(2, -1, -1)
+        torch.testing.assert_close(pipeline.text_encoder(ids)[0], text.states, atol=1e-6, rtol=0)
         ours = models.unet(x, t, context).sample
         torch.testing.assert_close(pipeline.unet(x, t, context).sample, ours, atol=1e-6, rtol=0)
         ours = models.vae.encode(image).mean
@@ -135,7 +135,7 @@ def test_what_is_converted_leaves_the_address_space(saved, monkeypatch):
 def test_handles_become_rows_and_tokens(tmp_path):
     models = tiny("sd2")
     rows = len(models.tokenizer)
-    embedding = add_handles(models.text_encoder, models.tokenizer, ("<toy>", "<Bowl-2>"), ("toy", None), seed=1)
+    (embedding,) = add_handles(models.text_encoders, models.tokenizer, ("<toy>", "<Bowl-2>"), ("toy", None), seed=1)
     save_model(models, tmp_path)
 
     matrix = load_file(tmp_path / TEXT_FILE)["text_model.embeddings.token_embedding.weight"]
@@ -146,8 +146,8 @@ def test_handles_become_rows_and_tokens(tmp_path):
     again = load(tmp_path)
     assert again.handles == ("<toy>", "<Bowl-2>")
     prompts = ["a photo of <toy> and <Bowl-2>, at the beach"]
-    ours = encode_prompts(models.text_encoder, models.tokenizer, prompts)
-    assert torch.equal(encode_prompts(again.text_encoder, again.tokenizer, prompts), ours)
+    ours = encode_prompts(models.text_encoders, models.tokenizer, prompts)
+    assert torch.equal(encode_prompts(again.text_encoders, again.tokenizer, prompts).states, ours.states)
     save_model(again, tmp_path / "twice")
     assert (tmp_path / "twice" / TEXT_FILE).read_bytes() == (tmp_path / TEXT_FILE).read_bytes()
 
@@ -241,7 +241,7 @@ def test_the_published_configurations_are_understood():
     vae = {"act_fn": "silu", "latent_channels": 4, "sample_size": 768, "block_out_channels": [128, 256, 512, 512]}
     vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     for advice in ({}, {"force_upcast": True}, {"force_upcast": False}):
-        assert VAEConfig.from_json(vae | advice) == VAEConfig(sample_size=768)
+        assert VAEConfig.from_json(vae | advice) == VAEConfig(sample_size=768, **advice)
     schedule = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     schedule |= {"beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True}
     schedule |= {"steps_offset": 1, "trained_betas": None, "clip_sample": False, "prediction_type": "v_prediction"}

@@ -159,7 +159,7 @@ def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
 
 def test_the_manifest_describes_each_model():
     rows = hub.manifest()
-    assert set(rows) == {"mini", "sd15", "sd21-base", "sd21"}
+    assert set(rows) == {"mini", "sd15", "sd21-base", "sd21", "sdxl"}
     for name, row in rows.items():
         assert row["title"]
         assert row["license"]
@@ -167,7 +167,7 @@ def test_the_manifest_describes_each_model():
         if "ids" in row:
             assert all(hub.HUB_ID.fullmatch(hub_id) for hub_id in row["ids"])
             assert row["prediction_type"] == ("v_prediction" if name == "sd21" else "epsilon")
-            assert row["resolution"] == (768 if name == "sd21" else 512)
+            assert row["resolution"] == {"sd21": 768, "sdxl": 1024}.get(name, 512)
 
 
 # --- Known models that are not here -----------------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def test_levels_that_differ_are_refused(value, folder):
 def test_a_pipeline_of_an_unknown_class_is_refused(name, folder):
     change_json(folder / "model_index.json", _class_name=name)
     assert refusal(folder) == (
-        f"{folder} is a model of another kind ({name}): give a whole Stable Diffusion 1.x or 2.x model"
+        f"{folder} is a model of another kind ({name}): give a whole Stable Diffusion 1.x, 2.x or XL model"
     )
 
 

@@ -46,7 +46,7 @@ def weights(models) -> dict[str, torch.Tensor]:
 def prediction(models, prompt: str) -> torch.Tensor:
     """What a model predicts for a prompt."""
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    return models.unet(z, 500, encode_prompts(models.text_encoder, models.tokenizer, [prompt])).sample
+    return models.unet(z, 500, encode_prompts(models.text_encoders, models.tokenizer, [prompt]).states).sample
 
 
 # --- LoRA ---------------------------------------------------------------------------------------------------------

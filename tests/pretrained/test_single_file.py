@@ -116,7 +116,7 @@ def test_unknown_and_missing_keys_are_listed(sd2_file, tmp_path):
     change_tensors(path, spoil)
     assert refusal(path) == (
         f"{path} (unet) does not hold the weights that its configuration describes (2): conv_out.bias is missing; "
-        f"{UNET}label_emb.0.0.weight is unexpected"
+        "add_embedding.linear_1.weight is unexpected"
     )
 
 
@@ -139,7 +139,7 @@ def test_a_file_that_lacks_what_tells_its_shape(name, sd2_file, tmp_path):
 def test_what_the_layout_cannot_say_is_not_written(tmp_path):
     path = tmp_path / "model.safetensors"
     models = tiny("sd1", whole_vocabulary=True)
-    add_handles(models.text_encoder, models.tokenizer, ("<toy>",), ("toy",), seed=0)
+    add_handles(models.text_encoders, models.tokenizer, ("<toy>",), ("toy",), seed=0)
     with pytest.raises(InputError, match=r"no handles and no vocabulary but CLIP's: use a folder$"):
         save_single_file(models, path)
     models = tiny("sd2", whole_vocabulary=True)
@@ -242,7 +242,9 @@ def test_sd2_in_the_later_layout_is_read_and_sdxls_refiner_is_not(sd2_file, tmp_
     save_file(renamed | {"denoiser.sigmas": torch.zeros(1000)}, path)
     assert_same(load(path), load(sd2_file))
     save_file(renamed | {f"{UNET}label_emb.0.0.weight": torch.zeros(1)}, path)
-    assert refusal(path) == f"{path} is a Stable Diffusion XL model: give a whole Stable Diffusion 1.x or 2.x model"
+    assert (
+        refusal(path) == f"{path} is a Stable Diffusion XL refiner: give a whole Stable Diffusion 1.x, 2.x or XL model"
+    )
 
 
 @pytest.mark.parametrize(

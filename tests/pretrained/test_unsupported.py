@@ -1,4 +1,4 @@
-"""Whatever is no Stable Diffusion 1.x or 2.x model is refused by name, in one line, and nothing in it is ever run."""
+"""What is no Stable Diffusion 1.x, 2.x or XL model is refused by name, in one line, and nothing in it is ever run."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ from bas.pretrained.folder import load
 from tests.helpers.families import UNET_FILE, change_json, refusal
 
 INCOMPLETE = "is missing: the model is incomplete, download it again"
-WHOLE = "give a whole Stable Diffusion 1.x or 2.x model"
+WHOLE = "give a whole Stable Diffusion 1.x, 2.x or XL model"
 NO_PICKLE = "a pickle can run any program when it is opened, so bas opens none: use the model's .safetensors version"
 
 
@@ -28,7 +28,13 @@ NO_PICKLE = "a pickle can run any program when it is opened, so bas opens none: 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline"}, "is a Stable Diffusion XL model (StableDiffusionXLPipeline): "),
+        ({"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "is a Stable Diffusion XL refiner (StableDiffusionXLImg"),
+        ({"_class_name": "StableDiffusionXLInpaintPipeline"}, "is an inpainting model (StableDiffusionXLInpaint"),
+        (
+            {"_class_name": "StableDiffusionXLControlNetPipeline"},
+            "is a ControlNet pipeline of Stable Diffusion XL (StableDiffusionXLControlNetPipeline): ",
+        ),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "has None as its text_encoder_2, bas needs CLIPTextModelWith"),
         ({"_class_name": "StableDiffusion3Pipeline"}, "is a Stable Diffusion 3 model (StableDiffusion3Pipeline): "),
         ({"_class_name": "FluxPipeline"}, "is a Flux model (FluxPipeline): "),
         (
@@ -44,7 +50,7 @@ def test_other_pipelines_are_refused_by_name(changes, reason, folder):
     change_json(folder / "model_index.json", **changes)
     message = refusal(folder)
     assert message.startswith(f"{folder} {reason}")
-    assert message.endswith("give a whole Stable Diffusion 1.x or 2.x model")
+    assert message.endswith(WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -71,8 +77,8 @@ def test_models_with_further_inputs_are_refused_by_name(channels, kind, folder):
         ),
         (
             "unet/config.json",
-            {"addition_embed_type": "text_time"},
-            "config has unsupported settings: addition_embed_type",
+            {"addition_embed_type": "image"},
+            "unet addition_embed_type is 'image': expected text_time, or none",
         ),
         ("text_encoder/config.json", {"vocab_size": 10**12}, "text encoder vocab_size is 1000000000000: expected"),
         (
@@ -322,11 +328,12 @@ def test_files_that_hold_no_tensors(content, reason, tmp_path):
         (["text_model.embeddings.token_embedding.weight"], f"is a text encoder alone: {WHOLE}"),
         (["control_model.input_blocks.0.0.weight"], f"is a ControlNet: {WHOLE}"),
         (["controlnet_cond_embedding.conv_in.weight"], f"is a ControlNet: {WHOLE}"),
+        (["conditioner.embedders.1.x", "model.diffusion_model.x"], "holds no VAE: use the full file"),
+        (["edm_mean", "edm_std", "model.x"], f"is a Playground 2.5 model, of another noise schedule (EDM): {WHOLE}"),
         (
-            ["conditioner.embedders.1.x", "model.diffusion_model.x"],
-            f"is a Stable Diffusion XL model: {WHOLE}",
+            ["edm_vpred.sigma_max", "model.diffusion_model.x"],
+            f"is a CosXL model, of another noise schedule (EDM): {WHOLE}",
         ),
-        (["edm_vpred.sigma_max", "model.diffusion_model.x"], f"is a model of another noise schedule (EDM): {WHOLE}"),
         (["model.diffusion_model.joint_blocks.0.x"], f"is a Stable Diffusion 3 model: {WHOLE}"),
         (["double_blocks.0.img_attn.qkv.weight"], f"is a Flux model: {WHOLE}"),
         (["fc.weight"], f"is not a Stable Diffusion model (its first key is 'fc.weight'): {WHOLE}"),

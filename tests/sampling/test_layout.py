@@ -11,6 +11,7 @@ from PIL import Image
 import bas.cli.open_model
 from bas.cli.entry import main
 from bas.config import EditConfig, SampleConfig
+from bas.models.text import Conditioning
 from bas.pretrained.folder import save_model
 from bas.sampling import sampler
 from bas.sampling.blended_diffusion import Region, check_edit
@@ -104,14 +105,14 @@ def test_only_the_prompts_rows_are_hidden(models):
     z, t = uniform("z", 1, 4, 16, 16), 500
     context, negative = uniform("context", 1, 77, 16), uniform("negative", 1, 77, 16)
     hide = plan_steering(models.spec, [BOTH], Steer(layout=SIDES), (16, 16)).hide
-    guided = guided_output(models, z, t, context, negative, 3.0, (4, 4), hide)
+    guided = guided_output(models, z, t, Conditioning(context), Conditioning(negative), 3.0, (4, 4), hide)
     plain, at = models.unet(z, torch.tensor([t]), negative).sample, torch.tensor([t])
     seen, maps = models.unet(z, at, context, (4, 4), hide)
     torch.testing.assert_close(guided.sample, plain + 3 * (seen - plain), atol=5e-5, rtol=0)
     torch.testing.assert_close(guided.maps[0].probs, maps[0].probs, atol=1e-6, rtol=0)
     assert (maps[0].probs[0, :, :, 2:, 4] == 0).all()
     assert (maps[0].probs[0, :, :, :2, 4] > 0).all()
-    alone = guided_output(models, z, t, context, negative, 1.0, hide=hide).sample
+    alone = guided_output(models, z, t, Conditioning(context), Conditioning(negative), 1.0, hide=hide).sample
     assert torch.equal(alone, models.unet(z, at, context, hide=hide).sample)
     assert (seen - models.unet(z, at, context).sample).abs().max() > 1e-4
 

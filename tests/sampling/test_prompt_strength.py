@@ -19,7 +19,7 @@ def models(tmp_path_factory):
 
 @torch.inference_mode()
 def encode(models, *prompts):
-    return encode_prompts(models.text_encoder, models.tokenizer, list(prompts))
+    return encode_prompts(models.text_encoders, models.tokenizer, list(prompts)).states
 
 
 def place(models, prompt, handle):
@@ -191,7 +191,7 @@ def test_prompts_in_a_batch_do_not_touch_each_other(models):
     together = encode(models, *prompts)
     for i, prompt in enumerate(prompts):
         torch.testing.assert_close(together[i], encode(models, prompt)[0])
-    plain = encode_ids(models.text_encoder, tokenize(models.tokenizer, [prompts[1]]))
+    plain = encode_ids(models.text_encoders, tokenize(models.tokenizer, [prompts[1]])).states
     torch.testing.assert_close(together[1:2], plain.detach())
 
 

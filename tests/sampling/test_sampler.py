@@ -79,8 +79,8 @@ def test_guidance_pushes_away_from_the_negative_prompt(models):
     """negative + scale x (prompt - negative); at 1 or less it is the prompt's prediction alone, as in diffusers."""
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), 500
     with torch.inference_mode():
-        context, negative = (encode_prompts(models.text_encoder, models.tokenizer, [p]) for p in (PROMPT, "a bowl"))
-        for_prompt, for_negative = (models.unet(z, torch.tensor([t]), c).sample for c in (context, negative))
+        context, negative = (encode_prompts(models.text_encoders, models.tokenizer, [p]) for p in (PROMPT, "a bowl"))
+        for_prompt, for_negative = (models.unet(z, torch.tensor([t]), c.states).sample for c in (context, negative))
         for scale in (0.0, 0.5, 1.0):
             assert torch.equal(guided_output(models, z, t, context, negative, scale).sample, for_prompt)
         for scale in (1.01, 3.0):
@@ -297,7 +297,7 @@ def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, mon
     images = {}
     for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
         words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision)
-        words.prediction_type, words.lora, words.embedding = None, None, None
+        words.prediction_type, words.lora, words.embedding, words.vae, words.clip_skip = None, [], [], None, None
         models = open_model(words, lambda models: None)
         networks = models.unet, models.vae, models.text_encoder
         assert {weight.dtype for network in networks for weight in network.parameters()} == {dtype}

@@ -44,7 +44,7 @@ def latents(models, steer=None, prompts=(BOTH,), seeds=(0,), **changes):
 
 def context_of(models, *prompts):
     with torch.no_grad():
-        return encode_prompts(models.text_encoder, models.tokenizer, list(prompts))
+        return encode_prompts(models.text_encoders, models.tokenizer, list(prompts))
 
 
 # --- The losses ---------------------------------------------------------------------------------------------------
@@ -124,13 +124,13 @@ def test_the_gradient_agrees_with_central_differences(models, steer, monkeypatch
     double = replace(models, unet=unet)
     steering = plan_steering(models.spec, [BOTH], steer, (16, 16))
     steering.columns = steering.columns.double()
-    z, context = uniform("z", 1, 4, 16, 16).double(), context_of(models, BOTH).double()
+    z, context = uniform("z", 1, 4, 16, 16).double(), context_of(models, BOTH).each(torch.Tensor.double)
     losses, gradient = steering.gradient(double, z, 500, context)
     assert losses.item() > 0.01
 
     def loss(latent):
         with torch.no_grad():
-            maps = unet(latent, torch.tensor([500]), context, steering.grid).maps
+            maps = unet(latent, torch.tensor([500]), context.states, steering.grid).maps
             return steering.loss(average_maps(maps)).item()
 
     generator = torch.Generator().manual_seed(0)

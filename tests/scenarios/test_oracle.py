@@ -23,7 +23,7 @@ from bas.errors import InputError
 from bas.io.images import pixels, read_image
 from bas.losses import attention_loss, average_maps, handle_maps, masked_mse, resize_mask
 from bas.models.bundle import Models
-from bas.models.text import add_handles, encode_ids, tokenize
+from bas.models.text import add_handles, encode_ids, join, tokenize
 from bas.pretrained.folder import load
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import decode, denoise, denoising_timesteps
@@ -65,7 +65,7 @@ first_steps = pytest.mark.parametrize("step", [0, 3])  # of phase 1 and phase 2
 def load_official() -> Models:
     """The checkpoint with its handles, as before the first step."""
     models = load(OFFICIAL / "model")
-    add_handles(models.text_encoder, models.tokenizer, SCENE.handles, SCENE.words, seed=0)
+    add_handles(models.text_encoders, models.tokenizer, SCENE.handles, SCENE.words, seed=0)
     return models
 
 
@@ -222,7 +222,7 @@ def test_token_states(models, step):
     """The text encoder on the recorded ids, with the handles before the step: no mask, after the final norm."""
     set_handles(models, step)
     with torch.no_grad():
-        states = encode_ids(models.text_encoder, recorded(step, "input_ids"))
+        states = encode_ids(models.text_encoders, recorded(step, "input_ids")).states
     torch.testing.assert_close(states, recorded(step, "encoder_hidden_states"), atol=1e-5, rtol=0)
 
 
@@ -441,8 +441,9 @@ class Enough(Exception):
 def sample_as_recorded(models: Models, name: str, steps: int = 50) -> list[Tensor]:
     """The latents after each of the first steps of a recorded run, from its initial noise."""
     with torch.no_grad():
-        context = encode_prompts(models.text_encoder, models.tokenizer, ["", PROMPT])
-    torch.testing.assert_close(context, SAMPLING[f"{name}.text_embeddings"], atol=2e-5, rtol=0)
+        empty, prompt = (encode_prompts(models.text_encoders, models.tokenizer, [text]) for text in ("", PROMPT))
+    states = join([empty, prompt]).states
+    torch.testing.assert_close(states, SAMPLING[f"{name}.text_embeddings"], atol=2e-5, rtol=0)
     seen = []
 
     def watch(i, prev_t, z, maps):
@@ -452,9 +453,7 @@ def sample_as_recorded(models: Models, name: str, steps: int = 50) -> list[Tenso
         return z
 
     with torch.inference_mode(), pytest.raises(Enough):
-        denoise(
-            models, SAMPLING[f"{name}.latents_init"], context[1:], context[:1], SampleConfig(steps_offset=0), [], watch
-        )
+        denoise(models, SAMPLING[f"{name}.latents_init"], prompt, empty, SampleConfig(steps_offset=0), [], watch)
     return seen
 
 

@@ -25,7 +25,8 @@ from bas.models.config import VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.folder import build_on_meta
+from bas.pretrained.folder import build_networks, build_on_meta
+from bas.pretrained.hub import find_spec, train_config
 from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.signals import Interrupted
 from bas.schedulers import NoiseSchedule
@@ -76,7 +77,7 @@ def on_meta(settings: TrainConfig):
     models, _ = build_on_meta(Path(settings.pretrained_model_name_or_path))
     image = load_scene(settings)
     _, masks = image.tensors(models.resolution, models.size_multiple)
-    add_handles(models.text_encoder, models.tokenizer, image.handles, image.words, 0)
+    add_handles(models.text_encoders, models.tokenizer, image.handles, image.words, 0)
     return models, blank_data(models, image, masks, settings)
 
 
@@ -381,7 +382,7 @@ def sd21():
     models = Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule())
     models.tokenizer.model_max_length = 77
     handles = ("<asset0>", "<asset1>")
-    add_handles(models.text_encoder, models.tokenizer, handles, (None, None), 0)
+    add_handles(models.text_encoders, models.tokenizer, handles, (None, None), 0)
     return models, blank_data(models, SimpleNamespace(handles=handles), torch.ones(2, 512, 512), TrainConfig())
 
 
@@ -445,3 +446,21 @@ def test_a_card_holds_what_its_settings_take(sd21, card, gib, counted):
     if card == "24gb":
         assert peak(TrainConfig(mixed_precision="bf16")) / 2**30 == pytest.approx(22.4, abs=0.06)
         assert 0.9 * gib < 22.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("card", "gib", "counted"), [("24gb", 24, 16.7), ("40gb", 40, 31.9), ("80gb", 80, 46.8)])
+def test_a_card_holds_what_its_settings_take_of_sdxl(card, gib, counted):
+    """The same for SDXL at 1024x1024, as the page prints it."""
+    models, handles = build_networks(find_spec("sdxl")), ("<asset0>", "<asset1>")
+    add_handles(models.text_encoders, models.tokenizer, handles, (None, None), 0)
+    models.tokenizer.model_max_length = 77
+    data = blank_data(models, SimpleNamespace(handles=handles), torch.ones(2, 1024, 1024), TrainConfig())
+    config = train_config("scene", weights="sdxl", card=card)
+    for network in (models.unet, *models.text_encoders):
+        network.bfloat16()
+    models.unet.set_gradient_checkpointing(config.gradient_checkpointing)
+    weights = sum(p.nbytes for network in (models.unet, *models.text_encoders) for p in network.parameters())
+    cost = phase_cost(models, data, config.phases[1], config, count_operations=False)
+    assert sum(phase_memory(weights, cost, "bf16", config, 0).values()) / 2**30 == pytest.approx(counted, abs=0.06)
+    assert counted < 0.9 * gib

@@ -139,7 +139,7 @@ class FixedUNet:
         self.probs = scores.softmax(-1).requires_grad_(True)
         self.asked = None
 
-    def __call__(self, z_t, t, context, return_maps):
+    def __call__(self, z_t, t, context, return_maps, pooled):
         self.asked = return_maps
         maps = [AttentionMap(place, p) for place, p in zip(("down", "mid", "up"), self.probs, strict=True)]
         return UNetOutput(self.prediction, maps)
@@ -484,7 +484,7 @@ def test_diffusers_opens_a_run(bench, tmp_path, precision):
     assert set(models.tokenizer.convert_tokens_to_ids(["<asset1>", "<asset2>"])) < set(theirs.input_ids[0].tolist())
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     with torch.no_grad():
-        context = encode_ids(models.text_encoder, tokenize(models.tokenizer, [prompt]))
+        context = encode_ids(models.text_encoders, tokenize(models.tokenizer, [prompt])).states
         expected = pipeline.text_encoder(theirs.input_ids).last_hidden_state
         assert (context - expected).abs().max() < 1e-5
         prediction = models.unet(z, t, context, return_maps=False).sample
@@ -507,7 +507,7 @@ def test_folder_trained_by_the_official_code_opens(bench, tmp_path):
     ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = pipeline.text_encoder(ids).last_hidden_state
-        ours = encode_ids(models.text_encoder, tokenize(models.tokenizer, [prompt]))
+        ours = encode_ids(models.text_encoders, tokenize(models.tokenizer, [prompt])).states
     assert (ours - expected).abs().max() < 1e-5
     (image,) = bas.sample(models, prompt, num_inference_steps=2)
     assert image.size == (32, 32)

@@ -81,7 +81,7 @@ def test_bf16_gradients_are_those_of_float32_to_three_digits():
     config = TrainConfig(str(scene_folder), str(MINI), attention_grid=8, train_batch_size=4)
     models, scene = load(MINI), load_scene(config)
     image, masks = scene.tensors(64, models.size_multiple)
-    add_handles(models.text_encoder, models.tokenizer, scene.handles, scene.words, 0)
+    add_handles(models.text_encoders, models.tokenizer, scene.handles, scene.words, 0)
     data = prepare(models, scene, image, masks, config, None)
     batch = sample_batch(data, models, EVERYTHING, config, torch.Generator().manual_seed(0))
     weights = trainable_parameters(models, EVERYTHING)

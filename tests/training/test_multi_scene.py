@@ -72,7 +72,7 @@ def test_fresh_models_are_what_was_read(bench, left):
     base = Base.open(bench.model, torch.device("cpu"), keep=True)
     models = base.fresh()
     places = {name: p.data_ptr() for name, p in models.unet.named_parameters()}
-    add_handles(models.text_encoder, models.tokenizer, ("<a>", "<b>"), (None, None), seed=0)
+    add_handles(models.text_encoders, models.tokenizer, ("<a>", "<b>"), (None, None), seed=0)
     for network in (models.unet, models.text_encoder):
         for parameter in network.parameters():
             parameter.data.add_(1)

@@ -41,8 +41,8 @@ def prediction(models) -> torch.Tensor:
     """What the model predicts for one latent and a prompt with a handle."""
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        context = encode_prompts(models.text_encoder, models.tokenizer, ["a photo of <asset0> and <asset1>"])
-        return models.unet(z, 500, context).sample
+        context = encode_prompts(models.text_encoders, models.tokenizer, ["a photo of <asset0> and <asset1>"])
+        return models.unet(z, 500, context.states).sample
 
 
 def bare(name: str) -> str:
@@ -197,7 +197,7 @@ def copied(small, tmp_path, name: str, **settings):
     run = shutil.copytree(small, tmp_path / "copy")
     tensors, metadata = read_concepts(run)
     metadata["config"] |= settings | {"pretrained_model_name_or_path": name}
-    save_concepts(run, tensors["handles"], tensors["masks"] / 255, metadata.pop("handles"), metadata)
+    save_concepts(run, [tensors["handles"]], tensors["masks"] / 255, metadata.pop("handles"), metadata)
     return run
 
 

@@ -1,4 +1,4 @@
-"""Attention on this machine's CPU in bf16: fused, and as `bas.models.attention.attend` chooses, forward and backward.
+"""Attention on this machine's CPU in bf16: fused, and as `bas.models.dot_product.attend` chooses, forward and backward.
 
 `python -m tools.bench.attention` prints CPU milliseconds of one call of each on one thread, the lower quartile of
 several, by turns. The last column shows what the choice made of it: below 1 it pays.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bas.models.attention import attend
+from bas.models.dot_product import attend
 
 SHAPES = (  # batch, heads, queries, keys, features: the miniature's training, SD 1 at 256 and at 512 pixels
     *((24, 2, 256, 256, 32), (24, 2, 256, 77, 32), (24, 4, 64, 64, 32)),

@@ -41,7 +41,9 @@ def diffusers_transformer_block(dim: int, context_dim: int, heads: int) -> nn.Mo
     return BasicTransformerBlock(dim, heads, dim // heads, cross_attention_dim=context_dim)
 
 
-def diffusers_spatial_transformer(channels: int, context_dim: int, heads: int, groups: int, linear: bool) -> nn.Module:
+def diffusers_spatial_transformer(
+    channels: int, context_dim: int, heads: int, groups: int, linear: bool, depth: int
+) -> nn.Module:
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return Transformer2DModel(
@@ -51,6 +53,7 @@ def diffusers_spatial_transformer(channels: int, context_dim: int, heads: int, g
         norm_num_groups=groups,
         cross_attention_dim=context_dim,
         use_linear_projection=linear,
+        num_layers=depth,
     )
 
 
@@ -104,7 +107,18 @@ def run_spatial_transformer(module: nn.Module, x: Tensor, context: Tensor) -> Na
     """diffusers' spatial transformer, its probabilities laid out over the grid."""
     kept = record(module)
     out = module(x, encoder_hidden_states=context).sample
-    return {"sample": out, "probs": kept[0][1].unflatten(2, x.shape[-2:])}
+    return {"sample": out} | _by_block([probs.unflatten(2, x.shape[-2:]) for _, probs in kept])
+
+
+def run_our_spatial_transformer(module: nn.Module, x: Tensor, context: Tensor) -> Named:
+    """That of bas."""
+    out, probs = module(x, context, with_probs=True)
+    return {"sample": out} | _by_block(probs)
+
+
+def _by_block(probs: list[Tensor]) -> Named:
+    """Probabilities by the block that computed them: probs, probs1, probs2, ..."""
+    return {f"probs{i or ''}": each for i, each in enumerate(probs)}
 
 
 def with_probs(module: nn.Module, *inputs: Tensor) -> Named:
@@ -136,13 +150,13 @@ ATTENTION: dict[str, Case] = {
     ),
     **{
         f"spatial-transformer-{name}": Case(
-            lambda linear=linear: attention.SpatialTransformer(24, 10, 3, 4, linear),
-            lambda linear=linear: diffusers_spatial_transformer(24, 10, 3, 4, linear),
+            lambda linear=linear, depth=depth: attention.SpatialTransformer(24, 10, 3, 4, linear, depth),
+            lambda linear=linear, depth=depth: diffusers_spatial_transformer(24, 10, 3, 4, linear, depth),
             {"x": (2, 24, 3, 5), "context": (2, 7, 10)},
-            with_probs,
+            run_our_spatial_transformer,
             run_spatial_transformer,
         )
-        for name, linear in (("sd1", False), ("sd2", True))
+        for name, linear, depth in (("sd1", False, 1), ("sd2", True, 1), ("sdxl", True, 3))
     },
     "vae-attention": Case(
         lambda: SpatialAttention(16, 4), lambda: diffusers_vae_attention(16, 4), {"x": (2, 16, 3, 5)}

@@ -55,6 +55,34 @@ UNETS = {
         "upcast_attention": True,
     },
 }
+POOLED = 12
+# Of these a forward pass has a pooled text and sizes too, of which one row is cropped and not square.
+UNETS_XL = {
+    "sdxl": {
+        "sample_size": 16,
+        "block_out_channels": [16, 32, 48],
+        "attention_head_dim": [1, 2, 3],
+        "cross_attention_dim": 20,
+        "norm_num_groups": 4,
+        "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "upcast_attention": None,
+        "addition_embed_type": "text_time",
+        "addition_embed_type_num_heads": 64,
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": POOLED + 6 * 6,
+    },
+}
+UNETS_XL["ssd"] = UNETS_XL["sdxl"] | {  # SSD-1B and Vega: a depth for each transformer, a middle without one
+    "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+    "reverse_transformer_layers_per_block": [[2, 2, 3], [2, 1, 1], 1],
+    "mid_block_type": "UNetMidBlock2D",
+}
+UNETS["bk-sdm"] = UNETS["sd1"] | {"layers_per_block": 1, "mid_block_type": None}  # small-sd and tiny-sd too
+SIZES = torch.tensor([[1024.0, 768, 3, 5, 512, 640], [512, 512, 0, 0, 512, 512]])
 VAES = {
     "vae": {
         "block_out_channels": [8, 16, 24],
@@ -115,10 +143,11 @@ def transformers_text(config: dict) -> nn.Module:
     return CLIPTextModel(CLIPTextConfig(**config))
 
 
-def run_unet(module: nn.Module, latents: Tensor, context: Tensor) -> Named:
+def run_unet(module: nn.Module, latents: Tensor, context: Tensor, pooled: Tensor | None = None) -> Named:
     """diffusers' UNet with the maps of all its cross-attentions, laid out over their grids."""
     kept = record(module)
-    outputs = {"sample": module(latents, TIMESTEPS, context).sample}
+    added = None if pooled is None else {"text_embeds": pooled, "time_ids": SIZES}
+    outputs = {"sample": module(latents, TIMESTEPS, context, added_cond_kwargs=added).sample}
     h, w = latents.shape[-2:]
     for i, (place, probs) in enumerate(kept):
         scale = math.isqrt(h * w // probs.shape[2])
@@ -126,9 +155,9 @@ def run_unet(module: nn.Module, latents: Tensor, context: Tensor) -> Named:
     return outputs
 
 
-def run_our_unet(module: nn.Module, latents: Tensor, context: Tensor) -> Named:
+def run_our_unet(module: nn.Module, latents: Tensor, context: Tensor, pooled: Tensor | None = None) -> Named:
     """bas's UNet, its maps named by order and place."""
-    out = module(latents, TIMESTEPS, context, return_maps=True)
+    out = module(latents, TIMESTEPS, context, return_maps=True, pooled=pooled, sizes=SIZES)
     return {"sample": out.sample} | {f"map{i}.{m.place}": m.probs for i, m in enumerate(out.maps)}
 
 
@@ -149,11 +178,15 @@ MODELS: dict[str, Case] = {
         f"unet-{name}": Case(
             lambda config=config: UNet(UNetConfig.from_json(config)),
             lambda config=config: diffusers_unet(config),
-            {"latents": (2, 4, 16, 24), "context": (2, 7, config["cross_attention_dim"])},
+            {
+                "latents": (2, 4, 16, 24),
+                "context": (2, 7, config["cross_attention_dim"]),
+                **({"pooled": (2, POOLED)} if name in UNETS_XL else {}),
+            },
             run_our_unet,
             run_unet,
         )
-        for name, config in UNETS.items()
+        for name, config in (UNETS | UNETS_XL).items()
     },
     **{
         name: Case(

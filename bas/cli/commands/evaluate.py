@@ -27,8 +27,7 @@ from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import read_config
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import base_hash, read_spec
-from bas.pretrained.hub import find
-from bas.pretrained.own_settings import read_own_settings
+from bas.pretrained.hub import find, is_sdxl, training_row
 from bas.runtime.distributed import Ranks, announce
 from bas.runtime.progress import clock
 from bas.sampling.gallery import CONTEXTS
@@ -104,8 +103,10 @@ def run(args: argparse.Namespace) -> None:
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
     explicit = {**read_config(args.config, setting_rows(TrainConfig)), **given(args, TrainConfig)}
     explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
-    base = find(explicit.get("pretrained_model_name_or_path"))
-    row, sampling = read_own_settings(base, "train"), SampleConfig(**given(args, SampleConfig))
+    name = explicit.get("pretrained_model_name_or_path")
+    if explicit.get("card") and is_sdxl(name):
+        raise InputError("--card: of an SDXL's evaluation it sets nothing; give the flags that it stands for")
+    base, row, sampling = find(name), training_row(name), SampleConfig(**given(args, SampleConfig))
     sampling = replace(sampling, guidance_scale=guidance_scale(read_spec(base), sampling))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
     scenes = find_scenes(args.scenes)

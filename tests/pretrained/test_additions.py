@@ -1,0 +1,77 @@
+"""What takes the place of parts of a model while it is loaded: another VAE, an earlier layer of the text encoder."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bas.models.text import encode_ids, tokenize
+from bas.pretrained.additions import Additions
+from bas.pretrained.folder import load, save_model
+from bas.pretrained.ldm_keys import VAE
+from bas.pretrained.single_file import save_single_file
+from tests.helpers.families import VAE_FILE, tiny
+from tests.helpers.tiny import refused
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another VAE in each layout that is read: a folder, its file, the original names, and a whole model's file."""
+    place = tmp_path_factory.mktemp("vae")
+    models = tiny("sd1", whole_vocabulary=True, seed=1)
+    save_model(models, place)
+    save_single_file(models, place / "whole.safetensors")
+    original = load_file(place / "whole.safetensors")
+    inside = {name.removeprefix(VAE): tensor for name, tensor in original.items() if name.startswith(VAE)}
+    save_file(inside | {"loss.logvar": torch.zeros(1)}, place / "original.safetensors")
+    files = {"folder": "vae", "file": VAE_FILE, "original": "original.safetensors", "whole": "whole.safetensors"}
+    return models.vae, {kind: place / file for kind, file in files.items()}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "original", "whole"])
+def test_another_vae_takes_the_place_of_the_models(kind, saved, other):
+    vae, files = other
+    models, plain = load(saved, additions=Additions(vae=files[kind])), load(saved)
+    assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in models.vae.state_dict().items())
+    assert torch.equal(models.unet.conv_in.weight, plain.unet.conv_in.weight)
+    assert not torch.equal(models.vae.post_quant_conv.weight, plain.vae.post_quant_conv.weight)
+
+
+def test_what_is_no_vae_of_this_family_is_refused(saved, other, tmp_path):
+    _, files = other
+    with refused("holds no VAE: give the file or folder of one"):
+        load(saved, additions=Additions(vae=saved / "unet" / "diffusion_pytorch_model.safetensors"))
+    config = (files["folder"] / "config.json").read_text().replace('"latent_channels": 4', '"latent_channels": 16')
+    (tmp_path / "config.json").write_text(config)
+    with refused("its latents are not those of", "take a VAE of its family"):
+        load(saved, additions=Additions(vae=tmp_path))
+
+
+def test_an_earlier_layer_is_read_through_the_final_norm(saved):
+    """2 is the last layer but one, as web interfaces count; 1 changes nothing, and there must be so many layers."""
+    prompt, whole = "a photo of a bowl", load(saved)
+    found = {}
+    for skip in (None, 1, 2):
+        models = load(saved, additions=Additions.read((), (), clip_skip=skip))
+        with torch.no_grad():
+            found[skip] = encode_ids(models.text_encoders, tokenize(models.tokenizer, [prompt])).states
+    with torch.no_grad():
+        ids = tokenize(whole.tokenizer, [prompt])
+        last_but_one = whole.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        expected = whole.text_encoder.final_layer_norm(last_but_one)
+    assert torch.equal(found[1], found[None])
+    torch.testing.assert_close(found[2], expected, atol=1e-6, rtol=0)
+    assert (found[2] - found[1]).abs().max() > 0.01
+    with refused("--clip_skip 3: the text encoder of", "has 2 layers"):
+        load(saved, additions=Additions.read((), (), clip_skip=3))
+    with refused("--clip_skip is 0"):
+        Additions.read((), (), clip_skip=0)
+
+
+def test_sdxl_takes_a_vae_but_no_lora_and_no_other_layer(tmp_path):
+    save_model(tiny("sdxl"), tmp_path)
+    read = load(tmp_path, additions=Additions(vae=tmp_path / "vae", clip_skip=2))
+    assert read.text_encoder.config.num_hidden_layers == 2
+    with refused("--clip_skip 1: SDXL reads the last layer but one, which is 2: leave it out"):
+        load(tmp_path, additions=Additions(clip_skip=1))
+    with refused("is an SDXL: this version adds no LoRA and no embedding to one"):
+        load(tmp_path, additions=Additions(embeddings=(tmp_path / "toy.safetensors",)))
