@@ -64,7 +64,13 @@ def with_rank(adapters: Adapters, rank: int) -> Adapters:
 
 
 def plan_export(
-    model: Path, target: Path, form: str, prefix: str, rank: int | None = None, base: Path | None = None
+    model: Path,
+    target: Path,
+    form: str,
+    prefix: str,
+    rank: int | None = None,
+    base: Path | None = None,
+    prediction_type: str | None = None,
 ) -> Targets:
     """The files that an export writes. form: "kohya", "peft" or "single"; base: of a small run, if it was moved
 
@@ -75,7 +81,7 @@ def plan_export(
         raise InputError(f"{model} is a whole model without adapters: use it as it is, or --format single")
     if kind and kind.own_tokens:
         raise InputError(f"{model} was trained with --train token: other programs have no adapters of single tokens")
-    spec = read_spec(model, None, None, base)
+    spec = read_spec(model, prediction_type, None, base)
     if spec.handles and form == "single" and not has_clip_vocabulary(spec.tokenizer):
         raise InputError(f"{model} has a vocabulary of its own: a single file carries no tokenizer, use the folder")
     handles = spec.handles if form == "single" else tuple(read_concepts(model)[1]["handles"])

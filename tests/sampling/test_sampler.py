@@ -296,7 +296,7 @@ def test_a_processor_that_multiplies_in_bf16_draws_large_models_in_it(bench, mon
     monkeypatch.setattr(machine, "cpu_multiplies_bf16", lambda: True)
     images = {}
     for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
-        words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision)
+        words = argparse.Namespace(run=str(bench.model), model_path=None, device="cpu", precision=precision, base=None)
         words.prediction_type, words.lora, words.embedding, words.vae, words.clip_skip = None, [], [], None, None
         models = open_model(words, lambda models: None)
         networks = models.unet, models.vae, models.text_encoder

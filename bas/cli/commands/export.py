@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     unused = [f"--{name}" for name in ("rank", "bundle") if getattr(args, name) and form != "kohya"]
     if unused and (form, unused) != ("peft", ["--rank"]):
         raise InputError(f"{unused[-1]} means nothing with --format {form}: leave it out")
-    files, dtype = plan_export(path, target, form, args.prefix, args.rank, base), DTYPES[args.save_precision]
+    files = plan_export(path, target, form, args.prefix, args.rank, base, args.prediction_type)
+    dtype = DTYPES[args.save_precision]
     warn_of_replacement([*files])
     if form == "single":
         export_single(path, files, dtype, args.prediction_type, base)
