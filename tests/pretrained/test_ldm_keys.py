@@ -84,8 +84,8 @@ def test_full_size_keys_go_there_and_back(name):
     unet, text, ours = full_size(name)
     theirs = to_original(ours, unet, VAEConfig(), open_clip=name == "SD 2.1")
     counts = {prefix: sum(key.startswith(prefix) for key in theirs) for prefix in (UNET, VAE, CLIP, OPEN_CLIP)}
-    # 686 and 248 are the published counts. SD 2.1's text encoder has 12 for each of 23 layers and 4 more. Strict readers
-    # look for a 24th layer, a projection and a scale.
+    # 686 and 248 are the published counts. SD 2.1's text encoder has 12 for each of 23 layers and 4 more. Strict
+    # readers look for a 24th layer, a projection and a scale.
     expected_text = {CLIP: 196, OPEN_CLIP: 0} if name == "SD 1.5" else {CLIP: 0, OPEN_CLIP: 24 * 12 + 6}
     assert counts == {UNET: 686, VAE: 248, **expected_text}
     back = from_original(theirs, unet, VAEConfig())
