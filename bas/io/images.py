@@ -295,7 +295,7 @@ def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     across = np.empty((len(mask), width), np.float32)
     for top in range(0, len(mask), rows):
         strip = Image.fromarray(to_floats(mask[top : top + rows]))
-        across[top : top + rows] = fit(strip, (width, strip.height), Image.Resampling.BILINEAR)
+        across[top : top + rows] = np.asarray(fit(strip, (width, strip.height), Image.Resampling.BILINEAR))
     return fit(Image.fromarray(across), size, Image.Resampling.BILINEAR)
 
 
