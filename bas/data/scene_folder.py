@@ -83,9 +83,9 @@ def read_folder(folder: Path, config: TrainConfig) -> Scene:
         path = folder / concept.name
         mask = match_size(concept.values, path, size, image_path)
         check_coverage(path, mask)
-        for other, earlier in zip(found, masks, strict=False):
-            if np.array_equal(mask, earlier):
-                raise InputError(f"{path} is the same mask as {other.name}: two concepts need two masks")
+        same = [found[i].name for i, earlier in enumerate(masks) if np.array_equal(mask, earlier)]
+        if same:
+            raise InputError(f"{path} is the same mask as {same[0]}: two concepts need two masks")
         masks.append(mask)
     warn_if_turned(image_path, size, orientation, found)
     return Scene(read_image(image_path), masks, handles, words, read_extra_images(folder, len(masks)))

@@ -66,8 +66,8 @@ def save_concepts(
 
     That is the handles' rows (N, d) of each text encoder as float32, and the masks (N, H, W) as 8 bits.
     """
-    names = ("handles", "handles_2")
-    tensors = {name: each.float() for name, each in zip(names, rows, strict=False)}
+    names = ("handles", "handles_2")[: len(rows)]
+    tensors = {name: each.float() for name, each in zip(names, rows, strict=True)}
     tensors |= {"masks": (masks * 255).round().to(torch.uint8)}
     texts = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(metadata)}
     write_tensors(run / CONCEPTS, tensors, texts)

@@ -129,14 +129,20 @@ class Models:
         return f"<Models from {self.source}: {parts}; handles: {' '.join(self.handles) or 'none'}>"
 
     @property
+    def text_networks(self) -> dict[str, TextEncoder]:
+        """The text encoders by component, in the order of their states: one, or SDXL's two."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder, **second}
+
+    @property
     def text_encoders(self) -> tuple[TextEncoder, ...]:
-        """The text encoders, in the order of their states: one, or SDXL's two."""
-        return (self.text_encoder,) if self.text_encoder_2 is None else (self.text_encoder, self.text_encoder_2)
+        """The text encoders without their names."""
+        return tuple(self.text_networks.values())
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """All networks by component."""
-        return {"unet": self.unet, "vae": self.vae, **dict(zip(TEXT_ENCODERS, self.text_encoders, strict=False))}
+        return {"unet": self.unet, "vae": self.vae, **self.text_networks}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Models:
         """Move or convert all networks, in place, each as `ModelSpec.dtype_of` says.
@@ -164,7 +170,7 @@ class Models:
     @property
     def spec(self) -> ModelSpec:
         """The description of these networks, as they are now."""
-        texts = [_describe(network, name) for name, network in self.networks.items() if name in TEXT_ENCODERS]
+        texts = [_describe(network, name) for name, network in self.text_networks.items()]
         own = self.tokenizer, self.schedule, self.handles, self.source, self.guidance_scale
         second = {"text_encoder_2": texts[1] if len(texts) > 1 else None, "zeros_for_empty": self.zeros_for_empty}
         return ModelSpec(self.unet.config, self.vae.config, texts[0], *own, **second)
@@ -206,7 +212,7 @@ def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
     unet = {f"unet.{name}": p for name, p in models.unet.named_parameters()}
     text = {
         f"{component}.{name}": p
-        for component, network in zip(TEXT_ENCODERS, models.text_encoders, strict=False)
+        for component, network in models.text_networks.items()
         for name, p in network.named_parameters()
     }
     if len(models.text_encoders) > 1:  # nothing reads what comes behind the last layer but one of SDXL's first

@@ -25,7 +25,7 @@ from bas.models.text import handle_ids
 from bas.pretrained.embedding_files import file_names, write_embedding
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora
-from bas.pretrained.single_file import has_clip_vocabulary, save_single_file, without_handles
+from bas.pretrained.single_file import architecture, has_clip_vocabulary, save_single_file, without_handles
 from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
 
 RANK_BESIDE = 64  # of the LoRA beside differences, unless a rank is given
@@ -118,7 +118,7 @@ def export_lora(
     words = {handle: path.stem for handle, path in files.embeddings.items()}
     rows = {handle: row[None] for handle, row in zip(metadata["handles"], concepts["handles"], strict=True)}
     texts = describe(run, metadata, spec, [*words.values()], files.main.stem)
-    texts |= {"modelspec.architecture": f"{family(spec)}/lora"}
+    texts |= {"modelspec.architecture": f"{architecture(spec)}/lora"}
     extra = bundled({words[handle]: row for handle, row in rows.items()}) if bundle else {}
     write_lora(files.main, adapters, form, dtype, texts, extra)
     if files.lora:
@@ -146,7 +146,7 @@ def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: Mod
             "bas.handle": handle,
             "bas.base_sha256": metadata["base"],
             "bas.note": f"belongs to {files.main.name}: beside another text encoder it is another word",
-            "modelspec.architecture": f"{family(spec)}/textual-inversion",
+            "modelspec.architecture": f"{architecture(spec)}/textual-inversion",
             "modelspec.title": path.stem,
         }
         write_embedding(path, rows[handle], own)
@@ -168,13 +168,6 @@ def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: Mod
 def is_sd2(spec: ModelSpec) -> bool:
     """Whether a model is of the family of Stable Diffusion 2, whose text encoder is open_clip's."""
     return spec.text_encoder["hidden_act"] == "gelu"
-
-
-def family(spec: ModelSpec) -> str:
-    """The architecture as the ModelSpec convention names it."""
-    if not is_sd2(spec):
-        return "stable-diffusion-v1"
-    return "stable-diffusion-v2-768-v" if spec.schedule.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
 
 def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bas.errors import InputError, RunError
 from bas.io.tensors import WEIGHT_TYPES
 from bas.models.adapters import Changes, changed
-from bas.models.bundle import TEXT_ENCODERS, Models, ModelSpec, is_adapter, is_finite
+from bas.models.bundle import Models, ModelSpec, is_adapter, is_finite
 from bas.models.layers import PIXELS_PER_CELL
 from bas.models.text import merged_state_dict
 
@@ -53,7 +53,7 @@ class Parts:
         Raises RunError for weights beyond the range of `dtype`, or that are not finite.
         """
         states = {"unet": models.unet.state_dict(), "vae": models.vae.state_dict()}
-        for name, network in zip(TEXT_ENCODERS, models.text_encoders, strict=False):
+        for name, network in models.text_networks.items():
             states[name] = {k.removeprefix(TEXT_PREFIX): v for k, v in merged_state_dict(network).items()}
         if any(map(is_adapter, states["unet"])):
             raise InputError("adapters at single tokens have no place in a whole model: keep the run and its base")

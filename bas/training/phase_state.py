@@ -33,7 +33,8 @@ def handle_embeddings(models: Models) -> list[HandleEmbedding]:
 
 def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
     """The groups of weights that a phase can name in `Phase.trains`, each by the parameters' names in checkpoints."""
-    embeddings = list(zip(("", "_2"), handle_embeddings(models), strict=False))
+    ends = [component.removeprefix("text_encoder") for component in models.text_networks]  # "", and "_2" for SDXL
+    embeddings = list(zip(ends, handle_embeddings(models), strict=True))
     own = {
         "handles": {f"handles{end}": embedding.handles for end, embedding in embeddings},
         "embedding": {f"embedding{end}": embedding.weight for end, embedding in embeddings},
