@@ -1,67 +1,75 @@
 """What a refusal costs: no hostile input takes a gigabyte or 20 seconds before it, each in a process of its own.
 
-The process is a fork of the tests': what it holds more than that counts, and what the imports alone take.
+The process has imported what reads a scene or a model: what it then holds more counts, and what the imports alone take.
 """
 
 import json
-import os
 import shutil
-import signal
 import struct
 import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from PIL import Image
 
 from bas.config import TrainConfig
+from bas.data.scene import Scene
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.pretrained.folder import build_on_meta
+from bas.pretrained.loading import check_keys
 from bas.runtime.memory import peak_bytes
 from bas.training.resume import scene_state
 from tests.data.test_scene_folder import BOMBS
 from tests.helpers.families import change_json
+from tests.helpers.kills import child
 from tests.helpers.tiny import write_model, write_scene
 
 SIDE = 9_990  # just below 100 megapixels
 LARGE = {"size": [SIDE, SIDE], "counts": [5, SIDE * SIDE // 2, SIDE * SIDE - 5 - SIDE * SIDE // 2]}
-LONGEST = 60  # seconds of the clock
 IMPORTS = 185_000_000  # bytes of a process that has imported what reads a scene
 
 
-def measured(refuse: Callable[[], object]) -> tuple[str, int, float]:
-    """The message of a refusal, with the memory in bytes and the CPU seconds that a process takes for it.
+def measured(read: Callable[[Path], object], folder: Path) -> tuple[str, int, float]:
+    """The message of a refusal, with the memory in bytes and the CPU seconds that a process takes for it."""
+    with TemporaryDirectory() as place:
+        result = Path(place, "result.json")
+        assert child(report, read, folder, result) == 0, "it was killed"
+        return tuple(json.loads(result.read_text()))
 
-    The process is a fork of one with threads. Where it waits for ever for a lock that one of them held, it is ended and
-    forked again.
-    """
-    for _ in range(3):
-        reader, writer = os.pipe()
-        if (child := os.fork()) == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(LONGEST)
-            start, before, message = time.process_time(), peak_bytes(), "accepted"
-            try:
-                refuse()
-            except InputError as error:
-                message = str(error)
-            except BaseException as error:
-                message = f"{type(error).__name__}: {error}"
-            found = message, IMPORTS + peak_bytes() - before, time.process_time() - start
-            os.write(writer, json.dumps(found).encode())
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader, "rb") as pipe:
-            result = pipe.read()
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) != -signal.SIGALRM:
-            break
-    assert result, "it was killed"
-    return tuple(json.loads(result))
+
+def report(read: Callable[[Path], object], folder: Path, result: Path) -> None:
+    """Read the folder in this process, and write down what that took."""
+    start, before, message = time.process_time(), peak_bytes(), "accepted"
+    try:
+        read(folder)
+    except InputError as error:
+        message = str(error)
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+    result.write_text(json.dumps((message, IMPORTS + peak_bytes() - before, time.process_time() - start)))
+
+
+def read_scene(folder: Path) -> Scene:
+    """What every command that reads a scene begins with."""
+    return load_scene(TrainConfig(instance_data_dir=str(folder)))
+
+
+def read_scene_for_training(folder: Path) -> None:
+    """Read a scene, hash it for a resume, and bring it to the size of the model."""
+    scene = read_scene(folder)
+    scene_state(scene)
+    scene.tensors(512, 64)
+
+
+def read_model(folder: Path) -> None:
+    """Build a model without its weights, and compare the names of its tensors."""
+    models, tensors = build_on_meta(folder)
+    check_keys(models.unet, tensors["unet"], "the UNet")
 
 
 def png(width: int, height: int, depth: int, colour: int, pixel: bytes, before: bytes = b"") -> bytes:
@@ -146,13 +154,13 @@ def test_a_scene(name, tmp_path):
     file, content, said = SCENES[name]
     folder = write_scene(tmp_path, concepts=0)
     (folder / file).write_bytes(content())
-    check(lambda: load_scene(TrainConfig(instance_data_dir=str(folder))), said)
+    check(read_scene, folder, said)
 
 
 def test_a_transparent_image(tmp_path):
     (tmp_path / "img.png").write_bytes(png(SIDE, SIDE, 8, 6, b"\1\2\3\4"))
     Image.new("L", (32, 32)).save(tmp_path / "mask0.png")
-    check(lambda: load_scene(TrainConfig(instance_data_dir=str(tmp_path))), "mask0.png is black all over")
+    check(read_scene, tmp_path, "mask0.png is black all over")
 
 
 def test_extra_images_are_counted_before_they_are_decoded(tmp_path):
@@ -162,7 +170,7 @@ def test_extra_images_are_counted_before_they_are_decoded(tmp_path):
         (folder / f"{i}/img.png").write_bytes(png(SIDE, SIDE, 8, 0, b"\0"))
         shutil.copy(folder / "mask0.png", folder / str(i))
     said = "has 3 extra images with 598 megapixels, masks included, bas reads 400: make them smaller, or keep fewer"
-    message, peak, _ = measured(lambda: load_scene(TrainConfig(instance_data_dir=str(folder))))
+    message, peak, _ = measured(read_scene, folder)
     assert said in message
     assert peak < 4e8
 
@@ -179,12 +187,7 @@ def test_a_scene_that_is_read(tmp_path):
         mask.paste(255, box)
         mask.save(tmp_path / f"mask{i}.png", compress_level=1)
 
-    def read():
-        scene = load_scene(TrainConfig(instance_data_dir=str(tmp_path)))
-        scene_state(scene)
-        scene.tensors(512, 64)
-
-    message, peak, _ = measured(read)
+    message, peak, _ = measured(read_scene_for_training, tmp_path)
     assert message == "accepted"
     assert peak - IMPORTS < 9 * side * side
 
@@ -249,18 +252,12 @@ def test_a_model(name, saved, tmp_path):
     spoil, said = MODELS[name]
     shutil.copytree(saved, tmp_path / "m")
     spoil(tmp_path / "m")
-
-    def load():
-        from bas.pretrained.loading import check_keys
-
-        models, tensors = build_on_meta(tmp_path / "m")
-        check_keys(models.unet, tensors["unet"], "the UNet")
-
-    check(load, said)
+    check(read_model, tmp_path / "m", said)
 
 
-def check(refuse: Callable[[], object], said: str) -> None:
-    message, peak, seconds = measured(refuse)
+def check(read: Callable[[Path], object], folder: Path, said: str) -> None:
+    """The refusal says this, and takes less than a gigabyte and 20 seconds."""
+    message, peak, seconds = measured(read, folder)
     assert said in message
     assert peak < 1e9
     assert seconds < 20
