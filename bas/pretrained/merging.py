@@ -200,20 +200,15 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
 def choose_method(kinds: Sequence[str], rank: int | None) -> Method:
     """How runs of these kinds are merged. InputError for kinds that cannot be merged, or not without a rank."""
     methods, named = {METHODS[kind] for kind in kinds}, ", ".join(dict.fromkeys(kinds))
-    if any(KINDS[kind].own_tokens for kind in kinds) and (len(methods) > 1 or rank):
+    if any(KINDS[kind].own_tokens for kind in kinds) and (len({*kinds}) > 1 or rank):
         raise InputError(f"runs of the kinds {named}: adapters of single tokens merge with such alone, without --rank")
     if len(methods) > 1 and rank is None:
         raise InputError(f"runs of the kinds {named} merge into adapters alone: give a --rank")
     return merge_sums if len(methods) > 1 else methods.pop()
 
 
-def merge_tokens(base: Parts, sources: Sequence[Source], changes: Sequence[Adapters]) -> Adapters:
-    """Put the adapters of single tokens side by side: each acts at the tokens of its own run alone."""
-    return merge_loras(base, sources, changes)
-
-
 def merge_loras(base: Parts, sources: Sequence[Source], changes: Sequence[Adapters]) -> Adapters:
-    """Join the adapters of each layer."""
+    """Join the adapters of each layer. Those of single tokens stand side by side: each acts at its own run's tokens."""
     return {
         part: {name: joined(cast("list[tuple[Change, float]]", each)) for name, each in layers.items()}
         for part, layers in _by_layer(sources, changes).items()
@@ -252,7 +247,7 @@ METHODS: dict[str, Method] = {
     "lora": merge_loras,
     "kv": merge_keys_and_values,
     "v": merge_keys_and_values,
-    "token": merge_tokens,
+    "token": merge_loras,
 }
 
 
