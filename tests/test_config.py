@@ -8,8 +8,6 @@ import pytest
 from bas.cli.flags import Parser, add_fields
 from bas.config import (
     GROUPS,
-    PLAIN,
-    PRESETS,
     CocoConfig,
     EditConfig,
     ProposalConfig,
@@ -21,6 +19,7 @@ from bas.config import (
     setting_rows,
     value_type,
 )
+from bas.presets import PLAIN, PRESETS
 from tests.helpers.tiny import refused
 
 OFFICIAL = {  # defaults of the official train.py, by its own names

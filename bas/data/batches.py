@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
 from bas.data.seg_mix import SegMix, place_named
 from bas.errors import InputError
@@ -22,6 +22,7 @@ from bas.losses import resize_mask
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import check_handles, tokenize, word_pieces
 from bas.models.vae import Posterior
+from bas.presets import Phase
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bas.config import METHODS, TrainConfig
+from bas.config import TrainConfig
 from bas.data.scene import ExtraImage, Scene, sample_subset, union
 from bas.data.scene_folder import load_scene
 from bas.io.images import strips, to_floats
+from bas.presets import METHODS
 
 
 def scene_for_method(config: TrainConfig) -> Scene:

@@ -5,8 +5,9 @@ Each variant is trained by the same loop with the same seed. It differs from `ba
 
 from dataclasses import dataclass
 
-from bas.config import METHODS, PLAIN, TrainConfig
+from bas.config import TrainConfig
 from bas.errors import InputError
+from bas.presets import METHODS, PLAIN
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bas.config import LORA_TARGETS, TrainConfig
+from bas.config import TrainConfig
 from bas.models.bundle import Models
 from bas.models.text import mark_tokens
+from bas.presets import LORA_TARGETS
 
 # Layers outside the transformers that have adapters with --conv_rank. The 3x3 convolutions have that rank,
 # time_emb_proj and conv_shortcut have that of the linear layers, as in kohya's scripts.

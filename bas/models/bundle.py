@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bas.config import GUIDANCE, Part
 from bas.errors import InputError
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.unet import UNet
 from bas.models.vae import VAE
+from bas.presets import GUIDANCE, Part
 from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:

@@ -94,7 +94,7 @@ def text_config(config: dict, projection: bool = False) -> CLIPTextConfig:
     chosen["layer_norm_eps"] = float(
         check_float("text encoder layer_norm_eps", config.get("layer_norm_eps", 1e-5), 0, 1)
     )
-    # Token ids outside the vocabulary affect only the pooled output, which Stable Diffusion does not use.
+    # Token ids outside the vocabulary affect only transformers' own pooled output, which nothing here reads.
     ids = {name: config[name] for name in TOKEN_IDS if isinstance(config.get(name), int)}
     chosen |= {name: value for name, value in ids.items() if 0 <= value < chosen["vocab_size"]}
     chosen["projection_dim"] = config.get("projection_dim", chosen["hidden_size"])

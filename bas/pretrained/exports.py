@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from bas import __version__
-from bas.config import KINDS
 from bas.errors import InputError
 from bas.io.json_files import write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, read_concepts, read_rows
 from bas.models.bundle import ModelSpec
 from bas.models.text import handle_ids
+from bas.presets import KINDS
 from bas.pretrained.embedding_files import file_names, write_embedding
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from bas.config import GUIDANCE
 from bas.errors import InputError, check_bool, is_own_fault
 from bas.io.files import cache_dir, clear_leftovers, replacing, require_file, write_text
 from bas.io.json_files import check_json_size, read_cache, read_json, read_text, write_json
@@ -33,6 +32,7 @@ from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder, known_handles, load_tokenizer, text_config
 from bas.models.unet import UNet
 from bas.models.vae import VAE
+from bas.presets import GUIDANCE
 from bas.pretrained.loading import (
     EMBEDDING,
     PROJECTION,

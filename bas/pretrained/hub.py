@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from bas.config import CARDS, CARDS_XL, OF_SDXL, TrainConfig
+from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.io.json_files import read_json
 from bas.io.run_files import CONCEPTS, read_concepts
 from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
+from bas.presets import CARDS, CARDS_XL, OF_SDXL
 from bas.pretrained import folder as model_folder
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import STEMS, as_in_sdxl, as_sdxl, component_files, holds_sdxl, read_spec

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bas.config import KINDS
 from bas.errors import InputError
 from bas.io.json_files import write_json
 from bas.io.run_files import SCENE, SETTINGS, TUNED, read_concepts, save_concepts
@@ -31,6 +30,7 @@ from bas.models.adapters import Change, Difference, changed
 from bas.models.attention import CrossAttention
 from bas.models.bundle import Models
 from bas.models.text import check_name, encode_ids, handle_ids, tokenize
+from bas.presets import KINDS
 from bas.pretrained.folder import load_parts
 from bas.pretrained.loading import Parts
 from bas.pretrained.lora_files import Adapters, as_lora

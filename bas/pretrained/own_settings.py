@@ -8,11 +8,12 @@ Those of training come between the defaults and the preset. Those of sampling ta
 from pathlib import Path
 from typing import Any
 
-from bas.config import OF_A_MODEL, SAMPLING_OF_A_MODEL, SampleConfig, TrainConfig, setting_rows
+from bas.config import SampleConfig, TrainConfig, setting_rows
 from bas.errors import InputError, shown
 from bas.io.files import reading
 from bas.io.json_files import read_json, write_json
 from bas.io.settings_file import check_settings
+from bas.presets import OF_A_MODEL, SAMPLING_OF_A_MODEL
 
 OWN_SETTINGS = "bas.json"
 USES = {  # by name in the file: all settings of the use, those that a model may set, and what they are about

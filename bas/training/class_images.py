@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bas.config import GUIDANCE, STEERING, SampleConfig, TrainConfig
+from bas.config import STEERING, SampleConfig, TrainConfig
 from bas.data.batches import encode_images
 from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
@@ -30,6 +30,7 @@ from bas.io.json_files import read_record, write_json
 from bas.models.bundle import Models
 from bas.models.unet import AttentionMap
 from bas.models.vae import Posterior
+from bas.presets import GUIDANCE
 from bas.runtime.device import autocast
 from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import decode, generate

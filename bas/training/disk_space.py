@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.errors import InputError, RunError
 from bas.io.files import human_size, require_writable
 from bas.io.run_files import CHECKPOINTS
 from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models, weight_groups
+from bas.presets import Phase
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from bas.config import Phase, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import EncodedImage, EncodedView, TrainingData, attention_grid, sample_batch
 from bas.data.scene import Scene
 from bas.io.files import human_size
@@ -25,6 +25,7 @@ from bas.models.adapters import add_adapters
 from bas.models.bundle import Models
 from bas.models.text import add_handles, context_width, tokenize
 from bas.models.vae import Posterior
+from bas.presets import Phase
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import build_networks, build_on_meta
 from bas.pretrained.hub import find_spec, is_known_elsewhere

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import Batch, sample_batch
 from bas.errors import NotFiniteError
 from bas.io.run_files import save_concepts
@@ -22,6 +22,7 @@ from bas.losses import ATTENTION_LOSSES, average_maps, masked_mse
 from bas.models.adapters import token_ranks
 from bas.models.bundle import Models
 from bas.models.text import encode_ids
+from bas.presets import Phase
 from bas.pretrained.folder import save_model
 from bas.pretrained.small_runs import Tuned, save_tuned
 from bas.runtime.device import DTYPES, autocast, deterministic

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bas.config import Phase
 from bas.errors import RunError
 from bas.io.run_files import METRICS, read_rows
+from bas.presets import Phase
 from bas.training.checkpoints import newest_kept
 from bas.training.disk_space import writing
 from bas.training.setup import Run

@@ -6,9 +6,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.models.bundle import Models, weight_groups
 from bas.models.text import HandleEmbedding
+from bas.presets import Phase
 from bas.training.checkpoints import Checkpoint, restore_optimizer
 from bas.training.master_weights import Float32Values, MasterWeights
 from bas.training.optimizer import build_optimizer

@@ -9,12 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bas
-from bas.config import METHODS, Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import prepare, sample_batch
 from bas.data.collages import collect, scene_for_method
 from bas.data.scene import Scene, with_background
 from bas.data.scene_folder import load_scene
 from bas.io.images import to_floats
+from bas.presets import METHODS, Phase
 from bas.pretrained.folder import build_on_meta
 from bas.training.disk_space import count_numbers, files_to_come
 from bas.training.phase_state import trainable_parameters

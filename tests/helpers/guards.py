@@ -339,7 +339,7 @@ GUARDS = (
     Guard(
         "two concepts have two masks",
         "data/scene_folder.py",
-        "if np.array_equal(mask, earlier):",
+        "if same:",
         "if False:",
         "data/test_scene.py::test_two_concepts_need_two_masks",
     ),

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from bas.config import GUIDANCE, OF_A_MODEL, SAMPLING_OF_A_MODEL, SampleConfig, TrainConfig
+from bas.config import SampleConfig, TrainConfig
+from bas.presets import GUIDANCE, OF_A_MODEL, SAMPLING_OF_A_MODEL
 from bas.pretrained import hub
 from bas.pretrained.folder import load, read_spec, save_model
 from bas.pretrained.own_settings import OWN_SETTINGS, read_own_settings

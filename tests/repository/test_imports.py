@@ -33,6 +33,7 @@ FLOORS = (
     ("models",),
     ("io",),
     ("runtime", "config", "schedulers"),
+    ("presets",),
     ("errors",),
     ("other_tools",),
 )

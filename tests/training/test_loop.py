@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bas
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import Batch, sample_batch
 from bas.io.run_files import read_concepts
 from bas.models.text import encode_ids, tokenize
 from bas.models.unet import AttentionMap, UNetOutput
+from bas.presets import Phase
 from bas.pretrained.folder import load
 from bas.runtime.device import autocast
 from bas.schedulers import training_target

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import bas
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
 from bas.data.batches import prepare, sample_batch
 from bas.data.scene_folder import load_scene
 from bas.models.text import add_handles
+from bas.presets import Phase
 from bas.pretrained.folder import load
 from bas.training import loop as training
 from bas.training.master_weights import MasterWeights, cast_weights, restore_weights

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from bas.config import Phase, TrainConfig
+from bas.config import TrainConfig
+from bas.presets import Phase
 from bas.training.loop import learning_rate
 from bas.training.optimizer import build_optimizer
 from bas.training.setup import check_input

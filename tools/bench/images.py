@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from bas.config import GUIDANCE, SampleConfig
+from bas.config import SampleConfig
+from bas.presets import GUIDANCE
 from bas.pretrained.folder import load
 from bas.sampling.sampler import latent_shape, sample, standard_normal
 from tools.bench.clock import interleave

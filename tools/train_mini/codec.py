@@ -79,7 +79,8 @@ def set_encoder(vae: VAE, scaling: Scaling) -> None:
     held = (width - 2) // 2  # latents in a group, beside the constants
     for group in range(-(-channels // held)):
         begin, kept = group * width, range(group * held, min((group + 1) * held, channels))
-        for place, k in zip(range(begin, begin + 2 * held, 2), kept, strict=False):
+        for k in kept:
+            place = begin + 2 * (k - kept.start)
             for c, sign in ((place, 1), (place + 1, -1)):
                 shortcut.weight[c, k] = sign * scaling.factor[k]
                 shortcut.bias[c] = -sign * scaling.factor[k] * scaling.mean[k]
