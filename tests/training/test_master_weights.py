@@ -1,5 +1,6 @@
 """Resident 16-bit weights with float32 masters: how close their gradients come, what is stepped, saved and resumed."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,12 @@ def test_weights_that_were_not_lowered_are_their_own_masters():
     assert network.weight.grad is gradient
 
 
-def test_bf16_gradients_are_those_of_float32_to_three_digits():
-    """On the miniature: cosines of the handles' and the UNet's gradients at least 0.999, the loss within 0.2 %."""
+def test_bf16_gradients_are_those_of_float32():
+    """On the miniature: the angle of each group to float32's gradient is at most four times that of torch.autocast,
+    which keeps norms and sums in float32, and its cosine is at least 0.995; the loss is within 0.2 %.
+
+    The cosines depend on the processor and on the batch: 0.998 to 0.9999 with and without bf16 matrix units.
+    """
     scene_folder = MINI / "scenes" / "shore"
     config = TrainConfig(str(scene_folder), str(MINI), attention_grid=8, train_batch_size=4)
     models, scene = load(MINI), load_scene(config)
@@ -97,11 +102,15 @@ def test_bf16_gradients_are_those_of_float32_to_three_digits():
         return loss.detach(), {name: torch.cat(group) for name, group in groups.items()}
 
     loss, exact = measured()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, autocast = measured()
     cast_weights((models.unet, models.text_encoder), torch.bfloat16)
     rough_loss, rough = measured()
-    cosines = {name: torch.cosine_similarity(rough[name], exact[name], dim=0).item() for name in exact}
-    assert min(cosines.values()) >= 0.999
-    assert cosines.keys() == {"handles", "embedding", "unet", "text_encoder"}
+    assert exact.keys() == {"handles", "embedding", "unet", "text_encoder"}
+    for name, gradient in exact.items():
+        cosine, usual = (torch.cosine_similarity(found[name], gradient, dim=0).item() for found in (rough, autocast))
+        assert cosine >= 0.995, name
+        assert math.acos(cosine) <= 4 * math.acos(usual), name
     assert rough_loss.item() == pytest.approx(loss.item(), rel=0.002)
 
 
