@@ -13,6 +13,7 @@ from bas import __version__
 from bas.cli.flags import Parser, complete_paths
 from bas.cli.streams import UNREAD, print_error, standard_streams
 from bas.errors import InputError, RunError, did_you_mean, printable
+from bas.io.files import DISK_IS_FULL
 from bas.runtime.signals import Interrupted
 
 MEMORY_ADVICE = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
@@ -127,7 +128,7 @@ def attempt(argv: list[str]) -> int:
     except OSError as error:  # of a file that is written: readers raise InputError
         if args.debug:
             raise
-        reason = error.strerror or error
+        reason = f"{error.strerror or error}{': make room' if error.errno in DISK_IS_FULL else ''}"
         print_error(f"{error.filename}: {reason}" if error.filename else reason)
         return 1
     except (RuntimeError, MemoryError) as error:
@@ -170,7 +171,7 @@ def set_up_logging() -> None:
     handler.setFormatter(OneLine())
     handler.addFilter(Once())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("transformers", "huggingface_hub", "PIL", "torch"):
+    for name in ("transformers", "huggingface_hub", "httpx", "httpx2", "PIL", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # These two set their level once more when they are imported, which is later.
     os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["HF_HUB_VERBOSITY"] = "error"

@@ -9,8 +9,11 @@ from bas.errors import InputError
 from bas.io.files import new_folder
 from bas.io.images import image_path, numbered_paths
 from bas.io.run_files import SETTINGS
+from bas.sampling.gallery import FIRST_IMAGE, GRID
 
 log = logging.getLogger(__name__)
+
+NAMED = 6  # files that a warning names at most
 
 
 def add_output_path(parser: Parser, default: str) -> None:
@@ -36,8 +39,9 @@ def check_output_path(name: str, count: int, *inputs: Path | None) -> Path:
 def warn_of_replacement(paths: list[Path]) -> None:
     """Warn of files that exist and will be replaced."""
     if replaced := [path for path in paths if path.exists()]:
-        more = f" and {len(replaced) - 1} more" if len(replaced) > 1 else ""
-        log.warning("%s%s will be replaced; name another file to keep it", replaced[0], more)
+        names = ", ".join([str(replaced[0]), *(path.name for path in replaced[1:NAMED])])
+        more = f" and {len(replaced) - NAMED} more" if len(replaced) > NAMED else ""
+        log.warning("%s%s will be replaced; name another file to keep it", names, more)
 
 
 def add_gallery(parser: Parser, name: str) -> None:
@@ -48,7 +52,11 @@ def add_gallery(parser: Parser, name: str) -> None:
 
 def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
     """The new folder of a gallery: the one that is named, else one in the run."""
-    return new_folder(args.output_dir or str(model / name if (model / SETTINGS).is_file() else name))
+    folder = Path(args.output_dir or (model / name if (model / SETTINGS).is_file() else name))
+    if (folder / FIRST_IMAGE).exists() and not (folder / GRID).exists():
+        found = f"--output_dir {folder} holds images of a gallery that was not finished"
+        raise InputError(f"{found}: move the folder away or remove it, or name a new one")
+    return new_folder(str(folder))
 
 
 def print_gallery(grid: Path) -> None:

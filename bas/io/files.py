@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 LONGEST_NAME = "x" * 40  # of the files in a folder of images
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")  # as `temporary_path` names it
 MAX_BYTES = 2**24  # of settings and records: sixteen times the largest vocabulary of this family
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
 
 
@@ -132,6 +134,32 @@ def replacing(path: Path) -> Iterator[Path]:
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder within `folder`, which is new or empty; after the block its content moves up.
+
+    If the block fails, nothing of it stays, so the same command can run again.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    temporary = folder / f".{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
+            os.replace(path, folder / path.name)
+        sync(folder)
+        made = []
+    except OSError as error:
+        if error.filename is not None and Path(error.filename).is_relative_to(temporary):
+            error.filename = str(folder / Path(error.filename).relative_to(temporary))
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for place in made:
+            with suppress(OSError):  # it holds something, or is not there
+                place.rmdir()
 
 
 def clear_leftovers(folder: Path, written: re.Pattern[str]) -> None:

@@ -1,6 +1,7 @@
 """Weights in .safetensors files: memory-mapped when read, replaced as a whole when written. Nothing is unpickled."""
 
 import json
+import os
 import re
 from io import BytesIO
 from pathlib import Path
@@ -130,4 +131,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
                 pass
             _sort_metadata(temporary)
         except SafetensorError as error:  # the library wraps the system's errors, such as that of a full disk
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number:
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             raise OSError(f"{path} cannot be written: {error}") from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bas import __version__
 from bas.errors import InputError
+from bas.io.files import replacing
 from bas.io.json_files import write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, read_concepts, read_rows
 from bas.models.bundle import ModelSpec
@@ -162,7 +163,9 @@ def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: Mod
         }
         write_json(files.card, card)
     if files.preview:
-        shutil.copyfile(*files.preview)
+        image, target = files.preview
+        with replacing(target) as temporary:
+            shutil.copyfile(image, temporary)
 
 
 def is_sd2(spec: ModelSpec) -> bool:

@@ -4,12 +4,15 @@ The known names are the rows of weights/manifest.json. Downloads are in Hugging 
 huggingface_hub is imported in functions: it brings an HTTP client, and most models are paths.
 """
 
+import errno
 import logging
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -38,6 +41,7 @@ KNOWN_CONFIGS = Path(__file__).parent / "known_configs.json"  # of the known mod
 
 WEIGHT_FILES = {".safetensors", ".ckpt", ".bin", ".pt", ".pth"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 CONFIGS = (
     *("model_index.json", *(f"{part}/*.json" for part in (*STEMS, "scheduler", *TOKENIZERS))),
@@ -185,32 +189,56 @@ def download(name: str, half: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    failures, advice = [], []
-    for hub_id in _hub_ids(name):
+    failures, hub_ids, at_fault = [], _hub_ids(name), {}
+    for hub_id in hub_ids:
         try:
             folder = Path(snapshot_download(hub_id, allow_patterns=_patterns(half)))
             for part in (part for part in STEMS if part in COMPONENTS or (folder / part).is_dir()):
                 component_files(folder / part, STEMS[part])
         except Exception as error:
-            told = isinstance(error, (HfHubHTTPError, HFValidationError, OSError, InputError))
-            if not told and not type(error).__module__.startswith("httpx"):  # of the hub's client, by version
+            # The hub's client has errors of its own, by version, and imports what a proxy needs when it is used.
+            told = isinstance(error, (HfHubHTTPError, HFValidationError, OSError, InputError, ImportError))
+            if not told and not type(error).__module__.startswith("httpx"):
                 raise
             failures.append(f"{hub_id}: {_first_line(error)}")
-            log.warning("%s", failures[-1])
-            advice.append(_advice(error, hub_id, half))
+            at_fault.setdefault(_kind_of_failure(error), []).append(hub_id)
+            if hub_id != hub_ids[-1]:
+                log.warning("%s; the next mirror is tried", failures[-1])
         else:
             return folder
-    raise InputError(f"{name} could not be downloaded ({'; '.join(failures)}): {'; or '.join(dict.fromkeys(advice))}")
+    advice = "; or ".join(_advice(kind, failed, half) for kind, failed in at_fault.items())
+    raise InputError(f"{name} could not be downloaded ({'; '.join(failures)}): {advice}")
 
 
-def _advice(error: Exception, hub_id: str, half: bool) -> str:
-    """What to do after a failed download."""
+def _kind_of_failure(error: Exception) -> str:
+    """What a download failed at: "files", "name", "disk" or "network"."""
     if isinstance(error, InputError):
+        return "files"
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        return "disk"
+    responses = [getattr(each, "response", None) for each in (error, error.__cause__)]
+    refused = any(getattr(response, "status_code", None) in (401, 403, 404) for response in responses)
+    return "name" if refused else "network"
+
+
+def _advice(kind: str, hub_ids: list[str], half: bool) -> str:
+    """What to do after failed downloads of one kind. The proxy in use is named without its password."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
+
+    if kind == "files":
         return "leave out --half, it may have full precision alone" if half else "add --half, it may be 16-bit alone"
-    return (
-        "check the network, behind a proxy set HTTPS_PROXY, or fetch the files of "
-        f"https://huggingface.co/{hub_id} by other means and give their folder"
-    )
+    if kind == "disk":
+        return f"make room or write access in {HF_HUB_CACHE}, or name another folder with HF_HOME"
+
+    first = "check the name, or log in with `hf auth login` if it needs an account"
+    if kind == "network":
+        proxies = getproxies()
+        used = proxies.get(urlsplit(ENDPOINT).scheme) or proxies.get("all")
+        first = "check the network, behind a proxy set HTTPS_PROXY"
+        if used:
+            first = f"check the network and the proxy {used.rpartition('@')[2]}"  # without its user and password
+    addresses = " or ".join(f"{ENDPOINT}/{hub_id}" for hub_id in hub_ids)
+    return f"{first}, or fetch the files of {addresses} by other means and give their folder"
 
 
 def trained_grid(path: Path) -> int | None:

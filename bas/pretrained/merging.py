@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bas.errors import InputError
+from bas.io.files import filling
 from bas.io.json_files import write_json
 from bas.io.run_files import SCENE, SETTINGS, TUNED, read_concepts, save_concepts
 from bas.models.adapters import Change, Difference, changed
@@ -187,13 +188,13 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     whole = with_handles(with_tuned(base, tuned, target), target, metadata, rows)
     drift = measure_drift(sources, whole)
     metadata["merged"] |= {"drift": drift}
-    target.mkdir(parents=True, exist_ok=True)
-    for source, offset in zip(sources, _offsets(sources), strict=True):
-        _copy_scene(source.run / SCENE, target / SCENE, offset)
-    save_tuned(tuned, target, dtype)
-    write_json(target / SETTINGS, metadata)
-    masks = _side_by_side([source.concepts["masks"] for source in sources])
-    save_concepts(target, [rows], masks, metadata["handles"], metadata)
+    with filling(target) as folder:
+        for source, offset in zip(sources, _offsets(sources), strict=True):
+            _copy_scene(source.run / SCENE, folder / SCENE, offset)
+        save_tuned(tuned, folder, dtype)
+        write_json(folder / SETTINGS, metadata)
+        masks = _side_by_side([source.concepts["masks"] for source in sources])
+        save_concepts(folder, [rows], masks, metadata["handles"], metadata)
     return drift
 
 

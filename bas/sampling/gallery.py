@@ -33,7 +33,7 @@ CONTEXTS = (  # they follow "a photo of <asset0> and <asset1>" in the paper's ev
     "with the Eiffel tower in the background",
     "floating on top of water",
 )
-GRID = "grid.png"
+GRID, FIRST_IMAGE = "grid.png", "0000.png"
 CELL = 192  # pixels of one image on the grid
 
 

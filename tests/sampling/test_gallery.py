@@ -94,6 +94,16 @@ def test_a_folder_in_use_is_refused_before_weights_are_read(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["vary", "explore"])
+def test_a_gallery_that_was_not_finished_is_told_from_another_folder(command, tmp_path, capsys):
+    """Its images may be wanted: nothing is replaced."""
+    (tmp_path / "0000.png").write_text("kept")
+    assert main([command, str(tmp_path), "--output_dir", str(tmp_path)]) == 2
+    error = f"bas: --output_dir {tmp_path} holds images of a gallery that was not finished: move the folder away or "
+    assert capsys.readouterr().err == f"{error}remove it, or name a new one\n"
+    assert (tmp_path / "0000.png").read_text() == "kept"
+
+
 def test_without_a_folder_the_grid_goes_into_the_run_and_onto_its_page(bench, tmp_path, capsys):
     run = tmp_path / "run"
     bas.train(bench.config(run, phase1_train_steps=1, phase2_train_steps=1))

@@ -216,7 +216,7 @@ def test_training_goes_on_when_nobody_reads_its_progress(bench, tmp_path, whole,
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.png"), "out.png: No space left on device"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.png"), "out.png: No space left on device: make room"),
         (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
         (OSError("image file is truncated"), "image file is truncated"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import fields
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, added_files, find_model, open_model
 from bas.config import STEERING, SampleConfig
-from bas.io.files import new_folder
+from bas.io.files import filling, new_folder
 from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
 from bas.sampling.attention_maps import attend, plan_maps, write_attention
@@ -48,4 +48,6 @@ def run(args: argparse.Namespace) -> None:
     progress = ImageProgress(1, steps_taken(config) + steered * config.num_inference_steps)
     attention = attend(models, args.prompt, config, side, args.words, progress)
     settings = as_record(models, config) | {"prompt": args.prompt, "model": path.name, **added_files(args)}
-    print(write_attention(attention, models.handles, folder, settings))
+    with filling(folder) as place:
+        sheet = write_attention(attention, models.handles, place, settings)
+    print(folder / sheet.name)

@@ -7,7 +7,7 @@ from bas.cli.flags import Parser, add_fields, given
 from bas.config import CocoConfig
 from bas.errors import InputError
 from bas.evaluation.coco import choose_scenes, read_annotations, write_scenes
-from bas.io.files import new_folder
+from bas.io.files import filling, new_folder
 
 EXAMPLES = ("bas coco annotations/instances_val2017.json --images val2017 --output_dir coco_scenes",)
 
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> None:
     folder = new_folder(args.output_dir)
     annotations = read_annotations(Path(args.annotations), config.dropped)
     chosen = choose_scenes(annotations, config)
-    manifest = write_scenes(annotations, chosen, images, folder, config)
+    with filling(folder) as place:
+        manifest = write_scenes(annotations, chosen, images, place, config)
     for choice in chosen:
         print(f"{choice.row['file_name']}  " + ", ".join(f"{t.word} {t.share:.0%}" for t in choice.segments))
-    print(f"\n{manifest}: {len(chosen)} scenes")
+    print(f"\n{folder / manifest.name}: {len(chosen)} scenes")

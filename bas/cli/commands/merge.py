@@ -9,7 +9,7 @@ from bas.cli.flags import Parser
 from bas.cli.open_model import add_base, find_base
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_float, check_int
-from bas.io.files import new_folder
+from bas.io.files import filling, new_folder
 from bas.io.run_files import TUNED
 from bas.pretrained.additions import STRONGEST
 from bas.pretrained.folder import load, save_model
@@ -93,5 +93,6 @@ def into_base(paths: list[Path], args: argparse.Namespace) -> None:
     if not (path / TUNED).is_file():
         raise InputError(f"{path} is no small run: it holds no {TUNED}; a whole model needs no merging")
     folder, models = new_folder(args.output_dir), load(path, base=find_base(args))
-    save_model(models, folder, DTYPES[args.save_precision or "fp32"])
+    with filling(folder) as place:
+        save_model(models, place, DTYPES[args.save_precision or "fp32"])
     print_ready(folder, models.handles[:1])

@@ -10,7 +10,7 @@ from bas.errors import InputError
 from bas.evaluation.libraries import optional_library
 from bas.evaluation.ratings import as_json, compare, read_ratings, tables
 from bas.evaluation.study import read_items, write_study
-from bas.io.files import new_folder
+from bas.io.files import filling, new_folder
 from bas.io.json_files import write_json
 
 EXAMPLES = (
@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> None:
         return
     config, items = StudyConfig(**given(args, StudyConfig)), read_items(Path(args.source))
     folder = new_folder(args.output_dir or "study")
-    for path in write_study(items, folder, config):
-        print(path)
+    with filling(folder) as place:
+        pages = write_study(items, place, config)
+    for page in pages:
+        print(folder / page.name)
     print(f"\nSend each page to participants; keep {folder / 'key.json'}. With their answers:")
     print(f"bas study {folder} --analyse ANSWERS...")
 
