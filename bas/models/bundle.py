@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -104,8 +105,14 @@ class ModelSpec:
     @property
     def unet_size(self) -> int:
         """The number of the UNet's weights."""
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in UNet(self.unet).parameters())
+        return count_weights(self.unet)
+
+
+@cache
+def count_weights(config: UNetConfig) -> int:
+    """The number of weights of a UNet of this configuration, which is built once, on the meta device."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(config).parameters())
 
 
 @dataclass(repr=False)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from bas.cli.entry import main
 from bas.models.text import add_handles
 from bas.pretrained.folder import load
 from bas.runtime.distributed import Ranks
-from bas.training import base_model
+from bas.training import base_model, dry_run
 from bas.training import loop as training
 from bas.training import multi_scene as many
 from bas.training.base_model import Base
@@ -218,7 +219,13 @@ def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monk
     assert caplog.messages == (told if rank == "0" else [])
 
 
-def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
+@pytest.fixture
+def no_operations(monkeypatch):
+    """Dry runs that count memory alone, in a third of the time."""
+    monkeypatch.setattr(dry_run, "plan_run", partial(dry_run.plan_run, count_operations=False))
+
+
+def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys, no_operations):
     """What all of them leave on the disk, too; the rest is said to be of the first."""
 
     def needed(*more: str) -> int:
@@ -233,7 +240,7 @@ def test_dry_run_counts_the_scenes(bench, scenes, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys):
+def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys, no_operations):
     """What would be refused in its turn, perhaps hours later, is listed."""
     folder = shutil.copytree(scenes, tmp_path / "scenes")
     Image.new("L", (32, 32)).save(folder / "bee" / "mask0.png")
