@@ -119,7 +119,7 @@ def no_network():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk():
-    """Nothing here survives a power cut, so no file is flushed to the disk: half the time of a short training's save."""
+    """Nothing here survives a power cut, so no file is flushed to the disk: a large part of a short training."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
