@@ -26,7 +26,8 @@ from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_concepts, 
 from bas.io.tensors import read_tensors
 from bas.models.bundle import COMPONENTS, Models
 from bas.pretrained.embedding_files import describe_embedding
-from bas.pretrained.folder import build_on_meta, weights_hash
+from bas.pretrained.folder import build_on_meta
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import SHIPPED, find, manifest
 from bas.pretrained.loading import check_keys
 from bas.pretrained.lora_files import describe_lora

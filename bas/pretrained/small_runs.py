@@ -23,7 +23,8 @@ from bas.models.adapters import Change, Difference, changed
 from bas.models.bundle import is_adapter, is_finite
 from bas.models.text import check_handles
 from bas.pretrained.additions import Additions, with_additions
-from bas.pretrained.folder import base_hash, read_parts
+from bas.pretrained.folder import read_parts
+from bas.pretrained.hashes import base_hash
 from bas.pretrained.hub import SHIPPED, find, is_known_elsewhere, manifest
 from bas.pretrained.loading import TEXT_PREFIX, Parts, name_of
 

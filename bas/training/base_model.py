@@ -14,7 +14,8 @@ from bas.models.bundle import TEXT_ENCODERS, Models
 from bas.models.text import mark_tokens
 from bas.models.vae import Posterior
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import base_hash, load
+from bas.pretrained.folder import load
+from bas.pretrained.hashes import base_hash
 from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 

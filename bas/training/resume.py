@@ -17,7 +17,7 @@ from bas.io.images import strips, to_floats
 from bas.io.json_files import MAX_ROWS_BYTES, check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import base_hash
+from bas.pretrained.hashes import base_hash
 from bas.pretrained.hub import find
 from bas.schedulers import NoiseSchedule
 from bas.training.checkpoints import Checkpoint

@@ -22,7 +22,8 @@ from bas.models.bundle import Models, ModelSpec
 from bas.models.compile import compile_unet
 from bas.models.text import add_handles
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import base_hash, build_on_meta
+from bas.pretrained.folder import build_on_meta
+from bas.pretrained.hashes import base_hash
 from bas.pretrained.hub import find, find_spec
 from bas.pretrained.loading import check_savable
 from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision

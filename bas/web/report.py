@@ -19,7 +19,7 @@ from bas.errors import InputError
 from bas.io.figures import tint_masks
 from bas.io.files import human_size, write_text
 from bas.io.run_files import CONCEPTS, METRICS, REPORT, SCENE, SETTINGS, read_rows, read_sessions, read_settings
-from bas.pretrained.folder import weights_hash
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import SHIPPED
 from bas.runtime.progress import clock
 from bas.sampling.gallery import GRID

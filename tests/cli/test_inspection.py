@@ -20,7 +20,8 @@ from bas.io.json_files import write_json
 from bas.io.run_files import save_concepts
 from bas.models.bundle import COMPONENTS
 from bas.models.text import add_handles
-from bas.pretrained.folder import load, save_model, weights_hash
+from bas.pretrained.folder import load, save_model
+from bas.pretrained.hashes import weights_hash
 from tests.helpers import tiny
 from tests.helpers.faults import opened, unprivileged
 

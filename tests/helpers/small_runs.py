@@ -11,7 +11,8 @@ from bas.io.run_files import SETTINGS, save_concepts
 from bas.models.adapters import add_adapters, token_ranks
 from bas.models.bundle import is_adapter
 from bas.models.text import add_handles
-from bas.pretrained.folder import load, save_model, weights_hash
+from bas.pretrained.folder import load, save_model
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.small_runs import Tuned, save_tuned
 from bas.training.phase_state import trained_weights
 from tests.helpers.families import tiny

@@ -206,14 +206,14 @@ def test_which_processes_run():
 
 
 def test_the_cache_is_cleared_where_it_is_written(tmp_path, monkeypatch):
-    from bas.pretrained import folder
+    from bas.pretrained import hashes
 
     monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folder, "SETTLED", 0)
+    monkeypatch.setattr(hashes, "SETTLED", 0)
     (tmp_path / "cache").mkdir()
     killed_in_a_write(tmp_path / "cache" / "hashes.json")
     (tmp_path / "abc").write_bytes(b"abc")
-    folder.weights_hash(tmp_path / "abc")
+    hashes.weights_hash(tmp_path / "abc")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["hashes.json"]
     assert len(json.loads((tmp_path / "cache" / "hashes.json").read_text())) == 1
 

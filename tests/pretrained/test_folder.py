@@ -14,9 +14,9 @@ from bas.io import tensors as tensor_files
 from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
-from bas.pretrained import folder as folder_files
-from bas.pretrained import loading
-from bas.pretrained.folder import component_files, load, save_model, weights_hash
+from bas.pretrained import hashes, loading
+from bas.pretrained.folder import component_files, load, save_model
+from bas.pretrained.hashes import weights_hash
 from bas.sampling.prompt_strength import encode_prompts
 from bas.schedulers import NoiseSchedule
 from tests.helpers.families import FAMILIES, TEXT_FILE, UNET_FILE, VAE_FILE, change_json, change_tensors, refusal, tiny
@@ -344,7 +344,7 @@ def test_byte_order_marks_change_nothing(marked, saved, tmp_path):
 
 def test_weights_hash_follows_the_content_and_is_remembered(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folder_files, "SETTLED", 0)
+    monkeypatch.setattr(hashes, "SETTLED", 0)
     first, copy = weights_hash(folder), shutil.copytree(folder, tmp_path / "copy")
     assert re.fullmatch("[0-9a-f]{64}", first)
     assert weights_hash(copy) == first
@@ -377,7 +377,7 @@ def test_the_hash_of_a_file_that_was_just_written_is_not_remembered(tmp_path, mo
 @pytest.mark.parametrize("entry", ["x", {"state": None}, {"sha256": 5}, {"sha256": "a" * 63}, {"sha256": ["a"]}])
 def test_a_damaged_memory_of_hashes_is_made_anew(tmp_path, monkeypatch, entry, caplog):
     monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folder_files, "SETTLED", 0)
+    monkeypatch.setattr(hashes, "SETTLED", 0)
     (tmp_path / "abc").write_bytes(b"abc")
     first, memory = weights_hash(tmp_path / "abc"), tmp_path / "cache" / "hashes.json"
     sound = json.loads(memory.read_text())

@@ -11,7 +11,8 @@ from bas.cli.entry import main
 from bas.cli.inspection import describe
 from bas.pretrained.additions import Additions, split_weight
 from bas.pretrained.exports import adapters_of
-from bas.pretrained.folder import load, read_parts, read_spec, weights_hash
+from bas.pretrained.folder import load, read_parts, read_spec
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.lora_files import kohya_tensors, read_lora, write_lora
 from bas.pretrained.lora_names import kohya_name, peft_name
 from tests.helpers.tiny import refused

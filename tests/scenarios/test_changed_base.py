@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import bas
-from bas.pretrained.folder import load, weights_hash
+from bas.pretrained.folder import load
+from bas.pretrained.hashes import weights_hash
 from bas.training.base_model import Base
 from bas.training.multi_scene import train_each
 from tests.helpers.faults import before_step, resume
@@ -88,7 +89,7 @@ def test_a_base_that_changes_while_it_is_read_is_refused(component, model, monke
     "change", [keep_times(overwrite), keep_times(replace_file)], ids=["in place", "by another file"]
 )
 def test_a_run_is_not_resumed_on_another_base_of_the_same_size_and_time(change, bench, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("bas.pretrained.folder.SETTLED", 0)
+    monkeypatch.setattr("bas.pretrained.hashes.SETTLED", 0)
     changes = {"pretrained_model_name_or_path": str(model), "checkpointing_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         stopped(bench, tmp_path, monkeypatch, changes)
@@ -100,7 +101,7 @@ def test_a_run_is_not_resumed_on_another_base_of_the_same_size_and_time(change, 
 def test_a_resumed_run_reads_the_base_even_where_its_hash_is_known(bench, model, tmp_path, monkeypatch):
     """A cache that was copied along, or changed, answers for the old weights."""
     monkeypatch.setenv("BAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("bas.pretrained.folder.SETTLED", 0)
+    monkeypatch.setattr("bas.pretrained.hashes.SETTLED", 0)
     changes = {"pretrained_model_name_or_path": str(model), "checkpointing_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         stopped(bench, tmp_path, monkeypatch, changes)

@@ -67,7 +67,7 @@ def no_weights(monkeypatch):
         pytest.fail("weights were read")
 
     monkeypatch.setattr("bas.pretrained.folder.load_weights", read)
-    monkeypatch.setattr("bas.pretrained.folder._file_hash", read)
+    monkeypatch.setattr("bas.pretrained.hashes._file_hash", read)
     monkeypatch.setattr("bas.data.mask_proposals.load_segmenter", read)
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", read)
 

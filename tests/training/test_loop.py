@@ -463,7 +463,7 @@ def test_concepts_file_says_what_was_learnt(bench, tmp_path):
     assert torch.equal(tensors["handles"], changed(bench, run)[1])
     _, masks = bas.data.scene_folder.load_scene(config).tensors(32, 8)
     assert torch.equal(tensors["masks"], (masks * 255).round().to(torch.uint8))
-    assert note["base"] == bas.pretrained.folder.weights_hash(bench.model)
+    assert note["base"] == bas.pretrained.hashes.weights_hash(bench.model)
     assert note["config"]["learning_rate"] == 2e-6
     assert note["version"] == bas.__version__
 

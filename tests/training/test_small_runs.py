@@ -17,7 +17,8 @@ from bas.io.run_files import TUNED, read_concepts, save_concepts
 from bas.models.adapters import add_adapters
 from bas.models.bundle import is_adapter
 from bas.pretrained import small_runs
-from bas.pretrained.folder import read_spec, weights_hash
+from bas.pretrained.folder import read_spec
+from bas.pretrained.hashes import weights_hash
 from bas.sampling.prompt_strength import encode_prompts
 from bas.training import checkpoints
 from bas.training import loop as training

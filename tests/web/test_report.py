@@ -18,7 +18,7 @@ from bas.config import TrainConfig
 from bas.data.scene_folder import load_scene
 from bas.io.figures import grid, overlay_attention
 from bas.io.run_files import read_rows
-from bas.pretrained.folder import weights_hash
+from bas.pretrained.hashes import weights_hash
 from bas.sampling.gallery import save_grid
 from bas.training.preview import write_image
 from bas.training.timing import Timing, peak_memory

@@ -52,7 +52,8 @@ from bas.io.images import read_image, save_image
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
-from bas.pretrained.folder import load, read_spec, weights_hash
+from bas.pretrained.folder import load, read_spec
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find, train_config
 from bas.sampling.gallery import subsets
 from bas.sampling.layout import bounding_box

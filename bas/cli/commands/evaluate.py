@@ -26,7 +26,8 @@ from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import read_config
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import base_hash, read_spec
+from bas.pretrained.folder import read_spec
+from bas.pretrained.hashes import base_hash
 from bas.pretrained.hub import find, is_sdxl, training_row
 from bas.runtime.distributed import Ranks, announce
 from bas.runtime.progress import clock
