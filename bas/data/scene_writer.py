@@ -1,6 +1,7 @@
 """Write a scene: the image that masks are made for, by hand or by a model, and the folder that they go to."""
 
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,11 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
     ]
 
 
-def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) -> None:
+def write_draft(draft: Draft, masks: Sequence[Image.Image | None], concepts: list[dict]) -> None:
     """Write mask0.png, mask1.png, ..., the image where it is missing, and scene.json, whose other entries stay.
 
-    masks: grey images of the image's size; concepts: handle and word of each. Masks of higher numbers are removed. If a
-    write fails, as on a full disk, the scene stays as it was.
+    masks: grey images of the image's size, None to keep the file that is there; concepts: handle and word of each. Masks
+    of higher numbers are removed. If a write fails, as on a full disk, the scene stays as it was.
     """
     folder = draft.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,8 @@ def write_draft(draft: Draft, masks: list[Image.Image], concepts: list[dict]) ->
             image = written.enter_context(replacing(folder / f"img{draft.image_path.suffix.lower()}"))
             shutil.copyfile(draft.image_path, image)
         for i, mask in enumerate(masks):
+            if mask is None:
+                continue
             mask.save(written.enter_context(replacing(folder / f"mask{i}.png")), format="PNG", **options)
         written.enter_context(replacing(names)).write_text(json_text(kept | {"concepts": concepts}), encoding="utf-8")
     for path in folder.iterdir():

@@ -1,0 +1,171 @@
+"""The settings of a training as a form, made of the rows of `TrainConfig`; what it would take; and its command."""
+
+import shlex
+import threading
+from collections.abc import Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from bas.config import GROUPS, SampleConfig, TrainConfig, flag_of, setting_rows, value_type
+from bas.data.batches import check_scene
+from bas.data.mask_report import SceneView, view_scene, warnings
+from bas.data.scene_folder import load_scene
+from bas.errors import InputError
+from bas.pretrained.hub import find_spec, is_known_elsewhere, manifest, train_config
+from bas.training.dry_run import TOO_LITTLE, dry_run
+from bas.web.studio.refusal import Refusal
+from bas.web.studio.store import RUNS, SCENES, Home
+
+FIRST = ("card", "phase1_train_steps", "phase2_train_steps", "seed", "close_ups", "background_handle", "img_log_steps")
+# Paths and what the rest of the page says: a request names no file.
+NOT_ASKED = {
+    *("instance_data_dir", "output_dir", "pretrained_model_name_or_path", "lora", "embedding", "class_data_dir"),
+    *("resume_from_checkpoint", "num_of_assets", "initializer_tokens", "placeholder_token", "handles"),
+}
+SAMPLING = (
+    *("num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt", "separate"),
+    *("height", "width"),
+)
+counting = threading.Lock()  # one dry run at a time: each takes a core
+
+
+def bases() -> list[dict[str, Any]]:
+    """The known base models, and whether each is on this machine."""
+    rows = manifest()
+    return [
+        {"name": name, "title": row["title"], "license": row["license"], "here": not is_known_elsewhere(name)}
+        for name, row in rows.items()
+    ]
+
+
+def base_of(body: dict) -> str | None:
+    """The base model that a request names, None for the miniature. Refusal for one that is not known."""
+    name = body.get("base") or "mini"
+    if name not in manifest():
+        raise Refusal(422, "this base model is not known", "base", "base")
+    return None if name == "mini" else name
+
+
+def fields(base: str | None) -> list[dict[str, Any]]:
+    """Every setting that the form offers, with the default that suits the base."""
+    config = train_config("scene", **of_base(base))
+    rows = [row for name, row in setting_rows(TrainConfig).items() if name not in NOT_ASKED]
+    rows.sort(key=lambda row: (FIRST.index(row.name) if row.name in FIRST else 99, GROUPS.index(row.metadata["group"])))
+    return [field(row, getattr(config, row.name)) for row in rows]
+
+
+def sampling_fields() -> list[dict[str, Any]]:
+    """The settings of drawing."""
+    rows = setting_rows(SampleConfig)
+    return [field(rows[name], rows[name].default) for name in SAMPLING]
+
+
+def field(row: Field, default: Any) -> dict[str, Any]:
+    """One setting for the page."""
+    kind, several, optional = value_type(row)
+    group, limits = row.metadata["group"], row.metadata["limits"]
+    return {
+        "name": row.name,
+        "flag": flag_of(row) if kind is not bool else f"--{row.name}",
+        "help": row.metadata["help"],
+        "kind": "list" if several else "choice" if row.metadata["choices"] else kind.__name__,
+        "choices": list(row.metadata["choices"]),
+        "optional": optional,
+        "default": list(default) if several else default,
+        "group": group,
+        "first": row.name in FIRST,
+        "least": limits.get("least", limits.get("above")),
+        "most": limits.get("most", limits.get("below")),
+    }
+
+
+def of_base(base: str | None) -> dict[str, Any]:
+    """The setting that names a base."""
+    return {} if base is None else {"weights": base}
+
+
+def config_of(home: Home, body: dict) -> tuple[TrainConfig, list[str]]:
+    """The settings of a training that a request asks for, and the words of its command.
+
+    InputError as `train_config`, Refusal for a setting that the form does not offer.
+    """
+    scene = home.find(SCENES, str(body.get("scene")))
+    base, settings = base_of(body), body.get("settings") or {}
+    rows = setting_rows(TrainConfig)
+    if not isinstance(settings, dict) or not settings.keys() <= rows.keys() - NOT_ASKED:
+        raise Refusal(400, "a setting is not one of the form", "bad")
+    name = body.get("run") or scene.name
+    folder = home.folder / RUNS / home.free_name(RUNS, str(name))
+    config = train_config(scene, **of_base(base), output_dir=str(folder), **settings)
+    own = train_config(scene, **of_base(base), output_dir=str(folder))
+    given = {key: getattr(config, key) for key in settings if getattr(config, key) != getattr(own, key)}
+    words = ["train", str(scene), *(["--weights", base] if base else []), "--output_dir", str(folder)]
+    return config, [*words, *as_flags(TrainConfig, given)]
+
+
+def as_flags(kind: type, given: dict[str, Any]) -> list[str]:
+    """Settings as the words of a command."""
+    rows, words = setting_rows(kind), []
+    for name, value in given.items():
+        row = rows[name]
+        if row.type is bool:
+            off = next(iter(row.metadata["flag"]), f"--no_{name}")
+            words.append(f"--{name}" if value else off)
+        elif isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def as_command(words: Sequence[str]) -> str:
+    """The command as one types it."""
+    return shlex.join(["bas", *words])
+
+
+def plan(home: Home, body: dict) -> dict[str, Any]:
+    """What a training would do and take. InputError for what it would refuse, before anything is written."""
+    config, words = config_of(home, body)
+    with counting:
+        details = dry_run(config)
+    shown = ("scene", "handles", "base", "device", "steps", "time", "memory", "files", "disk", "warning")
+    enough = not details["disk"].startswith(TOO_LITTLE)
+    here = config.pretrained_model_name_or_path is None or not is_known_elsewhere(config.pretrained_model_name_or_path)
+    found = {name: details[name] for name in shown if details.get(name)}
+    run = Path(config.output_dir).name
+    return {"facts": found, "enough": enough, "here": here, "run": run, "command": as_command(words)}
+
+
+# --- Masks --------------------------------------------------------------------------------------------------------
+
+
+def check(home: Home, body: dict) -> dict[str, Any]:
+    """What the losses see of a scene's masks, what is unusual about them, and why training would refuse them."""
+    base = base_of(body)
+    config = train_config(home.find(SCENES, str(body.get("scene"))), **of_base(base))
+    spec = find_spec(base)
+    scene = load_scene(config)
+    view, refusal = view_scene(scene, spec, config), None
+    try:
+        check_scene(spec, scene, config, warn=False)
+    except InputError as error:
+        refusal = str(error)
+    lines = [line for line in warnings(view) if line != refusal]
+    return {"concepts": seen(view), "warnings": lines, "refusal": refusal, "side": min(view.image.size)}
+
+
+def seen(view: SceneView) -> list[dict[str, Any]]:
+    """Each concept on both grids, as rows of values from 0 to 9."""
+    return [
+        {
+            "handle": concept.handle,
+            "coverage": concept.coverage,
+            "vanishes": list(concept.vanishes),
+            **{
+                name: ["".join(str(round(float(value) * 9)) for value in row) for row in grid]
+                for name, grid in (("latent", concept.latent), ("attention", concept.attention))
+            },
+        }
+        for concept in view.concepts
+    ]

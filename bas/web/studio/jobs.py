@@ -1,0 +1,171 @@
+"""Jobs: commands of bas that the studio runs in processes of their own, one after another.
+
+    job.json       what was asked: kind, name of the run, the command's words
+    log.txt        what the command prints; it exists from the start on
+    lock           held by the process while it runs
+    stop           "save" or "now", written to ask it to stop
+    events.jsonl   the progress of its stages
+    exit.json      the exit code and the command's last line, written at its end
+
+A job's state is read from these files each time, and is never stored: no log is waiting, a held lock is running, an
+exit code is done, refused, failed or stopped, and a lock that nobody holds without an exit code is lost.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bas.errors import InputError
+from bas.io.json_files import read_json, write_json
+from bas.web.studio.refusal import Refusal
+from bas.web.studio.store import JOBS, Home, stamp
+
+JOB, LOG, LOCK, STOP, EVENTS, EXIT = "job.json", "log.txt", "lock", "stop", "events.jsonl", "exit.json"
+STARTING = 15.0  # seconds that a process may take before it holds its lock
+TAIL = 2**14  # bytes at the end of a file that are read for its last line
+STATES = {0: "done", 2: "refused", 130: "stopped", 143: "stopped"}
+ALIVE = ("waiting", "running")
+
+
+def make(home: Home, kind: str, name: str, words: list[str], asked: dict[str, Any], files: dict[str, bytes]) -> str:
+    """Put a job into the queue and return its name. files: what its command reads from the job's folder."""
+    job = home.free_name(JOBS, f"{stamp()}-{kind}-{name}")
+    folder = home.folder / JOBS / job
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    words = [word.replace("{job}", str(folder)) for word in words]
+    write_json(folder / JOB, {"kind": kind, "name": name, "command": words, "asked": asked, "made": time.time()})
+    return job
+
+
+def state(folder: Path) -> str:
+    """What became of a job: waiting, running, done, refused, failed, stopped or lost."""
+    if (folder / EXIT).exists():
+        try:
+            return STATES.get(read_json(folder / EXIT)["code"], "failed")
+        except (InputError, KeyError, TypeError):
+            return "failed"
+    if not (folder / LOG).exists():
+        return "waiting"
+    if not (folder / LOCK).exists():
+        return "running" if time.time() - (folder / LOG).stat().st_mtime < STARTING else "lost"
+    if held(folder / LOCK):
+        return "running"
+    return state(folder) if (folder / EXIT).exists() else "lost"  # it may have ended in between
+
+
+def held(path: Path) -> bool:
+    """Whether a process holds a lock."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def describe(folder: Path) -> dict[str, Any] | None:
+    """A job for the page: what was asked, its state, its progress and its last line. None for a damaged one."""
+    try:
+        job = read_json(folder / JOB)
+    except InputError:
+        return None
+    found = {"id": folder.name, **{key: job.get(key) for key in ("kind", "name", "asked", "made")}}
+    found |= {"state": state(folder), "progress": last_row(folder / EVENTS)}
+    if (folder / STOP).exists() and found["state"] == "running":
+        found["stopping"] = True
+    if (folder / EXIT).exists():
+        ended = read_json(folder / EXIT)
+        found |= {"line": ended.get("line"), "ended": ended.get("ended")}
+    return found
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file of JSON lines, None without one."""
+    for line in reversed(tail(path).split("\n")[:-1]):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        return row if isinstance(row, dict) else None
+    return None
+
+
+def tail(path: Path) -> str:
+    """The last part of a text file; nothing without one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def stop(folder: Path, how: str) -> None:
+    """Ask a job to stop: "save" after its step, once its state is saved, or "now". A waiting one never starts."""
+    if how not in ("save", "now"):
+        raise Refusal(400, "how is save or now", "bad", "how")
+    current = state(folder)
+    if current == "waiting":
+        write_json(folder / EXIT, {"code": 130, "line": "taken out of the queue", "ended": time.time()})
+    elif current == "running":
+        (folder / STOP).write_text(how, encoding="ascii")
+    else:
+        raise Refusal(409, f"this job is not running: it is {current}", "ended")
+
+
+class Lane:
+    """The queue: at most one job runs at a time, in the order in which they were asked for.
+
+    The processes outlive the server. Only starting the next one needs it.
+    """
+
+    def __init__(self, home: Home):
+        self.home = home
+        self.started: list[subprocess.Popen] = []
+        self.turn = threading.Lock()
+
+    def folders(self) -> list[Path]:
+        """All jobs, oldest first."""
+        place = self.home.folder / JOBS
+        return sorted(path for path in place.iterdir() if (path / JOB).is_file())
+
+    def tick(self) -> None:
+        """Start the next job if none is running."""
+        with self.turn:
+            self.started = [process for process in self.started if process.poll() is None]
+            waiting = []
+            for folder in self.folders():
+                current = state(folder)
+                if current == "running":
+                    return
+                if current == "waiting":
+                    waiting.append(folder)
+            if waiting:
+                self.started.append(start(waiting[0]))
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """Run a job in a process of its own, which goes on when the server, the terminal or the page is closed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    options: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        options = {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore
+    with (folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "bas", "studio", "--job", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            **options,
+        )

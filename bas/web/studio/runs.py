@@ -1,0 +1,200 @@
+"""Runs for the page: how far each is, its curves and previews, its pictures, and how runs differ."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bas.config import TrainConfig, setting_rows
+from bas.errors import InputError
+from bas.io.json_files import read_json, write_json
+from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings
+from bas.training.preview import PICTURES, sheet_path
+from bas.training.run_folder import LOCK
+from bas.web.report import SERIES, first_trained_step, phase_starts
+from bas.web.studio import jobs
+from bas.web.studio.refusal import Refusal
+from bas.web.studio.store import RUNS, Home, inside
+
+DRAWN, EDITED, EXPORTS, MARKS = "pictures", "edits", "exports", "marks.json"
+SHOWN = (".png", ".jpg", ".webp")
+COLUMNS = 400  # of a curve at most
+FILES = {DRAWN, EDITED, EXPORTS, PREVIEWS, SCENE}  # folders of a run whose files the page may ask for
+
+
+def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
+    """One run in the list. trained_by: the newest training of each run. None for a folder that is none."""
+    job = trained_by.get(run.name)
+    if not (run / SETTINGS).is_file():
+        return {"name": run.name, "state": job["state"], "done": 0, "total": None, "job": job["id"]} if job else None
+    try:
+        metadata = read_settings(run)
+    except InputError as error:
+        return {"name": run.name, "state": "damaged", "problem": str(error)}
+    config, row = metadata["config"], jobs.last_row(run / METRICS)
+    finished = (run / CONCEPTS).is_file()
+    found = {
+        "name": run.name,
+        "state": "done" if finished else state_of(run, job),
+        "done": row["step"] if row and isinstance(row.get("step"), int) else 0,
+        "total": config["phase1_train_steps"] + config["phase2_train_steps"],
+        "phase": row.get("phase") if row else None,
+        "handles": metadata["handles"],
+        "words": metadata.get("words"),
+        "base": config["pretrained_model_name_or_path"] or "mini",
+        "train": config["train"],
+        "scene": Path(config["instance_data_dir"]).name,
+        "pictures": len(files_in(run, DRAWN)),
+        "cover": cover(run),
+        "report": (run / REPORT).is_file(),
+    }
+    if job and not finished:
+        found |= {key: job.get(key) for key in ("line", "progress", "stopping")}
+    return found | ({"job": job["id"]} if job else {})
+
+
+def state_of(run: Path, job: dict | None) -> str:
+    """The state of a run that is not finished: that of its training, here or in a terminal."""
+    if job and job["state"] in jobs.ALIVE:
+        return job["state"]
+    if (run / LOCK).exists() and jobs.held(run / LOCK):
+        return "elsewhere"
+    return job["state"] if job and job["state"] != "done" else "unfinished"
+
+
+def cover(run: Path) -> str | None:
+    """The picture that stands for a run: the newest that was drawn, else the newest preview, else its scene."""
+    drawn = files_in(run, DRAWN)
+    if drawn:
+        return f"{DRAWN}/{drawn[0]}"
+    previews = sorted(run.glob(f"{PICTURES}/step-*/sample-*.png"))
+    path = previews[-1] if previews else run / SCENE / "img.png"
+    return path.relative_to(run).as_posix() if path.is_file() else None
+
+
+def files_in(run: Path, folder: str) -> list[str]:
+    """The names of the images in a folder of a run, newest first."""
+    place = run / folder
+    if not place.is_dir():
+        return []
+    found = [path for path in place.iterdir() if path.suffix in SHOWN and not path.name.startswith(".")]
+    return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)]
+
+
+# --- Watching -----------------------------------------------------------------------------------------------------
+
+
+def metrics(run: Path) -> dict[str, Any]:
+    """The curves of a run: for each of at most COLUMNS columns the least, the largest and the mean value."""
+    rows = read_rows(run / METRICS)
+    starts = [rows[i]["step"] for i in phase_starts([row["phase"] for row in rows])] if rows else []
+    count = -(-len(rows) // COLUMNS) or 1
+    parts = [rows[i : i + count] for i in range(0, len(rows), count)]
+    curves = []
+    for name, title in SERIES.items():
+        columns = [[row[name] for row in part if finite(row.get(name))] for part in parts]
+        if any(columns):
+            values = [[min(c), max(c), sum(c) / len(c)] if c else None for c in columns]
+            curves.append({"name": name, "title": title, "values": values})
+    return {"steps": [part[-1]["step"] for part in parts], "starts": starts, "curves": curves}
+
+
+def finite(value: Any) -> bool:
+    """Whether a value can be drawn."""
+    return isinstance(value, (int, float)) and abs(value) < float("inf")
+
+
+def previews(run: Path) -> list[dict[str, Any]]:
+    """The previews of a run by step: an image of each handle and of all, and each handle's attention."""
+    config = read_settings(run)["config"]
+    trained_from = first_trained_step(config)
+    found = []
+    for folder in sorted((run / PICTURES).glob("step-*")):
+        step = folder.name.removeprefix("step-")
+        if not step.isdecimal() or not sheet_path(run, int(step)).is_file():
+            continue
+        names = sorted(path.relative_to(run).as_posix() for path in folder.glob("*.png"))
+        found.append({"step": int(step), "files": names, "trained": int(step) >= trained_from})
+    return found
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------------
+
+
+def pictures(run: Path, folder: str) -> list[dict[str, Any]]:
+    """The pictures that were drawn or edited with a run, newest first, each with the settings that made it."""
+    place, stars = run / folder, marks(run)
+    found = []
+    for name in files_in(run, folder):
+        path = place / name
+        settings = settings_in(path, path.stat().st_mtime_ns)
+        found.append({"file": f"{folder}/{name}", "settings": settings, "star": f"{folder}/{name}" in stars})
+    return found
+
+
+@lru_cache(maxsize=4096)
+def settings_in(path: Path, _changed: int) -> dict[str, Any]:
+    """What made an image, as its text `bas` says; nothing where it says nothing."""
+    try:
+        with Image.open(path) as image:
+            found = json.loads(image.info.get("bas", "{}"))
+            return (found if isinstance(found, dict) else {}) | {"size": list(image.size)}
+    except (OSError, ValueError):
+        return {}
+
+
+def marks(run: Path) -> list[str]:
+    """The pictures that were marked as favourites."""
+    try:
+        found = read_json(run / MARKS)["stars"]
+    except (InputError, KeyError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def mark(run: Path, file: str, star: bool) -> None:
+    """Mark a picture as a favourite, or take the mark away."""
+    stars = [name for name in marks(run) if name != file]
+    write_json(run / MARKS, {"stars": [*stars, file] if star else stars})
+
+
+def run_file(run: Path, name: str) -> Path:
+    """A file of a run that the page may see. Refusal for any other."""
+    parts = name.split("/")
+    known = parts[0] in FILES or parts == [REPORT]
+    path = run.joinpath(*parts)
+    hidden = any(part.startswith(".") or "\\" in part or "\0" in part or not part for part in parts)
+    if hidden or not known or not path.is_file() or not inside(path, run):
+        raise Refusal(404, "the run has no such file", "missing")
+    return path
+
+
+# --- Comparing ----------------------------------------------------------------------------------------------------
+
+
+def compare(home: Home, names: list[str]) -> dict[str, Any]:
+    """The settings in which runs differ, their curves, and their newest previews."""
+    folders = [home.find(RUNS, name) for name in names[:6]]
+    configs = [read_settings(run)["config"] for run in folders]
+    rows = setting_rows(TrainConfig)
+    shown = [name for name in rows if name not in ("output_dir",)]
+    differs = [
+        {"name": name, "values": [value_of(config.get(name)) for config in configs]}
+        for name in shown
+        if len({json.dumps(config.get(name)) for config in configs}) > 1
+    ]
+    return {
+        "runs": [folder.name for folder in folders],
+        "differs": differs,
+        "metrics": [metrics(run) for run in folders],
+        "previews": [previews(run) for run in folders],
+    }
+
+
+def value_of(value: Any) -> str:
+    """A setting for people."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return {None: "default", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, list) else ""

@@ -1,0 +1,266 @@
+"""Scenes: a photograph comes in, masks are painted and saved stroke by stroke, concepts are named.
+
+A scene folder is always one that `bas train` reads. Concepts that have no pixels yet are in draft.json beside it, which
+goes when the last of them is painted. What was read is kept in memory only as long as the folder is unchanged.
+"""
+
+import hashlib
+import io
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bas.data.mask_formats import MAX_MASKS
+from bas.data.scene import bracketed, check_word
+from bas.data.scene_writer import Draft, concepts_to_edit, open_draft, write_draft
+from bas.errors import InputError
+from bas.io.figures import CONCEPT_COLOURS, as_hex
+from bas.io.images import read_image
+from bas.io.json_files import read_json, write_json
+from bas.models.text import check_name
+from bas.web.studio.refusal import Refusal
+from bas.web.studio.store import SCENES, Home
+from bas.web.studio.tiles import lay, pack, unpack
+
+DRAFT = "draft.json"
+MAX_WORD = 100  # characters
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
+SUFFIXES |= {"AVIF": ".avif", "HEIF": ".heic", "MPO": ".jpg"}
+UPLOAD = ".upload-"
+writing = threading.Lock()  # one change of a scene at a time
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept of a scene, painted or not yet."""
+
+    handle: str
+    word: str | None
+    mask: np.ndarray | None  # (H, W) uint8
+    number: int | None = None  # of its mask file, where it has one that holds this mask
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A scene as it lies on the disk."""
+
+    folder: Path
+    version: str
+    draft: Draft
+    concepts: tuple[Concept, ...]
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+kept: list[Opened] = []  # the scene that was read last
+
+
+def version(folder: Path) -> str:
+    """A text that changes with every file of the folder."""
+    files = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if not entry.name.startswith("."))
+    rows = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def open_scene(folder: Path) -> Opened:
+    """Read a scene folder with or without masks. InputError for what `bas paint` could not open."""
+    now = version(folder)
+    for opened in kept:
+        if opened.folder == folder and opened.version == now:
+            return opened
+    draft = open_draft(folder, None)
+    rows = concepts_to_edit(draft)
+    painted = [Concept(row["handle"], row["word"], row["mask"], i) for i, row in enumerate(rows)]
+    if painted[0].mask is None:
+        painted = []
+    opened = Opened(folder, now, draft, tuple(with_unpainted(folder, painted)))
+    kept[:] = [opened]
+    return opened
+
+
+def with_unpainted(folder: Path, painted: list[Concept]) -> list[Concept]:
+    """The concepts of draft.json in its order, if it still speaks of the painted ones; else those alone."""
+    try:
+        rows = read_json(folder / DRAFT)["concepts"]
+        if [row["handle"] for row in rows if row["painted"]] != [concept.handle for concept in painted]:
+            return painted
+        rest = iter(painted)
+        return [next(rest) if row["painted"] else Concept(row["handle"], row["word"], None) for row in rows]
+    except (InputError, KeyError, TypeError):
+        return painted
+
+
+def facts(opened: Opened) -> dict[str, Any]:
+    """A scene for the page, without pixels."""
+    width, height = opened.draft.image.size
+    rows = [
+        {
+            "handle": concept.handle,
+            "word": concept.word,
+            "share": 0.0 if concept.mask is None else float(concept.mask.mean() / 255),
+            "colour": as_hex(CONCEPT_COLOURS[i % len(CONCEPT_COLOURS)]),
+        }
+        for i, concept in enumerate(opened.concepts)
+    ]
+    size = {"width": width, "height": height, "image": opened.draft.image_path.name}
+    return {"name": opened.folder.name, "version": opened.version, **size, "concepts": rows}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """A scene in the list of all: whether it is ready, or why it cannot be read."""
+    try:
+        opened = open_scene(folder)
+    except (InputError, OSError) as error:
+        return {"name": folder.name, "problem": str(error)}
+    painted = sum(concept.mask is not None for concept in opened.concepts)
+    handles = [concept.handle for concept in opened.concepts]
+    named = {"version": opened.version, "handles": handles}
+    return {"name": folder.name, **named, "painted": painted, "concepts": len(opened.concepts)}
+
+
+def mask_tiles(folder: Path, number: int) -> bytes:
+    """The mask of one concept as squares."""
+    opened = open_scene(folder)
+    width, height = opened.draft.image.size
+    mask = concept_of(opened, number).mask
+    return pack(np.zeros((height, width), np.uint8) if mask is None else mask)
+
+
+def concept_of(opened: Opened, number: int) -> Concept:
+    """One concept by its place. Refusal for a number that there is none of."""
+    if not 0 <= number < len(opened.concepts):
+        raise Refusal(404, "the scene has no such concept", "missing")
+    return opened.concepts[number]
+
+
+# --- Changing -----------------------------------------------------------------------------------------------------
+
+
+def add_photo(home: Home, wanted: str, data: bytes) -> str:
+    """Make a scene of a photograph and return its name. InputError for what bas cannot read; nothing is left then."""
+    place = home.folder / SCENES
+    upload = place / f"{UPLOAD}{time.time_ns()}"
+    upload.write_bytes(data)
+    try:
+        read_image(upload)
+        with Image.open(upload) as image:
+            suffix = SUFFIXES.get(image.format or "", ".png")
+        with writing:
+            name = home.free_name(SCENES, wanted)
+            folder = place / name
+            folder.mkdir()
+            os.replace(upload, folder / f"img{suffix}")
+    except InputError as error:
+        raise InputError(str(error).replace(str(upload), wanted[:80] or "the file")) from None
+    finally:
+        upload.unlink(missing_ok=True)
+    return name
+
+
+def put_tiles(folder: Path, number: int, data: bytes, expected: str | None) -> Opened:
+    """Lay changed squares into the mask of one concept, and save the scene."""
+    with writing:
+        opened = unchanged(folder, expected)
+        concept, (width, height) = concept_of(opened, number), opened.draft.image.size
+        mask = np.zeros((height, width), np.uint8) if concept.mask is None else concept.mask.copy()
+        lay(mask, unpack(data, (width, height)))
+        concepts = list(opened.concepts)
+        concepts[number] = Concept(concept.handle, concept.word, mask if mask.any() else None)
+        return write(opened, concepts)
+
+
+def put_concepts(folder: Path, rows: Any, expected: str | None) -> Opened:
+    """Rename, reorder, add and remove concepts. rows: {"from": its place until now or None, "handle", "word"} each"""
+    if not isinstance(rows, list) or len(rows) > MAX_MASKS or not all(isinstance(row, dict) for row in rows):
+        raise Refusal(400, f"a scene has up to {MAX_MASKS} concepts", "bad")
+    with writing:
+        opened = unchanged(folder, expected)
+        concepts, used = [], set()
+        for i, row in enumerate(rows):
+            place = row.get("from")
+            if place is not None and (type(place) is not int or place in used):
+                raise Refusal(400, "each concept comes from another place", "bad")
+            used.add(place)
+            old = Concept("", None, None) if place is None else concept_of(opened, place)
+            concepts.append(replace(old, **checked_names(row, i)))
+        for i, concept in enumerate(concepts):
+            if concept.handle in [other.handle for other in concepts[:i]]:
+                raise Refusal(422, f"two concepts are called {concept.handle}: give one another name", "same", str(i))
+        return write(opened, concepts)
+
+
+def checked_names(row: dict, place: int) -> dict[str, str | None]:
+    """Handle and word of a concept. Refusal, with its place, for names that training would not take."""
+    handle, word = row.get("handle"), row.get("word")
+    if not isinstance(handle, str) or not (word is None or (isinstance(word, str) and len(word) <= MAX_WORD)):
+        raise Refusal(400, "handle and word are texts", "bad", str(place))
+    handle = bracketed(handle.strip())
+    try:
+        check_name(handle)
+        check_word(word, handle)
+    except InputError as error:
+        raise Refusal(422, str(error), "name", str(place)) from None
+    return {"handle": handle, "word": (word or "").strip() or None}
+
+
+def unchanged(folder: Path, expected: str | None) -> Opened:
+    """The scene, if it is still what the page has seen. Refusal if another page or program has changed it."""
+    opened = open_scene(folder)
+    if expected != opened.version:
+        raise Refusal(412, "the scene was changed elsewhere: load it again", "changed")
+    return opened
+
+
+def write(opened: Opened, concepts: list[Concept]) -> Opened:
+    """Save a scene: masks and names of what is painted as bas reads them, the rest in draft.json."""
+    painted = [concept for concept in concepts if concept.mask is not None]
+    rows = [{"handle": c.handle, "word": c.word, "painted": c.mask is not None} for c in concepts]
+    if len(painted) < len(concepts):
+        write_json(opened.folder / DRAFT, {"concepts": rows})
+    masks = [
+        None if concept.number == i else Image.fromarray(concept.mask)
+        for i, concept in enumerate(painted)
+        if concept.mask is not None
+    ]
+    write_draft(opened.draft, masks, [{"handle": c.handle, "word": c.word} for c in painted])
+    if len(painted) == len(concepts):
+        (opened.folder / DRAFT).unlink(missing_ok=True)
+    numbers = iter(range(len(painted)))
+    saved = tuple(replace(c, number=None if c.mask is None else next(numbers)) for c in concepts)
+    renewed = replace(opened, version=version(opened.folder), concepts=saved)
+    kept[:] = [renewed]
+    return renewed
+
+
+# --- Views of the photograph --------------------------------------------------------------------------------------
+
+VIEW = 2048  # pixels of the longer side of what the page shows
+
+
+@lru_cache(maxsize=4)
+def view(folder: Path, _version: str, side: int, box: tuple[float, float, float, float] | None) -> tuple[bytes, str]:
+    """The photograph, or a box (left, top, right, bottom) of it in pixels, at most `side` pixels wide and high.
+
+    Returns the bytes and their type. Small ones are exact, others are JPEG.
+    """
+    image = open_scene(folder).draft.image
+    if box:
+        left, top, right, bottom = box
+        if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+            raise Refusal(400, "the box does not lie in the photograph", "bad", "box")
+        image = image.crop((int(left), int(top), math.ceil(right), math.ceil(bottom)))
+    side = max(16, min(side, VIEW))
+    if max(image.size) > side:
+        image = image.copy()
+        image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    buffer, kind = io.BytesIO(), "PNG" if image.width * image.height <= 2**18 else "JPEG"
+    image.save(buffer, kind, quality=90)
+    return buffer.getvalue(), f"image/{kind.lower()}"

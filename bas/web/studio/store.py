@@ -1,0 +1,108 @@
+"""The studio's folder HOME: scenes, runs, jobs and trash. Nothing else holds state.
+
+    HOME/scenes/NAME/      as `bas masks` and `bas train` read it; draft.json while a concept has no pixels yet
+    HOME/runs/NAME/        as `bas train` writes it; pictures/ edits/ exports/ of the studio
+    HOME/jobs/STAMP-KIND-NAME/    what was asked, and what became of it (jobs.py)
+    HOME/trash/STAMP-NAME/        what was deleted
+    HOME/.token            the secret part of the address
+"""
+
+import os
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+from bas.errors import InputError
+from bas.web.studio.refusal import Refusal, missing
+
+SCENES, RUNS, JOBS, TRASH, TOKEN = "scenes", "runs", "jobs", "trash", ".token"
+NAME = re.compile(r"[^\W_](?:[\w .()-]{0,78}[\w()-])?")  # of a scene, a run or a job: no slash, no dot at the ends
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # files that Windows does not make
+UNTIDY = re.compile(r"[^\w ()-]+")
+
+
+class Home:
+    """The folder, and safe ways into it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+
+    def make(self) -> None:
+        """Make the folders. InputError where that is not possible."""
+        try:
+            for name in (SCENES, RUNS, JOBS):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot hold the studio: {error.strerror}") from None
+
+    def token(self) -> str:
+        """The secret part of the address: 128 bits, made once and kept for this user alone."""
+        path = self.folder / TOKEN
+        try:
+            kept = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            kept = ""
+        if not re.fullmatch(r"[\w-]{22,64}", kept):
+            kept = secrets.token_urlsafe(16)
+            path.unlink(missing_ok=True)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(kept)
+        return kept
+
+    def names(self, kind: str) -> list[str]:
+        """The folders of one kind, those changed last first."""
+        place = self.folder / kind
+        found = [entry for entry in os.scandir(place) if entry.is_dir() and NAME.fullmatch(entry.name)]
+        return [entry.name for entry in sorted(found, key=lambda entry: entry.stat().st_mtime, reverse=True)]
+
+    def find(self, kind: str, name: str) -> Path:
+        """The folder of a scene, a run or a job. Refusal for a name that is none, or that leads out of HOME."""
+        path = self.folder / kind / name
+        if not NAME.fullmatch(name) or not path.is_dir() or not inside(path, self.folder / kind):
+            raise missing(f"{kind[:-1]} {name!r:.90}")
+        return path
+
+    def free_name(self, kind: str, wanted: str) -> str:
+        """A name that nothing has yet: the wanted one, tidied, or with a number behind it."""
+        tidy = UNTIDY.sub(" ", wanted).strip(" _()-")[:60].strip() or kind[:-1]
+        tidy = f"{tidy} 1" if DEVICES.fullmatch(tidy) else tidy
+        taken = {entry.name.lower() for entry in os.scandir(self.folder / kind)}
+        numbered = (f"{tidy}-{i}" for i in range(2, 100_000))
+        return next(name for name in (tidy, *numbered) if name.lower() not in taken)
+
+    def trash(self, path: Path) -> None:
+        """Move what is deleted to HOME/trash, where it can be taken back by hand."""
+        place = self.folder / TRASH / f"{stamp()}-{path.name}"
+        place.parent.mkdir(exist_ok=True)
+        shutil.move(path, place)
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder, links followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """An ordinary file in a folder, by its path from there. Refusal for anything else."""
+    parts = name.split("/")
+    if "\0" in name or any(part in ("", ".", "..") or part.startswith(".") or "\\" in part for part in parts):
+        raise missing("the file")
+    path = folder.joinpath(*parts)
+    if not path.is_file() or not inside(path, folder):
+        raise missing("the file")
+    return path
+
+
+def stamp() -> str:
+    """The time as part of a name, in order: 20250131-235959"""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def text_of(body: dict, key: str, most: int = 2000) -> str:
+    """A text of a request. Refusal for anything else."""
+    value = body.get(key)
+    if not isinstance(value, str) or len(value) > most:
+        raise Refusal(400, f"{key} is not a text of {most} characters or fewer", "bad", key)
+    return value

@@ -1,0 +1,75 @@
+"""The process of one job: it holds the job's lock, runs the command, and writes how it ended."""
+
+import _thread
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bas.errors import InputError
+from bas.io.json_files import read_json, write_json
+from bas.runtime.progress import Stage, watch
+from bas.web.studio.jobs import EVENTS, EXIT, JOB, LOCK, LOG, STOP, tail
+
+LOOKS = 0.2  # seconds between two looks for a request to stop
+STOPPED = 130  # the exit code after Ctrl+C
+
+
+def work(folder: Path, run_command: Callable[[list[str]], int]) -> int:
+    """Run a job and return its exit code. run_command: runs the words of a command of bas and returns its exit code."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=5)
+    except Timeout:
+        raise InputError(f"{folder} is running already") from None
+    if (folder / EXIT).exists():
+        raise InputError(f"{folder} has ended already")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a process without terminal it may be ignored
+    threading.Thread(target=obey, args=(folder,), daemon=True).start()
+    with (folder / EVENTS).open("a", encoding="utf-8") as events:
+
+        def note(stage: Stage) -> None:
+            events.write(json.dumps(stage._asdict() | {"at": time.time()}) + "\n")
+            events.flush()
+
+        with watch(note):
+            code = 1
+            try:
+                code = run_command(read_json(folder / JOB)["command"])
+            except KeyboardInterrupt:
+                code = STOPPED
+            finally:
+                end(folder, code)
+    lock.release()
+    return code
+
+
+def obey(folder: Path) -> None:
+    """Wait for a request to stop. "save" is what Ctrl+C is to a command; "now" ends the process."""
+    asked = False
+    while True:
+        time.sleep(LOOKS)
+        try:
+            how = (folder / STOP).read_text(encoding="ascii")
+        except OSError:
+            continue
+        if how == "now":
+            end(folder, STOPPED, "stopped at once: what was saved before is kept")
+            os._exit(STOPPED)
+        if how == "save" and not asked:
+            asked = True
+            _thread.interrupt_main(signal.SIGINT)
+
+
+def end(folder: Path, code: int, line: str | None = None) -> None:
+    """Write the exit code and the command's last line."""
+    if line is None:
+        lines = [text.strip() for text in tail(folder / LOG).replace("\r", "\n").split("\n")]
+        own = [text.removeprefix("bas: ") for text in lines if text.startswith("bas: ")] if code else lines
+        line = next((text for text in reversed(own) if text), "")
+    write_json(folder / EXIT, {"code": code, "line": line, "ended": time.time()})
