@@ -11,6 +11,8 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+STUDIO = ["starlette>=1.10", "uvicorn>=0.54"]
+
 setup(
     name="bas",
     version=VERSION,
@@ -22,7 +24,7 @@ setup(
     packages=[*find_packages(include=["bas", "bas.*"]), "bas.weights"],
     package_dir={"bas.weights": "weights"},
     package_data={
-        "bas": ["py.typed", "web/templates/*", "pretrained/*.json", "pretrained/clip_vocabulary/*"],
+        "bas": ["py.typed", "web/templates/*", "web/static/*", "pretrained/*.json", "pretrained/clip_vocabulary/*"],
         "bas.weights": ["**/*"],
     },
     install_requires=[
@@ -38,6 +40,7 @@ setup(
         "filelock>=4.3",
     ],
     extras_require={
+        "studio": STUDIO,
         "evaluation": ["scipy>=1.11", "matplotlib>=3.9"],
         "tensorboard": ["tensorboard>=2.15"],
         "bitsandbytes": ["bitsandbytes>=0.46"],
@@ -45,6 +48,8 @@ setup(
         "heic": ["pillow-heif>=1.0"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "test": [
+            *STUDIO,
+            "httpx2>=2",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "diffusers>=0.35",

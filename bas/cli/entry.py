@@ -40,6 +40,7 @@ COMMANDS = {
     "demo": "run the whole method on the miniature; write a figure and a report",
     "masks": "check a scene's masks, or let a model propose them",
     "paint": "paint masks in the browser",
+    "studio": "the whole way in the browser: masks, training, pictures, edits",
     "train": "learn the concepts of one scene or of many",
     "sample": "generate images from prompts",
     "vary": "generate all concepts of a run together, with many seeds",

@@ -73,7 +73,7 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
 def write_draft(draft: Draft, masks: Sequence[Image.Image | None], concepts: list[dict]) -> None:
     """Write mask0.png, mask1.png, ..., the image where it is missing, and scene.json, whose other entries stay.
 
-    masks: grey images of the image's size, None to keep the file that is there; concepts: handle and word of each. Masks
+    masks: grey images of the image's size, None keeps the file that is there; concepts: handle and word of each. Masks
     of higher numbers are removed. If a write fails, as on a full disk, the scene stays as it was.
     """
     folder = draft.folder

@@ -179,7 +179,7 @@ def compare(home: Home, names: list[str]) -> dict[str, Any]:
     folders = [home.find(RUNS, name) for name in names[:6]]
     configs = [read_settings(run)["config"] for run in folders]
     rows = setting_rows(TrainConfig)
-    shown = [name for name in rows if name not in ("output_dir",)]
+    shown = [name for name in rows if name != "output_dir"]
     differs = [
         {"name": name, "values": [value_of(config.get(name)) for config in configs]}
         for name in shown
@@ -197,4 +197,6 @@ def value_of(value: Any) -> str:
     """A setting for people."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return {None: "default", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, list) else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "default" if value is None else str(value)

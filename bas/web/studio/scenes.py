@@ -246,7 +246,7 @@ VIEW = 2048  # pixels of the longer side of what the page shows
 
 
 @lru_cache(maxsize=4)
-def view(folder: Path, _version: str, side: int, box: tuple[float, float, float, float] | None) -> tuple[bytes, str]:
+def view(folder: Path, _changed: int, side: int, box: tuple[float, float, float, float] | None) -> tuple[bytes, str]:
     """The photograph, or a box (left, top, right, bottom) of it in pixels, at most `side` pixels wide and high.
 
     Returns the bytes and their type. Small ones are exact, others are JPEG.

@@ -1,10 +1,10 @@
 """The studio's folder HOME: scenes, runs, jobs and trash. Nothing else holds state.
 
-    HOME/scenes/NAME/      as `bas masks` and `bas train` read it; draft.json while a concept has no pixels yet
-    HOME/runs/NAME/        as `bas train` writes it; pictures/ edits/ exports/ of the studio
-    HOME/jobs/STAMP-KIND-NAME/    what was asked, and what became of it (jobs.py)
-    HOME/trash/STAMP-NAME/        what was deleted
-    HOME/.token            the secret part of the address
+HOME/scenes/NAME/      as `bas masks` and `bas train` read it; draft.json while a concept has no pixels yet
+HOME/runs/NAME/        as `bas train` writes it; pictures/ edits/ exports/ of the studio
+HOME/jobs/STAMP-KIND-NAME/    what was asked, and what became of it (jobs.py)
+HOME/trash/STAMP-NAME/        what was deleted
+HOME/.token            the secret part of the address
 """
 
 import os

@@ -1,0 +1,45 @@
+"""The whole way in the browser: bring a photograph, paint masks, train, draw, edit and take away."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from bas.cli.flags import Parser
+from bas.errors import InputError
+
+EXAMPLES = (
+    "bas studio",
+    "bas studio my_studio --port 8765 --no_browser",
+)
+NEEDED = ("starlette", "uvicorn")
+
+
+def configure(parser: Parser) -> None:
+    """Declare the flags."""
+    parser.add_argument(
+        "home",
+        metavar="HOME",
+        nargs="?",
+        default="studio",
+        help="folder of the scenes and runs; it is made where it is missing (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=int, help="port on this machine (default: 8765, or any free one)")
+    parser.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
+    parser.add_argument("--job", metavar="DIR", help=argparse.SUPPRESS)  # how the studio starts its own processes
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the page until Ctrl+C; or run one job of it."""
+    if args.job:
+        from bas.cli.entry import attempt
+        from bas.web.studio.worker import work
+
+        sys.exit(work(Path(args.job), attempt))
+    if any(importlib.util.find_spec(name) is None for name in NEEDED):
+        raise InputError(
+            "the studio needs two small packages: pip install 'bas[studio]', or pip install starlette uvicorn"
+        )
+    from bas.web.studio.serve import run_until_interrupted
+
+    run_until_interrupted(Path(args.home), args.port, not args.no_browser)

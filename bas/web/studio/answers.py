@@ -1,0 +1,259 @@
+"""What each address of the studio answers. The work is done by the other files of this folder."""
+
+import io
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from bas import __version__
+from bas.io.images import read_image
+from bas.pretrained.hub import find
+from bas.runtime.device import pick_device
+from bas.web.studio import forms, jobs, runs, scenes, tasks
+from bas.web.studio.app import Ask
+from bas.web.studio.refusal import Refusal
+from bas.web.studio.store import JOBS, RUNS, SCENES, text_of
+from bas.web.studio.zips import files_below, zipped
+
+KEPT = {"cache-control": "private, max-age=31536000, immutable"}  # of what its address names exactly
+THUMB = 320  # pixels of the longer side of a picture in a gallery
+LATEST = 30  # jobs that the page is told of
+INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+EXAMPLE = "playroom"
+
+
+def about(ask: Ask) -> dict[str, Any]:
+    """What this is, and what is here."""
+    device = str(pick_device(None))
+    return {"version": __version__, "home": str(ask.home.folder), "device": device, "bases": forms.bases()}
+
+
+def state(ask: Ask) -> dict[str, Any]:
+    """All scenes, runs and jobs, in short. The page asks for it again and again, so nothing can be missed."""
+    ask.lane.tick()
+    found = [job for folder in reversed(ask.lane.folders()[-200:]) if (job := jobs.describe(folder))]
+    trained_by: dict[str, dict] = {}
+    for job in found:
+        if job["kind"] == "train":
+            trained_by.setdefault(job["name"], job)
+    summaries = [runs.summary(ask.home.folder / RUNS / name, trained_by) for name in ask.home.names(RUNS)]
+    return {
+        "scenes": [scene_summary(ask.home.folder / SCENES / name) for name in ask.home.names(SCENES)],
+        "runs": [run for run in summaries if run],
+        "jobs": found[:LATEST],
+    }
+
+
+def scene_summary(folder: Path) -> dict[str, Any]:
+    """A scene in short, read again only if its folder has changed."""
+    return _summary(folder, scenes.version(folder))
+
+
+@lru_cache(maxsize=1024)
+def _summary(folder: Path, _version: str) -> dict[str, Any]:
+    return scenes.summary(folder)
+
+
+# --- Scenes -------------------------------------------------------------------------------------------------------
+
+
+def _scene(ask: Ask) -> Path:
+    return ask.home.find(SCENES, ask.path["scene"])
+
+
+def add_scene(ask: Ask) -> dict[str, Any]:
+    """A photograph comes in."""
+    name = scenes.add_photo(ask.home, ask.query.get("name", "photograph"), ask.body)
+    return scenes.facts(scenes.open_scene(ask.home.folder / SCENES / name))
+
+
+def add_example(ask: Ask) -> dict[str, Any]:
+    """The scene that ships with bas, to try everything on."""
+    name = ask.home.free_name(SCENES, EXAMPLE)
+    shutil.copytree(find(None) / "scenes" / EXAMPLE, ask.home.folder / SCENES / name)
+    return scenes.facts(scenes.open_scene(ask.home.folder / SCENES / name))
+
+
+def get_scene(ask: Ask) -> dict[str, Any]:
+    """A scene without its pixels."""
+    return scenes.facts(scenes.open_scene(_scene(ask)))
+
+
+def name_concepts(ask: Ask) -> dict[str, Any]:
+    """Names, order, new and removed concepts."""
+    return scenes.facts(scenes.put_concepts(_scene(ask), ask.json.get("concepts"), ask.expected))
+
+
+def delete_scene(ask: Ask) -> dict[str, Any]:
+    """To the trash."""
+    ask.home.trash(_scene(ask))
+    return {}
+
+
+def view_photo(ask: Ask) -> Response:
+    """The photograph, or a part of it."""
+    folder, box = _scene(ask), None
+    if "box" in ask.query:
+        try:
+            left, top, right, bottom = map(float, ask.query["box"].split(","))
+        except ValueError:
+            raise Refusal(400, "a box is left,top,right,bottom", "bad", "box") from None
+        box = left, top, right, bottom
+    changed = scenes.open_scene(folder).draft.image_path.stat().st_mtime_ns
+    data, kind = scenes.view(folder, changed, ask.number("side", scenes.VIEW), box)
+    return Response(data, media_type=kind, headers=KEPT if "v" in ask.query else None)
+
+
+def get_mask(ask: Ask) -> Response:
+    """A mask as squares."""
+    return Response(scenes.mask_tiles(_scene(ask), ask.number("number")), media_type="application/octet-stream")
+
+
+def put_mask(ask: Ask) -> dict[str, Any]:
+    """The squares that a stroke has changed."""
+    return scenes.facts(scenes.put_tiles(_scene(ask), ask.number("number"), ask.body, ask.expected))
+
+
+def check_masks(ask: Ask) -> dict[str, Any]:
+    """What the losses will see."""
+    return forms.check(ask.home, ask.json)
+
+
+# --- Jobs ---------------------------------------------------------------------------------------------------------
+
+
+def list_settings(ask: Ask) -> dict[str, Any]:
+    """The forms of training and of drawing."""
+    return {"train": forms.fields(forms.base_of(ask.query)), "sample": forms.sampling_fields()}
+
+
+def plan_training(ask: Ask) -> dict[str, Any]:
+    """What a training would take."""
+    return forms.plan(ask.home, ask.json)
+
+
+def add_job(ask: Ask) -> dict[str, Any]:
+    """Something to do: it waits for its turn, or starts at once."""
+    job = tasks.ask(ask.home, ask.json)
+    ask.lane.tick()
+    return jobs.describe(ask.home.folder / JOBS / job) or {}
+
+
+def stop_job(ask: Ask) -> dict[str, Any]:
+    """Stop, with its state saved, or at once."""
+    folder = ask.home.find(JOBS, ask.path["job"])
+    jobs.stop(folder, text_of(ask.json, "how"))
+    return jobs.describe(folder) or {}
+
+
+def read_log(ask: Ask) -> dict[str, Any]:
+    """The end of what a job has printed, and its command."""
+    folder = ask.home.find(JOBS, ask.path["job"])
+    command = jobs.read_json(folder / jobs.JOB).get("command", [])
+    return {"text": jobs.tail(folder / jobs.LOG), "command": forms.as_command([str(word) for word in command])}
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------------
+
+
+def _run(ask: Ask) -> Path:
+    return ask.home.find(RUNS, ask.path["run"])
+
+
+def get_run(ask: Ask) -> dict[str, Any]:
+    """The previews of a run."""
+    return {"previews": runs.previews(_run(ask))}
+
+
+def get_metrics(ask: Ask) -> dict[str, Any]:
+    """The curves of a run."""
+    return runs.metrics(_run(ask))
+
+
+def delete_run(ask: Ask) -> dict[str, Any]:
+    """To the trash. Refusal while something is done with it."""
+    run = _run(ask)
+    busy = [job for folder in ask.lane.folders() if (job := jobs.describe(folder)) and job["state"] in jobs.ALIVE]
+    if any(job["name"] == run.name for job in busy):
+        raise Refusal(409, "this run is at work: stop it first", "running")
+    ask.home.trash(run)
+    return {}
+
+
+def list_pictures(ask: Ask) -> dict[str, Any]:
+    """What was drawn and edited with a run, newest first."""
+    return {name: runs.pictures(_run(ask), name) for name in (runs.DRAWN, runs.EDITED)}
+
+
+def mark_picture(ask: Ask) -> dict[str, Any]:
+    """A favourite."""
+    run, file = _run(ask), text_of(ask.json, "file")
+    runs.run_file(run, file)
+    runs.mark(run, file, bool(ask.json.get("star")))
+    return {}
+
+
+def delete_picture(ask: Ask) -> dict[str, Any]:
+    """To the trash."""
+    file = text_of(ask.json, "file")
+    if file.partition("/")[0] not in (runs.DRAWN, runs.EDITED):
+        raise Refusal(403, "only pictures are deleted here", "bad")
+    ask.home.trash(runs.run_file(_run(ask), file))
+    return {}
+
+
+def get_file(ask: Ask) -> Response:
+    """A file of a run: images are shown, others are saved."""
+    path = runs.run_file(_run(ask), ask.path["file"])
+    kind = INLINE.get(path.suffix.lower())
+    if kind and "download" not in ask.query:
+        return FileResponse(path, media_type=kind)
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+
+def get_thumb(ask: Ask) -> Response:
+    """A picture, small."""
+    path = runs.run_file(_run(ask), ask.path["file"])
+    if path.suffix.lower() not in INLINE:
+        raise Refusal(404, "this file is no picture", "missing")
+    data, kind = _thumb(path, path.stat().st_mtime_ns)
+    return Response(data, media_type=kind, headers=KEPT if "v" in ask.query else None)
+
+
+@lru_cache(maxsize=2048)
+def _thumb(path: Path, _changed: int) -> tuple[bytes, str]:
+    with Image.open(path) as image:
+        if max(image.size) <= THUMB:
+            return path.read_bytes(), INLINE[path.suffix.lower()]
+    small = read_image(path)
+    small.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue(), "image/webp"
+
+
+def list_exports(ask: Ask) -> list[dict[str, Any]]:
+    """In which forms a run can be taken away."""
+    return tasks.exports(_run(ask))
+
+
+def zip_run(ask: Ask) -> Response:
+    """The run itself, its scene, or one of its exports, as a zip."""
+    run, what = _run(ask), ask.query.get("what", "")
+    folders = {"run": run, "scene": run / "scene", **{form: run / runs.EXPORTS / form for form in tasks.FORMS}}
+    if what not in folders or not folders[what].is_dir():
+        raise Refusal(404, "there is nothing to take away", "missing")
+    leave_out = {runs.DRAWN, runs.EDITED, runs.EXPORTS, "checkpoints", "previews"} if what == "run" else set()
+    files = files_below(folders[what], leave_out)
+    name = run.name if what == "run" else f"{run.name}-{what}"
+    named = {"content-disposition": f'attachment; filename="{name.encode("ascii", "replace").decode()}.zip"'}
+    return StreamingResponse(zipped(folders[what], files), media_type="application/zip", headers=named)
+
+
+def compare_runs(ask: Ask) -> dict[str, Any]:
+    """Runs side by side."""
+    return runs.compare(ask.home, [name for name in ask.query.get("runs", "").split("|") if name])

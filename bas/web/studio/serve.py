@@ -1,0 +1,91 @@
+"""The studio's server: one for each HOME, on loopback, until Ctrl+C. It ends at once; jobs go on."""
+
+import importlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import webbrowser
+from pathlib import Path
+
+import uvicorn
+from filelock import FileLock, Timeout
+
+from bas.errors import InputError
+from bas.web.studio.app import build
+from bas.web.studio.guard import Guard
+from bas.web.studio.jobs import Lane
+from bas.web.studio.store import Home
+
+log = logging.getLogger(__name__)
+
+PORT = 8765  # if it is free, so that a bookmark stays right
+SERVING = ".serving"  # held while a studio serves HOME
+TICK = 0.5  # seconds between two looks at the queue
+
+
+def serve(folder: Path, port: int | None, browser: bool) -> None:
+    """Serve one HOME. InputError where it, or the port, cannot be used."""
+    home = Home(folder)
+    home.make()
+    lock = FileLock(home.folder / SERVING)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"a studio serves {home.folder} already: open its address, or name another folder") from None
+    with bound(port) as place:
+        number = place.getsockname()[1]
+        lane = Lane(home)
+        holder: list[uvicorn.Server] = []
+        guard = Guard(build(home, lane, lambda: setattr(holder[0], "should_exit", True)), home.token(), number)
+        options = {"log_level": "error", "access_log": False, "server_header": False, "lifespan": "off"}
+        server = uvicorn.Server(uvicorn.Config(guard, timeout_graceful_shutdown=2, **options))
+        holder.append(server)
+        print(f"Open http://127.0.0.1:{number}/{home.token()}/ in a browser on this machine.", flush=True)
+        print(f"All work is in {home.folder}. Ctrl+C ends the page; a training goes on.", flush=True)
+        threading.Thread(target=keep_going, args=(lane, server), daemon=True).start()
+        if browser:
+            address = f"http://127.0.0.1:{number}/open/{guard.opening_code()}"
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        server.run(sockets=[place])
+    lock.release()
+
+
+def bound(port: int | None) -> socket.socket:
+    """A socket on loopback: the port that is asked for, else the usual one if it is free, else any."""
+    problem: Exception | None = None
+    for wanted in (port,) if port is not None else (PORT, 0):
+        place = socket.socket()
+        if os.name == "posix":
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind(("127.0.0.1", wanted))
+        except (OSError, OverflowError) as error:
+            place.close()
+            problem = error
+        else:
+            return place
+    raise InputError(f"--port {port} cannot be used: {problem}")
+
+
+def keep_going(lane: Lane, server: uvicorn.Server) -> None:
+    """Load what the answers need once the page can be asked for, then start the jobs that wait, one after another."""
+    while not server.started:
+        time.sleep(0.02)
+    importlib.import_module("bas.web.studio.answers")
+    while True:
+        try:
+            lane.tick()
+        except OSError as error:
+            log.warning("the queue cannot be read: %s", error)
+        time.sleep(TICK)
+
+
+def run_until_interrupted(folder: Path, port: int | None, browser: bool) -> None:
+    """Serve until Ctrl+C, which is no error."""
+    try:
+        serve(folder, port, browser)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,213 @@
+"""What a job of each kind is: the checks before it is put into the queue, and the words of its command.
+
+Every job is a command of bas with checked settings, so its result is that of the same line in a terminal.
+"""
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bas.config import EditConfig, SampleConfig
+from bas.errors import InputError
+from bas.io.images import image_size, read_image, to_floats
+from bas.io.json_files import read_json
+from bas.io.run_files import CONCEPTS, SETTINGS, TUNED, read_settings
+from bas.io.settings_file import CONFIG
+from bas.models.bundle import ModelSpec
+from bas.pretrained.exports import plan_export
+from bas.pretrained.folder import read_spec
+from bas.pretrained.lora_files import FORMATS
+from bas.sampling.blended_diffusion import Region, check_edit
+from bas.sampling.layout import check_box
+from bas.sampling.sampler import check_request
+from bas.training.setup import check_input
+from bas.web.studio import jobs, runs
+from bas.web.studio.forms import SAMPLING, as_flags, config_of
+from bas.web.studio.refusal import Refusal
+from bas.web.studio.scenes import open_scene
+from bas.web.studio.store import JOBS, RUNS, SCENES, Home, stamp, text_of
+from bas.web.studio.tiles import lay, unpack
+
+EDITING = (*SAMPLING[:-2], "blending_start_percentage")
+LAYOUT, MASK, IMAGE = "layout.json", "mask.png", "image.png"
+
+
+def ask(home: Home, body: dict) -> str:
+    """Check what a request asks for and put it into the queue. -> the job's name"""
+    kind = body.get("kind")
+    if kind not in KINDS:
+        raise Refusal(400, f"kind is one of {', '.join(KINDS)}", "bad", "kind")
+    return KINDS[kind](home, body)
+
+
+def train(home: Home, body: dict) -> str:
+    """A training of a scene into a new run."""
+    config, words = config_of(home, body)
+    check_input(config)
+    asked = {"scene": body["scene"], "base": body.get("base"), "settings": body.get("settings") or {}}
+    name = Path(config.output_dir).name
+    Path(config.output_dir).mkdir()  # the name is taken from here on
+    return jobs.make(home, "train", name, words, asked, {})
+
+
+def resume(home: Home, body: dict) -> str:
+    """Go on with a training that was stopped, failed or lost, from its last checkpoint."""
+    run = home.find(RUNS, text_of(body, "run"))
+    if (run / CONCEPTS).exists():
+        raise Refusal(409, "this run is finished", "ended")
+    busy = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job and job["name"] == run.name]
+    if any(job["kind"] == "train" and job["state"] in jobs.ALIVE for job in busy):
+        raise Refusal(409, "this run is being trained already", "running")
+    asked = {"run": run.name, "resume": True}
+    if not (run / SETTINGS).is_file():
+        first = next((job for job in busy if job["kind"] == "train"), None)
+        if first is None:
+            raise Refusal(409, "this run has no settings to go on with", "missing")
+        words = read_json(home.folder / JOBS / first["id"] / jobs.JOB)["command"]
+        return jobs.make(home, "train", run.name, words, asked, {})
+    scene = read_settings(run)["config"]["instance_data_dir"]
+    words = ["train", scene, "--config", str(run / CONFIG), "--output_dir", str(run)]
+    return jobs.make(home, "train", run.name, [*words, "--resume_from_checkpoint", "latest"], asked, {})
+
+
+def finished(home: Home, body: dict) -> Path:
+    """The run that a request names. Refusal for one that is still trained."""
+    run = home.find(RUNS, text_of(body, "run"))
+    if not (run / CONCEPTS).is_file():
+        raise Refusal(409, "this run is not finished: let it train to its end first", "unfinished")
+    return run
+
+
+def settings_of(body: dict, names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of a request. Refusal for others than these names."""
+    settings = body.get("settings") or {}
+    if not isinstance(settings, dict) or not settings.keys() <= {*names}:
+        raise Refusal(400, "a setting is not one of the form", "bad")
+    return settings
+
+
+def sample(home: Home, body: dict) -> str:
+    """Images from a prompt, with a box for each handle if any are given."""
+    run, prompt, settings = finished(home, body), text_of(body, "prompt").strip(), settings_of(body, SAMPLING)
+    if not prompt:
+        raise Refusal(422, "write what to draw, with a handle in it", "prompt", "prompt")
+    config, spec, boxes = SampleConfig(**settings), read_spec(run), body.get("boxes") or {}
+    check_request(spec, [prompt], config)
+    files, more = {}, []
+    if boxes:
+        check_boxes(spec, prompt, boxes)
+        files[LAYOUT] = json.dumps(boxes).encode()
+        more = ["--layout={job}/" + LAYOUT]
+    target = run / runs.DRAWN / f"{stamp()}.png"
+    words = ["sample", str(run), f"--prompt={prompt}", f"--output_path={target}"]
+    asked = {"prompt": prompt, "settings": settings, "boxes": boxes}
+    return jobs.make(home, "sample", run.name, [*words, *as_flags(SampleConfig, settings), *more], asked, files)
+
+
+def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:
+    """Check boxes by handle, in shares of the image. Refusal or InputError for what is wrong."""
+    if not isinstance(boxes, dict):
+        raise Refusal(400, "boxes are given by handle", "bad", "boxes")
+    for handle, box in boxes.items():
+        if handle not in spec.handles or handle not in prompt:
+            raise Refusal(422, f"{handle} has a box, but is not in the prompt", "boxes", "boxes")
+        check_box(handle, box)
+
+
+def edit(home: Home, body: dict) -> str:
+    """Change a painted region of a photograph or a picture."""
+    run, prompt, settings = finished(home, body), text_of(body, "prompt").strip(), settings_of(body, EDITING)
+    source = edited_image(home, body)
+    config, image = EditConfig(**settings), read_image(source)
+    try:
+        data = base64.b64decode(text_of(body, "mask", 2**22), validate=True)
+    except binascii.Error:
+        raise Refusal(400, "the mask is not in base64", "bad", "mask") from None
+    mask = np.zeros((image.height, image.width), np.uint8)
+    lay(mask, unpack(data, image.size))
+    if not mask.any():
+        raise Refusal(422, "nothing is painted: paint what may change", "mask", "mask")
+    if not prompt:
+        raise Refusal(422, "write what to put there, with a handle in it", "prompt", "prompt")
+    check_edit(read_spec(run), image, [Region(to_floats(mask), prompt)], config)
+    files = {MASK: png(mask), IMAGE: source.read_bytes()}
+    target = run / runs.EDITED / f"{stamp()}.png"
+    words = ["edit", str(run), "--init_image={job}/" + IMAGE, "--mask={job}/" + MASK]
+    words += [f"--prompt={prompt}", f"--output_path={target}", *as_flags(EditConfig, settings)]
+    return jobs.make(home, "edit", run.name, words, {"prompt": prompt, "settings": settings}, files)
+
+
+def edited_image(home: Home, body: dict) -> Path:
+    """The file of the image to edit: a scene's photograph, or a picture of a run."""
+    if body.get("scene") is not None:
+        return open_scene(home.find(SCENES, text_of(body, "scene"))).draft.image_path
+    path = runs.run_file(home.find(RUNS, text_of(body, "of")), text_of(body, "file"))
+    if path.suffix not in runs.SHOWN or image_size(path) == (0, 0):
+        raise Refusal(422, "this file is no image", "image")
+    return path
+
+
+def png(mask: np.ndarray) -> bytes:
+    """A mask (H, W), uint8, as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# --- Taking away --------------------------------------------------------------------------------------------------
+
+FORMS = ("single", *FORMATS)
+OPENED_BY = {
+    "single": "the whole model as one file: ComfyUI, A1111, Forge, InvokeAI, diffusers",
+    "kohya": "a LoRA and an embedding for each handle: ComfyUI, A1111, Forge, InvokeAI",
+    "peft": "a LoRA as diffusers names it, and an embedding for each handle",
+}
+
+
+def export_target(run: Path, form: str) -> Path:
+    """The main file of an export."""
+    return run / runs.EXPORTS / form / f"{run.name.replace(' ', '_')}.safetensors"
+
+
+def exports(run: Path) -> list[dict[str, Any]]:
+    """For each form of export whether the run can have it, or why not, and the files that are there already."""
+    found = []
+    for form in FORMS:
+        target, problem = export_target(run, form), None
+        try:
+            plan_export(run, target, form, "")
+        except InputError as error:
+            problem = str(error).replace(f"{run} ", "this run ").replace(str(target), target.name)
+        there = sorted(path for path in target.parent.glob("*") if path.is_file()) if target.is_file() else []
+        files = [{"file": path.relative_to(run).as_posix(), "bytes": path.stat().st_size} for path in there]
+        found.append({"form": form, "about": OPENED_BY[form], "problem": problem, "files": files})
+    return found
+
+
+def export(home: Home, body: dict) -> str:
+    """The run in a form that other programs open."""
+    run, form = finished(home, body), body.get("form")
+    if form not in FORMS:
+        raise Refusal(400, f"form is one of {', '.join(FORMS)}", "bad", "form")
+    target = export_target(run, form)
+    plan_export(run, target, form, "")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    precision = ["--save_precision", "fp16"] if (run / TUNED).is_file() else []
+    words = ["export", str(run), str(target), "--format", form, *precision]
+    return jobs.make(home, "export", run.name, words, {"form": form}, {})
+
+
+KINDS: dict[str, Callable[[Home, dict], str]] = {
+    "train": train,
+    "resume": resume,
+    "sample": sample,
+    "edit": edit,
+    "export": export,
+}
