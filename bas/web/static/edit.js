@@ -1,0 +1,76 @@
+// Edit: paint a region of a photograph or a picture, and say what shall be there.
+import { Away, get, send, fileOf, address } from "./api.js";
+import { button, h, link, problem, put, speak } from "./dom.js";
+import { chooseRun, finished, gallery, jobLine, promptField, settingsForm, withoutRun } from "./draw.js";
+import { Painter } from "./masks.js";
+import { Mask } from "./tiles.js";
+
+export async function open(main, [name, source], studio) {
+  const run = finished(studio, name ?? studio.state.runs.find((each) => each.state === "done")?.name);
+  if (!run) return withoutRun(main, "Edit", name ? `${name} is not trained to its end yet` : "Nothing is trained yet");
+  const scenes = studio.state.scenes.filter((scene) => !scene.problem);
+  const from = source?.startsWith("scene:") ? { scene: source.slice(6) } : source ? { of: run.name, file: source } : scenes[0] ? { scene: scenes.find((each) => each.name === run.scene)?.name ?? scenes[0].name } : null;
+  const fields = (await get("settings")).sample.filter((field) => !["height", "width"].includes(field.name));
+  fields.push({ name: "blending_start_percentage", kind: "float", help: "share of the steps to leave out: a larger share keeps more of the picture", default: 0.25, least: 0, most: 0.99, optional: false, choices: [] });
+  const prompt = promptField(run, `edit ${run.name}`, `a photo of ${run.handles[0]}`), form = settingsForm(fields, `editing ${run.name}`, ["num_images", "seed"]);
+  const work = h("div", {}), notices = h("div", {}), start = button("Edit", go, { class: "main large", id: "edit" });
+  let mask = null, busy = "";
+  const painter = new Painter("The picture to edit", {
+    target: () => mask && { mask },
+    layers: () => (mask ? [{ mask, colour: [86, 180, 233], strength: 1 }] : []),
+    changed() { start.disabled = !mask.share(); hint.textContent = mask.share() ? "" : "Paint what may change. All else stays as it is, to the pixel."; },
+  });
+  const hint = h("p", { class: "quiet" }, "Paint what may change. All else stays as it is, to the pixel.");
+  const shown = gallery(run, "edits", (picture) => [link("Go on from this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })]);
+  const choices = [...scenes.map((scene) => [`scene:${scene.name}`, `photograph of ${scene.name}`]), ...(source && !source.startsWith("scene:") ? [[source, source]] : [])];
+  const pick = h("label", { class: "row" }, h("span", {}, "Picture"), h("select", { id: "source", onchange: (event) => studio.go("edit", run.name, event.target.value) },
+    choices.map(([value, text]) => h("option", { value, selected: value === (source ?? `scene:${from?.scene}`) }, text))));
+  put(main, h("header", { class: "row" }, h("h1", {}, "Edit"), chooseRun("edit", run.name, studio), pick),
+    from ? h("div", { class: "columns editing" }, h("section", { class: "paint" }, painter.bar, painter.stage.root),
+      h("section", { class: "stack" }, hint, prompt.box, form.box, notices, start, work, shown.detail, shown.grid))
+      : h("div", { class: "empty" }, h("p", { class: "large" }, "No picture to edit"), link("Bring a photograph", "#/home", { class: "button main" })));
+  start.disabled = true;
+  if (!from) return {};
+  const url = from.scene ? `api/${address("scenes", from.scene)}/view?v=${Date.now()}` : fileOf(run.name, from.file);
+  const size = from.scene ? await get(address("scenes", from.scene)) : await measure(url);
+  mask = new Mask(size.width, size.height);
+  painter.load(url, size.width, size.height);
+
+  function measure(address) {
+    return new Promise((done, failed) => {
+      const image = new Image();
+      image.onload = () => done({ width: image.naturalWidth, height: image.naturalHeight });
+      image.onerror = () => failed(new Error("the picture is not here any more"));
+      image.src = address;
+    });
+  }
+
+  async function go() {
+    if (start.disabled) return;
+    start.disabled = true;
+    put(notices);
+    try {
+      const data = await mask.pack([...mask.tiles.keys()]);
+      const text = btoa(Array.from(data, (byte) => String.fromCharCode(byte)).join(""));
+      await send("POST", "jobs", { kind: "edit", run: run.name, ...from, prompt: prompt.field.value, settings: form.values, mask: text });
+      speak("Editing");
+      await studio.refresh();
+    } catch (error) { put(notices, problem("This cannot be edited", error.message)); }
+    start.disabled = false;
+  }
+
+  return {
+    update(state) {
+      const text = JSON.stringify(state.jobs.filter((job) => job.name === run.name));
+      if (text === busy) return;
+      busy = text;
+      put(work, jobLine(state, run.name, "edit"));
+      shown.renew().catch((error) => { if (!(error instanceof Away)) put(notices, problem("The results cannot be read", error.message)); });
+    },
+    key(event, typing) {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) go();
+      else painter.key(event, typing);
+    },
+    leave() { painter.stage.close(); },
+  };
+}

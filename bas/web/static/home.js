@@ -1,0 +1,107 @@
+// Home: bring photographs; scenes and runs.
+import { address, send, thumbOf, upload } from "./api.js";
+import { button, duration, h, link, plural, problem, progress, put, speak } from "./dom.js";
+
+export const STATES = {
+  done: "done", running: "training", waiting: "in the queue", stopped: "stopped", failed: "failed", refused: "not started",
+  lost: "ended without a word", unfinished: "unfinished", elsewhere: "training in a terminal", damaged: "damaged",
+};
+
+export async function open(main, _rest, studio) {
+  const notices = h("div", { class: "stack" }), scenes = h("div", { class: "cards" }), runs = h("div", { class: "cards" });
+  const files = h("input", { type: "file", accept: "image/*,.heic,.heif,.tif,.tiff", multiple: true, class: "unseen", tabIndex: -1, "aria-hidden": "true", id: "files" });
+  files.addEventListener("change", () => { bring([...files.files]); files.value = ""; });
+  const drop = h("section", { class: "drop", "aria-label": "Bring photographs" },
+    h("p", { class: "large" }, "Drop a photograph here"),
+    h("p", { class: "row centre" }, button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
+      button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" })),
+    h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."), files);
+  put(main, h("h1", {}, "Home"), drop, notices, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs);
+
+  for (const kind of ["dragenter", "dragover"]) main.addEventListener(kind, over);
+  main.addEventListener("dragleave", out);
+  main.addEventListener("drop", dropped);
+  addEventListener("paste", pasted);
+  function over(event) { event.preventDefault(); drop.classList.add("over"); }
+  function out(event) { if (!main.contains(event.relatedTarget)) drop.classList.remove("over"); }
+  function dropped(event) { event.preventDefault(); drop.classList.remove("over"); bring([...event.dataTransfer.files]); }
+  function pasted(event) {
+    const found = [...(event.clipboardData?.files ?? [])];
+    if (found.length) bring(found);
+  }
+
+  async function bring(list) {
+    let made = null;
+    for (const file of list) {
+      const bar = h("p", { class: "row" }, `Reading ${file.name} …`), line = h("div", { class: "card" }, bar);
+      notices.append(line);
+      try {
+        made = await upload(file, file.name.replace(/\.[^.]*$/, ""), (done, total) => put(bar, `Bringing ${file.name} `, progress(done, total, file.name)));
+        line.remove();
+      } catch (error) {
+        line.replaceWith(problem(`${file.name} cannot be used`, error.message, button("Close", (event) => event.target.closest(".card").remove())));
+      }
+    }
+    if (made && list.length === 1) studio.go("masks", made.name);
+    else studio.refresh();
+  }
+
+  async function example() {
+    try {
+      const made = await send("POST", "example");
+      studio.go("masks", made.name);
+    } catch (error) { notices.append(problem("The playroom cannot be opened", error.message)); }
+  }
+
+  async function remove(kind, name) {
+    if (!confirm(`Move the ${kind} ${name} to the trash? It stays in the folder trash until you empty that.`)) return;
+    try {
+      await send("DELETE", address(`${kind}s`, name));
+      speak(`${name} is in the trash`);
+      studio.refresh();
+    } catch (error) { notices.append(problem(`${name} cannot be deleted`, error.message)); }
+  }
+
+  function sceneCard(scene) {
+    const to = encodeURIComponent(scene.name);
+    if (scene.problem) {
+      return h("article", { class: "card bad" }, h("h3", {}, scene.name), h("p", {}, scene.problem),
+        button("Delete", () => remove("scene", scene.name)));
+    }
+    const ready = scene.concepts > 0 && scene.painted === scene.concepts;
+    const state = ready ? `${plural(scene.concepts, "concept")}, ready to train` : scene.concepts ? `${scene.painted} of ${scene.concepts} painted` : "nothing painted yet";
+    return h("article", { class: "card scene" },
+      link([h("img", { src: `api/scenes/${to}/view?side=320&v=${scene.version}`, alt: "", loading: "lazy" })], `#/masks/${to}`, { class: "picture", tabIndex: -1, "aria-hidden": "true" }),
+      h("h3", {}, scene.name), h("p", { class: ready ? "good" : "quiet" }, state),
+      h("p", { class: "row" }, link(ready ? "Train" : "Paint", `#/${ready ? "train" : "masks"}/${to}`, { class: "button main", "aria-label": `${ready ? "Train" : "Paint"} ${scene.name}` }),
+        ready && link("Masks", `#/masks/${to}`, { class: "button", "aria-label": `Masks of ${scene.name}` }),
+        button("Delete", () => remove("scene", scene.name), { class: "plain", "aria-label": `Delete ${scene.name}` })));
+  }
+
+  function runCard(run) {
+    const to = encodeURIComponent(run.name), busy = ["running", "waiting", "elsewhere"].includes(run.state), done = run.state === "done";
+    const left = run.progress?.left;
+    return h("article", { class: `card run ${["failed", "lost", "refused", "damaged"].includes(run.state) ? "bad" : ""}` },
+      run.cover && link([h("img", { src: thumbOf(run.name, run.cover), alt: "", loading: "lazy" })], `#/${done ? "draw" : "watch"}/${to}`, { class: "picture", tabIndex: -1, "aria-hidden": "true" }),
+      h("h3", {}, run.name),
+      busy ? [progress(run.done, run.total, `Training of ${run.name}`), h("p", { class: "number" }, `${run.done}/${run.total ?? "?"}${left ? `, ${duration(left)} left` : ""}`)]
+        : h("p", { class: done ? "good" : "quiet" }, `${STATES[run.state]}${done ? `, ${plural(run.pictures, "picture")}` : run.total ? ` after ${run.done} of ${run.total} steps` : ""}`),
+      run.problem && h("p", {}, run.problem),
+      h("p", { class: "row" }, link(done ? "Draw" : "Watch", `#/${done ? "draw" : "watch"}/${to}`, { class: "button main", "aria-label": `${done ? "Draw with" : "Watch"} ${run.name}` }),
+        done && link("Take away", `#/runs/${to}`, { class: "button", "aria-label": `Take ${run.name} away` }),
+        !busy && button("Delete", () => remove("run", run.name), { class: "plain", "aria-label": `Delete ${run.name}` })));
+  }
+
+  return {
+    update(state) {
+      put(scenes, state.scenes.length ? state.scenes.map(sceneCard) : h("p", { class: "quiet" }, "No scene yet. A scene is a photograph with a mask for each thing."));
+      put(runs, state.runs.length ? state.runs.map(runCard) : h("p", { class: "quiet" }, "No run yet. A run is what training makes of a scene."));
+    },
+    leave() {
+      removeEventListener("paste", pasted);
+      for (const kind of ["dragenter", "dragover"]) main.removeEventListener(kind, over);
+      main.removeEventListener("dragleave", out);
+      main.removeEventListener("drop", dropped);
+    },
+  };
+}

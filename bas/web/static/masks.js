@@ -1,0 +1,392 @@
+// Masks: paint each concept, name it; every stroke is saved.
+import { Away, Refused, address, ask, get, send } from "./api.js";
+import { button, h, labelled, link, percent, problem, put, remember, remembered, speak } from "./dom.js";
+import { History, Stage } from "./stage.js";
+import { Mask } from "./tiles.js";
+
+const REST = 250;  // milliseconds after a stroke before it is sent
+
+export const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+
+// Brush, eraser and fill on a stage: shared by Masks and Edit.
+export class Painter {
+  // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change
+  constructor(name, { target, layers, changed }) {
+    Object.assign(this, { target, changed, tool: "brush", size: remembered("brush", 45), history: new History() });
+    this.stage = new Stage(name, {
+      layers,
+      brush: () => (this.tool === "fill" ? 0 : this.diameter()),
+      zoomed: (scale) => { this.zoomText.textContent = `${Math.round(100 * scale)} %`; },
+      begin: (x, y) => this.begin(x, y),
+      move: (x, y) => this.move(x, y),
+      end: () => this.end(),
+      cancel: () => this.cancel(),
+    });
+    this.zoomText = h("output", { class: "number" });
+    this.tools = Object.entries({ brush: "Brush", eraser: "Eraser", fill: "Fill" }).map(([key, text]) =>
+      button(text, () => this.choose(key), { "data-tool": key, title: `${text} (${key[0]})${key === "fill" ? ": fills the inside of an outline" : ""}` }));
+    this.range = h("input", { type: "range", min: 0, max: 100, value: this.size, "aria-label": "Size of the brush" });
+    this.sizeText = h("output", { class: "number" });
+    this.range.addEventListener("input", () => this.resize(Number(this.range.value)));
+    this.undoButton = button("Undo", () => this.undo(true), { title: "Undo (Ctrl+Z)" });
+    this.redoButton = button("Redo", () => this.undo(false), { title: "Redo (Ctrl+Shift+Z)" });
+    this.see = h("input", { type: "range", min: 10, max: 100, value: 50, "aria-label": "How strong the masks are shown" });
+    this.see.addEventListener("input", () => { this.stage.opacity = this.see.value / 100; this.stage.draw(); });
+    this.bar = h("div", { class: "tools", role: "toolbar", "aria-label": "Painting" },
+      h("div", { class: "group" }, this.tools),
+      h("label", { class: "group" }, "Size", this.range, this.sizeText),
+      h("div", { class: "group" }, this.undoButton, this.redoButton),
+      h("div", { class: "group" }, button("−", () => this.stage.zoom(0.8), { "aria-label": "Zoom out", title: "Zoom out (−)" }), this.zoomText,
+        button("+", () => this.stage.zoom(1.25), { "aria-label": "Zoom in", title: "Zoom in (+)" }), button("Fit", () => this.stage.fit(), { title: "Fit the window (0)" })),
+      h("label", { class: "group wide-only" }, "Masks", this.see));
+    this.choose("brush");
+  }
+
+  load(source, width, height) {
+    this.stage.load(source, width, height);
+    this.resize(this.size);
+    this.show();
+  }
+
+  diameter() {  // from 1 pixel to half of the longer side, finer at the small end
+    return Math.max(1, Math.round(Math.max(this.stage.width, this.stage.height) / 2 * (this.size / 100) ** 2.5));
+  }
+
+  resize(size) {
+    this.size = Math.min(100, Math.max(0, size));
+    this.range.value = this.size;
+    this.sizeText.textContent = `${this.diameter()} px`;
+    remember("brush", this.size);
+    this.stage.showRing();
+  }
+
+  choose(tool) {
+    this.tool = tool;
+    for (const each of this.tools) each.setAttribute("aria-pressed", each.dataset.tool === tool);
+    this.stage.showRing();
+  }
+
+  begin(x, y) {
+    const target = this.target();
+    if (!target) return;
+    this.stroke = { mask: target.mask, saved: new Map(), last: [x, y] };
+    if (this.tool === "fill") {
+      const box = target.mask.fill(Math.floor(x), Math.floor(y), this.stroke.saved);
+      this.stage.draw(box ?? undefined);
+    } else this.move(x, y);
+  }
+
+  move(x, y) {
+    if (!this.stroke || this.tool === "fill") return;
+    const { mask, saved, last } = this.stroke;
+    const box = mask.stroke(...last, x, y, this.diameter() / 2, this.tool === "eraser", saved);
+    this.stroke.last = [x, y];
+    this.stage.draw(box);
+  }
+
+  end() {
+    const { mask, saved } = this.stroke ?? {};
+    this.stroke = null;
+    if (!saved?.size) return;
+    this.history.add(mask, saved);
+    this.show();
+    this.changed(mask, [...saved.keys()]);
+  }
+
+  cancel() {
+    if (this.stroke) this.stroke.mask.swap(this.stroke.saved);
+    this.stroke = null;
+    this.stage.draw();
+  }
+
+  clear(mask) {
+    const saved = new Map();
+    mask.clear(saved);
+    if (!saved.size) return;
+    this.history.add(mask, saved);
+    this.show();
+    this.stage.draw();
+    this.changed(mask, [...saved.keys()]);
+  }
+
+  undo(back) {
+    const step = this.history.go(back);
+    if (!step) return;
+    this.show();
+    this.stage.draw();
+    this.changed(step.mask, step.keys);
+  }
+
+  show() {
+    this.undoButton.disabled = this.history.at === 0;
+    this.redoButton.disabled = this.history.at === this.history.steps.length;
+  }
+
+  key(event, typing) {
+    const control = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
+    if (control && !typing && key === "z") this.undo(!event.shiftKey);
+    else if (control && !typing && key === "y") this.undo(false);
+    else if (control || event.altKey || event.target !== this.stage.root) return false;
+    else if (key === "b") this.choose("brush");
+    else if (key === "e") this.choose("eraser");
+    else if (key === "f") this.choose("fill");
+    else if (key === "x") this.choose(this.tool === "brush" ? "eraser" : "brush");
+    else if (key === "[" || key === "]") this.resize(this.size + (key === "[" ? -4 : 4));
+    else if (key === "+" || key === "=") this.stage.zoom(1.25);
+    else if (key === "-") this.stage.zoom(0.8);
+    else if (key === "0") this.stage.fit();
+    else if (key === "h") { this.stage.canvas.hidden = !this.stage.canvas.hidden; speak(this.stage.canvas.hidden ? "Masks are hidden" : "Masks are shown"); }
+    else if (key.startsWith("arrow")) this.stage.pan({ arrowleft: 40, arrowright: -40 }[key] ?? 0, { arrowup: 40, arrowdown: -40 }[key] ?? 0);
+    else return false;
+    event.preventDefault();
+    return true;
+  }
+}
+
+export async function open(main, [name], studio) {
+  if (!name) {
+    put(main, h("h1", {}, "Masks"), h("div", { class: "empty" }, h("p", { class: "large" }, "Bring a photograph first"),
+      h("p", {}, "Then paint over each thing that you want to learn."), link("To Home", "#/home", { class: "button main" })));
+    return {};
+  }
+  let scene = await get(address("scenes", name)), active = 0, masks = [], chain = Promise.resolve(), waiting = null, checked = 0;
+  const dirty = new Map();  // mask -> keys of squares that are not saved yet
+  const base = `scenes/${encodeURIComponent(name)}`;
+  const status = h("span", { class: "saved", role: "status" }), notices = h("div", { class: "stack" });
+  const list = h("ol", { class: "concepts" }), advice = h("div", { class: "stack" }), next = h("div", { class: "next" });
+  const grids = h("div", { class: "grids" }), seen = h("details", {}, h("summary", {}, "What the losses see"), grids);
+  seen.open = remembered("seen", false);
+  seen.addEventListener("toggle", () => { remember("seen", seen.open); check(); });
+
+  const painter = new Painter(`Photograph ${name}`, {
+    target: () => masks[active] && { mask: masks[active] },
+    layers: () => masks.map((mask, i) => ({ mask, colour: rgb(scene.concepts[i]?.colour ?? "#888888"), strength: i === active ? 1 : 0.7 })),
+    changed(mask, keys) {
+      const place = masks.indexOf(mask);
+      if (place < 0) return;
+      for (const key of keys) (dirty.get(mask) ?? dirty.set(mask, new Set()).get(mask)).add(key);
+      showShare(place);
+      say("saving …");
+      clearTimeout(waiting);
+      waiting = setTimeout(save, REST);
+    },
+  });
+
+  put(main, h("div", { class: "masks" },
+    h("div", { class: "paint" }, h("header", { class: "row" }, h("h1", {}, name), status), painter.bar, painter.stage.root),
+    h("aside", { "aria-label": "Concepts" }, notices, h("h2", {}, "Concepts"),
+      h("p", { class: "quiet" }, "Choose a concept, paint over it in the photograph, and say in a word what it is."),
+      list, h("p", { class: "row" }, button("Add a concept", add, { id: "add" })), advice, seen, next)));
+  painter.load(`api/${base}/view?v=${Date.now()}`, scene.width, scene.height);
+  await loadMasks();
+  if (!scene.concepts.length) await change([{ from: null, handle: "<asset0>", word: null }]);
+  drawList();
+  say("saved ✓");
+  check();
+
+  function say(text, bad = false) {
+    status.textContent = text;
+    status.classList.toggle("bad", bad);
+  }
+
+  async function loadMasks() {
+    masks = await Promise.all(scene.concepts.map(async (_, i) => Mask.unpack(await (await ask("GET", `${base}/masks/${i}`)).arrayBuffer())));
+    painter.stage.draw();
+  }
+
+  // Everything that changes the scene goes through one chain, in order, each with the version that the last one left.
+  function inOrder(work) {
+    chain = chain.then(work, work);
+    return chain;
+  }
+
+  function save() {
+    return inOrder(async () => {
+      for (const [mask, keys] of dirty) {
+        const place = masks.indexOf(mask), sent = [...keys];
+        if (place < 0) { dirty.delete(mask); continue; }
+        dirty.delete(mask);
+        try {
+          const raw = await mask.pack(sent);
+          scene = await (await ask("PATCH", `${base}/masks/${place}`, { raw, version: scene.version })).json();
+        } catch (error) {
+          const again = dirty.get(mask) ?? dirty.set(mask, new Set()).get(mask);
+          sent.forEach((key) => again.add(key));
+          return failed(error);
+        }
+      }
+      say("saved ✓");
+      drawNext();
+      check();
+    });
+  }
+
+  function failed(error) {
+    if (error instanceof Away) {
+      say("not saved: bas studio does not answer", true);
+      clearTimeout(waiting);
+      waiting = setTimeout(save, 1500);
+    } else if (error instanceof Refused && error.status === 412) {
+      say("not saved", true);
+      put(notices, problem("This scene was changed elsewhere", "Another page or program has saved it since.",
+        button("Show what is there", () => { dirty.clear(); studio.open(); }, { class: "main" }),
+        button("Keep mine", async () => { put(notices); scene.version = (await get(address("scenes", name))).version; save(); })));
+    } else {
+      say("not saved", true);
+      put(notices, problem("The masks are not saved", error.message, button("Try again", () => { put(notices); save(); })));
+    }
+  }
+
+  // Names, order, new and removed concepts. rows: as the server takes them
+  function change(rows) {
+    return inOrder(async () => {
+      scene = await send("PATCH", base, { concepts: rows }, { version: scene.version });
+      const before = masks;
+      masks = rows.map((row) => (row.from === null ? new Mask(scene.width, scene.height) : before[row.from]));
+      painter.stage.draw();
+      say("saved ✓");
+      drawNext();
+      check();
+    });
+  }
+
+  const rows = () => scene.concepts.map(({ handle, word }, i) => ({ from: i, handle, word }));
+
+  async function add() {
+    await save();
+    let number = 0;
+    while (scene.concepts.some(({ handle }) => handle === `<asset${number}>`)) number++;
+    try {
+      await change([...rows(), { from: null, handle: `<asset${number}>`, word: null }]);
+      active = scene.concepts.length - 1;
+      drawList();
+      list.querySelectorAll("li")[active].querySelector("input").focus();
+    } catch (error) { failed(error); }
+  }
+
+  async function removeAt(place) {
+    if (masks[place].tiles.size && !confirm(`Remove ${scene.concepts[place].handle} with its mask?`)) return;
+    await save();
+    painter.history.forget(masks[place]);
+    try {
+      await change(rows().filter((_, i) => i !== place));
+      active = Math.max(0, Math.min(active, scene.concepts.length - 1));
+      drawList();
+      painter.show();
+      painter.stage.draw();
+    } catch (error) { failed(error); }
+  }
+
+  async function rename(place, item) {
+    const [word, handle] = [...item.querySelectorAll("input")].map((field) => field.value.trim()), now = scene.concepts[place];
+    let wanted = handle || now.handle;
+    if (!wanted.startsWith("<")) wanted = `<${wanted}>`;
+    const untouched = /^<asset\d+>$/.test(now.handle) && wanted === now.handle, own = `<${word.toLowerCase().replace(/[^\w-]+/g, "-")}>`;
+    if (untouched && word && word !== now.word && !scene.concepts.some((other) => other.handle === own)) wanted = own;
+    if (wanted === now.handle && (word || null) === now.word) return;
+    const error = item.querySelector(".error");
+    try {
+      await change(rows().map((row, i) => (i === place ? { ...row, handle: wanted, word: word || null } : row)));
+      error.textContent = "";
+      item.querySelectorAll("input")[1].value = wanted;
+      item.querySelector(".remove").setAttribute("aria-label", `Remove ${wanted}`);
+    } catch (problem) {
+      if (problem instanceof Refused && problem.status === 422) {
+        error.textContent = problem.message;
+        speak(problem.message);
+      } else failed(problem);
+    }
+  }
+
+  function drawList() {
+    put(list, scene.concepts.map((concept, place) => {
+      const item = h("li", { style: { "--colour": concept.colour } });
+      const field = (value, text, hint) => {
+        const input = h("input", { value: value ?? "", placeholder: hint, "aria-label": `${text} of concept ${place + 1}`, autocapitalize: "off", autocomplete: "off", spellcheck: false });
+        input.addEventListener("change", () => rename(place, item));
+        input.addEventListener("focus", () => choose(place));
+        return input;
+      };
+      put(item, button(String(place + 1), () => choose(place), { class: "number pick", "aria-label": `Paint concept ${place + 1}`, "aria-pressed": place === active }),
+        h("label", {}, h("span", {}, "It is a"), field(concept.word, "Word", "rabbit")),
+        h("label", {}, h("span", {}, "Handle"), field(concept.handle, "Handle", "<rabbit>")),
+        h("span", { class: "share number" }),
+        button("Clear", () => painter.clear(masks[place]), { class: "plain", "aria-label": `Clear the mask of concept ${place + 1}` }),
+        button("×", () => removeAt(place), { class: "plain remove", title: "Remove", "aria-label": `Remove ${concept.handle}` }),
+        h("span", { class: "error", role: "alert" }));
+      item.addEventListener("pointerdown", () => choose(place));
+      return item;
+    }));
+    choose(active);
+    scene.concepts.forEach((_, place) => showShare(place));
+    drawNext();
+  }
+
+  function choose(place) {
+    active = place;
+    [...list.children].forEach((item, i) => {
+      item.classList.toggle("active", i === place);
+      item.querySelector(".pick").setAttribute("aria-pressed", i === place);
+    });
+    painter.stage.draw();
+    nameStage();
+  }
+
+  function showShare(place) {
+    const item = list.children[place];
+    if (item) item.querySelector(".share").textContent = masks[place].tiles.size ? percent(masks[place].share()) : "not painted";
+    nameStage();
+  }
+
+  function nameStage() {
+    const concept = scene.concepts[active];
+    const text = concept ? `Mask of ${concept.handle}, ${percent(masks[active]?.share() ?? 0)} of the photograph ${name}` : `Photograph ${name}`;
+    painter.stage.root.setAttribute("aria-label", text);
+  }
+
+  function drawNext() {
+    const empty = masks.filter((mask) => !mask.share()).length, total = masks.length;
+    const ready = total > 0 && !empty;
+    put(next, ready ? [h("p", { class: "good" }, `${total === 1 ? "The concept is" : `All ${total} concepts are`} painted.`),
+      link("Next: Train", `#/train/${encodeURIComponent(name)}`, { class: "button main" })]
+      : h("p", { class: "quiet" }, total ? `Paint ${empty === 1 ? "the concept that has" : `the ${empty} concepts that have`} no mask yet; then comes training.` : "Add a concept."));
+  }
+
+  async function check() {
+    const mine = ++checked;
+    if (!masks.some((mask) => mask.share())) return put(advice, put(grids) && null);
+    try {
+      const found = await send("POST", "check", { scene: name, base: remembered("base", "mini") });
+      if (mine !== checked) return;
+      put(advice, found.refusal && h("p", { class: "warning bad" }, found.refusal), found.warnings.map((line) => h("p", { class: "warning" }, line)));
+      if (seen.open) drawGrids(found);
+    } catch (error) {
+      if (mine === checked && !(error instanceof Away)) put(advice, h("p", { class: "warning bad" }, error.message));
+    }
+  }
+
+  function drawGrids(found) {
+    put(grids, found.concepts.map((concept) => {
+      const colour = rgb(scene.concepts.find((each) => each.handle === concept.handle)?.colour ?? "#888888");
+      return h("figure", {}, ["latent", "attention"].map((kind) => {
+        const lines = concept[kind], canvas = h("canvas", { width: lines[0].length, height: lines.length, role: "img", "aria-label": `${concept.handle} on the ${kind} grid` });
+        const ink = canvas.getContext("2d"), picture = ink.createImageData(canvas.width, canvas.height);
+        [...lines.join("")].forEach((digit, i) => picture.data.set([...colour, Number(digit) * 28], 4 * i));
+        ink.putImageData(picture, 0, 0);
+        return canvas;
+      }), h("figcaption", {}, `${concept.handle}: ${concept.latent[0].length}×${concept.latent.length} cells for its look, ${concept.attention[0].length}×${concept.attention.length} for its place`));
+    }));
+  }
+
+  return {
+    key(event, typing) {
+      if (painter.key(event, typing) || event.target !== painter.stage.root) return;
+      if (/^[1-9]$/.test(event.key) && masks[event.key - 1]) choose(event.key - 1);
+    },
+    async leave() {
+      clearTimeout(waiting);
+      if (dirty.size) await save();
+      painter.stage.close();
+    },
+  };
+}

@@ -1,0 +1,166 @@
+// Train: base, settings, what it takes, start.
+import { Away, get, send } from "./api.js";
+import { button, copy, h, labelled, link, problem, put, remember, remembered, speak } from "./dom.js";
+
+export async function open(main, [name], studio) {
+  if (!name) {
+    put(main, h("h1", {}, "Train"), h("div", { class: "empty" }, h("p", { class: "large" }, "A training needs a scene"),
+      h("p", {}, "Bring a photograph and paint a mask for each thing."), link("To Home", "#/home", { class: "button main" })));
+    return {};
+  }
+  const key = `settings ${name}`;
+  let base = remembered("base", "mini"), fields = [], values = remembered(key, {}), asked = 0, timer = null, plan = null;
+  if (!studio.about.bases.some((each) => each.name === base && each.here)) base = "mini";
+  const bases = h("fieldset", { class: "bases" }, h("legend", {}, "1 · Base model")), first = h("div", { class: "form" });
+  const more = h("div", { class: "form" }), facts = h("div", {}), notices = h("div", { class: "stack" }), changed = h("p", { class: "quiet" });
+  const search = h("input", { type: "search", placeholder: "Search in all settings", "aria-label": "Search in all settings" });
+  const all = h("details", {}, h("summary", {}, "All settings"), search, more);
+  const start = button("Start training", begin, { class: "main large", id: "start", disabled: true }), reason = h("p", { class: "quiet", id: "reason" });
+  start.setAttribute("aria-describedby", "reason");
+  search.addEventListener("input", filter);
+
+  put(main, h("h1", {}, `Train ${name}`), notices, h("div", { class: "columns three" },
+    h("section", {}, bases),
+    h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
+    h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason)));
+
+  put(bases, h("legend", {}, "1 · Base model"), studio.about.bases.map((each) => h("label", { class: `choice ${each.here ? "" : "off"}` },
+    h("input", { type: "radio", name: "base", value: each.name, checked: each.name === base, disabled: !each.here, onchange: () => choose(each.name) }),
+    h("span", {}, h("strong", {}, each.title), each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
+      h("small", { class: "quiet" }, each.here ? each.license : [`not here: `, h("code", {}, `bas download ${each.name}`)])))));
+
+  async function choose(chosen) {
+    base = chosen;
+    remember("base", base);
+    fields = (await get(`settings?base=${encodeURIComponent(base)}`)).train;
+    drawForm();
+    renew();
+  }
+
+  function drawForm() {
+    put(first, fields.filter((field) => field.first).map(row));
+    put(more, fields.filter((field) => !field.first).map(row));
+    showChanged();
+  }
+
+  function row(field) {
+    const id = `set-${field.name}`, value = field.name in values ? values[field.name] : field.default;
+    let control;
+    if (field.kind === "bool") control = h("input", { id, type: "checkbox", checked: Boolean(value) });
+    else if (field.kind === "choice") {
+      control = h("select", { id }, field.optional && h("option", { value: "", selected: value === null }, "default"),
+        field.choices.map((each) => h("option", { value: each, selected: each === value }, each)));
+    } else {
+      const number = field.kind === "int" || field.kind === "float";
+      control = h("input", { id, type: number ? "number" : "text", step: field.kind === "int" ? 1 : "any", min: field.least, max: field.most,
+        placeholder: field.optional ? "default" : "", value: Array.isArray(value) ? value.join(", ") : value ?? "" });
+    }
+    control.addEventListener(field.kind === "bool" || field.kind === "choice" ? "change" : "input", () => set(field, control));
+    control.setAttribute("aria-describedby", `${id}-help`);
+    return h("div", { class: `setting ${field.kind}`, "data-search": `${field.name} ${field.help}`.toLowerCase(), "data-name": field.name },
+      h("label", { for: id }, label(field.name)), control, h("small", { id: `${id}-help`, class: "quiet" }, field.help, " ", h("code", {}, field.flag)),
+      h("small", { class: "error", role: "alert" }));
+  }
+
+  function set(field, control) {
+    const text = control.value.trim();
+    let value = text;
+    if (field.kind === "bool") value = control.checked;
+    else if (field.kind === "int" || field.kind === "float") value = text === "" ? null : Number(text);
+    else if (field.kind === "list") value = text ? text.split(",").map((part) => part.trim()) : [];
+    else if (text === "") value = null;
+    if (JSON.stringify(value) === JSON.stringify(field.default) || (value === null && !field.optional)) delete values[field.name];
+    else values[field.name] = value;
+    remember(key, values);
+    showChanged();
+    renew();
+  }
+
+  function showChanged() {
+    const known = new Set(fields.map((field) => field.name)), names = Object.keys(values).filter((each) => known.has(each));
+    for (const each of Object.keys(values)) if (!known.has(each)) delete values[each];
+    put(changed, names.length ? [`Changed: ${names.map(label).join(", ")} `, button("Reset", () => { values = {}; remember(key, values); drawForm(); renew(); }, { class: "plain" })] : "As suits this base model.");
+  }
+
+  function filter() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const each of more.children) each.hidden = !words.every((word) => each.dataset.search.includes(word));
+  }
+
+  const request = () => ({ scene: name, base, settings: values });
+
+  function renew() {
+    start.disabled = true;
+    reason.textContent = "Counting what it takes …";
+    facts.setAttribute("aria-busy", "true");
+    clearTimeout(timer);
+    timer = setTimeout(count, 400);
+  }
+
+  async function count() {
+    const mine = ++asked;
+    for (const each of main.querySelectorAll(".setting .error")) each.textContent = "";
+    try {
+      plan = await send("POST", "plan", request());
+      if (mine !== asked) return;
+      drawPlan();
+    } catch (error) {
+      if (mine !== asked) return;
+      put(facts);
+      plan = null;
+      if (error instanceof Away) { timer = setTimeout(count, 1500); return; }
+      reason.textContent = "";
+      const at = fields.find((field) => error.message.includes(`--${field.name} `) || error.message.startsWith(field.flag));
+      const field = at && main.querySelector(`[data-name="${at.name}"] .error`);
+      if (field) field.textContent = error.message;
+      const masks = /mask|photograph|image|concept|scene/.test(error.message);
+      put(facts, problem("This cannot be trained yet", error.message, masks && link("To the masks", `#/masks/${encodeURIComponent(name)}`, { class: "button" })));
+    }
+    facts.removeAttribute("aria-busy");
+  }
+
+  function drawPlan() {
+    const shown = plan.facts, steps = shown.steps ?? {}, minutes = shown.time ?? {};
+    const size = (text) => String(text).split(" = ")[0];
+    put(facts, h("dl", { class: "facts" },
+      h("dt", {}, "Learns"), h("dd", {}, shown.handles),
+      Object.entries(steps).map(([phase, text]) => [h("dt", {}, phaseName(phase)), h("dd", {}, `${text.split(",")[0]} steps`, minutes[phase] && `, ${minutes[phase]}`)]),
+      minutes["class images"] && [h("dt", {}, "Class images"), h("dd", {}, minutes["class images"])],
+      h("dt", {}, "Memory"), h("dd", {}, Object.values(shown.memory).map(size).at(-1)),
+      h("dt", {}, "Disk"), h("dd", {}, shown.disk), h("dt", {}, "Runs on"), h("dd", {}, shown.device),
+      h("dt", {}, "Becomes"), h("dd", {}, `the run ${plan.run}`)),
+      shown.warning && h("p", { class: "warning" }, shown.warning),
+      h("details", {}, h("summary", {}, "The command"), h("pre", {}, plan.command), button("Copy", (event) => copy(plan.command, event.target))));
+    const problemLine = !plan.here ? "This base model is not on this machine yet." : !plan.enough ? "There is too little space on the disk." : "";
+    start.disabled = Boolean(problemLine);
+    const busy = studio.state.jobs.some((job) => ["running", "waiting"].includes(job.state));
+    reason.textContent = problemLine || (busy ? "Something is at work: this training starts after it." : "");
+  }
+
+  async function begin() {
+    if (start.disabled) return;
+    start.disabled = true;
+    reason.textContent = "Starting …";
+    try {
+      const job = await send("POST", "jobs", { kind: "train", ...request() });
+      speak("Training has started");
+      await studio.refresh();
+      studio.go("watch", job.name);
+    } catch (error) {
+      reason.textContent = "";
+      put(notices, problem("The training has not started", error.message));
+      start.disabled = false;
+    }
+  }
+
+  await choose(base);
+  return {
+    key(event) { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) begin(); },
+    leave() { clearTimeout(timer); },
+  };
+}
+
+const NAMES = { card: "Memory of the graphics card", phase1_train_steps: "Steps of phase 1", phase2_train_steps: "Steps of phase 2", seed: "Seed",
+  close_ups: "Close-ups, for small things", background_handle: "Handle of the background", img_log_steps: "Steps between previews" };
+export const label = (name) => NAMES[name] ?? name.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());
+export const phaseName = (name) => ({ phase1: "Phase 1, the handles", phase2: "Phase 2, the model too" })[name] ?? name;
