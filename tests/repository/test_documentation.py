@@ -68,7 +68,7 @@ REFUSED = {  # what cannot run on what ships, by a word of the command, and what
     "style.safetensors:0.8": "style.safetensors",  # a file that nobody has
 }
 NOT_SHIPPED = {"coco", "study", "coco_scenes/000000123456"}  # need COCO, an evaluation's images: one line says so
-AT_ONCE = ("coco", "study", "info", "masks", "paint", "download", "export")  # generate nothing
+AT_ONCE = ("coco", "study", "info", "masks", "paint", "studio", "download", "export")  # generate nothing
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
@@ -249,6 +249,8 @@ def desk(tmp_path, monkeypatch) -> Path:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bas.web.painter.Server.serve_forever", leave)
+    monkeypatch.setattr("uvicorn.Server.run", lambda _server, sockets: None)
+    monkeypatch.setattr("webbrowser.open", lambda _address: True)
     short = {"phase1_train_steps": 1, "phase2_train_steps": 1, "num_class_images": 1}  # the demo's flags are few
     monkeypatch.setattr(import_module("bas.cli.commands.demo"), "train_config", partial(hub.train_config, **short))
     return tmp_path

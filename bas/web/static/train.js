@@ -24,7 +24,7 @@ export async function open(main, [name], studio) {
     h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
     h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason)));
 
-  put(bases, h("legend", {}, "1 · Base model"), studio.about.bases.map((each) => h("label", { class: `choice ${each.here ? "" : "off"}` },
+  put(bases, h("legend", {}, "1 · Base model"), studio.about.bases.map((each) => h("label", { class: `option ${each.here ? "" : "off"}` },
     h("input", { type: "radio", name: "base", value: each.name, checked: each.name === base, disabled: !each.here, onchange: () => choose(each.name) }),
     h("span", {}, h("strong", {}, each.title), each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
       h("small", { class: "quiet" }, each.here ? each.license : [`not here: `, h("code", {}, `bas download ${each.name}`)])))));
@@ -58,7 +58,7 @@ export async function open(main, [name], studio) {
     control.addEventListener(field.kind === "bool" || field.kind === "choice" ? "change" : "input", () => set(field, control));
     control.setAttribute("aria-describedby", `${id}-help`);
     return h("div", { class: `setting ${field.kind}`, "data-search": `${field.name} ${field.help}`.toLowerCase(), "data-name": field.name },
-      h("label", { for: id }, label(field.name)), control, h("small", { id: `${id}-help`, class: "quiet" }, field.help, " ", h("code", {}, field.flag)),
+      h("label", { for: id }, label(field.name)), control, h("small", { id: `${id}-help`, class: "quiet" }, SHORT[field.name] ?? field.help, " ", h("code", {}, field.flag)),
       h("small", { class: "error", role: "alert" }));
   }
 
@@ -160,6 +160,15 @@ export async function open(main, [name], studio) {
   };
 }
 
+const SHORT = {  // where the help of the command says more than one needs at first
+  card: "Fits the training into this much memory. any: nothing is saved",
+  phase1_train_steps: "The handles alone are trained",
+  phase2_train_steps: "The model is trained as well",
+  seed: "Another seed gives another run",
+  close_ups: "Also shows each thing from near by",
+  background_handle: "Also learns what no mask covers, as bg for <bg>",
+  img_log_steps: "Pictures while it trains; 0 for none",
+};
 const NAMES = { card: "Memory of the graphics card", phase1_train_steps: "Steps of phase 1", phase2_train_steps: "Steps of phase 2", seed: "Seed",
   close_ups: "Close-ups, for small things", background_handle: "Handle of the background", img_log_steps: "Steps between previews" };
 export const label = (name) => NAMES[name] ?? name.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 from starlette.responses import FileResponse, Response, StreamingResponse
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  here once: from two threads this import can fail
 
 from bas import __version__
 from bas.io.images import read_image

@@ -112,7 +112,9 @@ def build(home: Home, lane: Lane, leave: Callable[[], None]) -> Starlette:
     for method, address, name in ADDRESSES:
         answer = leaving(leave) if name == "leave" else partial(reply, home, lane, name)
         routes.append(Route(address, answer, methods=[method]))
-    return Starlette(routes=routes, exception_handlers={404: nowhere, 405: nowhere})
+    app = Starlette(routes=routes, exception_handlers={404: nowhere, 405: nowhere})
+    app.router.redirect_slashes = False
+    return app
 
 
 async def nowhere(_request: Request, _error: Exception) -> Response:

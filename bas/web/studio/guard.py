@@ -103,23 +103,28 @@ class Guard:
         """Let the application answer, with our headers; count the body on its way, and wait for it only so long."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         most, seen, whole, begun = LIMITS.get(kind, 0), 0, False, False
+        stopped: Stopped | None = None
 
         async def counted() -> Message:
-            nonlocal seen, whole
+            nonlocal seen, whole, stopped
             if whole:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), PATIENCE)
             except TimeoutError:
-                raise Stopped(408, "the body came too slowly") from None
+                stopped = Stopped(408, "the body came too slowly")
+                raise stopped from None
             seen += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if seen > most:
-                raise Stopped(413, f"a body of this type has at most {most >> 20} MiB")
+                stopped = Stopped(413, f"a body of this type has at most {most >> 20} MiB")
+                raise stopped
             return message
 
         async def with_headers(message: Message) -> None:
             nonlocal begun
+            if stopped:  # the application's answer to that: ours follows
+                return
             if message["type"] == "http.response.start":
                 begun = True
                 names = {name for name, _ in message["headers"]}

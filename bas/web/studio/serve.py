@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import threading
-import time
 import webbrowser
 from pathlib import Path
 
@@ -45,12 +44,16 @@ def serve(folder: Path, port: int | None, browser: bool) -> None:
         holder.append(server)
         print(f"Open http://127.0.0.1:{number}/{home.token()}/ in a browser on this machine.", flush=True)
         print(f"All work is in {home.folder}. Ctrl+C ends the page; a training goes on.", flush=True)
-        threading.Thread(target=keep_going, args=(lane, server), daemon=True).start()
+        ended = threading.Event()
+        threading.Thread(target=keep_going, args=(lane, server, ended), daemon=True).start()
         if browser:
             address = f"http://127.0.0.1:{number}/open/{guard.opening_code()}"
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        server.run(sockets=[place])
-    lock.release()
+        try:
+            server.run(sockets=[place])
+        finally:
+            ended.set()
+            lock.release()
 
 
 def bound(port: int | None) -> socket.socket:
@@ -62,6 +65,7 @@ def bound(port: int | None) -> socket.socket:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             place.bind(("127.0.0.1", wanted))
+            place.listen()  # before the address is told: who comes early waits
         except (OSError, OverflowError) as error:
             place.close()
             problem = error
@@ -70,17 +74,17 @@ def bound(port: int | None) -> socket.socket:
     raise InputError(f"--port {port} cannot be used: {problem}")
 
 
-def keep_going(lane: Lane, server: uvicorn.Server) -> None:
+def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> None:
     """Load what the answers need once the page can be asked for, then start the jobs that wait, one after another."""
-    while not server.started:
-        time.sleep(0.02)
-    importlib.import_module("bas.web.studio.answers")
-    while True:
+    while not server.started and not ended.wait(0.02):
+        pass
+    if not ended.is_set():
+        importlib.import_module("bas.web.studio.answers")
+    while not ended.wait(TICK):
         try:
             lane.tick()
         except OSError as error:
             log.warning("the queue cannot be read: %s", error)
-        time.sleep(TICK)
 
 
 def run_until_interrupted(folder: Path, port: int | None, browser: bool) -> None:

@@ -1,0 +1,178 @@
+"""Jobs of the studio: their state is what the folders say, and their result that of the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from filelock import FileLock
+
+from bas.cli.entry import main
+from bas.io.run_files import CONCEPTS
+from bas.web.studio import jobs
+from bas.web.studio.serve import bound
+from tests.helpers.tiny import Bench
+
+PATIENCE = 120  # seconds for a job of a tiny model, on a busy machine
+
+
+def job(home, name="20260101-000000-sample-run", words=("info",)):
+    """A job that waits."""
+    return home.folder / "jobs" / jobs.make(home, "sample", name, list(words), {"prompt": "x"}, {})
+
+
+def test_the_state_is_what_the_folder_says(studio):
+    folder = job(studio.home)
+    assert jobs.state(folder) == "waiting"
+    (folder / jobs.LOG).write_text("")
+    assert jobs.state(folder) == "running"  # it has just been started
+    os.utime(folder / jobs.LOG, (1, 1))
+    assert jobs.state(folder) == "lost"  # and never came up
+    held = FileLock(folder / jobs.LOCK)
+    with held:
+        assert jobs.state(folder) == "running"
+    assert jobs.state(folder) == "lost"
+    for code, state in (
+        (0, "done"),
+        (1, "failed"),
+        (2, "refused"),
+        (130, "stopped"),
+        (143, "stopped"),
+        (139, "failed"),
+    ):
+        (folder / jobs.EXIT).write_text(json.dumps({"code": code, "line": "why"}))
+        assert jobs.state(folder) == state
+    (folder / jobs.EXIT).write_text("{damaged")
+    assert jobs.state(folder) == "failed"
+
+
+def test_what_waits_is_taken_out_and_what_has_ended_is_not_stopped(studio):
+    folder = job(studio.home)
+    stopped = studio.post(f"api/jobs/{folder.name}/stop", {"how": "save"})
+    assert (stopped["state"], stopped["line"]) == ("stopped", "taken out of the queue")
+    assert studio.ask("POST", f"api/jobs/{folder.name}/stop", {"how": "save"}).status_code == 409
+    assert studio.ask("POST", f"api/jobs/{folder.name}/stop", {"how": "soon"}).status_code == 400
+
+
+def test_a_damaged_job_is_left_out(studio):
+    folder = job(studio.home)
+    (folder / jobs.JOB).write_text("[]")
+    (folder / jobs.EVENTS).write_text('{"name": "phase1"}\n{"name": "cut o')
+    assert studio.get("api/state")["jobs"] == []
+    assert jobs.last_row(folder / jobs.EVENTS) == {"name": "phase1"}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A tiny model, a scene, and settings for it."""
+    return Bench(tmp_path / "bench")
+
+
+def run_job(home, words, name="run"):
+    """Start the process of a job as the lane does."""
+    folder = home.folder / "jobs" / jobs.make(home, "train", name, words, {}, {})
+    return folder, jobs.start(folder)
+
+
+def wait_for(what):
+    """Until something is true."""
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def training(bench, output, *more, steps=30):
+    """The words of a short training on the tiny model."""
+    flags = f"--phase1_train_steps {steps} --phase2_train_steps 4 --img_log_steps 0 --device cpu --log_steps 1"
+    classes = ["--class_data_dir", str(bench.class_images), "--num_class_images", "2"]
+    words = ["train", str(bench.scene), "--weights", str(bench.model), "--output_dir", str(output)]
+    return [*words, *flags.split(), *classes, *more]
+
+
+def test_a_job_that_is_stopped_and_continued_gives_the_bits_of_the_command(studio, bench, tmp_path):
+    """Stop after some steps, see the checkpoint, go on through the page's own request, and compare with one command."""
+    run = studio.home.folder / "runs" / "toy"
+    folder, process = run_job(studio.home, training(bench, run), "toy")
+    wait_for(lambda: (jobs.last_row(folder / jobs.EVENTS) or {}).get("done", 0) >= 3)
+    assert jobs.state(folder) == "running"
+    (found,) = studio.get("api/state")["runs"]
+    assert (found["state"], found["total"]) == ("running", 34)
+    studio.post(f"api/jobs/{folder.name}/stop", {"how": "save"})
+    assert process.wait(PATIENCE) == 130
+    assert jobs.state(folder) == "stopped"
+    (found,) = studio.get("api/state")["runs"]
+    assert found["state"] == "stopped"
+    assert 3 <= found["done"] < 34
+    assert "--resume_from_checkpoint latest continues" in found["line"]
+
+    again = studio.post("api/jobs", {"kind": "resume", "run": "toy"})
+    assert studio.ask("POST", "api/jobs", {"kind": "resume", "run": "toy"}).status_code == 409  # it waits already
+    process = jobs.start(studio.home.folder / "jobs" / again["id"])
+    assert process.wait(PATIENCE) == 0
+    assert studio.get("api/state")["runs"][0]["state"] == "done"
+    assert studio.ask("POST", "api/jobs", {"kind": "resume", "run": "toy"}).status_code == 409
+
+    whole = tmp_path / "whole"
+    assert main(training(bench, whole)) == 0
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "metrics.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_killed_job_is_lost_and_a_server_that_comes_back_sees_it(studio, bench):
+    run = studio.home.folder / "runs" / "toy"
+    folder, process = run_job(studio.home, training(bench, run, steps=2000), "toy")
+    wait_for(lambda: (jobs.last_row(folder / jobs.EVENTS) or {}).get("done", 0) >= 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait(PATIENCE)
+    assert jobs.state(folder) == "lost"
+    found = studio.get("api/state")
+    assert found["runs"][0]["state"] == "lost"
+    assert found["jobs"][0]["state"] == "lost"
+
+
+def test_stop_now_ends_a_job_at_once(studio, bench):
+    run = studio.home.folder / "runs" / "toy"
+    folder, process = run_job(studio.home, training(bench, run, steps=100_000), "toy")
+    wait_for(lambda: (jobs.last_row(folder / jobs.EVENTS) or {}).get("done", 0) >= 1)
+    studio.post(f"api/jobs/{folder.name}/stop", {"how": "now"})
+    assert process.wait(10) == 130
+    assert jobs.state(folder) == "stopped"
+    assert not (run / CONCEPTS).exists()
+
+
+def test_a_refused_job_says_the_line_of_the_command(studio, bench):
+    folder, process = run_job(studio.home, training(bench, studio.home.folder / "runs" / "toy", "--resolution", "33"))
+    assert process.wait(PATIENCE) == 2
+    told = jobs.describe(folder)
+    assert told["state"] == "refused"
+    assert told["line"].startswith("--resolution 33")
+
+
+def test_the_server_answers_ends_at_once_and_leaves_its_jobs(tmp_path):
+    """In a process of its own: the address is printed, a second one is refused, Ctrl+C ends it without a trace."""
+    home = tmp_path / "home"
+    command = [sys.executable, "-m", "bas", "studio", str(home), "--no_browser", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        first = server.stdout.readline()
+        assert first.startswith("Open http://127.0.0.1:")
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert "serves" in second.stderr
+    finally:
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=PATIENCE)
+    assert "Traceback" not in err
+    assert server.returncode == 0
+    assert "Ctrl+C ends the page" in out
+
+
+def test_a_port_that_is_taken_is_refused(tmp_path):
+    with bound(0) as place:
+        number = place.getsockname()[1]
+        code = main(["studio", str(tmp_path / "home"), "--no_browser", "--port", str(number)])
+    assert code == 2

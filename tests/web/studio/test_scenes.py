@@ -1,0 +1,231 @@
+"""Scenes of the studio: photographs come in, masks are saved as they were sent, names are kept."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bas.config import TrainConfig
+from bas.data.scene_folder import load_scene
+from bas.errors import InputError
+from bas.web.studio.tiles import HEAD, MAGIC, ROW, SIDE, lay, pack, unpack
+
+W, H = 300, 270  # two squares wide and high
+
+
+def picture(kind="PNG", size=(W, H), **options):
+    """An image file."""
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def scene(studio):
+    """A new photograph with one concept, as the page makes it."""
+    made = studio.post("api/scenes?name=my rabbit", raw=picture())
+    rows = {"concepts": [{"from": None, "handle": "rabbit", "word": "rabbit"}]}
+    return studio.ask("PATCH", f"api/scenes/{made['name']}", rows, if_match=made["version"]).json()
+
+
+def soft(seed):
+    """A mask with all levels, which covers a part of the image."""
+    mask = np.zeros((H, W), np.uint8)
+    mask[10:260, 20 + seed : 280] = np.random.default_rng(seed).integers(0, 255, (250, 260 - seed), dtype=np.uint8)
+    return mask
+
+
+def send(studio, scene, number, mask, version=None):
+    """Send a mask as the page does after a stroke."""
+    path = f"api/scenes/{scene['name']}/masks/{number}"
+    return studio.ask("PATCH", path, raw=pack(mask), if_match=version or scene["version"])
+
+
+def test_squares_are_what_they_were():
+    mask = soft(1)
+    again = np.zeros_like(mask)
+    lay(again, unpack(pack(mask), (W, H)))
+    assert np.array_equal(again, mask)
+    whole = HEAD.pack(MAGIC, W, H, 2) + ROW.pack(0, 0, 1) + b"x" + ROW.pack(1, 1, 0)
+    lay(again, unpack(whole, (W, H)))
+    assert (again[:SIDE, :SIDE] == 255).all()
+    assert (again[SIDE:, SIDE:] == 0).all()
+
+
+def raw_deflate(data):
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(data) + packer.flush()
+
+
+BOMB = raw_deflate(bytes(SIDE * SIDE * 1000))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"BT1\0",
+        HEAD.pack(b"BT2\0", W, H, 0),
+        HEAD.pack(MAGIC, W + 1, H, 0),
+        HEAD.pack(MAGIC, W, H, 5),
+        HEAD.pack(MAGIC, W, H, 2**32 - 1),
+        HEAD.pack(MAGIC, W, H, 1),
+        HEAD.pack(MAGIC, W, H, 1) + ROW.pack(2, 0, 0),
+        HEAD.pack(MAGIC, W, H, 1) + ROW.pack(0, 2, 0),
+        HEAD.pack(MAGIC, W, H, 1) + ROW.pack(0, 0, 10),
+        HEAD.pack(MAGIC, W, H, 1) + ROW.pack(0, 0, 3) + b"abc",
+        HEAD.pack(MAGIC, W, H, 1) + ROW.pack(0, 0, len(BOMB)) + BOMB,
+        HEAD.pack(MAGIC, W, H, 0) + b"more",
+    ],
+)
+def test_what_is_no_mask_is_refused_and_nothing_is_written(studio, scene, data):
+    folder = studio.home.folder / "scenes" / scene["name"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError):
+        list(unpack(data, (W, H)))
+    answer = studio.ask("PATCH", f"api/scenes/{scene['name']}/masks/0", raw=data, if_match=scene["version"])
+    assert answer.status_code == 422
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_masks_are_saved_as_the_page_sent_them_and_bas_reads_the_scene(studio, scene):
+    folder = studio.home.folder / "scenes" / "my rabbit"
+    assert json.loads((folder / "draft.json").read_text())["concepts"][0]["painted"] is False
+    first = send(studio, scene, 0, soft(1)).json()
+    assert not (folder / "draft.json").exists()
+    assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(1))
+    assert first["concepts"][0]["share"] == pytest.approx(soft(1).mean() / 255)
+
+    rows = [{"from": 0, "handle": "<rabbit>", "word": "rabbit"}, {"from": None, "handle": "bowl", "word": None}]
+    two = studio.ask("PATCH", f"api/scenes/{first['name']}", {"concepts": rows}, if_match=first["version"]).json()
+    untouched = (folder / "mask0.png").stat().st_mtime_ns
+    both = send(studio, two, 1, soft(2)).json()
+    assert (folder / "mask0.png").stat().st_mtime_ns == untouched
+    loaded = load_scene(TrainConfig(instance_data_dir=str(folder)))
+    assert loaded.handles == ("<rabbit>", "<bowl>")
+    assert loaded.words == ("rabbit", None)
+    assert np.array_equal(loaded.masks[1], soft(2))
+
+    got = studio.ask("GET", f"api/scenes/{both['name']}/masks/1").content
+    again = np.zeros((H, W), np.uint8)
+    lay(again, unpack(got, (W, H)))
+    assert np.array_equal(again, soft(2))
+
+    rows = [{"from": 1, "handle": "bowl", "word": "bowl"}]
+    one = studio.ask("PATCH", f"api/scenes/{both['name']}", {"concepts": rows}, if_match=both["version"]).json()
+    assert [concept["handle"] for concept in one["concepts"]] == ["<bowl>"]
+    assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(2))
+    assert not (folder / "mask1.png").exists()
+    assert studio.get("api/state")["scenes"][0]["painted"] == 1
+
+
+def test_a_mask_that_is_erased_is_not_painted_any_more(studio, scene):
+    first = send(studio, scene, 0, soft(1)).json()
+    erased = HEAD.pack(MAGIC, W, H, 4) + b"".join(ROW.pack(x, y, 0) for x in (0, 1) for y in (0, 1))
+    path = f"api/scenes/{scene['name']}/masks/0"
+    answer = studio.ask("PATCH", path, raw=erased, if_match=first["version"]).json()
+    assert answer["concepts"] == [first["concepts"][0] | {"share": 0.0}]
+    assert not list((studio.home.folder / "scenes" / scene["name"]).glob("mask*.png"))
+    again = studio.get(f"api/scenes/{scene['name']}")
+    assert again["concepts"] == answer["concepts"]  # as the folder alone says
+
+
+def test_two_pages_do_not_overwrite_each_other(studio, scene):
+    assert send(studio, scene, 0, soft(1)).status_code == 200
+    late = send(studio, scene, 0, soft(2))
+    assert (late.status_code, late.json()["code"]) == (412, "changed")
+    assert studio.ask("PATCH", f"api/scenes/{scene['name']}", {"concepts": []}).status_code == 412
+
+
+def test_what_a_terminal_changes_is_seen(studio, scene):
+    saved = send(studio, scene, 0, soft(1)).json()
+    folder = studio.home.folder / "scenes" / scene["name"]
+    Image.fromarray(soft(3)).save(folder / "mask0.png")
+    changed = studio.get(f"api/scenes/{scene['name']}")
+    assert changed["version"] != saved["version"]
+    assert changed["concepts"][0]["share"] == pytest.approx(soft(3).mean() / 255)
+
+
+@pytest.mark.parametrize(
+    ("rows", "field"),
+    [
+        ([{"handle": "a"}, {"handle": "<a>"}], "1"),
+        ([{"handle": "a b"}], "0"),
+        ([{"handle": ""}], "0"),
+        ([{"handle": "<script>alert(1)</script>"}], "0"),
+        ([{"handle": "ok"}, {"handle": "x" * 300}], "1"),
+    ],
+)
+def test_a_wrong_name_is_said_at_its_concept(studio, scene, rows, field):
+    rows = [{"from": None, "word": None, **row} for row in rows]
+    answer = studio.ask("PATCH", f"api/scenes/{scene['name']}", {"concepts": rows}, if_match=scene["version"])
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+    assert studio.get(f"api/scenes/{scene['name']}") == scene
+
+
+@pytest.mark.parametrize(
+    "rows", [None, 3, [3], [{}] * 65, [{"from": 9, "handle": "a", "word": None}], [{"from": True, "handle": "a"}]]
+)
+def test_what_are_no_concepts_is_refused(studio, scene, rows):
+    answer = studio.ask("PATCH", f"api/scenes/{scene['name']}", {"concepts": rows}, if_match=scene["version"])
+    assert answer.status_code in (400, 404)
+    assert studio.get(f"api/scenes/{scene['name']}") == scene
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp"), ("TIFF", ".tif")])
+def test_photographs_of_all_kinds_become_scenes(studio, kind, suffix):
+    made = studio.post("api/scenes?name=photo", raw=picture(kind))
+    assert (made["width"], made["height"], made["image"]) == (W, H, f"img{suffix}")
+    again = studio.post("api/scenes?name=photo", raw=picture(kind))
+    assert again["name"] == "photo-2"
+    view = studio.ask("GET", f"api/scenes/photo/view?side=64&v={made['version']}")
+    assert max(Image.open(io.BytesIO(view.content)).size) == 64
+    part = studio.ask("GET", "api/scenes/photo/view?box=10,20,60,50")
+    assert Image.open(io.BytesIO(part.content)).size == (50, 30)
+    assert studio.ask("GET", "api/scenes/photo/view?box=10,20,6000,50").status_code == 400
+
+
+def huge_png():
+    """The header of a PNG of 2.5 gigapixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", picture()[:500], huge_png(), b"<svg/>"])
+def test_what_is_no_photograph_leaves_nothing(studio, data):
+    answer = studio.ask("POST", "api/scenes?name=<b>x</b>", raw=data)
+    assert (answer.status_code, answer.json()["code"]) == (422, "input")
+    assert str(studio.home.folder) not in answer.json()["message"]
+    assert list((studio.home.folder / "scenes").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", ".hidden", "con", "<img src=x>", "", "x" * 300, "日本 語"])
+def test_a_name_becomes_that_of_a_folder_in_scenes(studio, name):
+    made = studio.client.post(
+        f"/{studio.guard.token}/api/scenes",
+        params={"name": name},
+        content=picture(),
+        headers={"Origin": "http://127.0.0.1:8765", "Content-Type": "application/octet-stream"},
+    ).json()
+    assert [path.name for path in (studio.home.folder / "scenes").iterdir()] == [made["name"]]
+    assert not set("/\\<>.") & set(made["name"])
+    assert studio.get(f"api/scenes/{made['name']}")["width"] == W
+
+
+def test_what_is_deleted_is_in_the_trash(studio, scene):
+    assert studio.ask("DELETE", f"api/scenes/{scene['name']}").status_code == 200
+    (there,) = (studio.home.folder / "trash").iterdir()
+    assert there.name.endswith("-my rabbit")
+    assert (there / "img.png").exists()
+    assert studio.ask("GET", f"api/scenes/{scene['name']}").status_code == 404
