@@ -1,1 +1,1 @@
-"""Pages: the report of a run, the mask painter, the elements that pages share, and the studio (`studio/`, `static/`)."""
+"""Pages: the report of a run, the mask painter, elements that pages share, and the studio (`studio/`, `static/`)."""
