@@ -40,6 +40,10 @@ def polygons(segmentation: Any, name: str) -> list[np.ndarray]:
     """The corners of a COCO segmentation's polygons, (n, 2) each. One polygon may stand without the list around it."""
     if not isinstance(segmentation, list) or not segmentation:
         raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
+    if any(isinstance(part, dict) for part in segmentation):
+        raise InputError(f"{name} has a list of objects as segmentation: give polygons, or run lengths without a list")
+    if all(isinstance(part, list) and len(part) == 2 for part in segmentation):  # no polygon has two numbers
+        return [read_points(segmentation, name)]
     alone = all(isinstance(value, (int, float)) for value in segmentation)
     return [read_points(points, name, flat=True) for points in ([segmentation] if alone else segmentation)]
 
@@ -69,12 +73,21 @@ def decode_runs(counts: Any, h: int, w: int, name: str, by_rows: bool = False) -
 
     counts: numbers, or COCO's compressed string. by_rows: along the rows instead, as other tools write them.
     """
+    if isinstance(counts, str) and counts.startswith(("b'", 'b"')):
+        raise InputError(f"{name}: its counts are Python bytes written as text: write counts.decode() into the file")
     runs = unpack_counts(counts) if isinstance(counts, str) else counts
-    numbers = runs if isinstance(runs, list) and all(isinstance(run, int) and run >= 0 for run in runs) else []
+    if not isinstance(runs, list) or not all(_is_count(run) for run in runs):
+        raise InputError(f"{name}: its counts are no run lengths: expected whole numbers, or COCO's compressed string")
+    numbers = [int(run) for run in runs]
     if sum(numbers) != h * w:
-        raise InputError(f"{name}: the run lengths do not add up to {h}x{w} pixels")
+        raise InputError(f"{name}: the run lengths add up to {sum(numbers)}, not to {h}x{w} pixels")
     flat = np.repeat(np.arange(len(numbers)) % 2 == 1, numbers)
     return flat.reshape(h, w) if by_rows else flat.reshape(w, h).T
+
+
+def _is_count(run: Any) -> bool:
+    """Whether a run length is a whole number, which may be written as 7.0; true and false are pixels, not lengths."""
+    return isinstance(run, (int, float)) and not isinstance(run, bool) and run >= 0 and run == run // 1
 
 
 def unpack_counts(text: str) -> list[int] | None:

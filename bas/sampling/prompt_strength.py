@@ -42,7 +42,9 @@ UNREAD = re.compile(  # weights as A1111, ComfyUI, InvokeAI and Compel write the
     r"|\([^()]*:\s*\d*,\d+\s*\)"  # (red:1,4)
     r"|\([^()]*:\s*\d*\.\d+\s*$"  # (red:1.4
     r"|\b(?:BREAK|AND)\b|\\[()]"  # of A1111: parts of a prompt, a bracket that is a character
+    r"|\.(?:and|blend|swap)\([^()]*\)"  # of Compel: ("red", "blue").blend(0.5, 0.5), cat.swap(dog)
 )
+NETWORK = re.compile(r"<(lora|lyco|hypernet):([^<>:]+):?([^<>:]*)[^<>]*>")  # of A1111: a file and its weight
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,12 @@ def read_prompt(prompt: str) -> Prompt:
     """Split a prompt into its text and its strengths.
 
     InputError for a handle's strength that is no number from 0 to 5, that holds more than one handle or contradicts
-    another, and for weights in other tools' syntax around a handle.
+    another, for weights in other tools' syntax around a handle, and for the name of a LoRA.
     """
+    if found := NETWORK.search(prompt):
+        kind, name, weight = found.groups()
+        flag = f"add --lora {name}.safetensors:{weight or 1}" if kind != "hypernet" else "bas reads no hypernetworks"
+        raise InputError(f"{found[0]} is no word of a prompt: leave it out; {flag}")
     handles: dict[str, float] = {}
     for handle, number in STRENGTH.findall(prompt):
         try:

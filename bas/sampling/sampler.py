@@ -82,9 +82,11 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, ste
 
 
 def warn_of_weights(prompts: Iterable[str]) -> None:
-    """Warn of weights in other tools' syntax that stay text. InputError for those around a handle."""
+    """Warn of other tools' syntax that stays text. InputError for weights around a handle, and for <lora:NAME:1>."""
     for piece in dict.fromkeys(piece for prompt in prompts for piece in unread_weights(prompt)):
-        log.warning("%r is not a weight that bas reads, so it stays text: write (words:1.3) or (<asset0>:1.3)", piece)
+        log.warning(
+            "%r is nothing that bas reads, so it stays text: of weights it reads (words:1.3), (<asset0>:1.3)", piece
+        )
 
 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:

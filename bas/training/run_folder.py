@@ -109,6 +109,8 @@ def check_output_folder(folder: Path, resuming: bool) -> None:
         raise InputError(f"--output_dir {folder} is not empty: name a new folder")
     read_record(folder / SETTINGS, {"config": {"instance_data_dir": str, "output_dir": str}}, NO_RUN)
     read_settings(folder)
+    if blocked := [name for name in (CHECKPOINTS, *SUBFOLDERS) if name in names and not (folder / name).is_dir()]:
+        raise InputError(f"{folder / blocked[0]} is not a folder, as it is in a run of bas: move it away")
     others = sorted(name for name in names - BEFORE_TRAINING - {CHECKPOINTS} if not name.startswith("."))
     if METRICS not in names and others:
         raise InputError(

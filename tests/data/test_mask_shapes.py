@@ -132,9 +132,24 @@ def test_polygons_that_contradict_their_bbox_are_read_with_a_warning(folder, cap
     ]
 
 
-def test_one_polygon_may_stand_without_the_list_around_it(folder):
-    (folder / "coco.json").write_text(json.dumps({"annotations": [{"segmentation": [8, 5, 38, 5, 38, 25, 8, 25]}]}))
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [8, 5, 38, 5, 38, 25, 8, 25],
+        [[8, 5], [38, 5], [38, 25], [8, 25]],
+        [[[8, 5], [38, 5], [38, 25], [8, 25], [8, 5]]],
+        [["8", "5", "38", "5", "38", "25", "8", "25"]],
+    ],
+    ids=["without a list", "points without a list", "points, closed", "numbers as text"],
+)
+def test_one_polygon_may_be_written_in_several_ways(folder, polygon):
+    (folder / "coco.json").write_text(json.dumps({"annotations": [{"segmentation": polygon}]}))
     assert load(folder)[0].sum() == 600
+
+
+def test_run_lengths_may_be_written_as_decimals(folder):
+    write(folder, [float(count) for count in DOWN], bbox=BBOX, area=AREA)
+    assert np.array_equal(load(folder)[0] > 0.5, MASK)
 
 
 # --- Units --------------------------------------------------------------------------------------------------------

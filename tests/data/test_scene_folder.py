@@ -340,7 +340,7 @@ BOMBS = {  # the file, what makes its content, what is told
     "run lengths of a megapixel each in a list": (
         "coco.json",
         lambda: json.dumps({"annotations": [{"segmentation": {"size": [3000, 3000], "counts": [1] * 4_000_000}}]}),
-        "the run lengths do not add up to 3000x3000 pixels",
+        "the run lengths add up to 4000000, not to 3000x3000 pixels",
     ),
     "a time stamp": ("mask1732851234.png", str, "has masks up to mask1732851234.png but lacks mask0.png, mask1.png"),
     "a number of 240 digits": (f"mask{'9' * 240}.png", str, "but lacks mask0.png, mask1.png"),

@@ -81,6 +81,7 @@ def test_phrases_have_strengths_too(prompt, parts):
         ("two toys (<toy>)", ["(<toy>)"]),
         ("red+ and (red:1,4) and (red:1.4", ["red+", "(red:1,4)", "(red:1.4"]),
         ("red AND blue, BREAK \\(red\\)", ["AND", "BREAK", "\\(", "\\)"]),
+        ('("red", "blue").blend(0.5, 0.5), a cat.swap(dog)', [".blend(0.5, 0.5)", ".swap(dog)"]),
         ("a C++ book and 1+1, grade A+, (at 10:30", []),
         ("a toy (red) -- at 10:30 by-hand, <toy>-like", []),
     ],
@@ -99,6 +100,20 @@ def test_weights_of_other_tools_are_named(prompt, pieces):
 def test_a_weight_of_another_tool_around_a_handle_is_an_error(piece):
     with refused(piece, "bas reads no"):
         read_prompt(f"a photo of {piece} at the beach")
+
+
+@pytest.mark.parametrize(
+    ("piece", "advice"),
+    [
+        ("<lora:style:0.8>", "add --lora style.safetensors:0.8"),
+        ("<lora:my style>", "add --lora my style.safetensors:1"),
+        ("<lyco:a_b-c:1:0.5>", "add --lora a_b-c.safetensors:1"),
+        ("<hypernet:old:1>", "bas reads no hypernetworks"),
+    ],
+)
+def test_a_file_that_is_named_in_the_prompt_is_given_by_its_flag(piece, advice):
+    with refused(f"{piece} is no word of a prompt: leave it out; {advice}"):
+        read_prompt(f"a photo of <toy> {piece}")
 
 
 def test_a_phrase_of_strength_1_changes_nothing_and_of_0_leaves_no_trace(models):
@@ -127,12 +142,12 @@ def test_the_command_names_weights_that_stay_text(models, tmp_path, caplog, caps
     save_model(models, tmp_path / "model")
     words = ["sample", str(tmp_path / "model"), "--num_inference_steps", "1", "--output_path", str(tmp_path / "x.png")]
     assert main([*words, "--prompt", "a ((bowl))", "--negative_prompt", "[stone]"]) == 0
-    assert [message.split(" is not a weight")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
+    assert [message.split(" is nothing")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
     caplog.clear()
     words += ["--config", str(tmp_path / "run.toml")]
     (tmp_path / "run.toml").write_text('prompt = ["a bowl++", "a stone"]')
     assert main(words) == 0
-    assert [message.split(" is not a weight")[0] for message in caplog.messages] == ["'bowl++'"]
+    assert [message.split(" is nothing")[0] for message in caplog.messages] == ["'bowl++'"]
     assert main([*words, "--prompt", "a <asset0>++"]) == 2
     assert "<asset0>++: bas reads no such weight" in capsys.readouterr().err
 
@@ -232,4 +247,4 @@ def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
 def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):
     """Training warns of a weight that it would read as brackets."""
     check_input(bench.config(tmp_path / "run", class_prompt=("a [photo] at the beach", "a stone")))
-    assert [message.split(" is not a weight")[0] for message in caplog.messages] == ["'[photo]'"]
+    assert [message.split(" is nothing")[0] for message in caplog.messages] == ["'[photo]'"]

@@ -62,6 +62,16 @@ def test_a_folder_that_bas_did_not_write_is_refused_and_left_alone(tmp_path, kin
     assert files_in(folder) == before
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "previews", "unet", "scene"])
+def test_a_file_in_the_place_of_a_folder_is_found_before_training(tmp_path, name):
+    folder = write_settings(tmp_path / "run")
+    (folder / "metrics.jsonl").touch()
+    (folder / name).write_text("precious")
+    with refused(f"{folder / name} is not a folder, as it is in a run of bas: move it away"):
+        prepare_folder(folder, resuming=True)
+    assert (folder / name).read_text() == "precious"
+
+
 @pytest.mark.parametrize("kind", ["an editor's settings", "a trainer's metrics"])
 @pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]])
 def test_the_command_refuses_it_with_2(bench, tmp_path, kind, resume, capsys):
