@@ -7,9 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from bas.errors import InputError
+from bas.io.files import not_a_file
 from bas.io.tensors import read_tensors, write_tensors
+from bas.models.bundle import is_finite
 from bas.models.text import HANDLE
 
+MOST_VECTORS = 75  # of the 77 places of a prompt, without its start and end
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
 
 
@@ -39,14 +42,18 @@ def write_embedding(path: Path, rows: Tensor, metadata: Mapping[str, str]) -> No
 def read_embedding(path: Path, width: int) -> tuple[str, Tensor]:
     """Read a textual-inversion file. -> the handle, `<NAME>` for NAME.safetensors, and rows (n, width) in float32
 
-    Raises InputError for several concepts in one file, for another width, and for a name that no handle can have.
+    Raises InputError for several concepts in one file, for another width, for values that are not finite, and for a
+    name that no handle can have.
     """
+    if not path.is_file():
+        raise not_a_file(path)
     tensors, _ = read_tensors(path)
     handle = f"<{path.stem.strip('<>')}>"
     if not HANDLE.fullmatch(handle):
         raise InputError(f"{path}: its name is to be the handle's, 1 to 32 letters, digits, _ or -; rename it")
     if {"clip_l", "clip_g"} <= tensors.keys():
         raise InputError(f"{path} is an embedding for SDXL: give one for Stable Diffusion 1.x or 2.x")
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}  # without counts, such as `step`
     if len(tensors) != 1:
         raise InputError(f"{path} holds {len(tensors)} tensors: an embedding has one; split it, one file per concept")
     ((name, rows),) = tensors.items()
@@ -56,12 +63,17 @@ def read_embedding(path: Path, width: int) -> tuple[str, Tensor]:
     if rows.shape[1] != width:
         family = WIDTHS.get(rows.shape[1], "another model")
         raise InputError(f"{path} is for {family}, with rows of {rows.shape[1]}: this model has rows of {width}")
+    if len(rows) > MOST_VECTORS:
+        raise InputError(f"{path} has {len(rows)} vectors: a prompt has places for {MOST_VECTORS}")
+    if not is_finite(rows.float()):
+        raise InputError(f"{path}: {name} holds values that are not finite numbers: download it again")
     return handle, rows.float()
 
 
 def describe_embedding(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
     """Say of a textual-inversion file: its handle, vectors and base."""
-    width = next(iter(tensors.values())).shape[-1]
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}
+    width = next((tensor.shape[-1] for tensor in tensors.values()), 0)
     both = {"clip_l", "clip_g"} <= tensors.keys()
     return {
         "for": "SDXL" if both else WIDTHS.get(width, f"a model with text of width {width}"),

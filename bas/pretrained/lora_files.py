@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bas.errors import InputError, RunError
+from bas.io.files import not_a_file
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference
 from bas.models.bundle import is_finite
@@ -140,6 +141,8 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     Raises InputError in one line for another kind of file, for a model of another family, and for a tensor that has no
     place. Embeddings that are bundled in the file are left out with a warning.
     """
+    if not path.is_file():
+        raise not_a_file(path)
     tensors, texts = read_tensors(path)
     if bundled := sorted({name.split(".")[1] for name in tensors if name.startswith("bundle_emb.")}):
         log.warning("%s also holds the embeddings %s, which are not read from there", path, ", ".join(bundled))
@@ -152,6 +155,10 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
         place = find_place(name, layers)
         if place is None:
             raise InputError(f"{path} holds {name}, for which this model has no place: it is a LoRA for another model")
+        if place.role != "alpha" and not tensor.is_floating_point():
+            raise InputError(f"{path}: {name} holds {name_of(tensor.dtype)}, not weights: give a LoRA in fp32 or fp16")
+        if not is_finite(tensor.float()):
+            raise InputError(f"{path}: {name} holds values that are not finite numbers: download it again")
         found[place.component, place.layer][place.role] = tensor
     if not found:
         raise InputError(f"{path} holds no LoRA")
@@ -189,18 +196,21 @@ def _change(
     if missing := {"down", "up"} - roles.keys():
         raise InputError(f"{path}: {layer} has no {min(missing)} matrix; copy or download the file again")
     down, up = roles["down"], roles["up"]
+    if down.ndim < 2 or up.ndim < 2 or not len(down):
+        raise InputError(f"{path}: the matrices of {layer} are {list(down.shape)} and {list(up.shape)}: it is damaged")
     rank = len(down)
     if "mid" in roles:  # Tucker: A reads 1x1, mid has the kernel
-        if roles["mid"].shape[:2] != (up.shape[1], rank):
+        if roles["mid"].ndim != 4 or roles["mid"].shape[:2] != (up.shape[1], rank):
             raise InputError(f"{path}: the matrices of {layer} do not fit each other")
         down = torch.einsum("mnhw,ni->mihw", roles["mid"].float(), down.float().flatten(1))
     if up.shape[1] != len(down) or len(up) * down[0].numel() != weight.numel() or len(up) != len(weight):
-        width = f"an input of {down.shape[1]}" if down.ndim > 1 else "another shape"
         raise InputError(
-            f"{path}: {layer} has {width} and an output of {len(up)}, the model's is {list(weight.shape)}: it is a "
-            f"LoRA for {FAMILIES.get(down.shape[1], 'another model')}"
+            f"{path}: {layer} has an input of {down.shape[1]} and an output of {len(up)}, the model's is "
+            f"{list(weight.shape)}: it is a LoRA for {FAMILIES.get(down.shape[1], 'another model')}"
         )
     if "alpha" in roles:
+        if roles["alpha"].numel() != 1:
+            raise InputError(f"{path}: the alpha of {layer} is {list(roles['alpha'].shape)}, not one number")
         alpha = float(roles["alpha"])
     return Change(down, up, strength * (1.0 if alpha is None else alpha / rank))
 
@@ -234,10 +244,17 @@ def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str,
         return {"what": kind, "problem": problem}
     roles = {name: split_role(name) for name in tensors}
     layers = {found[0] for found in roles.values() if found and found[1] != "alpha"}
-    ranks = {len(tensors[name]) for name, found in roles.items() if found and found[1] == "down"}
-    alphas = {float(tensors[name]) for name, found in roles.items() if found and found[1] == "alpha"}
+    ranks = {
+        tensors[name].shape[0] for name, found in roles.items() if found and found[1] == "down" and tensors[name].ndim
+    }
+    alphas = {
+        float(tensors[name])
+        for name, found in roles.items()
+        if found and found[1] == "alpha" and tensors[name].numel() == 1
+    }
     alphas |= set(_alphas(dict(texts)).values())
-    widths = {tensors[name].shape[-1] for name, found in roles.items() if found and is_text_reader(*found)}
+    readers = [tensors[name] for name, found in roles.items() if found and is_text_reader(*found)]
+    widths = {tensor.shape[-1] for tensor in readers if tensor.ndim}
     text = sum(layer.startswith(("lora_te", "text_encoder", "te_")) for layer in layers)
     return {
         "for": ", ".join(sorted({FAMILIES.get(width, f"a model with text of width {width}") for width in widths}))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from bas.cli.entry import main
 from bas.cli.inspection import describe
 from bas.pretrained.additions import Additions, split_weight
+from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load, read_parts, read_spec
 from bas.pretrained.hashes import weights_hash
@@ -171,6 +172,7 @@ def test_export_import_export_keeps_every_bit(base, run, tmp_path):
 # --- Refusals -----------------------------------------------------------------------------------------------------
 
 DOWN, UP = f"{kohya_name('unet', LAYER)}.lora_down.weight", f"{kohya_name('unet', LAYER)}.lora_up.weight"
+ONES = torch.ones(3)
 KINDS = {
     "a LoHa": {f"{kohya_name('unet', LAYER)}.hada_w1_a": torch.zeros(2, 2)},
     "a LoKr": {f"{kohya_name('unet', LAYER)}.lokr_w1": torch.zeros(2, 2)},
@@ -184,6 +186,12 @@ KINDS = {
     "an output of 33": {DOWN: torch.zeros(4, 64), UP: torch.zeros(33, 4)},
     "holds strange, for which": {"strange": torch.zeros(1)},
     "changes the bias": {f"{kohya_name('unet', LAYER)}.diff_b": torch.zeros(32)},
+    "alpha of": {DOWN: torch.zeros(4, 64), UP: torch.zeros(32, 4), DOWN.replace("lora_down.weight", "alpha"): ONES},
+    "are [] and [32, 4]": {DOWN: torch.zeros(()), UP: torch.zeros(32, 4)},
+    "are [0, 64] and [32, 0]": {DOWN: torch.zeros(0, 64), UP: torch.zeros(32, 0)},
+    "matrices of": {DOWN: torch.zeros(4, 64), UP: torch.zeros(32, 4), DOWN.replace("lora_down", "lora_mid"): ONES},
+    "lora_down.weight holds values that are not finite": {DOWN: torch.full((4, 64), torch.inf).half()},
+    "not weights: give a LoRA in": {DOWN: torch.zeros(4, 64, dtype=torch.int8)},
     "holds no LoRA": {"bundle_emb.toy.emb_params": torch.zeros(1, 64)},
 }
 
@@ -282,12 +290,39 @@ def test_embeddings_become_handles(base, tmp_path, key, shape, count):
         ("toy", {"<a>": torch.zeros(1, 64), "<b>": torch.zeros(1, 64)}, "holds 2 tensors"),
         ("my toy", {"emb_params": torch.zeros(1, 64)}, "rename it"),
         ("toy", {"emb_params": torch.zeros(2, 3, 64)}, "is no embedding"),
+        ("toy", {"emb_params": torch.zeros(76, 64)}, "has 76 vectors: a prompt has places for 75"),
+        (
+            "toy",
+            {"emb_params": torch.full((1, 64), torch.nan)},
+            "toy.safetensors: emb_params holds values that are not",
+        ),
+        (
+            "toy",
+            {"emb_params": torch.full((1, 64), 1e300, dtype=torch.double)},
+            "not finite numbers: download it again",
+        ),
+        ("toy", {"step": torch.tensor(100)}, "holds 0 tensors"),
     ],
 )
 def test_what_is_no_embedding_of_this_model_is_refused(base, tmp_path, name, tensors, part):
     save_file(tensors, tmp_path / f"{name}.safetensors")
     with refused(part):
         read_spec(base, None, Additions(embeddings=(tmp_path / f"{name}.safetensors",)))
+
+
+def test_numbers_beside_an_embedding_are_no_vectors(base, tmp_path):
+    """A1111 writes how long it was trained."""
+    path, rows = tmp_path / "toy.safetensors", torch.ones(2, 64)
+    save_file({"emb_params": rows, "step": torch.tensor(500)}, path)
+    assert torch.equal(read_embedding(path, 64)[1], rows)
+    assert describe(path)["vectors"] == [2]
+
+
+def test_a_file_that_is_missing_is_said_to_be_missing(base, tmp_path):
+    path = tmp_path / "a.safetensors"
+    for additions in (Additions(loras=((path, 1.0),)), Additions(embeddings=(path,))):
+        with refused(f"{path} does not exist"):
+            load(base, additions=additions)
 
 
 def test_sample_takes_both(base, run, tmp_path, monkeypatch):
