@@ -42,7 +42,14 @@ from bas.pretrained.loading import (
 )
 from bas.pretrained.own_settings import read_own_settings, write_own_settings
 from bas.pretrained.single_file import EMBEDDER_2, SD_STEPS_OFFSET, read_single_file
-from bas.pretrained.unsupported import check_channels, check_class, check_kind, check_pipeline, check_tokenizer_config
+from bas.pretrained.unsupported import (
+    check_channels,
+    check_class,
+    check_kind,
+    check_merges,
+    check_pipeline,
+    check_tokenizer_config,
+)
 from bas.schedulers import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -267,6 +274,7 @@ def _read_tokenizer(folder: Path) -> CLIPTokenizer:
             check_tokenizer_config(read_json(config), config)
         if (merges := folder / "merges.txt").is_file():
             read_text(merges)
+        check_merges(folder)
         with without_marks(folder) as readable:
             return load_tokenizer(readable)
 

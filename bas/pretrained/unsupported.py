@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bas.errors import InputError
+from bas.io.json_files import read_json, read_text
 
 LORA, EMBEDDING = "a LoRA", "a textual inversion embedding"
 WHOLE_MODEL = "give a whole Stable Diffusion 1.x, 2.x or XL model"
@@ -72,6 +73,8 @@ CLASSES = {  # the classes of each part of a model; SDXL's second text encoder a
 }
 SECOND = ("text_encoder_2", "tokenizer_2")  # of SDXL alone
 BASE_ADVICE = "use the base model it was made from"
+LEAST_VOCABULARY, MOST_LOST = 1000, 0.02  # words of a vocabulary that is checked; the share that may lack a merge
+WITHOUT_MERGE = 2 * 256 + 2  # words of CLIP's vocabulary: bytes, within a word and at its end; start and end of text
 ELSEWHERE = {  # of a tokenizer_config.json: arguments by which transformers would read files outside the folder
     *("gguf_file", "init_inputs", "merges", "tokenizer_object", "vocab"),
 }
@@ -140,9 +143,38 @@ def check_class(part: str, name: object, path: Path) -> None:
 
 
 def check_tokenizer_config(config: dict, path: Path) -> None:
-    """Raise InputError when a tokenizer_config.json names files elsewhere, or a length that no prompt can have."""
+    """Raise InputError when a tokenizer_config.json names files elsewhere, pads before the words, or has a length that
+    no prompt can have."""
     if found := ELSEWHERE & config.keys():
         raise InputError(f"{path} sets {min(found)}: bas reads a tokenizer from its own folder alone")
+    if config.get("padding_side", "right") != "right":
+        raise InputError(
+            f"{path}: padding_side is {config['padding_side']!r}: bas needs a tokenizer that pads at the end"
+        )
     length = config.get("model_max_length")
     if length is not None and (not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 3):
         raise InputError(f"{path}: model_max_length is {length!r}, expected a number from 3")
+
+
+def check_merges(folder: Path) -> None:
+    """Raise InputError when a tokenizer has far fewer merges than its vocabulary has words that need one.
+
+    A merges.txt that was cut off loads, and then other tokens stand for most words. A small vocabulary is not looked
+    at: those of test models name words that no merge leads to.
+    """
+    if (folder / "merges.txt").is_file() and (folder / "vocab.json").is_file():
+        path, vocabulary = folder / "merges.txt", read_json(folder / "vocab.json")
+        merges: object = [line for line in read_text(path).splitlines() if not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        model = read_json(path).get("model")
+        vocabulary, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+    else:
+        return
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list) or len(vocabulary) < LEAST_VOCABULARY:
+        return
+    if len(vocabulary) - WITHOUT_MERGE - len(merges) > MOST_LOST * len(vocabulary):
+        raise InputError(
+            f"{path} holds {len(merges)} merges, too few for the {len(vocabulary)} words of the vocabulary: it is cut "
+            "off, or of another model; copy or download it again"
+        )

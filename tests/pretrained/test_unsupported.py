@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 import bas
 from bas.models.bundle import COMPONENTS
 from bas.pretrained.folder import load
+from bas.pretrained.single_file import CLIP_VOCABULARY
+from bas.pretrained.unsupported import check_merges
 from tests.helpers.families import UNET_FILE, change_json, refusal
+from tests.helpers.tiny import refused
 
 INCOMPLETE = "is missing: the model is incomplete, download it again"
 WHOLE = "give a whole Stable Diffusion 1.x, 2.x or XL model"
@@ -150,6 +153,29 @@ def test_a_tokenizer_reads_only_its_own_folder(folder, tmp_path):
     tokenizer = load(folder).tokenizer
     assert tokenizer("a photo").input_ids == before
     assert tokenizer.model_max_length == 77
+
+
+def words_and_merges(folder: Path, layout: str, merges: int) -> Path:
+    """A vocabulary of 2000 words, of which 514 need no merge, and so many merges: in two files, or in one."""
+    folder.mkdir()
+    words = {f"w{i}": i for i in range(2000)}
+    if layout == "tokenizer.json":
+        model = {"vocab": words, "merges": [["a", "b"]] * merges}
+        (folder / layout).write_text(json.dumps({"model": model}))
+    else:
+        (folder / "vocab.json").write_text(json.dumps(words))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "a b\n" * merges)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["merges.txt", "tokenizer.json"])
+def test_merges_that_were_cut_off_are_refused(layout, tmp_path):
+    """2000 - 514 words need a merge each, and 2 % of 2000 may lack theirs."""
+    check_merges(words_and_merges(tmp_path / "whole", layout, 1446))
+    check_merges(CLIP_VOCABULARY)
+    folder = words_and_merges(tmp_path / "cut", layout, 1445)
+    with refused(f"{folder / layout} holds 1445 merges, too few for the 2000 words of the vocabulary: it is cut off"):
+        check_merges(folder)
 
 
 def test_vocabulary_and_rows_must_agree(folder):

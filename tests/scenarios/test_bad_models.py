@@ -279,6 +279,11 @@ NAN, INF = float("nan"), float("inf")
         (TOKENIZER_JSON, {"model_max_length": -1}, "model_max_length is -1, expected a number from 3"),
         (TOKENIZER_JSON, {"model_max_length": NAN}, "model_max_length is nan, expected"),
         (TOKENIZER_JSON, {"model_max_length": "x"}, "model_max_length is 'x', expected"),
+        (
+            TOKENIZER_JSON,
+            {"padding_side": "left"},
+            "padding_side is 'left': bas needs a tokenizer that pads at the end",
+        ),
         (TOKENIZER_JSON, {"gguf_file": "../x"}, "sets gguf_file: bas reads a tokenizer from its own folder alone"),
         (TOKENIZER_JSON, {"vocab": "/x", "merges": "/y"}, "sets merges: bas reads a tokenizer from"),
         (TOKENIZER_JSON, {"init_inputs": ["/x"]}, "sets init_inputs: bas reads a tokenizer from"),
