@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ NUMBER = (int, float)
 ROW = {"phase": str, "step": int, ...: NUMBER}  # of the metrics
 SESSION = {"started": str, "device": str, "versions": dict, "stages": [{"stage": str, "seconds": NUMBER, ...: NUMBER}]}
 LEFT_OUT = "the times of earlier sessions are left out"
+ROWS = ("handles", "handles_2")  # in the concepts file: the handles' rows, of the first text encoder and of the second
 SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images generated during training
 
 
@@ -66,8 +67,7 @@ def save_concepts(
 
     That is the handles' rows (N, d) of each text encoder as float32, and the masks (N, H, W) as 8 bits.
     """
-    names = ("handles", "handles_2")[: len(rows)]
-    tensors = {name: each.float() for name, each in zip(names, rows, strict=True)}
+    tensors = {name: each.float() for name, each in zip(ROWS[: len(rows)], rows, strict=True)}
     tensors |= {"masks": (masks * 255).round().to(torch.uint8)}
     texts = {"bas": "concepts-1", "handles": json.dumps(list(handles)), "note": json.dumps(metadata)}
     write_tensors(run / CONCEPTS, tensors, texts)
@@ -81,6 +81,11 @@ def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not ours or tensors["masks"].ndim != 3:
         raise InputError(f"{path} was not written by bas")
     return tensors, read_metadata(path, texts)
+
+
+def handle_rows(concepts: Mapping[str, Tensor]) -> list[Tensor]:
+    """The handles' rows (N, d) of each text encoder, from the tensors of a concepts file."""
+    return [concepts[name] for name in ROWS if name in concepts]
 
 
 def read_metadata(path: Path, texts: dict[str, str]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ An adapted layer is the layer itself with A and B beside its weight, under the n
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bas.config import TrainConfig
-from bas.models.bundle import Models
+from bas.models.bundle import Models, is_unread
 from bas.models.text import mark_tokens
 from bas.presets import LORA_TARGETS
 
@@ -103,16 +103,27 @@ def add_adapters(models: Models, config: TrainConfig, handles: int) -> None:
         begin = len(models.tokenizer)
         adapt_tokens(models, dict.fromkeys(range(begin, begin + handles), config.rank), config.adapter_scale, generator)
     if "text_encoder_lora" in parts:
-        adapt(models.text_encoder, text, config.rank, config.rank, config.adapter_scale, generator)
+        for component, network in models.text_networks.items():
+            unread = {name for name, _ in network.named_modules() if is_unread(models, f"{component}.{name}")}
+            adapt(network, text, config.rank, config.rank, config.adapter_scale, generator, unread)
 
 
 def adapt(
-    network: nn.Module, targets: str, rank: int, conv_rank: int, scale: float, generator: torch.Generator
+    network: nn.Module,
+    targets: str,
+    rank: int,
+    conv_rank: int,
+    scale: float,
+    generator: torch.Generator,
+    left_out: Collection[str] = (),
 ) -> None:
-    """Put adapters beside the layers whose names end as `targets` says. conv_rank: of convolutions larger than 1x1."""
+    """Put adapters beside the layers whose names end as `targets` says, but for those of the names `left_out`.
+
+    conv_rank: of convolutions larger than 1x1.
+    """
     ends = re.compile(rf"(.*\.)?({targets})")
     for name, layer in list(network.named_modules()):
-        if not ends.fullmatch(name):
+        if not ends.fullmatch(name) or name in left_out:
             continue
         if isinstance(layer, nn.Linear):
             replace_layer(network, name, AdaptedLinear(layer, rank, scale, generator))

@@ -214,6 +214,15 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def is_unread(models: Models, name: str) -> bool:
+    """Whether nothing reads what this part of the networks computes: the last layer of SDXL's first text encoder."""
+    if len(models.text_encoders) == 1:
+        return False
+    last = models.text_encoder.config.num_hidden_layers - 1
+    unread = rf"text_encoder\.(text_model\.)?(encoder\.layers\.{last}|final_layer_norm)(\.|$)"
+    return re.match(unread, name) is not None
+
+
 def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
     """The groups of the networks' weights that a phase can name in `Phase.trains`, by name. Groups overlap."""
     unet = {f"unet.{name}": p for name, p in models.unet.named_parameters()}
@@ -222,10 +231,7 @@ def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
         for component, network in models.text_networks.items()
         for name, p in network.named_parameters()
     }
-    if len(models.text_encoders) > 1:  # nothing reads what comes behind the last layer but one of SDXL's first
-        last = models.text_encoder.config.num_hidden_layers - 1
-        unread = re.compile(rf"text_encoder\.(text_model\.)?(encoder\.layers\.{last}|final_layer_norm)\.")
-        text = {name: p for name, p in text.items() if not unread.match(name)}
+    text = {name: p for name, p in text.items() if not is_unread(models, name)}
     own = {name: p for name, p in unet.items() if not is_adapter(name)}
     cross = {name: p for name, p in own.items() if ".attn2." in name}
     adapters = {name: p for name, p in unet.items() if is_adapter(name)}

@@ -373,8 +373,7 @@ def encode_ids(text_encoders: Sequence[TextEncoder], ids: Tensor, visible: Tenso
     """
     if len(text_encoders) == 1:
         states = text_encoders[0](input_ids=ids, attention_mask=visible).last_hidden_state
-        marks = [(ids == number)[..., None].to(states.dtype) for number in getattr(text_encoders[0], MARKED, ())]
-        return Conditioning(torch.cat([states, *marks], dim=-1) if marks else states)
+        return Conditioning(_with_marks(text_encoders, ids, states))
     first, second = text_encoders
     end = ids.eq(cast(int, first.config.eos_token_id)).int().argmax(dim=1, keepdim=True)  # the first such token
     padding = torch.arange(ids.shape[1], device=ids.device) > end
@@ -386,4 +385,12 @@ def encode_ids(text_encoders: Sequence[TextEncoder], ids: Tensor, visible: Tenso
     # transformers' own pooled output would be that of a handle, whose id is above the end's, where eos_token_id is 2.
     at_end = outputs[1].last_hidden_state.take_along_dim(end[..., None], dim=1)[:, 0]
     states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-    return Conditioning(states, cast("CLIPTextModelWithProjection", second).text_projection(at_end))
+    pooled = cast("CLIPTextModelWithProjection", second).text_projection(at_end)
+    return Conditioning(_with_marks(text_encoders, ids, states), pooled)
+
+
+def _with_marks(text_encoders: Sequence[TextEncoder], ids: Tensor, states: Tensor) -> Tensor:
+    """The states with a column for each marked token. ids: (b, k); states: (b, k, d) -> (b, k, d + N)"""
+    numbers = (number for encoder in text_encoders for number in getattr(encoder, MARKED, ()))
+    marks = [(ids == number)[..., None].to(states.dtype) for number in numbers]
+    return torch.cat([states, *marks], dim=-1) if marks else states

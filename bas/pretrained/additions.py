@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bas.errors import InputError, check_float, check_positive
 from bas.models.adapters import Change, Difference
 from bas.models.text import check_handles
@@ -96,28 +94,22 @@ def with_additions(parts: Parts, additions: Additions) -> Parts:
         parts = with_vae(parts, additions.vae)
     if additions.clip_skip is not None:
         parts = with_clip_skip(parts, additions.clip_skip)
-    if parts.spec.text_encoder_2 is not None and (additions.loras or additions.embeddings):
-        raise InputError(f"{parts.spec.source} is an SDXL: this version adds no LoRA and no embedding to one")
     changes: dict[str, dict[str, list[Change | Difference]]] = {
         component: {name: list(each) for name, each in parts.changes.get(component, {}).items()}
-        for component in ("unet", "text_encoder")
+        for component in parts.tensors
     }
     for path, weight in additions.loras:
         for component, layers in read_lora(path, parts, weight).items():
             for layer, change in layers.items():
                 changes[component].setdefault(f"{layer}.weight", []).append(change)
-    spec, rows, handles = parts.spec, [] if parts.rows is None else [parts.rows], []
+    parts = replace(parts, changes=dict(changes))
     from transformers import AddedToken
 
     for path in additions.embeddings:
-        handle, vectors = read_embedding(path, spec.text_encoder["hidden_size"])
-        names = [handle, *(f"{handle}_{i}" for i in range(1, len(vectors)))]  # as diffusers names the further vectors
-        check_handles(spec.tokenizer, (handle,))
-        spec.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
-        rows.append(vectors)
-        handles.append(handle)
-    if not handles:
-        return replace(parts, changes=dict(changes))
-    count = spec.text_encoder["vocab_size"] + sum(map(len, rows[-len(handles) :]))
-    spec = replace(spec, text_encoder=spec.text_encoder | {"vocab_size": count}, handles=(*spec.handles, *handles))
-    return replace(parts, spec=spec, changes=dict(changes), rows=torch.cat(rows))
+        handle, rows = read_embedding(path, {n: text["hidden_size"] for n, text in parts.spec.text_encoders.items()})
+        vectors = len(rows["text_encoder"])
+        names = [handle, *(f"{handle}_{i}" for i in range(1, vectors))]  # as diffusers names the further vectors
+        check_handles(parts.spec.tokenizer, (handle,))
+        parts.spec.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+        parts = parts.with_rows(rows, (handle,))
+    return parts

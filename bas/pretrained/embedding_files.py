@@ -1,6 +1,9 @@
-"""Textual-inversion files: one concept each, named by the file. Written as `emb_params`, which all programs read."""
+"""Textual-inversion files: one concept each, named by the file.
 
-from collections.abc import Mapping
+Written as `emb_params`, which all programs read; for SDXL as `clip_l` and `clip_g`, one for each text encoder.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from bas.models.text import HANDLE
 
 MOST_VECTORS = 75  # of the 77 places of a prompt, without its start and end
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
+
+
+EMBEDDING_KEYS = ("clip_l", "clip_g")  # the rows of SDXL's first and second text encoder
 
 
 def file_names(handles: tuple[str, ...], prefix: str) -> dict[str, str]:
@@ -34,13 +40,16 @@ def file_names(handles: tuple[str, ...], prefix: str) -> dict[str, str]:
     return names
 
 
-def write_embedding(path: Path, rows: Tensor, metadata: Mapping[str, str]) -> None:
-    """Write the rows (n, d) of one concept, in float32."""
-    write_tensors(path, {"emb_params": rows.float()}, dict(metadata))
+def write_embedding(path: Path, rows: Sequence[Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the rows (n, d) of one concept for each text encoder, in float32."""
+    keys = EMBEDDING_KEYS if len(rows) > 1 else ("emb_params",)
+    write_tensors(path, {key: each.float() for key, each in zip(keys, rows, strict=True)}, dict(metadata))
 
 
-def read_embedding(path: Path, width: int) -> tuple[str, Tensor]:
-    """Read a textual-inversion file. -> the handle, `<NAME>` for NAME.safetensors, and rows (n, width) in float32
+def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str, Tensor]]:
+    """Read a textual-inversion file for text encoders of these widths, which are by component.
+
+    -> the handle, `<NAME>` for NAME.safetensors, and rows (n, width) in float32 by component
 
     Raises InputError for several concepts in one file, for another width, for values that are not finite, and for a
     name that no handle can have.
@@ -51,30 +60,37 @@ def read_embedding(path: Path, width: int) -> tuple[str, Tensor]:
     handle = f"<{path.stem.strip('<>')}>"
     if not HANDLE.fullmatch(handle):
         raise InputError(f"{path}: its name is to be the handle's, 1 to 32 letters, digits, _ or -; rename it")
-    if {"clip_l", "clip_g"} <= tensors.keys():
+    both = {*EMBEDDING_KEYS} <= tensors.keys()
+    if both and len(widths) == 1:
         raise InputError(f"{path} is an embedding for SDXL: give one for Stable Diffusion 1.x or 2.x")
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}  # without counts, such as `step`
-    if len(tensors) != 1:
+    if len(tensors) != (2 if both else 1):
         raise InputError(f"{path} holds {len(tensors)} tensors: an embedding has one; split it, one file per concept")
-    ((name, rows),) = tensors.items()
-    rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
-        raise InputError(f"{path}: {name} is {list(rows.shape)} {rows.dtype}, which is no embedding")
-    if rows.shape[1] != width:
-        family = WIDTHS.get(rows.shape[1], "another model")
-        raise InputError(f"{path} is for {family}, with rows of {rows.shape[1]}: this model has rows of {width}")
-    if len(rows) > MOST_VECTORS:
-        raise InputError(f"{path} has {len(rows)} vectors: a prompt has places for {MOST_VECTORS}")
-    if not is_finite(rows.float()):
-        raise InputError(f"{path}: {name} holds values that are not finite numbers: download it again")
-    return handle, rows.float()
+    if not both and len(widths) > 1:
+        raise InputError(f"{path} holds rows for one text encoder: an embedding for SDXL has clip_l and clip_g")
+    found, keys = {}, EMBEDDING_KEYS if both else tensors.keys()
+    for key, (component, width) in zip(keys, widths.items(), strict=True):
+        rows = tensors[key][None] if tensors[key].ndim == 1 else tensors[key]
+        if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
+            raise InputError(f"{path}: {key} is {list(rows.shape)} {rows.dtype}, which is no embedding")
+        if rows.shape[1] != width:
+            family = WIDTHS.get(rows.shape[1], "another model")
+            raise InputError(f"{path} is for {family}, with rows of {rows.shape[1]}: this model has rows of {width}")
+        if len(rows) > MOST_VECTORS:
+            raise InputError(f"{path} has {len(rows)} vectors: a prompt has places for {MOST_VECTORS}")
+        if not is_finite(rows.float()):
+            raise InputError(f"{path}: {key} holds values that are not finite numbers: download it again")
+        found[component] = rows.float()
+    if len({len(rows) for rows in found.values()}) > 1:
+        raise InputError(f"{path} holds rows of two numbers of vectors: copy or download it again")
+    return handle, found
 
 
 def describe_embedding(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
     """Say of a textual-inversion file: its handle, vectors and base."""
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}
     width = next((tensor.shape[-1] for tensor in tensors.values()), 0)
-    both = {"clip_l", "clip_g"} <= tensors.keys()
+    both = {*EMBEDDING_KEYS} <= tensors.keys()
     return {
         "for": "SDXL" if both else WIDTHS.get(width, f"a model with text of width {width}"),
         "handle": f"<{path.stem.strip('<>')}>",

@@ -19,7 +19,7 @@ from bas import __version__
 from bas.errors import InputError
 from bas.io.files import replacing
 from bas.io.json_files import write_json
-from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, read_concepts, read_rows
+from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, handle_rows, read_concepts, read_rows
 from bas.models.bundle import ModelSpec
 from bas.models.text import handle_ids
 from bas.presets import KINDS
@@ -29,6 +29,13 @@ from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora
 from bas.pretrained.single_file import architecture, has_clip_vocabulary, save_single_file, without_handles
 from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
 
+# By the family of a model: its name on A1111's cards, and in kohya's metadata.
+SHORT = {"Stable Diffusion 1": "SD1", "Stable Diffusion 2": "SD2", "Stable Diffusion XL": "SDXL"}
+BASE_VERSIONS = {
+    "Stable Diffusion 1": "sd_v1",
+    "Stable Diffusion 2": "sd_v2",
+    "Stable Diffusion XL": "sdxl_base_v1-0",
+}
 RANK_BESIDE = 64  # of the LoRA beside differences, unless a rank is given
 
 
@@ -117,14 +124,15 @@ def export_lora(
     concepts, metadata = read_concepts(run)
     adapters, spec = adapters_of(run, rank, base)
     words = {handle: path.stem for handle, path in files.embeddings.items()}
-    rows = {handle: row[None] for handle, row in zip(metadata["handles"], concepts["handles"], strict=True)}
+    rows = {handle: [each[i : i + 1] for each in handle_rows(concepts)] for i, handle in enumerate(metadata["handles"])}
     texts = describe(run, metadata, spec, [*words.values()], files.main.stem)
     texts |= {"modelspec.architecture": f"{architecture(spec)}/lora"}
     extra = bundled({words[handle]: row for handle, row in rows.items()}) if bundle else {}
-    write_lora(files.main, adapters, form, dtype, texts, extra)
+    xl = spec.unet if spec.text_encoder_2 is not None else None
+    write_lora(files.main, adapters, form, dtype, texts, extra, xl)
     if files.lora:
         name = {"ss_output_name": files.lora.stem, "modelspec.title": files.lora.stem}
-        write_lora(files.lora, with_rank(adapters, RANK_BESIDE), form, dtype, texts | name)
+        write_lora(files.lora, with_rank(adapters, RANK_BESIDE), form, dtype, texts | name, xl=xl)
     write_beside(run, files, rows, spec)
 
 
@@ -133,14 +141,14 @@ def export_single(
 ) -> None:
     """Write a whole model as one file, without its handles, and what belongs to it."""
     models = load(model, prediction_type=prediction_type, base=base)
-    table = models.text_encoder.get_input_embeddings().get_parameter("weight").detach()
-    rows = {handle: table[handle_ids(models.tokenizer, handle)] for handle in models.handles}
+    tables = [encoder.get_input_embeddings().get_parameter("weight").detach() for encoder in models.text_encoders]
+    rows = {handle: [table[handle_ids(models.tokenizer, handle)] for table in tables] for handle in models.handles}
     save_single_file(without_handles(models), files.main, dtype)
     write_beside(model, files, rows, models.spec)
 
 
-def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: ModelSpec) -> None:
-    """Write the embeddings, the card and the preview. rows: (n, d) by handle"""
+def write_beside(model: Path, files: Targets, rows: dict[str, list[Tensor]], spec: ModelSpec) -> None:
+    """Write the embeddings, the card and the preview. rows: by handle, (n, d) for each text encoder"""
     _, metadata = read_concepts(model) if files.card else (None, {"base": "", "config": {}})
     for handle, path in files.embeddings.items():
         own = {
@@ -155,7 +163,7 @@ def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: Mod
     if files.card:
         card = {
             "description": f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas",
-            "sd version": "SD2" if is_sd2(spec) else "SD1",
+            "sd version": SHORT[spec.family],
             "activation text": words,
             "preferred weight": 1.0,
             "negative text": "",
@@ -168,19 +176,15 @@ def write_beside(model: Path, files: Targets, rows: dict[str, Tensor], spec: Mod
             shutil.copyfile(image, temporary)
 
 
-def is_sd2(spec: ModelSpec) -> bool:
-    """Whether a model is of the family of Stable Diffusion 2, whose text encoder is open_clip's."""
-    return spec.text_encoder["hidden_act"] == "gelu"
-
-
 def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name: str) -> dict[str, str]:
     """The metadata of a LoRA file that other programs show. All values are texts."""
     config, velocity = metadata["config"], spec.schedule.prediction_type == "v_prediction"
     merged = [Path(each).name for each in metadata.get("merged", {}).get("runs", ())]
     steps = len(read_rows(run / METRICS))
+    sd2 = SHORT[spec.family] == "SD2"
     return {
-        "ss_v2": str(is_sd2(spec)),
-        "ss_base_model_version": ("sd_v2_v" if velocity else "sd_v2") if is_sd2(spec) else "sd_v1",
+        "ss_v2": str(sd2),
+        "ss_base_model_version": BASE_VERSIONS[spec.family] + "_v" * (sd2 and velocity),
         "ss_output_name": name,
         "ss_sd_model_name": Path(config["pretrained_model_name_or_path"] or "mini").name,
         "ss_clip_skip": "None",

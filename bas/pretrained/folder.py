@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bas.errors import InputError, check_bool, is_own_fault
 from bas.io.files import replacing, write_text
 from bas.io.json_files import check_json_size, read_json, read_text, write_json
-from bas.io.run_files import METRICS, TUNED
+from bas.io.run_files import METRICS, TUNED, handle_rows, read_concepts
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.adapters import adapt_tokens
 from bas.models.bundle import COMPONENTS, TEXT_ENCODERS, Models, ModelSpec
@@ -106,9 +106,9 @@ def build_on_meta(
 def _build(parts: Parts) -> tuple[Models, Parts]:
     """Build a model's networks on the meta device. -> the networks, and parts with the names of their weights"""
     models, tensors, changes = build_networks(parts.spec), dict(parts.tensors), dict(parts.changes)
-    if parts.rows is not None:
-        text = tensors["text_encoder"]
-        tensors["text_encoder"] = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), parts.rows])}
+    for component, rows in parts.rows.items():
+        text = tensors[component]
+        tensors[component] = text | {EMBEDDING: torch.cat([text[EMBEDDING].float(), rows])}
     for component in parts.spec.text_encoders:
         network = models.networks[component]
         tensors[component] = _with_prefix_of(network, tensors[component])
@@ -194,7 +194,9 @@ def _with_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
 
 
 def holds_sdxl(path: Path) -> bool:
-    """Whether a model folder, or a single file, is an SDXL, by the names in it."""
+    """Whether a model folder, a small run or a single file is an SDXL, by the names in it."""
+    if (path / TUNED).is_file():
+        return len(handle_rows(read_concepts(path)[0])) > 1
     if path.is_dir():
         return (path / "text_encoder_2").is_dir()
     return any(name.startswith(EMBEDDER_2) for name in read_tensors(path)[0])

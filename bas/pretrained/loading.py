@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, zip_longest
@@ -44,7 +44,16 @@ class Parts:
     spec: ModelSpec
     tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
     changes: dict[str, Changes] = field(default_factory=dict)  # of weights, by component; added when they are loaded
-    rows: Tensor | None = None  # (N, d) of handles, to be appended to the token embedding
+    rows: dict[str, Tensor] = field(default_factory=dict)  # (N, d) of handles, by text encoder: its embedding's last
+
+    def with_rows(self, rows: Mapping[str, Tensor], handles: Iterable[str]) -> Parts:
+        """The parts with further rows (N, d) of each token embedding, and the handles that they belong to."""
+        both = {name: torch.cat([self.rows[name], own]) if name in self.rows else own for name, own in rows.items()}
+        configs = {
+            name: config | {"vocab_size": config["vocab_size"] + len(rows[name])}
+            for name, config in self.spec.text_encoders.items()
+        }
+        return replace(self, spec=replace(self.spec, handles=(*self.spec.handles, *handles), **configs), rows=both)
 
     @classmethod
     def of(cls, models: Models, dtype: torch.dtype) -> Parts:

@@ -7,7 +7,7 @@ scale is strength x alpha / rank, or the strength where alpha is missing, as in 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +20,20 @@ from bas.io.files import not_a_file
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference
 from bas.models.bundle import is_finite
+from bas.models.config import UNetConfig
+from bas.pretrained.embedding_files import EMBEDDING_KEYS
+from bas.pretrained.ldm_keys import rename, unet_table
 from bas.pretrained.loading import Parts, name_of
-from bas.pretrained.lora_names import find_place, foreign_kind, is_text_reader, kohya_name, peft_name, split_role
+from bas.pretrained.lora_names import (
+    KOHYA_XL,
+    OF_SDXL,
+    find_place,
+    foreign_kind,
+    is_text_reader,
+    kohya_name,
+    peft_name,
+    split_role,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,17 +43,19 @@ Adapters = Mapping[str, Mapping[str, Change | Difference]]  # by component, then
 # --- Writing ------------------------------------------------------------------------------------------------------
 
 
-def kohya_tensors(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
+def kohya_tensors(adapters: Adapters, xl: UNetConfig | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a kohya file in float32, and the part of its metadata that describes them.
+
+    xl: the configuration of SDXL's UNet, whose layers have their original names there.
 
     All layers of a network have one alpha: diffusers applies the commonest one to all. What differs is folded into B.
     """
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = set(), set()
+    ranks, alphas, original = set(), set(), unet_table(xl) if xl else None
     for component, layers in adapters.items():
         alpha = common_alpha(layers)
         for layer, change in layers.items():
-            name = kohya_name(component, layer)
+            name = kohya_name(component, layer, original)
             if isinstance(change, Difference):
                 tensors[f"{name}.diff"] = change.delta()
                 continue
@@ -69,8 +83,11 @@ def folded(up: Tensor, factor: float) -> Tensor:
     return up.float() if factor == 1 else up.float() * factor
 
 
-def peft_tensors(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a PEFT file in float32, scales folded into B, and the metadata that PEFT's readers take."""
+def peft_tensors(adapters: Adapters, _xl: UNetConfig | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a PEFT file in float32, scales folded into B, and the metadata that PEFT's readers take.
+
+    Its names are the same for SDXL.
+    """
     tensors: dict[str, Tensor] = {}
     texts: dict[str, object] = {}
     for component, layers in adapters.items():
@@ -98,9 +115,17 @@ def peft_tensors(adapters: Adapters) -> tuple[dict[str, Tensor], dict[str, str]]
 FORMATS = {"kohya": kohya_tensors, "peft": peft_tensors}
 
 
-def bundled(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of embeddings inside a LoRA file, as A1111 reads them. rows: (n, d) by name, which has no dot"""
-    return {f"bundle_emb.{name}.string_to_param.*": row for name, row in rows.items()}
+def bundled(rows: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """The tensors of embeddings inside a LoRA file, as A1111 reads them.
+
+    rows: (n, d) for each text encoder, by name, which has no dot.
+    """
+    keys = {1: ("string_to_param.*",), 2: EMBEDDING_KEYS}
+    return {
+        f"bundle_emb.{name}.{key}": row
+        for name, own in rows.items()
+        for key, row in zip(keys[len(own)], own, strict=True)
+    }
 
 
 def write_lora(
@@ -110,12 +135,13 @@ def write_lora(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
     extra: Mapping[str, Tensor] = MappingProxyType({}),
+    xl: UNetConfig | None = None,
 ) -> None:
-    """Write a LoRA file, with further tensors in it.
+    """Write a LoRA file, with further tensors in it. xl: the configuration of the UNet, for SDXL
 
     RunError for values that are beyond the range of `dtype` or no finite numbers.
     """
-    tensors, texts = FORMATS[form](adapters)
+    tensors, texts = FORMATS[form](adapters, xl)
     tensors |= extra
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
@@ -148,13 +174,14 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
         log.warning("%s also holds the embeddings %s, which are not read from there", path, ", ".join(bundled))
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bundle_emb.")}
     if kind := foreign_kind(tensors):
-        raise InputError(f"{path} is {kind}, which bas does not read: give a LoRA for Stable Diffusion 1.x or 2.x")
+        raise InputError(f"{path} is {kind}, {UNREAD}")
     layers = layers_of(parts)
     found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         place = find_place(name, layers)
         if place is None:
-            raise InputError(f"{path} holds {name}, for which this model has no place: it is a LoRA for another model")
+            family = family_of(tensors) or "another model"
+            raise InputError(f"{path} holds {name}, for which this model has no place: it is a LoRA for {family}")
         if place.role != "alpha" and not tensor.is_floating_point():
             raise InputError(f"{path}: {name} holds {name_of(tensor.dtype)}, not weights: give a LoRA in fp32 or fp16")
         if not is_finite(tensor.float()):
@@ -162,7 +189,7 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
         found[place.component, place.layer][place.role] = tensor
     if not found:
         raise InputError(f"{path} holds no LoRA")
-    alphas = _alphas(texts)
+    alphas = _alphas(texts, layers)
     adapters: dict[str, dict[str, Change | Difference]] = defaultdict(dict)
     for (component, layer), roles in found.items():
         weight = parts.tensors[component][f"{layer}.weight"]
@@ -172,15 +199,18 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
 
 
 def layers_of(parts: Parts) -> dict[str, dict[str, str]]:
-    """By component, the paths of the layers with a weight by the same paths with `_` for `.`."""
-    return {
-        component: {
-            name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight")
+    """By component, the paths of the layers with a weight, by the names that kohya's files have for them."""
+    found, original = {}, unet_table(parts.spec.unet)
+    for component in ("unet", *parts.spec.text_encoders):
+        paths = [
+            name.removesuffix(".weight")
             for name, tensor in parts.tensors[component].items()
-            if name.endswith(".weight") and tensor.ndim in (2, 4) and "embedding" not in name.split(".")[0]
-        }
-        for component in ("unet", "text_encoder")
-    }
+            if name.endswith(".weight") and tensor.ndim in (2, 4) and not name.startswith("embeddings.")
+        ]
+        found[component] = {path.replace(".", "_"): path for path in paths}
+        if component == "unet":
+            found[component] |= {str(rename(path, original)).replace(".", "_"): path for path in paths}
+    return found
 
 
 def _change(
@@ -215,15 +245,26 @@ def _change(
     return Change(down, up, strength * (1.0 if alpha is None else alpha / rank))
 
 
+UNREAD = "which bas does not read: give a LoRA for Stable Diffusion 1.x, 2.x or XL"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the width of the text
 
 
-def _alphas(texts: dict[str, str]) -> dict[str, float]:
+def family_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The family of models that a LoRA file is for, by its text encoders and the width of the text; None if unknown."""
+    if any(part in name for part in OF_SDXL for name in tensors):
+        return FAMILIES[2048]
+    roles = {name: split_role(name) for name in tensors}
+    readers = [tensors[name] for name, found in roles.items() if found and is_text_reader(*found)]
+    widths = {tensor.shape[-1] for tensor in readers if tensor.ndim}
+    return ", ".join(sorted(FAMILIES.get(width, f"a model with text of width {width}") for width in widths)) or None
+
+
+def _alphas(texts: dict[str, str], components: Iterable[str] = KOHYA_XL) -> dict[str, float]:
     """The alpha of each layer that the metadata of a PEFT file names, by component and layer."""
     try:
         described = json.loads(texts.get("lora_adapter_metadata", "{}"))
         alphas = {}
-        for component in ("unet", "text_encoder"):
+        for component in components:
             if f"{component}.lora_alpha" in described:
                 common, own = described[f"{component}.lora_alpha"], described.get(f"{component}.alpha_pattern", {})
                 for layer in described.get(f"{component}.target_modules", ()):
@@ -240,8 +281,7 @@ def _alphas(texts: dict[str, str]) -> dict[str, float]:
 def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
     """Say of a LoRA file: its base, ranks, alphas, trigger words, and what of it cannot be used."""
     if kind := foreign_kind(tensors):
-        problem = f"{path} is {kind}, which bas does not read: give a LoRA for Stable Diffusion 1.x or 2.x"
-        return {"what": kind, "problem": problem}
+        return {"what": kind, "problem": f"{path} is {kind}, {UNREAD}"}
     roles = {name: split_role(name) for name in tensors}
     layers = {found[0] for found in roles.values() if found and found[1] != "alpha"}
     ranks = {
@@ -253,12 +293,9 @@ def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str,
         if found and found[1] == "alpha" and tensors[name].numel() == 1
     }
     alphas |= set(_alphas(dict(texts)).values())
-    readers = [tensors[name] for name, found in roles.items() if found and is_text_reader(*found)]
-    widths = {tensor.shape[-1] for tensor in readers if tensor.ndim}
     text = sum(layer.startswith(("lora_te", "text_encoder", "te_")) for layer in layers)
     return {
-        "for": ", ".join(sorted({FAMILIES.get(width, f"a model with text of width {width}") for width in widths}))
-        or texts.get("ss_base_model_version"),
+        "for": family_of(tensors) or texts.get("ss_base_model_version"),
         "trained on": texts.get("ss_sd_model_name"),
         "base hash": texts.get("bas.base_sha256"),
         "layers": f"{len(layers) - text} of the UNet, {text} of the text encoder",

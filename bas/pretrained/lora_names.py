@@ -1,15 +1,20 @@
 """The names of adapters in files: kohya's, PEFT's and the older ones of diffusers.
 
 Every reader names a layer by its path in diffusers' networks: `down_blocks.0.attentions.0.proj_in`. kohya's files write
-it as `lora_unet_down_blocks_0_attentions_0_proj_in`, PEFT's as `unet.down_blocks.0.attentions.0.proj_in`.
+it as `lora_unet_down_blocks_0_attentions_0_proj_in`, PEFT's as `unet.down_blocks.0.attentions.0.proj_in`. kohya's files
+for SDXL name the UNet's layers as the original code does: `lora_unet_input_blocks_4_1_proj_in`.
 """
 
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from bas.pretrained.ldm_keys import Table, rename
+
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-KOHYA_READ = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+KOHYA_XL = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+KOHYA_READ = {prefix: component for names in (KOHYA, KOHYA_XL) for component, prefix in names.items()}
+OF_SDXL = ("lora_te2_", "text_encoder_2.")  # parts of names in files for SDXL alone
 ROLES = {  # how a name ends: what the tensor is
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -37,8 +42,6 @@ FOREIGN = (  # a part of a name: the kind of file that has it
     ("on_input", "an IA3"),
     (".w_norm", "a LyCORIS with norms"),
     (".b_norm", "a LyCORIS with norms"),
-    ("lora_te2_", "a LoRA for SDXL"),
-    ("text_encoder_2.", "a LoRA for SDXL"),
     ("double_blocks", "a LoRA for Flux"),
     ("single_transformer_blocks", "a LoRA for Flux"),
     ("joint_", "a LoRA for Stable Diffusion 3"),
@@ -50,20 +53,22 @@ OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)$")
 class Place(NamedTuple):
     """Where a tensor of a file belongs."""
 
-    component: str  # "unet" or "text_encoder"
+    component: str  # "unet", "text_encoder" or "text_encoder_2"
     layer: str  # its path, without `text_model.`
     role: str  # one of ROLES
 
 
-def kohya_name(component: str, layer: str) -> str:
-    """The layer's name in a kohya file."""
-    path = f"text_model.{layer}" if component == "text_encoder" else layer
-    return KOHYA[component] + path.replace(".", "_")
+def kohya_name(component: str, layer: str, original: Table | None = None) -> str:
+    """The layer's name in a kohya file. original: the UNet's `unet_table`, for SDXL."""
+    path = layer if component == "unet" else f"text_model.{layer}"
+    if original is not None and component == "unet":
+        path = str(rename(layer, original))
+    return (KOHYA if original is None else KOHYA_XL)[component] + path.replace(".", "_")
 
 
 def peft_name(component: str, layer: str) -> str:
     """The layer's name in a PEFT file."""
-    return f"{component}.text_model.{layer}" if component == "text_encoder" else f"{component}.{layer}"
+    return f"{component}.{layer}" if component == "unet" else f"{component}.text_model.{layer}"
 
 
 def foreign_kind(names: Iterable[str]) -> str | None:
@@ -86,15 +91,14 @@ def is_text_reader(layer: str, role: str) -> bool:
 def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
     """Where a tensor belongs, None if its name means nothing here.
 
-    layers: by component, the layers' paths by the same paths with `_` for `.`, as kohya's files have them.
+    layers: by component, the layers' paths by the names that kohya's files have for them, without prefix.
     """
     if (found := split_role(name)) is None:
         return None
     layer, role = found
     for prefix, component in KOHYA_READ.items():
         if layer.startswith(prefix):
-            key = layer.removeprefix(prefix).removeprefix("text_model_" if component == "text_encoder" else "")
-            path = layers[component].get(key)
+            path = layers.get(component, {}).get(layer.removeprefix(prefix).removeprefix("text_model_"))
             return Place(component, path, role) if path else None
     component, _, path = layer.partition(".")
     if component not in layers:

@@ -26,7 +26,7 @@ from torch import Tensor
 from bas.errors import InputError
 from bas.io.files import filling
 from bas.io.json_files import write_json
-from bas.io.run_files import SCENE, SETTINGS, TUNED, read_concepts, save_concepts
+from bas.io.run_files import SCENE, SETTINGS, TUNED, handle_rows, read_concepts, save_concepts
 from bas.models.adapters import Change, Difference, changed
 from bas.models.attention import CrossAttention
 from bas.models.bundle import Models
@@ -184,7 +184,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     ranks = [own for source in sources for own in source.tuned.token_ranks or (0,) * len(source.handles)]
     tuned = Tuned(weights, token_ranks=tuple(ranks) if any(ranks) else ())
     metadata = _metadata(sources, target, weights, rank)
-    rows = torch.cat([source.concepts["handles"] for source in sources])
+    rows = _rows(sources)
     whole = with_handles(with_tuned(base, tuned, target), target, metadata, rows)
     drift = measure_drift(sources, whole)
     metadata["merged"] |= {"drift": drift}
@@ -194,7 +194,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
         save_tuned(tuned, folder, dtype)
         write_json(folder / SETTINGS, metadata)
         masks = _side_by_side([source.concepts["masks"] for source in sources])
-        save_concepts(folder, [rows], masks, metadata["handles"], metadata)
+        save_concepts(folder, rows, masks, metadata["handles"], metadata)
     return drift
 
 
@@ -226,7 +226,7 @@ def merge_sums(base: Parts, sources: Sequence[Source], changes: Sequence[Adapter
 
 def merge_keys_and_values(base: Parts, sources: Sequence[Source], changes: Sequence[Adapters]) -> Adapters:
     """Merge keys and values in closed form: each source's prompts have those of its own weights."""
-    rows, first = torch.cat([source.concepts["handles"] for source in sources]), sources[0]
+    rows, first = _rows(sources), sources[0]
     names = {"handles": [name for source in sources for name in source.handles]}
     again = first.read_base()  # whose tokenizer gets the handles
     models = load_parts(with_handles(again, first.run, first.metadata | names, rows))
@@ -240,7 +240,7 @@ def merge_keys_and_values(base: Parts, sources: Sequence[Source], changes: Seque
             values.append(own @ (weight + source.weight * delta).T)
         merged = closed_form(weight, states, torch.cat(targets), torch.cat(values))
         found[name] = Difference((merged - weight).float())
-    return {"unet": found, "text_encoder": {}}
+    return {"unet": found}
 
 
 # How the runs of one kind are merged.
@@ -256,12 +256,17 @@ def _by_layer(
     sources: Sequence[Source], changes: Sequence[Adapters]
 ) -> dict[str, dict[str, list[tuple[Change | Difference, float]]]]:
     """The changes of all sources with their weights, by component and layer."""
-    found: dict[str, dict[str, list[tuple[Change | Difference, float]]]] = {"unet": {}, "text_encoder": {}}
+    found: dict[str, dict[str, list[tuple[Change | Difference, float]]]] = {part: {} for part in changes[0]}
     for source, each in zip(sources, changes, strict=True):
         for part, layers in each.items():
             for name, change in layers.items():
                 found[part].setdefault(name, []).append((change, source.weight))
     return found
+
+
+def _rows(sources: Sequence[Source]) -> list[Tensor]:
+    """The rows of all sources' handles, (N, d) for each text encoder."""
+    return [torch.cat(each) for each in zip(*(handle_rows(source.concepts) for source in sources), strict=True)]
 
 
 def _tensors(base: Parts, merged: Adapters) -> Iterable[tuple[str, Tensor]]:
@@ -336,7 +341,7 @@ def measure_drift(sources: Sequence[Source], merged: Parts) -> dict[str, float]:
     own: dict[str, list[Tensor]] = {}
     for source in sources:
         parts = with_tuned(source.read_base(), source.tuned, source.run)
-        models = load_parts(with_handles(parts, source.run, source.metadata, source.concepts["handles"]))
+        models = load_parts(with_handles(parts, source.run, source.metadata, handle_rows(source.concepts)))
         for old, new in zip(source.metadata["handles"], source.handles, strict=True):
             own[new] = attention_outputs(models, old)
     models = load_parts(merged)
@@ -359,8 +364,8 @@ def attention_outputs(models: Models, handle: str) -> list[Tensor]:
     ]
     side, channels = models.unet.config.sample_size, models.unet.config.in_channels
     noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    context = encode_ids(models.text_encoders, tokenize(models.tokenizer, [f"a photo of {handle}"])).states
-    models.unet(noise, models.schedule.num_train_timesteps // 2, context)
+    context = encode_ids(models.text_encoders, tokenize(models.tokenizer, [f"a photo of {handle}"]))
+    models.unet(noise, models.schedule.num_train_timesteps // 2, context.states, pooled=context.pooled)
     for hook in hooks:
         hook.remove()
     return found

@@ -144,8 +144,9 @@ def without_handles(models: Models) -> Models:
     if not has_clip_vocabulary(models.tokenizer):
         return models
     plain = clip_tokenizer(pad_with_exclamation_mark=models.text_encoder.config.hidden_act == "gelu")
-    table = models.text_encoder.get_input_embeddings().get_parameter("weight").detach()[: len(plain)].clone()
-    models.text_encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
+    for text_encoder in models.text_encoders:
+        table = text_encoder.get_input_embeddings().get_parameter("weight").detach()[: len(plain)].clone()
+        text_encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
     return replace(models, tokenizer=plain, handles=())
 
 

@@ -1,13 +1,14 @@
 """Small runs: a folder that holds what was trained, and the hash of its base model in place of a copy.
 
-    RUN/tuned.safetensors       unet.NAME, text_encoder.text_model.NAME: adapters, or whole weights
+    RUN/tuned.safetensors       unet.NAME, text_encoder.text_model.NAME and text_encoder_2.text_model.NAME: adapters, or
+                                whole weights
     RUN/concepts.safetensors    the handles' rows; the run's settings, and the name and hash of the base
 
 Such a run reads as a whole model: the base with the trained weights in their places and the adapters added.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from bas.errors import InputError, RunError
 from bas.io.json_files import check_shape
-from bas.io.run_files import TUNED, read_concepts
+from bas.io.run_files import ROWS, TUNED, handle_rows, read_concepts
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference, changed
-from bas.models.bundle import is_adapter, is_finite
+from bas.models.bundle import TEXT_ENCODERS, is_adapter, is_finite
 from bas.models.text import check_handles
 from bas.pretrained.additions import Additions, with_additions
 from bas.pretrained.folder import read_parts
@@ -46,7 +47,7 @@ def save_tuned(tuned: Tuned, run: Path, dtype: torch.dtype) -> None:
 
     RunError, before anything is written, for weights that are not finite in `dtype`.
     """
-    tensors = {_public(name): tensor.to(dtype) for name, tensor in tuned.weights.items() if name != "handles"}
+    tensors = {_public(name): tensor.to(dtype) for name, tensor in tuned.weights.items() if name not in ROWS}
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise RunError(
             f"the weights cannot be saved in {name_of(dtype)}, {len(broken)} tensors are beyond its range or not "
@@ -58,8 +59,8 @@ def save_tuned(tuned: Tuned, run: Path, dtype: torch.dtype) -> None:
 
 def _public(name: str) -> str:
     """A weight's name as in files: every version of transformers writes `text_model.` there."""
-    text, _, rest = name.partition("text_encoder.")
-    return name if text or not rest else f"text_encoder.{TEXT_PREFIX}{rest.removeprefix(TEXT_PREFIX)}"
+    component, _, rest = name.partition(".")
+    return f"{component}.{TEXT_PREFIX}{rest.removeprefix(TEXT_PREFIX)}" if component in TEXT_ENCODERS else name
 
 
 def read_small_run(run: Path, prediction_type: str | None, base: Path | None = None) -> Parts:
@@ -69,7 +70,7 @@ def read_small_run(run: Path, prediction_type: str | None, base: Path | None = N
     """
     concepts, metadata = read_concepts(run)
     parts = with_tuned(read_base(run, metadata, base, prediction_type), read_tuned(run), run)
-    return with_handles(parts, run, metadata, concepts["handles"])
+    return with_handles(parts, run, metadata, handle_rows(concepts))
 
 
 def read_base(
@@ -85,27 +86,23 @@ def read_base(
     return with_additions(parts, additions) if additions else parts
 
 
-def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Tensor) -> Parts:
-    """Add the handles of a small run to its base. rows: (N, d). InputError for rows of another number or width."""
-    handles, width = tuple(metadata["handles"]), parts.spec.text_encoder["hidden_size"]
-    if tuple(rows.shape) != (len(handles), width):
-        raise InputError(f"{run} has rows of {list(rows.shape)} for {len(handles)} handles of width {width}: {ADVICE}")
+def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Sequence[Tensor]) -> Parts:
+    """Add the handles of a small run to its base. rows: (N, d) for each text encoder.
+
+    InputError for rows of another number or width.
+    """
+    handles, texts = tuple(metadata["handles"]), parts.spec.text_encoders
+    wanted = [(len(handles), config["hidden_size"]) for config in texts.values()]
+    if (found := [tuple(each.shape) for each in rows]) != wanted:
+        raise InputError(f"{run} has rows of the shapes {found} for its handles, not {wanted}: {ADVICE}")
     from transformers import AddedToken
 
     check_handles(parts.spec.tokenizer, handles)
     parts.spec.tokenizer.add_tokens([AddedToken(handle, normalized=False) for handle in handles])
-    unet, tokens = parts.spec.unet, parts.spec.text_encoder["vocab_size"]
+    spec = replace(parts.spec, source=run)
     if resolution := metadata["config"]["resolution"]:
-        unet = replace(unet, sample_size=resolution // parts.spec.vae.factor)
-    spec = replace(
-        parts.spec,
-        unet=unet,
-        text_encoder=parts.spec.text_encoder | {"vocab_size": tokens + len(handles)},
-        handles=(*parts.spec.handles, *handles),
-        source=run,
-    )
-    rows = rows if parts.rows is None else torch.cat([parts.rows, rows])  # the base may be a small run itself
-    return replace(parts, spec=spec, rows=rows)
+        spec = replace(spec, unet=replace(spec.unet, sample_size=resolution // spec.vae.factor))
+    return replace(parts, spec=spec).with_rows(dict(zip(texts, rows, strict=True)), handles)
 
 
 def read_tuned(run: Path) -> Tuned:
@@ -162,7 +159,7 @@ def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Differen
 
     Adapters at single tokens are among it, though they change no weight for other tokens.
     """
-    found: dict[str, dict[str, Change | Difference]] = {"unet": {}, "text_encoder": {}}
+    found: dict[str, dict[str, Change | Difference]] = {name: {} for name in ("unet", *base.spec.text_encoders)}
     for component, layers in found.items():
         before = base.changes.get(component, {})
         for name, each in run.changes.get(component, {}).items():

@@ -88,8 +88,6 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
         raise InputError(
             f"{name} was trained with --train token and cannot be a base: train on its own base, and merge"
         )
-    if spec.text_encoder_2 is not None and not config.kind.whole:
-        raise InputError(f"--train {config.train}: this version trains it for Stable Diffusion 1 and 2, not for XL")
     precision = pick_precision(config.mixed_precision, device, spec.unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")

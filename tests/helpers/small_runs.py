@@ -7,7 +7,7 @@ import torch
 
 from bas.config import TrainConfig
 from bas.io.json_files import write_json
-from bas.io.run_files import SETTINGS, save_concepts
+from bas.io.run_files import ROWS, SETTINGS, save_concepts
 from bas.models.adapters import add_adapters, token_ranks
 from bas.models.bundle import is_adapter
 from bas.models.text import add_handles
@@ -42,5 +42,6 @@ def write_small_run(folder: Path, base: Path, handles: tuple[str, ...] = ("<asse
     facts = {"config": asdict(config), "handles": list(handles), "base": weights_hash(base), "version": "1"}
     write_json(folder / SETTINGS, facts)
     save_tuned(Tuned(weights, config.adapter_scale, token_ranks(models.unet)), folder, torch.float32)
-    save_concepts(folder, [weights["handles"].detach()], torch.ones(len(handles), 8, 8), handles, facts)
+    rows = [weights[name].detach() for name in ROWS if name in weights]
+    save_concepts(folder, rows, torch.ones(len(handles), 8, 8), handles, facts)
     return folder

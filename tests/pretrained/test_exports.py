@@ -117,7 +117,7 @@ def test_embeddings_give_the_states_of_the_handles(base, run, cwd):
 def test_diffusers_reads_an_embedding_of_several_vectors(base, cwd, vectors):
     """The states of a prompt with it are those that bas computes, with no difference at all."""
     rows = torch.randn(vectors, 64, generator=torch.Generator().manual_seed(vectors))
-    write_embedding(cwd / "toy.safetensors", rows, {})
+    write_embedding(cwd / "toy.safetensors", [rows], {})
     models = load(base, additions=Additions(embeddings=(cwd / "toy.safetensors",)))
     pipe, prompt = pipeline(base, None, {"<toy>": cwd / "toy.safetensors"}), "a photo of <toy> at the beach"
     theirs, _ = pipe.encode_prompt(prompt, "cpu", 1, False)

@@ -11,6 +11,7 @@ from bas.errors import InputError, check_int
 from bas.io.files import require_writable
 from bas.io.run_files import TUNED, read_concepts
 from bas.pretrained.exports import Targets, export_lora, export_single, plan_export
+from bas.pretrained.folder import holds_sdxl
 from bas.pretrained.hub import find
 from bas.pretrained.lora_files import FORMATS
 from bas.runtime.device import DTYPES
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     for handle, file in files.embeddings.items():
         if file.stem != handle[1:-1]:
             print(f"{handle} is called {file.stem}")
-    print(*how_to_use(files, form), sep="\n")
+    print(*how_to_use(files, form, holds_sdxl(path)), sep="\n")
     if small and (added := read_concepts(path)[1]["config"]["lora"]) and form != "single":
         print(f"The run was trained over {', '.join(added)}: add that there, too")
 
@@ -95,17 +96,25 @@ USES = {
     "peft": (),
 }
 DIFFUSERS = {
-    "single": 'StableDiffusionPipeline.from_single_file("{main}")',
+    "single": '{pipeline}.from_single_file("{main}")',
     "kohya": 'load_lora_weights(".", weight_name="{main}")',
     "peft": 'load_lora_weights(".", weight_name="{main}")',
 }
 
 
-def how_to_use(files: Targets, form: str) -> list[str]:
-    """What to type in other programs for the first of the concepts."""
+EMBEDDINGS = 'load_textual_inversion("{word}.safetensors", token="{handle}")'
+EMBEDDINGS_XL = (  # diffusers takes no file of both
+    'load_textual_inversion(load_file("{word}.safetensors")["clip_l"], token="{handle}", text_encoder='
+    'pipe.text_encoder, tokenizer=pipe.tokenizer), and so with "clip_g", pipe.text_encoder_2 and pipe.tokenizer_2'
+)
+
+
+def how_to_use(files: Targets, form: str, xl: bool) -> list[str]:
+    """What to type in other programs for the first of the concepts. xl: whether the model is an SDXL"""
     handle, file = next(iter(files.embeddings.items()), ("a bowl", None))
     if file is None:
         return []
     names = {"name": files.main.stem, "main": (files.lora or files.main).name, "word": file.stem, "handle": handle}
-    last = f'diffusers: {DIFFUSERS[form]}; load_textual_inversion("{{word}}.safetensors", token="{{handle}}"); '
-    return [line.format(**names) for line in (*USES[form], last + '"a photo of {handle}"')]
+    names |= {"pipeline": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
+    last = f'diffusers: {DIFFUSERS[form]}; {EMBEDDINGS_XL if xl else EMBEDDINGS}; "a photo of {{handle}}"'
+    return [line.format(**names) for line in (*USES[form], last)]
