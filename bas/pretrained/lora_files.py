@@ -71,11 +71,12 @@ def kohya_tensors(adapters: Adapters, xl: UNetConfig | None = None) -> tuple[dic
 
 
 def common_alpha(layers: Mapping[str, Change | Difference]) -> float:
-    """The alpha of a network: that of its first adapter, in bf16, which every precision of a file expresses."""
-    first = next((change for change in layers.values() if isinstance(change, Change)), None)
-    if first is None or not first.scale:
+    """The alpha of a network: that of its largest adapter, in bf16, which every precision of a file expresses."""
+    adapters = [change for change in layers.values() if isinstance(change, Change)]
+    largest = max(adapters, key=lambda change: len(change.down), default=None)
+    if largest is None or not largest.scale:
         return 1.0
-    return abs(float(torch.tensor(first.scale * len(first.down)).bfloat16())) or 1.0
+    return abs(float(torch.tensor(largest.scale * len(largest.down)).bfloat16())) or 1.0
 
 
 def folded(up: Tensor, factor: float) -> Tensor:
