@@ -1,7 +1,6 @@
 """SDXL trained: a step against diffusers' modules, what is trained of two text encoders, a run from end to end."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,34 +11,18 @@ from safetensors.torch import load_file
 
 import bas
 from bas.cli.inspection import describe_model
-from bas.config import EditConfig, SampleConfig, TrainConfig
+from bas.config import EditConfig, SampleConfig
 from bas.data.batches import sample_batch
 from bas.io.run_files import read_concepts
-from bas.pretrained.folder import load, save_model
+from bas.pretrained.folder import load
 from bas.pretrained.hub import train_config
 from bas.sampling.blended_diffusion import Region, edit
 from bas.sampling.sampler import decode, generate, generate_with_maps, standard_normal
 from bas.training.loop import training_step
 from bas.training.phase_state import parameter_groups, trainable_parameters
-from tests.helpers.families import tiny
 from tests.helpers.faults import before_step
-from tests.helpers.tiny import Bench, refused, write_class_images
-from tools.reference import cases
-
-PHOTO = cases.REFERENCE / "official" / "scene"
-
-
-class XLBench(Bench):
-    """The bench of the other tests with a tiny SDXL, on a photograph."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.model = folder, folder / "model"
-        save_model(tiny("sdxl"), self.model)
-        self.scene, self.class_images = PHOTO, write_class_images(folder / "class images", size=(64, 64))
-
-    def config(self, run="run", **changes) -> TrainConfig:
-        """A short training on the whole photograph, whose sides are multiples of 32."""
-        return super().config(run, **{"resolution": 64, "center_crop": True, "mixed_precision": "no"} | changes)
+from tests.helpers.sdxl import XLBench
+from tests.helpers.tiny import refused
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +200,3 @@ def test_what_a_card_sets_is_that_of_the_family(bench):
     assert (config.train, config.optimizer, config.mixed_precision) == ("full", "adamw8bit", "bf16")
     with refused("--card 12gb: this version trains SDXL on cards from 24gb up"):
         train_config("scene", weights=str(bench.model), card="12gb")
-
-
-def test_what_this_version_does_not_train_is_refused(bench):
-    with refused("--train lora: this version trains it for Stable Diffusion 1 and 2, not for XL"):
-        bas.train(bench.config("nowhere", train="lora"))
