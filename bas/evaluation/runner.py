@@ -25,7 +25,7 @@ from bas.pretrained.additions import Additions
 from bas.pretrained.folder import read_spec
 from bas.runtime.device import DTYPES, is_out_of_memory
 from bas.sampling.sampler import check_request
-from bas.training.base_model import Base
+from bas.training.base_model import Base, home_of
 from bas.training.checkpoints import remove_all
 from bas.training.dry_run import matrix_speed, plan_run, unet_operations
 from bas.training.setup import check_input
@@ -50,13 +50,16 @@ class EvaluationContext:
     device: torch.device
     sampling: SampleConfig
     make_scorer: Callable[[], tuple[Scorer, Segments]]
+    precision: str = "no"  # of the trainings
     prediction_type: str | None = None  # of the base, where its files do not say it
     additions: Additions | None = None  # files that are added to the base
 
     @cached_property
     def base(self) -> Base:
         """The base model, kept in memory between trials."""
-        return Base.open(self.path, self.device, None, True, self.prediction_type, self.additions)
+        return Base.open(
+            self.path, home_of(self.device, self.precision), None, True, self.prediction_type, self.additions
+        )
 
     def size(self) -> tuple[int, int]:
         """The base's resolution and size multiple."""

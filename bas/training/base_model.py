@@ -22,17 +22,26 @@ from bas.training.class_images import class_images
 TRAINED = ("unet", *TEXT_ENCODERS)  # the networks that a training can change
 
 
+def home_of(device: torch.device, precision: str) -> torch.device:
+    """Where the base of a training is loaded: in bf16 in the host's memory, where its weights are rounded.
+
+    So the device never holds them all in float32.
+    """
+    return torch.device("cpu") if precision == "bf16" else device
+
+
 class Base:
     """The models at `path`, their weights' hash, and with `keep` a copy of what training changes, in the host's memory.
 
     Weights are restored in place, so that a later scene computes with the same addresses as the first, and so the same
-    bits; only those that a training left in another precision get new ones.
+    bits; only those that a training left in another precision, or moved from where they were loaded, get new ones.
     """
 
     def __init__(self, path: Path, models: Models, weights: str, keep: bool = False):
         self.path, self.hash, self.models = path, weights, models
         self.embeddings = [text_encoder.get_input_embeddings() for text_encoder in models.text_encoders]
         self.tokenizer = deepcopy(models.tokenizer)
+        self.home = models.device
         self.kept = {name: self._copy(name) for name in TRAINED if name in models.networks} if keep else {}
         self.encoded: dict[tuple, tuple[Posterior, str]] = {}
 
@@ -69,7 +78,7 @@ class Base:
             network = self.models.networks[name]
             remove_adapters(network)
             mark_tokens(network, ())
-            put_back(network, state)
+            put_back(network.to(self.home), state)
             network.zero_grad(set_to_none=True)
         return replace(self.models, tokenizer=deepcopy(self.tokenizer))
 

@@ -17,19 +17,27 @@ Float32Values = dict[nn.Parameter, Tensor]  # the float32 values of each weight 
 
 
 def cast_weights(
-    networks: Iterable[nn.Module], dtype: torch.dtype, kept: Collection[nn.Parameter] | None = None
+    networks: Iterable[nn.Module],
+    dtype: torch.dtype,
+    kept: Collection[nn.Parameter] | None = None,
+    device: torch.device | None = None,
 ) -> Float32Values:
     """Round the weights of these networks to `dtype`, in place. -> their float32 values, in the host's memory
 
-    kept: the weights whose values are returned; without it, all. Raises InputError for a weight that is beyond the
-    range of `dtype`.
+    Each network then moves to `device`. kept: the weights whose values are returned; without it, all. Raises InputError
+    for a weight that is beyond the range of `dtype`.
     """
     values = {}
     for network in networks:
+        own = {}
         for name, parameter in network.named_parameters():
             if kept is None or parameter in kept:
-                values[parameter] = parameter.detach().cpu()
+                own[name] = parameter.detach().cpu()
             parameter.data = parameter.detach().to(dtype)
+        network.to(device)
+        for name, parameter in network.named_parameters():
+            if name in own:
+                values[parameter] = own[name]
             if not is_finite(parameter.data):
                 raise InputError(f"{name} holds values beyond the range of {dtype}: use --mixed_precision no")
     return values

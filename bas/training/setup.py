@@ -30,7 +30,7 @@ from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
 from bas.sampling.sampler import warn_of_weights
 from bas.schedulers import sampling_timesteps
-from bas.training.base_model import Base
+from bas.training.base_model import Base, home_of
 from bas.training.checkpoints import Checkpoint, check_tensors, find_checkpoint, load_checkpoint, remove_later
 from bas.training.class_images import check_class_folder
 from bas.training.disk_space import require_disk_space, writing
@@ -143,7 +143,8 @@ def setup_run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
-        base = Base.open(path, device, metadata["base"], False, config.prediction_type, additions)
+        home = home_of(device, precision)
+        base = Base.open(path, home, metadata["base"], False, config.prediction_type, additions)
     models = fresh_models(base, scene, config)
     if config.kind.whole:
         check_savable(models, DTYPES[config.save_precision])
@@ -151,7 +152,8 @@ def setup_run(
     exact = {}
     if precision == "bf16":
         kept = None if config.kind.whole else {*trained_weights(models, config).values()}  # a small run saves no other
-        exact = cast_weights((models.unet, *models.text_encoders), DTYPES[precision], kept)
+        exact = cast_weights((models.unet, *models.text_encoders), DTYPES[precision], kept, device)
+    models.to(device)  # in bf16 what was not rounded: the VAE, and tables that are no weights
     schedule = continued_schedule(models.schedule, checkpoint.metadata) if checkpoint else models.schedule
     class_posterior, metadata["schedule"], metadata["class_images"] = None, schedule.to_json(), None
     if any(phase.prior for phase in config.phases):

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     explicit["device"] = ranks.device(explicit.get("device"))
     methods, seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
     trials = plan_trials(folder, scenes, methods, seeds, contexts, explicit, row)
-    _, device, _ = check_machine(trials[0].training)
+    _, device, precision = check_machine(trials[0].training)
     additions = Additions.of_base(vars(trials[0].training))
     measured = measures(args, base)
     print_plan(trials, sampling, scenes, ranks, args.dry_run)
@@ -134,7 +134,8 @@ def run(args: argparse.Namespace) -> None:
     }
     agree_on(folder, plan | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
     scorer = partial(make_scorer, measured, base, str(device))
-    context = EvaluationContext(base, device, sampling, scorer, trials[0].training.prediction_type, additions)
+    own = trials[0].training.prediction_type
+    context = EvaluationContext(base, device, sampling, scorer, precision, own, additions)
     share, failed = ranks.part(trials), []
     with ranks.connected() as gather:
         for i, outcome in enumerate(evaluate_each(share, context), start=1):
