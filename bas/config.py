@@ -380,7 +380,8 @@ class TrainConfig(Settings):
         "fit Stable Diffusion 2.1 at 512x512, or SDXL at 1024x1024, into this GPU memory, by counting. 24gb recomputes "
         "activations; 16gb also keeps 8-bit moments; 12gb recomputes activations and trains only cross-attention of "
         "the UNet; 8gb trains adapters instead, 6gb those of the UNet alone. For SDXL, 80gb recomputes activations; "
-        "40gb also keeps 8-bit moments; 24gb recomputes activations and trains only cross-attention of the UNet",
+        "40gb also keeps 8-bit moments; 24gb recomputes activations and trains only cross-attention of the UNet; 16gb "
+        "only its keys and values, with 8-bit moments; 12gb trains adapters instead",
         group="memory and speed",
         common=True,
         choices=tuple(CARDS),

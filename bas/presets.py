@@ -149,10 +149,12 @@ CARDS: dict[str, dict] = {
     "8gb": LEAN | {"train": "lora", "sample_batch_size": 1},
     "6gb": LEAN | {"train": "lora", "sample_batch_size": 1, "train_text_encoder": False},
 }
-# The same for SDXL at 1024x1024, whose text encoders are left alone. Smaller cards do not hold what bas trains of it.
+# The same for SDXL at 1024x1024, whose text encoders are left alone. Smaller cards do not hold its weights and a step.
 CARDS_XL: dict[str, dict] = {
     "any": {},
     "80gb": LEAN | {"sample_batch_size": 2},
     "40gb": LEAN | {"sample_batch_size": 2, "optimizer": "adamw8bit"},
     "24gb": LEAN | {"sample_batch_size": 1, "train": "cross_attention"},
+    "16gb": LEAN | {"sample_batch_size": 1, "train": "kv", "optimizer": "adamw8bit"},
+    "12gb": LEAN | {"sample_batch_size": 1, "train": "lora"},
 }

@@ -193,10 +193,14 @@ def test_every_way_to_make_images_takes_a_run(run):
 
 
 def test_what_a_card_sets_is_that_of_the_family(bench):
-    """By the dry run's count for SDXL at 1024x1024 (docs/hardware.md); smaller cards hold nothing that bas trains."""
+    """By the dry run's count for SDXL at 1024x1024 (docs/hardware.md); smaller cards do not hold its weights."""
     config = train_config("scene", weights=str(bench.model), card="24gb")
     assert (config.train, config.gradient_checkpointing, config.train_text_encoder) == ("cross_attention", True, False)
     config = train_config("scene", weights=str(bench.model), card="40gb")
     assert (config.train, config.optimizer, config.mixed_precision) == ("full", "adamw8bit", "bf16")
-    with refused("--card 12gb: this version trains SDXL on cards from 24gb up"):
-        train_config("scene", weights=str(bench.model), card="12gb")
+    config = train_config("scene", weights=str(bench.model), card="16gb")
+    assert (config.train, config.optimizer, config.learning_rate) == ("kv", "adamw8bit", 1e-5)
+    config = train_config("scene", weights=str(bench.model), card="12gb")
+    assert (config.train, config.train_text_encoder, config.learning_rate) == ("lora", False, 1e-4)
+    with refused("--card 8gb: this version trains SDXL on cards from 12gb up"):
+        train_config("scene", weights=str(bench.model), card="8gb")
