@@ -16,7 +16,8 @@ from bas.models.text import encode_ids, tokenize
 from bas.pretrained.additions import Additions
 from bas.pretrained.embedding_files import write_embedding
 from bas.pretrained.exports import adapters_of
-from bas.pretrained.folder import build_networks, load, read_spec, save_model, weights_hash
+from bas.pretrained.folder import build_networks, load, read_spec, save_model
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find_spec, is_sdxl
 from bas.pretrained.lora_files import kohya_tensors
 from bas.pretrained.lora_names import KOHYA_XL, kohya_name, peft_name
