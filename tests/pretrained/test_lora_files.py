@@ -314,7 +314,7 @@ def test_numbers_beside_an_embedding_are_no_vectors(base, tmp_path):
     """A1111 writes how long it was trained."""
     path, rows = tmp_path / "toy.safetensors", torch.ones(2, 64)
     save_file({"emb_params": rows, "step": torch.tensor(500)}, path)
-    assert torch.equal(read_embedding(path, 64)[1], rows)
+    assert torch.equal(read_embedding(path, {"text_encoder": 64})[1]["text_encoder"], rows)
     assert describe(path)["vectors"] == [2]
 
 
