@@ -1,16 +1,18 @@
-"""At the size of Stable Diffusion 2.1-base, with random weights: what a person with real weights will run.
+"""At the size of Stable Diffusion 2.1-base and of SDXL, with random weights: what a person with real weights will run.
 
-Everything here is slow and wants about 15 GB of memory and 6 GB of disk.
+Everything here is slow and wants about 17 GB of memory and 7 GB of disk.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from bas.models.bundle import Models
@@ -18,7 +20,8 @@ from bas.models.config import VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.folder import save_model
+from bas.pretrained.folder import build_networks, save_model
+from bas.pretrained.hub import find_spec
 from bas.pretrained.single_file import clip_tokenizer
 from bas.schedulers import NoiseSchedule
 from tools.bench.material import SD21_TEXT, SD21_UNET
@@ -55,16 +58,22 @@ def measured_training(model: Path, run: Path, flags: str) -> dict:
     """`bas train` on the official scene, in a process of its own. -> exit code, and the peak of its memory in GB"""
     paths = ["train", str(SCENE), "--weights", str(model), "--output_dir", str(run)]
     words = ["--initializer_tokens", "creature", "bowl", "stone", "--img_log_steps", "0", "--checkpointing_steps", "0"]
+    return measured(run.parent, [*paths, *words, *flags.split()])
+
+
+def measured(folder: Path, words: list[str]) -> dict:
+    """A command in a process of its own. -> exit code, and the peak of its memory in GB"""
+    began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *paths, *words, *flags.split()],
-        env={**os.environ, "BAS_CACHE": str(run.parent / "cache")},
+        [sys.executable, "-c", MEASURED, *words],
+        env={**os.environ, "BAS_CACHE": str(folder / "cache")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    print(f"\npeak resident memory: {result['peak_gb']:.1f} GB")
+    print(f"\nbas {words[0]}: peak resident memory {result['peak_gb']:.1f} GB, {time.monotonic() - began:.0f} s")
     return result
 
 
@@ -97,3 +106,30 @@ def test_two_steps_of_a_lora_at_full_size(sd21_folder, tmp_path):
     assert sum(tensor.numel() for tensor in tuned.values()) == pytest.approx(13.70e6, rel=1e-3)
     kept = [path for path in run.iterdir() if path.is_file()]  # the scene has a folder of its own
     assert sum(path.stat().st_size for path in kept) < 40e6
+
+
+def test_sdxl_at_full_size_trains_and_samples_in_bf16(tmp_path):
+    """2.6 + 0.8 billion random weights: one step of phase 1 at 512x512, a small run, and one step of sampling from it,
+    each within 17 GB of the host's memory."""
+    model, run = tmp_path / "sdxl", tmp_path / "run"
+    models, drawn = build_networks(find_spec("sdxl")), torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    for network in models.networks.values():
+        for name, p in network.named_parameters():
+            values = drawn.repeat(-(-p.numel() // len(drawn)))[: p.numel()].view(p.shape) if p.ndim > 1 else None
+            scale = 0.02 if "embedding" in name else (p.numel() // len(p)) ** -0.5
+            plain = torch.full(p.shape, float(name.endswith("weight")))  # of norms and biases
+            parent, last = network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            setattr(parent, last, torch.nn.Parameter((plain if values is None else scale * values).half()))
+    save_model(models, model, torch.float16)
+    del models
+    flags = "--train lora --phase1_train_steps 1 --phase2_train_steps 0 --no_prior_preservation --resolution 512"
+    trained = measured_training(model, run, f"{flags} --mixed_precision bf16 --gradient_checkpointing")
+    assert steps_of(run) == [1]
+    rows = load_file(run / "concepts.safetensors")
+    assert (rows["handles"].shape, rows["handles_2"].shape) == ((3, 768), (3, 1280))
+    words = ["sample", str(run), "--prompt", "a photo of <asset0>", "--output_path", str(tmp_path / "image.png")]
+    size = ["--height", "512", "--width", "512", "--num_inference_steps", "1", "--precision", "bf16"]
+    sampled = measured(tmp_path, [*words, *size])
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (512, 512)
+    assert max(trained["peak_gb"], sampled["peak_gb"]) < 17
