@@ -67,11 +67,9 @@ def test_an_earlier_layer_is_read_through_the_final_norm(saved):
         Additions.read((), (), clip_skip=0)
 
 
-def test_sdxl_takes_a_vae_but_no_lora_and_no_other_layer(tmp_path):
+def test_sdxl_takes_a_vae_but_no_other_layer(tmp_path):
     save_model(tiny("sdxl"), tmp_path)
     read = load(tmp_path, additions=Additions(vae=tmp_path / "vae", clip_skip=2))
     assert read.text_encoder.config.num_hidden_layers == 2
     with refused("--clip_skip 1: SDXL reads the last layer but one, which is 2: leave it out"):
         load(tmp_path, additions=Additions(clip_skip=1))
-    with refused("is an SDXL: this version adds no LoRA and no embedding to one"):
-        load(tmp_path, additions=Additions(embeddings=(tmp_path / "toy.safetensors",)))
