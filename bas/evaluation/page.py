@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from bas.data.scene_folder import load_scene
@@ -9,7 +10,7 @@ from bas.evaluation.baselines import VARIANTS
 from bas.evaluation.protocol import Trial
 from bas.evaluation.tables import COLUMNS, checked_orderings, option_changes, summarise, verdict
 from bas.io.figures import tint_masks
-from bas.io.images import to_floats
+from bas.io.images import fit, fit_mask
 from bas.web.elements import Figure, figure, render, spread
 
 SIDE = 160  # pixels of an image on the page
@@ -55,9 +56,11 @@ def gallery(method: str, rows: list[dict], trials: list[Trial]) -> list[Strip]:
 def strip(trial: Trial, rows: list[dict]) -> Strip:
     """Return a scene with its masks, then at most MOST of a trial's images. rows: of its images"""
     scene = load_scene(trial.training)
-    figures = [
-        figure(tint_masks(scene.image, dict(enumerate(map(to_floats, scene.masks)))), "the scene and its masks", SIDE)
-    ]
+    scale = min(1, SIDE / max(scene.image.size))  # tinted at the size that is shown: a large one would take gigabytes
+    width, height = (max(1, round(scale * side)) for side in scene.image.size)
+    masks = {i: np.asarray(fit_mask(mask, (width, height))) for i, mask in enumerate(scene.masks)}
+    shown = fit(scene.image, (width, height), Image.Resampling.LANCZOS)
+    figures = [figure(tint_masks(shown, masks), "the scene and its masks", SIDE)]
     for row in spread(rows, MOST):
         caption = f"{row['prompt']} (prompt {row['prompt_similarity']:.2f}, identity {row['identity_similarity']:.2f})"
         figures.append(figure(trial.folder / row["file"], caption, SIDE))

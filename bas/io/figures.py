@@ -76,9 +76,14 @@ def as_hex(colour: tuple[int, int, int]) -> str:
 
 
 def tint_masks(image: Image.Image, masks: dict[int, np.ndarray]) -> Image.Image:
-    """Tint an image with masks (H, W) in 0..1, by concept index, in their concepts' colours."""
+    """Tint an image with masks (H, W) in 0..1, by concept index, in their concepts' colours.
+
+    A mask of another size, as in a run whose files were edited, is stretched over the image.
+    """
     canvas = np.asarray(image.convert("RGB"), dtype=np.float32)
     for index, mask in masks.items():
+        if mask.shape != canvas.shape[:2]:
+            mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
         alpha = 0.5 * mask[..., None]
         canvas = canvas * (1 - alpha) + np.array(concept_colour(index), dtype=np.float32) * alpha
     return Image.fromarray(canvas.round().astype(np.uint8))

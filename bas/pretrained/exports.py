@@ -20,7 +20,7 @@ from bas.errors import InputError
 from bas.io.files import replacing
 from bas.io.json_files import write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, handle_rows, read_concepts, read_rows
-from bas.models.bundle import ModelSpec
+from bas.models.bundle import ModelSpec, is_finite
 from bas.models.text import handle_ids
 from bas.presets import KINDS
 from bas.pretrained.embedding_files import file_names, write_embedding
@@ -125,6 +125,8 @@ def export_lora(
     adapters, spec = adapters_of(run, rank, base)
     words = {handle: path.stem for handle, path in files.embeddings.items()}
     rows = {handle: [each[i : i + 1] for each in handle_rows(concepts)] for i, handle in enumerate(metadata["handles"])}
+    if broken := [handle for handle, each in rows.items() if not all(map(is_finite, each))]:
+        raise InputError(f"{run}: the row of {broken[0]} holds values that are not finite numbers: copy the run again")
     texts = describe(run, metadata, spec, [*words.values()], files.main.stem)
     texts |= {"modelspec.architecture": f"{architecture(spec)}/lora"}
     extra = bundled({words[handle]: row for handle, row in rows.items()}) if bundle else {}

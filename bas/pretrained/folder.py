@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bas.errors import InputError, check_bool, is_own_fault
 from bas.io.files import replacing, write_text
 from bas.io.json_files import check_json_size, read_json, read_text, write_json
-from bas.io.run_files import METRICS, TUNED, handle_rows, read_concepts
+from bas.io.run_files import CONCEPTS, METRICS, TUNED, handle_rows, read_concepts
 from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
 from bas.models.adapters import adapt_tokens
 from bas.models.bundle import COMPONENTS, TEXT_ENCODERS, Models, ModelSpec
@@ -319,6 +319,10 @@ def _raise_for_folder(folder: Path) -> NoReturn:
     if (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("_class_name", "a single network")
         raise InputError(f"{folder} holds {kind}, one part of a model: give the folder of the whole model")
+    if CONCEPTS in files:
+        raise InputError(
+            f"{folder} is a run whose weights are missing, {TUNED} or a model's folders: copy the run again"
+        )
     if single:
         raise InputError(f"{folder} is not a diffusers folder: give a file in it, as {folder / single[0]}")
     if (folder / METRICS).is_file():

@@ -35,7 +35,16 @@ from bas.presets import KINDS
 from bas.pretrained.folder import load_parts
 from bas.pretrained.loading import Parts
 from bas.pretrained.lora_files import Adapters, as_lora
-from bas.pretrained.small_runs import Tuned, changes_of, read_base, read_tuned, save_tuned, with_handles, with_tuned
+from bas.pretrained.small_runs import (
+    Tuned,
+    changes_of,
+    check_rows,
+    read_base,
+    read_tuned,
+    save_tuned,
+    with_handles,
+    with_tuned,
+)
 
 RENAME = re.compile(r"(.+):(<[^<>]*>)=(<[^<>]*>)")
 RIDGE = 1e-6  # of the mean squared text feature, beside the captions' own
@@ -175,6 +184,8 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     Raises InputError for kinds that cannot be merged without a rank.
     """
     base = sources[0].read_base()
+    for source in sources:
+        check_rows(source.run, handle_rows(source.concepts), len(source.handles), base.spec)
     changes = [changes_of(base, with_tuned(base, source.tuned, source.run)) for source in sources]
     method = choose_method([source.kind for source in sources], rank)
     merged = method(base, sources, changes)

@@ -21,7 +21,7 @@ from bas.io.json_files import check_shape
 from bas.io.run_files import ROWS, TUNED, handle_rows, read_concepts
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference, changed
-from bas.models.bundle import TEXT_ENCODERS, is_adapter, is_finite
+from bas.models.bundle import TEXT_ENCODERS, ModelSpec, is_adapter, is_finite
 from bas.models.text import check_handles
 from bas.pretrained.additions import Additions, with_additions
 from bas.pretrained.folder import read_parts
@@ -92,9 +92,7 @@ def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Sequen
     InputError for rows of another number or width.
     """
     handles, texts = tuple(metadata["handles"]), parts.spec.text_encoders
-    wanted = [(len(handles), config["hidden_size"]) for config in texts.values()]
-    if (found := [tuple(each.shape) for each in rows]) != wanted:
-        raise InputError(f"{run} has rows of the shapes {found} for its handles, not {wanted}: {ADVICE}")
+    check_rows(run, rows, len(handles), parts.spec)
     from transformers import AddedToken
 
     check_handles(parts.spec.tokenizer, handles)
@@ -103,6 +101,13 @@ def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Sequen
     if resolution := metadata["config"]["resolution"]:
         spec = replace(spec, unet=replace(spec.unet, sample_size=resolution // spec.vae.factor))
     return replace(parts, spec=spec).with_rows(dict(zip(texts, rows, strict=True)), handles)
+
+
+def check_rows(run: Path, rows: Sequence[Tensor], count: int, base: ModelSpec) -> None:
+    """Raise InputError unless a run has one row for each of its handles, of the width of each text encoder."""
+    wanted = [(count, config["hidden_size"]) for config in base.text_encoders.values()]
+    if (found := [tuple(each.shape) for each in rows]) != wanted:
+        raise InputError(f"{run} has rows of the shapes {found} for its handles, not {wanted}: {ADVICE}")
 
 
 def read_tuned(run: Path) -> Tuned:
@@ -176,7 +181,9 @@ def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Differen
 
 def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
     """Whether an adapter's two matrices multiply to the shape of a weight."""
-    product = up.shape[0] * down[0].numel() if len(down) else 0
+    if down.ndim < 2 or up.ndim < 2 or not len(down):
+        return False
+    product = up.shape[0] * down[0].numel()
     return up.shape[1] == down.shape[0] and len(weight) == up.shape[0] and weight.numel() == product
 
 

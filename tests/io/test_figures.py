@@ -72,6 +72,13 @@ def test_masks_are_tinted_half_through():
         assert np.abs(pixel - (100 * (1 - alpha) + colour * alpha)).max() <= 0.5
 
 
+def test_a_mask_of_another_size_is_stretched_over_the_image():
+    photo, small = Image.new("RGB", (8, 4), (100, 100, 100)), np.array([[1.0, 0.0]], np.float32)
+    large = np.repeat(np.repeat(small, 4, axis=0), 4, axis=1)
+    whole, stretched = (np.asarray(tint_masks(photo, {0: mask})) for mask in (large, small))
+    assert np.array_equal(whole, stretched)
+
+
 def test_heat_shows_the_peak_in_the_concepts_colour():
     photo = Image.new("RGB", (32, 32), (200, 200, 200))
     values = np.zeros((4, 4), np.float32)

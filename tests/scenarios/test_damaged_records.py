@@ -8,6 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import bas
 from bas.cli.entry import main
@@ -15,6 +18,7 @@ from bas.evaluation.study import read_list
 from bas.io.run_files import read_rows, read_sessions, read_settings
 from bas.io.settings_file import read_toml
 from tests.helpers.faults import before_step
+from tests.helpers.small_runs import write_base, write_small_run
 from tests.helpers.tiny import refused
 
 DAMAGE = {
@@ -53,6 +57,53 @@ def one_line(capsys, path: Path) -> str:
     assert not any(line.startswith("Traceback") for line in lines)
     assert str(path) in lines[-1]
     return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> Path:
+    """A run that keeps its trained weights alone, beside its base."""
+    place = tmp_path_factory.mktemp("small")
+    return write_small_run(place / "run", write_base(place / "base", "sd1"), train="lora", rank=1)
+
+
+def change_rows(run: Path, rows: torch.Tensor) -> None:
+    """Give a run other rows of its handles."""
+    with safe_open(run / "concepts.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(run / "concepts.safetensors") | {"handles": rows}
+    save_file(tensors, run / "concepts.safetensors", metadata)
+
+
+SMALL_RUNS = {  # what is damaged, the command, its exit code, what it says
+    "no weights": (lambda run: (run / "tuned.safetensors").unlink(), "info", 0, "is a run whose weights are missing"),
+    "rows of another width": (
+        lambda run: change_rows(run, torch.zeros(2, 5)),
+        "merge",
+        2,
+        "rows of the shapes [(2, 5)] for its handles",
+    ),
+    "rows that are no numbers": (
+        lambda run: change_rows(run, torch.full((2, 64), torch.nan)),
+        "export",
+        1,
+        "not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL_RUNS)
+def test_a_damaged_small_run_is_one_line(kind, small_run, tmp_path, capsys):
+    damage, command, code, said = SMALL_RUNS[kind]
+    run = shutil.copytree(small_run, tmp_path / "other")
+    damage(run)
+    others = {
+        "merge": [str(small_run), "--output_dir", str(tmp_path / "new")],
+        "export": [str(tmp_path / "new.safetensors")],
+    }
+    assert main([command, str(run), *others.get(command, [])]) == code
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

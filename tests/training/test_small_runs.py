@@ -250,6 +250,8 @@ def test_the_hash_of_a_small_run_depends_on_all_that_it_is(tmp_path, small):
     [
         (lambda t: t.pop(next(n for n in t if ".lora_A." in n)), ("no lora_A beside it",)),
         (lambda t: t.pop(next(n for n in t if ".lora_B." in n)), ("no fitting lora_B",)),
+        (lambda t: t.update({next(n for n in t if ".lora_A." in n): torch.zeros(())}), ("no fitting lora_B",)),
+        (lambda t: t.update({next(n for n in t if ".lora_B." in n): torch.zeros(8)}), ("no fitting lora_B",)),
         (lambda t: t.update(strange=torch.zeros(1)), ("holds strange",)),
         (lambda t: t.update({"unet.conv_in.bias": torch.zeros(1)}), ("conv_in.bias is [1], the base has [8]",)),
     ],
