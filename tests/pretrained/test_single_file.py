@@ -1,6 +1,8 @@
 """Original single files: written and read without losing a bit, and understood without a configuration."""
 
 import logging
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bas.errors import InputError
 from bas.models.text import add_handles
-from bas.pretrained.folder import load, save_model
+from bas.pretrained import single_file
+from bas.pretrained.folder import load, read_spec, save_model
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, UNET
 from bas.pretrained.single_file import CLIP_VOCABULARY, clip_tokenizer, save_single_file
 from tests.helpers.families import FAMILIES, TEXT_FILE, UNET_FILE, VAE_FILE, change_tensors, refusal, tiny
@@ -27,13 +30,31 @@ def pair(request, tmp_path_factory):
     return request.param, place / "folder", place / "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def sd2_file(tmp_path_factory):
-    """An SD 2 single file as it was published: without metadata."""
-    path = tmp_path_factory.mktemp("sd2") / "model.safetensors"
-    save_single_file(tiny("sd2", whole_vocabulary=True), path)
+def publish(family: str, folder: Path) -> Path:
+    """A single file as it was published: without metadata."""
+    path = folder / "model.safetensors"
+    save_single_file(tiny(family, whole_vocabulary=True), path)
     save_file(load_file(path), path.with_name("published.safetensors"))
     return path.with_name("published.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sd1_file(tmp_path_factory):
+    return publish("sd1", tmp_path_factory.mktemp("sd1"))
+
+
+@pytest.fixture(scope="module")
+def sd2_file(tmp_path_factory):
+    return publish("sd2", tmp_path_factory.mktemp("sd2"))
+
+
+CLIP_TOKENIZER = cache(clip_tokenizer)
+
+
+@pytest.fixture
+def words_read_once(monkeypatch):
+    """CLIP's 49,408 tokens take longer than all else of these tests, which add none to them."""
+    monkeypatch.setattr(single_file, "clip_tokenizer", CLIP_TOKENIZER)
 
 
 def test_folder_to_file_to_folder_loses_no_bit(pair, tmp_path):
@@ -176,7 +197,7 @@ def assert_same(ours, theirs) -> None:
 
 
 @pytest.mark.parametrize("inner", ["text_model.", ""])
-def test_sd2_with_the_text_names_of_transformers_is_sd2(inner, sd2_file, tmp_path):
+def test_sd2_with_the_text_names_of_transformers_is_sd2(inner, sd2_file, tmp_path, words_read_once):
     """Its UNet's linear projections tell: heads of 64 features, GELU, padding with `!`; 24 layers are 23."""
     expected = load(sd2_file)
     tensors = {key: tensor for key, tensor in load_file(sd2_file).items() if not key.startswith("cond_stage_model.")}
@@ -196,11 +217,10 @@ def test_sd2_with_the_text_names_of_transformers_is_sd2(inner, sd2_file, tmp_pat
     assert load(tmp_path / "deep.safetensors").text_encoder.config.num_hidden_layers == 23
 
 
-def test_a_text_encoder_of_the_other_family_is_refused(sd2_file, tmp_path):
+def test_a_text_encoder_of_the_other_family_is_refused(sd1_file, sd2_file, tmp_path, words_read_once):
     """The UNet projects by convolutions, as SD 1, and the text encoder is open_clip's, as SD 2's."""
     path = tmp_path / "model.safetensors"
-    save_single_file(tiny("sd1", whole_vocabulary=True), path)
-    tensors = {key: tensor for key, tensor in load_file(path).items() if not key.startswith(CLIP)}
+    tensors = {key: tensor for key, tensor in load_file(sd1_file).items() if not key.startswith(CLIP)}
     tensors |= {key: tensor for key, tensor in load_file(sd2_file).items() if key.startswith(OPEN_CLIP)}
     save_file(tensors, path)
     assert refusal(path) == (
@@ -210,23 +230,22 @@ def test_a_text_encoder_of_the_other_family_is_refused(sd2_file, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_two_text_encoders_are_not_mixed(family, sd2_file, tmp_path):
+def test_two_text_encoders_are_not_mixed(family, sd1_file, sd2_file, tmp_path):
     """One under each tool's names: which of them the UNet reads is not said."""
-    path = tmp_path / "model.safetensors"
-    save_single_file(tiny("sd1", whole_vocabulary=True), path)
-    texts = {k: v for file in (path, sd2_file) for k, v in load_file(file).items() if k.startswith((CLIP, OPEN_CLIP))}
-    save_file(load_file(path if family == "sd1" else sd2_file) | texts, path)
+    path, both = tmp_path / "model.safetensors", (sd1_file, sd2_file)
+    texts = {k: v for file in both for k, v in load_file(file).items() if k.startswith((CLIP, OPEN_CLIP))}
+    save_file(load_file(sd1_file if family == "sd1" else sd2_file) | texts, path)
     assert refusal(path) == (
         f"{path} holds two text encoders, under {OPEN_CLIP} and {CLIP}: save it again with the one it uses"
     )
 
 
 @pytest.mark.parametrize(("family", "width"), [("sd1", 1024), ("sd2", 768)])
-def test_a_width_of_the_other_family_is_refused(family, width, tmp_path):
+def test_a_width_of_the_other_family_is_refused(family, width, sd1_file, sd2_file, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_single_file(tiny(family, whole_vocabulary=True), path)
     name = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    change_tensors(path, lambda tensors: tensors.update({name: torch.zeros(len(tensors[name]), width)}))
+    tensors = load_file(sd1_file if family == "sd1" else sd2_file)
+    save_file(tensors | {name: torch.zeros(len(tensors[name]), width)}, path)
     ours, other = ("1", "2") if family == "sd1" else ("2", "1")
     assert refusal(path) == (
         f"{path} has the UNet of Stable Diffusion {ours}, which reads text of width {width}, as {other} has it: "
@@ -234,7 +253,7 @@ def test_a_width_of_the_other_family_is_refused(family, width, tmp_path):
     )
 
 
-def test_sd2_in_the_later_layout_is_read_and_sdxls_refiner_is_not(sd2_file, tmp_path):
+def test_sd2_in_the_later_layout_is_read_and_sdxls_refiner_is_not(sd2_file, tmp_path, words_read_once):
     """Stability AI's later code keeps the text encoder under conditioner.embedders.0."""
     path = tmp_path / "model.safetensors"
     tensors = load_file(sd2_file)
@@ -257,21 +276,21 @@ def test_sd2_in_the_later_layout_is_read_and_sdxls_refiner_is_not(sd2_file, tmp_
         *("cond_stage_model.transformer.vision_model.x", "cond_stage_model.model.visual.proj", "ema.decay"),
     ],
 )
-def test_leftovers_of_training_are_left_out(name, sd2_file, tmp_path):
+def test_leftovers_of_training_are_left_out(name, sd2_file, tmp_path, words_read_once):
     path = tmp_path / "model.safetensors"
     save_file(load_file(sd2_file) | {name: torch.ones(2, 3)}, path)
     assert_same(load(path, prediction_type="epsilon"), load(sd2_file, prediction_type="epsilon"))
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "state_dict.", "_forward_module."])
-def test_prefixes_of_wrappers_are_removed(prefix, sd2_file, tmp_path):
+def test_prefixes_of_wrappers_are_removed(prefix, sd2_file, tmp_path, words_read_once):
     path = tmp_path / "model.safetensors"
     save_file({f"{prefix}{key}": value for key, value in load_file(sd2_file).items()}, path)
     assert_same(load(path), load(sd2_file))
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module."])
-def test_a_compiled_unet_in_a_whole_model_is_read(wrapper, sd2_file, tmp_path):
+def test_a_compiled_unet_in_a_whole_model_is_read(wrapper, sd2_file, tmp_path, words_read_once):
     """Its wrapper's prefix stands in the middle of the names."""
     path = tmp_path / "model.safetensors"
     save_file({key.replace(UNET, f"{UNET}{wrapper}"): value for key, value in load_file(sd2_file).items()}, path)
@@ -308,16 +327,17 @@ def test_a_text_encoder_cut_to_fewer_layers_is_read(layers, tmp_path):
         ((), "# parameterization: v", None, "v_prediction", "v_prediction", False),
     ],
 )
-def test_what_tells_the_prediction_type(family, markers, yaml, metadata, asked_for, expected, zero_snr, tmp_path):
+def test_what_tells_the_prediction_type(
+    family, markers, yaml, metadata, asked_for, expected, zero_snr, sd1_file, sd2_file, tmp_path, words_read_once
+):
     """First the user, then the file's metadata, then its markers, then the .yaml beside it."""
-    path = tmp_path / "model.safetensors"
-    save_single_file(tiny(family, whole_vocabulary=True), path)
+    path, published = tmp_path / "model.safetensors", sd1_file if family == "sd1" else sd2_file
     given = {"modelspec.prediction_type": metadata} if metadata else None
-    save_file(load_file(path) | {name: torch.zeros(0) for name in markers}, path, given)
+    save_file(load_file(published) | {name: torch.zeros(0) for name in markers}, path, given)
     if yaml:
         text = f"model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    {yaml}\n    timesteps: 1\n"
         path.with_suffix(".yaml").write_text(text)
-    schedule = load(path, prediction_type=asked_for).schedule
+    schedule = read_spec(path, asked_for).schedule
     assert (schedule.prediction_type, schedule.rescale_betas_zero_snr) == (expected, zero_snr)
     assert (schedule.alpha(999) == 0) is zero_snr
 
