@@ -37,6 +37,7 @@ SCHEDULERS = {
 }
 CLASS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # of each of these classes
 OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+OTHER_SOLVERS = {"algorithm_type": "dpmsolver++", "solver_order": 2}  # settings of multistep solvers, and bas's own
 KARRAS, KARRAS_RHO = "dpmpp_2m_karras", 7.0  # DPM-Solver++(2M) with the spacing of Karras et al. 2022
 # Euler's samplers: the eta with which a DDIM step from each timestep to the next, and at last to a = 1, is their step
 # (Karras et al. 2022, algorithm 1; ancestral: as k-diffusion has it).
@@ -106,6 +107,9 @@ class NoiseSchedule:
         for key in OTHER_SPACINGS:
             if config.get(key):
                 _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
+        for key, own in OTHER_SOLVERS.items():
+            if config.get(key, own) != own:
+                _warn_once(f"scheduler {key} {config[key]!r:.60} is not used: --sampler says how images are denoised")
         ends_at_one = (
             name != "PNDMScheduler"
         )  # the others, and diffusers' DDIM made from their files, end without noise

@@ -292,6 +292,16 @@ def test_another_spacing_of_steps_is_named_once(name, caplog):
     assert [record.message for record in caplog.records] == [message]
 
 
+@pytest.mark.parametrize(("name", "value"), [("algorithm_type", "sde-dpmsolver++"), ("solver_order", 3)])
+def test_settings_of_other_solvers_are_said_to_be_unused_and_bas_s_own_are_not(name, value, caplog):
+    schedulers._warn_once.cache_clear()
+    own = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "solver_order": 2}
+    NoiseSchedule.from_json(own)
+    assert caplog.messages == []
+    NoiseSchedule.from_json(own | {name: value})
+    assert caplog.messages == [f"scheduler {name} {value!r} is not used: --sampler says how images are denoised"]
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [1, 5, 14, 15, 20])
 def test_the_last_step_ends_where_the_file_says(steps, spacing):
