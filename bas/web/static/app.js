@@ -12,7 +12,7 @@ const ROOMS = {
   runs: { title: "Runs", load: () => import("./runs.js") },
 };
 const main = document.getElementById("main"), rail = document.getElementById("rail"), strip = document.getElementById("strip");
-const studio = { state: null, about: null, go, refresh, open };
+const studio = { state: null, go, refresh, open };
 let room = null, shown = 0, timer = null, last = "";
 
 const parts = () => location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
@@ -29,12 +29,15 @@ async function open() {
   document.body.dataset.room = key;
   try {
     const module = await ROOMS[key].load();
-    if (!studio.state) await refresh();
+    while (!studio.state && key !== "home") {
+      await refresh();
+      if (!studio.state) await new Promise((later) => setTimeout(later, 500));
+    }
     const opened = await module.open(main, rest, studio);
     if (mine !== shown) return opened?.leave?.();
     room = opened;
     last = "";
-    room?.update?.(studio.state);
+    if (studio.state) room?.update?.(studio.state);
   } catch (error) {
     if (mine !== shown) return;
     put(main, h("h1", {}, ROOMS[key].title), problem("This room cannot be opened", error.message, button("Try again", open), link("Home", "#/home")));
@@ -62,7 +65,6 @@ async function refresh() {
   clearTimeout(timer);
   let alive = false;
   try {
-    if (!studio.about) studio.about = await get("about");
     studio.state = await get("state");
     alive = studio.state.jobs.some((job) => ["waiting", "running"].includes(job.state));
     const text = JSON.stringify(studio.state);

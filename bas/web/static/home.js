@@ -17,6 +17,7 @@ export async function open(main, _rest, studio) {
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" })),
     h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."), files);
   put(main, h("h1", {}, "Home"), drop, notices, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs);
+  for (const place of [scenes, runs]) put(place, h("p", { class: "quiet" }, "Looking …"));
 
   for (const kind of ["dragenter", "dragover"]) main.addEventListener(kind, over);
   main.addEventListener("dragleave", out);

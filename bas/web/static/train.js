@@ -10,7 +10,8 @@ export async function open(main, [name], studio) {
   }
   const key = `settings ${name}`;
   let base = remembered("base", "mini"), fields = [], values = remembered(key, {}), asked = 0, timer = null, plan = null;
-  if (!studio.about.bases.some((each) => each.name === base && each.here)) base = "mini";
+  const about = await get("about");
+  if (!about.bases.some((each) => each.name === base && each.here)) base = "mini";
   const bases = h("fieldset", { class: "bases" }, h("legend", {}, "1 · Base model")), first = h("div", { class: "form" });
   const more = h("div", { class: "form" }), facts = h("div", {}), notices = h("div", { class: "stack" }), changed = h("p", { class: "quiet" });
   const search = h("input", { type: "search", placeholder: "Search in all settings", "aria-label": "Search in all settings" });
@@ -24,7 +25,7 @@ export async function open(main, [name], studio) {
     h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
     h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason)));
 
-  put(bases, h("legend", {}, "1 · Base model"), studio.about.bases.map((each) => h("label", { class: `option ${each.here ? "" : "off"}` },
+  put(bases, h("legend", {}, "1 · Base model"), about.bases.map((each) => h("label", { class: `option ${each.here ? "" : "off"}` },
     h("input", { type: "radio", name: "base", value: each.name, checked: each.name === base, disabled: !each.here, onchange: () => choose(each.name) }),
     h("span", {}, h("strong", {}, each.title), each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
       h("small", { class: "quiet" }, each.here ? each.license : [`not here: `, h("code", {}, `bas download ${each.name}`)])))));

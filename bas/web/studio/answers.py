@@ -1,6 +1,7 @@
 """What each address of the studio answers. The work is done by the other files of this folder."""
 
 import io
+import shlex
 import shutil
 from functools import lru_cache
 from pathlib import Path
@@ -8,13 +9,10 @@ from typing import Any
 
 from PIL import Image
 from starlette.responses import FileResponse, Response, StreamingResponse
-from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  here once: from two threads this import can fail
 
-from bas import __version__
 from bas.io.images import read_image
 from bas.pretrained.hub import find
-from bas.runtime.device import pick_device
-from bas.web.studio import forms, jobs, runs, scenes, tasks
+from bas.web.studio import jobs, runs, scenes
 from bas.web.studio.app import Ask
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import JOBS, RUNS, SCENES, text_of
@@ -25,12 +23,6 @@ THUMB = 320  # pixels of the longer side of a picture in a gallery
 LATEST = 30  # jobs that the page is told of
 INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 EXAMPLE = "playroom"
-
-
-def about(ask: Ask) -> dict[str, Any]:
-    """What this is, and what is here."""
-    device = str(pick_device(None))
-    return {"version": __version__, "home": str(ask.home.folder), "device": device, "bases": forms.bases()}
 
 
 def state(ask: Ask) -> dict[str, Any]:
@@ -119,29 +111,7 @@ def put_mask(ask: Ask) -> dict[str, Any]:
     return scenes.facts(scenes.put_tiles(_scene(ask), ask.number("number"), ask.body, ask.expected))
 
 
-def check_masks(ask: Ask) -> dict[str, Any]:
-    """What the losses will see."""
-    return forms.check(ask.home, ask.json)
-
-
 # --- Jobs ---------------------------------------------------------------------------------------------------------
-
-
-def list_settings(ask: Ask) -> dict[str, Any]:
-    """The forms of training and of drawing."""
-    return {"train": forms.fields(forms.base_of(ask.query)), "sample": forms.sampling_fields()}
-
-
-def plan_training(ask: Ask) -> dict[str, Any]:
-    """What a training would take."""
-    return forms.plan(ask.home, ask.json)
-
-
-def add_job(ask: Ask) -> dict[str, Any]:
-    """Something to do: it waits for its turn, or starts at once."""
-    job = tasks.ask(ask.home, ask.json)
-    ask.lane.tick()
-    return jobs.describe(ask.home.folder / JOBS / job) or {}
 
 
 def stop_job(ask: Ask) -> dict[str, Any]:
@@ -155,7 +125,7 @@ def read_log(ask: Ask) -> dict[str, Any]:
     """The end of what a job has printed, and its command."""
     folder = ask.home.find(JOBS, ask.path["job"])
     command = jobs.read_json(folder / jobs.JOB).get("command", [])
-    return {"text": jobs.tail(folder / jobs.LOG), "command": forms.as_command([str(word) for word in command])}
+    return {"text": jobs.tail(folder / jobs.LOG), "command": shlex.join(["bas", *map(str, command)])}
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------
@@ -237,15 +207,10 @@ def _thumb(path: Path, _changed: int) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/webp"
 
 
-def list_exports(ask: Ask) -> list[dict[str, Any]]:
-    """In which forms a run can be taken away."""
-    return tasks.exports(_run(ask))
-
-
 def zip_run(ask: Ask) -> Response:
     """The run itself, its scene, or one of its exports, as a zip."""
     run, what = _run(ask), ask.query.get("what", "")
-    folders = {"run": run, "scene": run / "scene", **{form: run / runs.EXPORTS / form for form in tasks.FORMS}}
+    folders = {"run": run, "scene": run / "scene", **{form: run / runs.EXPORTS / form for form in runs.FORMS}}
     if what not in folders or not folders[what].is_dir():
         raise Refusal(404, "there is nothing to take away", "missing")
     leave_out = {runs.DRAWN, runs.EDITED, runs.EXPORTS, "checkpoints", "previews"} if what == "run" else set()

@@ -65,36 +65,36 @@ class Ask:
         return int(text)
 
 
-# Method, address below the token, and the function of bas.web.studio.answers that answers it.
+# Method, address below the token, and the file and function of this folder that answer it.
 ADDRESSES = (
-    ("GET", "/api/about", "about"),
-    ("GET", "/api/state", "state"),
+    ("GET", "/api/about", "planning.about"),
+    ("GET", "/api/state", "answers.state"),
     ("POST", "/api/quit", "leave"),
-    ("POST", "/api/scenes", "add_scene"),
-    ("POST", "/api/example", "add_example"),
-    ("GET", "/api/scenes/{scene}", "get_scene"),
-    ("PATCH", "/api/scenes/{scene}", "name_concepts"),
-    ("DELETE", "/api/scenes/{scene}", "delete_scene"),
-    ("GET", "/api/scenes/{scene}/view", "view_photo"),
-    ("GET", "/api/scenes/{scene}/masks/{number}", "get_mask"),
-    ("PATCH", "/api/scenes/{scene}/masks/{number}", "put_mask"),
-    ("POST", "/api/check", "check_masks"),
-    ("GET", "/api/settings", "list_settings"),
-    ("POST", "/api/plan", "plan_training"),
-    ("POST", "/api/jobs", "add_job"),
-    ("POST", "/api/jobs/{job}/stop", "stop_job"),
-    ("GET", "/api/jobs/{job}/log", "read_log"),
-    ("GET", "/api/runs/{run}", "get_run"),
-    ("DELETE", "/api/runs/{run}", "delete_run"),
-    ("GET", "/api/runs/{run}/metrics", "get_metrics"),
-    ("GET", "/api/runs/{run}/pictures", "list_pictures"),
-    ("PATCH", "/api/runs/{run}/pictures", "mark_picture"),
-    ("DELETE", "/api/runs/{run}/pictures", "delete_picture"),
-    ("GET", "/api/runs/{run}/exports", "list_exports"),
-    ("GET", "/api/runs/{run}/zip", "zip_run"),
-    ("GET", "/api/runs/{run}/file/{file:path}", "get_file"),
-    ("GET", "/api/runs/{run}/thumb/{file:path}", "get_thumb"),
-    ("GET", "/api/compare", "compare_runs"),
+    ("POST", "/api/scenes", "answers.add_scene"),
+    ("POST", "/api/example", "answers.add_example"),
+    ("GET", "/api/scenes/{scene}", "answers.get_scene"),
+    ("PATCH", "/api/scenes/{scene}", "answers.name_concepts"),
+    ("DELETE", "/api/scenes/{scene}", "answers.delete_scene"),
+    ("GET", "/api/scenes/{scene}/view", "answers.view_photo"),
+    ("GET", "/api/scenes/{scene}/masks/{number}", "answers.get_mask"),
+    ("PATCH", "/api/scenes/{scene}/masks/{number}", "answers.put_mask"),
+    ("POST", "/api/check", "planning.check_masks"),
+    ("GET", "/api/settings", "planning.list_settings"),
+    ("POST", "/api/plan", "planning.plan_training"),
+    ("POST", "/api/jobs", "planning.add_job"),
+    ("POST", "/api/jobs/{job}/stop", "answers.stop_job"),
+    ("GET", "/api/jobs/{job}/log", "answers.read_log"),
+    ("GET", "/api/runs/{run}", "answers.get_run"),
+    ("DELETE", "/api/runs/{run}", "answers.delete_run"),
+    ("GET", "/api/runs/{run}/metrics", "answers.get_metrics"),
+    ("GET", "/api/runs/{run}/pictures", "answers.list_pictures"),
+    ("PATCH", "/api/runs/{run}/pictures", "answers.mark_picture"),
+    ("DELETE", "/api/runs/{run}/pictures", "answers.delete_picture"),
+    ("GET", "/api/runs/{run}/exports", "planning.list_exports"),
+    ("GET", "/api/runs/{run}/zip", "answers.zip_run"),
+    ("GET", "/api/runs/{run}/file/{file:path}", "answers.get_file"),
+    ("GET", "/api/runs/{run}/thumb/{file:path}", "answers.get_thumb"),
+    ("GET", "/api/compare", "answers.compare_runs"),
 )
 
 
@@ -142,7 +142,8 @@ async def reply(home: Home, lane: Lane, name: str, request: Request) -> Response
 def answer(name: str, ask: Ask) -> Response:
     """Call the answer of a request."""
     try:
-        found = getattr(importlib.import_module("bas.web.studio.answers"), name)(ask)
+        file, _, function = name.partition(".")
+        found = getattr(importlib.import_module(f"bas.web.studio.{file}"), function)(ask)
     except Refusal as refusal:
         return refused(refusal)
     except (InputError, RunError) as error:

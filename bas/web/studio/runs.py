@@ -11,6 +11,7 @@ from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings
+from bas.pretrained.lora_files import FORMATS
 from bas.training.preview import PICTURES, sheet_path
 from bas.training.run_folder import LOCK
 from bas.web.report import SERIES, first_trained_step, phase_starts
@@ -19,6 +20,7 @@ from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import RUNS, Home, inside
 
 DRAWN, EDITED, EXPORTS, MARKS = "pictures", "edits", "exports", "marks.json"
+FORMS = ("single", *FORMATS)  # of exports
 SHOWN = (".png", ".jpg", ".webp")
 COLUMNS = 400  # of a curve at most
 FILES = {DRAWN, EDITED, EXPORTS, PREVIEWS, SCENE}  # folders of a run whose files the page may ask for

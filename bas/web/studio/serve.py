@@ -80,6 +80,7 @@ def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> No
         pass
     if not ended.is_set():
         importlib.import_module("bas.web.studio.answers")
+        importlib.import_module("bas.web.studio.planning")
     while not ended.wait(TICK):
         try:
             lane.tick()

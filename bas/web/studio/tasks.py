@@ -23,7 +23,6 @@ from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
 from bas.pretrained.exports import plan_export
 from bas.pretrained.folder import read_spec
-from bas.pretrained.lora_files import FORMATS
 from bas.sampling.blended_diffusion import Region, check_edit
 from bas.sampling.layout import check_box
 from bas.sampling.sampler import check_request
@@ -163,7 +162,6 @@ def png(mask: np.ndarray) -> bytes:
 
 # --- Taking away --------------------------------------------------------------------------------------------------
 
-FORMS = ("single", *FORMATS)
 OPENED_BY = {
     "single": "the whole model as one file: ComfyUI, A1111, Forge, InvokeAI, diffusers",
     "kohya": "a LoRA and an embedding for each handle: ComfyUI, A1111, Forge, InvokeAI",
@@ -179,7 +177,7 @@ def export_target(run: Path, form: str) -> Path:
 def exports(run: Path) -> list[dict[str, Any]]:
     """For each form of export whether the run can have it, or why not, and the files that are there already."""
     found = []
-    for form in FORMS:
+    for form in runs.FORMS:
         target, problem = export_target(run, form), None
         try:
             plan_export(run, target, form, "")
@@ -194,8 +192,8 @@ def exports(run: Path) -> list[dict[str, Any]]:
 def export(home: Home, body: dict) -> str:
     """The run in a form that other programs open."""
     run, form = finished(home, body), body.get("form")
-    if form not in FORMS:
-        raise Refusal(400, f"form is one of {', '.join(FORMS)}", "bad", "form")
+    if form not in runs.FORMS:
+        raise Refusal(400, f"form is one of {', '.join(runs.FORMS)}", "bad", "form")
     target = export_target(run, form)
     plan_export(run, target, form, "")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,44 @@
+"""The answers that need the code of networks, which takes seconds to import: forms, checks, plans, new jobs."""
+
+from typing import Any
+
+from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  here once: from two threads this import can fail
+
+from bas import __version__
+from bas.runtime.device import pick_device
+from bas.web.studio import forms, jobs, tasks
+from bas.web.studio.app import Ask
+from bas.web.studio.store import JOBS, RUNS
+
+
+def about(ask: Ask) -> dict[str, Any]:
+    """What this is, and what is here."""
+    device = str(pick_device(None))
+    return {"version": __version__, "home": str(ask.home.folder), "device": device, "bases": forms.bases()}
+
+
+def check_masks(ask: Ask) -> dict[str, Any]:
+    """What the losses will see."""
+    return forms.check(ask.home, ask.json)
+
+
+def list_settings(ask: Ask) -> dict[str, Any]:
+    """The forms of training and of drawing."""
+    return {"train": forms.fields(forms.base_of(ask.query)), "sample": forms.sampling_fields()}
+
+
+def plan_training(ask: Ask) -> dict[str, Any]:
+    """What a training would take."""
+    return forms.plan(ask.home, ask.json)
+
+
+def add_job(ask: Ask) -> dict[str, Any]:
+    """Something to do: it waits for its turn, or starts at once."""
+    job = tasks.ask(ask.home, ask.json)
+    ask.lane.tick()
+    return jobs.describe(ask.home.folder / JOBS / job) or {}
+
+
+def list_exports(ask: Ask) -> list[dict[str, Any]]:
+    """In which forms a run can be taken away."""
+    return tasks.exports(ask.home.find(RUNS, ask.path["run"]))
