@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bas.data.mask_formats import MAX_MASKS
+from bas.data.mask_formats import MAX_MASKS, list_sources
 from bas.data.scene import bracketed, check_word
 from bas.data.scene_writer import Draft, concepts_to_edit, open_draft, write_draft
 from bas.errors import InputError
@@ -230,7 +230,10 @@ def write(opened: Opened, concepts: list[Concept]) -> Opened:
         for i, concept in enumerate(painted)
         if concept.mask is not None
     ]
-    write_draft(opened.draft, masks, [{"handle": c.handle, "word": c.word} for c in painted])
+    if painted:
+        write_draft(opened.draft, masks, [{"handle": c.handle, "word": c.word} for c in painted])
+    else:
+        clear_masks(opened.folder)
     if len(painted) == len(concepts):
         (opened.folder / DRAFT).unlink(missing_ok=True)
     numbers = iter(range(len(painted)))
@@ -238,6 +241,20 @@ def write(opened: Opened, concepts: list[Concept]) -> Opened:
     renewed = replace(opened, version=version(opened.folder), concepts=saved)
     kept[:] = [renewed]
     return renewed
+
+
+def clear_masks(folder: Path) -> None:
+    """Leave a scene folder without masks, as a photograph that comes in: names of masks would be wrong there."""
+    names = folder / "scene.json"
+    if names.exists():
+        rest = {key: value for key, value in read_json(names).items() if key != "concepts"}
+        if rest:
+            write_json(names, rest)
+        else:
+            names.unlink()
+    for files in list_sources(folder):
+        for path in files:
+            path.unlink()
 
 
 # --- Views of the photograph --------------------------------------------------------------------------------------

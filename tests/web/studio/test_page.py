@@ -1,0 +1,291 @@
+"""The studio's page in a real browser: the whole way on the miniature, a killed server, two pages, small screens."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bas.pretrained import hub
+from bas.web.studio.app import STATIC
+from tests.helpers.browser import Browser
+
+PLAYROOM = hub.find(None) / "scenes" / "playroom"
+SAVED = "document.querySelector('.saved')?.textContent === 'saved ✓'"
+
+
+class Server:
+    """`bas studio` in a process of its own, which can be killed and started again at the same address."""
+
+    def __init__(self, home: Path):
+        self.home, self.port = home, 0
+        self.start()
+
+    def start(self) -> None:
+        words = [sys.executable, "-m", "bas", "studio", str(self.home), "--no_browser", "--port", str(self.port)]
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        line = self.process.stdout.readline()
+        self.url = re.search(r"http\S+", line)[0]
+        self.port = int(re.search(r":(\d+)/", self.url)[1])
+
+    def end(self, number=signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+        self.process.wait(60)
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One headless Chromium for all tests of this file."""
+    chromium = Browser(tmp_path_factory.mktemp("browser"))
+    yield chromium
+    chromium.close()
+
+
+@pytest.fixture(scope="module")
+def server(browser, tmp_path_factory):
+    """A studio that all tests of this file use."""
+    started = Server(tmp_path_factory.mktemp("studio") / "home")
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def page(browser, server):
+    """Home in a window, without what an earlier test has left in the page."""
+    browser.problems.clear()
+    browser.show(1280, 800)
+    visit(browser, server, "#/home")
+    yield browser
+    assert [line for line in browser.problems if not line.startswith("Failed to load resource")] == []
+
+
+def visit(browser, server, place):
+    browser.send("Page.navigate", url="about:blank")
+    browser.send("Page.navigate", url=server.url + place)
+    browser.wait(
+        "!!document.querySelector('#main h1') && !document.querySelector('#main').textContent.includes('Loading')"
+    )
+
+
+def click(browser, selector):
+    browser.wait(
+        f"!!document.querySelector({json.dumps(selector)}) && !document.querySelector({json.dumps(selector)}).disabled"
+    )
+    browser.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def fill(browser, selector, value):
+    field = f"document.querySelector({json.dumps(selector)})"
+    browser.run(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+    browser.run(f"{field}.dispatchEvent(new Event('change'))")
+
+
+def wait_long(browser, script):
+    """Until work of the miniature is done, on a busy machine."""
+    for _ in range(4):
+        try:
+            return browser.wait(script)
+        except AssertionError:
+            continue
+    return browser.wait(script)
+
+
+def place_of(browser, x, y):
+    """Where a point of the image, in shares, is in the window."""
+    box = "document.querySelector('.stage img').getBoundingClientRect()"
+    left, top, width, height = browser.run(f"(({{left, top, width, height}}) => [left, top, width, height])({box})")
+    return left + x * width, top + y * height
+
+
+def bring(browser, server, path):
+    """Choose a file, and wait for the room in which it is painted."""
+    document = browser.send("DOM.getDocument")["root"]["nodeId"]
+    node = browser.send("DOM.querySelector", nodeId=document, selector="#files")["nodeId"]
+    browser.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+    browser.wait("location.hash.startsWith('#/masks/') && document.querySelectorAll('.concepts li').length === 1")
+    browser.wait(SAVED)
+
+
+def unsaved_then_saved(browser):
+    browser.run("new Promise((later) => setTimeout(later, 350))")
+    browser.wait(SAVED)
+
+
+def test_the_whole_way(page, server, tmp_path):
+    """A photograph is painted and named, trained, stopped, continued, drawn with a box, edited, taken away."""
+    photo = tmp_path / "my toys.png"
+    photo.write_bytes((PLAYROOM / "img.png").read_bytes())
+    bring(page, server, photo)
+    scene = server.home / "scenes" / "my toys"
+
+    # Paint two concepts and name them.
+    page.drag(place_of(page, 0.2, 0.25), place_of(page, 0.2, 0.4), place_of(page, 0.3, 0.5))
+    unsaved_then_saved(page)
+    fill(page, ".concepts li:nth-child(1) label:nth-of-type(1) input", "moon")
+    page.wait("document.querySelector('.concepts li:nth-child(1) label:nth-of-type(2) input').value === '<moon>'")
+    click(page, "#add")
+    page.wait("document.querySelectorAll('.concepts li').length === 2")
+    page.drag(place_of(page, 0.7, 0.2), place_of(page, 0.75, 0.3))
+    unsaved_then_saved(page)
+    fill(page, ".concepts li:nth-child(2) label:nth-of-type(1) input", "tree")
+    page.wait("document.querySelector('.concepts li:nth-child(2) label:nth-of-type(2) input').value === '<tree>'")
+    unsaved_then_saved(page)
+    masks = [np.asarray(Image.open(scene / f"mask{i}.png")) for i in range(2)]
+    names = json.loads((scene / "scene.json").read_text())["concepts"]
+    assert names == [{"handle": "<moon>", "word": "moon"}, {"handle": "<tree>", "word": "tree"}]
+    assert masks[0][int(0.4 * 256), int(0.2 * 256)] == 255
+    assert masks[0][:, 200:].max() == 0
+    assert masks[1][int(0.2 * 256), int(0.7 * 256)] == 255
+    assert 0.01 < masks[0].mean() / 255 < 0.1
+
+    # Undo and redo are saved as well.
+    page.run("document.querySelector('.stage').focus()")
+    page.press("z", control=True)
+    unsaved_then_saved(page)
+    assert not (scene / "mask1.png").exists()
+    page.press("y", control=True)
+    unsaved_then_saved(page)
+    assert np.array_equal(np.asarray(Image.open(scene / "mask1.png")), masks[1])
+
+    # Train, stop, continue.
+    click(page, ".next a")
+    few = {"phase1_train_steps": 100, "phase2_train_steps": 1, "img_log_steps": 0, "train_batch_size": 1}
+    page.wait("!!document.querySelector('#set-train_batch_size')")
+    for name, value in few.items():
+        fill(page, f"#set-{name}", value)
+    page.run("document.querySelector('#set-with_prior_preservation').click()")
+    page.run("new Promise((later) => setTimeout(later, 100))")
+    click(page, "#start")
+    page.wait("location.hash === '#/watch/my%20toys'")
+    page.wait("/^[1-9]\\d*\\/101/.test(document.querySelector('.live .large')?.textContent ?? '')")
+    click(page, "#stop")
+    wait_long(page, "document.querySelector('.card [id=continue]') !== null")
+    run = server.home / "runs" / "my toys"
+    stopped = sum(1 for _ in (run / "metrics.jsonl").open())
+    assert 0 < stopped < 101
+    assert (
+        page.run("document.querySelector('.stack .card strong').textContent")
+        == f"It was stopped after step {stopped} of 101."
+    )
+    click(page, "#continue")
+    wait_long(page, "document.querySelector('.good-card') !== null")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
+    assert steps == [*range(1, 102)]
+    assert (run / "concepts.safetensors").exists()
+
+    # Draw two pictures with a box.
+    click(page, ".good-card a")
+    page.wait("!!document.querySelector('#draw')")
+    fill(page, "#draw-num_images", 2)
+    fill(page, "#draw-num_inference_steps", 3)
+    click(page, "[aria-label='Add a box for <moon>']")
+    click(page, "#draw")
+    wait_long(page, "document.querySelectorAll('.shot').length === 2")
+    drawn = sorted((run / "pictures").glob("*.png"))
+    settings = [json.loads(Image.open(path).info["bas"]) for path in drawn]
+    assert [row["seed"] for row in settings] == [0, 1]
+    assert settings[0]["num_inference_steps"] == 3
+    (job,) = (server.home / "jobs").glob("*sample*")
+    assert json.loads((job / "layout.json").read_text()) == {"<moon>": [0.25, 0.25, 0.75, 0.75]}
+
+    # Edit the photograph: nothing changes outside of what was painted.
+    visit(page, server, "#/edit/my%20toys")
+    page.wait(
+        "!!document.querySelector('.stage img')?.complete && document.querySelector('.stage img').naturalWidth > 0"
+    )
+    page.drag(place_of(page, 0.4, 0.6), place_of(page, 0.6, 0.8))
+    fill(page, "#draw-num_inference_steps", 4)
+    click(page, "#edit")
+    wait_long(page, "document.querySelectorAll('.shot').length === 1")
+    (edited,) = (run / "edits").glob("*.png")
+    (job,) = (server.home / "jobs").glob("*edit*")
+    before, after = np.asarray(Image.open(photo).convert("RGB")), np.asarray(Image.open(edited))
+    painted = np.asarray(Image.open(job / "mask.png"))
+    assert np.array_equal(before[painted == 0], after[painted == 0])
+    assert (before[painted == 255] != after[painted == 255]).any()
+
+    # Take it away.
+    visit(page, server, "#/runs/my%20toys")
+    page.wait("!!document.querySelector('a[download=\"my toys.zip\"]')")
+    address = page.run("document.querySelector('a[download=\"my toys.zip\"]').href")
+    fetch = "import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])"  # tests reach no network themselves
+    subprocess.run([sys.executable, "-c", fetch, address, str(tmp_path / "run.zip")], check=True)
+    with zipfile.ZipFile(tmp_path / "run.zip") as found:
+        assert found.testzip() is None
+        inside = {name.removeprefix("my toys/") for name in found.namelist()}
+        assert found.read("my toys/concepts.safetensors") == (run / "concepts.safetensors").read_bytes()
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "config.toml", "report.html"} <= inside
+    assert not any(name.startswith(("pictures", "edits", "checkpoints")) for name in inside)
+
+
+def test_a_stroke_outlives_the_server(page, server, tmp_path):
+    """It is painted while the server is gone, and saved when that is back; a reload then shows it."""
+    photo = tmp_path / "away.png"
+    photo.write_bytes((PLAYROOM / "img.png").read_bytes())
+    bring(page, server, photo)
+    server.end(signal.SIGKILL)
+    page.drag(place_of(page, 0.3, 0.3), place_of(page, 0.5, 0.5))
+    page.wait("document.querySelector('.saved').textContent.startsWith('not saved')")
+    page.wait("!document.querySelector('#band').hidden")
+    server.start()
+    page.wait(SAVED)
+    mask = np.asarray(Image.open(server.home / "scenes" / "away" / "mask0.png"))
+    assert mask[int(0.4 * 256), int(0.4 * 256)] == 255
+    visit(page, server, "#/masks/away")
+    page.wait("document.querySelector('.share')?.textContent.endsWith('%')")
+    assert page.run("document.querySelector('.share').textContent") == f"{100 * mask.mean() / 255:.1f} %"
+    page.problems.clear()
+
+
+def test_a_scene_that_was_changed_elsewhere_is_not_overwritten(page, server, tmp_path):
+    photo = tmp_path / "twice.png"
+    photo.write_bytes((PLAYROOM / "img.png").read_bytes())
+    bring(page, server, photo)
+    theirs = np.zeros((256, 256), np.uint8)
+    theirs[10:60, 10:60] = 255
+    path = server.home / "scenes" / "twice" / "mask0.png"
+    Image.fromarray(theirs).save(path)
+    page.drag(place_of(page, 0.7, 0.7), place_of(page, 0.8, 0.8))
+    page.wait("document.querySelector('aside .card.bad') !== null")
+    assert np.array_equal(np.asarray(Image.open(path)), theirs)
+    click(page, "aside .card.bad button.main")
+    page.wait("document.querySelector('.share')?.textContent === '3.8 %'")
+
+
+def test_a_picture_that_cannot_be_read_is_said_where_it_was_brought(page, server, tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    document = page.send("DOM.getDocument")["root"]["nodeId"]
+    node = page.send("DOM.querySelector", nodeId=document, selector="#files")["nodeId"]
+    page.send("DOM.setFileInputFiles", nodeId=node, files=[str(tmp_path / "notes.png")])
+    page.wait("document.querySelector('.card.bad') !== null")
+    said = page.run("document.querySelector('.card.bad').textContent")
+    assert said.startswith("notes.png cannot be used")
+    assert "it is none of these, or damaged" in said
+
+
+@pytest.mark.parametrize("room", ["home", "masks", "train", "watch", "draw", "edit", "runs"])
+def test_no_room_is_wider_than_a_phone(page, server, room):
+    """Empty, and with what the earlier tests have made where they ran."""
+    page.show(360, 740, phone=True)
+    for place in (f"#/{room}", f"#/{room}/my%20toys"):
+        visit(page, server, place)
+        assert page.run("document.documentElement.scrollWidth") == 360
+        assert page.run("document.querySelector('#main').scrollWidth <= document.querySelector('#main').clientWidth")
+
+
+def test_the_page_is_small_and_asks_nobody_else():
+    files = {path.name: path.read_text() for path in STATIC.iterdir()}
+    assert sum(len(text.encode()) for text in files.values()) <= 150_000
+    for name, text in files.items():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            name
+        )
+        assert set(re.findall(r"https?://[^\"' )]+", text)) <= {"http://www.w3.org/2000/svg"}, name
+        assert text.count("\n") <= 400, name
