@@ -33,9 +33,11 @@ def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl+C; or run one job of it."""
     if args.job:
         from bas.cli.entry import attempt
-        from bas.web.studio.worker import work
+        from bas.web.studio.jobs import SPARE
+        from bas.web.studio.worker import wait_for_job, work
 
-        sys.exit(work(Path(args.job), attempt))
+        folder = wait_for_job() if args.job == SPARE else Path(args.job)
+        sys.exit(work(folder, attempt) if folder else 0)
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
         raise InputError(
             "the studio needs two small packages: pip install 'bas[studio]', or pip install starlette uvicorn"

@@ -3,6 +3,7 @@
 import io
 import shlex
 import shutil
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ EXAMPLE = "playroom"
 
 def state(ask: Ask) -> dict[str, Any]:
     """All scenes, runs and jobs, in short. The page asks for it again and again, so nothing can be missed."""
+    ask.lane.asked = time.monotonic()
     ask.lane.tick()
     found = [job for folder in reversed(ask.lane.folders()[-200:]) if (job := jobs.describe(folder))]
     trained_by: dict[str, dict] = {}

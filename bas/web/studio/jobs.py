@@ -12,6 +12,7 @@ exit code is done, refused, failed or stopped, and a lock that nobody holds with
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from bas.web.studio.store import JOBS, Home, stamp
 JOB, LOG, LOCK, STOP, EVENTS, EXIT = "job.json", "log.txt", "lock", "stop", "events.jsonl", "exit.json"
 STARTING = 15.0  # seconds that a process may take before it holds its lock
 TAIL = 2**14  # bytes at the end of a file that are read for its last line
+SPARE = "-"  # in place of a job's folder
+PAGE_OPEN, NOBODY_ASKS = 10.0, 300.0  # seconds since a page last asked
 STATES = {0: "done", 2: "refused", 130: "stopped", 143: "stopped"}
 ALIVE = ("waiting", "running")
 
@@ -132,6 +135,8 @@ class Lane:
     def __init__(self, home: Home):
         self.home = home
         self.started: list[subprocess.Popen] = []
+        self.spare: subprocess.Popen | None = None  # has imported what jobs need, and waits for one
+        self.asked = -math.inf  # when a page last asked for anything
         self.turn = threading.Lock()
 
     def folders(self) -> list[Path]:
@@ -151,21 +156,48 @@ class Lane:
                 if current == "waiting":
                     waiting.append(folder)
             if waiting:
-                self.started.append(start(waiting[0]))
+                self.started.append(self.hand_over(waiting[0]) or start(waiting[0]))
+
+    def hand_over(self, folder: Path) -> subprocess.Popen | None:
+        """Give a job to the spare process, which spares it seconds. None if there is none, or if it has ended."""
+        spare, self.spare = self.spare, None
+        if spare is None or spare.stdin is None or spare.poll() is not None:
+            return None
+        (folder / LOG).touch()
+        try:
+            spare.stdin.write(f"{folder}\n".encode())
+            spare.stdin.close()
+        except OSError:
+            return None
+        return spare
+
+    def keep_spare(self) -> None:
+        """Have a spare process while a page is open, and none when nobody has asked for a while: it takes memory."""
+        with self.turn:
+            if self.spare is None and time.monotonic() - self.asked < PAGE_OPEN:
+                self.spare = launch(SPARE, subprocess.PIPE, subprocess.DEVNULL)
+            elif self.spare is not None and time.monotonic() - self.asked > NOBODY_ASKS:
+                self.end_spare()
+
+    def end_spare(self) -> None:
+        """Let the spare process end: it reads the end of its input."""
+        if self.spare is not None and self.spare.stdin is not None:
+            self.spare.stdin.close()
+            self.started.append(self.spare)
+        self.spare = None
 
 
 def start(folder: Path) -> subprocess.Popen:
     """Run a job in a process of its own, which goes on when the server, the terminal or the page is closed."""
+    with (folder / LOG).open("ab") as log:
+        return launch(str(folder), subprocess.DEVNULL, log)
+
+
+def launch(job: str, stdin: Any, output: Any) -> subprocess.Popen:
+    """Start a process for a job that is named by its folder, or SPARE for one that is told on its input."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     options: dict[str, Any] = {"start_new_session": True}
     if os.name == "nt":
         options = {"creationflags": subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP}  # type: ignore
-    with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "bas", "studio", "--job", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            **options,
-        )
+    words = [sys.executable, "-m", "bas", "studio", "--job", job]
+    return subprocess.Popen(words, stdin=stdin, stdout=output, stderr=output, env=environment, **options)

@@ -84,8 +84,10 @@ def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> No
     while not ended.wait(TICK):
         try:
             lane.tick()
+            lane.keep_spare()
         except OSError as error:
             log.warning("the queue cannot be read: %s", error)
+    lane.end_spare()
 
 
 def run_until_interrupted(folder: Path, port: int | None, browser: bool) -> None:

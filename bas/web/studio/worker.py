@@ -1,9 +1,11 @@
 """The process of one job: it holds the job's lock, runs the command, and writes how it ended."""
 
 import _thread
+import importlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +18,31 @@ from bas.io.json_files import read_json, write_json
 from bas.runtime.progress import Stage, watch
 from bas.web.studio.jobs import EVENTS, EXIT, JOB, LOCK, LOG, STOP, tail
 
+NEEDED = (
+    "bas.training.loop",
+    "bas.sampling.blended_diffusion",
+    "transformers.models.clip.modeling_clip",
+    "bas.web.report",
+)
 LOOKS = 0.2  # seconds between two looks for a request to stop
 STOPPED = 130  # the exit code after Ctrl+C
+
+
+def wait_for_job() -> Path | None:
+    """Import what jobs need, and read the folder of one from standard input. None if that ends: nobody wants it.
+
+    What is printed goes to the job's log from then on.
+    """
+    for name in NEEDED:
+        importlib.import_module(name)
+    line = sys.stdin.readline().rstrip("\n")
+    if not line:
+        return None
+    folder = Path(line)
+    log, nothing = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
+    for number, source in ((0, nothing), (1, log), (2, log)):
+        os.dup2(source, number)
+    return folder
 
 
 def work(folder: Path, run_command: Callable[[list[str]], int]) -> int:

@@ -14,6 +14,7 @@ from bas.cli.entry import main
 from bas.io.run_files import CONCEPTS
 from bas.web.studio import jobs
 from bas.web.studio.serve import bound
+from bas.web.studio.store import Home
 from tests.helpers.tiny import Bench
 
 PATIENCE = 120  # seconds for a job of a tiny model, on a busy machine
@@ -152,6 +153,30 @@ def test_a_refused_job_says_the_line_of_the_command(studio, bench):
     assert told["line"].startswith("--resolution 33")
 
 
+def test_a_spare_process_takes_a_job_and_ends_when_nobody_asks(tmp_path):
+    home = Home(tmp_path / "home")
+    home.make()
+    lane = jobs.Lane(home)
+    lane.keep_spare()
+    assert lane.spare is None  # no page is open
+    lane.asked = time.monotonic()
+    lane.keep_spare()
+    spare = lane.spare
+    folder = job(home, words=("info", str(tmp_path / "nothing")))
+    lane.tick()
+    assert lane.started == [spare]
+    assert spare.wait(PATIENCE) == 2
+    told = jobs.describe(folder)
+    assert told["state"] == "refused"
+    assert told["line"].startswith(f"{tmp_path / 'nothing'} does not exist")
+    lane.keep_spare()
+    second = lane.spare
+    lane.asked -= jobs.NOBODY_ASKS + 1
+    lane.keep_spare()
+    assert lane.spare is None
+    assert second.wait(PATIENCE) == 0
+
+
 def test_the_server_answers_ends_at_once_and_leaves_its_jobs(tmp_path):
     """In a process of its own: the address is printed, a second one is refused, Ctrl+C ends it without a trace."""
     home = tmp_path / "home"
@@ -160,15 +185,15 @@ def test_the_server_answers_ends_at_once_and_leaves_its_jobs(tmp_path):
     try:
         first = server.stdout.readline()
         assert first.startswith("Open http://127.0.0.1:")
+        assert "Ctrl+C ends the page" in server.stdout.readline()
         second = subprocess.run(command, capture_output=True, text=True, check=False)
         assert second.returncode == 2
         assert "serves" in second.stderr
     finally:
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=PATIENCE)
+        _, err = server.communicate(timeout=PATIENCE)
     assert "Traceback" not in err
     assert server.returncode == 0
-    assert "Ctrl+C ends the page" in out
 
 
 def test_a_port_that_is_taken_is_refused(tmp_path):
