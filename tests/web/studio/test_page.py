@@ -156,7 +156,7 @@ def test_the_whole_way(page, server, tmp_path):
 
     # Train, stop, continue.
     click(page, ".next a")
-    few = {"phase1_train_steps": 100, "phase2_train_steps": 1, "img_log_steps": 0, "train_batch_size": 1}
+    few = {"phase1_train_steps": 40, "phase2_train_steps": 1, "img_log_steps": 0, "train_batch_size": 1}
     page.wait("!!document.querySelector('#set-train_batch_size')")
     for name, value in few.items():
         fill(page, f"#set-{name}", value)
@@ -164,20 +164,20 @@ def test_the_whole_way(page, server, tmp_path):
     page.run("new Promise((later) => setTimeout(later, 100))")
     click(page, "#start")
     page.wait("location.hash === '#/watch/my%20toys'")
-    page.wait("/^[1-9]\\d*\\/101/.test(document.querySelector('.live .large')?.textContent ?? '')")
+    page.wait("/^[1-9]\\d*\\/41/.test(document.querySelector('.live .large')?.textContent ?? '')")
     click(page, "#stop")
     wait_long(page, "document.querySelector('.card [id=continue]') !== null")
     run = server.home / "runs" / "my toys"
     stopped = sum(1 for _ in (run / "metrics.jsonl").open())
-    assert 0 < stopped < 101
+    assert 0 < stopped < 41
     assert (
         page.run("document.querySelector('.stack .card strong').textContent")
-        == f"It was stopped after step {stopped} of 101."
+        == f"It was stopped after step {stopped} of 41."
     )
     click(page, "#continue")
     wait_long(page, "document.querySelector('.good-card') !== null")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
-    assert steps == [*range(1, 102)]
+    assert steps == [*range(1, 42)]
     assert (run / "concepts.safetensors").exists()
 
     # Draw two pictures with a box.
