@@ -29,6 +29,18 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"training/test_checkpoints::.*(round_trip|the_bit|same_step|order|just_written|being_removed)"
         r"|training/test_metrics|io/test_run_files|pretrained/test_folder::.*(mapped_files|failed_save|index_is)|on_the_disk|claims_success",
     ),
+    (
+        "the studio answers its own page alone: host, origin, token, types, sizes and names of others are refused",
+        r"studio/test_guard",
+    ),
+    (
+        "the studio saves masks as they were painted, and what is no mask, name or photograph leaves nothing",
+        r"studio/test_scenes",
+    ),
+    (
+        "a job of the studio is what its folder says: running, stopped, lost, continued to the same bits",
+        r"studio/test_jobs",
+    ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
     (
         "if the program that reads the output has ended: one exit code, no traceback",

@@ -58,7 +58,7 @@ export function settingsForm(fields, key, shown) {
 
 // Boxes for handles: drag on the square to draw, drag a box to move it, its corner to resize; numbers do the same.
 function layout(run, key) {
-  const boxes = remembered(key, {}), frame = h("div", { class: "frame", "aria-label": "Where each handle shall stand" }), list = h("div", { class: "stack" });
+  const boxes = remembered(key, {}), frame = h("div", { class: "frame", role: "group", "aria-label": "Where each handle shall stand" }), list = h("div", { class: "stack" });
   let active = run.handles[0];
   const clamp = (value) => Math.min(1, Math.max(0, value)), round = (value) => Math.round(100 * value) / 100;
   const keep = () => { remember(key, boxes); draw(); };

@@ -89,7 +89,7 @@ export async function open(main, _rest, studio) {
         : h("p", { class: done ? "good" : "quiet" }, `${STATES[run.state]}${done ? `, ${plural(run.pictures, "picture")}` : run.total ? ` after ${run.done} of ${run.total} steps` : ""}`),
       run.problem && h("p", {}, run.problem),
       h("p", { class: "row" }, link(done ? "Draw" : "Watch", `#/${done ? "draw" : "watch"}/${to}`, { class: "button main", "aria-label": `${done ? "Draw with" : "Watch"} ${run.name}` }),
-        done && link("Take away", `#/runs/${to}`, { class: "button", "aria-label": `Take ${run.name} away` }),
+        done && link("Take away", `#/runs/${to}`, { class: "button", "aria-label": `Take away ${run.name}` }),
         !busy && button("Delete", () => remove("run", run.name), { class: "plain", "aria-label": `Delete ${run.name}` })));
   }
 

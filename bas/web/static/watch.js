@@ -11,7 +11,7 @@ export async function open(main, [name], studio) {
   const slider = h("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "Step of the preview" });
   const newest = h("input", { type: "checkbox", checked: true }), at = h("output", { class: "number" });
   const bar = h("div", { class: "row", hidden: true }, h("span", {}, "Step"), slider, at, h("label", { class: "row" }, newest, "newest"));
-  const log = h("pre", { class: "log" }), details = h("details", {}, h("summary", {}, "What it printed"), log);
+  const log = h("pre", { class: "log", tabIndex: 0, role: "region", "aria-label": "What it printed" }), details = h("details", {}, h("summary", {}, "What it printed"), log);
   let previews = [], drawn = "", seen = "", run = null, stepSaid = -1;
   put(main, h("h1", {}, name), head, h("section", {}, h("h2", {}, "Previews"), bar, shots), h("section", {}, h("h2", {}, "Losses"), curves), details);
   slider.addEventListener("input", () => { newest.checked = false; show(); });

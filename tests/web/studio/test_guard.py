@@ -117,7 +117,7 @@ def test_a_body_that_is_too_large_is_refused(studio, kind, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "..",
+        "%2E%2E",
         "../home",
         "%2e%2e",
         "..%2fruns",

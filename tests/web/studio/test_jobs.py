@@ -169,6 +169,7 @@ def test_a_spare_process_takes_a_job_and_ends_when_nobody_asks(tmp_path):
     told = jobs.describe(folder)
     assert told["state"] == "refused"
     assert told["line"].startswith(f"{tmp_path / 'nothing'} does not exist")
+    lane.asked = time.monotonic()
     lane.keep_spare()
     second = lane.spare
     lane.asked -= jobs.NOBODY_ASKS + 1
