@@ -4,6 +4,7 @@ NAME.safetensors         the adapters, differences of weights, or the whole mode
 NAME-lora.safetensors    beside differences, the nearest LoRA: diffusers reads no differences
 HANDLE.safetensors       rows of the token embedding, for each handle
 NAME.json    NAME.preview.png    what A1111, Forge and InvokeAI show
+NAME.yaml                beside a whole SD 2 that predicts velocity: A1111 reads that there
 """
 
 import json
@@ -26,7 +27,13 @@ from bas.presets import KINDS
 from bas.pretrained.embedding_files import file_names, write_embedding
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora
-from bas.pretrained.single_file import architecture, has_clip_vocabulary, save_single_file, without_handles
+from bas.pretrained.single_file import (
+    architecture,
+    has_clip_vocabulary,
+    original_config,
+    save_single_file,
+    without_handles,
+)
 from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
 
 # By the family of a model: its name on A1111's cards, and in kohya's metadata.
@@ -48,11 +55,13 @@ class Targets:
     lora: Path | None = None  # beside differences
     card: Path | None = None
     preview: tuple[Path, Path] | None = None  # an image of the run, and where it goes
+    yaml: Path | None = None  # the configuration in the original code
 
     def __iter__(self) -> Iterator[Path]:
         """All of them, the embeddings first."""
         preview = self.preview[1] if self.preview else None
-        yield from (path for path in (*self.embeddings.values(), self.main, self.lora, self.card, preview) if path)
+        each = *self.embeddings.values(), self.main, self.lora, self.card, preview, self.yaml
+        yield from (path for path in each if path)
 
 
 def adapters_of(run: Path, rank: int | None = None, base_place: Path | None = None) -> tuple[Adapters, ModelSpec]:
@@ -100,12 +109,14 @@ def plan_export(
     own = {target.stem.lower(), *([lora.stem.lower()] if lora else [])}
     if same := [handle for handle, path in files.items() if path.stem.lower() in own]:
         raise InputError(f"{target} would be the file of {same[0]}, too: name another, or give a --prefix")
+    velocity = SHORT[spec.family] == "SD2" and spec.schedule.prediction_type == "v_prediction"
+    yaml = target.with_suffix(".yaml") if form == "single" and velocity else None
     if not (model / CONCEPTS).is_file():
-        return Targets(target, files)
+        return Targets(target, files, yaml=yaml)
     images = [model / SCENE / "img.png", *sorted(model.glob(f"{PREVIEWS}/pictures/*/sample-*.png"))]
     shown = next((path for path in reversed(images) if path.is_file()), None)  # of the last step, of all concepts
     preview = (shown, target.with_suffix(".preview.png")) if shown else None
-    return Targets(target, files, lora, target.with_suffix(".json"), preview)
+    return Targets(target, files, lora, target.with_suffix(".json"), preview, yaml)
 
 
 def export_lora(
@@ -146,6 +157,8 @@ def export_single(
     tables = [encoder.get_input_embeddings().get_parameter("weight").detach() for encoder in models.text_encoders]
     rows = {handle: [table[handle_ids(models.tokenizer, handle)] for table in tables] for handle in models.handles}
     save_single_file(without_handles(models), files.main, dtype)
+    if files.yaml:
+        write_json(files.yaml, original_config(models.spec))  # JSON is YAML
     write_beside(model, files, rows, models.spec)
 
 

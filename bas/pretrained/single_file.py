@@ -191,6 +191,55 @@ def architecture(spec: ModelSpec) -> str:
     return "stable-diffusion-v2-768-v" if spec.schedule.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
 
+def original_config(spec: ModelSpec) -> dict:
+    """The configuration of an SD 2 in Stability AI's original code, which A1111 reads in a .yaml beside the file.
+
+    Without it A1111 guesses what the model predicts. Its keys and classes are those of v2-inference-v.yaml.
+    """
+    unet, vae, modules = spec.unet, spec.vae, "ldm.modules"
+    first, attends = unet.block_out_channels[0], [bool(unet.down_depths(level)) for level in range(unet.levels)]
+    networks = {
+        "unet_config": {
+            "target": f"{modules}.diffusionmodules.openaimodel.UNetModel",
+            "params": {
+                **{"use_checkpoint": True, "use_fp16": True, "image_size": 32, "legacy": False},
+                **{"in_channels": unet.in_channels, "out_channels": unet.out_channels, "model_channels": first},
+                "attention_resolutions": [2**level for level, has in enumerate(attends) if has],
+                "num_res_blocks": unet.layers_per_block,
+                "channel_mult": [width // first for width in unet.block_out_channels],
+                "num_head_channels": 64,
+                **{"use_spatial_transformer": True, "use_linear_in_transformer": True, "transformer_depth": 1},
+                "context_dim": unet.cross_attention_dim,
+            },
+        },
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                "embed_dim": vae.latent_channels,
+                "ddconfig": {
+                    **{"double_z": True, "z_channels": vae.latent_channels, "resolution": 256},
+                    **{"in_channels": 3, "out_ch": 3, "ch": vae.block_out_channels[0]},
+                    "ch_mult": [width // vae.block_out_channels[0] for width in vae.block_out_channels],
+                    **{"num_res_blocks": vae.layers_per_block, "attn_resolutions": [], "dropout": 0.0},
+                },
+                "lossconfig": {"target": "torch.nn.Identity"},
+            },
+        },
+        "cond_stage_config": {
+            "target": f"{modules}.encoders.modules.FrozenOpenCLIPEmbedder",
+            "params": {"freeze": True, "layer": "penultimate"},
+        },
+    }
+    params = {
+        "parameterization": "v" if spec.schedule.prediction_type == "v_prediction" else "eps",
+        **{"linear_start": 0.00085, "linear_end": 0.012, "timesteps": spec.schedule.num_train_timesteps},
+        **{"image_size": unet.sample_size, "channels": unet.in_channels, "scale_factor": vae.scaling_factor},
+        **{"first_stage_key": "jpg", "cond_stage_key": "txt", "cond_stage_trainable": False},
+        **{"conditioning_key": "crossattn", "num_timesteps_cond": 1, "log_every_t": 200, "use_ema": False},
+    }
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**params, **networks}}}
+
+
 def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict, schedule: NoiseSchedule) -> list[str]:
     """The settings that a reader of the single file would get wrong."""
     given = {
