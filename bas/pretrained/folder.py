@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
@@ -72,22 +73,29 @@ def load(
     prediction_type: str | None = None,
     additions: Additions | None = None,
     base: Path | None = None,
+    own: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Models:
     """Load a diffusers folder, an original single file (.safetensors) of Stable Diffusion 1, 2 or XL, or a small run.
 
     `prediction_type` ("epsilon" or "v_prediction") overrides the files; `additions` are LoRA and embedding files;
-    `base` says where the base of a small run is, if it was moved. No weight stays memory-mapped, so a file that changes
-    later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
+    `base` says where the base of a small run is, if it was moved; `own` are precisions of single networks, by name. No
+    weight stays memory-mapped, so a file that changes later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
     """
-    return load_parts(_read_with(Path(path), prediction_type, additions, base), device, dtype)
+    return load_parts(_read_with(Path(path), prediction_type, additions, base), device, dtype, own)
 
 
-def load_parts(parts: Parts, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Models:
+def load_parts(
+    parts: Parts,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    own: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> Models:
     """Build the networks of a model's parts, and give them their weights. Raises InputError as `load` does."""
     models, parts = _build(parts)
     source = parts.spec.source
     for component, network in models.networks.items():
-        kind, changes = parts.spec.dtype_of(component, dtype), parts.changes.get(component)
+        kind = parts.spec.dtype_of(component, own.get(component, dtype))
+        changes = parts.changes.get(component)
         load_weights(network, parts.tensors[component], f"{source} ({component})", device, kind, changes)
     return models
 

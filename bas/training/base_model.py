@@ -1,8 +1,10 @@
 """A base model in memory: loaded once, then trained on one scene after another, each time from its first weights."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from bas.pretrained.hashes import base_hash
 from bas.schedulers import NoiseSchedule
 from bas.training.class_images import class_images
 
+OF_ADAPTERS = {"unet_lora", "unet_token"}  # parts that a phase can train beside the UNet's own weights
 TRAINED = ("unet", *TEXT_ENCODERS)  # the networks that a training can change
 
 
@@ -28,6 +31,16 @@ def home_of(device: torch.device, precision: str) -> torch.device:
     So the device never holds them all in float32.
     """
     return torch.device("cpu") if precision == "bf16" else device
+
+
+def rounded_at_once(config: TrainConfig, precision: str) -> dict[str, torch.dtype]:
+    """The networks that are loaded in bf16, by component: the UNet, where a training in bf16 leaves its own weights.
+
+    No float32 values of them are needed, neither to train nor to save.
+    """
+    trained = {part for phase in config.phases for part in phase.trains}
+    frozen = not config.kind.whole and not any(part.startswith(("unet", "cross")) for part in trained - OF_ADAPTERS)
+    return {"unet": torch.bfloat16} if precision == "bf16" and frozen else {}
 
 
 class Base:
@@ -54,13 +67,16 @@ class Base:
         keep: bool = False,
         prediction_type: str | None = None,
         additions: Additions | None = None,
+        own: Mapping[str, torch.dtype] = MappingProxyType({}),
     ) -> "Base":
         """Load the models at `path` and what is added to them, whose hash is `weights`.
+
+        own: the precision of networks that are not loaded in float32, by component.
 
         InputError if a file changes meanwhile.
         """
         weights = weights or base_hash(path, additions, remembered=False)
-        models = load(path, device=device, prediction_type=prediction_type, additions=additions)
+        models = load(path, device=device, prediction_type=prediction_type, additions=additions, own=own)
         if base_hash(path, additions) != weights:
             raise InputError(f"{path} was changed while it was read: start again")
         return cls(path, models, weights, keep)

@@ -19,7 +19,7 @@ from bas.io.files import reading
 from bas.io.run_files import METRICS, SETTINGS
 from bas.pretrained.additions import Additions
 from bas.runtime.device import is_out_of_memory
-from bas.training.base_model import Base, home_of
+from bas.training.base_model import Base, home_of, rounded_at_once
 from bas.training.dry_run import memory_advice
 from bas.training.loop import train
 from bas.training.resume import is_finished
@@ -94,7 +94,7 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
         raise InputError("--resume_from_checkpoint: several scenes resume by themselves; leave it out")
     spec, device, precision = check_machine(config)
     path, additions, base = spec.source or Path(), Additions.of_base(vars(config)), None
-    home = home_of(device, precision)
+    home, own = home_of(device, precision), rounded_at_once(config, precision)
     for scene in scenes:
         settings = settings_of(scene, config)
         outcome = Outcome(str(scene), settings.output_dir)
@@ -104,7 +104,7 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
                     clear_finished(Path(settings.output_dir))
                 yield replace(outcome, earlier=True)
                 continue
-            base = base or Base.open(path, home, None, True, config.prediction_type, additions)
+            base = base or Base.open(path, home, None, True, config.prediction_type, additions, own)
             log.info("training on %s", scene)
             train(settings, base)
         except (InputError, RunError, OSError) as error:

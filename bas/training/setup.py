@@ -30,7 +30,7 @@ from bas.runtime.device import DTYPES, autocast, pick_device, pick_precision
 from bas.runtime.signals import Interrupts
 from bas.sampling.sampler import warn_of_weights
 from bas.schedulers import sampling_timesteps
-from bas.training.base_model import Base, home_of
+from bas.training.base_model import Base, home_of, rounded_at_once
 from bas.training.checkpoints import Checkpoint, check_tensors, find_checkpoint, load_checkpoint, remove_later
 from bas.training.class_images import check_class_folder
 from bas.training.disk_space import require_disk_space, writing
@@ -143,8 +143,8 @@ def setup_run(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
-        home = home_of(device, precision)
-        base = Base.open(path, home, metadata["base"], False, config.prediction_type, additions)
+        home, own = home_of(device, precision), rounded_at_once(config, precision)
+        base = Base.open(path, home, metadata["base"], False, config.prediction_type, additions, own)
     models = fresh_models(base, scene, config)
     if config.kind.whole:
         check_savable(models, DTYPES[config.save_precision])
