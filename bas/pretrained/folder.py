@@ -79,7 +79,8 @@ def load(
 
     `prediction_type` ("epsilon" or "v_prediction") overrides the files; `additions` are LoRA and embedding files;
     `base` says where the base of a small run is, if it was moved; `own` are precisions of single networks, by name. No
-    weight stays memory-mapped, so a file that changes later changes no model. Raises InputError when anything is missing, unexpected or of another kind.
+    weight stays memory-mapped, so a file that changes later changes no model. Raises InputError when anything is
+    missing, unexpected or of another kind.
     """
     return load_parts(_read_with(Path(path), prediction_type, additions, base), device, dtype, own)
 
