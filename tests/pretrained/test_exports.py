@@ -273,7 +273,9 @@ def test_an_image_of_the_run_is_the_preview(run, cwd):
 def test_a_single_file_and_its_embeddings_are_the_run(family, cwd, capsys):
     """`--format single` of a small run: read back with --embedding, bas predicts what the run gives, to 5e-6.
 
-    Beside an SD 2 of velocity lies the configuration that A1111 reads, which tells it where the file does not.
+    ComfyUI finds the parts by these beginnings, has CLIP's 49408 rows fixed, and takes the one tensor of an embedding
+    file for the rows of its name. Beside an SD 2 of velocity lies the configuration that A1111 reads, which tells it
+    where the file does not.
     """
     save_model(tiny(family, whole_vocabulary=True), cwd / "base")
     run = write_small_run(cwd / "run", cwd / "base", **LORA)
@@ -286,6 +288,14 @@ def test_a_single_file_and_its_embeddings_are_the_run(family, cwd, capsys):
     assert (generate([PROMPT], [0], again, config) - drawn_by_bas(run)).abs().max() < 5e-6
     assert json.loads((cwd / "whole.json").read_text())["activation text"] == "asset0, asset1"
     assert "CheckpointLoaderSimple whole" in capsys.readouterr().out
+    tensors, rows = load_file(cwd / "whole.safetensors"), load_file(run / "concepts.safetensors")["handles"]
+    parts = {"model.diffusion_model", "first_stage_model", "cond_stage_model"}
+    assert {next(part for part in parts if name.startswith(f"{part}.")) for name in tensors} == parts
+    (table,) = (tensor for name, tensor in tensors.items() if name.endswith("token_embedding.weight"))
+    assert table.shape == (49408, 64)
+    for i, file in enumerate(files):
+        (own,) = load_file(file).values()
+        assert torch.equal(own, rows[i : i + 1])
     assert (cwd / "whole.yaml").exists() == (family == "sd2-v")
     if family == "sd2-v":
         params = json.loads((cwd / "whole.yaml").read_text())["model"]["params"]
