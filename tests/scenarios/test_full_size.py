@@ -3,6 +3,7 @@
 Everything here is slow and wants about 17 GB of memory and 7 GB of disk.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -108,20 +109,26 @@ def test_two_steps_of_a_lora_at_full_size(sd21_folder, tmp_path):
     assert sum(path.stat().st_size for path in kept) < 40e6
 
 
-def test_sdxl_at_full_size_trains_and_samples_in_bf16(tmp_path):
-    """2.6 + 0.8 billion random weights: one step of phase 1 at 512x512, a small run, and one step of sampling from it,
-    each within 17 GB of the host's memory."""
-    model, run = tmp_path / "sdxl", tmp_path / "run"
+def write_sdxl(folder: Path) -> Path:
+    """A whole SDXL of random weights in half precision: every matrix repeats the same million drawn numbers."""
     models, drawn = build_networks(find_spec("sdxl")), torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     for network in models.networks.values():
-        for name, p in network.named_parameters():
-            values = drawn.repeat(-(-p.numel() // len(drawn)))[: p.numel()].view(p.shape) if p.ndim > 1 else None
-            scale = 0.02 if "embedding" in name else (p.numel() // len(p)) ** -0.5
-            plain = torch.full(p.shape, float(name.endswith("weight")))  # of norms and biases
-            parent, last = network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            setattr(parent, last, torch.nn.Parameter((plain if values is None else scale * values).half()))
-    save_model(models, model, torch.float16)
-    del models
+        for name, p in list(network.named_parameters()):
+            values = torch.full(p.shape, float(name.endswith("weight")))  # of norms and biases
+            if p.ndim > 1:
+                scale = 0.02 if "embedding" in name else (p.numel() // len(p)) ** -0.5
+                values = scale * drawn.repeat(-(-p.numel() // len(drawn)))[: p.numel()].view(p.shape)
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, torch.nn.Parameter(values.half()))
+    save_model(models, folder, torch.float16)
+    return folder
+
+
+def test_sdxl_at_full_size_trains_and_samples_in_bf16(tmp_path):
+    """2.6 + 0.8 billion random weights: one step of phase 1 at 512x512, a small run, and one step of sampling from it,
+    each within PEAK GB of the host's memory."""
+    model, run = write_sdxl(tmp_path / "sdxl"), tmp_path / "run"
+    gc.collect()  # the networks hold each other
     flags = "--train lora --phase1_train_steps 1 --phase2_train_steps 0 --no_prior_preservation --resolution 512"
     trained = measured_training(model, run, f"{flags} --mixed_precision bf16 --gradient_checkpointing")
     assert steps_of(run) == [1]
