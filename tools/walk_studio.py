@@ -74,7 +74,7 @@ class Walk:
         path = self.folder / f"studio-{name}.png"
         self.browser.image(path)
         with Image.open(path) as image:
-            image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
         print(path, flush=True)
         self.browser.show(*WIDE)
 

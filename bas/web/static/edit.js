@@ -14,9 +14,11 @@ export async function open(main, [name, source], studio) {
   fields.push({ name: "blending_start_percentage", kind: "float", help: "share of the steps to leave out: a larger share keeps more of the picture", default: 0.25, least: 0, most: 0.99, optional: false, choices: [] });
   const prompt = promptField(run, `edit ${run.name}`, `a photo of ${run.handles[0]}`), form = settingsForm(fields, `editing ${run.name}`, ["num_images", "seed"]);
   const work = h("div", {}), notices = h("div", {}), start = button("Edit", go, { class: "main large", id: "edit" });
+  const opened = Date.now();
   let mask = null, busy = "";
   const painter = new Painter("The picture to edit", {
     target: () => mask && { mask },
+    part: from?.scene ? (box, side) => `api/${address("scenes", from.scene)}/view?box=${box.join(",")}&side=${side}&v=${opened}` : null,
     layers: () => (mask ? [{ mask, colour: [86, 180, 233], strength: 1 }] : []),
     changed() { start.disabled = !mask.share(); hint.textContent = mask.share() ? "" : "Paint what may change. All else stays as it is, to the pixel."; },
   });
@@ -31,7 +33,7 @@ export async function open(main, [name, source], studio) {
       : h("div", { class: "empty" }, h("p", { class: "large" }, "No picture to edit"), link("Bring a photograph", "#/home", { class: "button main" })));
   start.disabled = true;
   if (!from) return {};
-  const url = from.scene ? `api/${address("scenes", from.scene)}/view?v=${Date.now()}` : fileOf(run.name, from.file);
+  const url = from.scene ? `api/${address("scenes", from.scene)}/view?v=${opened}` : fileOf(run.name, from.file);
   const size = from.scene ? await get(address("scenes", from.scene)) : await measure(url);
   mask = new Mask(size.width, size.height);
   painter.load(url, size.width, size.height);

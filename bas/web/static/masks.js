@@ -11,10 +11,11 @@ export const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 1
 // Brush, eraser and fill on a stage: shared by Masks and Edit.
 export class Painter {
   // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change
-  constructor(name, { target, layers, changed }) {
+  constructor(name, { target, layers, changed, part }) {
     Object.assign(this, { target, changed, tool: "brush", size: remembered("brush", 45), history: new History() });
     this.stage = new Stage(name, {
       layers,
+      part,
       brush: () => (this.tool === "fill" ? 0 : this.diameter()),
       zoomed: (scale) => { this.zoomText.textContent = `${Math.round(100 * scale)} %`; },
       begin: (x, y) => this.begin(x, y),
@@ -150,7 +151,7 @@ export async function open(main, [name], studio) {
     return {};
   }
   let scene = await get(address("scenes", name)), active = 0, masks = [], chain = Promise.resolve(), waiting = null, checked = 0;
-  const dirty = new Map();  // mask -> keys of squares that are not saved yet
+  const opened = Date.now(), dirty = new Map();  // mask -> keys of squares that are not saved yet
   const base = `scenes/${encodeURIComponent(name)}`;
   const status = h("span", { class: "saved", role: "status" }), notices = h("div", { class: "stack" });
   const list = h("ol", { class: "concepts" }), advice = h("div", { class: "stack" }), next = h("div", { class: "next" });
@@ -161,6 +162,7 @@ export async function open(main, [name], studio) {
   const painter = new Painter(`Photograph ${name}`, {
     target: () => masks[active] && { mask: masks[active] },
     layers: () => masks.map((mask, i) => ({ mask, colour: rgb(scene.concepts[i]?.colour ?? "#888888"), strength: i === active ? 1 : 0.7 })),
+    part: (box, side) => `api/${base}/view?box=${box.join(",")}&side=${side}&v=${opened}`,
     changed(mask, keys) {
       const place = masks.indexOf(mask);
       if (place < 0) return;
@@ -177,9 +179,9 @@ export async function open(main, [name], studio) {
     h("aside", { "aria-label": "Concepts" }, notices, h("h2", {}, "Concepts"),
       h("p", { class: "quiet" }, "Choose a concept, paint over it in the photograph, and say in a word what it is."),
       list, h("p", { class: "row" }, button("Add a concept", add, { id: "add" })), advice, seen, next)));
-  painter.load(`api/${base}/view?v=${Date.now()}`, scene.width, scene.height);
+  painter.load(`api/${base}/view?v=${opened}`, scene.width, scene.height);
   await loadMasks();
-  if (!scene.concepts.length) await change([{ from: null, handle: "<asset0>", word: null }]);
+  if (!scene.concepts.length) await change(() => [{ from: null, handle: "<asset0>", word: null }]);
   drawList();
   say("saved ✓");
   check();
@@ -237,9 +239,10 @@ export async function open(main, [name], studio) {
     }
   }
 
-  // Names, order, new and removed concepts. rows: as the server takes them
-  function change(rows) {
+  // Names, order, new and removed concepts. make(): the rows as the server takes them, from what is saved by then
+  function change(make) {
     return inOrder(async () => {
+      const rows = make();
       scene = await send("PATCH", base, { concepts: rows }, { version: scene.version });
       const before = masks;
       masks = rows.map((row) => (row.from === null ? new Mask(scene.width, scene.height) : before[row.from]));
@@ -257,7 +260,7 @@ export async function open(main, [name], studio) {
     let number = 0;
     while (scene.concepts.some(({ handle }) => handle === `<asset${number}>`)) number++;
     try {
-      await change([...rows(), { from: null, handle: `<asset${number}>`, word: null }]);
+      await change(() => [...rows(), { from: null, handle: `<asset${number}>`, word: null }]);
       active = scene.concepts.length - 1;
       drawList();
       list.querySelectorAll("li")[active].querySelector("input").focus();
@@ -269,7 +272,7 @@ export async function open(main, [name], studio) {
     await save();
     painter.history.forget(masks[place]);
     try {
-      await change(rows().filter((_, i) => i !== place));
+      await change(() => rows().filter((_, i) => i !== place));
       active = Math.max(0, Math.min(active, scene.concepts.length - 1));
       drawList();
       painter.show();
@@ -286,7 +289,7 @@ export async function open(main, [name], studio) {
     if (wanted === now.handle && (word || null) === now.word) return;
     const error = item.querySelector(".error");
     try {
-      await change(rows().map((row, i) => (i === place ? { ...row, handle: wanted, word: word || null } : row)));
+      await change(() => rows().map((row, i) => (i === place ? { ...row, handle: wanted, word: word || null } : row)));
       error.textContent = "";
       item.querySelectorAll("input")[1].value = wanted;
       item.querySelector(".remove").setAttribute("aria-label", `Remove ${wanted}`);

@@ -13,13 +13,15 @@ export class Stage {
     this.x = this.y = 0;
     this.opacity = 0.5;
     this.image = h("img", { alt: "", draggable: false });
+    this.detail = h("img", { alt: "", draggable: false, hidden: true });  // the visible part, where the image is shown larger than it came
     this.canvas = h("canvas", { "aria-hidden": "true" });
     this.ring = h("div", { class: "ring", "aria-hidden": "true" });
-    this.root = h("div", { class: "stage", tabIndex: 0, role: "img", "aria-label": name }, this.image, this.canvas, this.ring);
+    this.root = h("div", { class: "stage", tabIndex: 0, role: "img", "aria-label": name }, this.image, this.detail, this.canvas, this.ring);
     this.ink = this.canvas.getContext("2d");
     this.pointers = new Map();
     this.panning = this.painting = this.pen = false;
     this.listen();
+    this.detail.addEventListener("load", () => { this.detail.hidden = false; });
     this.watcher = new ResizeObserver(() => this.resize());
     this.watcher.observe(this.root);
   }
@@ -33,7 +35,38 @@ export class Stage {
     this.resize();
   }
 
-  close() { this.watcher.disconnect(); }
+  close() {
+    clearTimeout(this.resting);
+    this.watcher.disconnect();
+  }
+
+  // Fetch the visible part once a zoom rests, if the image that is here has too few pixels for it.
+  sharpen() {
+    clearTimeout(this.resting);
+    const { naturalWidth } = this.image, { clientWidth: w, clientHeight: t } = this.root, { x, y, scale, width, height } = this;
+    if (!this.hooks.part || !naturalWidth || naturalWidth >= width || scale * this.ratio <= naturalWidth / width) {
+      this.detail.hidden = true;
+      return;
+    }
+    this.resting = setTimeout(() => {
+      const box = [-x / scale, -y / scale, (w - x) / scale, (t - y) / scale].map((value, i) => Math.round(Math.min(i % 2 ? height : width, Math.max(0, value))));
+      if (box[2] <= box[0] || box[3] <= box[1]) return;
+      const [left, top, right, bottom] = box;
+      this.detail.hidden = true;
+      this.part = box;
+      this.detail.style.setProperty("width", `${right - left}px`);
+      this.detail.style.setProperty("height", `${bottom - top}px`);
+      this.detail.src = this.hooks.part(box, Math.ceil(Math.max(w, t) * this.ratio));
+      this.placeDetail();
+    }, 200);
+  }
+
+  placeDetail() {
+    if (!this.part) return;
+    const [left, top] = this.part;
+    this.detail.style.setProperty("transform", `translate(${this.x + left * this.scale}px, ${this.y + top * this.scale}px) scale(${this.scale})`);
+    this.detail.classList.toggle("sharp", this.scale >= SHARP);
+  }
 
   resize() {
     const { clientWidth: w, clientHeight: t } = this.root;
@@ -77,6 +110,8 @@ export class Stage {
     this.image.style.setProperty("transform", `translate(${this.x}px, ${this.y}px) scale(${this.scale})`);
     this.image.classList.toggle("sharp", this.scale >= SHARP);
     this.showRing();
+    this.placeDetail();
+    this.sharpen();
     this.hooks.zoomed?.(this.scale);
     this.draw();
   }

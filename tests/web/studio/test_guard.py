@@ -1,5 +1,6 @@
 """The guard of the studio: what it refuses, with which status, and that nothing is written then."""
 
+import asyncio
 import os
 import stat
 
@@ -111,6 +112,37 @@ def test_a_body_that_is_too_large_is_refused(studio, kind, monkeypatch):
     parts = (b"x" * 300 for _ in range(5))
     answer = studio.client.post(f"/{studio.guard.token}/api/scenes", headers=headers, content=parts)
     assert answer.status_code == 413
+    assert files(studio) == before
+
+
+def test_a_body_that_comes_too_slowly_is_given_up(studio, monkeypatch):
+    """Between two parts of a photograph nothing comes."""
+    monkeypatch.setattr("bas.web.studio.guard.PATIENCE", 0.05)
+    before, sent = files(studio), []
+    headers = {"host": f"127.0.0.1:{PORT}", "origin": ORIGIN, "content-type": BYTES}
+    parts = iter([{"type": "http.request", "body": b"\x89PNG", "more_body": True}])
+
+    async def receive():
+        part = next(parts, None)
+        if part is None:
+            await asyncio.sleep(30)
+        return part
+
+    async def send(message):
+        sent.append(message)
+
+    path = f"/{studio.guard.token}/api/scenes"
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "root_path": "",
+        "http_version": "1.1",
+    }
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(studio.guard(scope, receive, send))
+    assert [message.get("status") for message in sent] == [408, None]
     assert files(studio) == before
 
 
