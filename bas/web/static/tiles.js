@@ -49,16 +49,18 @@ export class Mask {
       if (!outer) continue;
       const inner = span(x0, y0, x1, y1, radius - 0.5, y + 0.5) || [Infinity, -Infinity];
       const from = Math.max(0, Math.floor(outer[0])), to = Math.min(this.width - 1, Math.ceil(outer[1]));
-      const row = y >> 8, offset = (y & 255) << 8;
-      let column = -1, tile = null;
-      for (let x = from; x <= to; x++) {
-        const centre = x + 0.5;
-        const whole = centre >= inner[0] && centre <= inner[1];
-        const value = whole ? 255 : Math.round(255 * Math.min(1, Math.max(0, radius + 0.5 - distance(x0, y0, x1, y1, centre, y + 0.5))));
-        if (!value) continue;
-        if (x >> 8 !== column) tile = this.writable(column = x >> 8, row, before);
-        const at = offset + (x & 255);
-        tile[at] = erase ? Math.min(tile[at], 255 - value) : Math.max(tile[at], value);
+      for (let x = from; x <= to;) {  // square by square: edges pixel by pixel, the inside at once
+        const column = x >> 8, start = column << 8, last = Math.min(to, start + 255);
+        const first = Math.max(x, Math.ceil(inner[0] - 0.5)), end = Math.min(last, Math.floor(inner[1] - 0.5));
+        const tile = this.writable(column, y >> 8, before), offset = ((y & 255) << 8) - start;
+        if (first <= end) tile.fill(erase ? 0 : 255, offset + first, offset + end + 1);
+        for (; x <= last; x++) {
+          if (x === first && first <= end) x = end + 1;
+          if (x > last) break;
+          const value = Math.round(255 * Math.min(1, Math.max(0, radius + 0.5 - distance(x0, y0, x1, y1, x + 0.5, y + 0.5))));
+          const at = offset + x;
+          tile[at] = erase ? Math.min(tile[at], 255 - value) : Math.max(tile[at], value);
+        }
       }
     }
     return [Math.min(x0, x1) - radius - 1, top, Math.max(x0, x1) + radius + 1, bottom + 1];

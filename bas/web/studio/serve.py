@@ -39,8 +39,8 @@ def serve(folder: Path, port: int | None, browser: bool) -> None:
         lane = Lane(home)
         holder: list[uvicorn.Server] = []
         guard = Guard(build(home, lane, lambda: setattr(holder[0], "should_exit", True)), home.token(), number)
-        options = {"log_level": "error", "access_log": False, "server_header": False, "lifespan": "off"}
-        server = uvicorn.Server(uvicorn.Config(guard, timeout_graceful_shutdown=2, **options))
+        options = {"log_level": "critical", "access_log": False, "server_header": False, "lifespan": "off"}
+        server = uvicorn.Server(uvicorn.Config(guard, timeout_graceful_shutdown=1, **options))
         holder.append(server)
         print(f"Open http://127.0.0.1:{number}/{home.token()}/ in a browser on this machine.", flush=True)
         print(f"All work is in {home.folder}. Ctrl+C ends the page; a training goes on.", flush=True)
