@@ -29,9 +29,21 @@ export function promptField(run, key, start) {
     field.dispatchEvent(new Event("input"));
     field.focus();
   };
-  const chips = h("div", { class: "chips" }, run.handles.map((handle, i) => button(handle, () => insert(handle), {
-    class: "chip", style: { "--colour": COLOURS[i % COLOURS.length] }, title: `Insert ${handle}${run.words?.[i] ? `, the ${run.words[i]}` : ""}`, onmousedown: (event) => event.preventDefault() },
-  )));
+  const strength = (handle, by) => {  // (<toy>:1.3) in the text is all there is: the field stays the only truth
+    const name = handle.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"), found = new RegExp(`\\(\\s*${name}\\s*:\\s*([\\d.]+)\\s*\\)|${name}`);
+    if (!found.test(field.value)) return insert(handle);
+    field.value = field.value.replace(found, (_, weight) => {
+      const value = Math.max(0, Math.round(10 * (Number(weight ?? 1) + by)) / 10);
+      speak(`${handle} ${value}`);
+      return value === 1 ? handle : `(${handle}:${value})`;
+    });
+    field.dispatchEvent(new Event("input"));
+  };
+  const held = { onmousedown: (event) => event.preventDefault() };  // the field keeps its cursor
+  const chips = h("div", { class: "chips" }, run.handles.map((handle, i) => h("span", { class: "group" },
+    button(handle, () => insert(handle), { class: "chip", style: { "--colour": COLOURS[i % COLOURS.length] }, title: `Insert ${handle}${run.words?.[i] ? `, the ${run.words[i]}` : ""}`, ...held }),
+    button("−", () => strength(handle, -0.1), { class: "chip step", "aria-label": `${handle} weaker`, title: "Weaker", ...held }),
+    button("+", () => strength(handle, 0.1), { class: "chip step", "aria-label": `${handle} stronger`, title: "Stronger", ...held }))));
   const places = h("div", { class: "chips" }, PLACES.map((place) => button(place, () => insert(place), { class: "chip plain", onmousedown: (event) => event.preventDefault() })));
   return { field, insert, box: h("div", { class: "stack" }, labelled("Prompt", field), h("div", { class: "stack" }, h("small", { class: "quiet" }, "Insert what was learnt"), chips), h("div", {}, h("small", { class: "quiet" }, "and a place"), places)) };
 }
@@ -104,20 +116,31 @@ function layout(run, key) {
   return { boxes, box: h("details", {}, h("summary", {}, "Boxes: say where each stands"), h("div", { class: "layout" }, frame, list)) };
 }
 
+const PART = 60;  // pictures of a gallery that come at once; more as one scrolls
+
 // Pictures of a run with their settings.
 export function gallery(run, folder, actions) {
   const grid = h("ul", { class: "gallery" }), detail = h("div", {});
-  let pictures = [], chosen = null;
+  let pictures = [], chosen = null, count = PART;
+  const end = h("li", { class: "end" }), watcher = new IntersectionObserver(([entry]) => {
+    if (!entry.isIntersecting || count >= pictures.length) return;
+    end.before(...pictures.slice(count, count += PART).map(shot));
+  }, { rootMargin: "600px" });
+  watcher.observe(end);
   async function renew() {
     const found = (await get(`${address("runs", run.name)}/pictures`))[folder];
     if (JSON.stringify(found) === JSON.stringify(pictures)) return;
     const fresh = found.length > pictures.length;
     pictures = found;
-    put(grid, pictures.map((picture) => h("li", {}, button("", () => choose(picture), { class: "shot", "data-file": picture.file, "aria-label": `${picture.settings.prompt ?? picture.settings.prompts?.[0] ?? picture.file}, seed ${picture.settings.seed ?? "?"}${picture.star ? ", favourite" : ""}` }))));
-    [...grid.querySelectorAll(".shot")].forEach((shot, i) => shot.append(h("img", { src: thumbOf(run.name, pictures[i].file, "1"), alt: "", loading: "lazy" }), pictures[i].star ? h("span", { class: "star", "aria-hidden": "true" }, "★") : ""));
+    put(grid, pictures.slice(0, count).map(shot), end);
     if (pictures.length && (!chosen || fresh)) choose(pictures[0]);
     else if (!pictures.length) put(detail, h("p", { class: "quiet" }, "Pictures appear here, each with the settings that made it."));
     else choose(pictures.find((each) => each.file === chosen.file) ?? pictures[0]);
+  }
+  function shot(picture) {
+    const { settings, star, file } = picture, prompt = settings.prompt ?? settings.prompts?.[0] ?? file;
+    return h("li", {}, button([h("img", { src: thumbOf(run.name, file, "1"), alt: "", loading: "lazy" }), star ? h("span", { class: "star", "aria-hidden": "true" }, "★") : null], () => choose(picture),
+      { class: "shot", "data-file": file, "aria-current": file === chosen?.file, "aria-label": `${prompt}, seed ${settings.seed ?? "?"}${star ? ", favourite" : ""}` }));
   }
   function choose(picture) {
     chosen = picture;

@@ -197,6 +197,23 @@ def test_the_server_answers_ends_at_once_and_leaves_its_jobs(tmp_path):
     assert server.returncode == 0
 
 
+def test_a_training_outlives_its_server(studio, bench):
+    """The server starts it from the queue and is killed; the training ends all the same, and the next one sees it."""
+    run = studio.home.folder / "runs" / "toy"
+    name = jobs.make(studio.home, "train", "toy", training(bench, run), {}, {})
+    folder = studio.home.folder / "jobs" / name
+    command = [sys.executable, "-m", "bas", "studio", str(studio.home.folder), "--no_browser", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(lambda: jobs.last_row(folder / jobs.EVENTS))
+    assert jobs.state(folder) == "running"
+    server.kill()
+    server.wait(PATIENCE)
+    wait_for(lambda: jobs.state(folder) != "running")
+    assert jobs.describe(folder)["state"] == "done"
+    assert studio.get("api/state")["runs"][0]["state"] == "done"
+    assert (run / CONCEPTS).exists()
+
+
 def test_a_port_that_is_taken_is_refused(tmp_path):
     with bound(0) as place:
         number = place.getsockname()[1]

@@ -183,6 +183,9 @@ def test_the_whole_way(page, server, tmp_path):
     # Draw two pictures with a box.
     click(page, ".good-card a")
     page.wait("!!document.querySelector('#draw')")
+    click(page, "[aria-label='<moon> stronger']")
+    click(page, "[aria-label='<moon> stronger']")
+    assert page.run("document.querySelector('#prompt').value") == "a photo of (<moon>:1.2) and <tree> at the beach"
     fill(page, "#draw-num_images", 2)
     fill(page, "#draw-num_inference_steps", 3)
     click(page, "[aria-label='Add a box for <moon>']")
