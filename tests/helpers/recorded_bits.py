@@ -1,6 +1,6 @@
-"""Hashes of what tiny models compute, recorded on one processor: a change that should move no bit of them moves none.
+"""Hashes of what tiny models compute, recorded by processor: a change that should move no bit of them moves none.
 
-python -m tests.helpers.recorded_bits    records them anew, in tests/reference/bits.json
+python -m tests.helpers.recorded_bits    records those of this processor anew, in tests/reference/bits.json
 """
 
 import hashlib
@@ -79,12 +79,19 @@ def trained() -> dict[str, str]:
         return {f"trained {name}": hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
 
 
+def records() -> list[dict]:
+    """What was recorded: the processor, and the sha256 by name."""
+    return json.loads(RECORDED.read_text())
+
+
 def main() -> None:
-    """Record them."""
+    """Record those of this processor; those of others stay."""
     with one_thread():
         parts = [*map(network, UNETS), *map(sampled, SAMPLED), trained()]
     hashes = {name: value for part in parts for name, value in part.items()}
-    RECORDED.write_text(json.dumps({"recorded with": processor(), "sha256": hashes}, indent=1) + "\n")
+    others = [record for record in records() if record["recorded with"] != processor()]
+    content = [*others, {"recorded with": processor(), "sha256": hashes}]
+    RECORDED.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
