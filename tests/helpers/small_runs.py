@@ -20,9 +20,9 @@ from tests.helpers.families import tiny
 LORA = {"train": "lora", "rank": 4, "alpha": 3.0, "conv_rank": 3}  # adapters of two ranks on every kind of layer
 
 
-def write_base(folder: Path, family: str) -> Path:
+def write_base(folder: Path, family: str, whole_vocabulary: bool = False) -> Path:
     """A tiny base model of a family, whose images are small too: attention on 16x16 takes no time."""
-    models = tiny(family)
+    models = tiny(family, whole_vocabulary)
     models.unet.config = replace(models.unet.config, sample_size=16)
     save_model(models, folder)
     return folder

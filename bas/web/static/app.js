@@ -81,7 +81,7 @@ async function refresh() {
   if (!document.hidden) timer = setTimeout(refresh, alive ? 700 : 2500);
 }
 
-const WORK = { train: "Training", sample: "Drawing with", edit: "Editing with", export: "Exporting" };
+const WORK = { train: "Training", sample: "Drawing with", attend: "Reading the attention of", edit: "Editing with", export: "Exporting" };
 
 function drawStrip() {
   const busy = studio.state.jobs.filter((job) => ["waiting", "running"].includes(job.state));

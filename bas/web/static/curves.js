@@ -20,7 +20,7 @@ export function curve({ title, values }, steps, starts, total, colour = "--mark"
     const across = (step) => 2 + (w - 4) * step / Math.max(1, total ?? steps.at(-1));
     const up = (value) => t - 4 - (t - 8) * (value - low) / (high - low || 1);
     ink.strokeStyle = style.getPropertyValue("--line");
-    for (const step of starts.slice(1)) ink.strokeRect(across(step), 0, 0, t);
+    for (const step of starts) ink.strokeRect(across(step), 0, 0, t);
     const points = values.map((value, i) => value && [across(steps[i]), ...value.map(up)]).filter(Boolean);
     if (!points.length) return;
     ink.beginPath();

@@ -35,6 +35,17 @@ export function problem(title, message, ...actions) {
     actions.length ? h("p", { class: "row" }, actions) : null);
 }
 
+// What was deleted, with the way back.
+export function deleted(what, restore) {
+  const line = h("div", { class: "card row", role: "status" }, `${what} is in the trash.`, button("Restore", async () => {
+    try {
+      await restore();
+      line.remove();
+    } catch (error) { line.replaceWith(problem(`${what} cannot be restored`, error.message)); }
+  }, { "aria-label": `Restore ${what}` }));
+  return line;
+}
+
 export function labelled(text, control, hint) {
   return h("label", { class: "field" }, h("span", {}, text), control, hint && h("small", { class: "quiet" }, hint));
 }

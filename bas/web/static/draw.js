@@ -1,6 +1,6 @@
 // Draw: a prompt with handles, boxes for them, and the gallery of a run.
 import { Away, address, fileOf, get, send, thumbOf } from "./api.js";
-import { button, h, labelled, link, problem, put, remember, remembered, speak } from "./dom.js";
+import { button, deleted, h, labelled, link, problem, put, remember, remembered, speak } from "./dom.js";
 
 export const PLACES = ["at the beach", "in the snow", "in the jungle", "in the street", "on a wooden floor", "floating on water", "with a mountain in the background"];
 export const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
@@ -118,9 +118,9 @@ function layout(run, key) {
 
 const PART = 60;  // pictures of a gallery that come at once; more as one scrolls
 
-// Pictures of a run with their settings.
-export function gallery(run, folder, actions) {
-  const grid = h("ul", { class: "gallery" }), detail = h("div", {});
+// Pictures of a run with their settings. view: what is shown for one picture, of the picture and its image
+export function gallery(run, folder, actions, view = (_picture, image) => image) {
+  const grid = h("ul", { class: "gallery" }), detail = h("div", {}), gone = h("div", {});
   let pictures = [], chosen = null, count = PART;
   const end = h("li", { class: "end" }), watcher = new IntersectionObserver(([entry]) => {
     if (!entry.isIntersecting || count >= pictures.length) return;
@@ -146,20 +146,21 @@ export function gallery(run, folder, actions) {
     chosen = picture;
     const { settings } = picture;
     for (const shot of grid.querySelectorAll(".shot")) shot.setAttribute("aria-current", shot.dataset.file === picture.file);
-    put(detail, h("figure", { class: "chosen" }, h("img", { src: fileOf(run.name, picture.file), alt: settings.prompt ?? settings.prompts?.join(", ") ?? "A picture" }),
+    const image = h("img", { src: fileOf(run.name, picture.file), alt: settings.prompt ?? settings.prompts?.join(", ") ?? "A picture" });
+    put(detail, h("figure", { class: "chosen" }, view(picture, image),
       h("figcaption", {}, h("p", {}, settings.prompt ?? settings.prompts?.join(", ") ?? ""), h("p", { class: "quiet number" }, [`seed ${settings.seed ?? "?"}`, settings.num_inference_steps && `${settings.num_inference_steps} steps`, settings.size?.join("×")].filter(Boolean).join(" · ")),
         h("p", { class: "row" }, actions(picture),
           button(picture.star ? "★ Favourite" : "☆ Favourite", () => mark(picture), { "aria-pressed": picture.star }),
           link("Download", `${fileOf(run.name, picture.file)}?download=1`, { class: "button", download: picture.file.split("/").at(-1) }),
-          button("Delete", () => remove(picture), { class: "plain" })))));
+          button("Delete", () => remove(picture), { class: "plain" })))), looks(run, picture));
   }
   async function mark(picture) {
     await send("PATCH", `${address("runs", run.name)}/pictures`, { file: picture.file, star: !picture.star });
     renew();
   }
   async function remove(picture) {
-    await send("DELETE", `${address("runs", run.name)}/pictures`, { file: picture.file });
-    speak("The picture is in the trash");
+    const { trash } = await send("DELETE", `${address("runs", run.name)}/pictures`, { file: picture.file });
+    put(gone, deleted("The picture", async () => { await send("POST", address("trash", trash)); await renew(); }));
     chosen = null;
     renew();
   }
@@ -169,7 +170,14 @@ export function gallery(run, folder, actions) {
     if (event.key === "Delete" && i >= 0) remove(pictures[i]);
     else if (shots[to]) { event.preventDefault(); shots[to].focus(); shots[to].click(); }
   });
-  return { grid, detail, renew };
+  return { grid, detail: [gone, detail], renew };
+}
+
+// Where the handles of a picture looked while it was drawn.
+function looks(run, picture) {
+  if (!picture.maps.length) return null;
+  return h("div", { class: "shots looks", role: "group", "aria-label": "Where each handle looked" }, picture.maps.map(({ name, file }) =>
+    h("figure", {}, h("img", { src: fileOf(run.name, file), alt: `Where ${name} looked` }), h("figcaption", {}, name))));
 }
 
 // What a job for a run says: its progress, or why it ended.
@@ -189,7 +197,7 @@ export async function open(main, [name], studio) {
   const fields = (await get("settings")).sample, prompt = promptField(run, `prompt ${run.name}`, `a photo of ${run.handles.join(" and ")} ${PLACES[0]}`);
   const form = settingsForm(fields, `draw ${run.name}`, ["num_images", "seed"]), boxes = layout(run, `boxes ${run.name}`);
   const work = h("div", {}), notices = h("div", {}), start = button("Draw", draw, { class: "main large", id: "draw" });
-  const shown = gallery(run, "pictures", (picture) => [button("Other seeds", () => again(picture)), link("Edit this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })]);
+  const shown = gallery(run, "pictures", (picture) => [button("Other seeds", () => again(picture)), !picture.maps.length && button("Where did it look?", (event) => attend(picture, event.target), { title: "Draws it once more and shows the attention of each handle" }), link("Edit this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })]);
   put(main, h("header", { class: "row" }, h("h1", {}, "Draw"), chooseRun("draw", run.name, studio)),
     h("div", { class: "columns draw" }, h("section", { class: "stack" }, prompt.box, form.box, boxes.box, notices, start), h("section", { class: "stack" }, work, shown.detail, shown.grid)));
   let busy = "";
@@ -206,6 +214,16 @@ export async function open(main, [name], studio) {
     start.disabled = false;
   }
 
+  async function attend(picture, from) {
+    from.disabled = true;
+    put(notices);
+    try {
+      await send("POST", "jobs", { kind: "attend", run: run.name, file: picture.file });
+      speak("Reading where it looked");
+      await studio.refresh();
+    } catch (error) { from.disabled = false; put(notices, problem("Its attention cannot be shown", error.message)); }
+  }
+
   function again(picture) {
     if (picture.settings.prompt) { prompt.field.value = picture.settings.prompt; prompt.field.dispatchEvent(new Event("input")); }
     form.set("seed", Number(picture.settings.seed ?? 0) + (form.values.num_images ?? 1));
@@ -214,10 +232,10 @@ export async function open(main, [name], studio) {
 
   return {
     update(state) {
-      const line = jobLine(state, run.name, "sample"), text = JSON.stringify(state.jobs.filter((job) => job.name === run.name));
+      const text = JSON.stringify(state.jobs.filter((job) => job.name === run.name));
       if (text === busy) return;
       busy = text;
-      put(work, line);
+      put(work, jobLine(state, run.name, "sample"), jobLine(state, run.name, "attend"));
       shown.renew().catch((error) => { if (!(error instanceof Away)) put(notices, problem("The gallery cannot be read", error.message)); });
     },
     key(event) { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) draw(); },

@@ -1,6 +1,6 @@
 // Edit: paint a region of a photograph or a picture, and say what shall be there.
 import { Away, get, send, fileOf, address } from "./api.js";
-import { button, h, link, problem, put, speak } from "./dom.js";
+import { button, h, link, plural, problem, put, speak } from "./dom.js";
 import { chooseRun, finished, gallery, jobLine, promptField, settingsForm, withoutRun } from "./draw.js";
 import { Painter } from "./masks.js";
 import { Mask } from "./tiles.js";
@@ -23,7 +23,8 @@ export async function open(main, [name, source], studio) {
     changed() { start.disabled = !mask.share(); hint.textContent = mask.share() ? "" : "Paint what may change. All else stays as it is, to the pixel."; },
   });
   const hint = h("p", { class: "quiet" }, "Paint what may change. All else stays as it is, to the pixel.");
-  const shown = gallery(run, "edits", (picture) => [link("Go on from this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })]);
+  const shown = gallery(run, "edits", (picture) => [link("Go on from this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })],
+    (picture, image) => beforeAndAfter(run, picture, image));
   const choices = [...scenes.map((scene) => [`scene:${scene.name}`, `photograph of ${scene.name}`]), ...(source && !source.startsWith("scene:") ? [[source, source]] : [])];
   const pick = h("label", { class: "row" }, h("span", {}, "Picture"), h("select", { id: "source", onchange: (event) => studio.go("edit", run.name, event.target.value) },
     choices.map(([value, text]) => h("option", { value, selected: value === (source ?? `scene:${from?.scene}`) }, text))));
@@ -75,4 +76,18 @@ export async function open(main, [name, source], studio) {
     },
     leave() { painter.stage.close(); },
   };
+}
+
+// A result over the picture that it was made from, with a slider between both.
+function beforeAndAfter(run, picture, after) {
+  const box = h("div", { class: "slide" }, after);
+  get(`${address("runs", run.name)}/edited?file=${encodeURIComponent(picture.file)}`).then(({ job, outside }) => {
+    const slider = h("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": "Before and after", oninput: cut });
+    function cut() { after.style.setProperty("clip-path", `inset(0 0 0 ${slider.value}%)`); }
+    put(box, h("img", { src: `api/${address("jobs", job)}/image`, alt: "Before" }), after,
+      h("div", { class: "row" }, h("span", {}, "before"), slider, h("span", {}, "after")),
+      h("p", { class: outside ? "error" : "good" }, outside ? `outside: ${plural(outside, "pixel")} changed` : "outside: unchanged, 0 pixels"));
+    cut();
+  }).catch((error) => box.append(h("p", { class: "quiet" }, `Without a slider: ${error.message}.`)));
+  return box;
 }

@@ -1,6 +1,6 @@
 // Home: bring photographs; scenes and runs.
-import { address, send, thumbOf, upload } from "./api.js";
-import { button, duration, h, link, plural, problem, progress, put, speak } from "./dom.js";
+import { address, get, send, thumbOf, upload } from "./api.js";
+import { button, deleted, duration, h, link, plural, problem, progress, put } from "./dom.js";
 
 export const STATES = {
   done: "done", running: "training", waiting: "in the queue", stopped: "stopped", failed: "failed", refused: "not started",
@@ -9,6 +9,7 @@ export const STATES = {
 
 export async function open(main, _rest, studio) {
   const notices = h("div", { class: "stack" }), scenes = h("div", { class: "cards" }), runs = h("div", { class: "cards" });
+  const rows = h("ul", { class: "files" }), bin = h("details", { id: "trash", ontoggle: listTrash }, h("summary", {}, "Trash"), rows);
   const files = h("input", { type: "file", accept: "image/*,.heic,.heif,.tif,.tiff", multiple: true, class: "unseen", tabIndex: -1, "aria-hidden": "true", id: "files" });
   files.addEventListener("change", () => { bring([...files.files]); files.value = ""; });
   const drop = h("section", { class: "drop", "aria-label": "Bring photographs" },
@@ -16,7 +17,7 @@ export async function open(main, _rest, studio) {
     h("p", { class: "row centre" }, button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" })),
     h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."), files);
-  put(main, h("h1", {}, "Home"), drop, notices, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs);
+  put(main, h("h1", {}, "Home"), drop, notices, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs, bin);
   for (const place of [scenes, runs]) put(place, h("p", { class: "quiet" }, "Looking …"));
 
   for (const kind of ["dragenter", "dragover"]) main.addEventListener(kind, over);
@@ -55,12 +56,28 @@ export async function open(main, _rest, studio) {
   }
 
   async function remove(kind, name) {
-    if (!confirm(`Move the ${kind} ${name} to the trash? It stays in the folder trash until you empty that.`)) return;
     try {
-      await send("DELETE", address(`${kind}s`, name));
-      speak(`${name} is in the trash`);
+      const { trash } = await send("DELETE", address(`${kind}s`, name));
+      notices.append(deleted(`The ${kind} ${name}`, () => restore(trash)));
       studio.refresh();
+      listTrash();
     } catch (error) { notices.append(problem(`${name} cannot be deleted`, error.message)); }
+  }
+
+  async function restore(trash) {
+    await send("POST", address("trash", trash));
+    studio.refresh();
+    listTrash();
+  }
+
+  async function listTrash() {
+    if (!bin.open) return;
+    try {
+      const found = await get("trash");
+      put(rows, found.length ? found.map(({ name, was }) => h("li", { class: "row" }, was,
+        button("Restore", () => restore(name).catch((error) => notices.append(problem(`${was} cannot be restored`, error.message))), { class: "plain", "aria-label": `Restore ${was}` })))
+        : h("li", { class: "quiet" }, "Nothing is in the trash."));
+    } catch (error) { put(rows, h("li", {}, error.message)); }
   }
 
   function sceneCard(scene) {

@@ -67,6 +67,7 @@ export async function open(main, [name], studio) {
       const names = state.runs.filter((run) => run.handles).map((run) => run.name), key = names.join("|");
       if (key === listed) return;
       listed = key;
+      for (const each of picked) if (!names.includes(each)) picked.delete(each);
       put(list, h("legend", { class: "unseen" }, "Runs to compare"), names.map((each) => h("label", { class: "row" }, h("input", { type: "checkbox", checked: picked.has(each), onchange: (event) => { event.target.checked ? picked.add(each) : picked.delete(each); compare(); } }), each)));
       compare();
     },

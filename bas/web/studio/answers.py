@@ -85,8 +85,17 @@ def name_concepts(ask: Ask) -> dict[str, Any]:
 
 def delete_scene(ask: Ask) -> dict[str, Any]:
     """To the trash."""
-    ask.home.trash(_scene(ask))
-    return {}
+    return {"trash": ask.home.trash(_scene(ask))}
+
+
+def list_trash(ask: Ask) -> list[dict[str, str]]:
+    """What was deleted."""
+    return ask.home.deleted()
+
+
+def restore(ask: Ask) -> dict[str, Any]:
+    """Out of the trash again."""
+    return {"was": ask.home.restore(ask.path["name"])}
 
 
 def view_photo(ask: Ask) -> Response:
@@ -130,6 +139,15 @@ def read_log(ask: Ask) -> dict[str, Any]:
     return {"text": jobs.tail(folder / jobs.LOG), "command": shlex.join(["bas", *map(str, command)])}
 
 
+def view_edited(ask: Ask) -> Response:
+    """The image that a job edits."""
+    path = ask.home.find(JOBS, ask.path["job"]) / runs.IMAGE
+    if not path.is_file():
+        raise Refusal(404, "this job edits no image", "missing")
+    data, kind = scenes.as_view(read_image(path))
+    return Response(data, media_type=kind, headers=KEPT)
+
+
 # --- Runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -153,8 +171,7 @@ def delete_run(ask: Ask) -> dict[str, Any]:
     busy = [job for folder in ask.lane.folders() if (job := jobs.describe(folder)) and job["state"] in jobs.ALIVE]
     if any(job["name"] == run.name for job in busy):
         raise Refusal(409, "this run is at work: stop it first", "running")
-    ask.home.trash(run)
-    return {}
+    return {"trash": ask.home.trash(run)}
 
 
 def list_pictures(ask: Ask) -> dict[str, Any]:
@@ -175,8 +192,16 @@ def delete_picture(ask: Ask) -> dict[str, Any]:
     file = text_of(ask.json, "file")
     if file.partition("/")[0] not in (runs.DRAWN, runs.EDITED):
         raise Refusal(403, "only pictures are deleted here", "bad")
-    ask.home.trash(runs.run_file(_run(ask), file))
-    return {}
+    return {"trash": ask.home.trash(runs.run_file(_run(ask), file))}
+
+
+def compare_edit(ask: Ask) -> dict[str, Any]:
+    """The job that made an edited picture, and how many pixels outside of its mask have changed."""
+    run, file = _run(ask), ask.query.get("file", "")
+    path, job = runs.run_file(run, file), runs.edit_of(ask.home, run, file)
+    if job is None or (outside := runs.changed_outside(job, path, path.stat().st_mtime_ns)) is None:
+        raise Refusal(404, "the picture before is not here any more", "missing")
+    return {"job": job.name, "outside": outside}
 
 
 def get_file(ask: Ask) -> Response:
@@ -215,7 +240,9 @@ def zip_run(ask: Ask) -> Response:
     folders = {"run": run, "scene": run / "scene", **{form: run / runs.EXPORTS / form for form in runs.FORMS}}
     if what not in folders or not folders[what].is_dir():
         raise Refusal(404, "there is nothing to take away", "missing")
-    leave_out = {runs.DRAWN, runs.EDITED, runs.EXPORTS, "checkpoints", "previews"} if what == "run" else set()
+    leave_out = (
+        {runs.DRAWN, runs.EDITED, runs.EXPORTS, runs.ATTENTION, "checkpoints", "previews"} if what == "run" else set()
+    )
     files = files_below(folders[what], leave_out)
     name = run.name if what == "run" else f"{run.name}-{what}"
     named = {"content-disposition": f'attachment; filename="{name.encode("ascii", "replace").decode()}.zip"'}

@@ -5,10 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError
+from bas.io.images import numbered_paths, read_image
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings
 from bas.pretrained.lora_files import FORMATS
@@ -20,10 +22,12 @@ from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import RUNS, Home, inside
 
 DRAWN, EDITED, EXPORTS, MARKS = "pictures", "edits", "exports", "marks.json"
+ATTENTION, MAPS = "attention", "maps.json"  # a folder for each picture, as `bas attend` writes it
+MASK, IMAGE = "mask.png", "image.png"  # in the folder of a job that edits
 FORMS = ("single", *FORMATS)  # of exports
 SHOWN = (".png", ".jpg", ".webp")
 COLUMNS = 400  # of a curve at most
-FILES = {DRAWN, EDITED, EXPORTS, PREVIEWS, SCENE}  # folders of a run whose files the page may ask for
+FILES = {DRAWN, EDITED, EXPORTS, ATTENTION, PREVIEWS, SCENE}  # folders of a run whose files the page may ask for
 
 
 def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
@@ -126,14 +130,56 @@ def previews(run: Path) -> list[dict[str, Any]]:
 
 
 def pictures(run: Path, folder: str) -> list[dict[str, Any]]:
-    """The pictures that were drawn or edited with a run, newest first, each with the settings that made it."""
+    """The pictures that were drawn or edited with a run, newest first, each with the settings that made it.
+
+    `maps` are where its handles looked, if that was asked for.
+    """
     place, stars = run / folder, marks(run)
     found = []
     for name in files_in(run, folder):
         path = place / name
         settings = settings_in(path, path.stat().st_mtime_ns)
-        found.append({"file": f"{folder}/{name}", "settings": settings, "star": f"{folder}/{name}" in stars})
+        file = f"{folder}/{name}"
+        found.append({"file": file, "settings": settings, "star": file in stars, "maps": maps_of(run, file)})
     return found
+
+
+def attention_folder(run: Path, file: str) -> Path:
+    """Where the attention maps of a picture of a run are written."""
+    return run / ATTENTION / file.replace("/", "-")
+
+
+def maps_of(run: Path, file: str) -> list[dict[str, str]]:
+    """The attention maps of a picture: handles, and images that show where each looked. None that are older than it."""
+    notes = attention_folder(run, file) / MAPS
+    if not notes.is_file() or notes.stat().st_mtime_ns < (run / file).stat().st_mtime_ns:
+        return []
+    names = read_json(notes)
+    return [
+        {"name": name, "file": (notes.parent / f"{key}.png").relative_to(run).as_posix()} for key, name in names.items()
+    ]
+
+
+def edit_of(home: Home, run: Path, file: str) -> Path | None:
+    """The job that made a picture by editing: it keeps the image and the mask. None if the job is not here any more."""
+    for folder in reversed(jobs.Lane(home).folders()):
+        job = jobs.describe(folder) if "-edit-" in folder.name else None
+        if not job or job["name"] != run.name or not (target := (job["asked"] or {}).get("file")):
+            continue
+        if Path(file) in numbered_paths(Path(target), job["asked"]["settings"].get("num_images", 1)):
+            return folder
+    return None
+
+
+@lru_cache(maxsize=256)
+def changed_outside(job: Path, edited: Path, _changed: int) -> int | None:
+    """How many pixels outside its mask an edit has changed. None where its job has kept nothing to compare."""
+    if not (job / IMAGE).is_file() or not (job / MASK).is_file():
+        return None
+    before, after = (np.asarray(read_image(path)) for path in (job / IMAGE, edited))
+    with Image.open(job / MASK) as mask:
+        outside = np.asarray(mask) == 0
+    return int((before != after).any(axis=2)[outside].sum()) if before.shape == after.shape else None
 
 
 @lru_cache(maxsize=4096)

@@ -266,7 +266,7 @@ VIEW = 2048  # pixels of the longer side of what the page shows
 def view(folder: Path, _changed: int, side: int, box: tuple[float, float, float, float] | None) -> tuple[bytes, str]:
     """The photograph, or a box (left, top, right, bottom) of it in pixels, at most `side` pixels wide and high.
 
-    Returns the bytes and their type. Small ones are exact, others are JPEG.
+    Returns the bytes and their type, as `as_view`.
     """
     image = open_scene(folder).draft.image
     if box:
@@ -274,6 +274,11 @@ def view(folder: Path, _changed: int, side: int, box: tuple[float, float, float,
         if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
             raise Refusal(400, "the box does not lie in the photograph", "bad", "box")
         image = image.crop((int(left), int(top), math.ceil(right), math.ceil(bottom)))
+    return as_view(image, side)
+
+
+def as_view(image: Image.Image, side: int = VIEW) -> tuple[bytes, str]:
+    """An image for the page, at most `side` pixels wide and high: bytes and type. Small ones are exact, others JPEG."""
     side = max(16, min(side, VIEW))
     if max(image.size) > side:
         image = image.copy()

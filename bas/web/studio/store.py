@@ -3,7 +3,7 @@
 HOME/scenes/NAME/      as `bas masks` and `bas train` read it; draft.json while a concept has no pixels yet
 HOME/runs/NAME/        as `bas train` writes it; pictures/ edits/ exports/ of the studio
 HOME/jobs/STAMP-KIND-NAME/    what was asked, and what became of it (jobs.py)
-HOME/trash/STAMP-NAME/        what was deleted
+HOME/trash/STAMP-NAME/        what was deleted, and in was.json where it was
 HOME/.token            the secret part of the address
 """
 
@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 from bas.errors import InputError
+from bas.io.json_files import read_json, write_json
 from bas.web.studio.refusal import Refusal, missing
 
 SCENES, RUNS, JOBS, TRASH, TOKEN = "scenes", "runs", "jobs", "trash", ".token"
+WAS = "was.json"  # beside what was deleted: where it was
 NAME = re.compile(r"[^\W_](?:[\w .()-]{0,78}[\w()-])?")  # of a scene, a run or a job: no slash, no dot at the ends
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # files that Windows does not make
 UNTIDY = re.compile(r"[^\w ()-]+")
@@ -32,7 +34,7 @@ class Home:
     def make(self) -> None:
         """Make the folders. InputError where that is not possible."""
         try:
-            for name in (SCENES, RUNS, JOBS):
+            for name in (SCENES, RUNS, JOBS, TRASH):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.folder} cannot hold the studio: {error.strerror}") from None
@@ -61,7 +63,7 @@ class Home:
         """The folder of a scene, a run or a job. Refusal for a name that is none, or that leads out of HOME."""
         path = self.folder / kind / name
         if not NAME.fullmatch(name) or not path.is_dir() or not inside(path, self.folder / kind):
-            raise missing(f"{kind[:-1]} {name!r:.90}")
+            raise missing(f"{kind.removesuffix('s')} {name!r:.90}")
         return path
 
     def free_name(self, kind: str, wanted: str) -> str:
@@ -72,11 +74,50 @@ class Home:
         numbered = (f"{tidy}-{i}" for i in range(2, 100_000))
         return next(name for name in (tidy, *numbered) if name.lower() not in taken)
 
-    def trash(self, path: Path) -> None:
-        """Move what is deleted to HOME/trash, where it can be taken back by hand."""
-        place = self.folder / TRASH / f"{stamp()}-{path.name}"
-        place.parent.mkdir(exist_ok=True)
-        shutil.move(path, place)
+    def trash(self, path: Path) -> str:
+        """Move what is deleted to HOME/trash, with a note of where it was. Returns the name that it has there."""
+        name = self.free_name(TRASH, f"{stamp()}-{path.name}")
+        place = self.folder / TRASH / name
+        place.mkdir()
+        write_json(place / WAS, {"was": path.relative_to(self.folder).as_posix()})
+        shutil.move(path, place / path.name)
+        return name
+
+    def deleted(self) -> list[dict[str, str]]:
+        """What is in the trash and can be restored, deleted last first: its name there, and where it was."""
+        found = sorted((self.folder / TRASH).iterdir(), key=lambda place: place.name, reverse=True)
+        return [{"name": place.name, "was": was} for place in found if (was := where_it_was(place))]
+
+    def restore(self, name: str) -> str:
+        """Move something from the trash back to where it was. Returns that place.
+
+        Refusal if something else is there by now, or if a picture's run is gone.
+        """
+        place = self.find(TRASH, name)
+        was = where_it_was(place)
+        if was is None:
+            raise missing("what was deleted")
+        path = self.folder / was
+        if path.exists():
+            raise Refusal(409, f"{was} is there again: delete or rename that first", "taken")
+        if not path.parent.is_dir() or not inside(path.parent, self.folder):
+            raise Refusal(409, f"{Path(was).parent.as_posix()} is not here any more: restore that first", "missing")
+        shutil.move(place / path.name, path)
+        shutil.rmtree(place)
+        return was
+
+
+def where_it_was(place: Path) -> str | None:
+    """The path in HOME of what a folder of the trash holds. None where its note or the thing itself is missing."""
+    try:
+        was = read_json(place / WAS)["was"]
+    except (InputError, KeyError, TypeError):
+        return None
+    if not isinstance(was, str):
+        return None
+    kind, *parts = was.split("/")
+    known = kind in (SCENES, RUNS) and parts and not any(part in ("", ".", "..") or "\\" in part for part in parts)
+    return was if known and (place / parts[-1]).exists() else None
 
 
 def inside(path: Path, folder: Path) -> bool:

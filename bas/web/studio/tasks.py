@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bas.config import EditConfig, SampleConfig
+from bas.config import EditConfig, SampleConfig, setting_rows
 from bas.errors import InputError
 from bas.io.images import image_size, read_image, to_floats
 from bas.io.json_files import read_json
@@ -23,6 +23,7 @@ from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
 from bas.pretrained.exports import plan_export
 from bas.pretrained.folder import read_spec
+from bas.sampling.attention_maps import plan_maps
 from bas.sampling.blended_diffusion import Region, check_edit
 from bas.sampling.layout import check_box
 from bas.sampling.sampler import check_request
@@ -31,11 +32,11 @@ from bas.web.studio import jobs, runs
 from bas.web.studio.forms import SAMPLING, as_flags, config_of
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.scenes import open_scene
-from bas.web.studio.store import JOBS, RUNS, SCENES, Home, stamp, text_of
+from bas.web.studio.store import JOBS, RUNS, SCENES, Home, inside, stamp, text_of
 from bas.web.studio.tiles import lay, unpack
 
 EDITING = (*SAMPLING[:-2], "blending_start_percentage")
-LAYOUT, MASK, IMAGE = "layout.json", "mask.png", "image.png"
+LAYOUT = "layout.json"
 
 
 def ask(home: Home, body: dict) -> str:
@@ -120,6 +121,28 @@ def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:
         check_box(handle, box)
 
 
+def attend(home: Home, body: dict) -> str:
+    """Where the handles of a drawn picture looked: it is drawn once more, and their attention is kept."""
+    run, file = finished(home, body), text_of(body, "file")
+    path = runs.run_file(run, file)
+    made = runs.settings_in(path, path.stat().st_mtime_ns)
+    prompt, layout = made.get("prompt"), made.get("layout")
+    if not file.startswith(f"{runs.DRAWN}/") or not isinstance(prompt, str):
+        raise Refusal(422, "this picture does not say how it was drawn", "image", "file")
+    if made.get("lora") or made.get("embedding"):
+        raise Refusal(422, "this picture was drawn with further files: ask bas attend for it in a terminal", "image")
+    if layout and not (Path(layout).is_file() and inside(Path(layout), home.folder)):
+        raise Refusal(409, "the boxes of this picture are not here any more: draw it again", "missing")
+    names = [name for name in setting_rows(SampleConfig) if name not in ("num_images", "batch_size")]
+    settings = {name: made[name] for name in names if made.get(name) is not None}
+    plan_maps(read_spec(run), prompt, SampleConfig(**settings), None, words=False)
+    target = runs.attention_folder(run, file)
+    if target.exists():  # of an older picture of this name, or asked for again
+        home.trash(target)
+    words = ["attend", str(run), f"--prompt={prompt}", f"--output_dir={target}", *as_flags(SampleConfig, settings)]
+    return jobs.make(home, "attend", run.name, words, {"file": file}, {})
+
+
 def edit(home: Home, body: dict) -> str:
     """Change a painted region of a photograph or a picture."""
     run, prompt, settings = finished(home, body), text_of(body, "prompt").strip(), settings_of(body, EDITING)
@@ -136,11 +159,12 @@ def edit(home: Home, body: dict) -> str:
     if not prompt:
         raise Refusal(422, "write what to put there, with a handle in it", "prompt", "prompt")
     check_edit(read_spec(run), image, [Region(to_floats(mask), prompt)], config)
-    files = {MASK: png(mask), IMAGE: source.read_bytes()}
+    files = {runs.MASK: png(mask), runs.IMAGE: source.read_bytes()}
     target = run / runs.EDITED / f"{stamp()}.png"
-    words = ["edit", str(run), "--init_image={job}/" + IMAGE, "--mask={job}/" + MASK]
+    words = ["edit", str(run), "--init_image={job}/" + runs.IMAGE, "--mask={job}/" + runs.MASK]
     words += [f"--prompt={prompt}", f"--output_path={target}", *as_flags(EditConfig, settings)]
-    return jobs.make(home, "edit", run.name, words, {"prompt": prompt, "settings": settings}, files)
+    asked = {"prompt": prompt, "settings": settings, "file": target.relative_to(run).as_posix()}
+    return jobs.make(home, "edit", run.name, words, asked, files)
 
 
 def edited_image(home: Home, body: dict) -> Path:
@@ -206,6 +230,7 @@ KINDS: dict[str, Callable[[Home, dict], str]] = {
     "train": train,
     "resume": resume,
     "sample": sample,
+    "attend": attend,
     "edit": edit,
     "export": export,
 }

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bas.cli.entry import main
 from bas.pretrained import hub
 from bas.web.studio.app import STATIC
 from tests.helpers.browser import Browser
+from tests.helpers.small_runs import LORA, write_base, write_small_run
 
 PLAYROOM = hub.find(None) / "scenes" / "playroom"
 SAVED = "document.querySelector('.saved')?.textContent === 'saved ✓'"
@@ -213,6 +215,11 @@ def test_the_whole_way(page, server, tmp_path):
     painted = np.asarray(Image.open(job / "mask.png"))
     assert np.array_equal(before[painted == 0], after[painted == 0])
     assert (before[painted == 255] != after[painted == 255]).any()
+    page.wait("document.querySelector('.slide .good')?.textContent === 'outside: unchanged, 0 pixels'")
+    shown = "[...document.querySelectorAll('.slide img')].map((image) => [image.naturalWidth, image.style.clipPath])"
+    page.wait(f"{shown}.every(([width]) => width === 256)")
+    fill(page, ".slide input", 25)
+    assert page.run(shown) == [[256, ""], [256, "inset(0px 0px 0px 25%)"]]
 
     # Take it away.
     visit(page, server, "#/runs/my%20toys")
@@ -226,6 +233,68 @@ def test_the_whole_way(page, server, tmp_path):
         assert found.read("my toys/concepts.safetensors") == (run / "concepts.safetensors").read_bytes()
     assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "config.toml", "report.html"} <= inside
     assert not any(name.startswith(("pictures", "edits", "checkpoints")) for name in inside)
+
+
+def test_finished_runs_are_compared_asked_and_taken_away(page, server, tmp_path):
+    """Two small runs: what differs, where a picture looked, a picture deleted and restored, one file and a LoRA."""
+    base = write_base(tmp_path / "base", "sd1", whole_vocabulary=True)
+    runs = server.home / "runs"
+    for name, rank in (("first", 4), ("second", 2)):
+        run = write_small_run(runs / name, base, **LORA | {"rank": rank, "attention_grid": 8})
+        rows = [
+            {"phase": phase, "step": step, "loss": 1 / step} for step, phase in ((1, "one"), (2, "one"), (3, "two"))
+        ]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["sample", str(runs / "first"), "--prompt", "a photo of <asset0> and <asset1>"]
+    assert main([*words, "--num_inference_steps", "2", "--output_path", str(runs / "first/pictures/one.png")]) == 0
+
+    # Compare.
+    visit(page, server, "#/runs/first")
+    page.wait("document.querySelectorAll('.picks input').length >= 2")
+    for name in ("first", "second"):
+        page.run(f"[...document.querySelectorAll('.picks label')].find((e) => e.textContent === '{name}').click()")
+    page.wait("document.querySelectorAll('.beside section').length === 2")
+    cells = "[...document.querySelectorAll('table tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+    assert page.run(cells) == [["Setting", "first", "second"], ["Rank", "4", "2"]]
+    labels = "[...document.querySelectorAll('.curve')].map((curve) => curve.getAttribute('aria-label'))"
+    assert page.run(labels) == ["sum, weighted: 0.333 at step 3, between 0.333 and 1"] * 2
+
+    # Take away: one file and a LoRA, and what to type for each.
+    for title, line in (
+        ("One file", "ComfyUI: CheckpointLoaderSimple first; a photo of embedding:asset0"),
+        ("LoRA for ComfyUI, A1111, InvokeAI", "A1111, Forge: a photo of asset0 <lora:first:1>"),
+    ):
+        click(page, f"[aria-label='Make: {title}']")
+        wait_long(
+            page, f"[...document.querySelectorAll('code')].some((code) => code.textContent === {json.dumps(line)})"
+        )
+    files = page.run("[...document.querySelectorAll('.files a')].map((link) => link.textContent)")
+    assert files.count("first.safetensors") == 2
+    assert files.count("asset0.safetensors") == 2
+
+    # Where did it look? And a picture comes back from the trash.
+    visit(page, server, "#/draw/first")
+    click(page, ".chosen figcaption button:nth-of-type(2)")
+    wait_long(page, "document.querySelectorAll('.looks img').length === 2")
+    page.wait("[...document.querySelectorAll('.looks img')].every((image) => image.naturalWidth > 0)")
+    told = page.run("[...document.querySelectorAll('.looks figcaption')].map((caption) => caption.textContent)")
+    assert told == ["<asset0>", "<asset1>"]
+    click(page, ".chosen figcaption button.plain")
+    page.wait("document.querySelectorAll('.shot').length === 0")
+    assert not (runs / "first/pictures/one.png").exists()
+    click(page, "[aria-label='Restore The picture']")
+    page.wait("document.querySelectorAll('.shot').length === 1")
+    assert (runs / "first/pictures/one.png").exists()
+
+    # A run comes back from the list of the trash.
+    visit(page, server, "#/home")
+    click(page, "[aria-label='Delete second']")
+    page.wait("document.querySelector('[aria-label=\"Restore The run second\"]') !== null")
+    assert not (runs / "second").exists()
+    click(page, "#trash summary")
+    click(page, "[aria-label='Restore runs/second']")
+    page.wait("document.querySelector('[aria-label=\"Delete second\"]') !== null")
+    assert (runs / "second" / "concepts.safetensors").exists()
 
 
 def test_a_stroke_outlives_the_server(page, server, tmp_path):

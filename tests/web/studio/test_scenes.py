@@ -223,9 +223,40 @@ def test_a_name_becomes_that_of_a_folder_in_scenes(studio, name):
     assert studio.get(f"api/scenes/{made['name']}")["width"] == W
 
 
-def test_what_is_deleted_is_in_the_trash(studio, scene):
-    assert studio.ask("DELETE", f"api/scenes/{scene['name']}").status_code == 200
+def test_what_is_deleted_is_in_the_trash_and_comes_back(studio, scene):
+    """With the same bytes; not over a scene that has its name by now, and not twice."""
+    photo = (studio.home.folder / "scenes" / "my rabbit" / "img.png").read_bytes()
+    name = studio.ask("DELETE", f"api/scenes/{scene['name']}").json()["trash"]
     (there,) = (studio.home.folder / "trash").iterdir()
-    assert there.name.endswith("-my rabbit")
-    assert (there / "img.png").exists()
+    assert there.name == name
+    assert name.endswith("-my rabbit")
+    assert (there / "my rabbit" / "img.png").read_bytes() == photo
     assert studio.ask("GET", f"api/scenes/{scene['name']}").status_code == 404
+    assert studio.get("api/trash") == [{"name": name, "was": "scenes/my rabbit"}]
+
+    other = studio.post("api/scenes?name=my rabbit", raw=picture(size=(64, 64)))
+    refused = studio.ask("POST", f"api/trash/{name}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "taken")
+    assert studio.get("api/scenes/my rabbit") == other
+    studio.ask("DELETE", "api/scenes/my rabbit")
+    assert len(studio.get("api/trash")) == 2
+
+    assert studio.post(f"api/trash/{name}") == {"was": "scenes/my rabbit"}
+    assert studio.get(f"api/scenes/{scene['name']}") == scene
+    assert (studio.home.folder / "scenes" / "my rabbit" / "img.png").read_bytes() == photo
+    assert [row["name"] == name for row in studio.get("api/trash")] == [False]
+    assert studio.ask("POST", f"api/trash/{name}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "was", ["../out", "scenes/../../out", "jobs/x", "scenes", "/scenes/x", "scenes//x", "scenes/..", 3, None]
+)
+def test_a_note_of_the_trash_leads_nowhere_else(studio, was):
+    """A wrong note restores nothing, and is not listed."""
+    place = studio.home.folder / "trash" / "20260101-000000-x"
+    for name in ("x", "out"):
+        (place / name).mkdir(parents=True)
+    (place / "was.json").write_text(json.dumps({"was": was}))
+    assert studio.get("api/trash") == []
+    assert studio.ask("POST", f"api/trash/{place.name}").status_code == 404
+    assert (place / "out").is_dir()

@@ -1,0 +1,169 @@
+"""What the studio does with a finished run: pictures and their attention, edits, exports, comparisons."""
+
+import base64
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from bas.cli.entry import main
+from bas.io.images import save_image
+from bas.io.json_files import read_json, write_json
+from bas.web.studio import jobs
+from bas.web.studio.tiles import pack
+from tests.helpers.small_runs import LORA, write_base, write_small_run
+
+PROMPT = "a photo of <asset0> and <asset1>"
+FEW = {"num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A small run whose base can be exported."""
+    place = tmp_path_factory.mktemp("made")
+    return write_small_run(
+        place / "toy", write_base(place / "base", "sd1", whole_vocabulary=True), **LORA | {"attention_grid": 8}
+    )
+
+
+@pytest.fixture
+def run(studio, made):
+    """The run in the studio's folder."""
+    return shutil.copytree(made, studio.home.folder / "runs" / "toy")
+
+
+def do(studio, **body):
+    """Ask for a job and run its command here. Returns the job's folder."""
+    folder = studio.home.folder / "jobs" / studio.post("api/jobs", {"run": "toy", **body})["id"]
+    assert main(read_json(folder / jobs.JOB)["command"]) == 0
+    write_json(folder / jobs.EXIT, {"code": 0, "line": "", "ended": 0})
+    return folder
+
+
+def pixels(path):
+    """An image as numbers that can be subtracted."""
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("boxes", [{}, {"<asset0>": [0, 0, 0.5, 1]}])
+def test_where_the_handles_of_a_picture_looked(studio, run, boxes):
+    """The picture of the maps is the one that was asked about, with its seed and boxes; each handle has a map."""
+    do(studio, kind="sample", prompt=PROMPT, settings=FEW | {"num_images": 2, "seed": 5}, boxes=boxes)
+    chosen = next(row for row in studio.get("api/runs/toy/pictures")["pictures"] if row["settings"]["seed"] == 6)
+    assert chosen["maps"] == []
+    do(studio, kind="attend", file=chosen["file"])
+    rows = {row["settings"]["seed"]: row for row in studio.get("api/runs/toy/pictures")["pictures"]}
+    assert rows[5]["maps"] == []
+    folder = f"attention/{chosen['file'].replace('/', '-')}"
+    assert rows[6]["maps"] == [
+        {"name": "<asset0>", "file": f"{folder}/map0.png"},
+        {"name": "<asset1>", "file": f"{folder}/map1.png"},
+    ]
+    assert np.abs(pixels(run / chosen["file"]) - pixels(run / folder / "picture.png")).max() <= 1
+    for each in rows[6]["maps"]:
+        answer = studio.ask("GET", f"api/runs/toy/file/{each['file']}")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+
+
+def test_a_picture_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
+    """Nor has one without a handle, one of other files, or one whose boxes are gone."""
+    whole = {"prompt": PROMPT, "num_inference_steps": 2}
+    for name, made_by, status in (
+        ("unknown", None, 422),
+        ("plain", whole | {"prompt": "a photo"}, 422),
+        ("more", whole | {"lora": ["x.safetensors"]}, 422),
+        ("boxes", whole | {"layout": str(studio.home.folder / "jobs" / "gone" / "layout.json")}, 409),
+    ):
+        (run / "pictures").mkdir(exist_ok=True)
+        save_image(Image.new("RGB", (16, 16)), run / "pictures" / f"{name}.png", made_by)
+        asked = {"kind": "attend", "run": "toy", "file": f"pictures/{name}.png"}
+        assert studio.ask("POST", "api/jobs", asked).status_code == status, name
+    assert studio.get("api/state")["jobs"] == []
+
+
+def test_an_edit_beside_what_it_was_made_from(studio, run):
+    """The picture before comes back as it was, and the changed pixels outside of the mask are counted: none, then 3."""
+    (run / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run / "pictures" / "before.png")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[8:24, 8:24] = 255
+    body = {"of": "toy", "file": "pictures/before.png", "prompt": PROMPT, "mask": base64.b64encode(pack(mask)).decode()}
+    job = do(studio, kind="edit", settings=FEW | {"num_images": 2}, **body)
+    files = sorted(row["file"] for row in studio.get("api/runs/toy/pictures")["edits"])
+    assert len(files) == 2
+    for file in files:
+        assert studio.get(f"api/runs/toy/edited?file={file}") == {"job": job.name, "outside": 0}
+    before = studio.ask("GET", f"api/jobs/{job.name}/image")
+    (run / "before.png").write_bytes(before.content)
+    assert np.array_equal(pixels(run / "before.png"), noise)
+
+    after = pixels(run / files[0]).astype(np.uint8)
+    assert (after != noise).any(axis=2).sum() > 100
+    after[0, :3] ^= 1
+    after[10, 10] ^= 1  # inside
+    Image.fromarray(after).save(run / files[0])
+    assert studio.get(f"api/runs/toy/edited?file={files[0]}")["outside"] == 3
+    assert studio.ask("GET", "api/runs/toy/edited?file=pictures/before.png").status_code == 404
+
+
+def test_a_deleted_picture_comes_back(studio, run):
+    """To its run, with its bytes; not while that run is in the trash itself."""
+    (run / "pictures").mkdir()
+    Image.new("RGB", (16, 16), "red").save(run / "pictures" / "red.png")
+    data = (run / "pictures" / "red.png").read_bytes()
+    name = studio.ask("DELETE", "api/runs/toy/pictures", {"file": "pictures/red.png"}).json()["trash"]
+    assert studio.get("api/runs/toy/pictures")["pictures"] == []
+    gone = studio.ask("DELETE", "api/runs/toy").json()["trash"]
+    refused = studio.ask("POST", f"api/trash/{name}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "missing")
+    studio.post(f"api/trash/{gone}")
+    assert studio.post(f"api/trash/{name}") == {"was": "runs/toy/pictures/red.png"}
+    assert (run / "pictures" / "red.png").read_bytes() == data
+    assert studio.get("api/trash") == []
+
+
+@pytest.mark.parametrize(
+    ("form", "names", "said"),
+    [
+        ("single", ["asset0", "asset1", "toy"], "ComfyUI: CheckpointLoaderSimple toy; a photo of embedding:asset0"),
+        ("kohya", ["asset0", "asset1", "toy"], "A1111, Forge: a photo of asset0 <lora:toy:1>"),
+    ],
+)
+def test_a_run_is_taken_away(studio, run, capsys, form, names, said):
+    """The files of an export are listed with their sizes, are those of the command, and what to type is printed."""
+    before = {row["form"]: row for row in studio.get("api/runs/toy/exports")}
+    assert (before[form]["problem"], before[form]["files"]) == (None, [])
+    do(studio, kind="export", form=form)
+    assert said in capsys.readouterr().out
+    found = next(row for row in studio.get("api/runs/toy/exports") if row["form"] == form)["files"]
+    tensors = [row for row in found if row["file"].endswith(".safetensors")]
+    assert [row["file"] for row in tensors] == [f"exports/{form}/{name}.safetensors" for name in names]
+    assert all(row["bytes"] == (run / row["file"]).stat().st_size for row in found)
+    own = load_file(run / "concepts.safetensors")["handles"]
+    (row,) = load_file(run / tensors[0]["file"]).values()
+    assert np.abs((row.float() - own[:1]).numpy()).max() < 1e-3  # an export of a small run is in fp16
+
+
+def test_runs_are_compared_by_the_settings_that_differ(studio, run):
+    """Those alone, each with the values of the runs in their order."""
+    settings = json.loads((run / "settings.json").read_text())
+    other = shutil.copytree(run, run.parent / "other")
+    settings["config"] |= {"rank": 2, "seed": 9}
+    (other / "settings.json").write_text(json.dumps(settings))
+    rows = [
+        {"phase": phase, "step": step, "loss": 0.5} for step, phase in ((1, "phase1"), (2, "phase1"), (3, "phase2"))
+    ]
+    (other / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = studio.get("api/compare?runs=toy|other")
+    assert found["runs"] == ["toy", "other"]
+    assert found["differs"] == [{"name": "rank", "values": ["4", "2"]}, {"name": "seed", "values": ["0", "9"]}]
+    none, curves = found["metrics"]
+    assert none == {"steps": [], "starts": [], "curves": []}
+    assert (curves["steps"], curves["starts"]) == ([1, 2, 3], [3])  # the second phase alone has a line
+    assert [each["name"] for each in curves["curves"]] == ["loss"]
+    assert studio.get("api/compare?runs=toy|toy")["differs"] == []
+    assert studio.ask("GET", "api/compare?runs=toy|nothing").status_code == 404
