@@ -1,12 +1,14 @@
 // Curves on a canvas: the mean as a line, least and largest as a band, so that no spike is lost.
+// beside: the values of all curves that share its axis, to be compared
 import { h } from "./dom.js";
 
-export function curve({ title, values }, steps, starts, total, colour = "--mark") {
+export function curve({ title, values }, steps, starts, total, colour = "--mark", beside = values) {
   const canvas = h("canvas", { class: "curve", role: "img" }), number = h("output", { class: "number" });
   const numbers = values.filter(Boolean), latest = numbers.at(-1)?.[2];
-  const low = Math.min(...numbers.map((v) => v[0])), high = Math.max(...numbers.map((v) => v[1]));
+  const ends = (all) => [Math.min(...all.map((v) => v[0])), Math.max(...all.map((v) => v[1]))];
+  const [least, most] = ends(numbers), [low, high] = ends(beside.filter(Boolean));
   const short = (value) => (value === undefined ? "" : Number(value.toPrecision(3)).toString());
-  canvas.setAttribute("aria-label", `${title}: ${short(latest)} at step ${steps.at(-1)}, between ${short(low)} and ${short(high)}`);
+  canvas.setAttribute("aria-label", `${title}: ${short(latest)} at step ${steps.at(-1)}, between ${short(least)} and ${short(most)}`);
   number.textContent = short(latest);
   const box = h("figure", { class: "curve-box" }, h("figcaption", {}, title, number), canvas,
     h("div", { class: "axis number", "aria-hidden": "true" }, h("span", {}, short(low)), h("span", {}, short(high))));

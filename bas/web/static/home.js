@@ -75,7 +75,7 @@ export async function open(main, _rest, studio) {
     try {
       const found = await get("trash");
       put(rows, found.length ? found.map(({ name, was }) => h("li", { class: "row" }, was,
-        button("Restore", () => restore(name).catch((error) => notices.append(problem(`${was} cannot be restored`, error.message))), { class: "plain", "aria-label": `Restore ${was}` })))
+        button("Restore", () => restore(name).catch((error) => notices.append(problem(`${was} cannot be restored`, error.message))), { "aria-label": `Restore ${was}` })))
         : h("li", { class: "quiet" }, "Nothing is in the trash."));
     } catch (error) { put(rows, h("li", {}, error.message)); }
   }

@@ -48,12 +48,13 @@ export async function open(main, [name], studio) {
     try {
       const found = await get(`compare?runs=${encodeURIComponent([...picked].join("|"))}`);
       const curves = [...new Set(found.metrics.flatMap((each) => each.curves.map((one) => one.name)))];
+      const last = Math.max(...found.metrics.map((each) => each.steps.at(-1) ?? 0)), ofName = (curveName) => found.metrics.map((each) => each.curves.find((one) => one.name === curveName));
       put(table,
         found.differs.length ? h("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Settings that differ" }, h("table", {}, h("caption", {}, "Settings that differ"), h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), found.runs.map((run) => h("th", { scope: "col" }, run)))),
           h("tbody", {}, found.differs.map((row) => h("tr", {}, h("th", { scope: "row" }, label(row.name)), row.values.map((value) => h("td", {}, value))))))) : h("p", {}, "All settings are the same."),
         h("div", { class: "beside" }, found.runs.map((run, i) => h("section", {}, h("h3", {}, run),
           h("div", { class: "shots" }, (found.previews[i].at(-1)?.files ?? []).filter((file) => file.includes("/sample-")).map((file) => h("img", { src: fileOf(run, file), alt: `${file.split("/").at(-1)} of ${run}` }))),
-          curves.map((each) => { const one = found.metrics[i].curves.find((c) => c.name === each); return one ? curve(one, found.metrics[i].steps, found.metrics[i].starts, Math.max(...found.metrics.map((m) => m.steps.at(-1) ?? 0)), TINTS[i]) : null; })))));
+          curves.map((each) => { const { steps, starts } = found.metrics[i], all = ofName(each), one = all[i]; return one ? curve(one, steps, starts, last, TINTS[i], all.flatMap((c) => c?.values ?? [])) : null; })))));
     } catch (error) { put(table, problem("These cannot be compared", error.message)); }
   }
 

@@ -154,7 +154,12 @@ def maps_of(run: Path, file: str) -> list[dict[str, str]]:
     notes = attention_folder(run, file) / MAPS
     if not notes.is_file() or notes.stat().st_mtime_ns < (run / file).stat().st_mtime_ns:
         return []
-    names = read_json(notes)
+    try:
+        names = read_json(notes)
+    except InputError:
+        return []  # the page then offers to make them again
+    if not isinstance(names, dict):
+        return []
     return [
         {"name": name, "file": (notes.parent / f"{key}.png").relative_to(run).as_posix()} for key, name in names.items()
     ]

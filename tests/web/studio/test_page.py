@@ -242,7 +242,7 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, server, tmp_path)
     for name, rank in (("first", 4), ("second", 2)):
         run = write_small_run(runs / name, base, **LORA | {"rank": rank, "attention_grid": 8})
         rows = [
-            {"phase": phase, "step": step, "loss": 1 / step} for step, phase in ((1, "one"), (2, "one"), (3, "two"))
+            {"phase": phase, "step": step, "loss": rank / step} for step, phase in ((1, "one"), (2, "one"), (3, "two"))
         ]
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     words = ["sample", str(runs / "first"), "--prompt", "a photo of <asset0> and <asset1>"]
@@ -257,7 +257,12 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, server, tmp_path)
     cells = "[...document.querySelectorAll('table tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
     assert page.run(cells) == [["Setting", "first", "second"], ["Rank", "4", "2"]]
     labels = "[...document.querySelectorAll('.curve')].map((curve) => curve.getAttribute('aria-label'))"
-    assert page.run(labels) == ["sum, weighted: 0.333 at step 3, between 0.333 and 1"] * 2
+    assert page.run(labels) == [
+        "sum, weighted: 1.33 at step 3, between 1.33 and 4",
+        "sum, weighted: 0.667 at step 3, between 0.667 and 2",
+    ]
+    axes = "[...document.querySelectorAll('.axis')].map((axis) => [...axis.children].map((end) => end.textContent))"
+    assert page.run(axes) == [["0.667", "4"]] * 2  # one axis for both, so that they can be compared
 
     # Take away: one file and a LoRA, and what to type for each.
     for title, line in (

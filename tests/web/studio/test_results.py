@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from bas.cli.entry import main
 from bas.io.images import save_image
 from bas.io.json_files import read_json, write_json
 from bas.web.studio import jobs
+from bas.web.studio.runs import maps_of
 from bas.web.studio.tiles import pack
 from tests.helpers.small_runs import LORA, write_base, write_small_run
 
@@ -66,6 +68,14 @@ def test_where_the_handles_of_a_picture_looked(studio, run, boxes):
     for each in rows[6]["maps"]:
         answer = studio.ask("GET", f"api/runs/toy/file/{each['file']}")
         assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+
+    picture, notes = run / chosen["file"], run / folder / "maps.json"
+    os.utime(picture, ns=(0, notes.stat().st_mtime_ns + 1))
+    assert maps_of(run, chosen["file"]) == []  # of an older picture of this name
+    os.utime(picture, ns=(0, 0))
+    assert maps_of(run, chosen["file"]) == rows[6]["maps"]
+    notes.write_text("{damaged")
+    assert maps_of(run, chosen["file"]) == []
 
 
 def test_a_picture_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
