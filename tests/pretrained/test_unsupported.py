@@ -265,17 +265,23 @@ SOURCES = sorted(Path(bas.__file__).parent.rglob("*.py"))
 NEVER_IMPORTED = {"pickle", "shelve", "marshal", "dill", "cloudpickle", "joblib", "subprocess", "pty", "runpy"}
 NEVER_CALLED = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "os.system", "os.popen"}
 MAY_BE_TRUE = {"trust_remote_code", "allow_pickle", "shell"}  # and must not
+STARTS_PROCESSES = "jobs.py"  # of the studio: bas itself, for a job
+OWN_PROCESS = ["words = [sys.executable, '-m', 'bas', 'studio', '--job', job]", "subprocess.Popen(words, "]
 
 
 def test_the_sources_hold_nothing_that_unpickles_or_runs_data():
-    """Nor a shell, nor a module by a name that is not written out, but for three tables of modules in the sources."""
+    """Nor a shell, nor a module by a name that is not written out, but for five tables of modules in the sources.
+
+    One place starts a process: bas itself.
+    """
     by_name = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             where = f"{path.name}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [name.name for name in node.names] + [getattr(node, "module", None) or ""]
-                assert not {name.split(".")[0] for name in names} & NEVER_IMPORTED, where
+                allowed = {"subprocess"} if path.name == STARTS_PROCESSES else set()
+                assert not {name.split(".")[0] for name in names} & NEVER_IMPORTED - allowed, where
             elif isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in NEVER_CALLED, where
@@ -283,7 +289,17 @@ def test_the_sources_hold_nothing_that_unpickles_or_runs_data():
                 if called == "importlib.import_module" and not isinstance(node.args[0], ast.Constant):
                     by_name.append(path.name)
     assert len(SOURCES) > 40
-    assert by_name == ["__init__.py", "entry.py", "libraries.py"]
+    assert by_name == ["__init__.py", "entry.py", "libraries.py", "app.py", "worker.py"]
+
+
+def test_the_studio_starts_no_other_program_than_bas():
+    (path,) = (path for path in SOURCES if path.name == STARTS_PROCESSES)
+    source = ast.unparse(ast.parse(path.read_text(encoding="utf-8")))
+    assert [source.count(text) for text in OWN_PROCESS] == [1, 1]
+    used = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    started = {name.removeprefix("subprocess.") for name in used if name.startswith("subprocess.")}
+    assert started - {"PIPE", "DEVNULL", "DETACHED_PROCESS", "CREATE_NEW_PROCESS_GROUP"} == {"Popen"}
+    assert source.count("subprocess.Popen(") == 1
 
 
 @pytest.mark.parametrize(("package", "least"), [("torch", (2, 10)), ("transformers", (5, 3)), ("pillow", (12, 2))])
