@@ -1,6 +1,7 @@
 // The frame: rooms by address, the state of the server, the strip of work, keys.
 import { get, send, Away, address } from "./api.js";
 import { button, duration, h, link, problem, progress, put, speak } from "./dom.js";
+import { workOf } from "./queue.js";
 
 const ROOMS = {
   home: { title: "Home", load: () => import("./home.js") },
@@ -81,21 +82,19 @@ async function refresh() {
   if (!document.hidden) timer = setTimeout(refresh, alive ? 700 : 2500);
 }
 
-const WORK = { train: "Training", sample: "Drawing with", attend: "Reading the attention of", edit: "Editing with", export: "Exporting" };
-
 function drawStrip() {
   const busy = studio.state.jobs.filter((job) => ["waiting", "running"].includes(job.state));
   const job = busy.find((each) => each.state === "running") ?? busy.at(-1);
   strip.hidden = !job;
   if (!job) return;
   const { name, done, total, left } = job.progress ?? {};
-  const text = `${WORK[job.kind] ?? job.kind} ${job.name}`;
+  const text = workOf(job);
   const how = job.stopping ? "stopping …" : job.state === "waiting" ? "waiting" : name ? `${name.replace(/:$/, "")} ${done}/${total}` : "starting …";
   put(strip, h("span", { class: "dot", "aria-hidden": "true" }),
     link(text, job.kind === "train" ? `#/watch/${encodeURIComponent(job.name)}` : `#/${job.kind === "edit" ? "edit" : "draw"}/${encodeURIComponent(job.name)}`),
     name ? progress(done, total, text) : null, h("span", { class: "number" }, how),
     left ? h("span", { class: "quiet number" }, `${duration(left)} left`) : null,
-    busy.length > 1 ? h("span", { class: "quiet" }, `${busy.length - 1} more in the queue`) : null,
+    busy.length > 1 ? link(`${busy.length - 1} more in the queue`, "#/home") : null,
     h("span", { class: "spring" }),
     button("Stop", () => stop(job, "save"), { "aria-label": `Stop ${text}`, disabled: Boolean(job.stopping) }));
 }

@@ -1,14 +1,16 @@
 // Home: bring photographs; scenes and runs.
 import { address, get, send, thumbOf, upload } from "./api.js";
 import { button, deleted, duration, h, link, plural, problem, progress, put } from "./dom.js";
+import { queue } from "./queue.js";
 
 export const STATES = {
   done: "done", running: "training", waiting: "in the queue", stopped: "stopped", failed: "failed", refused: "not started",
   lost: "ended without a word", unfinished: "unfinished", elsewhere: "training in a terminal", damaged: "damaged",
+  foreign: "asked for elsewhere, not started here",
 };
 
 export async function open(main, _rest, studio) {
-  const notices = h("div", { class: "stack" }), scenes = h("div", { class: "cards" }), runs = h("div", { class: "cards" });
+  const notices = h("div", { class: "stack" }), scenes = h("div", { class: "cards" }), runs = h("div", { class: "cards" }), work = queue(studio);
   const rows = h("ul", { class: "files" }), bin = h("details", { id: "trash", ontoggle: listTrash }, h("summary", {}, "Trash"), rows);
   const files = h("input", { type: "file", accept: "image/*,.heic,.heif,.tif,.tiff", multiple: true, class: "unseen", tabIndex: -1, "aria-hidden": "true", id: "files" });
   files.addEventListener("change", () => { bring([...files.files]); files.value = ""; });
@@ -17,7 +19,7 @@ export async function open(main, _rest, studio) {
     h("p", { class: "row centre" }, button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" })),
     h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."), files);
-  put(main, h("h1", {}, "Home"), drop, notices, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs, bin);
+  put(main, h("h1", {}, "Home"), drop, notices, work.sections, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs, bin);
   for (const place of [scenes, runs]) put(place, h("p", { class: "quiet" }, "Looking …"));
 
   for (const kind of ["dragenter", "dragover"]) main.addEventListener(kind, over);
@@ -112,6 +114,7 @@ export async function open(main, _rest, studio) {
 
   return {
     update(state) {
+      work.update(state);
       put(scenes, state.scenes.length ? state.scenes.map(sceneCard) : h("p", { class: "quiet" }, "No scene yet. A scene is a photograph with a mask for each thing."));
       put(runs, state.runs.length ? state.runs.map(runCard) : h("p", { class: "quiet" }, "No run yet. A run is what training makes of a scene."));
     },

@@ -57,8 +57,8 @@ export async function open(main, [name], studio) {
           run.report && link("The report", fileOf(name, "report.html"), { class: "button", download: `${name}.html` }))));
     } else {
       const text = { stopped: `It was stopped after step ${done} of ${total ?? "?"}.`, lost: "It ended without a word: killed, or the machine was restarted.",
-        failed: "It has failed.", refused: "It has not started.", unfinished: `It is unfinished, after step ${done} of ${total ?? "?"}.`, damaged: "Its files are damaged." }[state] ?? STATES[state];
-      const again = state !== "refused" && state !== "damaged";
+        failed: "It has failed.", refused: "It has not started.", unfinished: `It is unfinished, after step ${done} of ${total ?? "?"}.`, damaged: "Its files are damaged.", foreign: "It came from elsewhere: Home shows the command that would go on with it, and asks." }[state] ?? STATES[state];
+      const again = state !== "refused" && state !== "damaged" && state !== "foreign";
       parts.push(h("div", { class: `card ${state === "stopped" || state === "unfinished" ? "" : "bad"}`, role: "status" }, h("strong", {}, text), line && h("p", {}, line), run.problem && h("p", {}, run.problem),
         h("p", { class: "row" }, again && button("Continue", resume, { class: "main", id: "continue" }),
           run.scene && link("Change settings", `#/train/${encodeURIComponent(run.scene)}`, { class: "button" }),

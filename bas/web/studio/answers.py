@@ -16,12 +16,12 @@ from bas.pretrained.hub import find
 from bas.web.studio import jobs, runs, scenes
 from bas.web.studio.app import Ask
 from bas.web.studio.refusal import Refusal
-from bas.web.studio.store import JOBS, RUNS, SCENES, text_of
+from bas.web.studio.store import JOBS, RUNS, SCENES, file_inside, text_of
 from bas.web.studio.zips import files_below, zipped
 
 KEPT = {"cache-control": "private, max-age=31536000, immutable"}  # of what its address names exactly
 THUMB = 320  # pixels of the longer side of a picture in a gallery
-LATEST = 30  # jobs that the page is told of
+LATEST = 30  # jobs that the page is told of, besides those that have not ended
 INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 EXAMPLE = "playroom"
 
@@ -39,7 +39,7 @@ def state(ask: Ask) -> dict[str, Any]:
     return {
         "scenes": [scene_summary(ask.home.folder / SCENES / name) for name in ask.home.names(SCENES)],
         "runs": [run for run in summaries if run],
-        "jobs": found[:LATEST],
+        "jobs": [job for i, job in enumerate(found) if i < LATEST or job["state"] in (*jobs.ALIVE, jobs.FOREIGN)],
     }
 
 
@@ -132,18 +132,30 @@ def stop_job(ask: Ask) -> dict[str, Any]:
     return jobs.describe(folder) or {}
 
 
+def move_job(ask: Ask) -> dict[str, Any]:
+    """One place forward or back in the queue."""
+    ask.lane.move(ask.home.find(JOBS, ask.path["job"]), up=bool(ask.json.get("up")))
+    return {}
+
+
+def accept_job(ask: Ask) -> dict[str, Any]:
+    """Put a job from elsewhere into the queue, once its command was seen."""
+    folder, words = ask.home.find(JOBS, ask.path["job"]), ask.json.get("words")
+    jobs.accept(folder, words if isinstance(words, list) else [])
+    ask.lane.tick()
+    return jobs.describe(folder) or {}
+
+
 def read_log(ask: Ask) -> dict[str, Any]:
-    """The end of what a job has printed, and its command."""
+    """The end of what a job has printed, and its command: as one types it, and its words."""
     folder = ask.home.find(JOBS, ask.path["job"])
-    command = jobs.read_json(folder / jobs.JOB).get("command", [])
-    return {"text": jobs.tail(folder / jobs.LOG), "command": shlex.join(["bas", *map(str, command)])}
+    words = jobs.words_of(folder)
+    return {"text": jobs.tail(folder / jobs.LOG), "command": shlex.join(["bas", *words]), "words": words}
 
 
 def view_edited(ask: Ask) -> Response:
     """The image that a job edits."""
-    path = ask.home.find(JOBS, ask.path["job"]) / runs.IMAGE
-    if not path.is_file():
-        raise Refusal(404, "this job edits no image", "missing")
+    path = file_inside(ask.home.find(JOBS, ask.path["job"]), runs.IMAGE)
     data, kind = scenes.as_view(read_image(path))
     return Response(data, media_type=kind, headers=KEPT)
 

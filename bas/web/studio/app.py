@@ -85,6 +85,8 @@ ADDRESSES = (
     ("POST", "/api/plan", "planning.plan_training"),
     ("POST", "/api/jobs", "planning.add_job"),
     ("POST", "/api/jobs/{job}/stop", "answers.stop_job"),
+    ("POST", "/api/jobs/{job}/accept", "answers.accept_job"),
+    ("POST", "/api/jobs/{job}/move", "answers.move_job"),
     ("GET", "/api/jobs/{job}/log", "answers.read_log"),
     ("GET", "/api/jobs/{job}/image", "answers.view_edited"),
     ("GET", "/api/runs/{run}", "answers.get_run"),

@@ -6,9 +6,13 @@
     stop           "save" or "now", written to ask it to stop
     events.jsonl   the progress of its stages
     exit.json      the exit code and the command's last line, written at its end
+    place          where it was moved to in the queue: a time, as if it had been asked for then
 
 A job's state is read from these files each time, and is never stored: no log is waiting, a held lock is running, an
 exit code is done, refused, failed or stopped, and a lock that nobody holds without an exit code is lost.
+
+A job that was not asked for on this machine (own.py) is foreign until somebody here accepts it: it is never started,
+and no file of it is written or locked.
 """
 
 import json
@@ -24,38 +28,101 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bas.errors import InputError
-from bas.io.json_files import read_json, write_json
-from bas.web.studio.refusal import Refusal
+from bas.io.files import write_text
+from bas.io.json_files import read_record, write_json
+from bas.web.studio import own
+from bas.web.studio.refusal import Refusal, missing
 from bas.web.studio.store import JOBS, Home, stamp
 
 JOB, LOG, LOCK, STOP, EVENTS, EXIT = "job.json", "log.txt", "lock", "stop", "events.jsonl", "exit.json"
+PLACE = "place"
 STARTING = 15.0  # seconds that a process may take before it holds its lock
 TAIL = 2**14  # bytes at the end of a file that are read for its last line
 SPARE = "-"  # in place of a job's folder
 PAGE_OPEN, NOBODY_ASKS = 10.0, 300.0  # seconds since a page last asked
 STATES = {0: "done", 2: "refused", 130: "stopped", 143: "stopped"}
 ALIVE = ("waiting", "running")
+FOREIGN = "foreign"
+NUMBER = (int, float)
+ASKED = {"kind": str, "name": str, "command": [str], "asked": dict, "made": NUMBER}  # of job.json
+ENDED = {"code": int}  # of exit.json
+COMMANDS = ("train", "sample", "attend", "edit", "export", "download")  # that a job can be
 
 
-def make(home: Home, kind: str, name: str, words: list[str], asked: dict[str, Any], files: dict[str, bytes]) -> str:
-    """Put a job into the queue and return its name. files: what its command reads from the job's folder."""
+def make(
+    home: Home,
+    kind: str,
+    name: str,
+    words: list[str],
+    asked: dict[str, Any],
+    files: dict[str, bytes],
+    here: bool = True,
+) -> str:
+    """Put a job into the queue and return its name. files: what its command reads from the job's folder.
+
+    here: whether its command was made here; else it waits until it is accepted.
+    """
     job = home.free_name(JOBS, f"{stamp()}-{kind}-{name}")
     folder = home.folder / JOBS / job
     folder.mkdir()
     for file, content in files.items():
         (folder / file).write_bytes(content)
     words = [word.replace("{job}", str(folder)) for word in words]
-    write_json(folder / JOB, {"kind": kind, "name": name, "command": words, "asked": asked, "made": time.time()})
+    content = {"kind": kind, "name": name, "command": words, "asked": asked, "made": time.time()}
+    write_json(folder / JOB, content | ({"mark": own.mark(folder, content)} if here else {}))
     return job
 
 
+def read_job(folder: Path) -> dict[str, Any] | None:
+    """What a job was asked for: job.json. None for a damaged one."""
+    try:
+        return read_record(folder / JOB, ASKED, "remove its folder")
+    except InputError:
+        return None
+
+
+def words_of(folder: Path) -> list[str]:
+    """The words of a job's command."""
+    job = read_job(folder)
+    return job["command"] if job else []
+
+
+def place_of(folder: Path) -> float:
+    """Where a job stands in the queue: the time it was asked for, or what stands for that since it was moved."""
+    try:
+        return float((folder / PLACE).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return (read_job(folder) or {"made": math.inf})["made"]
+
+
+def read_end(folder: Path) -> dict[str, Any]:
+    """How a job has ended: exit.json. A damaged one says that it failed."""
+    try:
+        return read_record(folder / EXIT, ENDED, "")
+    except InputError:
+        return {"code": 1}
+
+
+def accept(folder: Path, command: list[str]) -> None:
+    """Put a foreign job into the queue. command: its words as they were shown. Refusal if they are others by now."""
+    job = read_job(folder)
+    if job is None:
+        raise missing("this job")
+    if state(folder) != FOREIGN or job["command"] != command or command[:1] != [job["kind"]]:
+        raise Refusal(409, "this job is not what was shown: load the page again", "changed")
+    if job["kind"] not in COMMANDS:
+        raise Refusal(403, f"the studio starts no bas {job['kind']}", "bad")
+    content = {name: job[name] for name in ASKED}
+    write_json(folder / JOB, content | {"mark": own.mark(folder, content)})
+
+
 def state(folder: Path) -> str:
-    """What became of a job: waiting, running, done, refused, failed, stopped or lost."""
+    """What became of a job: waiting, running, done, refused, failed, stopped or lost; or foreign."""
     if (folder / EXIT).exists():
-        try:
-            return STATES.get(read_json(folder / EXIT)["code"], "failed")
-        except (InputError, KeyError, TypeError):
-            return "failed"
+        return STATES.get(read_end(folder)["code"], "failed")
+    job = read_job(folder)
+    if job is None or not own.is_marked(folder, job):
+        return FOREIGN
     if not (folder / LOG).exists():
         return "waiting"
     if not (folder / LOCK).exists():
@@ -66,7 +133,9 @@ def state(folder: Path) -> str:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds a lock."""
+    """Whether a process holds a lock. A link is none: taking it would write to another file."""
+    if path.is_symlink():
+        return False
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -78,16 +147,17 @@ def held(path: Path) -> bool:
 
 def describe(folder: Path) -> dict[str, Any] | None:
     """A job for the page: what was asked, its state, its progress and its last line. None for a damaged one."""
-    try:
-        job = read_json(folder / JOB)
-    except InputError:
+    job = read_job(folder)
+    if job is None:
         return None
-    found = {"id": folder.name, **{key: job.get(key) for key in ("kind", "name", "asked", "made")}}
-    found |= {"state": state(folder), "progress": last_row(folder / EVENTS)}
+    found = {"id": folder.name, **{key: job[key] for key in ("kind", "name", "asked", "made")}}
+    found |= {"state": state(folder), "here": own.is_marked(folder, job), "progress": last_row(folder / EVENTS)}
+    if found["state"] == "waiting":
+        found["place"] = place_of(folder)
     if (folder / STOP).exists() and found["state"] == "running":
         found["stopping"] = True
     if (folder / EXIT).exists():
-        ended = read_json(folder / EXIT)
+        ended = read_end(folder)
         found |= {"line": ended.get("line"), "ended": ended.get("ended")}
     return found
 
@@ -114,11 +184,11 @@ def tail(path: Path) -> str:
 
 
 def stop(folder: Path, how: str) -> None:
-    """Ask a job to stop: "save" after its step, once its state is saved, or "now". A waiting one never starts."""
+    """Ask a job to stop: "save" after its step, once its state is saved, or "now". One that waits never starts."""
     if how not in ("save", "now"):
         raise Refusal(400, "how is save or now", "bad", "how")
     current = state(folder)
-    if current == "waiting":
+    if current in ("waiting", FOREIGN):
         write_json(folder / EXIT, {"code": 130, "line": "taken out of the queue", "ended": time.time()})
     elif current == "running":
         (folder / STOP).write_text(how, encoding="ascii")
@@ -126,8 +196,13 @@ def stop(folder: Path, how: str) -> None:
         raise Refusal(409, f"this job is not running: it is {current}", "ended")
 
 
+def in_order(states: dict[Path, str]) -> list[Path]:
+    """The jobs that wait, the next one first."""
+    return sorted((folder for folder, current in states.items() if current == "waiting"), key=place_of)
+
+
 class Lane:
-    """The queue: at most one job runs at a time, in the order in which they were asked for.
+    """The queue: at most one job runs at a time, in the order in which they were asked for, unless they were moved.
 
     The processes outlive the server. Only starting the next one needs it.
     """
@@ -148,15 +223,21 @@ class Lane:
         """Start the next job if none is running."""
         with self.turn:
             self.started = [process for process in self.started if process.poll() is None]
-            waiting = []
-            for folder in self.folders():
-                current = state(folder)
-                if current == "running":
-                    return
-                if current == "waiting":
-                    waiting.append(folder)
-            if waiting:
+            states = {folder: state(folder) for folder in self.folders()}
+            waiting = in_order(states)
+            if waiting and "running" not in states.values():
                 self.started.append(self.hand_over(waiting[0]) or start(waiting[0]))
+
+    def move(self, folder: Path, up: bool) -> None:
+        """Let a job that waits change places with the one before it, or behind it. Refusal if it does not wait."""
+        with self.turn:
+            waiting = in_order({each: state(each) for each in self.folders()})
+            if folder not in waiting:
+                raise Refusal(409, "this job does not wait any more", "ended")
+            at = waiting.index(folder)
+            pair = waiting[max(0, at - 1) : at + 1] if up else waiting[at : at + 2]
+            for each, place in zip(pair, [place_of(each) for each in reversed(pair)], strict=True):
+                write_text(each / PLACE, repr(place))
 
     def hand_over(self, folder: Path) -> subprocess.Popen | None:
         """Give a job to the spare process, which spares it seconds. None if there is none, or if it has ended."""

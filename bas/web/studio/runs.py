@@ -26,6 +26,7 @@ ATTENTION, MAPS = "attention", "maps.json"  # a folder for each picture, as `bas
 MASK, IMAGE = "mask.png", "image.png"  # in the folder of a job that edits
 FORMS = ("single", *FORMATS)  # of exports
 SHOWN = (".png", ".jpg", ".webp")
+MOST_IMAGES = 10_000  # of one edit that are looked for
 COLUMNS = 400  # of a curve at most
 FILES = {DRAWN, EDITED, EXPORTS, ATTENTION, PREVIEWS, SCENE}  # folders of a run whose files the page may ask for
 
@@ -169,9 +170,10 @@ def edit_of(home: Home, run: Path, file: str) -> Path | None:
     """The job that made a picture by editing: it keeps the image and the mask. None if the job is not here any more."""
     for folder in reversed(jobs.Lane(home).folders()):
         job = jobs.describe(folder) if "-edit-" in folder.name else None
-        if not job or job["name"] != run.name or not (target := (job["asked"] or {}).get("file")):
+        if not job or job["name"] != run.name or not isinstance(target := job["asked"].get("file"), str):
             continue
-        if Path(file) in numbered_paths(Path(target), job["asked"]["settings"].get("num_images", 1)):
+        count = (job["asked"].get("settings") or {}).get("num_images", 1)
+        if Path(file) in numbered_paths(Path(target), min(count, MOST_IMAGES)):
             return folder
     return None
 

@@ -4,21 +4,20 @@ HOME/scenes/NAME/      as `bas masks` and `bas train` read it; draft.json while 
 HOME/runs/NAME/        as `bas train` writes it; pictures/ edits/ exports/ of the studio
 HOME/jobs/STAMP-KIND-NAME/    what was asked, and what became of it (jobs.py)
 HOME/trash/STAMP-NAME/        what was deleted, and in was.json where it was
-HOME/.token            the secret part of the address
 """
 
 import os
 import re
-import secrets
 import shutil
 import time
 from pathlib import Path
 
 from bas.errors import InputError
 from bas.io.json_files import read_json, write_json
+from bas.web.studio import own
 from bas.web.studio.refusal import Refusal, missing
 
-SCENES, RUNS, JOBS, TRASH, TOKEN = "scenes", "runs", "jobs", "trash", ".token"
+SCENES, RUNS, JOBS, TRASH = "scenes", "runs", "jobs", "trash"
 WAS = "was.json"  # beside what was deleted: where it was
 NAME = re.compile(r"[^\W_](?:[\w .()-]{0,78}[\w()-])?")  # of a scene, a run or a job: no slash, no dot at the ends
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # files that Windows does not make
@@ -40,18 +39,8 @@ class Home:
             raise InputError(f"{self.folder} cannot hold the studio: {error.strerror}") from None
 
     def token(self) -> str:
-        """The secret part of the address: 128 bits, made once and kept for this user alone."""
-        path = self.folder / TOKEN
-        try:
-            kept = path.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError):
-            kept = ""
-        if not re.fullmatch(r"[\w-]{22,64}", kept):
-            kept = secrets.token_urlsafe(16)
-            path.unlink(missing_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(kept)
-        return kept
+        """The secret part of the address."""
+        return own.token(self.folder)
 
     def names(self, kind: str) -> list[str]:
         """The folders of one kind, those changed last first."""

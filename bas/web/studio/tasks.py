@@ -17,7 +17,6 @@ from PIL import Image
 from bas.config import EditConfig, SampleConfig, setting_rows
 from bas.errors import InputError
 from bas.io.images import image_size, read_image, to_floats
-from bas.io.json_files import read_json
 from bas.io.run_files import CONCEPTS, SETTINGS, TUNED, read_settings
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
@@ -58,23 +57,29 @@ def train(home: Home, body: dict) -> str:
 
 
 def resume(home: Home, body: dict) -> str:
-    """Go on with a training that was stopped, failed or lost, from its last checkpoint."""
+    """Go on with a training that was stopped, failed or lost, from its last checkpoint.
+
+    The command is that of the job which began it here. Without one the run itself says what to do, and the new job is
+    foreign: it waits until somebody has seen its command.
+    """
     run = home.find(RUNS, text_of(body, "run"))
     if (run / CONCEPTS).exists():
         raise Refusal(409, "this run is finished", "ended")
-    busy = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job and job["name"] == run.name]
-    if any(job["kind"] == "train" and job["state"] in jobs.ALIVE for job in busy):
-        raise Refusal(409, "this run is being trained already", "running")
-    asked = {"run": run.name, "resume": True}
-    if not (run / SETTINGS).is_file():
-        first = next((job for job in busy if job["kind"] == "train"), None)
-        if first is None:
-            raise Refusal(409, "this run has no settings to go on with", "missing")
-        words = read_json(home.folder / JOBS / first["id"] / jobs.JOB)["command"]
-        return jobs.make(home, "train", run.name, words, asked, {})
-    scene = read_settings(run)["config"]["instance_data_dir"]
-    words = ["train", scene, "--config", str(run / CONFIG), "--output_dir", str(run)]
-    return jobs.make(home, "train", run.name, [*words, "--resume_from_checkpoint", "latest"], asked, {})
+    found = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job]
+    trainings = [job for job in found if (job["kind"], job["name"]) == ("train", run.name)]
+    if any(job["state"] in (*jobs.ALIVE, jobs.FOREIGN) for job in trainings):
+        raise Refusal(409, "this run is being trained already, or waits for that", "running")
+    first = next((job for job in trainings if job["here"] and not job["asked"].get("resume")), None)
+    begun, asked = (run / SETTINGS).is_file(), {"run": run.name, "resume": True}
+    if first is None and not begun:
+        raise Refusal(409, "this run has no settings to go on with", "missing")
+    if first:
+        words = jobs.words_of(home.folder / JOBS / first["id"])
+    else:
+        scene = read_settings(run)["config"]["instance_data_dir"]
+        words = ["train", scene, "--config", str(run / CONFIG), "--output_dir", str(run)]
+    latest = ["--resume_from_checkpoint", "latest"] if begun else []
+    return jobs.make(home, "train", run.name, [*words, *latest], asked, {}, here=first is not None)
 
 
 def finished(home: Home, body: dict) -> Path:

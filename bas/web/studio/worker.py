@@ -14,9 +14,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bas.errors import InputError
-from bas.io.json_files import read_json, write_json
+from bas.io.json_files import write_json
 from bas.runtime.progress import Stage, watch
-from bas.web.studio.jobs import EVENTS, EXIT, JOB, LOCK, LOG, STOP, tail
+from bas.web.studio.jobs import EVENTS, EXIT, LOCK, LOG, STOP, read_job, tail
+from bas.web.studio.own import is_marked
 
 NEEDED = (
     "bas.training.loop",
@@ -47,6 +48,9 @@ def wait_for_job() -> Path | None:
 
 def work(folder: Path, run_command: Callable[[list[str]], int]) -> int:
     """Run a job and return its exit code. run_command: runs the words of a command of bas and returns its exit code."""
+    job = read_job(folder)
+    if job is None or not is_marked(folder, job):
+        raise InputError(f"{folder} was not asked for on this machine")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=5)
@@ -65,7 +69,7 @@ def work(folder: Path, run_command: Callable[[list[str]], int]) -> int:
         with watch(note):
             code = 1
             try:
-                code = run_command(read_json(folder / JOB)["command"])
+                code = run_command(job["command"])
             except KeyboardInterrupt:
                 code = STOPPED
             finally:

@@ -6,7 +6,10 @@ import stat
 
 import pytest
 
+from bas.io.files import cache_dir
 from bas.web.studio.guard import LIMITS
+from bas.web.studio.own import KEY
+from bas.web.studio.store import Home
 from tests.web.studio.conftest import ORIGIN, PORT
 
 JSON, BYTES = "application/json", "application/octet-stream"
@@ -75,9 +78,11 @@ def test_without_the_token_there_is_nothing(studio):
     for path in wrong:
         assert studio.client.get(path, follow_redirects=False).status_code == 403, path
     assert studio.client.get(f"/{token}", follow_redirects=False).headers["location"] == f"/{token}/"
-    mode = stat.S_IMODE(os.stat(studio.home.folder / ".token").st_mode)
+    mode = stat.S_IMODE(os.stat(cache_dir() / KEY).st_mode)
     assert mode == 0o600
     assert studio.home.token() == token  # bookmarks live on
+    assert token not in "".join(path.read_text() for path in studio.home.folder.rglob("*") if path.is_file())
+    assert Home(studio.home.folder.parent / "copy").token() != token
 
 
 def test_the_code_for_the_browser_works_once(studio, monkeypatch):

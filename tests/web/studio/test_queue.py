@@ -1,0 +1,138 @@
+"""The queue of the studio: its order, and that nothing in a folder from elsewhere starts by itself."""
+
+import json
+import shutil
+
+import pytest
+
+from bas.errors import InputError
+from bas.io.run_files import SETTINGS
+from bas.web.studio import jobs
+from bas.web.studio.jobs import Lane
+from bas.web.studio.store import Home
+from bas.web.studio.worker import work
+
+tick = Lane.tick  # the fixture `studio` turns it off
+
+
+def ask_for(studio, name, kind="train", words=("train", "scene")):
+    """A job that waits."""
+    return studio.home.folder / "jobs" / jobs.make(studio.home, kind, name, list(words), {}, {})
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The folders of the jobs that would be started."""
+    found = []
+    monkeypatch.setattr(jobs, "start", lambda folder: found.append(folder))
+    return found
+
+
+def waiting(studio):
+    """The names of what waits, as the page shows them in order."""
+    rows = [job for job in studio.get("api/state")["jobs"] if job["state"] == "waiting"]
+    return [job["name"] for job in sorted(rows, key=lambda job: job["place"])]
+
+
+def test_what_waits_is_moved_taken_out_and_started_in_the_order_shown(studio, started):
+    first, second, third = (ask_for(studio, name) for name in ("first", "second", "third"))
+    assert waiting(studio) == ["first", "second", "third"]
+    studio.post(f"api/jobs/{third.name}/move", {"up": True})
+    assert waiting(studio) == ["first", "third", "second"]
+    studio.post(f"api/jobs/{first.name}/move", {"up": False})
+    assert waiting(studio) == ["third", "first", "second"]
+    for job, up in ((third, True), (second, False)):  # at the ends nothing changes
+        studio.post(f"api/jobs/{job.name}/move", {"up": up})
+    assert waiting(studio) == ["third", "first", "second"]
+    studio.post(f"api/jobs/{third.name}/stop", {"how": "save"})
+    assert waiting(studio) == ["first", "second"]
+    assert studio.ask("POST", f"api/jobs/{third.name}/move", {"up": True}).status_code == 409
+    studio.post(f"api/jobs/{second.name}/move", {"up": True})
+    tick(studio.lane)
+    assert started == [second]
+
+
+@pytest.fixture
+def copied(studio, tmp_path):
+    """A job that waits, in a folder that was copied to here, as a zip from another person would bring it."""
+    theirs = Home(tmp_path / "theirs")
+    theirs.make()
+    name = jobs.make(theirs, "train", "toy", ["train", "their_scene", "--output_dir", "anywhere"], {}, {})
+    return shutil.copytree(theirs.folder / "jobs" / name, studio.home.folder / "jobs" / name)
+
+
+def forged(folder):
+    """A job of somebody who does not have the key: without a mark, with a wrong one, with one of another job."""
+    job = json.loads((folder / jobs.JOB).read_text())
+    marks = [{}, {"mark": None}, {"mark": "0" * 64}, {"mark": job["mark"]}]
+    return [{name: value for name, value in job.items() if name != "mark"} | mark for mark in marks]
+
+
+def test_a_job_from_elsewhere_is_neither_started_nor_touched(studio, copied, started):
+    """Its files may be links to files of this user, which a lock or a request to stop would write to."""
+    victim = studio.home.folder.parent / "diary.txt"
+    victim.write_text("mine")
+    for name in (jobs.LOG, jobs.LOCK, jobs.STOP):
+        (copied / name).symlink_to(victim)
+    for content in forged(copied):
+        (copied / jobs.JOB).write_text(json.dumps(content))
+        tick(studio.lane)
+        assert jobs.state(copied) == "foreign"
+        with pytest.raises(InputError, match="was not asked for on this machine"):
+            work(copied, lambda _words: started.append("ran"))
+    assert started == []
+    assert victim.read_text() == "mine"
+
+
+def test_a_job_from_elsewhere_starts_once_its_command_was_seen(studio, copied, started):
+    (told,) = studio.get("api/state")["jobs"]
+    assert (told["state"], told["here"]) == ("foreign", False)
+    shown = studio.get(f"api/jobs/{copied.name}/log")
+    assert shown["command"] == "bas train their_scene --output_dir anywhere"
+    address = f"api/jobs/{copied.name}/accept"
+    for words in (None, [], ["train"], [*shown["words"], "--seed=1"]):
+        assert studio.ask("POST", address, {"words": words}).status_code == 409
+    assert jobs.state(copied) == "foreign"
+    accepted = studio.post(address, {"words": shown["words"]})
+    assert (accepted["state"], accepted["here"]) == ("waiting", True)
+    tick(studio.lane)
+    assert started == [copied]
+
+
+def test_only_what_the_page_starts_itself_is_accepted(studio, copied, started):
+    for kind, words in (("info", ["info", "x"]), ("train", ["paint", "x"]), ("train", [])):
+        job = {"kind": kind, "name": "toy", "command": words, "asked": {}, "made": 1.0}
+        (copied / jobs.JOB).write_text(json.dumps(job))
+        assert studio.ask("POST", f"api/jobs/{copied.name}/accept", {"words": words}).status_code in (403, 409)
+    studio.post(f"api/jobs/{copied.name}/stop", {"how": "now"})
+    assert studio.get("api/state")["jobs"][0]["state"] == "stopped"
+    tick(studio.lane)
+    assert started == []
+
+
+def test_a_run_from_elsewhere_goes_on_only_once_its_command_was_seen(studio, started):
+    """Its settings name the scene and files: they are a command of somebody else until it was accepted."""
+    run = studio.home.folder / "runs" / "toy"
+    run.mkdir()
+    settings = {"config": {"instance_data_dir": "their_scene"}, "handles": ["<toy>"], "base": "", "version": "1"}
+    (run / SETTINGS).write_text(json.dumps(settings))
+    asked = studio.post("api/jobs", {"kind": "resume", "run": "toy"})
+    assert asked["state"] == "foreign"
+    assert studio.get("api/state")["runs"][0]["state"] == "foreign"
+    tick(studio.lane)
+    assert started == []
+    words = studio.get(f"api/jobs/{asked['id']}/log")["words"]
+    assert words[:2] == ["train", "their_scene"]
+    assert words[-4:] == ["--output_dir", str(run), "--resume_from_checkpoint", "latest"]
+    assert studio.ask("POST", "api/jobs", {"kind": "resume", "run": "toy"}).status_code == 409  # it waits for that
+    studio.post(f"api/jobs/{asked['id']}/accept", {"words": words})
+    tick(studio.lane)
+    assert [folder.name for folder in started] == [asked["id"]]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"kind": {}, "name": []}', '{"kind": 3', "\0", '{"name": "x"}'])
+def test_a_damaged_job_leaves_the_page_whole(studio, content):
+    folder, whole = ask_for(studio, "toy"), ask_for(studio, "other")
+    (folder / jobs.JOB).write_text(content)
+    (whole / jobs.EXIT).write_text(content)
+    assert [job["state"] for job in studio.get("api/state")["jobs"]] == ["failed"]
