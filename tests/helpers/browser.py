@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ FLAGS = (
     *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--hide-scrollbars"),
 )
 PATIENCE = 60  # seconds for one answer, on a busy machine
+NAMED_KEYS = {"Enter": (13, "\r"), "Tab": (9, ""), "Escape": (27, "")}  # what Chromium must be told to act on them
 
 
 class Browser:
@@ -40,9 +43,30 @@ class Browser:
         self.count, self.buffer, self.session = itertools.count(1), b"", None
         self.problems: list[str] = []  # errors in the console, and requests to anywhere else than the page's server
         (page,) = (t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self.send("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        self._attach(page["targetId"])
+
+    def _attach(self, target: str) -> None:
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+
+    @contextmanager
+    def second_page(self) -> Iterator[Callable[[], None]]:
+        """Another page in a window of its own, with a function that goes to and fro between both. Closed at the end."""
+        first, self.session = self.session, None
+        target = self.send("Target.createTarget", url="about:blank", newWindow=True)["targetId"]
+        self._attach(target)
+        pages = [first, self.session]
+
+        def switch() -> None:
+            self.session = pages[self.session == first]
+
+        try:
+            yield switch
+        finally:
+            self.session = None
+            self.send("Target.closeTarget", targetId=target)
+            self.session = first
 
     def send(self, method: str, **parameters) -> dict:
         """One command; returns its result."""
@@ -110,11 +134,13 @@ class Browser:
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def press(self, key: str, control: bool = False) -> None:
-        """One key, with its text unless Control is held or the key has a name, as Enter."""
-        text = {"text": key} if len(key) == 1 and not control else {}
+        """One key, with its text unless Control is held or the key has a name, as Tab."""
+        code, text = NAMED_KEYS.get(key, (0, key if len(key) == 1 else ""))
+        more = {"windowsVirtualKeyCode": code} if code else {}
+        written = {"text": text} if text and not control else {}
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **text)
-            text = {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, modifiers=2 if control else 0, **more, **written)
+            written = {}
 
     def image(self, path: Path, **options) -> None:
         """A screenshot."""

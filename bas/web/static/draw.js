@@ -1,6 +1,8 @@
-// Draw: a prompt with handles, boxes for them, and the gallery of a run.
-import { Away, address, fileOf, get, send, thumbOf } from "./api.js";
-import { button, deleted, h, labelled, link, problem, put, remember, remembered, speak } from "./dom.js";
+// Draw: a prompt with handles, boxes for them, variations, every combination, and the gallery of a run.
+import { Away, address, get, send } from "./api.js";
+import { stop } from "./app.js";
+import { button, duration, h, labelled, link, plural, problem, put, remember, remembered, speak } from "./dom.js";
+import { gallery } from "./gallery.js";
 
 export const PLACES = ["at the beach", "in the snow", "in the jungle", "in the street", "on a wooden floor", "floating on water", "with a mountain in the background"];
 export const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
@@ -13,8 +15,12 @@ export function chooseRun(room, name, studio) {
     done.map((run) => h("option", { value: run.name, selected: run.name === name }, run.name))));
 }
 
-export function withoutRun(main, title, text) {
-  put(main, h("h1", {}, title), h("div", { class: "empty" }, h("p", { class: "large" }, text), h("p", {}, "Train a scene first; on the miniature that takes minutes."), link("To Home", "#/home", { class: "button main" })));
+// What a room says that needs a finished run.
+export function withoutRun(main, title, name, studio) {
+  const run = studio.state.runs.find((each) => each.name === name), live = run && ["running", "waiting", "elsewhere"].includes(run.state);
+  put(main, h("h1", {}, title), h("div", { class: "empty" }, h("p", { class: "large" }, run ? `${name} is not trained to its end yet` : name ? `There is no run ${name}` : "Nothing is trained yet"),
+    h("p", {}, live ? "Until then its previews show how it draws each concept: its weights are whole only at the end." : run ? "Continue its training: it goes on where it was stopped." : "Train a scene first; on the miniature that takes minutes."),
+    run ? link("Watch it", `#/watch/${encodeURIComponent(name)}`, { class: "button main" }) : link("To Home", "#/home", { class: "button main" })));
   return {};
 }
 
@@ -45,27 +51,62 @@ export function promptField(run, key, start) {
     button("−", () => strength(handle, -0.1), { class: "chip step", "aria-label": `${handle} weaker`, title: "Weaker", ...held }),
     button("+", () => strength(handle, 0.1), { class: "chip step", "aria-label": `${handle} stronger`, title: "Stronger", ...held }))));
   const places = h("div", { class: "chips" }, PLACES.map((place) => button(place, () => insert(place), { class: "chip plain", onmousedown: (event) => event.preventDefault() })));
-  return { field, insert, box: h("div", { class: "stack" }, labelled("Prompt", field), h("div", { class: "stack" }, h("small", { class: "quiet" }, "Insert what was learnt"), chips), h("div", {}, h("small", { class: "quiet" }, "and a place"), places)) };
+  const set = (text) => { field.value = text; field.dispatchEvent(new Event("input")); };
+  return { field, insert, set, box: h("div", { class: "stack" }, labelled("Prompt", field), h("div", { class: "stack" }, h("small", { class: "quiet" }, "Insert what was learnt"), chips), h("div", {}, h("small", { class: "quiet" }, "and a place"), places)) };
 }
 
+const NAMES = { seed: "Seed", num_inference_steps: "Steps", guidance_scale: "Guidance", sampler: "Sampler", negative_prompt: "Not in it", separate: "Keep handles apart", guidance_rescale: "Guidance rescale", eta: "Eta",
+  steps_offset: "Steps offset", batch_size: "At once", height: "Height", width: "Width", blending_start_percentage: "Keep of the picture" };
+
+// Settings that would change nothing beside the others, with the reason.
+function idle(values) {
+  const off = values.guidance_scale !== undefined && values.guidance_scale <= 1 && "a guidance of 1 or less turns it off";
+  return { eta: (values.sampler ?? "ddim") !== "ddim" && "only the sampler ddim has it", negative_prompt: off, guidance_rescale: off };
+}
+
+// The settings of drawing. values: what differs from the defaults; sent: of those what has an effect
 export function settingsForm(fields, key, shown) {
-  const values = remembered(key, {});
-  const row = (field) => {
-    const value = values[field.name] ?? field.default, id = `draw-${field.name}`;
-    const control = field.kind === "bool" ? h("input", { id, type: "checkbox", checked: Boolean(value) })
-      : field.kind === "choice" ? h("select", { id }, field.choices.map((each) => h("option", { value: each, selected: each === value }, each)))
-        : h("input", { id, type: field.kind === "str" ? "text" : "number", step: field.kind === "int" ? 1 : "any", min: field.least, max: field.most, value: value ?? "", placeholder: field.optional ? "default" : "" });
+  const values = remembered(key, {}), rows = fields.map(row);
+  function row(field) {
+    const id = `draw-${field.name}`, says = h("small", { class: "quiet" }, field.help);
+    const control = field.kind === "bool" ? h("input", { id, type: "checkbox" })
+      : field.kind === "choice" ? h("select", { id }, field.choices.map((each) => h("option", { value: each }, each)))
+        : h("input", { id, type: field.kind === "str" ? "text" : "number", step: field.kind === "int" ? 1 : "any", min: field.least, max: field.most, placeholder: field.optional ? "default" : "" });
     control.addEventListener("input", () => {
       const text = String(control.value).trim();
-      const found = field.kind === "bool" ? control.checked : field.kind === "str" || field.kind === "choice" ? text : text === "" ? null : Number(text);
-      if (found === null || found === field.default) delete values[field.name]; else values[field.name] = found;
-      remember(key, values);
+      set(field, field.kind === "bool" ? control.checked : field.kind === "str" || field.kind === "choice" ? text : text === "" ? null : Number(text));
+      mark();
     });
-    return h("div", { class: `setting ${field.kind}` }, h("label", { for: id }, names[field.name] ?? field.name), control, h("small", { class: "quiet" }, field.help));
-  };
-  const names = { num_images: "Number", seed: "Seed", num_inference_steps: "Steps", guidance_scale: "Guidance", sampler: "Sampler", negative_prompt: "Not in it", separate: "Keep handles apart", height: "Height", width: "Width" };
-  return { values, box: [h("div", { class: "form short" }, fields.filter((f) => shown.includes(f.name)).map(row)), h("details", {}, h("summary", {}, "More settings"), h("div", { class: "form" }, fields.filter((f) => !shown.includes(f.name)).map(row)))],
-    set(name, value) { if (value === null) delete values[name]; else values[name] = value; remember(key, values); const control = document.getElementById(`draw-${name}`); if (control) control.value = value ?? ""; } };
+    return { field, control, says, box: h("div", { class: `setting ${field.kind}` }, h("label", { for: id }, NAMES[field.name] ?? field.name), control, says) };
+  }
+  function set(field, value) {
+    if (value === null || value === undefined || value === field.default) delete values[field.name]; else values[field.name] = value;
+    remember(key, values);
+  }
+  function fill() {
+    for (const { field, control } of rows) if (field.kind === "bool") control.checked = values[field.name] ?? field.default; else control.value = values[field.name] ?? field.default ?? "";
+    mark();
+  }
+  function mark() {
+    const reasons = idle(values);
+    for (const { field, control, says } of rows) {
+      control.disabled = Boolean(reasons[field.name]);
+      says.textContent = reasons[field.name] ? `Without effect: ${reasons[field.name]}.` : field.help;
+    }
+  }
+  fill();
+  const part = (first) => rows.filter(({ field }) => shown.includes(field.name) === first).map(({ box }) => box);
+  return { values, sent: () => Object.fromEntries(Object.entries(values).filter(([name]) => !idle(values)[name])),
+    box: [h("div", { class: "form short" }, part(true)), h("details", {}, h("summary", {}, "More settings"), h("div", { class: "form" }, part(false)))],
+    load(made) { for (const { field } of rows) set(field, made[field.name]); fill(); } };
+}
+
+// How many: a number that each kind of drawing remembers for itself.
+export function counter(key, text, usual) {
+  const field = h("input", { id: "draw-num_images", type: "number", min: 1, step: 1, value: remembered(key, usual) });
+  field.addEventListener("input", () => remember(key, count()));
+  const count = () => Math.max(1, Math.round(Number(field.value)) || 1);
+  return { count, field, box: h("div", { class: "setting" }, h("label", { for: field.id }, text), field) };
 }
 
 // Boxes for handles: drag on the square to draw, drag a box to move it, its corner to resize; numbers do the same.
@@ -113,131 +154,139 @@ function layout(run, key) {
     keep();
   });
   draw();
-  return { boxes, box: h("details", {}, h("summary", {}, "Boxes: say where each stands"), h("div", { class: "layout" }, frame, list)) };
+  const own = h("input", { type: "checkbox", checked: remembered(`${key} own`, false), onchange: () => remember(`${key} own`, own.checked) });
+  return { own, used: (prompt) => Object.fromEntries(Object.entries(boxes).filter(([handle]) => prompt.includes(handle))),
+    load(found) { for (const handle of run.handles) delete boxes[handle]; Object.assign(boxes, found); keep(); },
+    box: h("details", { open: Object.keys(boxes).length > 0 }, h("summary", {}, "Boxes: say where each stands"), h("div", { class: "layout" }, frame, list, h("label", { class: "row" }, own, "start from the concepts' own pixels in the photograph"))) };
 }
 
-const PART = 60;  // pictures of a gallery that come at once; more as one scrolls
-
-// Pictures of a run with their settings. view: what is shown for one picture, of the picture and its image
-export function gallery(run, folder, actions, view = (_picture, image) => image) {
-  const grid = h("ul", { class: "gallery" }), detail = h("div", {}), gone = h("div", {});
-  let pictures = [], chosen = null, count = PART;
-  const end = h("li", { class: "end" }), watcher = new IntersectionObserver(([entry]) => {
-    if (!entry.isIntersecting || count >= pictures.length) return;
-    end.before(...pictures.slice(count, count += PART).map(shot));
-  }, { rootMargin: "600px" });
-  watcher.observe(end);
-  async function renew() {
-    const found = (await get(`${address("runs", run.name)}/pictures`))[folder];
-    if (JSON.stringify(found) === JSON.stringify(pictures)) return;
-    const fresh = found.length > pictures.length;
-    pictures = found;
-    put(grid, pictures.slice(0, count).map(shot), end);
-    if (pictures.length && (!chosen || fresh)) choose(pictures[0]);
-    else if (!pictures.length) put(detail, h("p", { class: "quiet" }, "Pictures appear here, each with the settings that made it."));
-    else choose(pictures.find((each) => each.file === chosen.file) ?? pictures[0]);
-  }
-  function shot(picture) {
-    const { settings, star, file } = picture, prompt = settings.prompt ?? settings.prompts?.[0] ?? file;
-    return h("li", {}, button([h("img", { src: thumbOf(run.name, file, "1"), alt: "", loading: "lazy" }), star ? h("span", { class: "star", "aria-hidden": "true" }, "★") : null], () => choose(picture),
-      { class: "shot", "data-file": file, "aria-current": file === chosen?.file, "aria-label": `${prompt}, seed ${settings.seed ?? "?"}${star ? ", favourite" : ""}` }));
-  }
-  function choose(picture) {
-    chosen = picture;
-    const { settings } = picture;
-    for (const shot of grid.querySelectorAll(".shot")) shot.setAttribute("aria-current", shot.dataset.file === picture.file);
-    const image = h("img", { src: fileOf(run.name, picture.file), alt: settings.prompt ?? settings.prompts?.join(", ") ?? "A picture" });
-    put(detail, h("figure", { class: "chosen" }, view(picture, image),
-      h("figcaption", {}, h("p", {}, settings.prompt ?? settings.prompts?.join(", ") ?? ""), h("p", { class: "quiet number" }, [`seed ${settings.seed ?? "?"}`, settings.num_inference_steps && `${settings.num_inference_steps} steps`, settings.size?.join("×")].filter(Boolean).join(" · ")),
-        h("p", { class: "row" }, actions(picture),
-          button(picture.star ? "★ Favourite" : "☆ Favourite", () => mark(picture), { "aria-pressed": picture.star }),
-          link("Download", `${fileOf(run.name, picture.file)}?download=1`, { class: "button", download: picture.file.split("/").at(-1) }),
-          button("Delete", () => remove(picture), { class: "plain" })))), looks(run, picture));
-  }
-  async function mark(picture) {
-    await send("PATCH", `${address("runs", run.name)}/pictures`, { file: picture.file, star: !picture.star });
-    renew();
-  }
-  async function remove(picture) {
-    const { trash } = await send("DELETE", `${address("runs", run.name)}/pictures`, { file: picture.file });
-    put(gone, deleted("The picture", async () => { await send("POST", address("trash", trash)); await renew(); }));
-    chosen = null;
-    renew();
-  }
-  grid.addEventListener("keydown", (event) => {
-    const shots = [...grid.querySelectorAll(".shot")], i = shots.indexOf(document.activeElement);
-    const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: shots.length - 1 }[event.key];
-    if (event.key === "Delete" && i >= 0) remove(pictures[i]);
-    else if (shots[to]) { event.preventDefault(); shots[to].focus(); shots[to].click(); }
-  });
-  return { grid, detail: [gone, detail], renew };
+// What the jobs of some kinds say for a run: their progress, what they wait for, their warnings, or why the last has ended.
+export function jobLines(state, run, kinds, refresh) {
+  const mine = state.jobs.filter((job) => job.name === run && kinds.includes(job.kind)), busy = mine.filter((job) => ["waiting", "running"].includes(job.state)).reverse();
+  const lines = busy.slice(0, 3).map((job) => (job.state === "running" ? atWork(job) : waits(job, state, refresh)));
+  if (busy.length > 3) lines.push(h("p", { class: "quiet" }, `${busy.length - 3} more wait.`));
+  const [latest] = mine, warnings = (latest?.asked?.warnings ?? []).map((line) => h("p", { class: "warning" }, line));
+  if (!busy.length && latest && !["done", "stopped"].includes(latest.state)) lines.push(problem("The last one has failed", latest.line || "It ended without a word: killed, or out of memory."));
+  return [...lines, ...warnings];
 }
 
-// Where the handles of a picture looked while it was drawn.
-function looks(run, picture) {
-  if (!picture.maps.length) return null;
-  return h("div", { class: "shots looks", role: "group", "aria-label": "Where each handle looked" }, picture.maps.map(({ name, file }) =>
-    h("figure", {}, h("img", { src: fileOf(run.name, file), alt: `Where ${name} looked` }), h("figcaption", {}, name))));
+function atWork(job) {
+  const at = job.progress;
+  return h("div", { class: "card live", role: "status" }, h("p", { class: "row" }, h("span", {}, job.stopping ? "Stopping …" : at ? "At work" : "Loading the model …"), at && h("span", { class: "quiet number" }, `${at.name.replace(/:$/, "")} ${at.done}/${at.total}${at.left ? `, ${duration(at.left)} left` : ""}`)),
+    h("progress", at ? { max: at.total, value: at.done, "aria-label": "Steps" } : { "aria-label": "Loading" }));
 }
 
-// What a job for a run says: its progress, or why it ended.
-export function jobLine(state, run, kind) {
-  const mine = state.jobs.filter((job) => job.name === run && job.kind === kind), busy = mine.filter((job) => ["waiting", "running"].includes(job.state));
-  if (busy.length) {
-    const { progress: at, state: how } = busy.at(-1);
-    return h("div", { class: "card live", role: "status" }, h("p", {}, how === "waiting" ? "Waits for what is at work" : at ? "At work" : "Loading the model …"), h("progress", at ? { max: at.total, value: at.done, "aria-label": "Steps" } : { "aria-label": "Loading" }));
-  }
-  const [latest] = mine;
-  return latest && !["done", "stopped"].includes(latest.state) ? problem("The last one has failed", latest.line || "It ended without a word: killed, or out of memory.") : null;
+function waits(job, state, refresh) {
+  const training = state.jobs.find((each) => each.kind === "train" && each.state === "running"), said = h("div", {});
+  const cancel = button("Do not draw it", () => stop(job, "save"), { class: "plain" });
+  if (!training) return h("div", { class: "card live row", role: "status" }, "Waits for what is at work.", cancel);
+  const at = state.runs.find((each) => each.name === training.name);
+  if (training.stopping) return h("div", { class: "card live row", role: "status" }, `The training of ${training.name} is being saved. Then this is drawn${state.jobs.some((each) => each.asked?.resume && each.name === training.name && each.state === "waiting") ? ", and the training goes on" : ""}.`, cancel);
+  const pause = async (event) => {
+    event.target.disabled = true;
+    try { await send("POST", "jobs", { kind: "pause", job: training.id }); await refresh(); } catch (error) { event.target.disabled = false; put(said, problem("The training is not paused", error.message)); }
+  };
+  return h("div", { class: "card live", role: "status" }, h("p", {}, `Waits for the training of ${training.name}${at?.total ? `, at step ${at.done} of ${at.total}` : ""}: one thing is computed at a time.`),
+    h("p", { class: "row" }, button("Pause it, draw, go on", pause, { id: "pause", title: "Saves the training at its step, draws, and continues it by itself: the result is the same to the bit" }), cancel), said);
 }
+
+const subsets = (count) => 2 ** count - 1;
+const KINDS = { sample: ["A prompt", "Number", 4], vary: ["Variations", "Variations", 9], explore: ["Combinations", "Pictures of each", 1] };
+const ABOUT = { vary: "All concepts together, each time from another seed.", explore: "Each concept alone and each combination of them, in every place that is ticked." };
 
 export async function open(main, [name], studio) {
   const run = finished(studio, name ?? studio.state.runs.find((each) => each.state === "done")?.name);
-  if (!run) return withoutRun(main, "Draw", name ? `${name} is not trained to its end yet` : "Nothing is trained yet");
-  const fields = (await get("settings")).sample, prompt = promptField(run, `prompt ${run.name}`, `a photo of ${run.handles.join(" and ")} ${PLACES[0]}`);
-  const form = settingsForm(fields, `draw ${run.name}`, ["num_images", "seed"]), boxes = layout(run, `boxes ${run.name}`);
-  const work = h("div", {}), notices = h("div", {}), start = button("Draw", draw, { class: "main large", id: "draw" });
-  const shown = gallery(run, "pictures", (picture) => [button("Other seeds", () => again(picture)), !picture.maps.length && button("Where did it look?", (event) => attend(picture, event.target), { title: "Draws it once more and shows the attention of each handle" }), link("Edit this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })]);
+  if (!run) return withoutRun(main, "Draw", name, studio);
+  const fields = (await get("settings")).sample.filter((field) => field.name !== "num_images"), prompt = promptField(run, `prompt ${run.name}`, `a photo of ${run.handles.join(" and ")} ${PLACES[0]}`);
+  const form = settingsForm(fields, `draw ${run.name}`, ["seed"]), seed = form.box[0].firstChild, boxes = layout(run, `boxes ${run.name}`), places = placesForm(`places ${run.name}`, label);
+  const counters = Object.fromEntries(Object.entries(KINDS).map(([kind, [, text, usual]]) => [kind, counter(`count ${kind} ${run.name}`, text, usual)]));
+  let kind = remembered(`kind ${run.name}`, "sample"), busy = "", version = null;
+  const work = h("div", { class: "stack" }), notices = h("div", {}), start = button("Draw", draw, { class: "main large", id: "draw" }), asked = h("div", { class: "stack" });
+  const ways = h("fieldset", { class: "ways" }, h("legend", { class: "unseen" }, "What to draw"), Object.entries(KINDS).map(([each, [text]]) =>
+    h("label", {}, h("input", { type: "radio", name: "way", value: each, checked: each === kind, onchange: () => choose(each) }), text)));
+  for (const { field } of Object.values(counters)) field.addEventListener("input", label);
+  const shown = gallery(run, "pictures", (picture) => [picture.settings.prompt && [button("Other seeds", () => again(picture)), button("Take its settings", () => take(picture), { title: "Prompt, settings and boxes of this picture go into the form" })],
+    picture.settings.prompt && !picture.maps.length && button("Where did it look?", (event) => attend(picture, event.target, false), { title: "Draws it once more and shows the attention of each handle" }),
+    picture.settings.prompt && picture.maps.length <= run.handles.length && button("Each word", (event) => attend(picture, event.target, true), { title: "Draws it once more and shows the attention of each word", "aria-label": "Where did each word look?" }),
+    link("Edit this", `#/edit/${encodeURIComponent(run.name)}/${encodeURIComponent(picture.file)}`, { class: "button" })]);
   put(main, h("header", { class: "row" }, h("h1", {}, "Draw"), chooseRun("draw", run.name, studio)),
-    h("div", { class: "columns draw" }, h("section", { class: "stack" }, prompt.box, form.box, boxes.box, notices, start), h("section", { class: "stack" }, work, shown.detail, shown.grid)));
-  let busy = "";
+    h("div", { class: "columns draw" }, h("section", { class: "stack", "aria-label": "What to draw" }, ways, asked, notices, start), h("section", { class: "pictures", "aria-label": "Pictures" }, work, shown.box)));
+  choose(kind);
+
+  function choose(way) {
+    kind = KINDS[way] ? way : "sample";
+    remember(`kind ${run.name}`, kind);
+    ways.querySelector(`[value=${kind}]`).checked = true;
+    put(asked, kind === "sample" ? prompt.box : h("p", {}, ABOUT[kind]), kind === "explore" && places.box, h("div", { class: "form short" }, counters[kind].box, seed), form.box[1], kind === "sample" && boxes.box);
+    label();
+  }
+  function label() {
+    const count = counters[kind].count(), all = subsets(run.handles.length) * places.chosen().length * count;
+    start.textContent = kind === "sample" ? `Draw ${count}` : kind === "vary" ? `Draw ${plural(count, "variation")}` : `Draw ${plural(all, "picture")}`;
+    start.disabled = all === 0 && kind === "explore";
+  }
 
   async function draw() {
+    if (start.disabled) return;
     start.disabled = true;
     put(notices);
-    const used = Object.fromEntries(Object.entries(boxes.boxes).filter(([handle]) => prompt.field.value.includes(handle)));
+    const body = { kind, run: run.name, settings: { ...form.sent(), num_images: counters[kind].count() } };
+    if (kind === "sample") Object.assign(body, { prompt: prompt.field.value, boxes: boxes.used(prompt.field.value), own_pixels: boxes.own.checked });
+    if (kind === "explore") body.places = places.chosen();
     try {
-      await send("POST", "jobs", { kind: "sample", run: run.name, prompt: prompt.field.value, settings: form.values, boxes: used });
+      await send("POST", "jobs", body);
       speak("Drawing");
       await studio.refresh();
     } catch (error) { put(notices, problem("This cannot be drawn", error.message)); }
     start.disabled = false;
   }
 
-  async function attend(picture, from) {
+  async function attend(picture, from, words) {
     from.disabled = true;
     put(notices);
     try {
-      await send("POST", "jobs", { kind: "attend", run: run.name, file: picture.file });
+      await send("POST", "jobs", { kind: "attend", run: run.name, file: picture.file, words });
       speak("Reading where it looked");
       await studio.refresh();
     } catch (error) { from.disabled = false; put(notices, problem("Its attention cannot be shown", error.message)); }
   }
 
+  function take(picture) {
+    choose("sample");
+    prompt.set(picture.settings.prompt);
+    form.load(picture.settings);
+    boxes.load(picture.boxes ?? {});
+    boxes.own.checked = Boolean(picture.settings.own_pixels);
+    speak("The form has the settings of this picture");
+  }
+
   function again(picture) {
-    if (picture.settings.prompt) { prompt.field.value = picture.settings.prompt; prompt.field.dispatchEvent(new Event("input")); }
-    form.set("seed", Number(picture.settings.seed ?? 0) + (form.values.num_images ?? 1));
+    take(picture);
+    form.load({ ...picture.settings, seed: Number(picture.settings.seed ?? 0) + counters.sample.count() });
     draw();
   }
 
   return {
     update(state) {
-      const text = JSON.stringify(state.jobs.filter((job) => job.name === run.name));
-      if (text === busy) return;
+      const text = JSON.stringify([state.jobs.filter((job) => job.name === run.name), state.jobs.filter((job) => job.kind === "train" && job.state === "running")]);
+      if (text !== busy) put(work, jobLines(state, run.name, ["sample", "vary", "explore", "attend"], studio.refresh));
       busy = text;
-      put(work, jobLine(state, run.name, "sample"), jobLine(state, run.name, "attend"));
-      shown.renew().catch((error) => { if (!(error instanceof Away)) put(notices, problem("The gallery cannot be read", error.message)); });
+      const now = state.runs.find((each) => each.name === run.name)?.gallery;
+      if (now === version) return;
+      version = now;
+      shown.renew().catch((error) => { version = null; if (!(error instanceof Away)) put(notices, problem("The gallery cannot be read", error.message)); });
     },
     key(event) { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) draw(); },
+    leave() { shown.close(); },
   };
+}
+
+// The places of an exploration: those of the chips to tick, and one's own, a line each.
+function placesForm(key, onchange) {
+  const kept = remembered(key, { ticked: PLACES.slice(0, 3), own: "" });
+  const own = h("textarea", { rows: 2, value: kept.own, placeholder: "in a box" }), keep = () => { kept.own = own.value; remember(key, kept); onchange(); };
+  own.addEventListener("input", keep);
+  const tick = (place) => (event) => { kept.ticked = PLACES.filter((each) => (each === place ? event.target.checked : kept.ticked.includes(each))); keep(); };
+  return { chosen: () => [...new Set([...kept.ticked, ...kept.own.split("\n").map((line) => line.trim()).filter(Boolean)])],
+    box: h("fieldset", { class: "stack" }, h("legend", { class: "unseen" }, "Places"), h("div", { class: "row picks" }, PLACES.map((place) => h("label", { class: "row" }, h("input", { type: "checkbox", checked: kept.ticked.includes(place), onchange: tick(place) }), place))), labelled("More places, a line each", own)) };
 }

@@ -1,21 +1,23 @@
 // Edit: paint a region of a photograph or a picture, and say what shall be there.
 import { Away, get, send, fileOf, address } from "./api.js";
 import { button, h, link, plural, problem, put, speak } from "./dom.js";
-import { chooseRun, finished, gallery, jobLine, promptField, settingsForm, withoutRun } from "./draw.js";
+import { chooseRun, counter, finished, jobLines, promptField, settingsForm, withoutRun } from "./draw.js";
+import { gallery } from "./gallery.js";
 import { Painter } from "./masks.js";
 import { Mask } from "./tiles.js";
 
 export async function open(main, [name, source], studio) {
   const run = finished(studio, name ?? studio.state.runs.find((each) => each.state === "done")?.name);
-  if (!run) return withoutRun(main, "Edit", name ? `${name} is not trained to its end yet` : "Nothing is trained yet");
+  if (!run) return withoutRun(main, "Edit", name, studio);
   const scenes = studio.state.scenes.filter((scene) => !scene.problem);
   const from = source?.startsWith("scene:") ? { scene: source.slice(6) } : source ? { of: run.name, file: source } : scenes[0] ? { scene: scenes.find((each) => each.name === run.scene)?.name ?? scenes[0].name } : null;
-  const fields = (await get("settings")).sample.filter((field) => !["height", "width"].includes(field.name));
+  const fields = (await get("settings")).sample.filter((field) => !["num_images", "height", "width", "separate"].includes(field.name));
   fields.push({ name: "blending_start_percentage", kind: "float", help: "share of the steps to leave out: a larger share keeps more of the picture", default: 0.25, least: 0, most: 0.99, optional: false, choices: [] });
-  const prompt = promptField(run, `edit ${run.name}`, `a photo of ${run.handles[0]}`), form = settingsForm(fields, `editing ${run.name}`, ["num_images", "seed"]);
+  const prompt = promptField(run, `edit ${run.name}`, `a photo of ${run.handles[0]}`), form = settingsForm(fields, `editing ${run.name}`, ["seed"]), counted = counter(`count edit ${run.name}`, "Number", 1);
+  form.box[0].prepend(counted.box);
   const work = h("div", {}), notices = h("div", {}), start = button("Edit", go, { class: "main large", id: "edit" });
   const opened = Date.now();
-  let mask = null, busy = "";
+  let mask = null, busy = "", version = null;
   const painter = new Painter("The picture to edit", {
     target: () => mask && { mask },
     part: from?.scene ? (box, side) => `api/${address("scenes", from.scene)}/view?box=${box.join(",")}&side=${side}&v=${opened}` : null,
@@ -30,7 +32,7 @@ export async function open(main, [name, source], studio) {
     choices.map(([value, text]) => h("option", { value, selected: value === (source ?? `scene:${from?.scene}`) }, text))));
   put(main, h("header", { class: "row" }, h("h1", {}, "Edit"), chooseRun("edit", run.name, studio), pick),
     from ? h("div", { class: "columns editing" }, h("section", { class: "paint" }, painter.bar, painter.stage.root),
-      h("section", { class: "stack" }, hint, prompt.box, form.box, notices, start, work, shown.detail, shown.grid))
+      h("section", { class: "stack" }, hint, prompt.box, form.box, notices, start, work, shown.box))
       : h("div", { class: "empty" }, h("p", { class: "large" }, "No picture to edit"), link("Bring a photograph", "#/home", { class: "button main" })));
   start.disabled = true;
   if (!from) return {};
@@ -55,7 +57,7 @@ export async function open(main, [name, source], studio) {
     try {
       const data = await mask.pack([...mask.tiles.keys()]);
       const text = btoa(Array.from(data, (byte) => String.fromCharCode(byte)).join(""));
-      await send("POST", "jobs", { kind: "edit", run: run.name, ...from, prompt: prompt.field.value, settings: form.values, mask: text });
+      await send("POST", "jobs", { kind: "edit", run: run.name, ...from, prompt: prompt.field.value, settings: { ...form.sent(), num_images: counted.count() }, mask: text });
       speak("Editing");
       await studio.refresh();
     } catch (error) { put(notices, problem("This cannot be edited", error.message)); }
@@ -64,17 +66,19 @@ export async function open(main, [name, source], studio) {
 
   return {
     update(state) {
-      const text = JSON.stringify(state.jobs.filter((job) => job.name === run.name));
-      if (text === busy) return;
+      const text = JSON.stringify([state.jobs.filter((job) => job.name === run.name), state.jobs.filter((job) => job.kind === "train" && job.state === "running")]);
+      if (text !== busy) put(work, jobLines(state, run.name, ["edit"], studio.refresh));
       busy = text;
-      put(work, jobLine(state, run.name, "edit"));
-      shown.renew().catch((error) => { if (!(error instanceof Away)) put(notices, problem("The results cannot be read", error.message)); });
+      const now = state.runs.find((each) => each.name === run.name)?.gallery;
+      if (now === version) return;
+      version = now;
+      shown.renew().catch((error) => { version = null; if (!(error instanceof Away)) put(notices, problem("The results cannot be read", error.message)); });
     },
     key(event, typing) {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) go();
       else painter.key(event, typing);
     },
-    leave() { painter.stage.close(); },
+    leave() { painter.stage.close(); shown.close(); },
   };
 }
 

@@ -2,7 +2,7 @@
 import { address, fileOf, get, send } from "./api.js";
 import { curve } from "./curves.js";
 import { bytes, button, copy, h, link, problem, put } from "./dom.js";
-import { jobLine } from "./draw.js";
+import { jobLines } from "./draw.js";
 import { STATES } from "./home.js";
 import { label } from "./train.js";
 
@@ -24,7 +24,7 @@ export async function open(main, [name], studio) {
       const job = state.jobs.find((one) => one.kind === "export" && one.name === name && one.asked?.form === each.form && one.state === "done");
       return job && each.files.length ? (await get(`${address("jobs", job.id)}/log`)).text.split("\n").filter((line) => /^(ComfyUI|A1111|InvokeAI|diffusers)/.test(line)) : [];
     }));
-    put(away, h("h2", {}, `Take ${name} away`), jobLine(state, name, "export"), h("div", { class: "cards" },
+    put(away, h("h2", {}, `Take ${name} away`), jobLines(state, name, ["export"], studio.refresh), h("div", { class: "cards" },
       h("article", { class: "card" }, h("h3", {}, whole ? "The model as a folder" : "The run as a folder"), h("p", { class: "quiet" }, whole ? "bas and diffusers open it as it is, with its handles." : "bas opens it where its base model is."), h("p", {}, link("Download .zip", `${to}run`, { class: "button main", download: `${name}.zip` }))),
       exports.map((each, i) => h("article", { class: "card" }, h("h3", {}, TITLES[each.form]), h("p", { class: "quiet" }, each.about),
         each.problem ? h("p", { class: "quiet" }, `Not for this run: ${each.problem}`)

@@ -188,7 +188,7 @@ def delete_run(ask: Ask) -> dict[str, Any]:
 
 def list_pictures(ask: Ask) -> dict[str, Any]:
     """What was drawn and edited with a run, newest first."""
-    return {name: runs.pictures(_run(ask), name) for name in (runs.DRAWN, runs.EDITED)}
+    return {gallery: runs.pictures(_run(ask), gallery) for gallery in runs.GALLERIES}
 
 
 def mark_picture(ask: Ask) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def mark_picture(ask: Ask) -> dict[str, Any]:
 def delete_picture(ask: Ask) -> dict[str, Any]:
     """To the trash."""
     file = text_of(ask.json, "file")
-    if file.partition("/")[0] not in (runs.DRAWN, runs.EDITED):
+    if file.partition("/")[0] not in {name for names in runs.GALLERIES.values() for name in names}:
         raise Refusal(403, "only pictures are deleted here", "bad")
     return {"trash": ask.home.trash(runs.run_file(_run(ask), file))}
 
@@ -252,9 +252,8 @@ def zip_run(ask: Ask) -> Response:
     folders = {"run": run, "scene": run / "scene", **{form: run / runs.EXPORTS / form for form in runs.FORMS}}
     if what not in folders or not folders[what].is_dir():
         raise Refusal(404, "there is nothing to take away", "missing")
-    leave_out = (
-        {runs.DRAWN, runs.EDITED, runs.EXPORTS, runs.ATTENTION, "checkpoints", "previews"} if what == "run" else set()
-    )
+    made = {name for names in runs.GALLERIES.values() for name in names} | {runs.EXPORTS, runs.ATTENTION}
+    leave_out = made | {"checkpoints", "previews"} if what == "run" else set()
     files = files_below(folders[what], leave_out)
     name = run.name if what == "run" else f"{run.name}-{what}"
     named = {"content-disposition": f'attachment; filename="{name.encode("ascii", "replace").decode()}.zip"'}

@@ -25,7 +25,7 @@ NOT_ASKED = {
 }
 SAMPLING = (
     *("num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt", "separate"),
-    *("height", "width"),
+    *("guidance_rescale", "eta", "steps_offset", "batch_size", "height", "width"),
 )
 counting = threading.Lock()  # one dry run at a time: each takes a core
 

@@ -46,7 +46,7 @@ FOREIGN = "foreign"
 NUMBER = (int, float)
 ASKED = {"kind": str, "name": str, "command": [str], "asked": dict, "made": NUMBER}  # of job.json
 ENDED = {"code": int}  # of exit.json
-COMMANDS = ("train", "sample", "attend", "edit", "export", "download")  # that a job can be
+COMMANDS = ("train", "sample", "vary", "explore", "attend", "edit", "export", "download")  # that a job can be
 
 
 def make(
@@ -238,6 +238,14 @@ class Lane:
             pair = waiting[max(0, at - 1) : at + 1] if up else waiting[at : at + 2]
             for each, place in zip(pair, [place_of(each) for each in reversed(pair)], strict=True):
                 write_text(each / PLACE, repr(place))
+
+    def prefer(self, folders: list[Path]) -> None:
+        """Put jobs before all others that wait, in this order."""
+        with self.turn:
+            waiting = in_order({each: state(each) for each in self.folders()})
+            first = min((place_of(each) for each in waiting), default=time.time())
+            for i, each in enumerate(folders):
+                write_text(each / PLACE, repr(first - 1e-3 * (len(folders) - i)))
 
     def hand_over(self, folder: Path) -> subprocess.Popen | None:
         """Give a job to the spare process, which spares it seconds. None if there is none, or if it has ended."""

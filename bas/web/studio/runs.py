@@ -1,6 +1,7 @@
 """Runs for the page: how far each is, its curves and previews, its pictures, and how runs differ."""
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from bas.io.images import numbered_paths, read_image
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings
 from bas.pretrained.lora_files import FORMATS
+from bas.sampling.gallery import GRID
 from bas.training.preview import PICTURES, sheet_path
 from bas.training.run_folder import LOCK
 from bas.web.report import SERIES, first_trained_step, phase_starts
@@ -22,13 +24,24 @@ from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import RUNS, Home, inside
 
 DRAWN, EDITED, EXPORTS, MARKS = "pictures", "edits", "exports", "marks.json"
+VARIED, EXPLORED = "variations", "exploration"  # a folder for each time, as `bas vary` and `bas explore` write it
+GALLERIES = {DRAWN: (DRAWN, VARIED, EXPLORED), EDITED: (EDITED,)}  # the folders whose pictures the page shows together
 ATTENTION, MAPS = "attention", "maps.json"  # a folder for each picture, as `bas attend` writes it
 MASK, IMAGE = "mask.png", "image.png"  # in the folder of a job that edits
 FORMS = ("single", *FORMATS)  # of exports
 SHOWN = (".png", ".jpg", ".webp")
 MOST_IMAGES = 10_000  # of one edit that are looked for
 COLUMNS = 400  # of a curve at most
-FILES = {DRAWN, EDITED, EXPORTS, ATTENTION, PREVIEWS, SCENE}  # folders of a run whose files the page may ask for
+FILES = {
+    DRAWN,
+    VARIED,
+    EXPLORED,
+    EDITED,
+    EXPORTS,
+    ATTENTION,
+    PREVIEWS,
+    SCENE,
+}  # folders of a run whose files the page may ask for
 
 
 def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
@@ -53,8 +66,9 @@ def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
         "base": config["pretrained_model_name_or_path"] or "mini",
         "train": config["train"],
         "scene": Path(config["instance_data_dir"]).name,
-        "pictures": len(files_in(run, DRAWN)),
+        "pictures": len(pictures_in(run, DRAWN)),
         "cover": cover(run),
+        "gallery": gallery_version(run),
         "report": (run / REPORT).is_file(),
     }
     if job and not finished:
@@ -73,21 +87,40 @@ def state_of(run: Path, job: dict | None) -> str:
 
 def cover(run: Path) -> str | None:
     """The picture that stands for a run: the newest that was drawn, else the newest preview, else its scene."""
-    drawn = files_in(run, DRAWN)
-    if drawn:
-        return f"{DRAWN}/{drawn[0]}"
+    if drawn := [path for path in pictures_in(run, DRAWN) if path.name != GRID]:
+        return drawn[0].relative_to(run).as_posix()
     previews = sorted(run.glob(f"{PICTURES}/step-*/sample-*.png"))
     path = previews[-1] if previews else run / SCENE / "img.png"
     return path.relative_to(run).as_posix() if path.is_file() else None
 
 
-def files_in(run: Path, folder: str) -> list[str]:
-    """The names of the images in a folder of a run, newest first."""
-    place = run / folder
+def pictures_in(run: Path, gallery: str) -> list[Path]:
+    """The images of a gallery of a run, newest first."""
+    found = [path for folder in GALLERIES[gallery] for path in images_below(run / folder)]
+    return [path for _, path in sorted(found, key=lambda each: (each[0], each[1].as_posix()), reverse=True)]
+
+
+def images_below(place: Path) -> list[tuple[int, Path]]:
+    """The images in a folder and in the folders in it, each with the time of its last change."""
     if not place.is_dir():
         return []
-    found = [path for path in place.iterdir() if path.suffix in SHOWN and not path.name.startswith(".")]
-    return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)]
+    found = []
+    for entry in os.scandir(place):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            found += images_below(place / entry.name)
+        elif entry.name.endswith(SHOWN):
+            found.append((entry.stat().st_mtime_ns, place / entry.name))
+    return found
+
+
+def gallery_version(run: Path) -> str:
+    """What changes whenever the galleries of a run do: a new, changed or deleted picture, a mark, an attention map."""
+    folders = [run / name for names in GALLERIES.values() for name in names]
+    folders += [each for name in (VARIED, EXPLORED) for each in (run / name).glob("*/")]
+    times = [path.stat().st_mtime_ns for path in (*folders, run / ATTENTION, run / MARKS) if path.exists()]
+    return f"{max(times, default=0):x}-{sum(times) & 0xFFFFFFFF:x}"
 
 
 # --- Watching -----------------------------------------------------------------------------------------------------
@@ -130,19 +163,33 @@ def previews(run: Path) -> list[dict[str, Any]]:
 # --- Pictures -----------------------------------------------------------------------------------------------------
 
 
-def pictures(run: Path, folder: str) -> list[dict[str, Any]]:
-    """The pictures that were drawn or edited with a run, newest first, each with the settings that made it.
+def pictures(run: Path, gallery: str) -> list[dict[str, Any]]:
+    """The pictures of a gallery, newest first, each with the settings that made it.
 
-    `maps` are where its handles looked, if that was asked for.
+    `boxes` is its layout, `maps` are where its handles looked, if that was asked for.
     """
-    place, stars = run / folder, marks(run)
+    stars = {*marks(run)}
+    looked = {entry.name for entry in os.scandir(run / ATTENTION)} if (run / ATTENTION).is_dir() else set()
     found = []
-    for name in files_in(run, folder):
-        path = place / name
-        settings = settings_in(path, path.stat().st_mtime_ns)
-        file = f"{folder}/{name}"
-        found.append({"file": file, "settings": settings, "star": file in stars, "maps": maps_of(run, file)})
+    for path in pictures_in(run, gallery):
+        changed, file = path.stat().st_mtime_ns, path.relative_to(run).as_posix()
+        settings = settings_in(path, changed)
+        row = {"file": file, "v": f"{changed:x}", "settings": settings, "star": file in stars, "maps": []}
+        if layout := settings.get("layout"):
+            row["boxes"] = boxes_in(Path(layout))
+        if attention_folder(run, file).name in looked:
+            row["maps"] = maps_of(run, file)
+        found.append(row)
     return found
+
+
+@lru_cache(maxsize=256)
+def boxes_in(layout: Path) -> dict[str, list[float]]:
+    """The boxes of a layout file; none where it is not here any more, or holds masks."""
+    try:
+        return {handle: box for handle, box in read_json(layout).items() if isinstance(box, list)}
+    except (InputError, AttributeError):
+        return {}
 
 
 def attention_folder(run: Path, file: str) -> Path:
@@ -195,7 +242,10 @@ def settings_in(path: Path, _changed: int) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             found = json.loads(image.info.get("bas", "{}"))
-            return (found if isinstance(found, dict) else {}) | {"size": list(image.size)}
+            given = (
+                {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else {}
+            )
+            return given | {"size": list(image.size)}
     except (OSError, ValueError):
         return {}
 

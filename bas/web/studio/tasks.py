@@ -7,25 +7,31 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Callable
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from bas.config import EditConfig, SampleConfig, setting_rows
+from bas.config import EditConfig, SampleConfig, VaryConfig, setting_rows
 from bas.errors import InputError
 from bas.io.images import image_size, read_image, to_floats
-from bas.io.run_files import CONCEPTS, SETTINGS, TUNED, read_settings
+from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_settings
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
 from bas.pretrained.exports import plan_export
 from bas.pretrained.folder import read_spec
 from bas.sampling.attention_maps import plan_maps
 from bas.sampling.blended_diffusion import Region, check_edit
+from bas.sampling.gallery import all_together, combinations_in
 from bas.sampling.layout import check_box
 from bas.sampling.sampler import check_request
+from bas.sampling.steer import Steer
 from bas.training.setup import check_input
 from bas.web.studio import jobs, runs
 from bas.web.studio.forms import SAMPLING, as_flags, config_of
@@ -34,8 +40,9 @@ from bas.web.studio.scenes import open_scene
 from bas.web.studio.store import JOBS, RUNS, SCENES, Home, inside, stamp, text_of
 from bas.web.studio.tiles import lay, unpack
 
-EDITING = (*SAMPLING[:-2], "blending_start_percentage")
+EDITING = (*(name for name in SAMPLING if name not in ("separate", "height", "width")), "blending_start_percentage")
 LAYOUT = "layout.json"
+PLACES = 20  # contexts of an exploration at most
 
 
 def ask(home: Home, body: dict) -> str:
@@ -65,10 +72,20 @@ def resume(home: Home, body: dict) -> str:
     run = home.find(RUNS, text_of(body, "run"))
     if (run / CONCEPTS).exists():
         raise Refusal(409, "this run is finished", "ended")
-    found = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job]
-    trainings = [job for job in found if (job["kind"], job["name"]) == ("train", run.name)]
+    trainings = trainings_of(home, run)
     if any(job["state"] in (*jobs.ALIVE, jobs.FOREIGN) for job in trainings):
         raise Refusal(409, "this run is being trained already, or waits for that", "running")
+    return go_on(home, run, trainings)
+
+
+def trainings_of(home: Home, run: Path) -> list[dict[str, Any]]:
+    """The jobs that train a run."""
+    found = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job]
+    return [job for job in found if (job["kind"], job["name"]) == ("train", run.name)]
+
+
+def go_on(home: Home, run: Path, trainings: list[dict[str, Any]]) -> str:
+    """Put the rest of a training into the queue, and return its job: as it was asked for, from its last checkpoint."""
     first = next((job for job in trainings if job["here"] and not job["asked"].get("resume")), None)
     begun, asked = (run / SETTINGS).is_file(), {"run": run.name, "resume": True}
     if first is None and not begun:
@@ -80,6 +97,26 @@ def resume(home: Home, body: dict) -> str:
         words = ["train", scene, "--config", str(run / CONFIG), "--output_dir", str(run)]
     latest = ["--resume_from_checkpoint", "latest"] if begun else []
     return jobs.make(home, "train", run.name, [*words, *latest], asked, {}, here=first is not None)
+
+
+def pause(home: Home, body: dict) -> str:
+    """Save and stop the training that runs, draw what waits to be drawn, and put the rest of the training behind that.
+
+    A training that is continued gives the bits of one that was not stopped.
+    """
+    lane, training = jobs.Lane(home), home.find(JOBS, text_of(body, "job"))
+    job = jobs.describe(training)
+    if not job or (job["kind"], job["state"]) != ("train", "running"):
+        raise Refusal(409, "this training does not run any more", "ended")
+    run = home.find(RUNS, job["name"])
+    if not (run / SETTINGS).is_file() or not jobs.last_row(run / METRICS):
+        raise Refusal(409, "this training has not made its first step yet: try again then", "early")
+    waiting = jobs.in_order({folder: jobs.state(folder) for folder in lane.folders()})
+    rest = go_on(home, run, trainings_of(home, run))
+    drawings = [each for each in waiting if (jobs.read_job(each) or job)["kind"] != "train"]
+    lane.prefer([*drawings, home.folder / JOBS / rest])
+    jobs.stop(training, "save")
+    return rest
 
 
 def finished(home: Home, body: dict) -> Path:
@@ -104,16 +141,75 @@ def sample(home: Home, body: dict) -> str:
     if not prompt:
         raise Refusal(422, "write what to draw, with a handle in it", "prompt", "prompt")
     config, spec, boxes = SampleConfig(**settings), read_spec(run), body.get("boxes") or {}
-    check_request(spec, [prompt], config)
-    files, more = {}, []
+    own_pixels = bool(boxes and body.get("own_pixels"))
     if boxes:
         check_boxes(spec, prompt, boxes)
+    with hearing() as warnings:
+        steer = Steer(config.separate, boxes or None, own_pixels)
+        check_request(spec, [prompt], config, steer if config.separate or boxes else None)
+    files, more = {}, []
+    if boxes:
         files[LAYOUT] = json.dumps(boxes).encode()
-        more = ["--layout={job}/" + LAYOUT]
-    target = run / runs.DRAWN / f"{stamp()}.png"
+        more = ["--layout={job}/" + LAYOUT, *(["--own_pixels"] if own_pixels else [])]
+    target = run / runs.DRAWN / f"{moment()}.png"
     words = ["sample", str(run), f"--prompt={prompt}", f"--output_path={target}"]
-    asked = {"prompt": prompt, "settings": settings, "boxes": boxes}
+    asked = {"prompt": prompt, "settings": settings, "boxes": boxes, "warnings": warnings}
     return jobs.make(home, "sample", run.name, [*words, *as_flags(SampleConfig, settings), *more], asked, files)
+
+
+def vary(home: Home, body: dict) -> str:
+    """All concepts of a run together, each time from another seed."""
+    run, settings = finished(home, body), settings_of(body, SAMPLING)
+    spec = read_spec(run)
+    with hearing() as warnings:
+        check_request(spec, [all_together(spec)], VaryConfig(**settings))
+    words = ["vary", str(run), f"--output_dir={run / runs.VARIED / moment()}", *as_flags(VaryConfig, settings)]
+    return jobs.make(home, "vary", run.name, words, {"settings": settings, "warnings": warnings}, {})
+
+
+def explore(home: Home, body: dict) -> str:
+    """Every combination of the concepts of a run in every place."""
+    run, settings, places = finished(home, body), settings_of(body, SAMPLING), places_of(body)
+    spec = read_spec(run)
+    with hearing() as warnings:
+        check_request(spec, combinations_in(spec, tuple(places)), SampleConfig(**settings))
+    words = ["explore", str(run), "--contexts", *places, f"--output_dir={run / runs.EXPLORED / moment()}"]
+    asked = {"settings": settings, "places": places, "warnings": warnings}
+    return jobs.make(home, "explore", run.name, [*words, *as_flags(SampleConfig, settings)], asked, {})
+
+
+def places_of(body: dict) -> list[str]:
+    """The contexts of an exploration. Refusal for none, too many, and for what a command would read as a flag."""
+    places = body.get("places")
+    if not isinstance(places, list) or not 0 < len(places) <= PLACES:
+        raise Refusal(422, f"choose a place, and {PLACES} at most", "places", "places")
+    for place in places:
+        if not isinstance(place, str) or not 0 < len(place) <= 200 or not place.strip() or place.startswith("-"):
+            raise Refusal(422, "a place is a short text that does not begin with -", "places", "places")
+    return places
+
+
+def moment() -> str:
+    """A name for what is drawn now, in order of time, that no other request gives."""
+    return f"{stamp()}-{time.time_ns() // 1000 % 10**6:06d}"
+
+
+@contextmanager
+def hearing() -> Iterator[list[str]]:
+    """The warnings of the checks of one request: the page shows them beside its job."""
+    lines, mine = [], threading.get_ident()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == mine:
+                lines.append(record.getMessage())
+
+    listener, log = Listener(logging.WARNING), logging.getLogger("bas")
+    log.addHandler(listener)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(listener)
 
 
 def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:
@@ -127,12 +223,12 @@ def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:
 
 
 def attend(home: Home, body: dict) -> str:
-    """Where the handles of a drawn picture looked: it is drawn once more, and their attention is kept."""
-    run, file = finished(home, body), text_of(body, "file")
+    """Where the handles of a drawn picture looked, or all its words: it is drawn once more, their attention is kept."""
+    run, file, all_words = finished(home, body), text_of(body, "file"), bool(body.get("words"))
     path = runs.run_file(run, file)
     made = runs.settings_in(path, path.stat().st_mtime_ns)
     prompt, layout = made.get("prompt"), made.get("layout")
-    if not file.startswith(f"{runs.DRAWN}/") or not isinstance(prompt, str):
+    if file.partition("/")[0] not in runs.GALLERIES[runs.DRAWN] or not isinstance(prompt, str):
         raise Refusal(422, "this picture does not say how it was drawn", "image", "file")
     if made.get("lora") or made.get("embedding"):
         raise Refusal(422, "this picture was drawn with further files: ask bas attend for it in a terminal", "image")
@@ -140,11 +236,12 @@ def attend(home: Home, body: dict) -> str:
         raise Refusal(409, "the boxes of this picture are not here any more: draw it again", "missing")
     names = [name for name in setting_rows(SampleConfig) if name not in ("num_images", "batch_size")]
     settings = {name: made[name] for name in names if made.get(name) is not None}
-    plan_maps(read_spec(run), prompt, SampleConfig(**settings), None, words=False)
+    plan_maps(read_spec(run), prompt, SampleConfig(**settings), None, all_words)
     target = runs.attention_folder(run, file)
     if target.exists():  # of an older picture of this name, or asked for again
         home.trash(target)
     words = ["attend", str(run), f"--prompt={prompt}", f"--output_dir={target}", *as_flags(SampleConfig, settings)]
+    words += ["--words"] if all_words else []
     return jobs.make(home, "attend", run.name, words, {"file": file}, {})
 
 
@@ -163,12 +260,14 @@ def edit(home: Home, body: dict) -> str:
         raise Refusal(422, "nothing is painted: paint what may change", "mask", "mask")
     if not prompt:
         raise Refusal(422, "write what to put there, with a handle in it", "prompt", "prompt")
-    check_edit(read_spec(run), image, [Region(to_floats(mask), prompt)], config)
+    with hearing() as warnings:
+        check_edit(read_spec(run), image, [Region(to_floats(mask), prompt)], config)
     files = {runs.MASK: png(mask), runs.IMAGE: source.read_bytes()}
-    target = run / runs.EDITED / f"{stamp()}.png"
+    target = run / runs.EDITED / f"{moment()}.png"
     words = ["edit", str(run), "--init_image={job}/" + runs.IMAGE, "--mask={job}/" + runs.MASK]
     words += [f"--prompt={prompt}", f"--output_path={target}", *as_flags(EditConfig, settings)]
-    asked = {"prompt": prompt, "settings": settings, "file": target.relative_to(run).as_posix()}
+    file = target.relative_to(run).as_posix()
+    asked = {"prompt": prompt, "settings": settings, "file": file, "warnings": warnings}
     return jobs.make(home, "edit", run.name, words, asked, files)
 
 
@@ -234,7 +333,10 @@ def export(home: Home, body: dict) -> str:
 KINDS: dict[str, Callable[[Home, dict], str]] = {
     "train": train,
     "resume": resume,
+    "pause": pause,
     "sample": sample,
+    "vary": vary,
+    "explore": explore,
     "attend": attend,
     "edit": edit,
     "export": export,

@@ -1,16 +1,21 @@
 """The studio's page in a real browser: the whole way on the miniature, a killed server, two pages, small screens."""
 
+import itertools
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from bas.cli.entry import main
 from bas.pretrained import hub
@@ -18,6 +23,7 @@ from bas.web.studio.app import STATIC
 from tests.helpers.browser import Browser
 from tests.helpers.small_runs import LORA, write_base, write_small_run
 
+AXE = Path(find_spec("axe_core_python").origin).with_name("axe.min.js") if find_spec("axe_core_python") else None
 PLAYROOM = hub.find(None) / "scenes" / "playroom"
 SAVED = "document.querySelector('.saved')?.textContent === 'saved ✓'"
 
@@ -56,6 +62,31 @@ def server(browser, tmp_path_factory):
     started = Server(tmp_path_factory.mktemp("studio") / "home")
     yield started
     started.end()
+
+
+@pytest.fixture(scope="module")
+def furnished(server, tmp_path_factory):
+    """What needs no training: the playroom; the runs `first` and `second`, which differ; `many` with 1000 pictures."""
+    shutil.copytree(PLAYROOM, server.home / "scenes" / "playroom")
+    base, runs = tmp_path_factory.mktemp("furnished") / "base", server.home / "runs"
+    write_base(base, "sd1", whole_vocabulary=True)
+    for name, rank in (("first", 4), ("second", 2)):
+        run = write_small_run(runs / name, base, **LORA | {"rank": rank, "attention_grid": 8})
+        rows = [
+            {"phase": phase, "step": step, "loss": rank / step} for step, phase in ((1, "one"), (2, "one"), (3, "two"))
+        ]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shutil.copytree(runs / "first", runs / "many")
+    words = ["sample", str(runs / "first"), "--prompt", "a photo of <asset0> and <asset1>"]
+    assert main([*words, "--num_inference_steps", "2", "--output_path", str(runs / "first/pictures/one.png")]) == 0
+    (runs / "many" / "pictures").mkdir()
+    for i in range(1000):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("bas", json.dumps({"prompt": f"a photo of <asset0>, {i}", "seed": i}))
+        path = runs / "many" / "pictures" / f"{i:04d}.png"
+        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(path, pnginfo=info)
+        os.utime(path, (i, i))
+    return server
 
 
 @pytest.fixture
@@ -115,9 +146,12 @@ def bring(browser, server, path):
     browser.wait(SAVED)
 
 
-def unsaved_then_saved(browser):
-    browser.run("new Promise((later) => setTimeout(later, 350))")
-    browser.wait(SAVED)
+def until(what):
+    """Wait until something outside of the page is true."""
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def test_the_whole_way(page, server, tmp_path):
@@ -129,16 +163,16 @@ def test_the_whole_way(page, server, tmp_path):
 
     # Paint two concepts and name them.
     page.drag(place_of(page, 0.2, 0.25), place_of(page, 0.2, 0.4), place_of(page, 0.3, 0.5))
-    unsaved_then_saved(page)
+    page.wait(SAVED)
     fill(page, ".concepts li:nth-child(1) label:nth-of-type(1) input", "moon")
     page.wait("document.querySelector('.concepts li:nth-child(1) label:nth-of-type(2) input').value === '<moon>'")
     click(page, "#add")
     page.wait("document.querySelectorAll('.concepts li').length === 2")
     page.drag(place_of(page, 0.7, 0.2), place_of(page, 0.75, 0.3))
-    unsaved_then_saved(page)
+    page.wait(SAVED)
     fill(page, ".concepts li:nth-child(2) label:nth-of-type(1) input", "tree")
     page.wait("document.querySelector('.concepts li:nth-child(2) label:nth-of-type(2) input').value === '<tree>'")
-    unsaved_then_saved(page)
+    page.wait(SAVED)
     masks = [np.asarray(Image.open(scene / f"mask{i}.png")) for i in range(2)]
     names = json.loads((scene / "scene.json").read_text())["concepts"]
     assert names == [{"handle": "<moon>", "word": "moon"}, {"handle": "<tree>", "word": "tree"}]
@@ -150,10 +184,10 @@ def test_the_whole_way(page, server, tmp_path):
     # Undo and redo are saved as well.
     page.run("document.querySelector('.stage').focus()")
     page.press("z", control=True)
-    unsaved_then_saved(page)
+    page.wait(SAVED)
     assert not (scene / "mask1.png").exists()
     page.press("y", control=True)
-    unsaved_then_saved(page)
+    page.wait(SAVED)
     assert np.array_equal(np.asarray(Image.open(scene / "mask1.png")), masks[1])
 
     # Train, stop, continue.
@@ -235,18 +269,9 @@ def test_the_whole_way(page, server, tmp_path):
     assert not any(name.startswith(("pictures", "edits", "checkpoints")) for name in inside)
 
 
-def test_finished_runs_are_compared_asked_and_taken_away(page, server, tmp_path):
-    """Two small runs: what differs, where a picture looked, a picture deleted and restored, one file and a LoRA."""
-    base = write_base(tmp_path / "base", "sd1", whole_vocabulary=True)
-    runs = server.home / "runs"
-    for name, rank in (("first", 4), ("second", 2)):
-        run = write_small_run(runs / name, base, **LORA | {"rank": rank, "attention_grid": 8})
-        rows = [
-            {"phase": phase, "step": step, "loss": rank / step} for step, phase in ((1, "one"), (2, "one"), (3, "two"))
-        ]
-        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    words = ["sample", str(runs / "first"), "--prompt", "a photo of <asset0> and <asset1>"]
-    assert main([*words, "--num_inference_steps", "2", "--output_path", str(runs / "first/pictures/one.png")]) == 0
+def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
+    """Two small runs: what differs, where a picture looked, a picture deleted and restored, a LoRA."""
+    server, runs = furnished, furnished.home / "runs"
 
     # Compare.
     visit(page, server, "#/runs/first")
@@ -264,22 +289,20 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, server, tmp_path)
     axes = "[...document.querySelectorAll('.axis')].map((axis) => [...axis.children].map((end) => end.textContent))"
     assert page.run(axes) == [["0.667", "4"]] * 2  # one axis for both, so that they can be compared
 
-    # Take away: one file and a LoRA, and what to type for each.
-    for title, line in (
-        ("One file", "ComfyUI: CheckpointLoaderSimple first; a photo of embedding:asset0"),
-        ("LoRA for ComfyUI, A1111, InvokeAI", "A1111, Forge: a photo of asset0 <lora:first:1>"),
-    ):
-        click(page, f"[aria-label='Make: {title}']")
-        wait_long(
-            page, f"[...document.querySelectorAll('code')].some((code) => code.textContent === {json.dumps(line)})"
-        )
+    # Take away: a LoRA, and what to type for it.
+    click(page, "[aria-label='Make: LoRA for ComfyUI, A1111, InvokeAI']")
+    line = json.dumps("A1111, Forge: a photo of asset0 <lora:first:1>")
+    wait_long(page, f"[...document.querySelectorAll('code')].some((code) => code.textContent === {line})")
     files = page.run("[...document.querySelectorAll('.files a')].map((link) => link.textContent)")
-    assert files.count("first.safetensors") == 2
-    assert files.count("asset0.safetensors") == 2
+    assert [name for name in files if name.endswith(".safetensors")] == [
+        "asset0.safetensors",
+        "asset1.safetensors",
+        "first.safetensors",
+    ]
 
     # Where did it look? And a picture comes back from the trash.
     visit(page, server, "#/draw/first")
-    click(page, ".chosen figcaption button:nth-of-type(2)")
+    click(page, ".chosen figcaption button:nth-of-type(3)")
     wait_long(page, "document.querySelectorAll('.looks img').length === 2")
     page.wait("[...document.querySelectorAll('.looks img')].every((image) => image.naturalWidth > 0)")
     told = page.run("[...document.querySelectorAll('.looks figcaption')].map((caption) => caption.textContent)")
@@ -347,14 +370,99 @@ def test_a_picture_that_cannot_be_read_is_said_where_it_was_brought(page, server
     assert "it is none of these, or damaged" in said
 
 
-@pytest.mark.parametrize("room", ["home", "masks", "train", "watch", "draw", "edit", "runs"])
-def test_no_room_is_wider_than_a_phone(page, server, room):
-    """Empty, and with what the earlier tests have made where they ran."""
+# What can have the focus and shows no outline then; reached by Tab first, so that the browser shows the focus at all.
+UNSEEN_FOCUS = """[...document.querySelectorAll('a[href], button, input, select, textarea, summary, [tabindex="0"]')]
+  .filter((each) => each.checkVisibility() && !each.disabled).filter((each) => {
+    each.focus();
+    const style = getComputedStyle(each);
+    return document.activeElement === each && (style.outlineStyle === 'none' || parseFloat(style.outlineWidth) < 2);
+  }).map((each) => each.outerHTML.slice(0, 120))"""
+AUDIT = """axe.run(document, {resultTypes: ['violations'], runOnly: RULES}).then(({violations}) =>
+  violations.map(({id, nodes}) => `${id}: ${nodes.slice(0, 3).map((node) => node.html.slice(0, 150)).join(' | ')}`))"""
+ALL_RULES = '["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]'
+
+
+@pytest.mark.parametrize(
+    ("place", "seen"),
+    [
+        ("home", ".card.run"),
+        ("masks/playroom", ".grids canvas"),
+        ("train/playroom", "#start:enabled"),
+        ("watch/first", ".curve"),
+        ("draw/first", ".chosen figcaption"),
+        ("edit/first", "#edit"),
+        ("runs/first", ".card a.main"),
+        ("draw/nothing", ".empty"),
+    ],
+)
+def test_everybody_can_use_every_room(page, furnished, place, seen):
+    """No finding of axe, wide and light or dark; focus is seen; headings go down in steps; no room exceeds a phone."""
     page.show(360, 740, phone=True)
-    for place in (f"#/{room}", f"#/{room}/my%20toys"):
-        visit(page, server, place)
-        assert page.run("document.documentElement.scrollWidth") == 360
-        assert page.run("document.querySelector('#main').scrollWidth <= document.querySelector('#main').clientWidth")
+    visit(page, furnished, f"#/{place}")
+    if place.startswith("masks"):
+        page.run("document.querySelector('details').open = true")
+    page.wait(f"!!document.querySelector({json.dumps(seen)})")
+    assert page.run("document.documentElement.scrollWidth") == 360
+    assert page.run("document.querySelector('#main').scrollWidth <= document.querySelector('#main').clientWidth")
+    page.show(1280, 800)
+    page.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    page.press("Tab")
+    assert page.run(UNSEEN_FOCUS) == []
+    levels = page.run("[...document.querySelectorAll('h1, h2, h3, h4')].map((each) => Number(each.tagName[1]))")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    if AXE is None:
+        pytest.skip("axe-core-python is not installed: pip install -e '.[test]'")
+    page.run(AXE.read_text(encoding="utf-8") + ";0")
+    assert page.run(AUDIT.replace("RULES", ALL_RULES)) == []
+    page.show(1280, 800, dark=True)
+    assert page.run(AUDIT.replace("RULES", '{type: "rule", values: ["color-contrast"]}')) == []
+
+
+def test_a_thousand_pictures_scroll(page, furnished):
+    """The page holds only those near the window, in the order of time; the last is reached by scrolling and by keys."""
+    visit(page, furnished, "#/draw/many")
+    page.wait("document.querySelectorAll('.shot').length > 0")
+    shots = "[...document.querySelectorAll('.shot')].map((shot) => shot.dataset.file.slice(9, 13))"
+    first = page.run(shots)
+    assert first == [f"{999 - i:04d}" for i in range(len(first))]
+    assert len(first) <= 60
+    page.run("document.querySelector('.roll').scrollTop = 1e6")
+    page.wait(f"{shots}.at(-1) === '0000'")
+    page.wait("[...document.querySelectorAll('.shot img')].at(-1).naturalWidth === 8")
+    assert len(page.run(shots)) <= 90
+    asked = "performance.getEntriesByType('resource').filter((each) => each.name.includes('/thumb/')).length"
+    assert page.run(asked) <= 150
+    page.run("document.querySelector('.roll').scrollTop = 0")
+    page.wait(f"{shots}[0] === '0999'")
+    page.run("document.querySelector('.shot').focus()")
+    page.press("End")
+    page.wait("document.activeElement.dataset.file === 'pictures/0000.png'")
+    assert page.run("document.querySelector('.chosen p').textContent") == "a photo of <asset0>, 0"
+    place = page.run("document.activeElement.getBoundingClientRect().bottom")
+    assert place <= 800  # in the window
+
+
+def test_two_pages_see_each_other(page, furnished):
+    """A favourite of one page is one in the other, and a picture that the other deletes is gone in the first."""
+    pictures = furnished.home / "runs" / "second" / "pictures"
+    pictures.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(pictures / f"{name}.png")
+    visit(page, furnished, "#/draw/second")
+    page.wait("document.querySelectorAll('.shot').length === 2")
+    with page.second_page() as switch:
+        page.show(1280, 800)
+        visit(page, furnished, "#/draw/second")
+        page.wait("document.querySelectorAll('.shot').length === 2")
+        click(page, ".chosen figcaption button[aria-pressed=false]")
+        switch()
+        page.wait("document.querySelectorAll('.star').length === 1")
+        click(page, ".chosen figcaption button.plain")
+        page.wait("document.querySelectorAll('.shot').length === 1")
+        switch()
+        page.wait("document.querySelectorAll('.shot').length === 1")
+    assert len([*pictures.glob("*.png")]) == 1
 
 
 def test_the_page_is_small_and_asks_nobody_else():

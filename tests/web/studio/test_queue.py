@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
+from filelock import FileLock
 
 from bas.errors import InputError
-from bas.io.run_files import SETTINGS
+from bas.io.run_files import METRICS, SETTINGS
 from bas.web.studio import jobs
 from bas.web.studio.jobs import Lane
 from bas.web.studio.store import Home
@@ -50,6 +51,30 @@ def test_what_waits_is_moved_taken_out_and_started_in_the_order_shown(studio, st
     studio.post(f"api/jobs/{second.name}/move", {"up": True})
     tick(studio.lane)
     assert started == [second]
+
+
+def test_a_training_is_paused_for_a_drawing_and_goes_on(studio, started):
+    """The drawing comes next, then the rest of the training, then one that waits; too early, it is refused."""
+    training = ask_for(studio, "toy")
+    (training / jobs.LOG).write_text("")
+    second, drawing = ask_for(studio, "other"), ask_for(studio, "drawn", kind="sample")
+    run, body = studio.home.folder / "runs" / "toy", {"kind": "pause", "job": training.name}
+    run.mkdir()
+    with FileLock(training / jobs.LOCK):
+        assert studio.ask("POST", "api/jobs", body).json()["code"] == "early"
+        for name, text in ((SETTINGS, "{}"), (METRICS, '{"step": 1}\n')):
+            (run / name).write_text(text)
+        rest = studio.home.folder / "jobs" / studio.post("api/jobs", body)["id"]
+        assert (training / jobs.STOP).read_text() == "save"
+        assert jobs.words_of(rest) == ["train", "scene", "--resume_from_checkpoint", "latest"]
+        tick(studio.lane)
+        assert started == []  # it is still being saved
+    assert studio.ask("POST", "api/jobs", body).status_code == 409
+    for next_one in (drawing, rest, second):
+        tick(studio.lane)
+        studio.lane.started.clear()
+        assert started[-1] == next_one
+        (next_one / jobs.EXIT).write_text('{"code": 0}')
 
 
 @pytest.fixture

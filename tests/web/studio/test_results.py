@@ -45,6 +45,55 @@ def do(studio, **body):
     return folder
 
 
+def test_variations_and_every_combination_are_drawn_as_the_commands_draw_them(studio, run):
+    """All concepts from three seeds; three combinations in one place; each with its settings, and the sheets."""
+    do(studio, kind="vary", settings=FEW | {"num_images": 3, "seed": 4})
+    do(studio, kind="explore", settings=FEW, places=["in a box"])
+    rows = {row["file"].split("/")[0]: [] for row in studio.get("api/runs/toy/pictures")["pictures"]}
+    for row in reversed(studio.get("api/runs/toy/pictures")["pictures"]):
+        made = row["settings"]
+        rows[row["file"].split("/")[0]].append((row["file"].split("/")[2], made.get("prompt"), made.get("seed")))
+    assert rows["variations"] == [(f"000{i}.png", PROMPT, 4 + i) for i in range(3)] + [("grid.png", None, None)]
+    prompts = [f"a photo of {what} in a box" for what in ("<asset0>", "<asset1>", "<asset0> and <asset1>")]
+    assert rows["exploration"] == [(f"000{i}.png", prompts[i], 0) for i in range(3)] + [("grid.png", None, None)]
+    (found,) = studio.get("api/state")["runs"]
+    assert found["pictures"] == 8
+    assert found["cover"].endswith("/0002.png")  # the newest that is no sheet
+    for places in ([], ["-x"], ["x"] * 21, "beach"):
+        answer = studio.ask("POST", "api/jobs", {"kind": "explore", "run": "toy", "places": places})
+        assert (answer.status_code, answer.json()["field"]) == (422, "places")
+
+
+def test_what_is_asked_for_in_vain_is_said(studio, run):
+    """The warnings of the checks come back with the job; requests of one second have files of their own."""
+    body = {"kind": "sample", "run": "toy", "prompt": "a photo of <asset0>", "settings": FEW | {"separate": True}}
+    first, second = (studio.post("api/jobs", body) for _ in range(2))
+    (line,) = first["asked"]["warnings"]
+    assert line.endswith("it names fewer than two handles")
+    words = [read_json(studio.home.folder / "jobs" / job["id"] / jobs.JOB)["command"] for job in (first, second)]
+    targets = [word for command in words for word in command if word.startswith("--output_path=")]
+    assert len({*targets}) == 2
+
+
+def test_the_gallery_changes_its_version(studio, run):
+    """With each new, marked, or deleted picture, and with no question."""
+    (run / "pictures").mkdir()
+    versions = [studio.get("api/state")["runs"][0]["gallery"]]
+
+    def changed():
+        versions.append(studio.get("api/state")["runs"][0]["gallery"])
+        return versions[-1] != versions[-2]
+
+    assert not changed()
+    Image.new("RGB", (16, 16)).save(run / "pictures" / "new.png")
+    assert changed()
+    studio.ask("PATCH", "api/runs/toy/pictures", {"file": "pictures/new.png", "star": True})
+    assert changed()
+    studio.ask("DELETE", "api/runs/toy/pictures", {"file": "pictures/new.png"})
+    assert changed()
+    assert not changed()
+
+
 def pixels(path):
     """An image as numbers that can be subtracted."""
     return np.asarray(Image.open(path)).astype(int)
