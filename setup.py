@@ -52,6 +52,7 @@ setup(
             "httpx2>=2",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "axe-core-python>=0.1",  # brings axe-core (MPL-2.0), a script that finds barriers on the studio's page
             "diffusers>=0.35",
             "peft>=0.17",
             "ruff>=0.11",

@@ -1,9 +1,10 @@
 """Walk through the studio on the miniature in a real browser, and take the pictures of docs/studio.md.
 
-Run: python -m tools.walk_studio [FOLDER]    (default: docs/pictures; needs Chromium and takes minutes)
+Run: python -m tools.walk_studio [FOLDER] [--steps N]    (default: docs/pictures; needs Chromium and takes minutes)
+     python -m tools.walk_studio --measure               (paints on 40 megapixels and prints the frames per second)
 
 Everything in the pictures is what a person would see: a real server, a real training of the shipped scene, real drawing
-and editing. Each picture is studio-ROOM.png.
+and editing. Each picture is studio-ROOM.png. Ctrl+C ends the server and the job at work.
 """
 
 import argparse
@@ -14,16 +15,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from bas.web.studio import jobs
+from bas.web.studio.store import Home
 from tests.helpers.browser import Browser
 
 WIDE, PHONE = (1280, 800), (360, 740)
 PATIENCE = 1800  # seconds for the training
 PROMPT = "a photo of <moon> and <clover> and <crown> at the beach"
 HANDLES = ("<moon>", "<clover>", "<crown>")
+LARGE = (7728, 5152)  # pixels of the photograph that is painted on to measure
+BRUSHES = (16, 45, 63)  # places of the size's slider: 40, 525 and 1217 pixels of such a photograph
+MOVES = 150  # of the mouse in a stroke
+# The times of all frames from here on, in milliseconds.
+WATCH = "window.frames = []; (function each(at) { frames.push(at); requestAnimationFrame(each); })(performance.now())"
+SETTLED = """new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>
+  done([...document.images].every((image) => image.complete)))))"""
 
 
 class Walk:
@@ -69,7 +82,7 @@ class Walk:
     def shoot(self, name: str, size: tuple[int, int] = WIDE, dark: bool = False) -> None:
         """Take a picture of the room, in few colours: it is for a page of documentation."""
         self.browser.show(*size, dark=dark, phone=size == PHONE)
-        time.sleep(1)
+        self.wait(SETTLED)
         path = self.folder / f"studio-{name}.png"
         self.browser.image(path)
         with Image.open(path) as image:
@@ -78,8 +91,8 @@ class Walk:
         self.browser.show(*WIDE)
 
 
-def walk(step: Walk) -> None:
-    """The whole way."""
+def walk(step: Walk, steps: int) -> None:
+    """The whole way. steps: of each phase of the training."""
     step.browser.show(*WIDE)
     step.go("#/home")
     step.click("#choose + button")  # the playroom, whose masks are painted
@@ -87,27 +100,34 @@ def walk(step: Walk) -> None:
     for i, handle in enumerate(HANDLES, start=1):
         step.fill(f".concepts li:nth-child({i}) label:nth-of-type(2) input", handle)
         step.wait(f"document.querySelector('.concepts li:nth-child({i}) .remove').ariaLabel === 'Remove {handle}'")
-    time.sleep(1)
     step.wait("document.querySelector('.saved').textContent === 'saved ✓'")
     step.go("#/masks/playroom")
-    step.browser.run("document.querySelector('details').open = true")
+    step.browser.run(
+        "[...document.querySelectorAll('summary')].find((each) => "
+        "each.textContent.startsWith('What the losses see')).parentElement.open = true"
+    )
     step.wait("document.querySelectorAll('.grids canvas').length === 6")
     step.shoot("masks")
     step.shoot("phone", PHONE, dark=True)
     step.go("#/train/playroom")
-    step.fill("#set-img_log_steps", 100)
-    time.sleep(0.5)
+    previews = max(1, steps // 3)
+    for name, value in (("img_log_steps", previews), ("phase1_train_steps", steps), ("phase2_train_steps", steps)):
+        step.fill(f"#set-{name}", value)
     step.wait("!document.querySelector('#start').disabled")
     step.shoot("train")
     step.click("#start")
-    step.wait("/^[1-5]\\d\\d\\/600/.test(document.querySelector('.live .large')?.textContent ?? '')")
+    over = "document.querySelector('.good-card') !== null"
+    step.wait(f"parseInt(document.querySelector('.live .large')?.textContent) > {previews} || {over}")
+    step.wait("document.querySelectorAll('.shots img').length > 3 && document.querySelectorAll('.curve').length > 0")
     step.shoot("watch", dark=True)
-    step.wait("document.querySelector('.good-card') !== null")
+    step.wait(over)
     step.go("#/draw/playroom")
     step.fill("#prompt", PROMPT)
     step.fill("#draw-num_images", 8)
     step.click("#draw")
-    step.wait("document.querySelectorAll('.shot').length === 8")
+    step.wait("document.querySelectorAll('.shot').length === 8 && document.querySelector('.live') === null")
+    step.click(".chosen figcaption button:nth-of-type(3)")  # where did it look?
+    step.wait("document.querySelectorAll('.looks img').length === 3 && document.querySelector('.live') === null")
     step.shoot("draw")
     step.go("#/edit/playroom")
     step.wait("document.querySelector('.stage img').naturalWidth > 0")
@@ -116,33 +136,89 @@ def walk(step: Walk) -> None:
         step.browser.drag(step.point(0.08, y), step.point(0.3, y))
     step.fill("#prompt", "a photo of <crown>")
     step.click("#edit")
-    step.wait("document.querySelectorAll('.shot').length === 1")
+    step.wait("document.querySelectorAll('.shot').length === 1 && document.querySelector('.slide .good') !== null")
+    step.wait("document.querySelector('.live') === null")
     step.shoot("edit")
+    step.go("#/runs/playroom")
+    step.click("[aria-label='Make: One file']")
+    step.wait("document.querySelectorAll('.files a').length > 0")
+    step.shoot("runs")
     step.go("#/home")
     step.wait("document.querySelectorAll('.card.run img').length === 1")
     step.shoot("home")
 
 
-def main() -> None:
-    """Start a studio in a temporary folder, walk, and end it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"))
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as place:
-        words = [sys.executable, "-m", "bas", "studio", f"{place}/studio", "--no_browser", "--port", "0"]
+def measure(step: Walk) -> None:
+    """Paint on a photograph of 40 megapixels, and print how many frames a second the page shows meanwhile."""
+    step.browser.show(*WIDE)
+    step.go("#/home")
+    small = np.random.default_rng(0).integers(0, 255, (161, 242, 3), dtype=np.uint8)
+    path = step.folder / "large.jpg"
+    Image.fromarray(small).resize(LARGE, Image.Resampling.BICUBIC).save(path, quality=90)
+    document = step.browser.send("DOM.getDocument")["root"]["nodeId"]
+    node = step.browser.send("DOM.querySelector", nodeId=document, selector="#files")["nodeId"]
+    step.browser.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+    step.wait("document.querySelector('.saved')?.textContent === 'saved ✓'")
+    step.wait("document.querySelector('.stage img').naturalWidth > 0")
+    for place in BRUSHES:
+        step.fill("[aria-label='Size of the brush']", place)
+        size = step.browser.run("document.querySelector('[aria-label=\"Size of the brush\"]').nextSibling.textContent")
+        angles = np.linspace(0, 6 * np.pi, MOVES)
+        points = [step.point(0.5 + 0.4 * np.cos(a), 0.5 + 0.4 * np.sin(1.3 * a)) for a in angles]
+        step.browser.run(WATCH)
+        step.browser.drag(*points)
+        gaps = np.diff(step.browser.run("frames.splice(0)"))
+        step.wait("document.querySelector('.saved').textContent === 'saved ✓'")
+        rate, slow = 1000 / gaps.mean(), np.percentile(gaps, 95)
+        print(f"brush {size}: {rate:.0f} frames a second, 95 % of them within {slow:.0f} ms ({len(gaps)} frames)")
+
+
+@contextmanager
+def studio() -> Iterator[tuple[str, Path]]:
+    """The address of a studio in a temporary folder, and a folder for other files. Its jobs end with it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        home = Path(place) / "studio"
+        words = [sys.executable, "-m", "bas", "studio", str(home), "--no_browser", "--port", "0"]
         server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        assert server.stdout
-        found = re.search(r"http\S+", server.stdout.readline())
-        assert found
-        browser = Browser(Path(place) / "browser")
         try:
-            walk(Walk(browser, found[0], folder))
+            assert server.stdout
+            found = re.search(r"http\S+", server.stdout.readline())
+            assert found, "bas studio has not started: see the line above"
+            yield found[0], Path(place)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait()
+            end_jobs(home)
+
+
+def end_jobs(home: Path) -> None:
+    """End the job at work, which would outlive its server, and wait until its files are closed."""
+    for folder in jobs.Lane(Home(home)).folders():
+        if jobs.state(folder) in jobs.ALIVE:
+            jobs.stop(folder, "now")
+        while jobs.state(folder) == "running":
+            time.sleep(0.1)
+
+
+def main() -> None:
+    """Walk or measure in a studio of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"))
+    parser.add_argument("--steps", type=int, default=300, help="training steps of each phase (default: %(default)s)")
+    parser.add_argument("--measure", action="store_true", help="measure painting on a large photograph instead")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with studio() as (url, place):
+        browser = Browser(place / "browser")
+        try:
+            if args.measure:
+                measure(Walk(browser, url, place))
+            else:
+                args.folder.mkdir(parents=True, exist_ok=True)
+                walk(Walk(browser, url, args.folder), args.steps)
             assert browser.problems == [], browser.problems
         finally:
             browser.close()
-            server.send_signal(signal.SIGINT)
-            server.wait()
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ function drawStrip() {
   const text = workOf(job);
   const how = job.stopping ? "stopping …" : job.state === "waiting" ? "waiting" : name ? `${name.replace(/:$/, "")} ${done}/${total}` : "starting …";
   put(strip, h("span", { class: "dot", "aria-hidden": "true" }),
-    link(text, job.kind === "train" ? `#/watch/${encodeURIComponent(job.name)}` : `#/${job.kind === "edit" ? "edit" : "draw"}/${encodeURIComponent(job.name)}`),
+    link(text, `#/${{ train: "watch", edit: "edit", export: "runs" }[job.kind] ?? "draw"}/${encodeURIComponent(job.name)}`),
     name ? progress(done, total, text) : null, h("span", { class: "number" }, how),
     left ? h("span", { class: "quiet number" }, `${duration(left)} left`) : null,
     busy.length > 1 ? link(`${busy.length - 1} more in the queue`, "#/home") : null,

@@ -90,11 +90,10 @@ def furnished(server, tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, server):
-    """Home in a window, without what an earlier test has left in the page."""
+def page(browser):
+    """A window, without the problems of an earlier test."""
     browser.problems.clear()
     browser.show(1280, 800)
-    visit(browser, server, "#/home")
     yield browser
     assert [line for line in browser.problems if not line.startswith("Failed to load resource")] == []
 
@@ -112,6 +111,13 @@ def click(browser, selector):
         f"!!document.querySelector({json.dumps(selector)}) && !document.querySelector({json.dumps(selector)}).disabled"
     )
     browser.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+
+def enter(browser, selector):
+    """As `click`, by keyboard."""
+    browser.wait(f"document.querySelector({json.dumps(selector)})?.disabled === false")
+    browser.run(f"document.querySelector({json.dumps(selector)}).focus()")
+    browser.press("Enter")
 
 
 def fill(browser, selector, value):
@@ -138,7 +144,8 @@ def place_of(browser, x, y):
 
 
 def bring(browser, server, path):
-    """Choose a file, and wait for the room in which it is painted."""
+    """Choose a file on Home, and wait for the room in which it is painted."""
+    visit(browser, server, "#/home")
     document = browser.send("DOM.getDocument")["root"]["nodeId"]
     node = browser.send("DOM.querySelector", nodeId=document, selector="#files")["nodeId"]
     browser.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
@@ -197,11 +204,10 @@ def test_the_whole_way(page, server, tmp_path):
     for name, value in few.items():
         fill(page, f"#set-{name}", value)
     page.run("document.querySelector('#set-with_prior_preservation').click()")
-    page.run("new Promise((later) => setTimeout(later, 100))")
-    click(page, "#start")
+    enter(page, "#start")
     page.wait("location.hash === '#/watch/my%20toys'")
     page.wait("/^[1-9]\\d*\\/41/.test(document.querySelector('.live .large')?.textContent ?? '')")
-    click(page, "#stop")
+    enter(page, "#stop")
     wait_long(page, "document.querySelector('.card [id=continue]') !== null")
     run = server.home / "runs" / "my toys"
     stopped = sum(1 for _ in (run / "metrics.jsonl").open())
@@ -210,7 +216,7 @@ def test_the_whole_way(page, server, tmp_path):
         page.run("document.querySelector('.stack .card strong').textContent")
         == f"It was stopped after step {stopped} of 41."
     )
-    click(page, "#continue")
+    enter(page, "#continue")
     wait_long(page, "document.querySelector('.good-card') !== null")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
     assert steps == [*range(1, 42)]
@@ -225,7 +231,7 @@ def test_the_whole_way(page, server, tmp_path):
     fill(page, "#draw-num_images", 2)
     fill(page, "#draw-num_inference_steps", 3)
     click(page, "[aria-label='Add a box for <moon>']")
-    click(page, "#draw")
+    enter(page, "#draw")
     wait_long(page, "document.querySelectorAll('.shot').length === 2")
     drawn = sorted((run / "pictures").glob("*.png"))
     settings = [json.loads(Image.open(path).info["bas"]) for path in drawn]
@@ -241,7 +247,7 @@ def test_the_whole_way(page, server, tmp_path):
     )
     page.drag(place_of(page, 0.4, 0.6), place_of(page, 0.6, 0.8))
     fill(page, "#draw-num_inference_steps", 4)
-    click(page, "#edit")
+    enter(page, "#edit")
     wait_long(page, "document.querySelectorAll('.shot').length === 1")
     (edited,) = (run / "edits").glob("*.png")
     (job,) = (server.home / "jobs").glob("*edit*")
@@ -322,7 +328,7 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
     click(page, "#trash summary")
     click(page, "[aria-label='Restore runs/second']")
     page.wait("document.querySelector('[aria-label=\"Delete second\"]') !== null")
-    assert (runs / "second" / "concepts.safetensors").exists()
+    until((runs / "second" / "concepts.safetensors").exists)
 
 
 def test_a_stroke_outlives_the_server(page, server, tmp_path):
@@ -361,6 +367,7 @@ def test_a_scene_that_was_changed_elsewhere_is_not_overwritten(page, server, tmp
 
 def test_a_picture_that_cannot_be_read_is_said_where_it_was_brought(page, server, tmp_path):
     (tmp_path / "notes.png").write_text("no picture")
+    visit(page, server, "#/home")
     document = page.send("DOM.getDocument")["root"]["nodeId"]
     node = page.send("DOM.querySelector", nodeId=document, selector="#files")["nodeId"]
     page.send("DOM.setFileInputFiles", nodeId=node, files=[str(tmp_path / "notes.png")])
