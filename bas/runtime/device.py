@@ -77,6 +77,11 @@ def cpu_multiplies_bf16() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 in hardware."""
+    return cpu_multiplies_bf16() if device.type == "cpu" else gpu_multiplies_bf16(device)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Compute with float32 weights, products in `precision`, softmax and losses in float32."""
     return torch.autocast(device.type, DTYPES[precision], enabled=DTYPES[precision] != torch.float32)

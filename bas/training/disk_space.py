@@ -4,14 +4,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 from bas.config import TrainConfig
 from bas.errors import InputError, RunError
 from bas.io.files import DISK_IS_FULL, human_size, require_writable
-from bas.io.run_files import CHECKPOINTS
+from bas.io.run_files import CHECKPOINTS, TUNED
 from bas.models.adapters import add_adapters
 from bas.models.bundle import COMPONENTS, Models, weight_groups
-from bas.presets import Phase
+from bas.presets import Part, Phase
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import build_on_meta
 from bas.runtime.device import DTYPES
@@ -28,6 +29,12 @@ def count_numbers(models: Models) -> dict[str, int]:
     groups = {name: sum(p.numel() for p in group.values()) for name, group in weight_groups(models).items()}
     rows = sum(encoder.get_input_embeddings().get_parameter("weight").numel() for encoder in models.text_encoders)
     return {**groups, "vae": sum(p.numel() for p in models.vae.parameters()), "embedding": rows}
+
+
+def most_numbers(base: Path) -> dict[str, int]:
+    """What `count_numbers` gives at most: a weight takes a byte of the base's files or more. Builds no network."""
+    files = [base] if base.is_file() else base.rglob("*.safetensors")
+    return dict.fromkeys((*get_args(Part), "vae", "embedding"), sum(file.stat().st_size for file in files))
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
@@ -58,9 +65,13 @@ def require_disk_space(folder: Path, base: Path, config: TrainConfig, handles: i
 
     handles: how many the run adds.
     """
-    models, _ = build_on_meta(base, config.prediction_type, Additions.of_base(vars(config)))
+    free, additions = free_disk_space(folder), Additions.of_base(vars(config))
+    alone = additions is None and not (base / TUNED).is_file()  # all weights are in the files of the base
+    if alone and config.kind.whole and sum(files_to_come(most_numbers(base), config).values()) <= free:
+        return
+    models, _ = build_on_meta(base, config.prediction_type, additions)
     add_adapters(models, config, handles)
-    files, free = files_to_come(count_numbers(models), config), free_disk_space(folder)
+    files = files_to_come(count_numbers(models), config)
     if sum(files.values()) > free:
         parts = ", ".join(f"{human_size(size)} {name}" for name, size in files.items())
         raise InputError(

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
@@ -215,9 +216,7 @@ def child(work: Callable[..., None], *args) -> int | None:
 
     Not forked from this process, whose threads would not go along and whose locks would: from a clean server.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=on_threads, args=(torch.get_num_threads(), work, *args))
+    process = forkserver().Process(target=on_threads, args=(torch.get_num_threads(), work, *args))
     process.start()
     process.join(LONGEST)
     if process.exitcode is None:
@@ -225,6 +224,13 @@ def child(work: Callable[..., None], *args) -> int | None:
         process.join()
         return None
     return process.exitcode
+
+
+def forkserver() -> ForkServerContext:
+    """Where processes are forked from one that has imported what trainings need and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def on_threads(count: int, work: Callable[..., None], *args) -> None:

@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,13 +19,16 @@ import bas
 from bas.config import SampleConfig
 from bas.sampling.sampler import generate
 from tests.helpers.families import tiny
-from tests.helpers.tiny import WEIGHTS, Bench
+from tests.helpers.tiny import UNET, WEIGHTS, Bench
 from tools.reference import cases
 
 RECORDED = cases.REFERENCE / "bits.json"
 UNETS = ("unet-sd1", "unet-sd2", "unet-sd2-v")
 SAMPLED = ("sd1", "sd2-v")
 PROMPTS = ["a photo of (stone:1.4) and creature at the beach", "a bowl"]
+ON_ALL_LEVELS = replace(  # a UNet with attention on every level
+    UNET, down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3
+)
 CONFIGS = (*(f"{part}/config.json" for part in ("unet", "vae", "text_encoder")), "scheduler/scheduler_config.json")
 
 
@@ -74,7 +78,7 @@ def sampled(family: str) -> dict[str, str]:
 def trained() -> dict[str, str]:
     """Every file of the model that a run of both phases saves, and its metrics."""
     with TemporaryDirectory() as folder:
-        run = bas.train(Bench(Path(folder)).config(Path(folder) / "run"))
+        run = bas.train(Bench(Path(folder), ON_ALL_LEVELS).config(Path(folder) / "run"))
         names = (*WEIGHTS, *CONFIGS, "model_index.json", "metrics.jsonl")
         return {f"trained {name}": hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
 

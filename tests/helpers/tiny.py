@@ -35,8 +35,8 @@ UNET = UNetConfig(
     sample_size=16,
     block_out_channels=(8, 8, 16),
     layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D",) * 3,
-    up_block_types=("CrossAttnUpBlock2D",) * 3,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     attention_head_dim=2,
     cross_attention_dim=WIDTH,
     norm_num_groups=4,
@@ -65,7 +65,7 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     return load_tokenizer(folder)
 
 
-def write_model(folder: Path, prediction_type: str = "epsilon") -> Path:
+def write_model(folder: Path, prediction_type: str = "epsilon", unet: UNetConfig = UNET) -> Path:
     """The tiny model as a diffusers folder; returns it."""
     words = tokenizer(folder / "tokenizer")
     text = {
@@ -79,7 +79,7 @@ def write_model(folder: Path, prediction_type: str = "epsilon") -> Path:
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,
     }
-    networks = [fill(network) for network in (UNet(UNET), VAE(AUTOENCODER), build_text_encoder(text))]
+    networks = [fill(network) for network in (UNet(unet), VAE(AUTOENCODER), build_text_encoder(text))]
     save_model(Models(*networks, words, NoiseSchedule(steps_offset=1, prediction_type=prediction_type)), folder)
     return folder
 
@@ -129,9 +129,9 @@ def write_settings(run: Path, **changes) -> Path:
 class Bench:
     """A folder with the model, a scene and class images, and what it takes to train on them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, unet: UNetConfig = UNET):
         self.folder = folder
-        self.model = write_model(folder / "model")
+        self.model = write_model(folder / "model", unet=unet)
         self.scene = write_scene(folder / "scene")
         self.class_images = write_class_images(folder / "class images")
 

@@ -22,6 +22,7 @@ from bas.pretrained.ldm_keys import from_original, to_original
 from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import generate
+from tests.helpers.cases import some_fast
 from tests.helpers.families import tiny
 from tests.helpers.small_runs import LORA, write_small_run
 from tests.helpers.tiny import refused
@@ -269,7 +270,7 @@ def test_an_image_of_the_run_is_the_preview(run, cwd):
 # --- Single files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2-v"])
+@pytest.mark.parametrize("family", some_fast(("sd1", "sd2-v"), "sd2-v"))
 def test_a_single_file_and_its_embeddings_are_the_run(family, cwd, capsys):
     """`--format single` of a small run: read back with --embedding, bas predicts what the run gives, to 5e-6.
 

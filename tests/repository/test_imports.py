@@ -116,6 +116,7 @@ def test_no_circle():
 
 # What only the text encoder and the trained steps need: several times as long to import as the rest of bas.
 HEAVY = ("transformers.modeling_utils", "transformers.models.clip.modeling_clip", "scipy", "sympy", "torch._dynamo")
+HEAVY += ("tensorboard",)  # which only --report_to needs
 STAGES = """
 import json, sys
 import torch

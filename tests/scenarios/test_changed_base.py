@@ -13,6 +13,7 @@ from bas.pretrained.folder import load
 from bas.pretrained.hashes import weights_hash
 from bas.training.base_model import Base
 from bas.training.multi_scene import train_each
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step, resume
 from tests.helpers.tiny import file_hashes, refused
 
@@ -57,7 +58,7 @@ def model(bench, tmp_path) -> Path:
     return Path(shutil.copytree(bench.model, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("change", [overwrite, truncate, replace_file])
+@pytest.mark.parametrize("change", some_fast((overwrite, truncate, replace_file), overwrite))
 def test_a_run_computes_with_the_weights_that_it_read(change, bench, model, tmp_path, monkeypatch, whole):
     """Every file of the base changes before the second step; the run ends with the bits of an undisturbed one."""
     monkeypatch.setattr("bas.io.tensors.MAPPED_ALONE", 1)  # these are small: as if they were large

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import bas
 from bas.training import checkpoints, run_folder
 from bas.training import loop as training
+from tests.helpers.cases import some_fast
 from tests.helpers.tiny import WEIGHTS, file_hashes, refused
 
 
@@ -59,7 +60,7 @@ def resume(bench, run, **changes):
 # --- The same bits ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
+@pytest.mark.parametrize("step", some_fast((3, 4, 5), 4))
 def test_resumed_run_equals_an_uninterrupted_one(bench, tmp_path, cut_off, uninterrupted, step):
     """Cut off in phase 1, in the first step of phase 2, and within it."""
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), step)
@@ -165,7 +166,7 @@ def test_kill_9(bench, tmp_path):
 # --- A save is whole or absent ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("writer", ["write_tensors", "write_json", "sync"])
+@pytest.mark.parametrize("writer", some_fast(("write_tensors", "write_json", "sync"), "write_json"))
 def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypatch, cut_off, uninterrupted, writer):
     """The second save dies: in its tensors, in its note, or just after its place was taken."""
     original, saves = getattr(checkpoints, writer), []

@@ -6,10 +6,10 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import termios
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from bas.cli.entry import main
 from bas.runtime.signals import Interrupted, Interrupts
 from bas.training import checkpoints
 from bas.training.checkpoints import list_checkpoints
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step, heard, resume, training
 from tests.helpers.kills import child
 from tests.helpers.tiny import file_hashes
@@ -32,8 +33,10 @@ def signals():
         yield
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 6])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    some_fast(product(("SIGINT", "SIGTERM", "SIGHUP"), (2, 3, 4, 6)), ("SIGINT", 2), ("SIGTERM", 3), ("SIGHUP", 6)),
+)
 def test_a_signal_finishes_the_step_saves_and_ends(bench, tmp_path, monkeypatch, whole, name, step):
     number, before = getattr(signal, name), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -114,7 +117,7 @@ def test_a_lost_terminal_saves_and_ends(bench, tmp_path, whole):
     assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", some_fast(("SIGINT", "SIGTERM", "SIGHUP"), "SIGHUP"))
 def test_a_signal_that_is_ignored_from_the_start_stays_so(bench, tmp_path, monkeypatch, whole, name):
     """As nohup ignores SIGHUP, so that a training outlives its terminal; also when another one asks to stop."""
     number, other = getattr(signal, name), signal.SIGTERM if name != "SIGTERM" else signal.SIGINT
@@ -163,17 +166,21 @@ def test_a_child_sums_in_the_order_of_its_parent(threads):
 # --- Nobody reads the output ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("buffered", [False, True])
-def test_a_closed_pipe_ends_a_command_quietly(bench, buffered):
-    """Whether Python writes each line at once or all of them at its end."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, "-m", "bas", "info", str(bench.model)]
+def write_to_nobody(words, unbuffered, errors):
+    """Run a command in this process, whose standard output is a pipe that nobody reads, and end with its code."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=environment)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+    file = io.FileIO(writer, "w")
+    sys.stdout = io.TextIOWrapper(file if unbuffered else io.BufferedWriter(file), write_through=unbuffered)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(main(words))
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_closed_pipe_ends_a_command_quietly(bench, tmp_path, unbuffered):
+    """Whether Python writes each line at once or all of them at its end."""
+    assert child(write_to_nobody, ["info", str(bench.model)], unbuffered, tmp_path / "errors") == 141
+    assert (tmp_path / "errors").read_text() == ""
 
 
 def full_output(unbuffered):

@@ -25,6 +25,7 @@ from bas.training.checkpoints import list_checkpoints
 from bas.training.class_images import check_class_folder
 from bas.training.disk_space import free_disk_space
 from bas.training.run_folder import locked, prepare_folder
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step, full_disk, opened, resume, training, unprivileged
 from tests.helpers.kills import child
 from tests.helpers.small_runs import LORA, write_base, write_small_run
@@ -87,7 +88,7 @@ def small_run(tmp_path_factory):
 # --- A full disk ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("share", some_fast((0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.9999), 0, 0.5, 0.9999))
 def test_a_full_disk_keeps_the_old_checkpoint(bench, tmp_path, monkeypatch, whole, share):
     run, original = tmp_path / "run", checkpoints.write_tensors
     size = {}
@@ -245,7 +246,7 @@ def full(*args):
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", some_fast((2, 5), 5))
 def test_out_of_memory_keeps_the_last_checkpoint(bench, tmp_path, monkeypatch, whole, step):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -18,6 +18,7 @@ from bas.pretrained.folder import load
 from bas.training import loop as training
 from bas.training.master_weights import MasterWeights, cast_weights, restore_weights
 from bas.training.phase_state import trainable_parameters
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step
 from tests.helpers.tiny import WEIGHTS, file_hashes
 
@@ -133,7 +134,7 @@ def test_what_bf16_trains_is_saved_from_the_masters(bench, tmp_path):
     assert max((after[name] - tensor).abs().max().item() for name, tensor in before.items()) < 1e-5
 
 
-@pytest.mark.parametrize("step", [3, 5])
+@pytest.mark.parametrize("step", some_fast((3, 5), 5))
 def test_a_bf16_run_resumes_to_the_bit(bench, tmp_path, monkeypatch, step):
     """Cut off in phase 1 and in phase 2: the masters are what a checkpoint holds."""
     flags = {"mixed_precision": "bf16", "checkpointing_steps": 1}

@@ -23,6 +23,7 @@ from bas.training import loop as training
 from bas.training.checkpoints import Checkpoint, checkpoint_folder, describe_file, list_checkpoints
 from bas.training.nonfinite import OVERFLOWS
 from bas.training.resume import check_progress, check_resumable
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step, resume
 from tests.helpers.tiny import file_hashes, refused
 
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_another_run_is_refused_though_its_manifest_is_made_anew
         resume(bench, run)
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", some_fast((True, False), False))
 def test_a_run_of_another_steps_offset_keeps_its_class_images(bench, tmp_path, monkeypatch, cached):
     """Earlier versions counted from 0 where the file gave no offset, and generated class images so.
 
@@ -210,7 +211,7 @@ def test_a_finished_run_is_not_resumed_for_ever(bench, tmp_path):
     assert file_hashes(run) == before
 
 
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("step", some_fast((3, 6), 3))
 def test_a_preview_that_a_kill_prevented_is_written_on_resume(bench, tmp_path, monkeypatch, step):
     """After the last step of phase 1, and of the run: the same sheet as in a run that was not killed."""
     flags = {"checkpointing_steps": 3, "img_log_steps": 3, "preview_inference_steps": 1}

@@ -20,6 +20,7 @@ from bas.sampling.blended_diffusion import Region, edit
 from bas.sampling.sampler import decode, generate, generate_with_maps, standard_normal
 from bas.training.loop import training_step
 from bas.training.phase_state import parameter_groups, trainable_parameters
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step
 from tests.helpers.sdxl import XLBench
 from tests.helpers.tiny import refused
@@ -154,7 +155,7 @@ def test_training_moves_both_text_encoders(bench, run):
         assert len(moved) > 0.95 * len(before.keys() - unread), part
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", some_fast(("no", "bf16", "fp16"), "bf16"))
 def test_a_stopped_run_resumes_to_the_same_bits(bench, run, tmp_path, monkeypatch, precision):
     """Stopped in phase 2: weights, both tables, the optimizer and the random state go on where they were."""
     whole = run if precision == "no" else bas.train(bench.config(tmp_path / "whole", mixed_precision=precision))

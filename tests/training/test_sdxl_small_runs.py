@@ -17,6 +17,7 @@ from bas.training import loop as training
 from bas.training.base_model import Base
 from bas.training.loop import trained
 from bas.training.phase_state import trained_weights
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step
 from tests.helpers.sdxl import XLBench
 from tests.helpers.tiny import refused, snapshot
@@ -52,7 +53,7 @@ def prediction(models) -> torch.Tensor:
         return models.unet(z, 500, context.states, pooled=context.pooled).sample
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_fast(KINDS, "lora", "token"))
 def test_a_small_run(bench, tmp_path, kind, monkeypatch):
     """Every weight of the base outside the kind keeps its bits, everything that it names moves; what was cut off in
     phase 2 resumes to the same bits; loaded from its folder and its base, the run predicts what was trained."""

@@ -25,6 +25,7 @@ from bas.training import loop as training
 from bas.training.base_model import Base
 from bas.training.loop import trained
 from bas.training.phase_state import trained_weights
+from tests.helpers.cases import some_fast
 from tests.helpers.faults import before_step
 from tests.helpers.tiny import file_hashes, refused, snapshot
 
@@ -143,7 +144,7 @@ class CutOff(Exception):
     """Stands for a power cut."""
 
 
-@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("step", some_fast((3, 4, 6), 4))
 def test_a_small_run_resumes_to_the_same_bits(bench, tmp_path, monkeypatch, small, step):
     """Cut off in phase 1, in the first step of phase 2, and in its last; the checkpoint takes 16 bytes a weight."""
     original, steps = training.optimizer_step, iter(range(1, 100))

@@ -1,7 +1,6 @@
 """--report_to tensorboard: the events are the numbers of metrics.jsonl, and a missing package is one line."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -40,12 +39,6 @@ def test_a_missing_package_is_one_line(monkeypatch, tmp_path, capsys):
     assert main([*words, "--report_to", "tensorboard"]) == 2
     assert capsys.readouterr().err == "bas: --report_to tensorboard needs an extra: pip install tensorboard\n"
     assert not (tmp_path / "run").exists()
-
-
-def test_it_is_imported_only_when_asked_for():
-    script = "import sys, bas.cli.commands.train; print('tensorboard' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert answer.stdout == "False\n"
 
 
 def test_rows_become_scalars_and_a_resumed_run_goes_on(tmp_path):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bas
+from bas.runtime.device import native_bf16
 from tools.mini_world.captions import describe
 from tools.mini_world.colours import COLOURS
 from tools.mini_world.drawing import contact_sheet, draw
@@ -114,7 +115,7 @@ def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(steps):
         i = torch.randint(scenes, (BATCH,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16(torch.device("cpu"))):
             seen_shapes, seen_colours, seen_places = recogniser(blemish(images[i], generator))
         loss = F.cross_entropy(seen_shapes.float(), shapes[i]) + F.cross_entropy(seen_places.float(), places[i])
         loss = loss + F.cross_entropy(seen_colours.float(), colours[i], ignore_index=-1)

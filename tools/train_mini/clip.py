@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from bas.runtime.device import native_bf16
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import compose
@@ -60,7 +61,7 @@ def train_clip(recipe: Recipe, run: Path, device: torch.device) -> None:
 
     def similarity(images: Tensor, ids: Tensor) -> Tensor:
         """Cosines of images against captions, (b, b)."""
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
             seen = clip.visual_projection(clip.vision_model(images.to(device)).pooler_output)
             told = clip.text_projection(clip.text_model(ids.to(device)).pooler_output)
         return F.normalize(seen.float(), dim=-1) @ F.normalize(told.float(), dim=-1).T

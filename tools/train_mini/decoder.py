@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bas.errors import InputError
 from bas.models.vae import VAE
+from bas.runtime.device import native_bf16
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import compose
 from tools.mini_world.random_drawings import random_drawing
@@ -98,7 +99,7 @@ def train_decoder(recipe: Recipe, run: Path, device: torch.device) -> None:
 
     def loss_of(module: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         images, cover, noise = (tensor.to(device) for tensor in batch)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
             decoded = module(to_latents(images, scaling) + noise).float()
         return reconstruction_loss(decoded, images, cover), {"psnr": psnr(decoded.detach(), images)}
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bas.models.unet import UNet
+from bas.runtime.device import native_bf16
 from bas.schedulers import add_noise, training_target
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
@@ -65,7 +66,7 @@ def train_unet(recipe: Recipe, run: Path, device: torch.device) -> None:
 
     def loss_of(unet: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         z, t, ids, target, weight = (tensor.to(device) for tensor in batch)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
             with torch.no_grad():
                 context = clip.text_model(ids).last_hidden_state
             predicted = unet(z, t, context).sample

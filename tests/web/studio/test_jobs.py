@@ -1,5 +1,6 @@
 """Jobs of the studio: their state is what the folders say, and their result that of the command."""
 
+import io
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from filelock import FileLock
 
 from bas.cli.entry import main
 from bas.io.run_files import CONCEPTS
-from bas.web.studio import jobs
+from bas.web.studio import jobs, worker
 from bas.web.studio.serve import bound
 from bas.web.studio.store import Home
+from tests.helpers.kills import forkserver
 from tests.helpers.tiny import Bench
 
 PATIENCE = 120  # seconds for a job of a tiny model, on a busy machine
@@ -72,6 +74,36 @@ def bench(tmp_path):
     return Bench(tmp_path / "bench")
 
 
+class Forked:
+    """A job's process as `jobs.launch` starts it, but a fork of one that has imported PyTorch: seconds less."""
+
+    def __init__(self, folder, _, log):
+        context = forkserver()
+        self.process = context.Process(target=run_forked, args=(folder, log.name))
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, timeout):
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "waited in vain"
+        return self.process.exitcode
+
+
+def run_forked(folder, log):
+    """What `python -m bas studio --job FOLDER` does, with its output in the job's log."""
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    sys.exit(main(["studio", "--job", folder]))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Jobs are forks. Those that a server starts, and the spare process, are processes of their own."""
+    monkeypatch.setattr(jobs, "launch", Forked)
+
+
 def run_job(home, words, name="run"):
     """Start the process of a job as the lane does."""
     folder = home.folder / "jobs" / jobs.make(home, "train", name, words, {}, {})
@@ -94,7 +126,7 @@ def training(bench, output, *more, steps=30):
     return [*words, *flags.split(), *classes, *more]
 
 
-def test_a_job_that_is_stopped_and_continued_gives_the_bits_of_the_command(studio, bench, tmp_path):
+def test_a_job_that_is_stopped_and_continued_gives_the_bits_of_the_command(forked, studio, bench, tmp_path):
     """Stop after some steps, see the checkpoint, go on through the page's own request, and compare with one command."""
     run = studio.home.folder / "runs" / "toy"
     folder, process = run_job(studio.home, training(bench, run), "toy")
@@ -123,11 +155,11 @@ def test_a_job_that_is_stopped_and_continued_gives_the_bits_of_the_command(studi
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_a_killed_job_is_lost_and_a_server_that_comes_back_sees_it(studio, bench):
+def test_a_killed_job_is_lost_and_a_server_that_comes_back_sees_it(forked, studio, bench):
     run = studio.home.folder / "runs" / "toy"
     folder, process = run_job(studio.home, training(bench, run, steps=2000), "toy")
     wait_for(lambda: (jobs.last_row(folder / jobs.EVENTS) or {}).get("done", 0) >= 1)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait(PATIENCE)
     assert jobs.state(folder) == "lost"
     found = studio.get("api/state")
@@ -135,7 +167,7 @@ def test_a_killed_job_is_lost_and_a_server_that_comes_back_sees_it(studio, bench
     assert found["jobs"][0]["state"] == "lost"
 
 
-def test_stop_now_ends_a_job_at_once(studio, bench):
+def test_stop_now_ends_a_job_at_once(forked, studio, bench):
     run = studio.home.folder / "runs" / "toy"
     folder, process = run_job(studio.home, training(bench, run, steps=100_000), "toy")
     wait_for(lambda: (jobs.last_row(folder / jobs.EVENTS) or {}).get("done", 0) >= 1)
@@ -145,7 +177,7 @@ def test_stop_now_ends_a_job_at_once(studio, bench):
     assert not (run / CONCEPTS).exists()
 
 
-def test_a_refused_job_says_the_line_of_the_command(studio, bench):
+def test_a_refused_job_says_the_line_of_the_command(forked, studio, bench):
     folder, process = run_job(studio.home, training(bench, studio.home.folder / "runs" / "toy", "--resolution", "33"))
     assert process.wait(PATIENCE) == 2
     told = jobs.describe(folder)
@@ -153,7 +185,7 @@ def test_a_refused_job_says_the_line_of_the_command(studio, bench):
     assert told["line"].startswith("--resolution 33")
 
 
-def test_a_spare_process_takes_a_job_and_ends_when_nobody_asks(tmp_path):
+def test_a_spare_process_takes_a_job(tmp_path):
     home = Home(tmp_path / "home")
     home.make()
     lane = jobs.Lane(home)
@@ -169,13 +201,23 @@ def test_a_spare_process_takes_a_job_and_ends_when_nobody_asks(tmp_path):
     told = jobs.describe(folder)
     assert told["state"] == "refused"
     assert told["line"].startswith(f"{tmp_path / 'nothing'} does not exist")
+
+
+def test_a_spare_process_that_nobody_needs_ends(tmp_path, monkeypatch):
+    """The lane closes its input, and a process whose input has ended asks for no job."""
+    reader = [sys.executable, "-c", "import sys; sys.exit(len(sys.stdin.read()))"]
+    monkeypatch.setattr(jobs, "launch", lambda *_: subprocess.Popen(reader, stdin=subprocess.PIPE))
+    lane = jobs.Lane(Home(tmp_path / "home"))
     lane.asked = time.monotonic()
     lane.keep_spare()
-    second = lane.spare
+    spare = lane.spare
     lane.asked -= jobs.NOBODY_ASKS + 1
     lane.keep_spare()
     assert lane.spare is None
-    assert second.wait(PATIENCE) == 0
+    assert spare.wait(PATIENCE) == 0
+    monkeypatch.setattr(worker, "NEEDED", ())
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert worker.wait_for_job() is None
 
 
 def test_the_server_answers_ends_at_once_and_leaves_its_jobs(tmp_path):
