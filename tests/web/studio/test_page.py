@@ -350,6 +350,32 @@ def test_a_stroke_outlives_the_server(page, server, tmp_path):
     page.problems.clear()
 
 
+def test_a_polygon_is_painted_with_clicks_and_with_keys(page, server, tmp_path):
+    """Its first corner or Enter closes it, Escape drops it, undo takes back a corner, or what it has filled."""
+    photo = tmp_path / "corners.png"
+    photo.write_bytes((PLAYROOM / "img.png").read_bytes())
+    bring(page, server, photo)
+    path = server.home / "scenes" / "corners" / "mask0.png"
+    click(page, "[data-tool=polygon]")
+    for corner in ((0.2, 0.2), (0.6, 0.2), (0.7, 0.9)):
+        page.drag(place_of(page, *corner))
+    page.press("z", control=True)
+    page.drag(place_of(page, 0.6, 0.6))
+    page.drag(place_of(page, 0.2, 0.2))
+    unsaved_then_saved(page)
+    assert np.asarray(Image.open(path)).mean() / 255 == pytest.approx(0.4 * 0.4 / 2, abs=0.004)
+    page.press("z", control=True)
+    unsaved_then_saved(page)
+    assert not path.exists()
+
+    page.press("ArrowRight")
+    for keys in (" ", *["ArrowRight"] * 10, " ", "Escape", " ", *["ArrowLeft"] * 10, " ", *["ArrowDown"] * 20, " "):
+        page.press(keys)
+    page.press("Enter")
+    unsaved_then_saved(page)
+    assert np.asarray(Image.open(path)).mean() / 255 == pytest.approx(0.1 * 0.2 / 2, abs=0.002)
+
+
 def test_a_scene_that_was_changed_elsewhere_is_not_overwritten(page, server, tmp_path):
     photo = tmp_path / "twice.png"
     photo.write_bytes((PLAYROOM / "img.png").read_bytes())
