@@ -42,6 +42,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "no-seg-mix": Variant("concepts in their image alone, the official way", "option", {"seg_mix_probability": 0.0}),
     "uniform": Variant("every subset equally likely", "option", {"subset_sampling": "uniform"}),
+    "cross-attention": Variant("phase 2 trains cross-attention of the UNet", "option", {"train": "cross_attention"}),
+    "kv": Variant("phase 2 trains keys and values", "option", {"train": "kv"}),
+    "v": Variant("phase 2 trains values", "option", {"train": "v"}),
+    "lora": Variant("phase 2 trains adapters", "option", {"train": "lora"}),
+    "token": Variant("phase 2 trains adapters of the handles' tokens", "option", {"train": "token"}),
 }
 PAPER = tuple(name for name, row in VARIANTS.items() if row.kind != "option")
 

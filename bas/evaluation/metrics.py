@@ -35,6 +35,8 @@ AT_ONCE = 64  # images in one pass
 class Identity(Protocol):
     """Either measure of identity: DINO's, or the miniature's."""
 
+    right: float | None  # the value from which on an image shows the concept; None where the measure has no such value
+
     def identity_similarity(
         self,
         images: list[Image.Image],
@@ -74,6 +76,8 @@ class PromptSimilarity:
 class IdentitySimilarity:
     """The cosine of DINO's features (the class token after the last norm) of two images that show the concept alone."""
 
+    right: float | None = None
+
     def __init__(self, name: str = DINO, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--dino")
         model, self.processor = load_helper(folder, "vit", "ViTModel", "ViTImageProcessorPil", add_pooling_layer=False)
@@ -110,7 +114,7 @@ class Metrics:
 
     def __init__(self, prompt: PromptSimilarity, identity: Identity):
         self.prompt_similarity = prompt.prompt_similarity
-        self.identity_similarity = identity.identity_similarity
+        self.identity_similarity, self.right = identity.identity_similarity, identity.right
 
     @classmethod
     def photographs(cls, device: torch.device | str = "cpu", clip: str = CLIP, dino: str = DINO) -> Metrics:

@@ -19,12 +19,15 @@ from bas.evaluation.masking import blacken_each
 GRID = 32  # rows and columns that images are averaged to: half of the miniature's pixels
 STEP = 1.1  # from one size of the concept to the next
 SMALLEST, LARGEST = 0.3, 0.8  # of the image's side, at which the concept is searched
+RIGHT = 0.7  # likeness from which on an image shows the concept
 FLOOR = 1e-8  # least product of energies: where an image is the concept's mean colour all over, the cosine is 0
 AT_ONCE = 256  # images in one pass
 
 
 class ObjectSimilarity:
     """Identity similarity without a network: the best cosine of a concept with any place of an image."""
+
+    right: float | None = RIGHT
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)

@@ -8,7 +8,7 @@ from PIL import Image
 from bas.data.scene_folder import load_scene
 from bas.evaluation.baselines import VARIANTS
 from bas.evaluation.protocol import Trial
-from bas.evaluation.tables import COLUMNS, checked_orderings, option_changes, summarise, verdict
+from bas.evaluation.tables import checked_orderings, option_changes, shown_columns, summarise, verdict
 from bas.io.figures import tint_masks
 from bas.io.images import fit, fit_mask
 from bas.web.elements import Figure, figure, render, spread
@@ -33,7 +33,7 @@ def page(rows: list[dict], trials: list[Trial], facts: dict[str, str], plot: Ima
         "evaluation.html",
         facts=facts,
         plot=figure(plot, "identity similarity against prompt similarity", PLOT_SIDE),
-        columns=COLUMNS,
+        columns=shown_columns(rows),
         variants=VARIANTS,
         methods=summary,
         orderings=[(*found, verdict(found[-1])) for found in checked_orderings(rows)],

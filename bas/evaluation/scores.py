@@ -1,6 +1,6 @@
 """From a trial's images to numbers: the rows of results.jsonl, one for each image and one for each trial.
 
-{"row": "picture", scene, method, seed, file, prompt, text, prompt_similarity, identity: {handle: value}, ...}
+{"row": "picture", scene, method, seed, file, prompt, text, prompt_similarity, identity: {handle: value}, right, ...}
 {"row": "cell", scene, method, seed, attention_iou: {handle: value}, draws: {handle: {handle: value}}, ...}
 """
 
@@ -57,6 +57,7 @@ def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: S
             row["identity"][handle] = value
     for row in rows:
         row["identity_similarity"] = float(np.mean(list(row["identity"].values())))
+        row["right"] = None if scorer.right is None else float(min(row["identity"].values()) >= scorer.right)
 
     alone = [[p for row, p in zip(rows, images, strict=True) if row["concepts"] == [i]] for i in range(len(handles))]
     table = leakage(scorer, alone, reference, layers)

@@ -36,8 +36,8 @@ COLUMNS = {
     "attention_iou": Column("cell", "attention IoU", True),
     "leakage": Column("cell", "leakage", False),
     "confused": Column("cell", "confused handles", False),
+    "right": Column("picture", "right subsets", True),  # of measures that say when a concept is shown
 }
-HEADINGS = tuple(column.title for column in COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,14 @@ ORDERINGS = (  # paper, section 4.1 and figure 5
 )
 
 
+def shown_columns(rows: list[dict]) -> dict[str, Column]:
+    """Return the columns that some row has a value in."""
+    return {name: column for name, column in COLUMNS.items() if any(by_trial(rows, name).values())}
+
+
 def value_of(row: dict, column: str) -> float | None:
     """Return a row's value in a column, averaged over handles where each has one."""
-    value = row[column]
+    value = row.get(column)
     return float(np.mean(list(value.values()))) if isinstance(value, dict) else value
 
 
@@ -136,7 +141,8 @@ def compare(rows: list[dict], more: str, less: str, column: str) -> Interval | N
 def option_changes(rows: list[dict]) -> dict[str, list[Interval | None]]:
     """Return by how much each option that was tried changes each column of the method."""
     options = [name for name, row in VARIANTS.items() if row.kind == "option"]
-    changes = {name: [compare(rows, name, "bas", column) for column in COLUMNS] for name in options}
+    columns = shown_columns(rows)
+    changes = {name: [compare(rows, name, "bas", column) for column in columns] for name in options}
     return {name: trials for name, trials in changes.items() if any(trials)}
 
 
@@ -163,9 +169,10 @@ def markdown(rows: list[dict], facts: dict[str, str]) -> str:
 
 def method_table(rows: list[dict]) -> list[str]:
     """Return a line for each method with the mean and interval of each column."""
-    lines = head(["method", "", *HEADINGS])
+    shown = shown_columns(rows)
+    lines = head(["method", "", *(column.title for column in shown.values())])
     for method, columns in summarise(rows).items():
-        lines.append(line([method, VARIANTS[method].help, *(str(columns.get(column, "–")) for column in COLUMNS)]))
+        lines.append(line([method, VARIANTS[method].help, *(str(columns.get(column, "–")) for column in shown)]))
     return lines
 
 
@@ -191,7 +198,8 @@ def option_table(rows: list[dict]) -> list[str]:
     """Return a line for each option that was tried."""
     changes = option_changes(rows)
     lines = [line([name, VARIANTS[name].help, *(str(c or "–") for c in trials)]) for name, trials in changes.items()]
-    return [*head(["option − bas", "", *HEADINGS]), *lines] if lines else []
+    headings = [column.title for column in shown_columns(rows).values()]
+    return [*head(["option − bas", "", *headings]), *lines] if lines else []
 
 
 def head(titles: list[str]) -> list[str]:

@@ -27,7 +27,7 @@ from bas.evaluation.protocol import agree_on, plan_trials, run_trial
 from bas.evaluation.runner import EvaluationContext, counted_seconds, evaluate_each, measured_seconds, write_results
 from bas.evaluation.scores import score_trial, summary_of_handles
 from bas.evaluation.segments import segment_by_attention
-from bas.evaluation.tables import Interval, compare, interval, markdown, summarise, verdict
+from bas.evaluation.tables import Interval, compare, interval, markdown, shown_columns, summarise, verdict
 from bas.pretrained.folder import load
 from bas.runtime.signals import Interrupted
 from bas.sampling.attention_maps import attend
@@ -42,6 +42,8 @@ WORDS = ("cat", "dog")
 
 class Stand:
     """Stands in for the metrics: red is what follows prompts, and likeness is that of the mean colours."""
+
+    right = 0.5
 
     def prompt_similarity(self, images, prompts):
         return [np.asarray(image)[..., 0].mean() / 255 for image in images]
@@ -249,6 +251,17 @@ def test_segments_are_those_of_the_concepts_word(done):
     score_trial(done[1][3], Stand(), (32, 8))
 
 
+def test_an_image_is_right_where_every_named_concept_is_found(done):
+    """From the measure's own value on; a measure without such a value says nothing."""
+    before, stand = rows_of(done[0])[-7:-1], Stand()
+    least = [min(row["identity"].values()) for row in before]
+    for stand.right in (sorted(least)[3], None):
+        found = [row["right"] for row in score_trial(done[1][3], stand, (32, 8))[:-1]]
+        assert found == [None if stand.right is None else float(value >= stand.right) for value in least]
+        assert {*found} == ({None} if stand.right is None else {0.0, 1.0})
+    score_trial(done[1][3], Stand(), (32, 8))
+
+
 def test_segments_of_the_handles_attention_lie_beside_the_images(bench, scenes, explicit, done, tmp_path):
     """Of the same images, one file for each concept of a prompt, where `bas attend` sees its handle look."""
     (trial,) = planned(tmp_path, scenes[1:], explicit, methods=("bas",))
@@ -410,6 +423,11 @@ def test_an_option_is_compared_where_both_were_run():
     text = f"| uniform | every subset equally likely | 0.200 [{low:.3f}, {high:.3f}] | -0.050 ["
     assert text in markdown(rows, FACTS)
     assert "option" not in markdown(rows[:3], FACTS)
+    assert "right subsets" not in text
+    shown = [r | {"right": value} for r, value in zip(rows, (1.0, 1.0, 0.0, 1.0, None), strict=True)]
+    assert shown_columns(shown).keys() - shown_columns(rows).keys() == {"right"}
+    assert summarise(shown)["bas"]["right"].mean == 0.5
+    assert compare(shown, "uniform", "bas", "right") == Interval(0.0)
 
 
 def test_the_plot_shows_every_method_with_its_interval(done, monkeypatch):

@@ -12,7 +12,8 @@ from bas.evaluation.baselines import PAPER
 from bas.evaluation.protocol import PLAN
 from bas.io.json_files import write_json
 from tools.checks import methods as check_methods
-from tools.checks.methods import RECORDED, condense, differences, markdown, merged, write_scenes
+from tools.checks.adapters import KINDS
+from tools.checks.methods import RECORDED, by_rate, condense, differences, markdown, merged, write_scenes
 
 
 @pytest.fixture
@@ -41,6 +42,15 @@ def test_a_cell_is_its_means(evaluation):
     assert cell["identity_similarity"] == pytest.approx(0.4)
     assert cell["attention_iou"] == pytest.approx(0.6)
     assert (cell["leakage"], cell["confused"], cell["pictures"], cell["seconds"]) == (0.25, 0.5, 3, 23.5)
+    assert "right" not in cell  # its measure does not say when a concept is shown
+    assert "| 0.667 |" in markdown({"date": "", "torch": "", "cells": [cell | {"right": 2 / 3}]})
+
+
+def test_kinds_of_training_are_evaluated_at_their_own_rates():
+    assert by_rate(["bas", "lora", "cross-attention", "token", "single"]) == {
+        None: ["bas", "cross-attention", "single"],
+        KINDS["lora-16"].rate: ["lora", "token"],
+    }
 
 
 def test_only_the_same_cells_are_compared(evaluation):

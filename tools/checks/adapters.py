@@ -2,27 +2,32 @@
 
 Each kind is trained on the first scene, whose subsets are generated and measured as in tools.checks.combine:
 
+    rate        the learning rate of phase 2
     size        of the files that the kind keeps: the whole model, or the trained weights
     memory      of the larger phase, counted as by `bas train --dry_run`
     time        of both phases
     likeness    the mean likeness of the named concepts; 0.7 or more is right
-    place       the named place is seen
+    prompts     the share of images that show the named place
+    right       the share of images that show every named concept, by the size of the subset
 
-The kinds of MERGED are trained on two further scenes too. Then the runs of two and of three scenes are merged:
+The kinds of MERGED are trained on two further scenes too, or as many as `--scenes` says. Then the runs of two and of
+three scenes are merged:
 
     before, after    the mean likeness of each concept alone, in its own run and in the merged one
     drift            the mean relative change of the attention's output, as `bas merge` prints it
     pairs            images of one concept of each of two scenes, both right
 
-    python -m tools.checks.adapters --output_dir /tmp/adapters
-    python -m tools.checks.adapters --output_dir /tmp/adapters --kinds lora-16 token-16 --set learning_rate=5e-4
+    python -m tools.checks.adapters --output_dir /tmp/adapters --record
+    python -m tools.checks.adapters --output_dir /tmp/adapters --scenes 1 --kinds lora-16 token --set learning_rate=5e-4
 
-A second call goes on. DIR holds table.md and, for each kind, its runs and scores.json.
+A second call goes on: what is trained, merged and measured stays. DIR holds table.md and, for each kind, its runs and
+scores.json. `--record` puts the tables into docs/adapters.md.
 """
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,7 @@ from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS, TUNED, read_concepts, read_sessions
 from bas.models.bundle import Models
 from bas.pretrained.folder import load
+from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find
 from bas.pretrained.merging import merge_runs, read_sources
 from bas.runtime.progress import clock
@@ -61,23 +67,37 @@ from tools.checks.combine import (
     summarise,
     unseen_scenes,
 )
-from tools.checks.mini import train_recogniser
+from tools.checks.mini import Recogniser, train_recogniser
 from tools.mini_world.layouts import Layout
 from tools.mini_world.places import PLACES
 
-KINDS: dict[str, dict[str, Any]] = {  # the settings of each row
-    "full": {"train": "full"},
-    "cross_attention": {"train": "cross_attention"},
-    "kv": {"train": "kv"},
-    "v": {"train": "v"},
-    "lora-4": {"train": "lora", "rank": 4},
-    "lora-16": {"train": "lora", "rank": 16},
-    "lora-64": {"train": "lora", "rank": 64},
-    "token-4": {"train": "token", "rank": 4},
-    "token-16": {"train": "token", "rank": 16},
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of training as it is measured."""
+
+    settings: dict[str, Any]
+    rate: float | None  # of phase 2 on the miniature; None: the miniature's own
+    reason: str  # for the rate
+
+
+OWN = "the miniature's own, which was chosen for all weights"
+SEARCHED = "ten times the miniature's own; at a tenth likeness is lower (docs/adapters.md)"
+LIKE_RANK_16 = "that of rank 16: alpha equals the rank, so the scale is 1 at every rank"
+KINDS = {
+    "full": Row({"train": "full"}, None, OWN),
+    "cross_attention": Row({"train": "cross_attention"}, None, OWN),
+    "kv": Row({"train": "kv"}, 1e-2, SEARCHED),
+    "v": Row({"train": "v"}, 1e-2, "that of kv: the same weights, but for the keys"),
+    "lora-4": Row({"train": "lora", "rank": 4}, 1e-2, LIKE_RANK_16),
+    "lora-16": Row({"train": "lora", "rank": 16}, 1e-2, SEARCHED),
+    "lora-64": Row({"train": "lora", "rank": 64}, 1e-2, LIKE_RANK_16),
+    "token": Row({"train": "token", "rank": 16}, 1e-2, "that of lora-16; no other was tried"),
 }
-MERGED = ("kv", "v", "lora-16", "token-16")
+MERGED = ("kv", "v", "lora-16", "token")
 SCENES = 3  # of two, three and four concepts
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+MARKS = "<!-- measured -->\n", "<!-- end of measured -->"  # around the tables in the page
 
 
 # --- One kind -----------------------------------------------------------------------------------------------------
@@ -151,13 +171,13 @@ def measure_merged(
 
 def kinds_table(scores: dict[str, dict[str, Any]]) -> list[str]:
     """A row for each kind."""
-    names = ("size", "memory", "time", "likeness", "place", *(f"{size} right" for size in SIZES.values()))
+    names = ("rate", "size", "memory", "time", "likeness", "prompts", *(f"{size} right" for size in SIZES.values()))
     lines = [f"| `--train` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for kind, row in scores.items():
         sizes = by_size({kind: row["scene"]}, "images")
         cross = np.array(row["scene"]["cross"])
         whole = [summarise([image], cross) for image in read_shown(row["scene"]["images"])]
-        cells = [human_size(int(row["costs"][name])) for name in ("bytes", "memory")]
+        cells = [f"{row['rate']:g}", *(human_size(int(row["costs"][name])) for name in ("bytes", "memory"))]
         cells += [clock(row["costs"]["seconds"])]
         cells += [f"{np.mean([image['likeness'] for image in whole]):.2f}"]
         cells += [f"{100 * np.mean([image['place'] for image in whole]):.0f} %"]
@@ -177,8 +197,41 @@ def merged_table(scores: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Train and measure every kind, print the tables."""
+def tables(scores: dict[str, dict[str, Any]], about: str) -> str:
+    """What was measured, as it stands in the page: the kinds, then what was merged."""
+    merged = merged_table(scores) if any(row["merged"] for row in scores.values()) else []
+    return "\n".join([about, "", *kinds_table(scores), *([""] if merged else []), *merged, ""])
+
+
+def put_into_page(page: str, measured: str) -> str:
+    """The page with other tables between its marks."""
+    head, rest = page.split(MARKS[0])
+    return f"{head}{MARKS[0]}{measured}{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def measure_kind(
+    folder: Path,
+    base: Path,
+    layouts: dict[str, Layout],
+    settings: dict[str, Any],
+    recogniser: Recogniser,
+    places: int,
+    config: SampleConfig,
+) -> dict[str, Any]:
+    """Train a kind on these scenes, measure the first run, then merge the runs of the first two, three, ... scenes."""
+    trained = {name: learn(folder / name, base, layout, settings) for name, layout in layouts.items()}
+    (first, layout), runs = next(iter(layouts.items())), [folder / name / "run" for name in layouts]
+    scene = measure(folder / first, trained[first], layout, recogniser, places, None, config)
+    merged = {
+        str(n): measure_merged(folder / f"merged-{n}", runs[:n], [*layouts.values()][:n], places, config)
+        for n in range(2, len(layouts) + 1)
+    }
+    rate = trained[first].learning_rate
+    return {"scene": scene, "costs": costs(trained[first]), "rate": rate, "merged": merged}
+
+
+def parse_flags() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.checks.adapters",
         description=__doc__,
@@ -189,39 +242,54 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows to measure (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
     parser.add_argument(
+        "--scenes",
+        type=int,
+        default=SCENES,
+        choices=range(1, SCENES + 1),
+        help="1: merge nothing (default: %(default)s)",
+    )
+    parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of training", dest="changes"
     )
     parser.add_argument("--places", type=int, default=6, choices=range(1, 10), help="of the ten (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="images of a subset in a place (default: %(default)s)")
     parser.add_argument("--recogniser", type=Path, help="file of the recogniser of places (default: in --output_dir)")
+    parser.add_argument("--record", action="store_true", help=f"put the tables into docs/{PAGE.name}")
     add_fields(parser, SampleConfig, SAMPLING)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train and measure every kind, print the tables."""
+    args = parse_flags()
     base, out, changes = find(args.weights), args.output_dir, dict(map(read_setting, args.changes))
     config = SampleConfig(
         **{"batch_size": 16, **given(args, SampleConfig), "num_images": args.seeds, "seed": FIRST_NOISE}
     )
     recogniser = train_recogniser(args.recogniser or out / "recogniser.pt", scenes=8_000, epochs=4)
-    layouts = unseen_scenes(SCENES, args.seed)
-    stated = json.loads(json.dumps({"sampling": asdict(config), "places": args.places, "changes": changes}))
-    scores: dict[str, dict[str, Any]] = {}
+    layouts, scores = unseen_scenes(args.scenes, args.seed), {}
     for kind in args.kinds:
-        settings = KINDS[kind] | {"class_data_dir": str(out / "class_images")} | changes
-        noted, count = out / kind / "scores.json", SCENES if kind in MERGED else 1
+        row, chosen = KINDS[kind], dict(list(layouts.items())[: args.scenes if kind in MERGED else 1])
+        rate = {} if row.rate is None else {"learning_rate": row.rate}
+        settings = row.settings | {"class_data_dir": str(out / "class_images")} | rate | changes
+        stated = {"sampling": asdict(config), "places": args.places, "scenes": [*chosen], "settings": settings}
+        stated |= {"base": weights_hash(base)}
+        noted, stated = out / kind / "scores.json", json.loads(json.dumps(stated))
         if not noted.exists() or {name: read_json(noted).get(name) for name in stated} != stated:
-            chosen = dict(list(layouts.items())[:count])
-            trained = {name: learn(out / kind / name, base, layout, settings) for name, layout in chosen.items()}
-            (first, layout), runs = next(iter(chosen.items())), [out / kind / name / "run" for name in chosen]
-            scene = measure(out / kind / first, trained[first], layout, recogniser, args.places, None, config)
-            merged = {}
-            for n in range(2, count + 1):
-                folder, shown = out / kind / f"merged-{n}", [*chosen.values()][:n]
-                merged[str(n)] = measure_merged(folder, runs[:n], shown, args.places, config)
-            write_json(noted, stated | {"scene": scene, "costs": costs(trained[first]), "merged": merged})
+            measured = measure_kind(out / kind, base, chosen, settings, recogniser, args.places, config)
+            write_json(noted, stated | measured)
         scores[kind] = read_json(noted)
-        about = f"Scene {next(iter(layouts))}, {args.places} places, {args.seeds} seeds, base {base.name}."
-        write_text(out / "table.md", "\n".join([about, "", *kinds_table(scores), "", *merged_table(scores), ""]))
         print(f"{kind} is measured", flush=True)
-    print((out / "table.md").read_text(encoding="utf-8"))
+    concepts = len(next(iter(layouts.values())).objects)
+    about = (
+        f"Scene {next(iter(layouts))} of {concepts} concepts, {args.places} places, {args.seeds} seeds, "
+        f"{config.num_inference_steps} steps of sampling, torch {metadata.version('torch')}, base "
+        f"{weights_hash(base)[:12]}{', ' + ' '.join(args.changes) if args.changes else ''}."
+    )
+    write_text(out / "table.md", tables(scores, about))
+    print(tables(scores, about))
+    if args.record:
+        write_text(PAGE, put_into_page(PAGE.read_text(encoding="utf-8"), tables(scores, about)))
 
 
 if __name__ == "__main__":

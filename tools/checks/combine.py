@@ -45,7 +45,7 @@ from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.evaluation.metrics import attention_iou
-from bas.evaluation.object_similarity import ObjectSimilarity
+from bas.evaluation.object_similarity import RIGHT, ObjectSimilarity
 from bas.io.figures import grid, tint_masks
 from bas.io.files import write_text
 from bas.io.images import read_image, save_image
@@ -68,7 +68,6 @@ from tools.mini_world.layouts import DEMO_SCENES, SLOTS, Layout, compose_concept
 from tools.mini_world.places import PLACES
 from tools.mini_world.scenes import realise, save_scene
 
-RIGHT = 0.7  # likeness from which on a concept is found
 MARGIN = 0.05  # above the likeness of the true named concepts to an unnamed one, from which on that one is a guest
 TEN = tuple(place for place in PLACES if place != "wall")  # the places of the paper's evaluation
 SIDE = 64  # pixels of true concepts that are drawn here

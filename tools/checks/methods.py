@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bas.evaluation.baselines import PAPER
+from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.plot import scatter
 from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
 from bas.io.images import save_image
 from bas.io.json_files import read_json
+from tools.checks.adapters import KINDS
 from tools.mini_world.scenes import render_concepts, save_scene
 
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
@@ -48,11 +49,23 @@ def write_scenes(folder: Path, count: int) -> list[Path]:
     return scenes
 
 
-def evaluate(folder: Path, scenes: list[Path], args: argparse.Namespace) -> None:
+def by_rate(methods: list[str]) -> dict[float | None, list[str]]:
+    """The methods by learning rate of phase 2: that of KINDS for kinds of training, else None, the miniature's own."""
+    rates = {row.settings["train"]: row.rate for row in KINDS.values()}
+    found: dict[float | None, list[str]] = {}
+    for method in methods:
+        found.setdefault(rates.get(VARIANTS[method].settings.get("train")), []).append(method)
+    return found
+
+
+def evaluate(
+    folder: Path, scenes: list[Path], methods: list[str], rate: float | None, args: argparse.Namespace
+) -> None:
     """`bas evaluate` in as many processes of one thread as asked for. Raises CalledProcessError when it fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
     command = [sys.executable, *(launcher if args.processes > 1 else []), "-m", "bas", "evaluate", *map(str, scenes)]
-    command += ["--output_dir", str(folder), "--methods", *args.methods, "--seeds", *map(str, args.seeds), *SETTINGS]
+    command += ["--output_dir", str(folder), "--methods", *methods, "--seeds", *map(str, args.seeds), *SETTINGS]
+    command += [] if rate is None else ["--learning_rate", str(rate)]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
@@ -64,7 +77,9 @@ def condense(folder: Path) -> list[dict]:
         note = json.loads(path.with_name(TRIAL).read_text(encoding="utf-8"))
         cell = {key: note[key] for key in ("scene", "method", "seed")}
         for column, about in COLUMNS.items():
-            cell[column] = float(np.mean([value_of(row, column) for row in rows if row["row"] == about.kind]))
+            values = [value_of(row, column) for row in rows if row["row"] == about.kind]
+            if known := [value for value in values if value is not None]:
+                cell[column] = float(np.mean(known))
         cells.append(cell | {"pictures": len(note["pictures"]), "seconds": sum(note["seconds"].values())})
     return cells
 
@@ -73,7 +88,10 @@ def differences(cells: list[dict], recorded: list[dict]) -> list[float]:
     """For each cell that both have, the largest difference in any column."""
     known = {name_of(cell): cell for cell in recorded}
     shared = [(cell, known[name_of(cell)]) for cell in cells if name_of(cell) in known]
-    return [max(abs(ours[column] - theirs[column]) for column in COLUMNS) for ours, theirs in shared]
+    return [
+        max(abs(ours[column] - theirs[column]) for column in COLUMNS if column in ours and column in theirs)
+        for ours, theirs in shared
+    ]
 
 
 def name_of(cell: dict) -> tuple:
@@ -129,11 +147,13 @@ def main() -> None:
         return
     if args.output_dir is None:
         parser.error("--output_dir is needed, or --markdown, or --scatter")
-    evaluation = args.output_dir / "evaluation"
-    evaluate(evaluation, write_scenes(args.output_dir / "scenes", args.first_scenes), args)
-    run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch")}
-    run["base"] = read_json(evaluation / PLAN)["base"]
-    run["cells"] = condense(evaluation)
+    run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch"), "cells": []}
+    scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
+    for rate, methods in by_rate(args.methods).items():
+        evaluation = args.output_dir / ("evaluation" if rate is None else f"evaluation-{rate:g}")
+        evaluate(evaluation, scenes, methods, rate, args)
+        run["base"] = read_json(evaluation / PLAN)["base"]
+        run["cells"] += condense(evaluation)
     print(markdown(run))
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     if args.record:
