@@ -16,13 +16,14 @@ from PIL import Image
 
 from bas.cli import entry
 from bas.io.run_files import read_concepts
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import load
 from tests.helpers.tiny import Bench
 from tools.bench import __main__ as bench
 from tools.bench import bas_side as bench_bas
 from tools.bench.bas_side import BasSide, Mode, mode_named
 from tools.bench.clock import interleave, run_command
-from tools.bench.material import Material, make_scene
+from tools.bench.material import OFFICIAL, Material, make_scene
 from tools.bench.table import Line, Stat, markdown, share, speedup, text_table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -205,6 +206,30 @@ def test_a_lora_step_is_compared_with_a_full_one_without_its_optimizer(material,
     rest = float(found.note.removeprefix("against ").removesuffix(" s"))
     assert found.ratio == pytest.approx(found.bas.median / rest, rel=0.01)
     assert rest > 0
+
+
+def test_a_base_and_a_lora_take_no_second_copy_of_the_base(tmp_path, monkeypatch):
+    """Loading is asked for three times a round, once with a LoRA of the model, which fits it; the last line is the
+    share of memory with it."""
+    from tools.bench import programs
+
+    asked = []
+
+    def child(task, _threads):
+        asked.append(task)
+        return {"seconds": 1.0, "peak": 3e9 if "lora" in task else 2e9}
+
+    monkeypatch.setattr(programs, "child", child)
+    names, model = map(str, count()), OFFICIAL / "model"
+    given = SimpleNamespace(model=lambda _: model, rounds=1, threads=1, fresh=lambda _: tmp_path / next(names))
+    *_, last = programs.loading(given, SimpleNamespace(name="a model", model="a model", device="cpu"), ())
+    assert (last.row, last.bas.median, last.ratio) == ("load a base and a LoRA, memory", 3.0, 1.5)
+    assert [("lora" in task, task["side"]) for task in asked[3:]] == [
+        *((False, "diffusers"), (False, "bas"), (True, "bas"))
+    ]
+    weight = "mid_block.attentions.0.proj_in.weight"
+    added = load(model, additions=Additions.read([asked[-1]["lora"]], ())).unet.state_dict()[weight]
+    assert not torch.equal(added, load(model).unet.state_dict()[weight])
 
 
 def test_what_goes_wrong_in_the_held_loop_is_raised(material, tmp_path, monkeypatch):

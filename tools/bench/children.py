@@ -53,7 +53,10 @@ def imports(task: dict) -> dict:
 
 
 def loading(task: dict) -> dict:
-    """Seconds from a folder of float32 weights to a model in bf16, without the imports; peak of memory, with them."""
+    """Seconds from a folder of float32 weights to a model in bf16, without the imports; peak of memory, with them.
+
+    `lora` in the task is a LoRA file that is added, with the side `bas`.
+    """
     import torch
 
     from bas.runtime.memory import peak_bytes
@@ -64,9 +67,11 @@ def loading(task: dict) -> dict:
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401 - bas imports them inside the call
 
         from bas import load
+        from bas.pretrained.additions import Additions
 
+        additions = Additions.read([task["lora"]], ()) if "lora" in task else None
         began = time.perf_counter()
-        model = load(task["model"], device=task["device"], dtype=torch.bfloat16)
+        model = load(task["model"], device=task["device"], dtype=torch.bfloat16, additions=additions)
     else:
         from diffusers import StableDiffusionPipeline
 

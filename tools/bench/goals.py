@@ -24,6 +24,7 @@ GOALS = {
     ("import", "", ""): "2.3x (torch + 0.2 s)",
     ("load to bf16, time", "", ""): "2x (3x)",
     ("load to bf16, memory", "", ""): "0.40x (0.36x)",
+    ("load a base and a LoRA", "", ""): "1.05x",
 }
 
 
@@ -51,7 +52,7 @@ NAMES = {
     "images": ("one image, 50 steps", "class images"),
     "scaling": ("8 concepts against 1", "resolution"),
     "adapters": ("LoRA step against a full one without its optimizer",),
-    "loading": ("load to bf16, time", "load to bf16, memory"),
+    "loading": ("load to bf16, time", "load to bf16, memory", "load a base and a LoRA, memory"),
     "commands": ("command to concepts and one image, cold", "command to concepts and one image, warm"),
     "scenes": ("scenes per hour",),
 }

@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bas.config import TrainConfig
+from bas.models.adapters import Change, adapted_layers, add_adapters
 from bas.models.bundle import Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import build_text_encoder
 from bas.models.unet import UNet
 from bas.models.vae import VAE
-from bas.pretrained.folder import load, save_model
+from bas.pretrained.folder import build_networks, load, read_spec, save_model
+from bas.pretrained.loading import TEXT_PREFIX
+from bas.pretrained.lora_files import write_lora
 from bas.pretrained.single_file import clip_tokenizer
 from bas.schedulers import NoiseSchedule
 
@@ -69,6 +73,25 @@ def make_model(name: str, folder: Path) -> Path:
         models = Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule(steps_offset=1))
     save_model(models, folder)
     return folder
+
+
+def write_adapters(model: Path, path: Path) -> Path:
+    """A LoRA file of rank 16 in fp16 for a model, as `bas train --train lora` makes it, of random weights."""
+    models, generator = build_networks(read_spec(model)), torch.Generator().manual_seed(0)
+    add_adapters(models, TrainConfig(train="lora"), 0)
+
+    def drawn(weight: torch.Tensor) -> torch.Tensor:
+        return 0.01 * torch.randn(weight.shape, generator=generator)
+
+    adapters = {
+        part: {
+            name.removeprefix(TEXT_PREFIX): Change(drawn(layer.lora_A.weight), drawn(layer.lora_B.weight), 1.0)
+            for name, layer in adapted_layers(network)
+        }
+        for part, network in {"unet": models.unet, **models.text_networks}.items()
+    }
+    write_lora(path, adapters, "kohya", torch.float16, {})
+    return path
 
 
 def make_scene(folder: Path, side: int, concepts: int | None = None) -> Path:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from tools.bench.clock import child, run_command
 from tools.bench.goals import line
-from tools.bench.material import WORDS, make_class_images, make_scene
+from tools.bench.material import WORDS, make_class_images, make_scene, write_adapters
 from tools.bench.table import Line, Stat, share, speedup
 
 STEPS, CLASS_IMAGES = 400, 100  # of a whole job on a GPU, as both sides have them by default
@@ -39,11 +39,14 @@ def imports(bench, setting, _lines) -> Iterator[Line]:
 
 def loading(bench, setting, _lines) -> Iterator[Line]:
     """From a folder of float32 weights to a model in bf16: time without, memory with the imports."""
-    task = {"task": "loading", "model": str(bench.model(setting.model)), "device": setting.device}
-    found: dict[str, list[dict]] = {"diffusers": [], "bas": []}
+    model = bench.model(setting.model)
+    lora = write_adapters(model, bench.fresh("lora").with_suffix(".safetensors"))
+    task = {"task": "loading", "model": str(model), "device": setting.device}
+    tasks = {"diffusers": {"side": "diffusers"}, "bas": {"side": "bas"}, "lora": {"side": "bas", "lora": str(lora)}}
+    found: dict[str, list[dict]] = {side: [] for side in tasks}
     for i in range(1 + bench.rounds):
         for side, runs in found.items():
-            told = child(task | {"side": side}, bench.threads)
+            told = child(task | tasks[side], bench.threads)
             if i:
                 runs.append(told)
     for row, key, unit, scale, ratio in (
@@ -52,6 +55,9 @@ def loading(bench, setting, _lines) -> Iterator[Line]:
     ):
         theirs, ours = (Stat.of([run[key] / scale for run in found[side]]) for side in ("diffusers", "bas"))
         yield line(setting, row, unit=unit, official=theirs, bas=ours, ratio=ratio(theirs, ours))
+    alone, both = (Stat.of([run["peak"] / 1e9 for run in found[side]]) for side in ("bas", "lora"))
+    note = f"against {alone.median:.3g} GB without"
+    yield line(setting, "load a base and a LoRA, memory", unit="GB", bas=both, ratio=share(alone, both), note=note)
 
 
 def commands(bench, setting, _lines) -> Iterator[Line]:
