@@ -30,7 +30,7 @@ from bas.pretrained.folder import build_on_meta
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import SHIPPED, find, manifest
 from bas.pretrained.loading import check_keys
-from bas.pretrained.lora_files import describe_lora
+from bas.pretrained.lora_files import describe_lora, holds_lora, lora_file
 from bas.pretrained.small_runs import read_tuned
 from bas.pretrained.unsupported import EMBEDDING, LORA, other_kind
 from bas.runtime.device import pick_device, pick_precision
@@ -50,10 +50,10 @@ def describe(path: Path, hashes: bool = True, prediction_type: str | None = None
     """
     try:
         with reading(path):
-            if path.is_dir():
+            if path.is_dir() and not holds_lora(path):
                 return _describe_folder(path, hashes, prediction_type, base)
-            if path.suffix == ".safetensors":
-                return _describe_tensors(path, hashes, prediction_type)
+            if path.is_dir() or path.suffix == ".safetensors":
+                return _describe_tensors(lora_file(path), hashes, prediction_type)
             return _describe_image(path)
     except InputError as error:
         return {"what": "a folder" if os.path.isdir(path) else "a file", "loads": False, "problem": str(error)}

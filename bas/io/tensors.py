@@ -30,6 +30,7 @@ FOREIGN = (  # how the file begins, what it is, what to do
     (b"<html", "a web page", "the download went wrong: download the file itself"),
     (b"pk\x03\x04", "a zip archive, most likely a pickled PyTorch checkpoint", PICKLE_ADVICE),
     (b"gguf", "a GGUF file", "use the model's .safetensors version"),
+    (b"\x89png", "a PNG image", "use a .safetensors file: bas reads no weights from images"),
     (b"\x80", "a pickled checkpoint", PICKLE_ADVICE),
 )
 

@@ -16,7 +16,7 @@ from bas.models.adapters import Change, Difference
 from bas.models.text import check_handles
 from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.loading import Parts, fit_text_encoders
-from bas.pretrained.lora_files import read_lora
+from bas.pretrained.lora_files import lora_file, read_lora
 from bas.pretrained.vae_files import with_vae
 
 STRONGEST = 10.0
@@ -38,7 +38,8 @@ class Additions:
         """Read the values of --lora, `FILE` or `FILE:WEIGHT`, and of the other flags. InputError for a wrong weight."""
         if clip_skip is not None:
             check_positive("--clip_skip", clip_skip)
-        files = tuple(map(split_weight, loras)), tuple(map(Path, embeddings))
+        weighed = [(lora_file(path), weight) for path, weight in map(split_weight, loras)]
+        files = tuple(weighed), tuple(map(Path, embeddings))
         return cls(*files, None if vae is None else Path(vae), clip_skip)
 
     @classmethod
@@ -54,7 +55,7 @@ class Additions:
             if not inside.exists():
                 where = f"put it back, or into {run}" if run else "name another file"
                 raise InputError(f"{path} does not exist, and the base model needs it: {where}")
-            return inside
+            return lora_file(inside)
 
         loras = tuple((place(path), weight) for path, weight in found.loras)
         return cls(loras, tuple(map(place, found.embeddings))) if settings["lora"] or settings["embedding"] else None

@@ -14,6 +14,7 @@ from bas.io.files import not_a_file
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import is_finite
 from bas.models.text import HANDLE
+from bas.pretrained.unsupported import EMBEDDING, other_kind
 
 MOST_VECTORS = 75  # of the 77 places of a prompt, without its start and end
 WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}
@@ -60,6 +61,8 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     handle = f"<{path.stem.strip('<>')}>"
     if not HANDLE.fullmatch(handle):
         raise InputError(f"{path}: its name is to be the handle's, 1 to 32 letters, digits, _ or -; rename it")
+    if (kind := other_kind(tensors)) and kind[0] != EMBEDDING:
+        raise InputError(f"{path} is {kind[0]}: {kind[1]}")
     both = {*EMBEDDING_KEYS} <= tensors.keys()
     if both and len(widths) == 1:
         raise InputError(f"{path} is an embedding for SDXL: give one for Stable Diffusion 1.x or 2.x")
@@ -67,7 +70,9 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     if len(tensors) != (2 if both else 1):
         raise InputError(f"{path} holds {len(tensors)} tensors: an embedding has one; split it, one file per concept")
     if not both and len(widths) > 1:
-        raise InputError(f"{path} holds rows for one text encoder: an embedding for SDXL has clip_l and clip_g")
+        (width,) = (tensor.shape[-1] for tensor in tensors.values())
+        family = "" if {*EMBEDDING_KEYS} & tensors.keys() else f" and is for {WIDTHS.get(width, 'another model')}"
+        raise InputError(f"{path} holds rows for one text encoder{family}: an embedding for SDXL has clip_l and clip_g")
     found, keys = {}, EMBEDDING_KEYS if both else tensors.keys()
     for key, (component, width) in zip(keys, widths.items(), strict=True):
         rows = tensors[key][None] if tensors[key].ndim == 1 else tensors[key]

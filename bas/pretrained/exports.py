@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -20,7 +21,17 @@ from bas import __version__
 from bas.errors import InputError
 from bas.io.files import replacing
 from bas.io.json_files import write_json
-from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, SCENE, TUNED, handle_rows, read_concepts, read_rows
+from bas.io.run_files import (
+    CONCEPTS,
+    METRICS,
+    PREVIEWS,
+    SCENE,
+    TUNED,
+    handle_rows,
+    read_concepts,
+    read_rows,
+    read_sessions,
+)
 from bas.models.bundle import ModelSpec, is_finite
 from bas.models.text import handle_ids
 from bas.presets import KINDS
@@ -177,7 +188,7 @@ def write_beside(model: Path, files: Targets, rows: dict[str, list[Tensor]], spe
     words = ", ".join(path.stem for path in files.embeddings.values())
     if files.card:
         card = {
-            "description": f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas",
+            "description": about(metadata),
             "sd version": SHORT[spec.family],
             "activation text": words,
             "preferred weight": 1.0,
@@ -205,15 +216,33 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
         "ss_clip_skip": "None",
         "ss_resolution": str(spec.resolution),
         "ss_num_train_images": "1",
+        "ss_dataset_dirs": json.dumps({"scene": {"n_repeats": 1, "img_count": 1}}),
         "ss_steps": str(steps),
         "ss_tag_frequency": json.dumps({"scene": dict.fromkeys(words, steps)}),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
+        "modelspec.description": about(metadata),
+        "modelspec.resolution": f"{spec.resolution}x{spec.resolution}",
         "modelspec.prediction_type": "v" if velocity else "epsilon",
         "modelspec.trigger_phrase": ", ".join(words),
         "bas": f"lora-1 {__version__}",
         "bas.handles": json.dumps(metadata["handles"]),
         **({"modelspec.merged_from": ", ".join(merged)} if merged else {}),
         "bas.base_sha256": metadata["base"],
+        **when_trained(run),
     }
+
+
+def about(metadata: dict) -> str:
+    """What a run holds, in words."""
+    return f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas"
+
+
+def when_trained(run: Path) -> dict[str, str]:
+    """When a run's training began, as kohya's scripts and ModelSpec write it; nothing where no session says it."""
+    try:
+        started = datetime.fromisoformat(read_sessions(run)[0]["started"])
+    except (IndexError, ValueError):
+        return {}
+    return {"ss_training_started_at": str(started.timestamp()), "modelspec.date": started.isoformat()}

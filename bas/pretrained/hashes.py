@@ -14,6 +14,7 @@ from bas.io.json_files import read_cache, write_json
 from bas.io.run_files import CONCEPTS, TUNED, read_concepts
 from bas.models.bundle import COMPONENTS
 from bas.pretrained.folder import STEMS, component_files
+from bas.pretrained.lora_files import peft_config
 
 if TYPE_CHECKING:
     from bas.pretrained.additions import Additions
@@ -53,7 +54,9 @@ def base_hash(path: Path, additions: Additions | None, remembered: bool = True) 
     if additions is None:
         return digest
     lines = [f"base {digest}"]
-    lines += [f"lora {weights_hash(file, remembered)} {weight!r}" for file, weight in additions.loras]
+    for file, weight in additions.loras:
+        settings = f" {weights_hash(beside, remembered)}" if (beside := peft_config(file)) else ""
+        lines.append(f"lora {weights_hash(file, remembered)} {weight!r}{settings}")
     lines += [f"embedding {weights_hash(file, remembered)} {file.stem}" for file in additions.embeddings]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

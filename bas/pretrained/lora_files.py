@@ -7,7 +7,8 @@ scale is strength x alpha / rank, or the strength where alpha is missing, as in 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bas.errors import InputError, RunError
 from bas.io.files import not_a_file
+from bas.io.json_files import read_json
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import Change, Difference
 from bas.models.bundle import is_finite
@@ -25,6 +27,7 @@ from bas.pretrained.embedding_files import EMBEDDING_KEYS
 from bas.pretrained.ldm_keys import rename, unet_table
 from bas.pretrained.loading import Parts, name_of
 from bas.pretrained.lora_names import (
+    FOREIGN_METHODS,
     KOHYA_XL,
     OF_SDXL,
     find_place,
@@ -34,6 +37,7 @@ from bas.pretrained.lora_names import (
     peft_name,
     split_role,
 )
+from bas.pretrained.unsupported import LORA, other_kind
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def kohya_tensors(adapters: Adapters, xl: UNetConfig | None = None) -> tuple[dic
     All layers of a network have one alpha: diffusers applies the commonest one to all. What differs is folded into B.
     """
     tensors: dict[str, Tensor] = {}
-    ranks, alphas, original = set(), set(), unet_table(xl) if xl else None
+    ranks, alphas, kernels, original = set(), set(), set(), unet_table(xl) if xl else None
     for component, layers in adapters.items():
         alpha = common_alpha(layers)
         for layer, change in layers.items():
@@ -63,10 +67,14 @@ def kohya_tensors(adapters: Adapters, xl: UNetConfig | None = None) -> tuple[dic
             tensors[f"{name}.lora_down.weight"] = change.down.float()
             tensors[f"{name}.lora_up.weight"] = folded(change.up, change.scale * rank / alpha)
             tensors[f"{name}.alpha"] = torch.tensor(alpha)
+            if change.down[0, 0].numel() > 1:
+                kernels.add((rank, alpha))
             ranks.add(rank)
             alphas.add(alpha)
     described = {name: str(min(of)) if len(of) == 1 else "Dynamic" for name, of in (("dim", ranks), ("alpha", alphas))}
     network = {"ss_network_module": "networks.lora"}
+    if len(kernels) == 1:
+        network["ss_network_args"] = json.dumps(dict(zip(("conv_dim", "conv_alpha"), *kernels, strict=True)))
     return tensors, network | ({f"ss_network_{name}": text for name, text in described.items()} if ranks else {})
 
 
@@ -162,6 +170,30 @@ def as_lora(change: Change | Difference, rank: int) -> Change:
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
+PEFT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of folders by PEFT and diffusers
+PEFT_CONFIG = "adapter_config.json"  # beside the first: its alpha
+
+
+def lora_file(path: Path) -> Path:
+    """The file of a LoRA: the path itself, or in a folder that PEFT or diffusers wrote the file there."""
+    if not path.is_dir():
+        return path
+    if not holds_lora(path):
+        raise InputError(f"{path} is a folder without {' or '.join(PEFT_FILES)}: name the .safetensors file of a LoRA")
+    return next(path / name for name in PEFT_FILES if (path / name).is_file())
+
+
+def holds_lora(folder: Path) -> bool:
+    """Whether a folder holds a LoRA as PEFT or diffusers writes it."""
+    return any((folder / name).is_file() for name in PEFT_FILES)
+
+
+def peft_config(path: Path) -> Path | None:
+    """The settings that PEFT writes beside a LoRA file; None for other files."""
+    beside = path.with_name(PEFT_CONFIG)
+    return beside if path.name == PEFT_FILES[0] and beside.is_file() else None
+
+
 def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     """Read a LoRA of any known format for the model of `parts`.
 
@@ -176,13 +208,16 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bundle_emb.")}
     if kind := foreign_kind(tensors):
         raise InputError(f"{path} is {kind}, {UNREAD}")
-    layers = layers_of(parts)
+    if (other := other_kind(tensors)) and other[0] != LORA:
+        raise InputError(f"{path} is {other[0]}: {other[1]}")
+    layers, scales = layers_of(parts), read_scales(path, texts)
     found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         place = find_place(name, layers)
         if place is None:
-            family = family_of(tensors) or "another model"
-            raise InputError(f"{path} holds {name}, for which this model has no place: it is a LoRA for {family}")
+            raise InputError(
+                f"{path} holds {name}, for which this model has no place: {_stranger(name, tensors, parts)}"
+            )
         if place.role != "alpha" and not tensor.is_floating_point():
             raise InputError(f"{path}: {name} holds {name_of(tensor.dtype)}, not weights: give a LoRA in fp32 or fp16")
         if not is_finite(tensor.float()):
@@ -190,13 +225,29 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
         found[place.component, place.layer][place.role] = tensor
     if not found:
         raise InputError(f"{path} holds no LoRA")
-    alphas = _alphas(texts, layers)
+    _check_stated_family(path, tensors, texts, parts)
     adapters: dict[str, dict[str, Change | Difference]] = defaultdict(dict)
     for (component, layer), roles in found.items():
         weight = parts.tensors[component][f"{layer}.weight"]
-        alpha = alphas.get(f"{component}.{layer}")
-        adapters[component][layer] = _change(path, layer, roles, weight, strength, alpha)
+        adapters[component][layer] = _change(path, layer, roles, weight, strength, scales.get(component))
     return adapters
+
+
+def _stranger(name: str, tensors: Mapping[str, Tensor], parts: Parts) -> str:
+    """What a tensor without a place in a model is."""
+    if split_role(name) is None:
+        return "it is no part of a LoRA that bas knows"
+    if text_widths(tensors) == {parts.spec.unet.cross_attention_dim}:
+        return "it is a LoRA for a model with other layers"
+    return f"it is a LoRA for {family_of(tensors) or 'another model'}"
+
+
+def _check_stated_family(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str], parts: Parts) -> None:
+    """Raise InputError where the metadata names another family and no tensor's shape tells it."""
+    own = FAMILIES[2048] if parts.spec.text_encoder_2 is not None else parts.spec.family
+    others = {*FAMILIES.values()} - {own}
+    if not text_widths(tensors) and (stated := stated_family(texts)) in others:
+        raise InputError(f"{path} is a LoRA for {stated} by its metadata, this model is {own}: give a LoRA for it")
 
 
 def layers_of(parts: Parts) -> dict[str, dict[str, str]]:
@@ -215,7 +266,7 @@ def layers_of(parts: Parts) -> dict[str, dict[str, str]]:
 
 
 def _change(
-    path: Path, layer: str, roles: dict[str, Tensor], weight: Tensor, strength: float, alpha: float | None
+    path: Path, layer: str, roles: dict[str, Tensor], weight: Tensor, strength: float, scale: "PeftScale | None"
 ) -> Change | Difference:
     """What the tensors of one layer do to its weight. InputError unless they are a whole set of the right shapes."""
     if "diff of the bias" in roles:
@@ -242,38 +293,93 @@ def _change(
     if "alpha" in roles:
         if roles["alpha"].numel() != 1:
             raise InputError(f"{path}: the alpha of {layer} is {list(roles['alpha'].shape)}, not one number")
-        alpha = float(roles["alpha"])
-    return Change(down, up, strength * (1.0 if alpha is None else alpha / rank))
+        return Change(down, up, strength * float(roles["alpha"]) / rank)
+    return Change(down, up, strength * (scale.of(layer, rank) if scale else 1.0))
 
 
 UNREAD = "which bas does not read: give a LoRA for Stable Diffusion 1.x, 2.x or XL"
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # by the width of the text
+STATED = {  # how a value of ss_base_model_version or modelspec.architecture begins: the family
+    **dict.fromkeys(("sd_v1", "sd_1", "stable-diffusion-v1"), FAMILIES[768]),
+    **dict.fromkeys(("sd_v2", "sd_2", "stable-diffusion-v2"), FAMILIES[1024]),
+    **dict.fromkeys(("sdxl", "stable-diffusion-xl"), FAMILIES[2048]),
+}
+
+
+def text_widths(tensors: Mapping[str, Tensor]) -> set[int]:
+    """The widths of the text that the layers of a LoRA read; empty where none of them reads it."""
+    roles = {name: split_role(name) for name in tensors}
+    readers = [tensors[name] for name, found in roles.items() if found and is_text_reader(*found)]
+    return {tensor.shape[1] for tensor in readers if tensor.ndim > 1}
 
 
 def family_of(tensors: Mapping[str, Tensor]) -> str | None:
     """The family of models that a LoRA file is for, by its text encoders and the width of the text; None if unknown."""
     if any(part in name for part in OF_SDXL for name in tensors):
         return FAMILIES[2048]
-    roles = {name: split_role(name) for name in tensors}
-    readers = [tensors[name] for name, found in roles.items() if found and is_text_reader(*found)]
-    widths = {tensor.shape[-1] for tensor in readers if tensor.ndim}
+    widths = text_widths(tensors)
     return ", ".join(sorted(FAMILIES.get(width, f"a model with text of width {width}") for width in widths)) or None
 
 
-def _alphas(texts: dict[str, str], components: Iterable[str] = KOHYA_XL) -> dict[str, float]:
-    """The alpha of each layer that the metadata of a PEFT file names, by component and layer."""
+def stated_family(texts: Mapping[str, str]) -> str | None:
+    """The family of models that a LoRA's metadata names, as it stands there if bas does not know it."""
+    if texts.get("ss_v2") == "True":
+        return FAMILIES[1024]
+    stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture", "").partition("/")[0]
+    return next((family for begin, family in STATED.items() if stated.lower().startswith(begin)), stated) or None
+
+
+@dataclass(frozen=True)
+class PeftScale:
+    """How PEFT scales the adapters of one network: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
+
+    alpha: float
+    own: Mapping[str, float]  # of single layers, by how their names end
+    by_root: bool
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> "PeftScale":
+        """Read the settings of one network. Raises ValueError, TypeError or AttributeError for wrong ones."""
+        own = {layer.lstrip("^"): float(alpha) for layer, alpha in settings.get("alpha_pattern", {}).items()}
+        alpha = float(settings.get("lora_alpha", 8))  # PEFT's default
+        return cls(alpha, own, bool(settings.get("use_rslora", False)))
+
+    def of(self, layer: str, rank: int) -> float:
+        """The scale of one layer's adapter."""
+        name = f".text_model.{layer}"
+        alpha = next((alpha for end, alpha in self.own.items() if name.endswith(f".{end}")), self.alpha)
+        return alpha / (rank**0.5 if self.by_root else rank)
+
+
+def read_scales(path: Path, texts: Mapping[str, str]) -> dict[str, PeftScale]:
+    """How the adapters of a PEFT file are scaled, by component: by its metadata, or by the settings beside it.
+
+    InputError for settings that cannot be read, and for those of a method that is no LoRA.
+    """
+    beside = peft_config(path)
+    if path.name == PEFT_FILES[0] and beside is None:
+        log.warning("%s has no %s beside it, which holds its alpha: its scale counts as 1", path, PEFT_CONFIG)
     try:
-        described = json.loads(texts.get("lora_adapter_metadata", "{}"))
-        alphas = {}
-        for component in components:
-            if f"{component}.lora_alpha" in described:
-                common, own = described[f"{component}.lora_alpha"], described.get(f"{component}.alpha_pattern", {})
-                for layer in described.get(f"{component}.target_modules", ()):
-                    bare = layer.removeprefix("text_model.")
-                    alphas[f"{component}.{bare}"] = float(own.get(layer, common))
-    except (ValueError, TypeError, AttributeError):
-        return {}
-    return alphas
+        if beside:
+            settings = dict.fromkeys(KOHYA_XL, read_json(beside))
+        else:
+            whole = json.loads(texts.get("lora_adapter_metadata", "{}")).items()
+            settings = {
+                part: {name.partition(".")[2]: value for name, value in whole if name.startswith(f"{part}.")}
+                for part in KOHYA_XL
+            }
+        scales = {part: PeftScale.read(own) for part, own in settings.items() if own}
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{beside or path}: the settings of PEFT cannot be read: copy or download it again") from None
+    for own in settings.values():
+        kind = next((kind for name, kind in FOREIGN_METHODS.items() if own.get(name)), None)
+        if (method := own.get("peft_type", "LORA")) != "LORA":
+            kind = f"a {method}"
+        if kind:
+            raise InputError(f"{path} is {kind}, {UNREAD}")
+    return scales
 
 
 # --- Describing ---------------------------------------------------------------------------------------------------
@@ -293,10 +399,10 @@ def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str,
         for name, found in roles.items()
         if found and found[1] == "alpha" and tensors[name].numel() == 1
     }
-    alphas |= set(_alphas(dict(texts)).values())
+    alphas |= {alpha for scale in read_scales(path, texts).values() for alpha in (scale.alpha, *scale.own.values())}
     text = sum(layer.startswith(("lora_te", "text_encoder", "te_")) for layer in layers)
     return {
-        "for": family_of(tensors) or texts.get("ss_base_model_version"),
+        "for": family_of(tensors) or stated_family(texts),
         "trained on": texts.get("ss_sd_model_name"),
         "base hash": texts.get("bas.base_sha256"),
         "layers": f"{len(layers) - text} of the UNet, {text} of the text encoder",

@@ -14,6 +14,7 @@ from bas.pretrained.ldm_keys import Table, rename
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 KOHYA_XL = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 KOHYA_READ = {prefix: component for names in (KOHYA, KOHYA_XL) for component, prefix in names.items()}
+KOHYA_READ["lycoris_"] = "unet"  # the prefix of LyCORIS's own wrapper
 OF_SDXL = ("lora_te2_", "text_encoder_2.")  # parts of names in files for SDXL alone
 ROLES = {  # how a name ends: what the tensor is
     ".lora_down.weight": "down",
@@ -21,8 +22,6 @@ ROLES = {  # how a name ends: what the tensor is
     ".lora_mid.weight": "mid",
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down",
@@ -33,20 +32,34 @@ ROLES = {  # how a name ends: what the tensor is
     ".diff": "diff",
     ".diff_b": "diff of the bias",
 }
+TRANSFORMER = "a LoRA for a diffusion transformer, such as Flux or Stable Diffusion 3"
 FOREIGN = (  # a part of a name: the kind of file that has it
     ("hada_w", "a LoHa"),
     ("lokr_", "a LoKr"),
     ("dora_scale", "a DoRA"),
     ("lora_magnitude_vector", "a DoRA"),
+    ("boft_", "a BOFT"),
     ("oft_", "an OFT"),
     ("on_input", "an IA3"),
+    (".ia3_l", "an IA3"),
+    (".b1.weight", "a GLoRA"),
+    ("vera_lambda", "a VeRA"),
     (".w_norm", "a LyCORIS with norms"),
     (".b_norm", "a LyCORIS with norms"),
+    ("_custom_diffusion", "a file of Custom Diffusion's scripts"),
+    ("lora_controlnet", "a ControlNet LoRA"),
     ("double_blocks", "a LoRA for Flux"),
     ("single_transformer_blocks", "a LoRA for Flux"),
     ("joint_", "a LoRA for Stable Diffusion 3"),
+    ("lora_prior_unet_", "a LoRA for Stable Cascade"),
+    ("transformer.transformer_blocks.", TRANSFORMER),
+    ("lora_te3_", TRANSFORMER),
+    ("lora_unet_blocks_", TRANSFORMER),
+    ("diffusion_model.blocks.", TRANSFORMER),
     (":up", "a LoRA of cloneofsimo's scripts"),
 )
+FOREIGN_METHODS = {"use_dora": "a DoRA"}  # settings in PEFT's metadata
+OWN_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # PEFT saves the adapter's name between, `default` or another
 OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)$")
 
 
@@ -79,8 +92,9 @@ def foreign_kind(names: Iterable[str]) -> str | None:
 
 def split_role(name: str) -> tuple[str, str] | None:
     """Split a tensor's name into its layer, as the file spells it, and its role, one of ROLES. None for other names."""
+    name = OWN_NAME.sub(r".\1.weight", name.replace("base_model.model.", ""))
     ending = next((ending for ending in sorted(ROLES, key=len, reverse=True) if name.endswith(ending)), None)
-    return None if ending is None else (name.removesuffix(ending).removeprefix("base_model.model."), ROLES[ending])
+    return None if ending is None else (name.removesuffix(ending), ROLES[ending])
 
 
 def is_text_reader(layer: str, role: str) -> bool:
@@ -101,9 +115,12 @@ def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
             path = layers.get(component, {}).get(layer.removeprefix(prefix).removeprefix("text_model_"))
             return Place(component, path, role) if path else None
     component, _, path = layer.partition(".")
-    if component not in layers:
-        return None
-    path = path.removeprefix("text_model.")
-    if old := OLD_PROCESSOR.match(path):
-        path = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
-    return Place(component, path, role) if path in layers[component].values() else None
+    # PEFT's own files, and the oldest of diffusers, are of one network and do not name it.
+    candidates = {component: path} if component in layers else dict.fromkeys(layers, layer)
+    for component, path in candidates.items():
+        path = path.removeprefix("text_model.")
+        if old := OLD_PROCESSOR.match(path):
+            path = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+        if path in layers[component].values():
+            return Place(component, path, role)
+    return None

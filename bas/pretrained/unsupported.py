@@ -14,7 +14,7 @@ WHOLE_MODEL = "give a whole Stable Diffusion 1.x, 2.x or XL model"
 
 KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
     (
-        r"(^|[._])lora[._]|\.hada_w|\.lokr_w",
+        r"(^|[._])lora[._]|\.hada_w|\.lokr_|oft_(blocks|diag|R|s$)|\.ia3_l|vera_lambda|^(unet|text_encoder):\d+:",
         LORA,
         "it holds changes to a model: name the model, and add the file with --lora",
     ),
@@ -22,7 +22,7 @@ KINDS = (  # a pattern that one of the file's keys matches, what the file then i
     (r"double_blocks\.|single_transformer_blocks\.", "a Flux model", WHOLE_MODEL),
     (r"^control_model\.|controlnet_|input_hint_block\.", "a ControlNet", WHOLE_MODEL),
     (
-        r"^(string_to_param|emb_params|clip_[gl]$)|^<[^<>]*>$",
+        r"^(string_to_param|em[bp]_params|clip_[gl]$)|^<[^<>]*>$",
         EMBEDDING,
         "name a model, and add the file with --embedding",
     ),

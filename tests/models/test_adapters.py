@@ -14,6 +14,7 @@ from bas.models.adapters import (
     changed,
     remove_adapters,
 )
+from bas.models.attention import CrossAttention
 from bas.models.bundle import Models, weight_groups
 from bas.models.text import context_width, encode_ids, tokenize
 from bas.pretrained.folder import build_networks
@@ -63,15 +64,16 @@ def test_untrained_adapters_change_no_bit(family):
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_adapters_compute_what_merged_weights_compute(family):
-    """Every kind of layer: linear, 1x1, 3x3, strided; to 5e-6 in states, prediction and maps, which differ from the
-    base's by far more."""
+def test_states_predictions_and_attention_maps_are_those_of_merged_weights(family):
+    """Every kind of layer: linear, 1x1, 3x3, strided; to 5e-6 in states, prediction and every attention map, queries
+    and keys being adapted too; all differ from the base's by far more."""
     models = adapted(family)
     layers = [layer for network in (models.unet, models.text_encoder) for _, layer in adapted_layers(network)]
     kinds = {(type(layer), getattr(layer, "kernel_size", ()), getattr(layer, "stride", ())) for layer in layers}
     shapes = [((3, 3), (1, 1)), ((3, 3), (2, 2)), ((1, 1), (1, 1))]
     assert kinds == {(AdaptedLinear, (), ()), *((AdaptedConv2d, *shape) for shape in shapes)}
     ours, base = outputs(models), outputs(tiny(family))
+    assert len(ours) == 2 + sum(isinstance(module, CrossAttention) for module in models.unet.modules())
     merge(models)
     assert not any(".lora_" in name for name in models.unet.state_dict())
     for adapter, merged, plain in zip(ours, outputs(models), base, strict=True):

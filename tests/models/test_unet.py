@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from bas.errors import InputError
+from bas.losses import average_maps
 from bas.models.attention import SpatialTransformer
 from bas.models.config import UNetConfig
 from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet
 from tests.helpers.compare import assert_equals_live, assert_equals_stored, cases, filled
+from tools.reference import cases as reference
 from tools.reference.measure import fill, uniform
-from tools.reference.models import TIMESTEPS, UNETS
+from tools.reference.models import POOLED, TIMESTEPS, UNETS, UNETS_XL
 
 networks = cases("unet")
 
@@ -55,6 +57,37 @@ def test_maps_come_in_execution_order_with_place_and_grid():
         "mid_block.attentions.0",
         "up_blocks.3.attentions.2",
     ]
+
+
+def test_maps_of_sdxl_are_one_for_each_block_and_the_middle_is_left_out_of_their_mean():
+    """Three levels put the middle on the grid of the last one: 2 x 3 maps down, 3 x 3 up and 3 in the middle.
+
+    Each row sums to 1, and the mean is that of the 15 maps beside the middle, each head with the same weight.
+    """
+    config = UNETS_XL["sdxl"]
+    latents, pooled = uniform("latents", 2, 4, 16, 24), uniform("pooled", 2, POOLED)
+    context = uniform("context", 2, 7, config["cross_attention_dim"])
+    with torch.no_grad():
+        maps = filled("unet-sdxl")(latents, TIMESTEPS, context, return_maps=(4, 6), pooled=pooled).maps
+    assert [m.place for m in maps] == ["down"] * 6 + ["mid"] * 3 + ["up"] * 9
+    assert len({m.layer for m in maps}) == 18
+    for each in maps:
+        torch.testing.assert_close(each.probs.sum(dim=-1), torch.ones(2, 3, 4, 6), atol=1e-6, rtol=0)
+    wanted = torch.cat([m.probs for m in maps if m.place != "mid"], dim=1).mean(dim=1)
+    torch.testing.assert_close(average_maps(maps), wanted, atol=1e-6, rtol=0)
+    assert (torch.cat([m.probs for m in maps], dim=1).mean(dim=1) - wanted).abs().max() > 1e-5
+
+
+def test_gradients_of_sdxl_are_those_of_diffusers_to_1e_5():
+    """Of two rows with other sizes, one of them cropped and not square: of the inputs, the first and last convolution
+    and a key of the middle, relative to the largest."""
+    pytest.importorskip("diffusers", reason="diffusers is the reference")
+    ours, theirs = reference.ours("unet-sdxl"), reference.theirs("unet-sdxl")
+    key = "mid_block.attentions.0.transformer_blocks.2.attn2.to_k.weight"
+    for name in ("context", "pooled", "param.conv_in.weight", "param.conv_out.weight", f"param.{key}"):
+        wanted = theirs[f"grad.{name}"]
+        assert (ours[f"grad.{name}"] - wanted).abs().max() < 1e-5 * wanted.abs().max(), name
+        assert wanted.abs().max() > 0
 
 
 def test_one_timestep_stands_for_all():

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bas.cli.entry import main
 from bas.config import SampleConfig, TrainConfig
+from bas.io.json_files import write_json
+from bas.io.run_files import TIMES
 from bas.models.adapters import Change, adapted_layers, add_adapters
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained.additions import Additions
@@ -20,6 +22,7 @@ from bas.pretrained.folder import build_networks, load, read_parts, save_model
 from bas.pretrained.hub import find_spec
 from bas.pretrained.ldm_keys import from_original, to_original
 from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
+from bas.pretrained.merging import joined
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import generate
 from tests.helpers.cases import some_fast
@@ -87,6 +90,10 @@ def test_diffusers_draws_the_same_latents(base, run, cwd, form, capsys):
     expected = drawn_by_bas(run)
     pipe = pipeline(base, cwd / "creature.safetensors", embeddings)
     assert (drawn_by_diffusers(pipe) - expected).abs().max() < 1e-5
+    if form == "peft":  # the scales are in the weights, so the metadata may be lost
+        save_file(load_file(cwd / "creature.safetensors"), cwd / "bare.safetensors")
+        bare = pipeline(base, cwd / "bare.safetensors", embeddings)
+        assert (drawn_by_diffusers(bare) - expected).abs().max() < 1e-5
     assert (drawn_by_diffusers(pipeline(base, None, embeddings)) - expected).abs().max() > 1e-2
     out = capsys.readouterr().out
     assert "load_lora_weights" in out
@@ -152,9 +159,22 @@ def test_a_kohya_file_has_kohyas_names_and_one_alpha(base, run, cwd):
     assert projection.ndim == (2 if sd2 else 4)
 
 
+def kohyas_layers(depth: int) -> set[str]:
+    """The layers that kohya's scripts adapt by default in SD 1 (depth 12) and SD 2 (depth 23), by their names."""
+    levels = {"down_blocks": (0, 1, 2), "up_blocks": (1, 2, 3)}
+    places = [f"down_blocks_{level}_attentions_{i}" for level in levels["down_blocks"] for i in range(2)]
+    places += [f"up_blocks_{level}_attentions_{i}" for level in levels["up_blocks"] for i in range(3)]
+    places += ["mid_block_attentions_0"]
+    attention = [f"{attn}_{part}" for attn in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out_0")]
+    inside = [f"transformer_blocks_0_{part}" for part in (*attention, "ff_net_0_proj", "ff_net_2")]
+    unet = {f"lora_unet_{place}_{part}" for place in places for part in ("proj_in", "proj_out", *inside)}
+    parts = [*(f"self_attn_{part}_proj" for part in ("q", "k", "v", "out")), "mlp_fc1", "mlp_fc2"]
+    return unet | {f"lora_te_text_model_encoder_layers_{i}_{part}" for i in range(depth) for part in parts}
+
+
 @pytest.mark.parametrize(("name", "layers"), [("sd15", 264), ("sd21-base", 330)])
 def test_a_full_size_file_has_three_tensors_for_each_layer(name, layers):
-    """The default LoRA, without values: kohya's 192 layers of the UNet, and 72 or 138 of the text encoder."""
+    """The default LoRA, without values: kohya's 192 layers of the UNet, and 72 or 138 of the text encoder, by name."""
     models = build_networks(find_spec(name))
     add_adapters(models, TrainConfig(train="lora"), 0)
     adapters = {
@@ -165,15 +185,20 @@ def test_a_full_size_file_has_three_tensors_for_each_layer(name, layers):
         for part in ("unet", "text_encoder")
     }
     tensors, texts = kohya_tensors(adapters)
-    assert len(tensors) == 3 * layers
+    expected = kohyas_layers({"sd15": 12, "sd21-base": 23}[name])
+    assert len(expected) == layers
+    roles = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert tensors.keys() == {f"{layer}.{role}" for layer in expected for role in roles}
     assert (texts["ss_network_dim"], texts["ss_network_alpha"]) == ("16", "16.0")
-    assert f"lora_te_text_model_encoder_layers_{len(adapters['text_encoder']) // 6 - 1}_mlp_fc2.alpha" in tensors
     shapes = {tuple(tensors[name].shape) for name in tensors if name.endswith("attentions_0_proj_in.lora_down.weight")}
     assert {len(shape) for shape in shapes} == ({4} if name == "sd15" else {2})
 
 
 def test_metadata_and_card_say_what_programs_show(base, run, cwd):
     sd2 = base.parent.name.startswith("sd2")
+    run = shutil.copytree(run, cwd / "run")
+    session = {"started": "2000-01-01T00:00:00+00:00", "device": "cpu", "versions": {}, "stages": []}
+    write_json(run / TIMES, {"sessions": [session]})
     write(run, "creature.safetensors")
     texts = metadata(cwd / "creature.safetensors")
     assert texts["ss_v2"] == str(sd2)
@@ -183,6 +208,10 @@ def test_metadata_and_card_say_what_programs_show(base, run, cwd):
         "Dynamic",
         "3.0",
     )
+    assert json.loads(texts["ss_network_args"]) == {"conv_dim": 3, "conv_alpha": 3.0}
+    assert json.loads(texts["ss_dataset_dirs"]) == {"scene": {"n_repeats": 1, "img_count": 1}}
+    assert texts["modelspec.resolution"] == "128x128"
+    assert (texts["ss_training_started_at"], texts["modelspec.date"]) == ("946684800.0", "2000-01-01T00:00:00+00:00")
     assert texts["modelspec.architecture"] == ("stable-diffusion-v2-512/lora" if sd2 else "stable-diffusion-v1/lora")
     assert json.loads(texts["ss_tag_frequency"])["scene"].keys() == {"asset0", "asset1"}
     assert json.loads(texts["bas.handles"]) == ["<asset0>", "<asset1>"]
@@ -223,7 +252,8 @@ def test_a_file_in_fp16_keeps_every_change(base, run, cwd):
 
 
 def test_no_file_has_two_alphas():
-    """Whatever ranks and scales the layers have, negative ones too, the file has one alpha and the same changes."""
+    """Whatever ranks and scales the layers have, negative ones and merged ones too, the file has one alpha and the same
+    changes."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
         layers = {}
@@ -231,7 +261,8 @@ def test_no_file_has_two_alphas():
             rank = int(torch.randint(1, 9, (1,), generator=generator))
             scale = float(torch.randn(1, generator=generator)) * 3
             down, up = torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
-            layers[f"layer{i}"] = Change(down, up, scale)
+            change = Change(down, up, scale)
+            layers[f"layer{i}"] = joined([(change, 1.0), (change, scale)]) if i % 2 else change
         tensors, _ = kohya_tensors({"unet": layers})
         (alpha,) = {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")}
         assert alpha == float(torch.tensor(alpha).bfloat16()) == common_alpha(layers) > 0
@@ -333,6 +364,14 @@ def test_names_that_a_disk_takes_for_one_are_told_apart():
     assert file_names(("<toy>",), "creature-") == {"<toy>": "creature-toy"}
     with refused("'my toy'", "--prefix"):
         file_names(("<toy>",), "my ")
+
+
+def test_a_name_that_had_to_change_is_told(base, cwd, capsys):
+    """The export prints it, and the file holds the handle that it stands for."""
+    run = write_small_run(cwd / "run", base, ("<Toy>", "<toy>"), train="lora", rank=1)
+    write(run, "creature.safetensors")
+    assert "<toy> is called toy-2" in capsys.readouterr().out.splitlines()
+    assert [metadata(cwd / f"{name}.safetensors")["bas.handle"] for name in ("Toy", "toy-2")] == ["<Toy>", "<toy>"]
 
 
 def test_what_cannot_be_exported_is_refused(base, run, cwd, capsys):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,10 +15,17 @@ from bas.pretrained.additions import Additions, split_weight
 from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load, read_parts, read_spec
-from bas.pretrained.hashes import weights_hash
+from bas.pretrained.hashes import base_hash, weights_hash
 from bas.pretrained.lora_files import kohya_tensors, read_lora, write_lora
-from bas.pretrained.lora_names import kohya_name, peft_name
+from bas.pretrained.lora_names import TRANSFORMER, kohya_name, peft_name
 from tests.helpers.tiny import refused
+
+
+@pytest.fixture(scope="module")
+def parts(base):
+    """The base as it lies on the disk."""
+    return read_parts(base, None)
+
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TEXT = "encoder.layers.1.mlp.fc1"
@@ -95,7 +104,15 @@ def as_differences(adapters) -> dict[str, torch.Tensor]:
     }
 
 
-SPELLINGS = (kohya, with_te1, without_alpha, as_peft, without_text_model, old_diffusers, as_differences)
+def of_an_adapter(adapters) -> dict[str, torch.Tensor]:
+    """PEFT's names as its networks have them: a wrapper's name before them, the adapter's name inside."""
+    return {
+        name.replace("unet.", "unet.base_model.model.").replace(".lora_A.", ".lora_A.mine."): tensor
+        for name, tensor in as_peft(adapters).items()
+    }
+
+
+SPELLINGS = (kohya, with_te1, without_alpha, as_peft, without_text_model, of_an_adapter, old_diffusers, as_differences)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
@@ -109,24 +126,61 @@ def test_every_spelling_gives_the_weights_of_the_run(base, run, tmp_path, spelli
     assert furthest(weights(load(base)), weights(load(run))) > 1e-2
 
 
-def test_a_peft_file_counts_by_the_alpha_of_its_metadata(base, run, tmp_path):
-    """Scales in lora_adapter_metadata: common ones, and those of single layers."""
-    adapters, _ = adapters_of(run)
-    tensors, described = {}, {}
-    for component, layers in adapters.items():
-        targets = {}
-        for layer, change in layers.items():
-            tensors[f"{peft_name(component, layer)}.lora_A.weight"] = change.down.clone()
-            tensors[f"{peft_name(component, layer)}.lora_B.weight"] = change.up.clone()
-            targets[peft_name(component, layer).partition(".")[2]] = change.scale * len(change.down)
-        described |= {
-            f"{component}.lora_alpha": 3.0,
-            f"{component}.target_modules": [*targets],
-            f"{component}.alpha_pattern": {name: alpha for name, alpha in targets.items() if alpha != 3.0},
-        }
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(described)})
-    models = load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
-    assert furthest(weights(models), weights(load(run))) < 5e-6
+@pytest.mark.parametrize("form", ["folder", "metadata"])
+def test_files_that_peft_and_diffusers_write_count_as_there(base, tmp_path, form):
+    """An adapter of PEFT on diffusers' UNet: what it predicts is what bas predicts, to 5e-6.
+
+    One alpha for all layers that are named by their ends, another for some, scaled by the rank's root (rsLoRA), and
+    another rank for some. PEFT's own folder keeps that beside the weights, diffusers in their metadata.
+    """
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    settings = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"mid_block.attentions.0.proj_in": 3}}
+    ends = ["to_q", "to_v", "to_out.0", "proj_in", "conv1"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=ends, use_rslora=True, init_lora_weights=False, **settings)
+    torch.manual_seed(2)
+    if form == "folder":
+        network = get_peft_model(unet, config)
+        network.save_pretrained(tmp_path / "lora")
+    else:
+        unet.add_adapter(config)
+        StableDiffusionPipeline.save_lora_weights(
+            tmp_path / "lora", get_peft_model_state_dict(unet), unet_lora_adapter_metadata=config.to_dict()
+        )
+    models = load(base, additions=Additions.read([str(tmp_path / "lora")], ()))
+    z, states = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64)
+    with torch.no_grad():
+        expected = unet(z, 500, states).sample
+        assert (models.unet(z, 500, states).sample - expected).abs().max() < 5e-6 * expected.abs().max()
+        assert (load(base).unet(z, 500, states).sample - expected).abs().max() > 1e-2
+    told = describe(tmp_path / "lora")
+    assert (told["what"], told["ranks"], told["alpha"]) == ("a LoRA", [2, 4], [3.0, 6.0])
+
+
+def test_settings_beside_a_file_are_a_part_of_it(base, tmp_path, caplog):
+    """A base under whose LoRA alpha changes has another hash; without its settings, their lack is told."""
+    folder, names = tmp_path / "lora", [f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"]
+    folder.mkdir()
+    save_file(
+        dict(zip(names, (torch.ones(2, 64), torch.ones(32, 2)), strict=True)), folder / "adapter_model.safetensors"
+    )
+    layer, found = load(base).unet.get_submodule(LAYER).weight, []
+    for alpha in (2, 4):
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": alpha, "r": 2}))
+        additions = Additions.read([str(folder)], ())
+        found.append(base_hash(base, additions, remembered=False))
+        changed = load(base, additions=additions).unet.get_submodule(LAYER).weight - layer
+        assert torch.allclose(changed, torch.full_like(layer, alpha), atol=1e-5)
+    assert found[0] != found[1]
+    for text, part in (('{"peft_type": "LOHA"}', "is a LOHA"), ('{"lora_alpha": "x"}', "cannot be read")):
+        (folder / "adapter_config.json").write_text(text)
+        with refused(part):
+            load(base, additions=additions)
+    (folder / "adapter_config.json").unlink()
+    load(base, additions=additions)
+    assert "no adapter_config.json beside it" in caplog.text
+    (folder / "adapter_model.safetensors").unlink()
+    with refused("a folder without adapter_model.safetensors or"):
+        Additions.read([str(folder)], ())
 
 
 def test_tucker_matrices_are_read(base, tmp_path):
@@ -172,19 +226,23 @@ def test_export_import_export_keeps_every_bit(base, run, tmp_path):
 # --- Refusals -----------------------------------------------------------------------------------------------------
 
 DOWN, UP = f"{kohya_name('unet', LAYER)}.lora_down.weight", f"{kohya_name('unet', LAYER)}.lora_up.weight"
+ATTN1_DOWN, ATTN1_UP = (name.replace("attn2_to_k", "attn1_to_out_0") for name in (DOWN, UP))
 ONES = torch.ones(3)
 KINDS = {
-    "a LoHa": {f"{kohya_name('unet', LAYER)}.hada_w1_a": torch.zeros(2, 2)},
-    "a LoKr": {f"{kohya_name('unet', LAYER)}.lokr_w1": torch.zeros(2, 2)},
-    "a DoRA": {DOWN: torch.zeros(4, 64), f"{kohya_name('unet', LAYER)}.dora_scale": torch.zeros(1, 64)},
+    "a DoRA, which": {DOWN: torch.zeros(4, 64), f"{kohya_name('unet', LAYER)}.dora_scale": torch.zeros(1, 64)},
     "a LoRA for SDXL": {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 1280)},
-    "a LoRA for Flux": {"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.zeros(4, 3072)},
+    "a LoRA for SDXL by its metadata": {ATTN1_DOWN: torch.zeros(4, 32), ATTN1_UP: torch.zeros(32, 4)},
     "has no up matrix": {DOWN: torch.zeros(4, 64)},
     "has no down matrix": {UP: torch.zeros(32, 4)},
     "LoRA for SDXL": {DOWN: torch.zeros(4, 2048), UP: torch.zeros(32, 4)},
     "LoRA for Stable Diffusion 1": {DOWN: torch.zeros(4, 768), UP: torch.zeros(32, 4)},
     "an output of 33": {DOWN: torch.zeros(4, 64), UP: torch.zeros(33, 4)},
-    "holds strange, for which": {"strange": torch.zeros(1)},
+    "strange, for which this model has no place: it is no part of a LoRA": {"strange": torch.zeros(1)},
+    "for which this model has no place: it is a LoRA for a model with other layers": {
+        "lora_unet_mystery.alpha": ONES,
+        DOWN: torch.zeros(4, 64),
+    },
+    "is a textual inversion embedding: name a model, and add the file with --embedding": {"emb_params": ONES[None]},
     "changes the bias": {f"{kohya_name('unet', LAYER)}.diff_b": torch.zeros(32)},
     "alpha of": {DOWN: torch.zeros(4, 64), UP: torch.zeros(32, 4), DOWN.replace("lora_down.weight", "alpha"): ONES},
     "are [] and [32, 4]": {DOWN: torch.zeros(()), UP: torch.zeros(32, 4)},
@@ -199,9 +257,42 @@ KINDS = {
 @pytest.mark.parametrize("part", KINDS)
 def test_another_kind_is_named(base, tmp_path, part):
     """One line that says what the file is, or which tensor has no place: none is left out silently."""
-    save_file(KINDS[part], tmp_path / "a.safetensors")
+    texts = {"ss_base_model_version": "sdxl_base_v1-0"} if "metadata" in part else {}
+    save_file(KINDS[part], tmp_path / "a.safetensors", texts)
     with refused(part, "a.safetensors"):
         load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+
+
+FOREIGN = {  # names of tensors, by what `bas` calls the file
+    "a LoHa": ["lora_unet_a.hada_w1_a"],
+    "a LoKr": ["lora_unet_a.lokr_w1", "lora_unet_a.lokr_t2"],
+    "a DoRA": ["unet.a.lora_magnitude_vector"],
+    "a BOFT": ["base_model.model.a.boft_R"],
+    "an OFT": ["lora_unet_a.oft_blocks", "lora_unet_a.oft_diag", "base_model.model.a.oft_R.weight"],
+    "an IA3": ["lora_unet_a.on_input", "base_model.model.a.ia3_l"],
+    "a GLoRA": ["lora_unet_a.b1.weight"],
+    "a VeRA": ["base_model.model.a.vera_lambda_b"],
+    "a LyCORIS with norms": ["lora_unet_a.w_norm"],
+    "a ControlNet LoRA": ["lora_controlnet"],
+    "a LoRA for Flux": [
+        "lora_unet_double_blocks_0_img_attn_proj.alpha",
+        "transformer.single_transformer_blocks.0.lora_A",
+    ],
+    "a LoRA for Stable Diffusion 3": ["lora_unet_joint_blocks_0_x.alpha"],
+    "a LoRA for Stable Cascade": ["lora_prior_unet_down.alpha"],
+    TRANSFORMER: ["transformer.transformer_blocks.0.a.lora_A.weight", "lora_te3_a.alpha", "lora_unet_blocks_0_a.alpha"],
+    "a LoRA of cloneofsimo's scripts": ["unet:0:up"],
+}
+
+
+def test_every_foreign_kind_has_its_name(base, tmp_path, parts):
+    """In the refusal, and in what `bas info` says."""
+    for kind, names in FOREIGN.items():
+        for name in names:
+            save_file({name: torch.zeros(2, 2)}, tmp_path / "a.safetensors")
+            with refused(f"a.safetensors is {kind}, which bas does not read"):
+                read_lora(tmp_path / "a.safetensors", parts, 1.0)
+            assert describe(tmp_path / "a.safetensors", hashes=False)["what"] == kind, name
 
 
 def test_bundled_embeddings_are_named_and_left_out(base, run, tmp_path, caplog):
@@ -252,8 +343,15 @@ def test_info_describes_foreign_files(tmp_path):
     assert (told["for"], told["ranks"]) == ("Stable Diffusion 2", [4])
     assert told["alpha"] == "none: the strength counts as it is"
     assert told["not used"] == ["bundle_emb.toy.emb_params", "lora_unet_mystery"]
-    save_file(KINDS["a LoHa"], tmp_path / "b.safetensors")
-    assert describe(tmp_path / "b.safetensors")["what"] == "a LoHa"
+    plain = {ATTN1_DOWN: torch.zeros(4, 320, 1, 1), ATTN1_UP: torch.zeros(320, 4, 1, 1)}
+    for texts, family in (
+        ({"ss_v2": "True"}, "Stable Diffusion 2"),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "SDXL"),
+        ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev"),
+        ({}, None),
+    ):
+        save_file(plain, tmp_path / "b.safetensors", texts)
+        assert describe(tmp_path / "b.safetensors")["for"] == family
 
 
 # --- Embeddings ---------------------------------------------------------------------------------------------------
@@ -302,6 +400,7 @@ def test_embeddings_become_handles(base, tmp_path, key, shape, count):
             "not finite numbers: download it again",
         ),
         ("toy", {"step": torch.tensor(100)}, "holds 0 tensors"),
+        ("toy", {DOWN: torch.zeros(4, 64), UP: torch.zeros(32, 4)}, "is a LoRA: it holds changes to a model"),
     ],
 )
 def test_what_is_no_embedding_of_this_model_is_refused(base, tmp_path, name, tensors, part):

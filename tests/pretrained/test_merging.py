@@ -65,15 +65,18 @@ def test_joined_runs_change_each_weight_by_the_sum(place, tmp_path, factors):
 
 
 def test_a_joined_adapter_has_the_sum_of_the_ranks_and_a_convolution_its_kernel():
-    """A of (5, 3, 3, 3), B of (7, 5, 1, 1); its singular values give it back at full rank and the nearest below."""
+    """Of three runs, one of weight 0: A of (6, 3, 3, 3), B of (7, 6, 1, 1).
+
+    Its singular values give it back at full rank and the nearest below.
+    """
     generator = torch.Generator().manual_seed(0)
     changes = [
         (Change(torch.randn(r, 3, 3, 3, generator=generator), torch.randn(7, r, 1, 1, generator=generator), s), w)
-        for r, s, w in ((2, 0.5, 1.0), (3, 2.0, -0.4))
+        for r, s, w in ((2, 0.5, 1.0), (3, 2.0, -0.4), (1, 1.0, 0.0))
     ]
     total = sum(w * change.delta() for change, w in changes)
     both = joined(changes)
-    assert (both.down.shape, both.up.shape) == ((5, 3, 3, 3), (7, 5, 1, 1))
+    assert (both.down.shape, both.up.shape) == ((6, 3, 3, 3), (7, 6, 1, 1))
     assert (both.delta() - total).abs().max() < 5e-6
     assert (as_lora(both, 5).delta() - total).abs().max() < 5e-6
     values = torch.linalg.svdvals(total.flatten(1))

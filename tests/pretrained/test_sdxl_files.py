@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bas.losses import average_maps
 from bas.models.bundle import Models
 from bas.models.config import UNetConfig
 from bas.models.text import add_handles, encode_ids, tokenize
@@ -225,6 +227,42 @@ def test_full_size_single_file_names_and_what_is_read_from_its_shapes(full):
     assert vae == full.vae.config
     for found, spec in ((first, full.spec.text_encoder), (second, full.spec.text_encoder_2)):
         assert {key: spec[key] for key in found} == found
+
+
+def test_full_size_single_file_names_are_those_that_diffusers_converts(full):
+    """Its own converters make of them the names and shapes of its UNet, VAE and text encoders."""
+    files = pytest.importorskip("diffusers.loaders.single_file_utils", reason="diffusers is the reader under test")
+    configs = json.loads(hub.KNOWN_CONFIGS.read_text())["sdxl"]
+    states = {name: dict(network.state_dict()) for name, network in full.networks.items()}
+    tensors = {
+        part: {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+        for part, state in states.items()
+    }
+    original = to_original(tensors, full.unet.config, full.vae.config, open_clip=False)
+    prefix = "conditioner.embedders.1.model."
+    found = {
+        "unet": files.convert_ldm_unet_checkpoint(dict(original), configs["unet"]),
+        "vae": files.convert_ldm_vae_checkpoint(dict(original), configs["vae"]),
+        "text_encoder": files.convert_ldm_clip_checkpoint(
+            dict(original), remove_prefix="conditioner.embedders.0.transformer."
+        ),
+        "text_encoder_2": files.convert_open_clip_checkpoint(full.text_encoder_2, dict(original), prefix=prefix),
+    }
+    for part, converted in found.items():
+        theirs = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in converted.items()}
+        assert theirs == shapes(full.networks[part]), part
+
+
+def test_full_size_maps_on_a_quarter_of_the_latents_are_of_fifty_layers(full):
+    """At 1024 pixels, 20 heads each: 20 layers on the way down, 30 up, and 10 in the middle, which are not averaged."""
+    latents, states, pooled = (
+        torch.empty(shape, device="meta") for shape in ((1, 4, 128, 128), (1, 77, 2048), (1, 1280))
+    )
+    with torch.no_grad():
+        maps = full.unet(latents, 500, states, return_maps=(32, 32), pooled=pooled).maps
+    assert Counter(m.place for m in maps) == {"down": 20, "up": 30, "mid": 10}
+    assert {m.probs.shape for m in maps} == {(1, 20, 32, 32, 77)}
+    assert average_maps(maps).shape == (1, 32, 32, 77)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""docs/reading.md names functions and tests, and the way from the command to the loss: all of it is there."""
+"""docs/reading.md and docs/families.md name functions and tests, and the way to the loss: all of it is there."""
 
 import ast
 import re
@@ -9,8 +9,9 @@ from bas.cli.entry import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
-NAMED = re.findall(r"`([\w/]+\.py):(\w+)`", TEXT)
-MENTIONED = re.findall(r"`((?:bas|tests|tools)/[\w/]+\.\w+)`", TEXT)
+FAMILIES = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+NAMED = re.findall(r"`([\w/]+\.py):(\w+)`", TEXT + FAMILIES)
+MENTIONED = re.findall(r"`((?:bas|tests|tools)/[\w/]+\.\w+)`", TEXT + FAMILIES)
 
 
 def names_in(path: str) -> set[str]:
