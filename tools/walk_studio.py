@@ -138,6 +138,7 @@ def walk(step: Walk, steps: int) -> None:
     step.click("#edit")
     step.wait("document.querySelectorAll('.shot').length === 1 && document.querySelector('.slide .good') !== null")
     step.wait("document.querySelector('.live') === null")
+    step.browser.run("document.querySelector('.chosen').scrollIntoView()")
     step.shoot("edit")
     step.go("#/runs/playroom")
     step.click("[aria-label='Make: One file']")

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from bas.pretrained.folder import STEMS, as_in_sdxl, as_sdxl, component_files, h
 from bas.pretrained.own_settings import read_own_settings
 from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.device import DTYPES, pick_device, pick_precision
+from bas.runtime.progress import Progress
 from bas.schedulers import NoiseSchedule
 
 log = logging.getLogger(__name__)
@@ -192,7 +194,7 @@ def download(name: str, half: bool = False) -> Path:
     failures, hub_ids, at_fault = [], _hub_ids(name), {}
     for hub_id in hub_ids:
         try:
-            folder = Path(snapshot_download(hub_id, allow_patterns=_patterns(half)))
+            folder = Path(snapshot_download(hub_id, allow_patterns=_patterns(half), tqdm_class=_told_progress()))
             for part in (part for part in STEMS if part in COMPONENTS or (folder / part).is_dir()):
                 component_files(folder / part, STEMS[part])
         except Exception as error:
@@ -208,6 +210,39 @@ def download(name: str, half: bool = False) -> Path:
             return folder
     advice = "; or ".join(_advice(kind, failed, half) for kind, failed in at_fault.items())
     raise InputError(f"{name} could not be downloaded ({'; '.join(failures)}): {advice}")
+
+
+def download_bytes(name: str) -> int | None:
+    """About how many bytes `download` fetches of a known model, counted from its weights at 4 bytes each.
+
+    None where that is not known.
+    """
+    count = manifest()[name].get("parameters")
+    return None if count is None else 4 * count
+
+
+def _told_progress() -> type:
+    """The class of the hub's progress bars, which also tells the watchers of bas how many bytes have come."""
+    from huggingface_hub.utils import tqdm
+
+    progress = Progress("download", 0, unit="bytes")
+
+    class Told(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.come = 0 if options.get("unit") == "B" else None  # others count files
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.come is not None:
+                self.come += int(n or 0)
+                if self.come > progress.total:  # of several bars, the one that is ahead
+                    progress.total = self.come
+                    total = max(self.come, int(self.total or 0))
+                    speed = self.come / max(time.monotonic() - progress.began, 1e-9)
+                    progress.tell(self.come, total, "bytes", (total - self.come) / speed, {})
+            return super().update(n)
+
+    return Told
 
 
 def _kind_of_failure(error: Exception) -> str:

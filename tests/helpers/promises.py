@@ -41,6 +41,10 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         "a job of the studio is what its folder says: running, stopped, lost, continued to the same bits",
         r"studio/test_jobs",
     ),
+    (
+        "nothing in a studio folder from elsewhere starts by itself, and the queue runs in the order shown",
+        r"studio/test_queue",
+    ),
     ("a signal finishes the step, saves and ends with its code", r"test_stop::.*(signal|shells_expect|terminal_saves)"),
     (
         "if the program that reads the output has ended: one exit code, no traceback",

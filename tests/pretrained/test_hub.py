@@ -16,9 +16,10 @@ from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.pretrained import hub
-from bas.pretrained.folder import save_model
+from bas.pretrained.folder import build_networks, save_model
 from bas.pretrained.loading import check_parts
 from bas.pretrained.own_settings import read_own_settings
+from bas.runtime.progress import watch
 from tests.helpers.families import UNET_FILE, tiny
 from tests.helpers.tiny import refused
 
@@ -120,7 +121,7 @@ def test_settings_suit_the_model_as_on_the_command_line(tmp_path):
 def test_download_tries_mirror_after_mirror_and_takes_only_what_is_read(half, tmp_path, monkeypatch):
     asked = []
 
-    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot(hub_id: str, allow_patterns: list[str], tqdm_class: type) -> str:
         asked.append((hub_id, allow_patterns))
         if hub_id.startswith("sd2-community"):
             # Made without its initialiser, which wants the response of one version's HTTP library.
@@ -140,8 +141,35 @@ def test_download_tries_mirror_after_mirror_and_takes_only_what_is_read(half, tm
     assert ("unet/diffusion_pytorch_model.fp16.safetensors" in patterns) is half
 
 
+def test_a_download_tells_how_many_bytes_have_come(tmp_path, monkeypatch):
+    """As the hub's client counts: one bar for files, two for bytes whose total grows, also where no terminal is."""
+    told = []
+
+    def snapshot(_hub_id: str, allow_patterns: list[str], tqdm_class: type) -> str:
+        files = tqdm_class(total=3, desc="Fetching 3 files", disable=True)
+        moved, kept = (tqdm_class(total=0, unit="B", unit_scale=True, disable=True) for _ in range(2))
+        moved.total = kept.total = 1000
+        for bar, amount in ((moved, 300), (files, 1), (kept, 200), (kept, 400), (kept, 400)):
+            bar.update(amount)
+        save_model(tiny("sd2"), tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("bas.runtime.progress.OFTEN", 0)
+    with watch(lambda stage: told.append((stage.name, stage.done, stage.total, stage.unit))):
+        hub.download("sd21-base")
+    assert told == [("download", done, 1000, "bytes") for done in (300, 600, 1000)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in hub.manifest() if name != hub.SHIPPED])
+def test_the_size_of_a_download_is_that_of_its_networks(name):
+    networks = build_networks(hub.find_spec(name)).networks.values()
+    assert hub.download_bytes(name) == 4 * sum(p.numel() for network in networks for p in network.parameters())
+
+
 def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
-    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot(hub_id: str, allow_patterns: list[str], tqdm_class: type) -> str:
         if hub_id.startswith("Manojb"):
             return str(tmp_path)  # a repository that holds pickles only
         raise OSError("no route to host\nand more")
@@ -229,7 +257,7 @@ def without_proxy(monkeypatch) -> None:
 def failing(monkeypatch, error: Exception) -> None:
     """Let every download fail with this error."""
 
-    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot(hub_id: str, allow_patterns: list[str], tqdm_class: type) -> str:
         raise error
 
     without_proxy(monkeypatch)
@@ -293,13 +321,13 @@ def test_mirrors_that_cannot_be_reached_are_named_together(monkeypatch, caplog):
 
 @pytest.mark.parametrize(("half", "advice"), [(False, "add --half"), (True, "leave out --half")])
 def test_a_repository_of_the_other_precision_is_told(half, advice, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda hub_id, allow_patterns: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(tmp_path))
     with refused(f": {advice}, it may"):
         hub.download("owner/name", half=half)
 
 
 def test_an_error_of_the_program_is_not_called_one_of_the_network(monkeypatch):
-    def snapshot(hub_id: str, allow_patterns: list[str]) -> str:
+    def snapshot(hub_id: str, allow_patterns: list[str], tqdm_class: type) -> str:
         raise TypeError("a slip")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)

@@ -243,7 +243,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     (layout,) = blocks(ROOT / "docs" / "sampling.md", "json")
     (tmp_path / "layout.json").write_text(layout)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _id, allow_patterns: str(MINI))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(MINI))
 
     def leave(_server) -> None:
         raise KeyboardInterrupt

@@ -1,17 +1,21 @@
 """The whole way in the browser: bring a photograph, paint masks, train, draw, edit and take away."""
 
 import argparse
+import getpass
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 from bas.cli.flags import Parser
 from bas.errors import InputError
+from bas.io.json_files import read_text
 
 EXAMPLES = (
     "bas studio",
     "bas studio my_studio --port 8765 --no_browser",
 )
+PASSWORD = "BAS_STUDIO_PASSWORD"
 NEEDED = ("starlette", "uvicorn")
 
 
@@ -25,6 +29,16 @@ def configure(parser: Parser) -> None:
         help="folder of the scenes and runs; it is made where it is missing (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, help="port on this machine (default: 8765, or any free one)")
+    parser.add_argument(
+        "--listen",
+        metavar="ADDRESS",
+        help="also answer at this address of this machine in a network that you trust, after a password",
+    )
+    parser.add_argument(
+        "--password_file",
+        metavar="FILE",
+        help=f"its first line is the password of --listen (default: ${PASSWORD}, or it is asked for)",
+    )
     parser.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
     parser.add_argument("--job", metavar="DIR", help=argparse.SUPPRESS)  # how the studio starts its own processes
 
@@ -44,4 +58,20 @@ def run(args: argparse.Namespace) -> None:
         )
     from bas.web.studio.serve import run_until_interrupted
 
-    run_until_interrupted(Path(args.home), args.port, not args.no_browser)
+    listen = (args.listen, read_password(args.password_file)) if args.listen else None
+    run_until_interrupted(Path(args.home), args.port, not args.no_browser, listen)
+
+
+def read_password(file: str | None) -> str:
+    """The password of --listen: from a file, the environment or the terminal, as command lines are seen by others.
+
+    InputError where there is none of them.
+    """
+    given = os.environ.pop(PASSWORD, None)  # the studio's own processes do not inherit it
+    if file:
+        return (read_text(Path(file)).splitlines() or [""])[0]
+    if given is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise InputError(f"--listen needs a password: name a --password_file, or set {PASSWORD}")
+    return getpass.getpass("Password for those who open the studio: ")

@@ -108,7 +108,7 @@ export async function stop(job, how) {
 }
 
 function help() {
-  const rows = [["Alt+1 … 6", "rooms"], ["b e f", "brush, eraser, fill"], ["x", "brush ⇄ eraser"], ["[ ]", "size of the brush"],
+  const rows = [["Alt+1 … 6", "rooms"], ["b e f p", "brush, eraser, fill, polygon"], ["x", "brush ⇄ eraser"], ["[ ]", "size of the brush"],
     ["1 … 9", "concept"], ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["+ − 0", "zoom, fit"], ["h", "hide the masks"],
     ["Space + drag", "move the picture"], ["Ctrl+Enter", "start, draw, edit"], ["?", "this list"]];
   const dialog = h("dialog", { "aria-label": "Keys" }, h("h2", {}, "Keys"),

@@ -39,6 +39,11 @@ export function curve({ title, values }, steps, starts, total, colour = "--mark"
     points.forEach(([x, , , mean]) => ink.lineTo(x, mean));
     ink.stroke();
   };
-  requestAnimationFrame(draw);
+  new ResizeObserver(draw).observe(canvas);  // also at first, once it has a size
+  canvas.addEventListener("recolour", draw);
   return box;
 }
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const canvas of document.querySelectorAll(".curve")) canvas.dispatchEvent(new Event("recolour"));
+});

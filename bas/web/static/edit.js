@@ -3,7 +3,7 @@ import { Away, get, send, fileOf, address } from "./api.js";
 import { button, h, link, plural, problem, put, speak } from "./dom.js";
 import { chooseRun, counter, finished, jobLines, promptField, settingsForm, withoutRun } from "./draw.js";
 import { gallery } from "./gallery.js";
-import { Painter } from "./masks.js";
+import { Painter } from "./painter.js";
 import { Mask } from "./tiles.js";
 
 export async function open(main, [name, source], studio) {

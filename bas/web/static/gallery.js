@@ -92,7 +92,7 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
         h("p", { class: "row" }, actions(picture),
           button(picture.star ? "★ Favourite" : "☆ Favourite", () => mark(picture), { "aria-pressed": picture.star }),
           link("Download", `${fileOf(run.name, picture.file)}?download=1`, { class: "button", download: picture.file.split("/").slice(picture.file.split("/").length > 2 ? 1 : -1).join("-") }),
-          button("Delete", () => remove(picture), { class: "plain" })))), looks(run, picture));
+          button("Delete", () => remove(picture), { class: "plain" })), looks(run, picture))));
     if (at >= 0) detail.querySelectorAll("a, button")[at]?.focus({ preventScroll: true });
   }
   async function mark(picture) {

@@ -99,6 +99,29 @@ export class Mask {
     return box;
   }
 
+  // Fill the pixels whose centre lies in a polygon, by the even-odd rule. Returns its box.
+  polygon(points, before) {
+    const ys = points.map(([, y]) => y), xs = points.map(([x]) => x), { width, height } = this;
+    const top = Math.max(0, Math.floor(Math.min(...ys))), bottom = Math.min(height - 1, Math.ceil(Math.max(...ys)));
+    for (let y = top; y <= bottom; y++) {
+      const line = y + 0.5, cuts = [];
+      points.forEach(([x1, y1], i) => {
+        const [x0, y0] = points.at(i - 1);
+        if ((y0 <= line) !== (y1 <= line)) cuts.push(x0 + (line - y0) * (x1 - x0) / (y1 - y0));
+      });
+      cuts.sort((one, other) => one - other);
+      for (let i = 0; i + 1 < cuts.length; i += 2) {
+        const from = Math.max(0, Math.ceil(cuts[i] - 0.5)), to = Math.min(width, Math.ceil(cuts[i + 1] - 0.5));
+        for (let x = from; x < to;) {
+          const start = x & ~255, end = Math.min(to, start + 256), row = ((y & 255) << 8) - start;
+          this.writable(x >> 8, y >> 8, before).fill(255, row + x, row + end);
+          x = end;
+        }
+      }
+    }
+    return [Math.min(...xs), top, Math.max(...xs), bottom + 1];
+  }
+
   clear(before) {
     for (const [key, tile] of this.tiles) if (!before.has(key)) before.set(key, tile);
     this.tiles.clear();

@@ -1,6 +1,7 @@
 // Train: base, settings, what it takes, start.
 import { Away, get, send } from "./api.js";
-import { button, copy, h, labelled, link, problem, put, remember, remembered, speak } from "./dom.js";
+import { stop } from "./app.js";
+import { button, bytes, copy, duration, h, link, problem, progress, put, remember, remembered, speak } from "./dom.js";
 
 export async function open(main, [name], studio) {
   if (!name) {
@@ -25,10 +26,37 @@ export async function open(main, [name], studio) {
     h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
     h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason)));
 
-  put(bases, h("legend", {}, "1 · Base model"), about.bases.map((each) => h("label", { class: `option ${each.here ? "" : "off"}` },
-    h("input", { type: "radio", name: "base", value: each.name, checked: each.name === base, disabled: !each.here, onchange: () => choose(each.name) }),
-    h("span", {}, h("strong", {}, each.title), each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
-      h("small", { class: "quiet" }, each.here ? each.license : [`not here: `, h("code", {}, `bas download ${each.name}`)])))));
+  function drawBases() {
+    put(bases, h("legend", {}, "1 · Base model"), about.bases.map((each) => {
+      const { here } = each, job = here ? null : studio.state.jobs.find((one) => one.kind === "download" && one.name === each.name);
+      return h("div", { class: `option ${here ? "" : "off"}` }, h("label", {},
+        h("input", { type: "radio", name: "base", value: each.name, checked: each.name === base, disabled: !here, onchange: () => choose(each.name) }),
+        h("span", {}, h("strong", {}, each.title), each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
+          h("small", { class: "quiet" }, here ? each.license : `not here yet · about ${bytes(each.bytes)} · ${each.license}`))), !here && fetching(each, job));
+    }));
+  }
+
+  // A base model that is not here: fetch it, how far that is, or why it could not be fetched.
+  function fetching(each, job) {
+    const alive = ["waiting", "running"].includes(job?.state), at = job?.progress;
+    if (alive) {
+      return h("div", { class: "row" }, progress(at?.done ?? 0, at?.total ?? 1, `Fetching ${each.title}`),
+        h("span", { class: "number" }, at ? `${bytes(at.done)} of ${bytes(at.total)}${at.left ? `, ${duration(at.left)} left` : ""}` : job.state === "waiting" ? "waiting" : "asking for it …"),
+        button("Stop", () => stop(job, "now"), { "aria-label": `Stop fetching ${each.title}` }));
+    }
+    return [job && ["failed", "refused", "lost"].includes(job.state) && problem("It was not fetched", job.line || "It ended without a word: killed, or the machine was restarted."),
+      job?.state === "stopped" && h("p", { class: "quiet" }, "Stopped. What has come is kept."),
+      h("p", {}, button(job ? "Download again" : "Download", () => fetchBase(each.name), { "aria-label": `Download ${each.title}` }), h("small", { class: "quiet" }, " from huggingface.co"))];
+  }
+
+  async function fetchBase(wanted) {
+    put(notices);
+    try {
+      await send("POST", "jobs", { kind: "download", base: wanted });
+      speak("It is being fetched");
+      await studio.refresh();
+    } catch (error) { put(notices, problem("It cannot be fetched", error.message)); }
+  }
 
   async function choose(chosen) {
     base = chosen;
@@ -125,8 +153,8 @@ export async function open(main, [name], studio) {
     const size = (text) => String(text).split(" = ")[0];
     put(facts, h("dl", { class: "facts" },
       h("dt", {}, "Learns"), h("dd", {}, shown.handles),
-      Object.entries(steps).map(([phase, text]) => [h("dt", {}, phaseName(phase)), h("dd", {}, `${text.split(",")[0]} steps`, minutes[phase] && `, ${minutes[phase]}`)]),
-      minutes["class images"] && [h("dt", {}, "Class images"), h("dd", {}, minutes["class images"])],
+      Object.entries(steps).map(([phase, text]) => [h("dt", {}, phaseName(phase)), h("dd", {}, `${text.split(",")[0]} steps`)]),
+      h("dt", {}, "Time"), h("dd", { id: "time" }, timeOf(plan.measured, shown.time ?? {})),
       h("dt", {}, "Memory"), h("dd", {}, Object.values(shown.memory).map(size).at(-1)),
       h("dt", {}, "Disk"), h("dd", {}, shown.disk), h("dt", {}, "Runs on"), h("dd", {}, shown.device),
       h("dt", {}, "Becomes"), h("dd", {}, `the run ${plan.run}`)),
@@ -136,6 +164,13 @@ export async function open(main, [name], studio) {
     start.disabled = Boolean(problemLine);
     const busy = studio.state.jobs.some((job) => ["running", "waiting"].includes(job.state));
     reason.textContent = problemLine || (busy ? "Something is at work: this training starts after it." : "");
+  }
+
+  // What was measured on this machine; without that, what is counted, and what is missing in it.
+  function timeOf(measured, counted) {
+    if (measured) return `about ${duration(measured.seconds)}, as measured here in the run ${measured.run}`;
+    const parts = Object.values(counted).map((text) => text.replace("at least ", ""));
+    return ["not measured here yet: the first run to its end tells", h("small", { class: "quiet" }, `Its arithmetic alone takes ${parts.join(" + ")}. Waiting for memory, previews and saving come on top, and can take many times as long.`)];
   }
 
   async function begin() {
@@ -155,7 +190,15 @@ export async function open(main, [name], studio) {
   }
 
   await choose(base);
+  let fetched = "";
   return {
+    async update(state) {
+      const mine = state.jobs.filter((job) => job.kind === "download"), text = JSON.stringify(mine.map(({ id, state: now, progress: at }) => [id, now, at]));
+      if (text === fetched && bases.children.length > 1) return;
+      fetched = text;
+      if (mine.some((job) => job.state === "done" && !about.bases.find((each) => each.name === job.name)?.here)) about.bases = (await get("about")).bases;
+      drawBases();
+    },
     key(event) { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) begin(); },
     leave() { clearTimeout(timer); },
   };

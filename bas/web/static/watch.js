@@ -47,7 +47,8 @@ export async function open(main, [name], studio) {
         stage && !stage.name.startsWith("phase") && progress(stage.done, stage.total, stage.name),
         state === "elsewhere" ? h("p", { class: "quiet" }, "A terminal trains this run: stop it there.")
           : h("p", { class: "row" }, button(run.stopping ? "Stopping …" : "Save and stop", () => stop(job(), "save"), { id: "stop", disabled: Boolean(run.stopping) || !job() }),
-            button("Stop now", () => stop(job(), "now"), { class: "plain", disabled: !job(), title: "Without saving: goes on from the last checkpoint" }))));
+            button("Stop now", () => stop(job(), "now"), { class: "plain", disabled: !job(), title: "Without saving: goes on from the last checkpoint" })),
+        studio.state.runs.some((each) => each.state === "done") && h("p", { class: "quiet" }, "To draw with another run meanwhile, ask for it in ", link("Draw", "#/draw"), ": this training can pause for that and go on.")));
       if (Math.floor(10 * done / (total || 1)) !== stepSaid) speak(`${done} of ${total} steps`);
       stepSaid = Math.floor(10 * done / (total || 1));
     } else if (state === "done") {

@@ -12,8 +12,9 @@ from bas.data.batches import check_scene
 from bas.data.mask_report import SceneView, view_scene, warnings
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
-from bas.pretrained.hub import find_spec, is_known_elsewhere, manifest, train_config
+from bas.pretrained.hub import download_bytes, find_spec, is_known_elsewhere, manifest, train_config
 from bas.training.dry_run import TOO_LITTLE, dry_run
+from bas.web.studio.measured import measured
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import RUNS, SCENES, Home
 
@@ -31,11 +32,16 @@ counting = threading.Lock()  # one dry run at a time: each takes a core
 
 
 def bases() -> list[dict[str, Any]]:
-    """The known base models, and whether each is on this machine."""
-    rows = manifest()
+    """The known base models: whether each is on this machine, its licence, and about how many bytes it has."""
     return [
-        {"name": name, "title": row["title"], "license": row["license"], "here": not is_known_elsewhere(name)}
-        for name, row in rows.items()
+        {
+            "name": name,
+            "title": row["title"],
+            "license": row["license"],
+            "here": not is_known_elsewhere(name),
+            "bytes": download_bytes(name),
+        }
+        for name, row in manifest().items()
     ]
 
 
@@ -134,7 +140,8 @@ def plan(home: Home, body: dict) -> dict[str, Any]:
     here = config.pretrained_model_name_or_path is None or not is_known_elsewhere(config.pretrained_model_name_or_path)
     found = {name: details[name] for name in shown if details.get(name)}
     run = Path(config.output_dir).name
-    return {"facts": found, "enough": enough, "here": here, "run": run, "command": as_command(words)}
+    took = {"measured": measured(home, config)}
+    return {"facts": found, **took, "enough": enough, "here": here, "run": run, "command": as_command(words)}
 
 
 # --- Masks --------------------------------------------------------------------------------------------------------

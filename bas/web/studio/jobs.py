@@ -42,11 +42,11 @@ SPARE = "-"  # in place of a job's folder
 PAGE_OPEN, NOBODY_ASKS = 10.0, 300.0  # seconds since a page last asked
 STATES = {0: "done", 2: "refused", 130: "stopped", 143: "stopped"}
 ALIVE = ("waiting", "running")
-FOREIGN = "foreign"
+FOREIGN, DOWNLOAD = "foreign", "download"
 NUMBER = (int, float)
 ASKED = {"kind": str, "name": str, "command": [str], "asked": dict, "made": NUMBER}  # of job.json
 ENDED = {"code": int}  # of exit.json
-COMMANDS = ("train", "sample", "vary", "explore", "attend", "edit", "export", "download")  # that a job can be
+COMMANDS = ("train", "sample", "vary", "explore", "attend", "edit", "export", DOWNLOAD)  # that a job can be
 
 
 def make(
@@ -204,6 +204,8 @@ def in_order(states: dict[Path, str]) -> list[Path]:
 class Lane:
     """The queue: at most one job runs at a time, in the order in which they were asked for, unless they were moved.
 
+    Downloads wait for each other alone: they need the network, not the device.
+
     The processes outlive the server. Only starting the next one needs it.
     """
 
@@ -224,9 +226,12 @@ class Lane:
         with self.turn:
             self.started = [process for process in self.started if process.poll() is None]
             states = {folder: state(folder) for folder in self.folders()}
-            waiting = in_order(states)
-            if waiting and "running" not in states.values():
-                self.started.append(self.hand_over(waiting[0]) or start(waiting[0]))
+            alive = {folder: current for folder, current in states.items() if current in ALIVE}
+            downloads = {folder: current for folder, current in alive.items() if words_of(folder)[:1] == [DOWNLOAD]}
+            for lane in (downloads, {folder: alive[folder] for folder in alive if folder not in downloads}):
+                waiting = in_order(lane)
+                if waiting and "running" not in lane.values():
+                    self.started.append(self.hand_over(waiting[0]) or start(waiting[0]))
 
     def move(self, folder: Path, up: bool) -> None:
         """Let a job that waits change places with the one before it, or behind it. Refusal if it does not wait."""

@@ -1,4 +1,7 @@
-"""The studio's server: one for each HOME, on loopback, until Ctrl+C. It ends at once; jobs go on."""
+"""The studio's server: one for each HOME, on loopback, until Ctrl+C. It ends at once; jobs go on.
+
+With `--listen` it answers at an address of a network as well, after a login.
+"""
 
 import importlib
 import logging
@@ -7,6 +10,7 @@ import signal
 import socket
 import threading
 import webbrowser
+from contextlib import ExitStack
 from pathlib import Path
 
 import uvicorn
@@ -16,6 +20,7 @@ from bas.errors import InputError
 from bas.web.studio.app import build
 from bas.web.studio.guard import Guard
 from bas.web.studio.jobs import Lane
+from bas.web.studio.login import Door, host
 from bas.web.studio.store import Home
 
 log = logging.getLogger(__name__)
@@ -25,8 +30,8 @@ SERVING = ".serving"  # held while a studio serves HOME
 TICK = 0.5  # seconds between two looks at the queue
 
 
-def serve(folder: Path, port: int | None, browser: bool) -> None:
-    """Serve one HOME. InputError where it, or the port, cannot be used."""
+def serve(folder: Path, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
+    """Serve one HOME. listen: an address in a network, and the password. InputError for what cannot be used."""
     home = Home(folder)
     home.make()
     lock = FileLock(home.folder / SERVING)
@@ -34,15 +39,23 @@ def serve(folder: Path, port: int | None, browser: bool) -> None:
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(f"a studio serves {home.folder} already: open its address, or name another folder") from None
-    with bound(port) as place:
-        number = place.getsockname()[1]
+    with ExitStack() as stack:
+        places = [stack.enter_context(bound(port))]
+        number = places[0].getsockname()[1]
+        door = Door(listen[0], number, listen[1]) if listen else None
+        if door:
+            places.append(stack.enter_context(bound_at(door)))
         lane = Lane(home)
         holder: list[uvicorn.Server] = []
-        guard = Guard(build(home, lane, lambda: setattr(holder[0], "should_exit", True)), home.token(), number)
+        app = build(home, lane, lambda: setattr(holder[0], "should_exit", True))
+        guard = Guard(app, home.token(), number, door)
         options = {"log_level": "critical", "access_log": False, "server_header": False, "lifespan": "off"}
         server = uvicorn.Server(uvicorn.Config(guard, timeout_graceful_shutdown=1, **options))
         holder.append(server)
         print(f"Open http://127.0.0.1:{number}/{home.token()}/ in a browser on this machine.", flush=True)
+        if door:
+            print(f"Open http://{host(door.address, number)}/ on another machine, and give the password.", flush=True)
+            print("What passes there is not encrypted: use it in a network that you trust.", flush=True)
         print(f"All work is in {home.folder}. Ctrl+C ends the page; a training goes on.", flush=True)
         ended = threading.Event()
         threading.Thread(target=keep_going, args=(lane, server, ended), daemon=True).start()
@@ -50,7 +63,7 @@ def serve(folder: Path, port: int | None, browser: bool) -> None:
             address = f"http://127.0.0.1:{number}/open/{guard.opening_code()}"
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         try:
-            server.run(sockets=[place])
+            server.run(sockets=places)
         finally:
             ended.set()
             lock.release()
@@ -74,6 +87,16 @@ def bound(port: int | None) -> socket.socket:
     raise InputError(f"--port {port} cannot be used: {problem}")
 
 
+def bound_at(door: Door) -> socket.socket:
+    """A socket at the address of a network, with the port that loopback has. InputError if it is not this machine's."""
+    try:
+        return socket.create_server(
+            (door.place, door.port), family=socket.AF_INET6 if ":" in door.place else socket.AF_INET
+        )
+    except OSError as error:
+        raise InputError(f"--listen {door.address} cannot be used: {error.strerror or error}") from None
+
+
 def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> None:
     """Load what the answers need once the page can be asked for, then start the jobs that wait, one after another."""
     while not server.started and not ended.wait(0.02):
@@ -90,9 +113,9 @@ def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> No
     lane.end_spare()
 
 
-def run_until_interrupted(folder: Path, port: int | None, browser: bool) -> None:
+def run_until_interrupted(folder: Path, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
     """Serve until Ctrl+C, which is no error."""
     try:
-        serve(folder, port, browser)
+        serve(folder, port, browser, listen)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -26,6 +26,7 @@ from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
 from bas.pretrained.exports import plan_export
 from bas.pretrained.folder import read_spec
+from bas.pretrained.hub import is_known_elsewhere
 from bas.sampling.attention_maps import plan_maps
 from bas.sampling.blended_diffusion import Region, check_edit
 from bas.sampling.gallery import all_together, combinations_in
@@ -34,7 +35,7 @@ from bas.sampling.sampler import check_request
 from bas.sampling.steer import Steer
 from bas.training.setup import check_input
 from bas.web.studio import jobs, runs
-from bas.web.studio.forms import SAMPLING, as_flags, config_of
+from bas.web.studio.forms import SAMPLING, as_flags, base_of, config_of
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.scenes import open_scene
 from bas.web.studio.store import JOBS, RUNS, SCENES, Home, inside, stamp, text_of
@@ -117,6 +118,17 @@ def pause(home: Home, body: dict) -> str:
     lane.prefer([*drawings, home.folder / JOBS / rest])
     jobs.stop(training, "save")
     return rest
+
+
+def download(home: Home, body: dict) -> str:
+    """Fetch a known base model: the only work of the studio that uses the network."""
+    base = base_of(body)
+    if base is None or not is_known_elsewhere(base):
+        raise Refusal(409, "this base model is here already", "here")
+    found = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job and job["state"] in jobs.ALIVE]
+    if any((job["kind"], job["name"]) == (jobs.DOWNLOAD, base) for job in found):
+        raise Refusal(409, "this base model is being fetched already", "running")
+    return jobs.make(home, jobs.DOWNLOAD, base, [jobs.DOWNLOAD, base], {"base": base}, {})
 
 
 def finished(home: Home, body: dict) -> Path:
@@ -334,6 +346,7 @@ KINDS: dict[str, Callable[[Home, dict], str]] = {
     "train": train,
     "resume": resume,
     "pause": pause,
+    "download": download,
     "sample": sample,
     "vary": vary,
     "explore": explore,

@@ -1,13 +1,22 @@
 """The guard of the studio: what it refuses, with which status, and that nothing is written then."""
 
 import asyncio
+import hashlib
+import io
 import os
+import socket
 import stat
+from types import SimpleNamespace
 
 import pytest
+from starlette.testclient import TestClient
 
+from bas.cli.commands.studio import read_password
+from bas.cli.entry import main
+from bas.errors import InputError
 from bas.io.files import cache_dir
-from bas.web.studio.guard import LIMITS
+from bas.web.studio.guard import LIMITS, Guard
+from bas.web.studio.login import Door
 from bas.web.studio.own import KEY
 from bas.web.studio.store import Home
 from tests.web.studio.conftest import ORIGIN, PORT
@@ -145,6 +154,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(studio, monkeypatch):
         "root_path": "",
         "http_version": "1.1",
     }
+    scope["server"] = ("127.0.0.1", PORT)
     scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
     asyncio.run(studio.guard(scope, receive, send))
     assert [message.get("status") for message in sent] == [408, None]
@@ -209,3 +219,161 @@ def test_every_answer_carries_the_headers(studio):
         assert "access-control-allow-origin" not in headers
     assert studio.ask("GET", "a/app.js").headers["content-type"] == "text/javascript; charset=utf-8"
     assert "content-security-policy" in studio.client.get("/").headers  # a refusal, too
+
+
+# --- Over the network ---------------------------------------------------------------------------------------------
+
+ADDRESS, PASSWORD = "192.0.2.7", "open sesame"
+OUTSIDE = f"http://{ADDRESS}:{PORT}"
+
+
+@pytest.fixture
+def network(studio, monkeypatch):
+    """A browser on another machine, which reaches the studio at --listen. Nothing is waited for."""
+    monkeypatch.setattr("bas.web.studio.login.resolve", lambda _address: ADDRESS)
+    monkeypatch.setattr(
+        Door, "digest_of", lambda door, password: hashlib.sha256(door.salt + password.encode()).digest()
+    )
+    studio.guard = Guard(studio.guard.app, studio.guard.token, PORT, Door("Desk.local", PORT, PASSWORD))
+    with TestClient(studio.guard, base_url=OUTSIDE, follow_redirects=False) as client:
+        yield client
+
+
+def give(client, password, **headers):
+    """Log in as the page does."""
+    return client.post("/login", json={"password": password}, headers={"Origin": OUTSIDE} | headers)
+
+
+def test_over_the_network_the_password_comes_first(studio, network):
+    """The token alone opens nothing, nor the cookie alone; the page before the login shows nothing of the studio."""
+    token, before = studio.guard.token, files(studio)
+    assert b'type="password"' in network.get("/").content
+    assert network.get("/a/login.js").status_code == 200
+    for path in (
+        f"/{token}/api/state",
+        f"/{token}/a/app.js",
+        "/a/app.js",
+        "/a/..%2flogin.html",
+        f"/open/{token}",
+        "/x",
+    ):
+        answer = network.get(path)
+        assert answer.status_code in (403, 404), path
+        assert token not in answer.text
+    assert network.get(f"/{token}/").headers["location"] == "/"  # a bookmark
+    assert network.get("/guess/").headers["location"] == "/"
+    write = {"Origin": OUTSIDE, "Content-Type": JSON}
+    assert network.post(f"/{token}/api/example", headers=write, content=b"{}").status_code == 403
+    assert files(studio) == before
+
+    entered = give(network, PASSWORD)
+    assert entered.json() == {"to": f"/{token}/"}
+    assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(entered.headers["set-cookie"].split("; "))
+    assert network.get("/").headers["location"] == f"/{token}/"
+    assert network.get(f"/{token}/api/state").status_code == 200
+    assert network.get("/guess/api/state").status_code == 403
+    network.cookies.clear()
+    assert network.get(f"/{token}/api/state").status_code == 403
+
+
+@pytest.mark.parametrize("cookie", ["", "x", "bas-studio-8765=", "bas-studio-8765=x", "bas-studio-8765=é", "=;=;"])
+def test_a_cookie_of_nobody_opens_nothing(studio, network, cookie):
+    give(network, PASSWORD)
+    network.cookies.clear()
+    answer = network.get(f"/{studio.guard.token}/api/state", headers={"Cookie": cookie.encode("latin-1")})
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize(
+    "host",
+    [*FOREIGN_HOSTS, f"127.0.0.1:{PORT}", f"localhost:{PORT}", ADDRESS, f"{ADDRESS}:{PORT + 1}", f"desk:{PORT}"],
+)
+def test_over_the_network_only_its_own_names_are_answered(network, host):
+    """One that says it came to loopback is no nearer for that."""
+    assert network.get("/", headers={"Host": host}).status_code == 403
+    assert give(network, PASSWORD, Host=host, Origin=f"http://{host}").status_code == 403
+    assert network.get("/", headers={"Host": f"desk.local:{PORT}"}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", [*FOREIGN_ORIGINS, ORIGIN])
+def test_another_page_cannot_log_in(network, origin):
+    headers = {} if origin is None else {"Origin": origin}
+    assert network.post("/login", json={"password": PASSWORD}, headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b'{"password": "' + b"x" * 5000 + b'"}', JSON, 413),
+        ((part for part in [b"x" * 3000] * 3), JSON, 413),
+        (b'{"password": "open sesame"}', "text/plain", 415),
+        (b'{"password": "open sesame"}', BYTES, 415),
+        (b"password=open sesame", "application/x-www-form-urlencoded", 415),
+        (b"[]", JSON, 403),
+        (b'{"password": ["open sesame"]}', JSON, 403),
+        (b'{"password": null}', JSON, 403),
+        (b"{", JSON, 403),
+        (b"[" * 4000, JSON, 403),
+    ],
+)
+def test_a_login_that_is_none_is_refused(network, content, kind, status):
+    answer = network.post("/login", content=content, headers={"Origin": OUTSIDE, "Content-Type": kind})
+    assert answer.status_code == status
+    assert "set-cookie" not in answer.headers
+
+
+def test_passwords_are_not_tried_without_end(studio, network, monkeypatch):
+    """After five wrong ones none is compared for a minute, the right one neither; who is in stays in."""
+    entered = give(network, PASSWORD).headers["set-cookie"].partition(";")[0]
+    network.cookies.clear()
+    now = [1000.0]
+    monkeypatch.setattr("bas.web.studio.login.time", SimpleNamespace(monotonic=lambda: now[0]))
+    for password in ("", "open", "Open sesame", "open sesame ", "x" * 100):
+        assert give(network, password).status_code == 403
+    assert give(network, PASSWORD).status_code == 429
+    assert network.get(f"/{studio.guard.token}/api/state", headers={"Cookie": entered}).status_code == 200
+    now[0] += 61
+    assert give(network, PASSWORD).status_code == 200
+
+
+def test_loopback_asks_for_no_password_and_gives_no_way_in(studio, network):
+    """Beside --listen the page of this machine stays as it is: its token, and no login."""
+    with TestClient(studio.guard, base_url=ORIGIN) as here:
+        assert here.get(f"/{studio.guard.token}/api/state").status_code == 200
+        for path in ("/", "/login", "/a/login.js"):
+            assert here.get(path).status_code == 403
+        assert here.get("/", headers={"Host": f"{ADDRESS}:{PORT}"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("address", "password", "line"),
+    [
+        ("127.0.0.1", PASSWORD, "is this machine alone"),
+        ("::1", PASSWORD, "is this machine alone"),
+        ("0.0.0.0", PASSWORD, "is every network at once"),
+        ("::", PASSWORD, "is every network at once"),
+        ("192.0.2.7", "short", "fewer than 8 characters"),
+        ("192.0.2.7", PASSWORD, "--listen 192.0.2.7 cannot be used: not mine"),
+    ],
+)
+def test_listen_takes_one_address_of_this_machine(tmp_path, monkeypatch, capsys, address, password, line):
+    def refused(*_args, **_options):
+        raise OSError(99, "not mine")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, *_args, **_options: [(0, 0, 0, "", (name, 0))])
+    monkeypatch.setattr("bas.web.studio.serve.socket.create_server", refused)
+    monkeypatch.setenv("BAS_STUDIO_PASSWORD", password)
+    assert main(["studio", str(tmp_path / "home"), "--no_browser", "--port", "0", "--listen", address]) == 2
+    assert line in capsys.readouterr().err
+    assert "BAS_STUDIO_PASSWORD" not in os.environ  # the processes of jobs do not inherit it
+
+
+def test_the_password_comes_from_a_file_or_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "password.txt").write_text("from a file\nmore\n")
+    assert read_password(str(tmp_path / "password.txt")) == "from a file"
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(InputError, match="name a --password_file, or set BAS_STUDIO_PASSWORD"):
+        read_password(None)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", lambda _text: "typed")
+    assert read_password(None) == "typed"

@@ -1,11 +1,14 @@
 """The queue of the studio: its order, and that nothing in a folder from elsewhere starts by itself."""
 
+import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
+from bas.cli.entry import attempt
 from bas.errors import InputError
 from bas.io.run_files import METRICS, SETTINGS
 from bas.web.studio import jobs
@@ -25,7 +28,8 @@ def ask_for(studio, name, kind="train", words=("train", "scene")):
 def started(monkeypatch):
     """The folders of the jobs that would be started."""
     found = []
-    monkeypatch.setattr(jobs, "start", lambda folder: found.append(folder))
+    alive = SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(jobs, "start", lambda folder: (found.append(folder), alive)[1])
     return found
 
 
@@ -75,6 +79,48 @@ def test_a_training_is_paused_for_a_drawing_and_goes_on(studio, started):
         studio.lane.started.clear()
         assert started[-1] == next_one
         (next_one / jobs.EXIT).write_text('{"code": 0}')
+
+
+def test_a_download_waits_for_downloads_alone(studio, started):
+    """What trains does not hold it up, and it holds up nothing else."""
+    for name in ("toy", "other"):
+        ask_for(studio, name)
+    fetched = studio.home.folder / "jobs" / studio.post("api/jobs", {"kind": "download", "base": "sd15"})["id"]
+    assert jobs.words_of(fetched) == ["download", "sd15"]
+    again = studio.ask("POST", "api/jobs", {"kind": "download", "base": "sd15"})
+    assert (again.status_code, again.json()["code"]) == (409, "running")
+    assert studio.ask("POST", "api/jobs", {"kind": "download", "base": "mini"}).status_code == 409
+    assert studio.ask("POST", "api/jobs", {"kind": "download", "base": "../x"}).status_code == 422
+    studio.post("api/jobs", {"kind": "download", "base": "sd21"})
+    tick(studio.lane)
+    assert [folder.name.split("-", 2)[2] for folder in started] == ["download-sd15", "train-toy"]
+    for folder in started:
+        (folder / jobs.LOG).touch()
+    tick(studio.lane)
+    assert len(started) == 2
+
+
+def test_a_download_without_a_network_says_so(studio, monkeypatch):
+    """In the line that the page shows at the model: what was tried, and what to do."""
+
+    def unreachable(*_args, **_options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    folder = studio.home.folder / "jobs" / studio.post("api/jobs", {"kind": "download", "base": "sd15"})["id"]
+    log = (folder / jobs.LOG).open("w", buffering=1)
+    with log, contextlib.redirect_stderr(log):
+        assert work(folder, attempt) == 2
+    line = jobs.describe(folder)["line"]
+    assert line.startswith(
+        "sd15 could not be downloaded (stable-diffusion-v1-5/stable-diffusion-v1-5: no route to host"
+    )
+    assert "check the network" in line
+    (row,) = [row for row in studio.get("api/about")["bases"] if row["name"] == "sd15"]
+    assert row == {"name": "sd15", "title": "Stable Diffusion 1.5", "license": "CreativeML Open RAIL-M"} | {
+        "here": False,
+        "bytes": 4_264_941_228,
+    }
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from bas.web.studio.tiles import lay, unpack
 W, H = 300, 280
 SCRIPT = """
 import { Mask } from "./tiles.mjs";
-const { strokes, fill } = JSON.parse(process.argv[2]);
+const { strokes, fill, polygon } = JSON.parse(process.argv[2]);
 const mask = new Mask(300, 280), start = new Map();
 let saved = new Map();
 for (const [x0, y0, x1, y1, radius, erase] of strokes) mask.stroke(x0, y0, x1, y1, radius, erase, saved);
+if (polygon) mask.polygon(polygon, saved);
 if (fill) mask.fill(...fill, saved);
 const share = mask.share(), packed = await mask.pack([...mask.tiles.keys()]);
 const again = await Mask.unpack(packed.buffer);
@@ -38,8 +39,8 @@ def node(tmp_path_factory):
     shutil.copy(STATIC / "tiles.js", folder / "tiles.mjs")
     (folder / "run.mjs").write_text(SCRIPT)
 
-    def run(strokes, fill=None):
-        words = [program, str(folder / "run.mjs"), json.dumps({"strokes": strokes, "fill": fill})]
+    def run(strokes, fill=None, polygon=None):
+        words = [program, str(folder / "run.mjs"), json.dumps({"strokes": strokes, "fill": fill, "polygon": polygon})]
         told = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
         mask = np.zeros((H, W), np.uint8)
         lay(mask, unpack(base64.b64decode(told["packed"]), (W, H)))
@@ -93,3 +94,24 @@ def test_fill_stays_inside_its_outline(node):
     _, mask = node(ring, [10, 10])
     assert (mask[63:197, 103:197] == 0).all()
     assert (mask[:50] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "corners",
+    [
+        [(10.2, 20.7), (280.5, 5.1), (265.9, 262.3), (130.4, 90.8)],  # over all four squares, not convex
+        [(-40, 30), (200, -50), (340, 300), (100.5, 150.5)],  # beyond the image
+        [(20, 20), (250, 240), (250, 20), (20, 240)],  # crosses itself: its middle lies outside twice
+    ],
+)
+def test_a_polygon_fills_the_pixels_whose_centre_it_holds(node, corners):
+    """By the even-odd rule, counted for each pixel alone; and undo takes it away."""
+    told, mask = node([], polygon=corners)
+    x, y = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
+    inside = np.zeros((H, W), bool)
+    for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        inside ^= ((y0 <= y) != (y1 <= y)) & (x >= x0 + (y - y0) * (x1 - x0) / (y1 - y0 or 1))
+    assert np.array_equal(mask, inside * np.uint8(255))
+    assert 0.05 < inside.mean() < 0.9
+    assert told["same"]
+    assert told["empty"] == 0
