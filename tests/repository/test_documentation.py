@@ -244,7 +244,6 @@ def desk(tmp_path, monkeypatch) -> Path:
     (tmp_path / "layout.json").write_text(layout)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(MINI))
-    monkeypatch.setenv("BAS_STUDIO_PASSWORD", "open sesame")
 
     def leave(_server) -> None:
         raise KeyboardInterrupt
