@@ -37,7 +37,8 @@ def test_the_demo_prints_its_figures_and_its_page_begins_with_its_sheet(bench, t
     write_scene(tmp_path / "base" / demo.SCENE, concepts=3)
     short = {"phase1_train_steps": 1, "phase2_train_steps": 1, "num_class_images": 1, "img_log_steps": 0}
     monkeypatch.setattr(demo, "find", lambda name: tmp_path / "base")
-    monkeypatch.setattr(demo, "train_config", partial(train_config, weights=str(bench.model), **short))
+    monkeypatch.setattr(demo, "SHORTER", short)
+    monkeypatch.setattr(demo, "train_config", partial(train_config, weights=str(bench.model)))
     run = tmp_path / "run"
     assert main(["demo", "--output_dir", str(run), "--device", "cpu"]) == 0
     *figures, sheet, page = capsys.readouterr().out.splitlines()

@@ -24,10 +24,12 @@ from bas.models.vae import VAE
 from bas.pretrained.folder import build_networks, save_model
 from bas.pretrained.hub import find_spec
 from bas.pretrained.single_file import clip_tokenizer
+from bas.runtime.device import cpu_multiplies_bf16
 from bas.schedulers import NoiseSchedule
 from tools.bench.material import SD21_TEXT, SD21_UNET
 
 pytestmark = pytest.mark.slow
+in_bf16 = pytest.mark.skipif(not cpu_multiplies_bf16(), reason="this processor emulates bf16: a step takes hours")
 
 SCENE = Path(__file__).parents[1] / "reference" / "official" / "scene"
 
@@ -95,6 +97,7 @@ def test_two_steps_of_phase1_at_full_size(sd21_folder, tmp_path):
     assert (run / "concepts.safetensors").exists()
 
 
+@in_bf16
 def test_two_steps_of_a_lora_at_full_size(sd21_folder, tmp_path):
     """Rank 16 for UNet and text encoder: two steps of phase 2 on a CPU within 6 GB, and a run of 40 MB at most."""
     run = tmp_path / "run"
@@ -123,6 +126,7 @@ def write_sdxl(folder: Path) -> None:
     save_model(models, folder, torch.float16)
 
 
+@in_bf16
 def test_sdxl_at_full_size_trains_and_samples_in_bf16(tmp_path):
     """2.6 + 0.8 billion random weights: one step of phase 1 at 512x512, a small run, and one step of sampling from it,
     each within 10 GB of the host's memory."""
