@@ -99,11 +99,11 @@ def drawn_by_diffusers(base, lora=None, handles=(), folder=None, prompt=PROMPT) 
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_diffusers_draws_with_an_export_what_the_run_draws(place, cwd, form, capsys):
     """Adapters of two ranks on the UNet and both text encoders, and the handles' rows in both: latents after two
-    guided steps agree to 1e-5, and differ from those without the LoRA by far more."""
+    guided steps agree to 1e-5 of the largest, and differ from those without the LoRA by far more."""
     assert main(["export", str(place / "toys"), "creature.safetensors", "--format", form]) == 0
     expected, handles = drawn_by_bas(place / "toys"), ("<asset0>", "<asset1>")
     found = drawn_by_diffusers(place / "base", cwd / "creature.safetensors", handles, cwd)
-    assert (found - expected).abs().max() < 1e-5
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     files = Additions(embeddings=tuple(cwd / f"{handle[1:-1]}.safetensors" for handle in handles))
     assert (drawn_by_bas(place / "base", additions=files) - expected).abs().max() > 1e-2
     out = capsys.readouterr().out
@@ -122,7 +122,8 @@ def test_keys_and_values_are_a_difference_and_a_lora_of_full_rank_is_them(place,
     assert main(["export", str(place / "kv"), "kv.safetensors", "--rank", "192"]) == 0
     prompt = "a photo of <ball>"
     found = drawn_by_diffusers(place / "base", cwd / "kv.safetensors", ("<ball>",), cwd, prompt)
-    assert (found - drawn_by_bas(place / "kv", prompt)).abs().max() < 1e-5
+    expected = drawn_by_bas(place / "kv", prompt)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_names_and_metadata_are_those_of_kohyas_scripts_for_sdxl(place, cwd):
