@@ -307,6 +307,11 @@ class TrainConfig(Settings):
     seg_mix_move: float = setting(
         1.0, "how far Seg-Mix moves concepts: 1 anywhere, 0 to other backgrounds only", group="method", most=1
     )
+    seg_mix_cells: bool = setting(
+        False,
+        "Seg-Mix moves concepts by whole cells of the UNet's coarsest grid and keeps their size: learnt in fewer steps",
+        group="method",
+    )
     with_prior_preservation: bool = setting(
         True,
         "also train on class images, so that the model keeps what it knew",

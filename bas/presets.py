@@ -124,7 +124,7 @@ OF_A_MODEL = (
     *("initial_learning_rate", "learning_rate", "scale_lr", "train_text_encoder", "train", "apply_masked_loss"),
     *("rank", "alpha", "lora_targets", "conv_rank"),
     *("normalize_masked_loss", "lambda_attention", "attention_loss", "subset_sampling", "flip_probability"),
-    *("seg_mix_probability", "seg_mix_move"),
+    *("seg_mix_probability", "seg_mix_move", "seg_mix_cells"),
     *("with_prior_preservation", "prior_loss_weight", "class_prompt", "num_class_images", "train_batch_size"),
     *("gradient_accumulation_steps", "optimizer", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"),
     *("max_grad_norm", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "preview_inference_steps"),

@@ -263,7 +263,8 @@ def prepare_seg_mix(
         named = [i for i, place in enumerate(shown) if place]
         decoded = decode_means(models, class_posterior.mean[named]) if named else []
         backgrounds = [(image, shown[i]) for i, image in zip(named, decoded, strict=True)]
-    seg_mix = SegMix(scene, (image.shape[2], image.shape[1]), backgrounds, config.seg_mix_move, config.subset_sampling)
+    size, cell = (image.shape[2], image.shape[1]), models.size_multiple if config.seg_mix_cells else 0
+    seg_mix = SegMix(scene, size, backgrounds, config.seg_mix_move, config.subset_sampling, cell)
     return seg_mix if seg_mix.movable else None
 
 

@@ -46,14 +46,18 @@ class SegMix:
         backgrounds: Sequence[tuple[Image.Image, str]] = (),
         move: float = 1,
         sampling: str = "union",
+        cell: int = 0,
     ):
         """Cut the concepts out.
 
         size: (W, H) in pixels of plain colours. backgrounds: class images, each with its place; none for plain colours.
         move: 1 for any place and size, 0 for those in the image, or the share between them. sampling: which concepts an
-        image shows, as `sample_subset` takes it.
+        image shows, as `sample_subset` takes it. cell: pixels; concepts keep their size and move by multiples of it. At
+        the stride of the whole network it computes the same for a moved concept, except at the border. 0: by any number
+        of pixels.
         """
         self.size, self.backgrounds, self.move, self.sampling = size, tuple(backgrounds), move, sampling
+        self.cell = cell
         self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= 255 * SEG_MIX_LARGEST]
         self.share = len(self.movable) / len(scene)  # of the concepts
         images = [(scene.image, dict(enumerate(scene.masks)))]
@@ -81,7 +85,7 @@ class SegMix:
         share = low + (high - low) * torch.rand((), generator=generator).item()
         still = size_to_cover(size, canvas.size)[0] / size[0]
         free = share * min(canvas.size) / longest / len(chosen) ** 0.5
-        scale = still ** (1 - self.move) * free**self.move
+        scale = still if self.cell else still ** (1 - self.move) * free**self.move
         layers: dict[int, np.ndarray] = {}
         for concept in chosen:
             cut = cuts[concept]
@@ -92,7 +96,7 @@ class SegMix:
                 for canvas_side, first, last, side in zip(canvas.size, cut.box[:2], cut.box[2:], size, strict=True)
             )
             inside, others = to_floats(np.asarray(mask)), [to_floats(layer) for layer in layers.values()]
-            where = place(inside, canvas.size, (x, y), others, generator, self.move)
+            where = place(inside, canvas.size, (x, y), others, generator, self.move, self.cell)
             canvas.paste(cut.image.resize(resized, Image.Resampling.BICUBIC), where, mask)
             pasted = Image.new("L", canvas.size)
             pasted.paste(mask, where)
@@ -121,11 +125,13 @@ def place(
     others: list[np.ndarray],
     generator: torch.Generator,
     move: float,
+    cell: int = 0,
 ) -> tuple[int, int]:
     """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
-    It lies the share `move` of the way from `centre`, in pixels, to a random place. Of TRIES places the first that
-    covers nothing is taken, or else the one that covers least. Masks are in 0..1.
+    It lies the share `move` of the way from `centre`, in pixels, to a random place; with a `cell`, at the nearest place
+    inside the image that lies a multiple of so many pixels from `centre` along both sides. Of TRIES places the first
+    that covers nothing is taken, or else the one that covers least. Masks are in 0..1.
     """
     (h, w), (width, height) = mask.shape, size
     covered = {}
@@ -133,7 +139,7 @@ def place(
         free = [int(torch.randint(max(1, most + 1), (), generator=generator)) for most in (width - w, height - h)]
         still = centre[0] - w / 2, centre[1] - h / 2
         left, top = (
-            min(max(round((1 - move) * near + move * far), 0), max(most, 0))
+            between(near, far, move, max(most, 0), cell)
             for near, far, most in zip(still, free, (width - w, height - h), strict=True)
         )
         inside = mask[: height - top, : width - left]
@@ -141,6 +147,15 @@ def place(
         if not covered[left, top]:
             break
     return min(covered, key=covered.__getitem__)
+
+
+def between(near: float, far: int, move: float, most: int, cell: int) -> int:
+    """The share `move` of the way from `near` to `far`, in whole cells if there are any, within 0..most. In pixels."""
+    shift = move * (far - near)
+    if not cell:
+        return min(max(round(near + shift), 0), most)
+    start = min(max(round(near), 0), most)
+    return start + cell * min(max(round(shift / cell), -(start // cell)), (most - start) // cell)
 
 
 def place_named(prompt: str) -> str:

@@ -18,9 +18,9 @@ from tests.helpers.tiny import refused
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
 
 
-def mix(scene: Scene, side: int, seed: int, count: int = 64, move: float = 1) -> list[ExtraImage]:
+def mix(scene: Scene, side: int, seed: int, count: int = 64, move: float = 1, cell: int = 0) -> list[ExtraImage]:
     """Images of Seg-Mix on plain colours."""
-    generator, seg_mix = torch.Generator().manual_seed(seed), SegMix(scene, (side, side), move=move)
+    generator, seg_mix = torch.Generator().manual_seed(seed), SegMix(scene, (side, side), move=move, cell=cell)
     return [seg_mix.sample(generator)[0] for _ in range(count)]
 
 
@@ -68,6 +68,29 @@ def test_the_sizes_of_concepts_beside_each_other_are_kept(squares):
     ratios = [to_floats(masks[0]).max(axis=0).sum() / to_floats(masks[1]).max(axis=0).sum() for masks in both]
     near = [abs(ratio - 2) < 0.2 for ratio in ratios]
     assert sum(near) > 0.8 * len(near)  # not where one covers a part of the other
+
+
+def test_in_whole_cells_concepts_keep_their_size_and_reach_every_place(squares):
+    """cell=16: corners lie multiples of 16 from the concept's own, inside the image, and all such places occur."""
+    corners: dict[int, set] = {0: set(), 1: set(), 2: set()}
+    for extra in mix(squares, 64, seed=2, count=200, cell=16):
+        for concept, mask in extra.masks.items():
+            rows, columns = np.nonzero(mask)
+            if mask.astype(bool).sum() == 64:  # no other covers it
+                corners[concept].add((int(columns.min()), int(rows.min())))
+            assert len(extra.masks) > 1 or (np.ptp(columns) + 1, np.ptp(rows) + 1) == (8, 8)
+    tops = (4, 20, 36, 52)
+    for concept, lefts in enumerate(((4, 20, 36, 52), (8, 24, 40, 56), (12, 28, 44))):
+        assert corners[concept] == {(left, top) for left in lefts for top in tops}
+    still = mix(squares, 64, 0, 8, move=0, cell=16)
+    assert all(np.array_equal(mask, squares.masks[i]) for extra in still for i, mask in extra.masks.items())
+
+
+def test_the_cells_are_those_of_the_whole_network(bench):
+    """The tiny VAE halves once and its UNet twice: 8 pixels."""
+    config = bench.config(with_prior_preservation=False, seg_mix_probability=1.0, seg_mix_cells=True)
+    assert bench.prepared(config)[1].seg_mix.cell == 8
+    assert bench.prepared(replace(config, seg_mix_cells=False))[1].seg_mix.cell == 0
 
 
 def test_without_a_move_concepts_stay_where_they_are(squares):
