@@ -27,9 +27,9 @@ EXAMPLES = ("bas demo --output_dir demo",)
 SCENE = "scenes/playroom"  # inside the shipped model's folder
 CONTEXTS = ("at the beach", "in the snow", "in the jungle")  # one per handle
 TOGETHER = ("at the beach", "in the snow", "on top of a pink fabric")  # all of them
-SHORTER = {  # half of the miniature's own steps at twice its learning rates: enough for this scene
-    "phase1_train_steps": 100,
-    "phase2_train_steps": 250,
+SHORTER = {  # a third of the miniature's own steps at twice its learning rates: enough for this scene
+    "phase1_train_steps": 60,
+    "phase2_train_steps": 150,
     "initial_learning_rate": 4e-3,
     "learning_rate": 2e-3,
 }
