@@ -236,6 +236,7 @@ def test_the_true_object_ranks_above_others_in_95_percent_of_trials():
         assert pairs >= 0.95, kind
 
 
+@pytest.mark.slow
 def test_the_true_object_ranks_above_others_through_the_vae():
     """As all that a model draws is."""
     trials = [make_trial(i, KINDS[0]) for i in range(20)]

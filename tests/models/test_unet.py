@@ -201,7 +201,8 @@ def small_unet():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("ask", [(16, 24), *(pytest.param(ask, marks=pytest.mark.slow) for ask in (False, True))])
+@pytest.mark.slow
+@pytest.mark.parametrize("ask", [(16, 24), False, True])
 def test_unet_compiles_to_one_graph(small_unet, ask):
     """fullgraph=True raises at any graph break. Maps come out of the compiled UNet as they do out of the eager one."""
     keys = list(small_unet.state_dict())

@@ -287,6 +287,7 @@ def merge(place, target, *words: str) -> int:
     return main(["merge", *named, "--output_dir", str(target)])
 
 
+@pytest.mark.slow
 def test_joined_runs_change_each_weight_by_the_sum(place, cwd):
     """Of the UNet and both text encoders, to 5e-6. As a whole model, diffusers draws with them what bas draws."""
     assert merge(place, cwd / "both", "toys", "mugs", "--weights", "0.7", "-0.5") == 0
@@ -300,6 +301,7 @@ def test_joined_runs_change_each_weight_by_the_sum(place, cwd):
     assert (found - drawn_by_bas(cwd / "both", "a photo of <asset1>")).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_several_runs_keep_those_of_each_concept(place, cwd, capsys):
     """The closed form: keys and values for the concepts' own prompts stay what they are in their runs, to 1e-4."""
     assert merge(place, cwd / "both", "kv", "v") == 0
@@ -323,6 +325,7 @@ def test_keys_and_values_of_several_runs_keep_those_of_each_concept(place, cwd, 
         assert f"{handle}: its attention's output moved by " in out
 
 
+@pytest.mark.slow
 def test_adapters_of_single_tokens_stand_side_by_side(place, cwd):
     """Each concept's attention, and images, are those of its own run, and a prompt without handles is the base's."""
     assert merge(place, cwd / "both", "token", "token too") == 0

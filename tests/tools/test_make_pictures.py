@@ -41,6 +41,7 @@ def test_each_row_below_the_image_is_of_its_own_prompt(tmp_path, sheets):
     assert (tmp_path / "one.png").exists()
 
 
+@pytest.mark.slow
 def test_the_edit_shows_each_handle_in_the_same_box(tmp_path, sheets):
     models = taught(write_model(tmp_path / "base"), ("<asset0>", "<asset1>", "<asset2>"))
     save_model(models, tmp_path / "model")

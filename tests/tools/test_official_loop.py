@@ -106,6 +106,7 @@ def test_every_attention_layer_keeps_its_probabilities(scene):
     assert halves == {2}, "two heads of the instance alone"
 
 
+@pytest.mark.slow
 def test_phase1_moves_the_handles_alone(scene):
     """A step through the whole data path: other rows are put back, networks keep their weights."""
     torch.manual_seed(0)

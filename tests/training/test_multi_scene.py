@@ -174,7 +174,10 @@ def test_a_page_that_cannot_be_written_ends_nothing(bench, scenes, tmp_path, mon
     ]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [pytest.param(MemoryError(), marks=pytest.mark.slow), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
 def test_a_scene_that_is_too_large_stops_no_other(bench, scenes, tmp_path, monkeypatch, error):
     def too_large(settings, base):
         if settings.instance_data_dir.endswith("ant"):

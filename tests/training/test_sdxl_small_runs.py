@@ -53,7 +53,7 @@ def prediction(models) -> torch.Tensor:
         return models.unet(z, 500, context.states, pooled=context.pooled).sample
 
 
-@pytest.mark.parametrize("kind", some_fast(KINDS, "lora", "token"))
+@pytest.mark.parametrize("kind", some_fast(KINDS, "lora"))
 def test_a_small_run(bench, tmp_path, kind, monkeypatch):
     """Every weight of the base outside the kind keeps its bits, everything that it names moves; what was cut off in
     phase 2 resumes to the same bits; loaded from its folder and its base, the run predicts what was trained."""
@@ -97,6 +97,7 @@ def test_a_small_run(bench, tmp_path, kind, monkeypatch):
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_a_second_scene_is_trained_as_if_it_were_alone(bench, run, tmp_path):
     """One base in memory, two runs one after the other, bf16 and both text encoders: the first leaves no trace."""
     base = Base.open(bench.model, torch.device("cpu"), keep=True)
