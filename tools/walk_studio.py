@@ -27,7 +27,7 @@ from bas.web.studio.store import Home
 from tests.helpers.browser import Browser
 
 WIDE, PHONE = (1280, 800), (360, 740)
-PATIENCE = 1800  # seconds for the training
+PATIENCE = 1800  # seconds for a training or a drawing, on a busy machine
 PROMPT = "a photo of <moon> and <clover> and <crown> at the beach"
 HANDLES = ("<moon>", "<clover>", "<crown>")
 LARGE = (7728, 5152)  # pixels of the photograph that is painted on to measure
@@ -43,10 +43,11 @@ class Walk:
     """A browser in front of a studio."""
 
     def __init__(self, browser: Browser, url: str, folder: Path):
-        self.browser, self.url, self.folder = browser, url, folder
+        self.browser, self.url, self.folder, self.begun = browser, url, folder, time.monotonic()
 
     def go(self, place: str) -> None:
         """Open a room."""
+        print(f"{time.monotonic() - self.begun:4.0f} s  {place}", flush=True)
         self.browser.send("Page.navigate", url="about:blank")
         self.browser.send("Page.navigate", url=self.url + place)
         self.wait(
@@ -87,7 +88,7 @@ class Walk:
         self.browser.image(path)
         with Image.open(path) as image:
             image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-        print(path, flush=True)
+        print(f"{time.monotonic() - self.begun:4.0f} s  {path}", flush=True)
         self.browser.show(*WIDE)
 
 

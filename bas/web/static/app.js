@@ -52,11 +52,12 @@ function about(kind) {
   return ["watch", "draw", "edit", "runs"].includes(name) && first ? first : runs.find((run) => run.state === "done")?.name;
 }
 
+const toRoom = (room, of) => `#/${room}${of ? `/${encodeURIComponent(of)}` : ""}`;
+
 function drawRail(current) {
   const place = { masks: "scene", train: "scene", draw: "run", edit: "run", runs: "run" };
   put(rail, h("ul", {}, Object.entries(ROOMS).filter(([, each]) => !each.in).map(([key, each], i) => {
-    const of = place[key] && about(place[key]);
-    return h("li", {}, link(each.title, `#/${key}${of ? `/${encodeURIComponent(of)}` : ""}`, {
+    return h("li", {}, link(each.title, toRoom(key, place[key] && about(place[key])), {
       "aria-current": key === (ROOMS[current].in ?? current) ? "page" : null, class: `to-${key}`, title: `${each.title} (Alt+${i + 1})`,
     }));
   })));
@@ -91,7 +92,7 @@ function drawStrip() {
   const text = workOf(job);
   const how = job.stopping ? "stopping …" : job.state === "waiting" ? "waiting" : name ? `${name.replace(/:$/, "")} ${done}/${total}` : "starting …";
   put(strip, h("span", { class: "dot", "aria-hidden": "true" }),
-    link(text, `#/${{ train: "watch", edit: "edit", export: "runs" }[job.kind] ?? "draw"}/${encodeURIComponent(job.name)}`),
+    link(text, job.kind === "download" ? toRoom("train", about("scene")) : toRoom({ train: "watch", edit: "edit", export: "runs" }[job.kind] ?? "draw", job.name)),
     name ? progress(done, total, text) : null, h("span", { class: "number" }, how),
     left ? h("span", { class: "quiet number" }, `${duration(left)} left`) : null,
     busy.length > 1 ? link(`${busy.length - 1} more in the queue`, "#/home") : null,

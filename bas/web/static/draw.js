@@ -52,7 +52,7 @@ export function promptField(run, key, start) {
     button("+", () => strength(handle, 0.1), { class: "chip step", "aria-label": `${handle} stronger`, title: "Stronger", ...held }))));
   const places = h("div", { class: "chips" }, PLACES.map((place) => button(place, () => insert(place), { class: "chip plain", onmousedown: (event) => event.preventDefault() })));
   const set = (text) => { field.value = text; field.dispatchEvent(new Event("input")); };
-  return { field, insert, set, box: h("div", { class: "stack" }, labelled("Prompt", field), h("div", { class: "stack" }, h("small", { class: "quiet" }, "Insert what was learnt"), chips), h("div", {}, h("small", { class: "quiet" }, "and a place"), places)) };
+  return { field, insert, set, box: h("div", { class: "stack" }, labelled("Prompt", field), h("div", {}, h("small", { class: "quiet" }, "Insert what was learnt"), chips), h("div", {}, h("small", { class: "quiet" }, "and a place"), places)) };
 }
 
 const NAMES = { seed: "Seed", num_inference_steps: "Steps", guidance_scale: "Guidance", sampler: "Sampler", negative_prompt: "Not in it", separate: "Keep handles apart", guidance_rescale: "Guidance rescale", eta: "Eta",

@@ -3,6 +3,8 @@ import { button, h, remember, remembered, speak } from "./dom.js";
 import { Polygon } from "./polygon.js";
 import { History, Stage } from "./stage.js";
 
+const FINGERS = matchMedia("(pointer: coarse)");
+
 export class Painter {
   // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change
   constructor(name, { target, layers, changed, part }) {
@@ -62,7 +64,9 @@ export class Painter {
     if (tool !== "polygon") this.polygon.drop();
     this.tool = tool;
     this.hint.hidden = tool !== "polygon";
-    this.hint.textContent = tool === "polygon" ? "Click the corners; the first corner or Enter closes, Escape drops. With keys: arrows move the cross, Space sets a corner." : "";
+    this.hint.textContent = tool !== "polygon" ? "" : FINGERS.matches ? "Tap the corners; the first corner closes. Undo takes a corner back."
+      : "Click the corners; the first corner or Enter closes, Escape drops. With keys: arrows move the cross, Space sets a corner.";
+    this.range.disabled = ["fill", "polygon"].includes(tool);
     for (const each of this.tools) each.setAttribute("aria-pressed", each.dataset.tool === tool);
     this.stage.showRing();
   }

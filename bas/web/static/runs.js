@@ -12,11 +12,12 @@ const TINTS = ["--mark", "--second", "--third", "--quiet", "--bad", "--good"];
 export async function open(main, [name], studio) {
   const away = h("section", { class: "stack" }), table = h("div", { class: "stack" }), picked = new Set(), list = h("fieldset", { class: "row picks" });
   put(main, h("h1", {}, "Runs"), away, h("section", { class: "stack" }, h("h2", {}, "Compare"), list, table));
+  put(away, h("p", { class: "quiet" }, "Looking …"));
   let drawn = "", listed = "";
 
   async function drawAway(state) {
     const run = state.runs.find((each) => each.name === name);
-    if (!run) return put(away, h("p", { class: "quiet" }, state.runs.length ? "Choose a run on Home to take it away." : "No run yet."));
+    if (!run) return put(away, h("p", { class: "quiet" }, name ? `There is no run ${name}: choose another one on Home.` : state.runs.length ? "No run is trained to its end yet. Then it can be taken away." : "No run yet. A run is what training makes of a scene."), h("p", {}, link("To Home", "#/home", { class: "button main" })));
     if (run.state !== "done") return put(away, h("h2", {}, `Take ${name} away`), h("p", { class: "quiet" }, `It is ${STATES[run.state]}: a run is taken away when it is trained to its end.`), link("Watch", `#/watch/${encodeURIComponent(name)}`, { class: "button main" }));
     const exports = await get(`${address("runs", name)}/exports`), to = `api/${address("runs", name)}/zip?what=`;
     const whole = run.train === "full" || run.train === "cross_attention";

@@ -82,7 +82,7 @@ export async function open(main, [name], studio) {
     } else {
       const number = field.kind === "int" || field.kind === "float";
       control = h("input", { id, type: number ? "number" : "text", step: field.kind === "int" ? 1 : "any", min: field.least, max: field.most,
-        placeholder: field.optional ? "default" : "", value: Array.isArray(value) ? value.join(", ") : value ?? "" });
+        placeholder: field.optional ? EMPTY[field.name] ?? "default" : "", value: Array.isArray(value) ? value.join(", ") : value ?? "" });
     }
     control.addEventListener(field.kind === "bool" || field.kind === "choice" ? "change" : "input", () => set(field, control));
     control.setAttribute("aria-describedby", `${id}-help`);
@@ -156,7 +156,7 @@ export async function open(main, [name], studio) {
       Object.entries(steps).map(([phase, text]) => [h("dt", {}, phaseName(phase)), h("dd", {}, `${text.split(",")[0]} steps`)]),
       h("dt", {}, "Time"), h("dd", { id: "time" }, timeOf(plan.measured, shown.time ?? {})),
       h("dt", {}, "Memory"), h("dd", {}, Object.values(shown.memory).map(size).at(-1)),
-      h("dt", {}, "Disk"), h("dd", {}, shown.disk), h("dt", {}, "Runs on"), h("dd", {}, shown.device),
+      h("dt", {}, "Disk"), h("dd", {}, shown.disk), h("dt", {}, "Runs on"), h("dd", {}, shown.device.replace(", mixed precision no", "")),
       h("dt", {}, "Becomes"), h("dd", {}, `the run ${plan.run}`)),
       shown.warning && h("p", { class: "warning" }, shown.warning),
       h("details", {}, h("summary", {}, "The command"), h("pre", {}, plan.command), button("Copy", (event) => copy(plan.command, event.target))));
@@ -213,6 +213,7 @@ const SHORT = {  // where the help of the command says more than one needs at fi
   background_handle: "Also learns what no mask covers, as bg for <bg>",
   img_log_steps: "Pictures while it trains; 0 for none",
 };
+const EMPTY = { background_handle: "none" };  // what a field without a value means, where that is no default
 const NAMES = { card: "Memory of the graphics card", phase1_train_steps: "Steps of phase 1", phase2_train_steps: "Steps of phase 2", seed: "Seed",
   close_ups: "Close-ups, for small things", background_handle: "Handle of the background", img_log_steps: "Steps between previews" };
 export const label = (name) => NAMES[name] ?? name.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());
