@@ -39,6 +39,13 @@ def configure(parser: Parser) -> None:
         metavar="FILE",
         help=f"its first line is the password of --listen (default: ${PASSWORD}, or it is asked for)",
     )
+    parser.add_argument(
+        "--segmenter",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="SAM or CLIPSeg for proposals of masks, a folder or a hub id; once for each (default: those of bas masks)",
+    )
     parser.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
     parser.add_argument("--job", metavar="DIR", help=argparse.SUPPRESS)  # how the studio starts its own processes
 
@@ -57,9 +64,20 @@ def run(args: argparse.Namespace) -> None:
             "the studio needs two small packages: pip install 'bas[studio]', or pip install starlette uvicorn"
         )
     from bas.web.studio.serve import run_until_interrupted
+    from bas.web.studio.store import Home
 
+    home = Home(Path(args.home), read_segmenters(args.segmenter))
     listen = (args.listen, read_password(args.password_file)) if args.listen else None
-    run_until_interrupted(Path(args.home), args.port, not args.no_browser, listen)
+    run_until_interrupted(home, args.port, not args.no_browser, listen)
+
+
+def read_segmenters(names: list[str]) -> dict[str, str]:
+    """The folders of `--segmenter` by their method. PyTorch is loaded only where there are some: it takes seconds."""
+    if not names:
+        return {}
+    from bas.web.studio.proposals import by_method
+
+    return by_method(names)
 
 
 def read_password(file: str | None) -> str:

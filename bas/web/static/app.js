@@ -92,7 +92,7 @@ function drawStrip() {
   const text = workOf(job);
   const how = job.stopping ? "stopping …" : job.state === "waiting" ? "waiting" : name ? `${name.replace(/:$/, "")} ${done}/${total}` : "starting …";
   put(strip, h("span", { class: "dot", "aria-hidden": "true" }),
-    link(text, job.kind === "download" ? toRoom("train", about("scene")) : toRoom({ train: "watch", edit: "edit", export: "runs" }[job.kind] ?? "draw", job.name)),
+    link(text, job.kind === "download" ? toRoom("train", about("scene")) : toRoom({ train: "watch", masks: "masks", edit: "edit", export: "runs" }[job.kind] ?? "draw", job.name)),
     name ? progress(done, total, text) : null, h("span", { class: "number" }, how),
     left ? h("span", { class: "quiet number" }, `${duration(left)} left`) : null,
     busy.length > 1 ? link(`${busy.length - 1} more in the queue`, "#/home") : null,
@@ -109,8 +109,8 @@ export async function stop(job, how) {
 }
 
 function help() {
-  const rows = [["Alt+1 … 6", "rooms"], ["b e f p", "brush, eraser, fill, polygon"], ["x", "brush ⇄ eraser"], ["[ ]", "size of the brush"],
-    ["1 … 9", "concept"], ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["+ − 0", "zoom, fit"], ["h", "hide the masks"],
+  const rows = [["Alt+1 … 6", "rooms"], ["b e f p c", "brush, eraser, fill, polygon, click"], ["x", "brush ⇄ eraser"], ["[ ]", "size of the brush"],
+    ["1 … 9", "concept"], ["Enter, Esc", "take, drop a proposal"], ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["+ − 0", "zoom, fit"], ["h", "hide the masks"],
     ["Space + drag", "move the picture"], ["Ctrl+Enter", "start, draw, edit"], ["?", "this list"]];
   const dialog = h("dialog", { "aria-label": "Keys" }, h("h2", {}, "Keys"),
     h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),

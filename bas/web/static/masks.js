@@ -2,6 +2,7 @@
 import { Away, Refused, address, ask, get, send } from "./api.js";
 import { button, h, labelled, link, percent, problem, put, remember, remembered, speak } from "./dom.js";
 import { Painter } from "./painter.js";
+import { proposals } from "./propose.js";
 import { Mask } from "./tiles.js";
 
 const REST = 250;  // milliseconds after a stroke before it is sent
@@ -14,6 +15,7 @@ export async function open(main, [name], studio) {
       h("p", {}, "Then paint over each thing that you want to learn."), link("To Home", "#/home", { class: "button main" })));
     return {};
   }
+  const models = await get("segmenters");
   let scene = await get(address("scenes", name)), active = 0, masks = [], chain = Promise.resolve(), waiting = null, checked = 0;
   const opened = Date.now(), dirty = new Map();  // mask -> keys of squares that are not saved yet
   const base = `scenes/${encodeURIComponent(name)}`;
@@ -23,11 +25,18 @@ export async function open(main, [name], studio) {
   seen.open = remembered("seen", false);
   seen.addEventListener("toggle", () => { remember("seen", seen.open); check(); });
 
+  const proposal = proposals(name, models, studio, {
+    word: () => scene.concepts[active]?.word,
+    take: (mask) => { if (masks[active]) painter.replace(masks[active], mask); },
+    draw: () => painter.stage.draw(),
+  });
   const painter = new Painter(`Photograph ${name}`, {
-    target: () => masks[active] && { mask: masks[active] },
-    layers: () => masks.map((mask, i) => ({ mask, colour: rgb(scene.concepts[i]?.colour ?? "#888888"), strength: i === active ? 1 : 0.7 })),
+    target: () => !proposal.mask && masks[active] && { mask: masks[active] },
+    click: models.sam ? null : proposal.click,
+    layers: () => masks.map((mask, i) => ({ mask: (i === active && proposal.mask) || mask, colour: rgb(scene.concepts[i]?.colour ?? "#888888"), strength: i === active ? 1 : 0.7 })),
     part: (box, side) => `api/${base}/view?box=${box.join(",")}&side=${side}&v=${opened}`,
     changed(mask, keys) {
+      if (proposal.mask) proposal.drop();
       const place = masks.indexOf(mask);
       if (place < 0) return;
       for (const key of keys) (dirty.get(mask) ?? dirty.set(mask, new Set()).get(mask)).add(key);
@@ -42,7 +51,7 @@ export async function open(main, [name], studio) {
     h("div", { class: "paint" }, h("header", { class: "row" }, h("h1", {}, name), status), painter.bar, painter.stage.root),
     h("aside", { "aria-label": "Concepts" }, notices, h("h2", {}, "Concepts"),
       h("p", { class: "quiet" }, "Choose a concept, paint over it in the photograph, and say in a word what it is."),
-      list, h("p", { class: "row" }, button("Add a concept", add, { id: "add" })), advice, seen, next)));
+      list, h("p", { class: "row" }, button("Add a concept", add, { id: "add" })), proposal.status, proposal.box, advice, seen, next)));
   painter.load(`api/${base}/view?v=${opened}`, scene.width, scene.height);
   await loadMasks();
   if (!scene.concepts.length) await change(() => [{ from: null, handle: "<asset0>", word: null }]);
@@ -247,10 +256,13 @@ export async function open(main, [name], studio) {
 
   return {
     key(event, typing) {
+      if (event.target === painter.stage.root && proposal.key(event)) return;
       if (painter.key(event, typing) || event.target !== painter.stage.root) return;
       if (/^[1-9]$/.test(event.key) && masks[event.key - 1]) choose(event.key - 1);
     },
+    update: proposal.update,
     async leave() {
+      proposal.drop();
       clearTimeout(waiting);
       if (dirty.size) await save();
       painter.stage.close();

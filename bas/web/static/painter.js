@@ -1,19 +1,24 @@
-// Brush, eraser, fill and polygon on a stage: shared by Masks and Edit.
+// Brush, eraser, fill, polygon and clicks on a stage: shared by Masks and Edit.
 import { button, h, remember, remembered, speak } from "./dom.js";
 import { Polygon } from "./polygon.js";
 import { History, Stage } from "./stage.js";
 
 const FINGERS = matchMedia("(pointer: coarse)");
+const hintOf = (tool) => ({
+  polygon: FINGERS.matches ? "Tap the corners; the first corner closes. Undo takes a corner back."
+    : "Click the corners; the first corner or Enter closes, Escape drops. With keys: arrows move the cross, Space sets a corner.",
+  click: FINGERS.matches ? "Tap the thing: a mask is proposed." : "Click on the thing: a mask is proposed. Enter takes it, Escape drops it.",
+})[tool] ?? "";
 
 export class Painter {
-  // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change
-  constructor(name, { target, layers, changed, part }) {
-    Object.assign(this, { target, changed, tool: "brush", size: remembered("brush", 45), history: new History() });
+  // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change; click(x, y): of the tool Click
+  constructor(name, { target, layers, changed, part, click }) {
+    Object.assign(this, { target, changed, click, tool: "brush", size: remembered("brush", 45), history: new History() });
     this.hint = h("p", { class: "hint", role: "status", hidden: true });
     this.stage = new Stage(name, {
       layers,
       part,
-      brush: () => (["fill", "polygon"].includes(this.tool) ? 0 : this.diameter()),
+      brush: () => (["fill", "polygon", "click"].includes(this.tool) ? 0 : this.diameter()),
       zoomed: (scale) => { this.zoomText.textContent = `${Math.round(100 * scale)} %`; this.polygon?.draw(); },
       begin: (x, y, event) => this.begin(x, y, event),
       move: (x, y) => this.move(x, y),
@@ -22,8 +27,8 @@ export class Painter {
     });
     this.zoomText = h("output", { class: "number" });
     this.polygon = new Polygon(this.stage, { closed: (points) => this.fillPolygon(points), changed: () => this.show() });
-    const about = { fill: ": fills the inside of an outline", polygon: ": fills what its corners enclose" };
-    this.tools = Object.entries({ brush: "Brush", eraser: "Eraser", fill: "Fill", polygon: "Polygon" }).map(([key, text]) =>
+    const about = { fill: ": fills the inside of an outline", polygon: ": fills what its corners enclose", click: ": proposes a mask of what is there" };
+    this.tools = Object.entries({ brush: "Brush", eraser: "Eraser", fill: "Fill", polygon: "Polygon", ...(click && { click: "Click" }) }).map(([key, text]) =>
       button(text, () => this.choose(key), { "data-tool": key, title: `${text} (${key[0]})${about[key] ?? ""}` }));
     this.range = h("input", { type: "range", min: 0, max: 100, value: this.size, "aria-label": "Size of the brush" });
     this.sizeText = h("output", { class: "number" });
@@ -63,15 +68,15 @@ export class Painter {
   choose(tool) {
     if (tool !== "polygon") this.polygon.drop();
     this.tool = tool;
-    this.hint.hidden = tool !== "polygon";
-    this.hint.textContent = tool !== "polygon" ? "" : FINGERS.matches ? "Tap the corners; the first corner closes. Undo takes a corner back."
-      : "Click the corners; the first corner or Enter closes, Escape drops. With keys: arrows move the cross, Space sets a corner.";
-    this.range.disabled = ["fill", "polygon"].includes(tool);
+    this.hint.textContent = hintOf(tool);
+    this.hint.hidden = !this.hint.textContent;
+    this.range.disabled = ["fill", "polygon", "click"].includes(tool);
     for (const each of this.tools) each.setAttribute("aria-pressed", each.dataset.tool === tool);
     this.stage.showRing();
   }
 
   begin(x, y, event) {
+    if (this.tool === "click") return this.move(x, y);
     const target = this.target();
     if (!target) return;
     if (this.tool === "polygon") return this.polygon.press(x, y, event);
@@ -83,6 +88,7 @@ export class Painter {
   }
 
   move(x, y) {
+    if (this.tool === "click") { this.at = [x, y]; return; }
     if (this.tool === "polygon") return this.polygon.drag(x, y);
     if (!this.stroke || this.tool === "fill") return;
     const { mask, saved, last } = this.stroke;
@@ -93,6 +99,7 @@ export class Painter {
 
   end() {
     if (this.tool === "polygon") this.polygon.release();
+    else if (this.tool === "click") this.click(...this.at);
     else this.finish();
   }
 
@@ -131,6 +138,14 @@ export class Painter {
     this.changed(mask, [...saved.keys()]);
   }
 
+  // Let a mask become another, as one step of undo.
+  replace(mask, other) {
+    const wanted = [...mask.tiles.keys(), ...other.tiles.keys()].map((key) => [key, other.tiles.get(key)]);
+    this.stroke = { mask, saved: mask.swap(new Map(wanted)) };
+    this.stage.draw();
+    this.finish();
+  }
+
   undo(back) {
     if (back && this.polygon.back()) return;
     const step = this.history.go(back);
@@ -155,6 +170,7 @@ export class Painter {
     else if (key === "b") this.choose("brush");
     else if (key === "e") this.choose("eraser");
     else if (key === "f") this.choose("fill");
+    else if (key === "c" && this.click) this.choose("click");
     else if (key === "x") this.choose(this.tool === "brush" ? "eraser" : "brush");
     else if (key === "[" || key === "]") this.resize(this.size + (key === "[" ? -4 : 4));
     else if (key === "+" || key === "=") this.stage.zoom(1.25);

@@ -3,7 +3,7 @@ import { address, get, send } from "./api.js";
 import { stop } from "./app.js";
 import { button, h, problem, progress, put, speak } from "./dom.js";
 
-const WORK = { train: "Training", sample: "Drawing with", vary: "Varying", explore: "Exploring", attend: "Reading the attention of", edit: "Editing with", export: "Exporting", download: "Fetching" };
+const WORK = { masks: "Proposing a mask for", train: "Training", sample: "Drawing with", vary: "Varying", explore: "Exploring", attend: "Reading the attention of", edit: "Editing with", export: "Exporting", download: "Fetching" };
 export const workOf = (job) => `${WORK[job.kind] ?? job.kind} ${job.name}`;
 export const waitingJobs = (state) => state.jobs.filter((job) => job.state === "waiting").sort((one, other) => one.place - other.place);
 

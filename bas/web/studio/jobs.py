@@ -46,7 +46,7 @@ FOREIGN, DOWNLOAD = "foreign", "download"
 NUMBER = (int, float)
 ASKED = {"kind": str, "name": str, "command": [str], "asked": dict, "made": NUMBER}  # of job.json
 ENDED = {"code": int}  # of exit.json
-COMMANDS = ("train", "sample", "vary", "explore", "attend", "edit", "export", DOWNLOAD)  # that a job can be
+COMMANDS = ("masks", "train", "sample", "vary", "explore", "attend", "edit", "export", DOWNLOAD)  # that a job can be
 
 
 def make(

@@ -11,7 +11,6 @@ import socket
 import threading
 import webbrowser
 from contextlib import ExitStack
-from pathlib import Path
 
 import uvicorn
 from filelock import FileLock, Timeout
@@ -30,9 +29,8 @@ SERVING = ".serving"  # held while a studio serves HOME
 TICK = 0.5  # seconds between two looks at the queue
 
 
-def serve(folder: Path, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
+def serve(home: Home, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
     """Serve one HOME. listen: an address in a network, and the password. InputError for what cannot be used."""
-    home = Home(folder)
     home.make()
     lock = FileLock(home.folder / SERVING)
     try:
@@ -113,9 +111,9 @@ def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> No
     lane.end_spare()
 
 
-def run_until_interrupted(folder: Path, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
+def run_until_interrupted(home: Home, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
     """Serve until Ctrl+C, which is no error."""
     try:
-        serve(folder, port, browser, listen)
+        serve(home, port, browser, listen)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -25,10 +25,14 @@ UNTIDY = re.compile(r"[^\w ()-]+")
 
 
 class Home:
-    """The folder, and safe ways into it."""
+    """The folder, and safe ways into it.
 
-    def __init__(self, folder: Path):
+    segmenters: folders of segmentation models that were named at the start, by their method
+    """
+
+    def __init__(self, folder: Path, segmenters: dict[str, str] | None = None):
         self.folder = folder.resolve()
+        self.segmenters = segmenters or {}
 
     def make(self) -> None:
         """Make the folders. InputError where that is not possible."""

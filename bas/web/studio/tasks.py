@@ -36,6 +36,7 @@ from bas.sampling.steer import Steer
 from bas.training.setup import check_input
 from bas.web.studio import jobs, runs
 from bas.web.studio.forms import SAMPLING, as_flags, base_of, config_of
+from bas.web.studio.proposals import MASKS, propose
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.scenes import open_scene
 from bas.web.studio.store import JOBS, RUNS, SCENES, Home, inside, stamp, text_of
@@ -347,6 +348,7 @@ KINDS: dict[str, Callable[[Home, dict], str]] = {
     "resume": resume,
     "pause": pause,
     "download": download,
+    MASKS: propose,
     "sample": sample,
     "vary": vary,
     "explore": explore,
