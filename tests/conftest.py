@@ -17,7 +17,7 @@ os.environ.setdefault(
 )
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
-LONGEST = {"test_simulated_gpu", "test_multi_scene", "test_dry_run", "test_train_mini", "test_kills"}  # start first
+LONGEST = {"test_page", "test_jobs", "test_simulated_gpu", "test_multi_scene", "test_dry_run", "test_train_mini", "test_kills"}
 MOST_WORKERS = 8  # more would wait for the longest module, each with a PyTorch of its own in memory
 
 
@@ -54,7 +54,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Shuffle, as --random_order asks; else the longest modules first, so that parallel workers end together.
+    """Shuffle, as --random_order asks; else the longest modules (LONGEST) first, so that parallel workers end together.
 
     A module's tests stay together: what they share is made once.
     """
