@@ -468,7 +468,7 @@ def test_everybody_can_use_every_room(page, furnished, place, seen):
     page.show(360, 740, phone=True)
     visit(page, furnished, f"#/{place}")
     if place.startswith("masks"):
-        page.run("document.querySelector('details').open = true")
+        page.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     page.wait(f"!!document.querySelector({json.dumps(seen)})")
     assert page.run("document.documentElement.scrollWidth") == 360
     assert page.run("document.querySelector('#main').scrollWidth <= document.querySelector('#main').clientWidth")
