@@ -309,7 +309,7 @@ class TrainConfig(Settings):
     )
     seg_mix_cells: bool = setting(
         False,
-        "Seg-Mix moves concepts by whole cells of the UNet's coarsest grid and keeps their size: learnt in fewer steps",
+        "Seg-Mix keeps the concepts' size and moves them by whole cells of the UNet's coarsest grid: better shapes",
         group="method",
     )
     with_prior_preservation: bool = setting(

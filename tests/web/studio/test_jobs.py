@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from filelock import FileLock
 
 from bas.cli.entry import main
@@ -16,7 +17,7 @@ from bas.io.run_files import CONCEPTS
 from bas.web.studio import jobs, worker
 from bas.web.studio.serve import bound
 from bas.web.studio.store import Home
-from tests.helpers.kills import forkserver
+from tests.helpers.kills import forkserver, on_threads
 from tests.helpers.tiny import Bench
 
 PATIENCE = 120  # seconds for a job of a tiny model, on a busy machine
@@ -78,8 +79,8 @@ class Forked:
     """A job's process as `jobs.launch` starts it, but a fork of one that has imported PyTorch: seconds less."""
 
     def __init__(self, folder, _, log):
-        context = forkserver()
-        self.process = context.Process(target=run_forked, args=(folder, log.name))
+        work = (torch.get_num_threads(), run_forked, folder, log.name)  # the order of sums depends on the threads
+        self.process = forkserver().Process(target=on_threads, args=work)
         self.process.start()
         self.pid = self.process.pid
 
