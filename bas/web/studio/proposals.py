@@ -6,6 +6,7 @@ needed once, and the next proposal for the same scene removes it.
 
 import math
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,14 @@ def propose(home: Home, body: dict) -> str:
     read_prompts(draft.image, config)
     if problem := what_is_missing(home, method):
         raise Refusal(422, problem, "model")
-    remove_earlier(home, folder.name)
+    earlier = earlier_jobs(home, folder.name)
     words = [MASKS, str(draft.image_path), "--auto", method, prompt, f"--threshold={config.threshold}"]
     words += [f"--segmenter={home.segmenters[method]}"] if method in home.segmenters else []
     asked = {"scene": folder.name, "method": method}
-    return jobs.make(home, MASKS, folder.name, [*words, "--output_dir={job}/" + FOLDER], asked, {})
+    job = jobs.make(home, MASKS, folder.name, [*words, "--output_dir={job}/" + FOLDER], asked, {})
+    for old in earlier:  # only now: a page that knows one by its name must not find the new one there
+        shutil.rmtree(old)
+    return job
 
 
 def points_of(body: dict) -> str:
@@ -101,15 +105,17 @@ def word_of(body: dict) -> str:
     return word
 
 
-def remove_earlier(home: Home, scene: str) -> None:
-    """Remove the jobs of earlier proposals for a scene. Refusal while one of them waits or runs."""
+def earlier_jobs(home: Home, scene: str) -> list[Path]:
+    """The jobs of earlier proposals for a scene. Refusal while one of them waits or runs."""
+    found = []
     for folder in jobs.Lane(home).folders():
         job = jobs.describe(folder) if f"-{MASKS}-" in folder.name else None
         if not job or (job["kind"], job["name"]) != (MASKS, scene) or job["state"] == jobs.FOREIGN:
             continue
         if job["state"] in jobs.ALIVE:
             raise Refusal(409, "a mask for this scene is being proposed already: wait for it, or stop it", "running")
-        shutil.rmtree(folder)
+        found.append(folder)
+    return found
 
 
 def get_mask(ask: Ask) -> Response:
