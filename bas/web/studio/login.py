@@ -43,7 +43,7 @@ class Door:
 
     def digest_of(self, password: str) -> bytes:
         """What is compared, which takes as long for each password."""
-        return hashlib.scrypt(password.encode(), salt=self.salt, n=2**14, r=8, p=1)
+        return hashlib.scrypt(password.encode("utf-8", "surrogatepass"), salt=self.salt, n=2**14, r=8, p=1)
 
     def closed_for(self) -> float:
         """Seconds until another password may be tried: 0 unless too many were wrong."""

@@ -231,9 +231,7 @@ OUTSIDE = f"http://{ADDRESS}:{PORT}"
 def network(studio, monkeypatch):
     """A browser on another machine, which reaches the studio at --listen. Nothing is waited for."""
     monkeypatch.setattr("bas.web.studio.login.resolve", lambda _address: ADDRESS)
-    monkeypatch.setattr(
-        Door, "digest_of", lambda door, password: hashlib.sha256(door.salt + password.encode()).digest()
-    )
+    monkeypatch.setattr(hashlib, "scrypt", lambda password, salt, **_cost: hashlib.sha256(salt + password).digest())
     studio.guard = Guard(studio.guard.app, studio.guard.token, PORT, Door("Desk.local", PORT, PASSWORD))
     with TestClient(studio.guard, base_url=OUTSIDE, follow_redirects=False) as client:
         yield client
@@ -312,6 +310,7 @@ def test_another_page_cannot_log_in(network, origin):
         (b"[]", JSON, 403),
         (b'{"password": ["open sesame"]}', JSON, 403),
         (b'{"password": null}', JSON, 403),
+        (b'{"password": "\\ud800"}', JSON, 403),  # half of a character, which UTF-8 does not have
         (b"{", JSON, 403),
         (b"[" * 4000, JSON, 403),
     ],
