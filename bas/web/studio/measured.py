@@ -16,17 +16,9 @@ from bas.web.studio.store import RUNS, Home
 FREE = {
     *("instance_data_dir", "output_dir", "num_of_assets", "initializer_tokens", "placeholder_token", "handles", "seed"),
     *("initial_learning_rate", "learning_rate", "lambda_attention", "prior_loss_weight", "class_prompt"),
-    "class_data_dir",
+    *("class_data_dir", "log_steps", "report_to", "resume_from_checkpoint"),
     *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "scale_lr", "alpha", "preset"),
-    *(
-        "lr_scheduler",
-        "lr_warmup_steps",
-        "lr_num_cycles",
-        "lr_power",
-        "log_steps",
-        "report_to",
-        "resume_from_checkpoint",
-    ),
+    *("lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power"),
     *("phase1_train_steps", "phase2_train_steps", "checkpoints_total_limit", "card", "num_class_images"),
 }
 PREPARING, SAVING = "preparation", "saving"
