@@ -52,7 +52,7 @@ def prediction(models, prompt: str) -> torch.Tensor:
 # --- LoRA ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factors", [(0.7, -0.5), (0.0, 2.0)])
+@pytest.mark.parametrize("factors", [pytest.param((1.0, 1.0), marks=pytest.mark.slow), (0.7, -0.5), (0.0, 2.0)])
 def test_joined_runs_change_each_weight_by_the_sum(place, tmp_path, factors):
     """Weights of the merged run equal the base's plus the weighted changes, to 5e-6; negative factors and 0 too."""
     assert merge(place, "toys", "mugs", "--weights", *map(str, factors), "--output_dir", str(tmp_path / "both")) == 0

@@ -72,14 +72,14 @@ def furthest(ours, theirs) -> float:
 
 
 def drawn_by_bas(folder, prompt=PROMPT, additions=None) -> torch.Tensor:
-    """The latents that bas draws for the prompt, from seed 0."""
-    return generate([prompt], [0], load(folder, additions=additions), SampleConfig(**SIZE))
+    """The latents that bas draws for the prompt, from seed 0. Networks compute in float64: kernels round alike."""
+    return generate([prompt], [0], load(folder, dtype=torch.float64, additions=additions), SampleConfig(**SIZE))
 
 
 def drawn_by_diffusers(base, lora=None, handles=(), folder=None, prompt=PROMPT) -> torch.Tensor:
     """The latents that diffusers draws from the same noise, with a LoRA and the handles' files loaded into the base."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: it is the reader under test")
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(base, local_files_only=True)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(base, local_files_only=True, torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     if lora:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)
@@ -90,7 +90,7 @@ def drawn_by_diffusers(base, lora=None, handles=(), folder=None, prompt=PROMPT) 
             pipe.load_textual_inversion(tensors[key], token=handle, **own)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return pipe(prompt, latents=noise, output_type="latent", **SIZE).images
+        return pipe(prompt, latents=noise.double(), output_type="latent", **SIZE).images
 
 
 # --- Exports ------------------------------------------------------------------------------------------------------
@@ -99,11 +99,11 @@ def drawn_by_diffusers(base, lora=None, handles=(), folder=None, prompt=PROMPT) 
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_diffusers_draws_with_an_export_what_the_run_draws(place, cwd, form, capsys):
     """Adapters of two ranks on the UNet and both text encoders, and the handles' rows in both: latents after two
-    guided steps agree to 1e-5 of the largest, and differ from those without the LoRA by far more."""
+    guided steps agree to 1e-5, and differ from those without the LoRA by far more."""
     assert main(["export", str(place / "toys"), "creature.safetensors", "--format", form]) == 0
     expected, handles = drawn_by_bas(place / "toys"), ("<asset0>", "<asset1>")
     found = drawn_by_diffusers(place / "base", cwd / "creature.safetensors", handles, cwd)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (found - expected).abs().max() < 1e-5
     files = Additions(embeddings=tuple(cwd / f"{handle[1:-1]}.safetensors" for handle in handles))
     assert (drawn_by_bas(place / "base", additions=files) - expected).abs().max() > 1e-2
     out = capsys.readouterr().out
@@ -122,8 +122,7 @@ def test_keys_and_values_are_a_difference_and_a_lora_of_full_rank_is_them(place,
     assert main(["export", str(place / "kv"), "kv.safetensors", "--rank", "192"]) == 0
     prompt = "a photo of <ball>"
     found = drawn_by_diffusers(place / "base", cwd / "kv.safetensors", ("<ball>",), cwd, prompt)
-    expected = drawn_by_bas(place / "kv", prompt)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (found - drawn_by_bas(place / "kv", prompt)).abs().max() < 1e-5
 
 
 def test_names_and_metadata_are_those_of_kohyas_scripts_for_sdxl(place, cwd):

@@ -40,9 +40,9 @@ NOWHERE = {"usual": False, "swapped": False}
 
 @pytest.fixture(scope="module")
 def validated():
-    """Six unseen scenes: each with its truth and images of its true concepts in two places."""
+    """Nine unseen scenes: each with its truth and images of its true concepts in two places."""
     found = []
-    for layout in unseen_scenes(6, seed=5).values():
+    for layout in unseen_scenes(9, seed=5).values():
         places = places_of(layout, 2)
         truth = read_truth(layout, places, seeds=2)
         asked = [(subset, place, 0) for subset, place in requests(len(layout.objects), places)]
