@@ -1,6 +1,7 @@
 """Headless Chromium for tests, through its DevTools protocol over two pipes: no driver, no extra package."""
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -32,14 +33,15 @@ class Browser:
         to_read, self.sink = os.pipe()
         self.source, to_write = os.pipe()
         # Chromium reads from descriptor 3 and writes to 4; high copies first, so that neither overwrites the other.
-        launch = f'exec 8<&{to_read} 9>&{to_write}; exec 3<&8 4>&9 8<&- 9>&-; exec "$0" "$@"'
+        ours, theirs = (to_read, to_write), [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (to_read, to_write)]
+        launch = 'exec 3<&{0} 4>&{1} {0}<&- {1}>&-; exec "$0" "$@"'.format(*theirs)
         self.process = subprocess.Popen(
             ["bash", "-c", launch, program, *FLAGS, f"--user-data-dir={home}", "about:blank"],
-            pass_fds=(to_read, to_write),
+            pass_fds=theirs,
             stderr=subprocess.DEVNULL,
         )
-        os.close(to_read)
-        os.close(to_write)
+        for each in (*ours, *theirs):
+            os.close(each)
         self.count, self.buffer, self.session = itertools.count(1), b"", None
         self.problems: list[str] = []  # errors in the console, and requests to anywhere else than the page's server
         (page,) = (t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")

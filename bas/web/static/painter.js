@@ -4,17 +4,21 @@ import { Polygon } from "./polygon.js";
 import { History, Stage } from "./stage.js";
 
 const FINGERS = matchMedia("(pointer: coarse)");
-const hintOf = (tool) => ({
+const MOVES = FINGERS.matches ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.";
+const hintOf = (tool) => ({  // each tool has one: a line that comes and goes would move the picture
+  brush: `Paint over the thing. ${MOVES}`,
+  eraser: `Paint over what does not belong to it. ${MOVES}`,
+  fill: `${FINGERS.matches ? "Tap" : "Click"} inside an outline: its inside is filled.`,
   polygon: FINGERS.matches ? "Tap the corners; the first corner closes. Undo takes a corner back."
-    : "Click the corners; the first corner or Enter closes, Escape drops. With keys: arrows move the cross, Space sets a corner.",
+    : "Click the corners; the first one or Enter closes, Escape drops. Or arrows and Space.",
   click: FINGERS.matches ? "Tap the thing: a mask is proposed." : "Click on the thing: a mask is proposed. Enter takes it, Escape drops it.",
-})[tool] ?? "";
+})[tool];
 
 export class Painter {
   // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change; click(x, y): of the tool Click
   constructor(name, { target, layers, changed, part, click }) {
     Object.assign(this, { target, changed, click, tool: "brush", size: remembered("brush", 45), history: new History() });
-    this.hint = h("p", { class: "hint", role: "status", hidden: true });
+    this.hint = h("p", { class: "hint", role: "status" });
     this.stage = new Stage(name, {
       layers,
       part,
@@ -69,7 +73,6 @@ export class Painter {
     if (tool !== "polygon") this.polygon.drop();
     this.tool = tool;
     this.hint.textContent = hintOf(tool);
-    this.hint.hidden = !this.hint.textContent;
     this.range.disabled = ["fill", "polygon", "click"].includes(tool);
     for (const each of this.tools) each.setAttribute("aria-pressed", each.dataset.tool === tool);
     this.stage.showRing();

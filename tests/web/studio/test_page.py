@@ -393,8 +393,12 @@ def test_a_click_proposes_a_mask_that_is_taken_or_dropped(page, server, tmp_path
     page.wait(SAVED)
     painted = (scene / "mask0.png").read_bytes()
 
-    click(page, "[data-tool=click]")
-    page.drag(place_of(page, 0.5, 0.5))
+    before = place_of(page, 0.5, 0.5)
+    for tool in ("eraser", "fill", "polygon", "brush", "click"):  # none moves the picture under the hand
+        click(page, f"[data-tool={tool}]")
+        page.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        assert place_of(page, 0.5, 0.5) == before
+    page.drag(before)
     wait_long(page, "document.querySelector('#take') !== null")
     (job,) = (server.home / "jobs").glob("*-masks-clicked")
     proposed = np.asarray(Image.open(job / "proposal" / "mask0.png"))
