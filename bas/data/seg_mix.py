@@ -129,18 +129,16 @@ def place(
 ) -> tuple[int, int]:
     """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
-    It lies the share `move` of the way from `centre`, in pixels, to a random place; with a `cell`, at the nearest place
-    inside the image that lies a multiple of so many pixels from `centre` along both sides. Of TRIES places the first
+    It lies the share `move` of the way from `centre`, in pixels, to a random place. With a `cell` it lies a multiple of
+    so many pixels from `centre` along both sides, each place inside the image equally often. Of TRIES places the first
     that covers nothing is taken, or else the one that covers least. Masks are in 0..1.
     """
     (h, w), (width, height) = mask.shape, size
     covered = {}
     for _ in range(TRIES):
-        free = [int(torch.randint(max(1, most + 1), (), generator=generator)) for most in (width - w, height - h)]
-        still = centre[0] - w / 2, centre[1] - h / 2
         left, top = (
-            between(near, far, move, max(most, 0), cell)
-            for near, far, most in zip(still, free, (width - w, height - h), strict=True)
+            moved(middle - side / 2, max(whole - side, 0), move, cell, generator)
+            for middle, side, whole in zip(centre, (w, h), size, strict=True)
         )
         inside = mask[: height - top, : width - left]
         covered[left, top] = sum(float((other[top : top + h, left : left + w] * inside).sum()) for other in others)
@@ -149,13 +147,14 @@ def place(
     return min(covered, key=covered.__getitem__)
 
 
-def between(near: float, far: int, move: float, most: int, cell: int) -> int:
-    """The share `move` of the way from `near` to `far`, in whole cells if there are any, within 0..most. In pixels."""
-    shift = move * (far - near)
+def moved(start: float, most: int, move: float, cell: int, generator: torch.Generator) -> int:
+    """The share `move` of the way from `start` to a random place in 0..most, in pixels or in whole cells."""
     if not cell:
-        return min(max(round(near + shift), 0), most)
-    start = min(max(round(near), 0), most)
-    return start + cell * min(max(round(shift / cell), -(start // cell)), (most - start) // cell)
+        end = int(torch.randint(most + 1, (), generator=generator))
+        return min(max(round(start + move * (end - start)), 0), most)
+    first = min(max(round(start), 0), most)
+    down, up = first // cell, (most - first) // cell
+    return first + cell * round(move * (int(torch.randint(down + up + 1, (), generator=generator)) - down))
 
 
 def place_named(prompt: str) -> str:

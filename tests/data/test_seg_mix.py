@@ -1,6 +1,7 @@
 """Seg-Mix: concepts cut out of the scene at other places and sizes, and how often a step samples them."""
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +85,14 @@ def test_in_whole_cells_concepts_keep_their_size_and_reach_every_place(squares):
         assert corners[concept] == {(left, top) for left in lefts for top in tops}
     still = mix(squares, 64, 0, 8, move=0, cell=16)
     assert all(np.array_equal(mask, squares.masks[i]) for extra in still for i, mask in extra.masks.items())
+
+
+def test_each_place_in_whole_cells_comes_equally_often():
+    """A square of 8 pixels in an image of 48 goes to 4, 20 or 36 along each side: 14400 draws of nine places."""
+    generator, draws = torch.Generator().manual_seed(0), 14400
+    found = Counter(place(np.ones((8, 8)), (48, 48), (8, 8), [], generator, 1, 16) for _ in range(draws))
+    assert set(found) == {(left, top) for left in (4, 20, 36) for top in (4, 20, 36)}
+    assert all(abs(count - draws / 9) < 5 * (draws * 8 / 81) ** 0.5 for count in found.values())
 
 
 def test_the_cells_are_those_of_the_whole_network(bench):

@@ -118,7 +118,7 @@ def images_below(place: Path) -> list[tuple[int, Path]]:
 def gallery_version(run: Path) -> str:
     """What changes whenever the galleries of a run do: a new, changed or deleted picture, a mark, an attention map."""
     folders = [run / name for names in GALLERIES.values() for name in names]
-    folders += [each for name in (VARIED, EXPLORED) for each in (run / name).glob("*/")]
+    folders += [each for name in (VARIED, EXPLORED, ATTENTION) for each in (run / name).glob("*/")]
     times = [path.stat().st_mtime_ns for path in (*folders, run / ATTENTION, run / MARKS) if path.exists()]
     return f"{max(times, default=0):x}-{sum(times) & 0xFFFFFFFF:x}"
 

@@ -76,7 +76,7 @@ def test_what_is_asked_for_in_vain_is_said(studio, run):
 
 
 def test_the_gallery_changes_its_version(studio, run):
-    """With each new, marked, or deleted picture, and with no question."""
+    """With each new, marked, or deleted picture, each file of an attention map, and with no question."""
     (run / "pictures").mkdir()
     versions = [studio.get("api/state")["runs"][0]["gallery"]]
 
@@ -87,6 +87,12 @@ def test_the_gallery_changes_its_version(studio, run):
     assert not changed()
     Image.new("RGB", (16, 16)).save(run / "pictures" / "new.png")
     assert changed()
+    maps = run / "attention" / "pictures-new.png"
+    maps.mkdir(parents=True)
+    assert changed()
+    for name in ("map0.png", "maps.json"):  # `bas attend` writes them one by one
+        (maps / name).write_bytes(b"")
+        assert changed()
     studio.ask("PATCH", "api/runs/toy/pictures", {"file": "pictures/new.png", "star": True})
     assert changed()
     studio.ask("DELETE", "api/runs/toy/pictures", {"file": "pictures/new.png"})
