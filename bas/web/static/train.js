@@ -170,7 +170,8 @@ export async function open(main, [name], studio) {
   function timeOf(measured, counted) {
     if (measured) return `about ${duration(measured.seconds)}, as measured here in the run ${measured.run}`;
     const parts = Object.values(counted).map((text) => text.replace("at least ", ""));
-    return ["not measured here yet: the first run to its end tells", h("small", { class: "quiet" }, `Its arithmetic alone takes ${parts.join(" + ")}. Waiting for memory, previews and saving come on top, and can take many times as long.`)];
+    const unit = parts.some((text) => text.split(":").length > 2) ? "hours, minutes, seconds" : "minutes, seconds";
+    return ["not measured here yet: the first run to its end tells", h("small", { class: "quiet" }, `Its arithmetic alone takes ${parts.join(" + ")} (${unit}). Waiting for memory, previews and saving come on top, and can take many times as long.`)];
   }
 
   async function begin() {

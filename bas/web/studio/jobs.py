@@ -36,7 +36,7 @@ from bas.web.studio.store import JOBS, Home, stamp
 
 JOB, LOG, LOCK, STOP, EVENTS, EXIT = "job.json", "log.txt", "lock", "stop", "events.jsonl", "exit.json"
 PLACE = "place"
-STARTING = 15.0  # seconds that a process may take before it holds its lock
+STARTING = 15.0  # seconds without a lock after which nobody starts a job any more
 TAIL = 2**14  # bytes at the end of a file that are read for its last line
 SPARE = "-"  # in place of a job's folder
 PAGE_OPEN, NOBODY_ASKS = 10.0, 300.0  # seconds since a page last asked
@@ -212,6 +212,7 @@ class Lane:
     def __init__(self, home: Home):
         self.home = home
         self.started: list[subprocess.Popen] = []
+        self.starting: dict[Path, subprocess.Popen] = {}  # jobs that do not hold their locks yet
         self.spare: subprocess.Popen | None = None  # has imported what jobs need, and waits for one
         self.asked = -math.inf  # when a page last asked for anything
         self.turn = threading.Lock()
@@ -225,13 +226,26 @@ class Lane:
         """Start the next job if none is running."""
         with self.turn:
             self.started = [process for process in self.started if process.poll() is None]
+            self.wait_for_locks()
             states = {folder: state(folder) for folder in self.folders()}
             alive = {folder: current for folder, current in states.items() if current in ALIVE}
             downloads = {folder: current for folder, current in alive.items() if words_of(folder)[:1] == [DOWNLOAD]}
             for lane in (downloads, {folder: alive[folder] for folder in alive if folder not in downloads}):
                 waiting = in_order(lane)
                 if waiting and "running" not in lane.values():
-                    self.started.append(self.hand_over(waiting[0]) or start(waiting[0]))
+                    process = self.hand_over(waiting[0]) or start(waiting[0])
+                    self.started.append(process)
+                    self.starting[waiting[0]] = process
+
+    def wait_for_locks(self) -> None:
+        """Keep jobs from counting as lost whose processes live: on a busy machine their imports take long."""
+        self.starting = {
+            folder: process
+            for folder, process in self.starting.items()
+            if process.poll() is None and (folder / LOG).exists() and not (folder / LOCK).exists()
+        }
+        for folder in self.starting:
+            (folder / LOG).touch()
 
     def move(self, folder: Path, up: bool) -> None:
         """Let a job that waits change places with the one before it, or behind it. Refusal if it does not wait."""

@@ -204,6 +204,25 @@ def test_a_spare_process_takes_a_job(tmp_path):
     assert told["line"].startswith(f"{tmp_path / 'nothing'} does not exist")
 
 
+def test_a_job_that_starts_slowly_is_not_lost_while_its_process_lives(tmp_path, monkeypatch):
+    """A second job waits for it. Once the process has ended without its lock, the first is lost, the second starts."""
+    home = Home(tmp_path / "home")
+    home.make()
+    sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    monkeypatch.setattr(jobs, "launch", lambda *_: subprocess.Popen(sleeper, stdin=subprocess.PIPE))
+    lane, (first, second) = jobs.Lane(home), (job(home), job(home))
+    for _ in range(2):
+        lane.tick()
+        assert [jobs.state(folder) for folder in (first, second)] == ["running", "waiting"]
+        os.utime(first / jobs.LOG, (1, 1))
+    (process,) = lane.started
+    process.communicate()
+    assert jobs.state(first) == "lost"
+    lane.tick()
+    assert [jobs.state(folder) for folder in (first, second)] == ["lost", "running"]
+    lane.started[0].communicate()
+
+
 def test_a_spare_process_that_nobody_needs_ends(tmp_path, monkeypatch):
     """The lane closes its input, and a process whose input has ended asks for no job."""
     reader = [sys.executable, "-c", "import sys; sys.exit(len(sys.stdin.read()))"]
