@@ -309,7 +309,7 @@ class TrainConfig(Settings):
     )
     seg_mix_cells: bool = setting(
         False,
-        "Seg-Mix keeps the concepts' size and moves them by whole cells of the UNet's coarsest grid: better shapes",
+        "Seg-Mix keeps sizes; seg_mix_move is how likely a concept moves, by whole cells of the UNet's coarsest grid",
         group="method",
     )
     with_prior_preservation: bool = setting(

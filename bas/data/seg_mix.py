@@ -129,15 +129,17 @@ def place(
 ) -> tuple[int, int]:
     """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
-    It lies the share `move` of the way from `centre`, in pixels, to a random place. With a `cell` it lies a multiple of
-    so many pixels from `centre` along both sides, each place inside the image equally often. Of TRIES places the first
-    that covers nothing is taken, or else the one that covers least. Masks are in 0..1.
+    It lies the share `move` of the way from `centre`, in pixels, to a random place. With a `cell` it stays at `centre`,
+    or lies with the probability `move` a multiple of so many pixels from it along both sides, each place inside the
+    image equally often. Of TRIES places the first that covers nothing is taken, or else the one that covers least.
+    Masks are in 0..1.
     """
     (h, w), (width, height) = mask.shape, size
     covered = {}
     for _ in range(TRIES):
+        share = float(torch.rand((), generator=generator) < move) if cell else move
         left, top = (
-            moved(middle - side / 2, max(whole - side, 0), move, cell, generator)
+            moved(middle - side / 2, max(whole - side, 0), share, cell, generator)
             for middle, side, whole in zip(centre, (w, h), size, strict=True)
         )
         inside = mask[: height - top, : width - left]

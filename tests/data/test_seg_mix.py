@@ -93,6 +93,8 @@ def test_each_place_in_whole_cells_comes_equally_often():
     found = Counter(place(np.ones((8, 8)), (48, 48), (8, 8), [], generator, 1, 16) for _ in range(draws))
     assert set(found) == {(left, top) for left in (4, 20, 36) for top in (4, 20, 36)}
     assert all(abs(count - draws / 9) < 5 * (draws * 8 / 81) ** 0.5 for count in found.values())
+    stays = Counter(place(np.ones((8, 8)), (48, 48), (8, 8), [], generator, 0.25, 16) for _ in range(900))[4, 4]
+    assert abs(stays / 900 - (0.75 + 0.25 / 9)) < 5 * (0.78 * 0.22 / 900) ** 0.5
 
 
 def test_the_cells_are_those_of_the_whole_network(bench):
