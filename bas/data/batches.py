@@ -26,6 +26,8 @@ from bas.presets import Phase
 
 log = logging.getLogger(__name__)
 
+TOGETHER = 512 * 512  # pixels of the images that are encoded at once
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -51,12 +53,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class EncodedView:
-    """An image as it is, or mirrored, encoded, with its masks on the grids of the losses. All on the CPU."""
+class View:
+    """The masks of an image, as it is or mirrored, on the grids of the losses. All on the CPU."""
 
-    posterior: Posterior  # (c, h, w) each
     latent_masks: Tensor  # (N, h, w)
     attention_masks: Tensor  # (N, gh, gw)
+
+
+@dataclass(frozen=True)
+class EncodedView(View):
+    """One that every step may sample."""
+
+    posterior: Posterior  # (c, h, w) each
+
+
+@dataclass(frozen=True)
+class NewView(View):
+    """One that a single step makes. It is encoded together with the others of its batch."""
+
+    pixels: Tensor  # (3, H, W) in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class EncodedImage:
 class Example:
     """What one row of a batch shows, and which of its concepts the prompt names."""
 
-    view: EncodedView
+    view: EncodedView | NewView
     chosen: list[int]
     place: str = ""  # where the concepts are, as the prompt says it after the handles
     whole: bool = False  # the reconstruction counts outside the masks too
@@ -117,11 +132,15 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
 
 @torch.inference_mode()
 def encode_images(models: Models, images: Tensor) -> Posterior:
-    """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32"""
+    """The VAE posterior of images (b, 3, H, W) in [-1, 1]. -> on the CPU, float32
+
+    To keep memory flat, images are encoded together up to TOGETHER pixels, and larger ones one at a time.
+    """
     vae = models.vae
     dtype, device = vae.post_quant_conv.weight.dtype, models.device
+    count = max(1, TOGETHER // (images.shape[-2] * images.shape[-1]))
     with models.vae_arithmetic():
-        parts = [vae.encode(image[None].to(device, dtype)) for image in images]
+        parts = [vae.encode(some.to(device, dtype)) for some in images.split(count)]
     return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
 
 
@@ -148,9 +167,14 @@ def encode_image(
 def encode_view(models: Models, image: Tensor, masks: Tensor, config: TrainConfig) -> EncodedView:
     """Encode an image (3, H, W) in [-1, 1], and resize its masks (N, H, W) in [0, 1]."""
     posterior = encode_images(models, image[None])
-    h, w = posterior.mean.shape[-2:]
+    return EncodedView(*resize_masks(models, masks, config), Posterior(*(p[0] for p in posterior)))
+
+
+def resize_masks(models: Models, masks: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Resize masks (N, H, W) in [0, 1]. -> on the latent grid, (N, h, w), and on that of the attention, (N, gh, gw)"""
+    h, w = (side // models.vae.config.factor for side in masks.shape[-2:])
     grid = attention_grid(models.spec, (h, w), config.attention_grid)
-    return EncodedView(Posterior(*(p[0] for p in posterior)), resize_mask(masks, h, w), resize_mask(masks, *grid))
+    return resize_mask(masks, h, w), resize_mask(masks, *grid)
 
 
 def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool = True) -> tuple[int, int]:
@@ -298,7 +322,7 @@ def sample_example(data: TrainingData, models: Models, config: TrainConfig, gene
 def sample_mixed(
     seg_mix: SegMix, data: TrainingData, models: Models, config: TrainConfig, generator: torch.Generator
 ) -> Example:
-    """Make and encode an image of Seg-Mix.
+    """Make an image of Seg-Mix.
 
     On a class image the prompt names all that it shows, as the whole of it is reconstructed. A concept that vanishes on
     the latent grid is not named.
@@ -307,9 +331,17 @@ def sample_mixed(
     pixels, layers = extra.tensors(seg_mix.size[1], seg_mix.size[0], len(data.handles))
     if torch.rand((), generator=generator) < config.flip_probability:
         pixels, layers = pixels.flip(-1), layers.flip(-1)
-    view = encode_view(models, pixels, layers, config)
+    view = NewView(*resize_masks(models, layers, config), pixels)
     shown = [i for i in sorted(extra.masks) if view.latent_masks[i].any()]
     return Example(view, shown, place, whole=bool(place))
+
+
+def posteriors_of(models: Models, views: Iterable[EncodedView | NewView]) -> list[Posterior]:
+    """The posterior of each view, (c, h, w) each. New ones are encoded."""
+    views = list(views)
+    new = [view.pixels for view in views if isinstance(view, NewView)]
+    encoded = iter(zip(*encode_images(models, torch.stack(new)), strict=True)) if new else iter(())
+    return [view.posterior if isinstance(view, EncodedView) else Posterior(*next(encoded)) for view in views]
 
 
 def subset_tokens(data: TrainingData, models: Models, chosen: list[int], place: str = "") -> tuple[Tensor, list[int]]:
@@ -327,11 +359,11 @@ def sample_batch(
     """Sample one batch (paper, section 3): for each row a subset, a flip, a latent, a timestep and noise."""
     count = len(data.handles)
     means, deviations, ids, unions, masks, positions, present = [], [], [], [], [], [], []
-    for _ in range(config.train_batch_size):
-        example = sample_example(data, models, config, generator)
+    examples = [sample_example(data, models, config, generator) for _ in range(config.train_batch_size)]
+    for example, posterior in zip(examples, posteriors_of(models, [e.view for e in examples]), strict=True):
         view, chosen = example.view, example.chosen
-        means.append(view.posterior.mean)
-        deviations.append(view.posterior.deviation)
+        means.append(posterior.mean)
+        deviations.append(posterior.deviation)
         row, places = subset_tokens(data, models, chosen, example.place)
         ids.append(row)
         unions.append(view.latent_masks[chosen].amax(dim=0, keepdim=True).clamp(min=float(example.whole)))

@@ -17,10 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from bas.config import SampleConfig, TrainConfig
-from bas.data.batches import EncodedImage, EncodedView, TrainingData, attention_grid, sample_batch
+from bas.data.batches import EncodedImage, EncodedView, TrainingData, resize_masks, sample_batch
 from bas.data.scene import Scene
 from bas.io.files import human_size
-from bas.losses import resize_mask
 from bas.models.adapters import add_adapters
 from bas.models.bundle import Models
 from bas.models.text import add_handles, context_width, tokenize
@@ -201,9 +200,7 @@ def blank_data(models: Models, scene: Scene, masks: Tensor, config: TrainConfig)
     factor, channels = models.vae.config.factor, models.vae.config.latent_channels
     h, w = (side // factor for side in masks.shape[-2:])
     empty = Posterior(torch.zeros(channels, h, w), torch.zeros(channels, h, w))
-    view = EncodedView(
-        empty, resize_mask(masks, h, w), resize_mask(masks, *attention_grid(models.spec, (h, w), config.attention_grid))
-    )
+    view = EncodedView(*resize_masks(models, masks, config), empty)
     return TrainingData(
         images=(EncodedImage((view, view), tuple(range(len(scene.handles)))),),
         handle_ids=tuple(cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(scene.handles)))),

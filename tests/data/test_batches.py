@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from bas.data.batches import attention_grid, check_scene, handle_positions, sample_batch
+from bas.data import batches
+from bas.data.batches import attention_grid, check_scene, encode_images, handle_positions, sample_batch
 from bas.data.scene_folder import load_scene
 from bas.losses import resize_mask
 from bas.models.text import tokenize
@@ -162,6 +163,20 @@ def test_latents_are_posterior_samples_times_the_scaling_factor(bench, prepared)
         rows = rearrange(values, "b c h w -> b (c h w)")
         assert (torch.corrcoef(rows) - torch.eye(40)).abs().max() < 0.2
     assert abs((normal * batch.eps).mean()) < 0.02
+
+
+def test_images_are_encoded_together_up_to_a_number_of_pixels(prepared, monkeypatch):
+    """Five of 32 pixels a side: two, two, one; then one at a time, as one of them alone has too many."""
+    models, _ = prepared
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([models.vae.encode(image[None]).mean for image in images])
+    encode, counts = type(models.vae).encode, []
+    monkeypatch.setattr(type(models.vae), "encode", lambda vae, some: counts.append(len(some)) or encode(vae, some))
+    for pixels, expected in ((2 * 32 * 32 + 1, [2, 2, 1]), (1000, [1] * 5)):
+        monkeypatch.setattr(batches, "TOGETHER", pixels)
+        torch.testing.assert_close(encode_images(models, images).mean, alone, rtol=1e-5, atol=1e-6)
+        assert counts == expected
+        counts.clear()
 
 
 def test_timesteps_are_independent_and_cover_the_whole_range(bench, prepared):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from bas.errors import InputError
 from bas.io import figures
+from tests.helpers.tiny import refused
 from tools.checks import combine
 from tools.checks.combine import (
     BOXES,
@@ -181,8 +182,8 @@ def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, c
     """On the tiny model: table, scores, sheet. A second call neither trains nor measures, another setting measures."""
     monkeypatch.setattr(combine, "train_recogniser", lambda *args, **kwargs: Recogniser().eval())
     settings = ("phase1_train_steps=1", "phase2_train_steps=1", "num_class_images=1", "device=cpu")
-    flags = ["--scenes", "1", "--weights", str(bench.model), "--output_dir", str(tmp_path), "--places", "2"]
-    flags += ["--seeds", "1", "--num_inference_steps", "1", "--set", *settings]
+    flags = ["--scenes", "2", "--only", "0", "--weights", str(bench.model), "--output_dir", str(tmp_path)]
+    flags += ["--places", "2", "--seeds", "1", "--num_inference_steps", "1", "--set", *settings]
 
     def run(*more: str) -> dict:
         monkeypatch.setattr(sys, "argv", ["combine", *flags, *more])
@@ -190,6 +191,7 @@ def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, c
         return json.loads((tmp_path / "scores.json").read_text())
 
     scores = run()
+    assert [*scores["scenes"]] == ["seed0-00"]
     scene = scores["scenes"]["seed0-00"]
     assert len(scene["images"]) == len(scene["true"]) == 3 * 2
     assert len(scene["codec"]) == len(scene["attention_iou"]) == 2
@@ -197,6 +199,8 @@ def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, c
     assert all(row["boxed"].keys() == {"usual", "swapped"} for row in scene["images"])
     assert "| true concepts, drawn: pairs | 2 | 100 % | 0 % |" in capsys.readouterr().out
     assert (tmp_path / "seed0-00" / "sheet.png").exists()
+    with refused("--only 2: the scenes are 0 to 1"):
+        run("--only", "2")
     cells = 2 + 2 + 2  # the scene and its masks; two concepts alone; both in two places
     with Image.open(tmp_path / "figure.png") as figure, Image.open(tmp_path / "seed0-00" / "row.png") as row:
         assert figure.size == row.size

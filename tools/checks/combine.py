@@ -18,6 +18,7 @@ the next one of the scene. `--layout` steers images into either; without it the 
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/stronger --guidance_scale 7.5
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/flips --set flip_probability=0.5
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --layout swapped
+    python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --only 1 2
 
 Two ceilings stand beside: the true concepts drawn by the world in the same places, and each scene's image through the
 VAE. A second call goes on: a finished run is not trained again, and a scene that is measured with the same settings is
@@ -439,6 +440,7 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=12, help="unseen scenes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="of these scenes alone, counted from 0")
     parser.add_argument("--shipped", action="store_true", help="the miniature's own two scenes instead of unseen ones")
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder of runs and results; the same one goes on"
@@ -462,6 +464,9 @@ def main() -> None:
         raise InputError("--own_pixels needs a --layout")
     suffix = variant(config, args.layout)
     layouts = DEMO_SCENES if args.shipped else unseen_scenes(args.scenes, args.seed)
+    if unknown := {*(args.only or ())} - {*range(len(layouts))}:
+        raise InputError(f"--only {min(unknown)}: the scenes are 0 to {len(layouts) - 1}")
+    layouts = {name: layouts[name] for i, name in enumerate(layouts) if not args.only or i in args.only}
     recogniser = train_recogniser(args.recogniser or out / "recogniser.pt", scenes=8_000, epochs=4)
     changes, scenes = dict(map(read_setting, args.changes)), {}
     stated = {"sampling": asdict(config), "places": args.places, "layout": args.layout}
