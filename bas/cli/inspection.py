@@ -108,7 +108,7 @@ def _describe_run(path: Path, hashes: bool, prediction_type: str | None, base: P
 def _small_run(path: Path, config: dict[str, Any]) -> dict:
     """What a small run trained, and what it holds of that."""
     tuned = read_tuned(path).weights
-    ranks = sorted({len(tensor) for name, tensor in tuned.items() if ".lora_A." in name})
+    ranks = sorted({rank for name, tensor in tuned.items() if ".lora_A." in name for rank in tensor.shape[:1]})
     return {
         "trained": config["train"],
         "ranks": ranks,

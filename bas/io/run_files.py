@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 CONCEPTS = "concepts.safetensors"
 TUNED = "tuned.safetensors"  # of a small run: the trained weights alone
+TUNED_FORMAT = "tuned-1"  # what its metadata says under `bas`
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.json"
 CHECKPOINTS = "checkpoints"
@@ -80,7 +81,10 @@ def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     ours = texts.get("bas") == "concepts-1" and {"handles", "masks"} <= tensors.keys()
     if not ours or tensors["masks"].ndim != 3:
         raise InputError(f"{path} was not written by bas")
-    return tensors, read_metadata(path, texts)
+    metadata, masks = read_metadata(path, texts), tensors["masks"]
+    if masks.dtype != torch.uint8 or len(masks) != len(metadata["handles"]) or not masks.numel():
+        raise InputError(f"{path} does not hold a mask of 8 bits for each of its handles: copy the run again")
+    return tensors, metadata
 
 
 def handle_rows(concepts: Mapping[str, Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ Flags win over the first two. Each run keeps its resolved settings as RUN/config
 
 import json
 import tomllib
+from collections import Counter
 from dataclasses import Field
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +60,8 @@ def check_metadata(file: Path, metadata: object) -> dict[str, Any]:
         record = cast(dict[str, Any], metadata)
         if not record["handles"]:
             raise ValueError("handles is []")
+        if twice := [name for name, times in Counter(record["handles"]).items() if times > 1]:
+            raise ValueError(f"handles holds {twice[0]} twice")
     except ValueError as error:
         raise InputError(f"{file} is not as bas wrote it ({error}): restore it from a copy, or train again") from None
     rows = setting_rows(TrainConfig)

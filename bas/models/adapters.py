@@ -224,6 +224,20 @@ class Difference:
         return torch.linalg.svd(self.delta().double().flatten(1), full_matrices=False)
 
 
+def is_change_of(shape: Sequence[int], weight: Tensor) -> bool:
+    """Whether a change of this shape is one of this weight.
+
+    A linear layer may stand as a 1x1 convolution or the other way round, and the inputs of a convolution in one row.
+    """
+
+    def sides(shape: Sequence[int]) -> list[int]:
+        """Without the kernel of a 1x1 convolution."""
+        return [*shape[:2]] if all(side == 1 for side in shape[2:]) else [*shape]
+
+    wanted = sides(weight.shape)
+    return sides(shape) in (wanted, [wanted[0], math.prod(wanted[1:])])
+
+
 Changes = Mapping[str, list[Change | Difference]]  # by the name of the weight
 
 

@@ -93,8 +93,6 @@ def with_additions(parts: Parts, additions: Additions) -> Parts:
     """Put files into the parts of a model. InputError for a file that does not fit it."""
     if additions.vae is not None:
         parts = with_vae(parts, additions.vae)
-    if additions.clip_skip is not None:
-        parts = with_clip_skip(parts, additions.clip_skip)
     changes: dict[str, dict[str, list[Change | Difference]]] = {
         component: {name: list(each) for name, each in parts.changes.get(component, {}).items()}
         for component in parts.tensors
@@ -104,6 +102,8 @@ def with_additions(parts: Parts, additions: Additions) -> Parts:
             for layer, change in layers.items():
                 changes[component].setdefault(f"{layer}.weight", []).append(change)
     parts = replace(parts, changes=dict(changes))
+    if additions.clip_skip is not None:  # behind the LoRA files, which change layers that are left out too
+        parts = with_clip_skip(parts, additions.clip_skip)
     from transformers import AddedToken
 
     for path in additions.embeddings:

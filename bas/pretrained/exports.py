@@ -22,22 +22,29 @@ from bas.errors import InputError
 from bas.io.files import replacing
 from bas.io.json_files import write_json
 from bas.io.run_files import (
+    CHECKPOINTS,
     CONCEPTS,
     METRICS,
+    MODEL_INDEX,
     PREVIEWS,
     SCENE,
+    SETTINGS,
+    TIMES,
     TUNED,
     handle_rows,
     read_concepts,
     read_rows,
     read_sessions,
 )
-from bas.models.bundle import ModelSpec, is_finite
+from bas.io.settings_file import CONFIG
+from bas.models.bundle import COMPONENTS, TEXT_ENCODERS, ModelSpec, is_finite
 from bas.models.text import handle_ids
 from bas.presets import KINDS
+from bas.pretrained.additions import Additions
 from bas.pretrained.embedding_files import file_names, write_embedding
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora
+from bas.pretrained.own_settings import OWN_SETTINGS
 from bas.pretrained.single_file import (
     architecture,
     has_clip_vocabulary,
@@ -45,7 +52,7 @@ from bas.pretrained.single_file import (
     save_single_file,
     without_handles,
 )
-from bas.pretrained.small_runs import changes_of, read_base, read_tuned, with_tuned
+from bas.pretrained.small_runs import changes_of, find_base, read_base, read_tuned, with_tuned
 
 # By the family of a model: its name on A1111's cards, and in kohya's metadata.
 SHORT = {"Stable Diffusion 1": "SD1", "Stable Diffusion 2": "SD2", "Stable Diffusion XL": "SDXL"}
@@ -54,6 +61,8 @@ BASE_VERSIONS = {
     "Stable Diffusion 2": "sd_v2",
     "Stable Diffusion XL": "sdxl_base_v1-0",
 }
+OWN_FILES = (TUNED, CONCEPTS, SETTINGS, CONFIG, METRICS, TIMES, MODEL_INDEX, OWN_SETTINGS)
+OWN_FOLDERS = (*COMPONENTS, *TEXT_ENCODERS, "tokenizer", "tokenizer_2", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
 RANK_BESIDE = 64  # of the LoRA beside differences, unless a rank is given
 
 
@@ -82,7 +91,7 @@ def adapters_of(run: Path, rank: int | None = None, base_place: Path | None = No
     """
     _, metadata = read_concepts(run)
     base = read_base(run, metadata, base_place)
-    adapters = changes_of(base, with_tuned(base, read_tuned(run), run))
+    adapters = changes_of(base, with_tuned(base, read_tuned(run), run, metadata))
     return (with_rank(adapters, rank) if rank else adapters), base.spec
 
 
@@ -128,6 +137,28 @@ def plan_export(
     shown = next((path for path in reversed(images) if path.is_file()), None)  # of the last step, of all concepts
     preview = (shown, target.with_suffix(".preview.png")) if shown else None
     return Targets(target, files, lora, target.with_suffix(".json"), preview, yaml)
+
+
+def check_no_input(files: Targets, model: Path, base: Path | None) -> None:
+    """Raise InputError for a file of an export that would replace one of the model, or of its base.
+
+    base: of a small run, if it was moved.
+    """
+    read = files_of(model)
+    if (model / TUNED).is_file():
+        _, metadata = read_concepts(model)
+        additions = Additions.of_base(metadata["config"], model)
+        read |= files_of(find_base(model, metadata, additions, base))
+        if additions:
+            read |= {path.resolve() for path in (*additions.embeddings, *(path for path, _ in additions.loras))}
+    if taken := [path for path in files if path.resolve() in read]:
+        raise InputError(f"{taken[0]} is a file of the model that is exported: name another file")
+
+
+def files_of(model: Path) -> set[Path]:
+    """What a model or a run consists of, links followed. Other files in its folder are not among it."""
+    inside = (path for folder in OWN_FOLDERS for path in (model / folder).rglob("*"))
+    return {path.resolve() for path in (model, *(model / name for name in OWN_FILES), *inside)}
 
 
 def export_lora(

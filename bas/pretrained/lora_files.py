@@ -19,8 +19,9 @@ from torch import Tensor
 from bas.errors import InputError, RunError
 from bas.io.files import not_a_file
 from bas.io.json_files import read_json
+from bas.io.run_files import TUNED_FORMAT
 from bas.io.tensors import read_tensors, write_tensors
-from bas.models.adapters import Change, Difference
+from bas.models.adapters import Change, Difference, is_change_of
 from bas.models.bundle import is_finite
 from bas.models.config import UNetConfig
 from bas.pretrained.embedding_files import EMBEDDING_KEYS
@@ -206,8 +207,8 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     if bundled := sorted({name.split(".")[1] for name in tensors if name.startswith("bundle_emb.")}):
         log.warning("%s also holds the embeddings %s, which are not read from there", path, ", ".join(bundled))
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bundle_emb.")}
-    if kind := foreign_kind(tensors):
-        raise InputError(f"{path} is {kind}, {UNREAD}")
+    if problem := _unread(path, tensors, texts):
+        raise InputError(problem[1])
     if (other := other_kind(tensors)) and other[0] != LORA:
         raise InputError(f"{path} is {other[0]}: {other[1]}")
     layers, scales = layers_of(parts), read_scales(path, texts)
@@ -222,6 +223,8 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
             raise InputError(f"{path}: {name} holds {name_of(tensor.dtype)}, not weights: give a LoRA in fp32 or fp16")
         if not is_finite(tensor.float()):
             raise InputError(f"{path}: {name} holds values that are not finite numbers: download it again")
+        if place.role in found[place.component, place.layer]:
+            raise InputError(f"{path} holds the {place.role} of {place.layer} twice, once as {name}: save it again")
         found[place.component, place.layer][place.role] = tensor
     if not found:
         raise InputError(f"{path} holds no LoRA")
@@ -231,6 +234,15 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
         weight = parts.tensors[component][f"{layer}.weight"]
         adapters[component][layer] = _change(path, layer, roles, weight, strength, scales.get(component))
     return adapters
+
+
+def _unread(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> tuple[str, str] | None:
+    """What a file is that bas does not read as a LoRA though its names are like one's, and the error about it."""
+    if texts.get("bas") == TUNED_FORMAT:
+        kind = "a part of a small run"
+        return kind, f"{path} is {kind}: name the folder of the run as the model, or `bas export` it to a LoRA"
+    kind = foreign_kind(tensors)
+    return (kind, f"{path} is {kind}, {UNREAD}") if kind else None
 
 
 def _stranger(name: str, tensors: Mapping[str, Tensor], parts: Parts) -> str:
@@ -272,7 +284,7 @@ def _change(
     if "diff of the bias" in roles:
         raise InputError(f"{path} changes the bias of {layer}, which bas does not read: give a LoRA without it")
     if "diff" in roles:
-        if roles.keys() != {"diff"} or roles["diff"].numel() != weight.numel():
+        if roles.keys() != {"diff"} or not is_change_of(roles["diff"].shape, weight):
             raise InputError(f"{path}: the difference of {layer} does not fit the model's {list(weight.shape)}")
         return Difference(roles["diff"], strength)
     if missing := {"down", "up"} - roles.keys():
@@ -285,7 +297,7 @@ def _change(
         if roles["mid"].ndim != 4 or roles["mid"].shape[:2] != (up.shape[1], rank):
             raise InputError(f"{path}: the matrices of {layer} do not fit each other")
         down = torch.einsum("mnhw,ni->mihw", roles["mid"].float(), down.float().flatten(1))
-    if up.shape[1] != len(down) or len(up) * down[0].numel() != weight.numel() or len(up) != len(weight):
+    if up.shape[1] != len(down) or up[0].numel() != len(down) or not is_change_of((len(up), *down.shape[1:]), weight):
         raise InputError(
             f"{path}: {layer} has an input of {down.shape[1]} and an output of {len(up)}, the model's is "
             f"{list(weight.shape)}: it is a LoRA for {FAMILIES.get(down.shape[1], 'another model')}"
@@ -387,8 +399,8 @@ def read_scales(path: Path, texts: Mapping[str, str]) -> dict[str, PeftScale]:
 
 def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
     """Say of a LoRA file: its base, ranks, alphas, trigger words, and what of it cannot be used."""
-    if kind := foreign_kind(tensors):
-        return {"what": kind, "problem": f"{path} is {kind}, {UNREAD}"}
+    if problem := _unread(path, tensors, texts):
+        return dict(zip(("what", "problem"), problem, strict=True))
     roles = {name: split_role(name) for name in tensors}
     layers = {found[0] for found in roles.values() if found and found[1] != "alpha"}
     ranks = {

@@ -186,7 +186,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     base = sources[0].read_base()
     for source in sources:
         check_rows(source.run, handle_rows(source.concepts), len(source.handles), base.spec)
-    changes = [changes_of(base, with_tuned(base, source.tuned, source.run)) for source in sources]
+    changes = [changes_of(base, with_tuned(base, source.tuned, source.run, source.metadata)) for source in sources]
     method = choose_method([source.kind for source in sources], rank)
     merged = method(base, sources, changes)
     if rank:
@@ -196,7 +196,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     tuned = Tuned(weights, token_ranks=tuple(ranks) if any(ranks) else ())
     metadata = _metadata(sources, target, weights, rank)
     rows = _rows(sources)
-    whole = with_handles(with_tuned(base, tuned, target), target, metadata, rows)
+    whole = with_handles(with_tuned(base, tuned, target, metadata), target, metadata, rows)
     drift = measure_drift(sources, whole)
     metadata["merged"] |= {"drift": drift}
     with filling(target) as folder:
@@ -351,7 +351,7 @@ def measure_drift(sources: Sequence[Source], merged: Parts) -> dict[str, float]:
     """
     own: dict[str, list[Tensor]] = {}
     for source in sources:
-        parts = with_tuned(source.read_base(), source.tuned, source.run)
+        parts = with_tuned(source.read_base(), source.tuned, source.run, source.metadata)
         models = load_parts(with_handles(parts, source.run, source.metadata, handle_rows(source.concepts)))
         for old, new in zip(source.metadata["handles"], source.handles, strict=True):
             own[new] = attention_outputs(models, old)

@@ -8,6 +8,7 @@ Such a run reads as a whole model: the base with the trained weights in their pl
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +19,18 @@ from torch import Tensor
 
 from bas.errors import InputError, RunError
 from bas.io.json_files import check_shape
-from bas.io.run_files import ROWS, TUNED, handle_rows, read_concepts
-from bas.io.tensors import read_tensors, write_tensors
-from bas.models.adapters import Change, Difference, changed
+from bas.io.run_files import CONCEPTS, ROWS, TUNED, TUNED_FORMAT, handle_rows, read_concepts
+from bas.io.tensors import WEIGHT_TYPES, read_tensors, write_tensors
+from bas.models.adapters import Change, Difference, changed, is_change_of
 from bas.models.bundle import TEXT_ENCODERS, ModelSpec, is_adapter, is_finite
 from bas.models.text import check_handles
+from bas.presets import KINDS
 from bas.pretrained.additions import Additions, with_additions
 from bas.pretrained.folder import read_parts
 from bas.pretrained.hashes import base_hash
 from bas.pretrained.hub import SHIPPED, find, is_known_elsewhere, manifest
 from bas.pretrained.loading import TEXT_PREFIX, Parts, name_of
 
-FORMAT = "tuned-1"
 ADVICE = "copy the run again"
 
 
@@ -40,6 +41,7 @@ class Tuned:
     weights: Mapping[str, Tensor]  # by their names in checkpoints
     scale: float = 1.0  # of the adapters: alpha / rank
     token_ranks: tuple[int, ...] = ()  # by handle, of adapters that act at the handles' own tokens
+    count: int | None = None  # of the tensors that were written; earlier versions did not say it
 
 
 def save_tuned(tuned: Tuned, run: Path, dtype: torch.dtype) -> None:
@@ -54,7 +56,8 @@ def save_tuned(tuned: Tuned, run: Path, dtype: torch.dtype) -> None:
             f"finite ({broken[0]}): use --save_precision fp32 or bf16"
         )
     texts = {"token_ranks": json.dumps(tuned.token_ranks)} if tuned.token_ranks else {}
-    write_tensors(run / TUNED, tensors, {"bas": FORMAT, "scale": repr(tuned.scale), **texts})
+    texts |= {"bas": TUNED_FORMAT, "scale": repr(tuned.scale), "tensors": str(len(tensors))}
+    write_tensors(run / TUNED, tensors, texts)
 
 
 def _public(name: str) -> str:
@@ -69,7 +72,7 @@ def read_small_run(run: Path, prediction_type: str | None, base: Path | None = N
     base: where that is, if it was moved.
     """
     concepts, metadata = read_concepts(run)
-    parts = with_tuned(read_base(run, metadata, base, prediction_type), read_tuned(run), run)
+    parts = with_tuned(read_base(run, metadata, base, prediction_type), read_tuned(run), run, metadata)
     return with_handles(parts, run, metadata, handle_rows(concepts))
 
 
@@ -106,6 +109,8 @@ def with_handles(parts: Parts, run: Path, metadata: dict[str, Any], rows: Sequen
 def check_rows(run: Path, rows: Sequence[Tensor], count: int, base: ModelSpec) -> None:
     """Raise InputError unless a run has one row for each of its handles, of the width of each text encoder."""
     wanted = [(count, config["hidden_size"]) for config in base.text_encoders.values()]
+    for each in rows:
+        check_type(run / CONCEPTS, "the rows of its handles", each)
     if (found := [tuple(each.shape) for each in rows]) != wanted:
         raise InputError(f"{run} has rows of the shapes {found} for its handles, not {wanted}: {ADVICE}")
 
@@ -116,16 +121,49 @@ def read_tuned(run: Path) -> Tuned:
     weights, texts = read_tensors(path)
     try:
         scale, ranks = float(texts["scale"]), json.loads(texts.get("token_ranks", "[]"))
+        count = int(texts["tensors"]) if "tensors" in texts else None
         check_shape(ranks, [int])
-        if texts["bas"] != FORMAT:
+        if texts["bas"] != TUNED_FORMAT or not math.isfinite(scale) or min(ranks, default=0) < 0:
             raise ValueError
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise InputError(f"{path} was not written by bas, or by a later version: {ADVICE}") from None
-    return Tuned(weights, scale, tuple(ranks))
+    return Tuned(weights, scale, tuple(ranks), count)
 
 
-def with_tuned(parts: Parts, tuned: Tuned, run: Path) -> Parts:
-    """Put a run's trained weights into the parts of its base. InputError for a tensor that has no place there."""
+def check_type(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise InputError for numbers of a type that no weights have."""
+    if tensor.dtype not in WEIGHT_TYPES.values():
+        raise InputError(f"{path}: {name} is {name_of(tensor.dtype)}, not fp16, bf16 or fp32: {ADVICE}")
+
+
+def check_kind(path: Path, tuned: Tuned, metadata: Mapping[str, Any]) -> None:
+    """Raise InputError unless a run's trained weights are complete, and of the kind that its settings say.
+
+    The file of another run may lie in the folder, or another program may have written a part of it.
+    """
+    if tuned.count not in (None, len(tuned.weights)):
+        raise InputError(
+            f"{path} holds {len(tuned.weights)} of the {tuned.count} tensors that it was written with: {ADVICE}"
+        )
+    name, adapters = metadata["config"]["train"], sum(map(is_adapter, tuned.weights))
+    kind, handles = KINDS.get(name), len(metadata["handles"])
+    if kind is None or kind.whole:
+        raise InputError(f"{path} lies in a run that was trained with --train {name}, which keeps none: {ADVICE}")
+    if tuned.weights and adapters != (len(tuned.weights) if kind.reads else 0):
+        others = "adapters" if adapters else "whole weights"
+        raise InputError(f"{path} holds {others}, but the run was trained with --train {name}: {ADVICE}")
+    if tuned.weights and len(tuned.token_ranks) != (handles if kind.own_tokens else 0):
+        raise InputError(
+            f"{path} has adapters for {len(tuned.token_ranks)} handles' own tokens, but the run was trained with "
+            f"--train {name} and has {handles} handles: {ADVICE}"
+        )
+
+
+def with_tuned(parts: Parts, tuned: Tuned, run: Path, metadata: Mapping[str, Any]) -> Parts:
+    """Put a run's trained weights into the parts of its base. metadata: of the run
+
+    InputError for a tensor that has no place there, and for weights that are not those of the run.
+    """
     path = run / TUNED
     tensors = {component: dict(weights) for component, weights in parts.tensors.items()}
     changes: dict[str, dict[str, list[Change | Difference]]] = {
@@ -139,6 +177,7 @@ def with_tuned(parts: Parts, tuned: Tuned, run: Path) -> Parts:
         place = tensors.get(component, {}).get(weight)
         if place is None:
             raise InputError(f"{path} holds {name}, for which its base has no place: {ADVICE}")
+        check_type(path, name, tensor)
         if not is_adapter(key):
             if tensor.shape != place.shape:
                 raise InputError(f"{path}: {name} is {list(tensor.shape)}, the base has {list(place.shape)}: {ADVICE}")
@@ -154,6 +193,7 @@ def with_tuned(parts: Parts, tuned: Tuned, run: Path) -> Parts:
                 changes[component].setdefault(weight, []).append(Change(tensor, up, tuned.scale))
         elif name.replace(".lora_B.", ".lora_A.") not in tuned.weights:
             raise InputError(f"{path}: {name} has no lora_A beside it: {ADVICE}")
+    check_kind(path, tuned, metadata)
     begin = parts.spec.text_encoder["vocab_size"]  # the run's handles follow
     adapted = tuple(enumerate(tuned.token_ranks, start=begin))
     return replace(parts, spec=replace(parts.spec, adapted_tokens=adapted), tensors=tensors, changes=dict(changes))
@@ -181,10 +221,9 @@ def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Differen
 
 def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
     """Whether an adapter's two matrices multiply to the shape of a weight."""
-    if down.ndim < 2 or up.ndim < 2 or not len(down):
+    if down.ndim < 2 or up.ndim < 2 or not len(down) or up.shape[1] != len(down) or up[0].numel() != len(down):
         return False
-    product = up.shape[0] * down[0].numel()
-    return up.shape[1] == down.shape[0] and len(weight) == up.shape[0] and weight.numel() == product
+    return is_change_of((len(up), *down.shape[1:]), weight)
 
 
 def find_base(run: Path, metadata: dict[str, Any], additions: Additions | None, base: Path | None) -> Path:

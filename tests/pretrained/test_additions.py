@@ -6,10 +6,13 @@ from safetensors.torch import load_file, save_file
 
 from bas.models.text import encode_ids, tokenize
 from bas.pretrained.additions import Additions
+from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load, save_model
 from bas.pretrained.ldm_keys import VAE
+from bas.pretrained.lora_files import write_lora
 from bas.pretrained.single_file import save_single_file
 from tests.helpers.families import VAE_FILE, tiny
+from tests.helpers.small_runs import LORA, write_base, write_small_run
 from tests.helpers.tiny import refused
 
 
@@ -65,6 +68,25 @@ def test_an_earlier_layer_is_read_through_the_final_norm(saved):
         load(saved, additions=Additions.read((), (), clip_skip=3))
     with refused("--clip_skip is 0"):
         Additions.read((), (), clip_skip=0)
+
+
+def test_a_lora_may_change_layers_that_are_left_out(tmp_path):
+    """kohya's scripts adapt all layers: with both flags, the layers that are read have the changes of the file."""
+    write_base(tmp_path / "base", "sd1")
+    run = write_small_run(tmp_path / "run", tmp_path / "base", **LORA)
+    adapters, _ = adapters_of(run)
+    assert any(name.startswith("encoder.layers.1.") for name in adapters["text_encoder"])
+    write_lora(tmp_path / "a.safetensors", adapters, "kohya", torch.float32, {})
+    file = [str(tmp_path / "a.safetensors")]
+    whole, cut = (load(tmp_path / "base", additions=Additions.read(file, (), clip_skip=n)) for n in (None, 2))
+    assert len(cut.text_encoder.encoder.layers) == 1
+    ids = tokenize(whole.tokenizer, ["a photo of a bowl"])
+    with torch.no_grad():
+        last_but_one = whole.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        expected = whole.text_encoder.final_layer_norm(last_but_one)
+        assert torch.allclose(encode_ids(cut.text_encoders, ids).states, expected, atol=1e-6)
+        plain = load(tmp_path / "base", additions=Additions.read((), (), clip_skip=2))
+        assert not torch.allclose(encode_ids(plain.text_encoders, ids).states, expected, atol=1e-3)
 
 
 def test_sdxl_takes_a_vae_but_no_other_layer(tmp_path):

@@ -23,6 +23,7 @@ from bas.pretrained.hub import find_spec
 from bas.pretrained.ldm_keys import from_original, to_original
 from bas.pretrained.lora_files import common_alpha, kohya_tensors, peft_tensors
 from bas.pretrained.merging import joined
+from bas.pretrained.single_file import save_single_file
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import generate
 from tests.helpers.cases import some_fast
@@ -396,6 +397,27 @@ def test_a_file_is_not_replaced_silently(run, cwd, caplog):
 
 
 # --- Merging ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tuned.safetensors", "concepts.safetensors", "settings.safetensors", "BASE"])
+def test_no_file_of_the_model_is_replaced(base, run, tmp_path, name, capsys):
+    """A run's own weights, its settings by way of the card, and its base's weights stay as they are."""
+    moved, copy = shutil.copytree(base, tmp_path / "base"), shutil.copytree(run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    target = moved / "vae" / "diffusion_pytorch_model.safetensors" if name == "BASE" else copy / name
+    assert main(["export", str(copy), str(target), "--base", str(moved)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is a file of the model that is exported: name another file" in line
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_single_file_is_not_exported_onto_itself(tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    save_single_file(tiny("sd1", whole_vocabulary=True), file, torch.float32)
+    before = file.read_bytes()
+    assert main(["export", str(file), str(file), "--save_precision", "fp16"]) == 2
+    assert "is a file of the model that is exported" in capsys.readouterr().err
+    assert file.read_bytes() == before
 
 
 def test_a_merged_model_draws_the_same_and_needs_no_base(base, run, cwd):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bas.cli.entry import main
 from bas.cli.inspection import describe
+from bas.io.run_files import TUNED
 from bas.pretrained.additions import Additions, split_weight
 from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.exports import adapters_of
@@ -250,8 +251,21 @@ KINDS = {
     "matrices of": {DOWN: torch.zeros(4, 64), UP: torch.zeros(32, 4), DOWN.replace("lora_down", "lora_mid"): ONES},
     "lora_down.weight holds values that are not finite": {DOWN: torch.full((4, 64), torch.inf).half()},
     "not weights: give a LoRA in": {DOWN: torch.zeros(4, 64, dtype=torch.int8)},
+    "the difference of": {DOWN.replace("lora_down.weight", "diff"): torch.zeros(64, 32)},  # turned
+    "to_k does not fit the model's": {DOWN.replace("lora_down.weight", "diff"): torch.zeros(2048)},
+    "an input of 16 and an output of 32": {DOWN: torch.zeros(4, 16, 2, 2), UP: torch.zeros(32, 4)},
+    "an input of 64 and an output of 8": {DOWN: torch.zeros(4, 64), UP: torch.zeros(8, 4, 2, 2)},
+    "holds the down of": {DOWN: torch.zeros(4, 64), f"unet.{LAYER}.lora_A.weight": torch.zeros(4, 64)},
     "holds no LoRA": {"bundle_emb.toy.emb_params": torch.zeros(1, 64)},
 }
+
+
+def test_the_file_of_a_small_run_is_no_lora(base, run, capsys):
+    """Its scale stands where no reader of LoRA files looks. The line says what to do, `bas info` too."""
+    advice = "is a part of a small run: name the folder of the run as the model, or `bas export` it to a LoRA"
+    with refused(str(run / TUNED), advice):
+        load(base, additions=Additions.read([str(run / TUNED)], ()))
+    assert advice in describe(run / TUNED)["problem"]
 
 
 @pytest.mark.parametrize("part", KINDS)

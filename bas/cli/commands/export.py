@@ -10,7 +10,7 @@ from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
 from bas.io.files import require_writable
 from bas.io.run_files import TUNED, read_concepts
-from bas.pretrained.exports import Targets, export_lora, export_single, plan_export
+from bas.pretrained.exports import Targets, check_no_input, export_lora, export_single, plan_export
 from bas.pretrained.folder import holds_sdxl
 from bas.pretrained.hub import find
 from bas.pretrained.lora_files import FORMATS
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     if unused and (form, unused) != ("peft", ["--rank"]):
         raise InputError(f"{unused[-1]} means nothing with --format {form}: leave it out")
     files = plan_export(path, target, form, args.prefix, args.rank, base, args.prediction_type)
+    check_no_input(files, path, base)
     dtype = DTYPES[args.save_precision]
     warn_of_replacement([*files])
     if form == "single":
