@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bas.errors import InputError, check_bool, is_own_fault
 from bas.io.files import replacing, write_text
@@ -63,6 +64,7 @@ T = TypeVar("T")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 STEMS |= {"text_encoder_2": "model"}
 VARIANTS = ("", ".fp16", ".bf16")  # in order of preference; other variants, such as non_ema, have other weights
+FILLING = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)  # with random numbers
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -125,9 +127,18 @@ def _build(parts: Parts) -> tuple[Models, Parts]:
     return models, replace(parts, tensors=tensors, changes=changes)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Within the block no network's weights are initialised: on the meta device that has no result, and takes time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in FILLING:
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build_networks(spec: ModelSpec) -> Models:
     """Build the networks of a description on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         unet, vae, text_encoder = UNet(spec.unet), VAE(spec.vae), build_text_encoder(spec.text_encoder)
         second = build_text_encoder(spec.text_encoder_2, projection=True) if spec.text_encoder_2 else None
     own = spec.tokenizer, spec.schedule, spec.handles, spec.source, spec.guidance_scale

@@ -65,7 +65,7 @@ def build_phase_state(
 ) -> PhaseState:
     """The state at the beginning of a phase: its master weights, a fresh optimizer and loss scale."""
     optimized = trainable_parameters(models, phase)
-    groups = parameter_groups(models)
+    groups = parameter_groups(models) if phase.clips else {}
     with_grad = {name: p for group in phase.clips for name, p in groups[group].items()}
     for parameter in with_grad.values():
         parameter.requires_grad_(True)

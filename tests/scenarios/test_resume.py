@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,31 +26,33 @@ class CutOff(Exception):
     """Stands for a power cut."""
 
 
-@pytest.fixture
-def cut_off(monkeypatch):
-    """`cut_off(config, step)` trains until the run dies in the middle of this step, counted from 1 in this session."""
+def cut_off(config, step: int) -> None:
+    """Train until the run dies in the middle of this step, counted from 1 in this session."""
+    original, steps = training.optimizer_step, iter(range(1, 1000))
 
-    def run(config, step: int) -> None:
-        original, steps = training.optimizer_step, iter(range(1, 1000))
+    def dying(models, batches, *args):
+        if next(steps) == step:
+            next(iter(batches))  # the step's draws have begun
+            raise CutOff
+        return original(models, batches, *args)
 
-        def dying(models, batches, *args):
-            if next(steps) == step:
-                next(iter(batches))  # the step's draws have begun
-                raise CutOff
-            return original(models, batches, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "optimizer_step", dying)
-            with pytest.raises(CutOff):
-                bas.train(config)
-
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "optimizer_step", dying)
+        with pytest.raises(CutOff):
+            bas.train(config)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(bench, tmp_path_factory):
-    """The hashes of the standard run of 3 + 3 steps."""
-    return file_hashes(bas.train(bench.config(tmp_path_factory.mktemp("whole") / "run")))
+def interrupted(bench, tmp_path_factory):
+    """`interrupted(folder, step)`: the standard run with a checkpoint a step, cut off in this step, in a new folder."""
+
+    @cache
+    def made(step: int) -> Path:
+        run = tmp_path_factory.mktemp("interrupted") / "run"
+        cut_off(bench.config(run, checkpointing_steps=1), step)
+        return run
+
+    return lambda folder, step: shutil.copytree(made(step), folder)
 
 
 def resume(bench, run, **changes):
@@ -61,84 +64,82 @@ def resume(bench, run, **changes):
 
 
 @pytest.mark.parametrize("step", some_fast((3, 4, 5), 4))
-def test_resumed_run_equals_an_uninterrupted_one(bench, tmp_path, cut_off, uninterrupted, step):
+def test_resumed_run_equals_an_uninterrupted_one(bench, tmp_path, interrupted, whole, step):
     """Cut off in phase 1, in the first step of phase 2, and within it."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), step)
+    interrupted(tmp_path / "run", step)
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path / "run")] == [f"step-{step - 1:06d}"]
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 6])
-def test_resumed_run_equals_an_uninterrupted_one_wherever_it_stopped(
-    bench, tmp_path, cut_off, uninterrupted, step, every
-):
+def test_resumed_run_equals_an_uninterrupted_one_wherever_it_stopped(bench, tmp_path, whole, step, every):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=every), step)
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
-def test_steps_since_the_checkpoint_are_done_again(bench, tmp_path, cut_off, uninterrupted):
+def test_steps_since_the_checkpoint_are_done_again(bench, tmp_path, whole):
     """Cut off in step 6 with a checkpoint of step 4: the metrics of step 5 are cut back, then written once more."""
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=2, log_steps=1), 6)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
-def test_three_cuts_in_one_run(bench, tmp_path, cut_off, uninterrupted):
+def test_three_cuts_in_one_run(bench, tmp_path, interrupted, whole):
     run = tmp_path / "run"
-    cut_off(bench.config(run, checkpointing_steps=1), 3)  # steps 1 and 2 done
+    interrupted(run, 3)  # steps 1 and 2 done
     cut_off(bench.config(run, checkpointing_steps=1, resume_from_checkpoint="latest"), 2)  # step 3 done
     cut_off(bench.config(run, checkpointing_steps=1, resume_from_checkpoint="latest"), 3)  # steps 4 and 5 done
-    assert file_hashes(resume(bench, run)) == uninterrupted
+    assert file_hashes(resume(bench, run)) == whole
 
 
-def test_resume_within_gradient_accumulation(bench, tmp_path, cut_off):
+def test_resume_within_gradient_accumulation(bench, tmp_path):
     flags = {"gradient_accumulation_steps": 2, "train_batch_size": 2, "phase1_train_steps": 2, "phase2_train_steps": 2}
     whole = file_hashes(bas.train(bench.config(tmp_path / "whole", **flags)))
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1, **flags), 4)
     assert file_hashes(resume(bench, tmp_path / "run", **flags)) == whole
 
 
-def test_what_only_watches_may_change(bench, tmp_path, cut_off, uninterrupted):
+def test_what_only_watches_may_change(bench, tmp_path, interrupted, whole):
     """Previews, logging, checkpoints, and where the model and the scene lie."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    interrupted(tmp_path / "run", 5)
     moved = {
         "pretrained_model_name_or_path": str(shutil.copytree(bench.model, tmp_path / "model")),
         "instance_data_dir": str(shutil.copytree(bench.scene, tmp_path / "scene")),
         "device": "cpu:0",
     }
     watching = {"img_log_steps": 6, "preview_inference_steps": 1, "log_steps": 3, "checkpoints_total_limit": 3}
-    assert file_hashes(resume(bench, tmp_path / "run", **moved, **watching)) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run", **moved, **watching)) == whole
 
 
-def test_latest_without_a_checkpoint_starts_anew(bench, tmp_path, uninterrupted, cut_off, caplog):
+def test_latest_without_a_checkpoint_starts_anew(bench, tmp_path, interrupted, whole, caplog):
     """Also when the first session left metrics behind, and a checkpoint that was never finished."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 2)
+    interrupted(tmp_path / "run", 2)
     (tmp_path / "run" / "checkpoints" / "step-000001" / "manifest.json").unlink()
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
     assert "there is no checkpoint" in caplog.text
 
 
-def test_explicit_checkpoint_into_another_folder(bench, tmp_path, cut_off, uninterrupted):
+def test_explicit_checkpoint_into_another_folder(bench, tmp_path, interrupted, whole):
     """The weights come out the same; the new folder's metrics hold the steps done there and nothing else."""
-    cut_off(bench.config(tmp_path / "first", checkpointing_steps=1), 5)
+    interrupted(tmp_path / "first", 5)
     (checkpoint,) = checkpoints.list_checkpoints(tmp_path / "first")
     run = bas.train(bench.config(tmp_path / "second", resume_from_checkpoint=str(checkpoint)))
     hashes = file_hashes(run)
-    assert {name: hashes[name] for name in WEIGHTS} == {name: uninterrupted[name] for name in WEIGHTS}
-    whole = (run / "metrics.jsonl").read_text()
-    assert [line.split('"step": ')[1][0] for line in whole.splitlines()] == ["5", "6"]
+    assert {name: hashes[name] for name in WEIGHTS} == {name: whole[name] for name in WEIGHTS}
+    written = (run / "metrics.jsonl").read_text()
+    assert [line.split('"step": ')[1][0] for line in written.splitlines()] == ["5", "6"]
 
 
-def test_an_older_checkpoint_takes_the_later_ones_with_it(bench, tmp_path, cut_off, uninterrupted):
+def test_an_older_checkpoint_takes_the_later_ones_with_it(bench, tmp_path, whole):
     """Gone on from step 2 of 4, to step 3: `latest` is that step, and no row of the metrics is lost."""
     run, saving = tmp_path / "run", {"checkpointing_steps": 1, "checkpoints_total_limit": 3}
     cut_off(bench.config(run, **saving), 5)
     second = run / "checkpoints" / "step-000002"
     cut_off(bench.config(run, resume_from_checkpoint=str(second), **saving), 2)
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["step-000002", "step-000003"]
-    assert file_hashes(resume(bench, run)) == uninterrupted
+    assert file_hashes(resume(bench, run)) == whole
 
 
 @pytest.mark.slow
@@ -167,7 +168,7 @@ def test_kill_9(bench, tmp_path):
 
 
 @pytest.mark.parametrize("writer", some_fast(("write_tensors", "write_json", "sync"), "write_json"))
-def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypatch, cut_off, uninterrupted, writer):
+def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypatch, whole, writer):
     """The second save dies: in its tensors, in its note, or just after its place was taken."""
     original, saves = getattr(checkpoints, writer), []
 
@@ -182,14 +183,14 @@ def test_fault_inside_a_save_leaves_the_old_checkpoint(bench, tmp_path, monkeypa
         with pytest.raises(CutOff):
             bas.train(bench.config(tmp_path / "run", checkpointing_steps=1))
     assert saves
-    whole = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
-    assert whole == (["step-000001", "step-000002"] if writer == "sync" else ["step-000001"])
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    left = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
+    assert left == (["step-000001", "step-000002"] if writer == "sync" else ["step-000001"])
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json"])
-def test_damaged_checkpoint_is_refused(bench, tmp_path, cut_off, name):
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+def test_damaged_checkpoint_is_refused(bench, tmp_path, interrupted, name):
+    interrupted(tmp_path / "run", 3)
     path = tmp_path / "run" / "checkpoints" / "step-000002" / name
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -201,17 +202,15 @@ def test_damaged_checkpoint_is_refused(bench, tmp_path, cut_off, name):
         resume(bench, tmp_path / "run")
 
 
-def test_limit_keeps_the_newest_checkpoints(bench, tmp_path, cut_off):
+def test_limit_keeps_the_newest_checkpoints(bench, tmp_path):
     cut_off(bench.config(tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=2), 5)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-000003", "step-000004"]
 
 
-def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(
-    bench, tmp_path, cut_off, uninterrupted, caplog, monkeypatch
-):
+def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(bench, tmp_path, interrupted, whole, caplog, monkeypatch):
     """As a kill leaves it in the middle of its removal: the tensors without the manifest. Other folders stay."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 4)
+    interrupted(tmp_path / "run", 4)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoints / "step-000003", checkpoints / "step-000002")
     (checkpoints / "step-000002" / "manifest.json").unlink()
@@ -223,7 +222,7 @@ def test_a_checkpoint_that_was_cut_off_is_named_and_cleared(
         kept.extend(sorted(path.name for path in checkpoints.iterdir()))
 
     monkeypatch.setattr("bas.training.setup.prepare_folder", prepare)
-    assert file_hashes(resume(bench, tmp_path / "run", checkpointing_steps=4)) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run", checkpointing_steps=4)) == whole
     told = (
         f"{checkpoints / 'step-000002'} was cut off while it was written or removed: it does not count and is removed"
     )
@@ -239,9 +238,9 @@ def test_only_whole_checkpoints_are_listed(tmp_path):
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-000001"]
 
 
-def test_a_checkpoint_of_one_file_goes_on(bench, tmp_path, cut_off, uninterrupted):
+def test_a_checkpoint_of_one_file_goes_on(bench, tmp_path, interrupted, whole):
     """As earlier versions wrote it, moments and all."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+    interrupted(tmp_path / "run", 5)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000004"
     tensors = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
@@ -250,7 +249,7 @@ def test_a_checkpoint_of_one_file_goes_on(bench, tmp_path, cut_off, uninterrupte
     save_file(tensors, checkpoint / "state.safetensors")
     manifest = {name: checkpoints.describe_file(checkpoint / name) for name in ("state.safetensors", "state.json")}
     checkpoints.write_json(checkpoint / "manifest.json", manifest)
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
 def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
@@ -261,8 +260,8 @@ def test_a_missing_checkpoint_that_was_named_is_an_error(bench, tmp_path):
 # --- What must be the same ----------------------------------------------------------------------------------------
 
 
-def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, cut_off, monkeypatch):
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+def test_other_settings_handles_or_weights_are_refused_by_name(bench, tmp_path, interrupted, monkeypatch):
+    interrupted(tmp_path / "run", 3)
     monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     other = shutil.copytree(bench.model, tmp_path / "other")
     weights = load_file(other / WEIGHTS[0])
@@ -299,30 +298,30 @@ def other_scene(bench, folder: Path, kind: str) -> Path:
     ("kind", "told"),
     [("img.png", "scene"), ("mask2.png", "scene"), ("an extra image", "scene"), ("words", "initial words")],
 )
-def test_another_scene_is_refused(bench, tmp_path, cut_off, monkeypatch, kind, told):
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+def test_another_scene_is_refused(bench, tmp_path, interrupted, monkeypatch, kind, told):
+    interrupted(tmp_path / "run", 3)
     monkeypatch.setattr("bas.training.base_model.load", lambda *args, **kwargs: pytest.fail("weights were read"))
     scene = other_scene(bench, tmp_path / "scene", kind)
     with refused(f"step-000002 was made with another {told}: resume with the same, or start again"):
         resume(bench, tmp_path / "run", instance_data_dir=str(scene))
 
 
-def test_what_auto_came_to_is_compared(bench, tmp_path, cut_off, monkeypatch, uninterrupted):
+def test_what_auto_came_to_is_compared(bench, tmp_path, interrupted, monkeypatch, whole):
     """On a machine where it would be another precision, the run goes on once the first one is named."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 3)
+    interrupted(tmp_path / "run", 3)
     for here in ("fp16", "bf16"):
         monkeypatch.setattr(
             "bas.training.setup.pick_precision", lambda name, *args, here=here: here if name == "auto" else name
         )
         with refused("step-000002 was made with another --mixed_precision (no there)"):
             resume(bench, tmp_path / "run")
-    assert file_hashes(resume(bench, tmp_path / "run", mixed_precision="no")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run", mixed_precision="no")) == whole
 
 
-def test_what_only_spares_memory_may_change(bench, tmp_path, cut_off, uninterrupted):
+def test_what_only_spares_memory_may_change(bench, tmp_path, interrupted, whole):
     """The first thing to try when memory ran out. Numbers that are computed again are the same."""
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
-    assert file_hashes(resume(bench, tmp_path / "run", gradient_checkpointing=True)) == uninterrupted
+    interrupted(tmp_path / "run", 5)
+    assert file_hashes(resume(bench, tmp_path / "run", gradient_checkpointing=True)) == whole
 
 
 def forget(checkpoint: Path, *facts: str, settings: tuple[str, ...] = ()) -> None:
@@ -338,18 +337,18 @@ def forget(checkpoint: Path, *facts: str, settings: tuple[str, ...] = ()) -> Non
     checkpoints.write_json(checkpoint / "manifest.json", manifest)
 
 
-def test_a_checkpoint_that_notes_less_is_held_to_what_it_notes(bench, tmp_path, cut_off, uninterrupted):
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+def test_a_checkpoint_that_notes_less_is_held_to_what_it_notes(bench, tmp_path, interrupted, whole):
+    interrupted(tmp_path / "run", 5)
     forget(tmp_path / "run" / "checkpoints" / "step-000004", "scene", "words", "precision")
     with refused("another --mixed_precision"):
         resume(bench, tmp_path / "run", mixed_precision="bf16")
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
 
 
-def test_a_setting_that_a_checkpoint_does_not_know_is_its_default(bench, tmp_path, cut_off, uninterrupted):
-    cut_off(bench.config(tmp_path / "run", checkpointing_steps=1), 5)
+def test_a_setting_that_a_checkpoint_does_not_know_is_its_default(bench, tmp_path, interrupted, whole):
+    interrupted(tmp_path / "run", 5)
     unknown = ("close_ups", "attention_loss", "class_prompt")
     forget(tmp_path / "run" / "checkpoints" / "step-000004", settings=unknown)
     with refused("made with another --close_ups: resume"):
         resume(bench, tmp_path / "run", close_ups=True)
-    assert file_hashes(resume(bench, tmp_path / "run")) == uninterrupted
+    assert file_hashes(resume(bench, tmp_path / "run")) == whole
