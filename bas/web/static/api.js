@@ -7,7 +7,7 @@ export class Refused extends Error {
   }
 }
 
-export class Away extends Error {}  // the server does not answer
+export class Away extends Error {} // the server does not answer
 
 const band = () => document.getElementById("band");
 
@@ -17,7 +17,11 @@ export async function ask(method, path, { body, version, raw } = {}) {
   if (version) headers["If-Match"] = version;
   let answer;
   try {
-    answer = await fetch(`api/${path}`, { method, headers, body: method === "GET" ? undefined : raw ?? JSON.stringify(body ?? {}) });
+    answer = await fetch(`api/${path}`, {
+      method,
+      headers,
+      body: method === "GET" ? undefined : (raw ?? JSON.stringify(body ?? {})),
+    });
   } catch {
     band().hidden = false;
     throw new Away("bas studio does not answer");
@@ -30,11 +34,12 @@ export async function ask(method, path, { body, version, raw } = {}) {
 export const get = async (path) => (await ask("GET", path)).json();
 export const send = async (method, path, body, more = {}) => (await ask(method, path, { body, ...more })).json();
 export const address = (...parts) => parts.map(encodeURIComponent).join("/");
-export const fileOf = (run, file) => `api/runs/${encodeURIComponent(run)}/file/${file.split("/").map(encodeURIComponent).join("/")}`;
+export const fileOf = (run, file) => `api/runs/${address(run)}/file/${address(...file.split("/"))}`;
 export const thumbOf = (run, file, version = "") =>
-  `api/runs/${encodeURIComponent(run)}/thumb/${file.split("/").map(encodeURIComponent).join("/")}${version ? `?v=${version}` : ""}`;
+  `api/runs/${address(run)}/thumb/${address(...file.split("/"))}${version ? `?v=${version}` : ""}`;
 
-export function upload(file, name, onprogress) {  // fetch tells nothing of how far an upload is
+export function upload(file, name, onprogress) {
+  // fetch tells nothing of how far an upload is
   return new Promise((done, failed) => {
     const request = new XMLHttpRequest();
     request.open("POST", `api/scenes?name=${encodeURIComponent(name)}`);
@@ -42,8 +47,13 @@ export function upload(file, name, onprogress) {  // fetch tells nothing of how 
     request.upload.addEventListener("progress", (event) => onprogress(event.loaded, event.total));
     request.addEventListener("load", () => {
       let body = {};
-      try { body = JSON.parse(request.responseText); } catch { /* said by the status */ }
-      if (request.status === 200) done(body); else failed(new Refused(request.status, body));
+      try {
+        body = JSON.parse(request.responseText);
+      } catch {
+        /* said by the status */
+      }
+      if (request.status === 200) done(body);
+      else failed(new Refused(request.status, body));
     });
     request.addEventListener("error", () => failed(new Away("bas studio does not answer, or the file is too large")));
     request.send(file);

@@ -1,5 +1,5 @@
 // The frame: rooms by address, the state of the server, the strip of work, keys.
-import { get, send, Away, address } from "./api.js";
+import { Away, address, get, send } from "./api.js";
 import { button, duration, h, link, problem, progress, put, speak } from "./dom.js";
 import { workOf } from "./queue.js";
 
@@ -12,15 +12,24 @@ const ROOMS = {
   edit: { title: "Edit", load: () => import("./edit.js") },
   runs: { title: "Runs", load: () => import("./runs.js") },
 };
-const main = document.getElementById("main"), rail = document.getElementById("rail"), strip = document.getElementById("strip");
+const main = document.getElementById("main"),
+  rail = document.getElementById("rail"),
+  strip = document.getElementById("strip");
 const studio = { state: null, go, refresh, open };
-let room = null, shown = 0, timer = null, last = "";
+let room = null,
+  shown = 0,
+  timer = null,
+  last = "";
 
 const parts = () => location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
-export function go(...place) { location.hash = `#/${place.map(encodeURIComponent).join("/")}`; }
+export function go(...place) {
+  location.hash = `#/${address(...place)}`;
+}
 
 async function open() {
-  const mine = ++shown, [name, ...rest] = parts(), key = ROOMS[name] ? name : "home";
+  const mine = ++shown,
+    [name, ...rest] = parts(),
+    key = ROOMS[name] ? name : "home";
   await room?.leave?.();
   if (mine !== shown) return;
   room = null;
@@ -41,26 +50,47 @@ async function open() {
     if (studio.state) room?.update?.(studio.state);
   } catch (error) {
     if (mine !== shown) return;
-    put(main, h("h1", {}, ROOMS[key].title), problem("This room cannot be opened", error.message, button("Try again", open), link("Home", "#/home")));
+    put(
+      main,
+      h("h1", {}, ROOMS[key].title),
+      problem("This room cannot be opened", error.message, button("Try again", open), link("Home", "#/home")),
+    );
   }
 }
 
 // The place that each room is about: kept when one goes from one room to the next.
 function about(kind) {
-  const [name, first] = parts(), scenes = studio.state?.scenes ?? [], runs = studio.state?.runs ?? [];
+  const [name, first] = parts(),
+    scenes = studio.state?.scenes ?? [],
+    runs = studio.state?.runs ?? [];
   if (kind === "scene") return ["masks", "train"].includes(name) && first ? first : scenes[0]?.name;
   return ["watch", "draw", "edit", "runs"].includes(name) && first ? first : runs.find((run) => run.state === "done")?.name;
 }
 
-const toRoom = (room, of) => `#/${room}${of ? `/${encodeURIComponent(of)}` : ""}`;
+const toRoom = (room, of) => `#/${of ? address(room, of) : room}`;
 
 function drawRail(current) {
   const place = { masks: "scene", train: "scene", draw: "run", edit: "run", runs: "run" };
-  put(rail, h("ul", {}, Object.entries(ROOMS).filter(([, each]) => !each.in).map(([key, each], i) => {
-    return h("li", {}, link(each.title, toRoom(key, place[key] && about(place[key])), {
-      "aria-current": key === (ROOMS[current].in ?? current) ? "page" : null, class: `to-${key}`, title: `${each.title} (Alt+${i + 1})`,
-    }));
-  })));
+  put(
+    rail,
+    h(
+      "ul",
+      {},
+      Object.entries(ROOMS)
+        .filter(([, each]) => !each.in)
+        .map(([key, each], i) => {
+          return h(
+            "li",
+            {},
+            link(each.title, toRoom(key, place[key] && about(place[key])), {
+              "aria-current": key === (ROOMS[current].in ?? current) ? "page" : null,
+              class: `to-${key}`,
+              title: `${each.title} (Alt+${i + 1})`,
+            }),
+          );
+        }),
+    ),
+  );
 }
 
 async function refresh() {
@@ -90,39 +120,80 @@ function drawStrip() {
   if (!job) return;
   const { name, done, total, left } = job.progress ?? {};
   const text = workOf(job);
-  const how = job.stopping ? "stopping …" : job.state === "waiting" ? "waiting" : name ? `${name.replace(/:$/, "")} ${done}/${total}` : "starting …";
-  put(strip, h("span", { class: "dot", "aria-hidden": "true" }),
-    link(text, job.kind === "download" ? toRoom("train", about("scene")) : toRoom({ train: "watch", masks: "masks", edit: "edit", export: "runs" }[job.kind] ?? "draw", job.name)),
-    name ? progress(done, total, text) : null, h("span", { class: "number" }, how),
+  const how = job.stopping
+    ? "stopping …"
+    : job.state === "waiting"
+      ? "waiting"
+      : name
+        ? `${name.replace(/:$/, "")} ${done}/${total}`
+        : "starting …";
+  put(
+    strip,
+    h("span", { class: "dot", "aria-hidden": "true" }),
+    link(
+      text,
+      job.kind === "download"
+        ? toRoom("train", about("scene"))
+        : toRoom({ train: "watch", masks: "masks", edit: "edit", export: "runs" }[job.kind] ?? "draw", job.name),
+    ),
+    name ? progress(done, total, text) : null,
+    h("span", { class: "number" }, how),
     left ? h("span", { class: "quiet number" }, `${duration(left)} left`) : null,
     busy.length > 1 ? link(`${busy.length - 1} more in the queue`, "#/home") : null,
     h("span", { class: "spring" }),
-    button("Stop", () => stop(job, "save"), { "aria-label": `Stop ${text}`, disabled: Boolean(job.stopping) }));
+    button("Stop", () => stop(job, "save"), { "aria-label": `Stop ${text}`, disabled: Boolean(job.stopping) }),
+  );
 }
 
 export async function stop(job, how) {
   try {
     await send("POST", `${address("jobs", job.id)}/stop`, { how });
     speak("Stopping");
-  } catch (error) { speak(error.message); }
+  } catch (error) {
+    speak(error.message);
+  }
   refresh();
 }
 
 function help() {
-  const rows = [["Alt+1 … 6", "rooms"], ["b e f p c", "brush, eraser, fill, polygon, click"], ["x", "brush ⇄ eraser"], ["[ ]", "size of the brush"],
-    ["1 … 9", "concept"], ["Enter, Esc", "take, drop a proposal"], ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"], ["+ − 0", "zoom, fit"], ["h", "hide the masks"],
-    ["Space + drag", "move the picture"], ["Ctrl+Enter", "start, draw, edit"], ["?", "this list"]];
-  const dialog = h("dialog", { "aria-label": "Keys" }, h("h2", {}, "Keys"),
-    h("dl", { class: "keys" }, rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),
+  const rows = [
+    ["Alt+1 … 6", "rooms"],
+    ["b e f p c", "brush, eraser, fill, polygon, click"],
+    ["x", "brush ⇄ eraser"],
+    ["[ ]", "size of the brush"],
+    ["1 … 9", "concept"],
+    ["Enter, Esc", "take, drop a proposal"],
+    ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"],
+    ["+ − 0", "zoom, fit"],
+    ["h", "hide the masks"],
+    ["Space + drag", "move the picture"],
+    ["Ctrl+Enter", "start, draw, edit"],
+    ["?", "this list"],
+  ];
+  const dialog = h(
+    "dialog",
+    { "aria-label": "Keys" },
+    h("h2", {}, "Keys"),
+    h(
+      "dl",
+      { class: "keys" },
+      rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)]),
+    ),
     h("p", { class: "quiet" }, "Letters work on the picture: click it, or reach it with Tab."),
-    button("Close", () => dialog.close(), { class: "main" }));
+    button("Close", () => dialog.close(), { class: "main" }),
+  );
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();
 }
 
-addEventListener("hashchange", () => { open(); main.focus({ preventScroll: true }); });
-document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+addEventListener("hashchange", () => {
+  open();
+  main.focus({ preventScroll: true });
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) refresh();
+});
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest?.("input, textarea, select");
   const keys = Object.keys(ROOMS).filter((key) => !ROOMS[key].in);

@@ -4,7 +4,10 @@ export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null) continue;
-    if (name.startsWith("aria-")) { element.setAttribute(name, String(value)); continue; }  // "false" is a value there
+    if (name.startsWith("aria-")) {
+      element.setAttribute(name, String(value));
+      continue;
+    } // "false" is a value there
     if (value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "class") element.className = value;
@@ -22,7 +25,8 @@ export const put = (element, ...children) => {
 };
 
 let said = "";
-export function speak(text) {  // for screen readers, once
+export function speak(text) {
+  // for screen readers, once
   if (text === said) return;
   said = text;
   document.getElementById("spoken").textContent = text;
@@ -33,18 +37,34 @@ export const link = (text, href, properties = {}) => h("a", { href, ...propertie
 
 // A card that stays where the mistake was made: what, why, and what to do.
 export function problem(title, message, ...actions) {
-  return h("div", { class: "card bad", role: "alert" }, h("strong", {}, title), message && h("p", {}, message),
-    actions.length ? h("p", { class: "row" }, actions) : null);
+  return h(
+    "div",
+    { class: "card bad", role: "alert" },
+    h("strong", {}, title),
+    message && h("p", {}, message),
+    actions.length ? h("p", { class: "row" }, actions) : null,
+  );
 }
 
 // What was deleted, with the way back.
 export function deleted(what, restore) {
-  const line = h("div", { class: "card row", role: "status" }, `${what} is in the trash.`, button("Restore", async () => {
-    try {
-      await restore();
-      line.remove();
-    } catch (error) { line.replaceWith(problem(`${what} cannot be restored`, error.message)); }
-  }, { "aria-label": `Restore ${what}` }));
+  const line = h(
+    "div",
+    { class: "card row", role: "status" },
+    `${what} is in the trash.`,
+    button(
+      "Restore",
+      async () => {
+        try {
+          await restore();
+          line.remove();
+        } catch (error) {
+          line.replaceWith(problem(`${what} cannot be restored`, error.message));
+        }
+      },
+      { "aria-label": `Restore ${what}` },
+    ),
+  );
   return line;
 }
 
@@ -57,7 +77,8 @@ export const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "";
-  const whole = Math.round(seconds), minutes = Math.floor(whole / 60);
+  const whole = Math.round(seconds),
+    minutes = Math.floor(whole / 60);
   if (minutes >= 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
   return minutes ? `${minutes}:${String(whole % 60).padStart(2, "0")} min` : `${whole} s`;
 }
@@ -70,7 +91,8 @@ export function bytes(size) {
   return `${size.toFixed(1)} TB`;
 }
 
-export function remembered(key, fallback) {  // a field that a reload keeps
+export function remembered(key, fallback) {
+  // a field that a reload keeps
   try {
     return JSON.parse(localStorage.getItem(`bas ${key}`)) ?? fallback;
   } catch {
@@ -81,7 +103,9 @@ export function remembered(key, fallback) {  // a field that a reload keeps
 export function remember(key, value) {
   try {
     localStorage.setItem(`bas ${key}`, JSON.stringify(value));
-  } catch { /* a full or forbidden store: the page works without */ }
+  } catch {
+    /* a full or forbidden store: the page works without */
+  }
 }
 
 export async function copy(text, from) {
@@ -96,8 +120,13 @@ export async function copy(text, from) {
   }
   const before = from.textContent;
   from.textContent = "Copied";
-  setTimeout(() => { from.textContent = before; }, 1500);
+  setTimeout(() => {
+    from.textContent = before;
+  }, 1500);
 }
 
 export const progress = (done, total, name) =>
   h("progress", { max: total || 1, value: Math.min(done, total || 1), "aria-label": name });
+
+// The three numbers of a colour such as "#e69f00".
+export const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));

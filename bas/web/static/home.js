@@ -4,21 +4,52 @@ import { button, deleted, duration, h, link, plural, problem, progress, put } fr
 import { queue } from "./queue.js";
 
 export const STATES = {
-  done: "done", running: "training", waiting: "in the queue", stopped: "stopped", failed: "failed", refused: "not started",
-  lost: "ended without a word", unfinished: "unfinished", elsewhere: "training in a terminal", damaged: "damaged",
+  done: "done",
+  running: "training",
+  waiting: "in the queue",
+  stopped: "stopped",
+  failed: "failed",
+  refused: "not started",
+  lost: "ended without a word",
+  unfinished: "unfinished",
+  elsewhere: "training in a terminal",
+  damaged: "damaged",
   foreign: "asked for elsewhere, not started here",
 };
 
 export async function open(main, _rest, studio) {
-  const notices = h("div", { class: "stack" }), scenes = h("div", { class: "cards" }), runs = h("div", { class: "cards" }), work = queue(studio);
-  const rows = h("ul", { class: "files" }), bin = h("details", { id: "trash", ontoggle: listTrash }, h("summary", {}, "Trash"), rows);
-  const files = h("input", { type: "file", accept: "image/*,.heic,.heif,.tif,.tiff", multiple: true, class: "unseen", tabIndex: -1, "aria-hidden": "true", id: "files" });
-  files.addEventListener("change", () => { bring([...files.files]); files.value = ""; });
-  const drop = h("section", { class: "drop", "aria-label": "Bring photographs" },
+  const notices = h("div", { class: "stack" }),
+    scenes = h("div", { class: "cards" }),
+    runs = h("div", { class: "cards" }),
+    work = queue(studio);
+  const rows = h("ul", { class: "files" }),
+    bin = h("details", { id: "trash", ontoggle: listTrash }, h("summary", {}, "Trash"), rows);
+  const files = h("input", {
+    type: "file",
+    accept: "image/*,.heic,.heif,.tif,.tiff",
+    multiple: true,
+    class: "unseen",
+    tabIndex: -1,
+    "aria-hidden": "true",
+    id: "files",
+  });
+  files.addEventListener("change", () => {
+    bring([...files.files]);
+    files.value = "";
+  });
+  const drop = h(
+    "section",
+    { class: "drop", "aria-label": "Bring photographs" },
     h("p", { class: "large" }, "Drop a photograph here"),
-    h("p", { class: "row centre" }, button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
-      button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" })),
-    h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."), files);
+    h(
+      "p",
+      { class: "row centre" },
+      button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
+      button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" }),
+    ),
+    h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."),
+    files,
+  );
   put(main, h("h1", {}, "Home"), drop, notices, work.sections, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs, bin);
   for (const place of [scenes, runs]) put(place, h("p", { class: "quiet" }, "Looking …"));
 
@@ -26,9 +57,18 @@ export async function open(main, _rest, studio) {
   main.addEventListener("dragleave", out);
   main.addEventListener("drop", dropped);
   addEventListener("paste", pasted);
-  function over(event) { event.preventDefault(); drop.classList.add("over"); }
-  function out(event) { if (!main.contains(event.relatedTarget)) drop.classList.remove("over"); }
-  function dropped(event) { event.preventDefault(); drop.classList.remove("over"); bring([...event.dataTransfer.files]); }
+  function over(event) {
+    event.preventDefault();
+    drop.classList.add("over");
+  }
+  function out(event) {
+    if (!main.contains(event.relatedTarget)) drop.classList.remove("over");
+  }
+  function dropped(event) {
+    event.preventDefault();
+    drop.classList.remove("over");
+    bring([...event.dataTransfer.files]);
+  }
   function pasted(event) {
     const found = [...(event.clipboardData?.files ?? [])];
     if (found.length) bring(found);
@@ -37,13 +77,22 @@ export async function open(main, _rest, studio) {
   async function bring(list) {
     let made = null;
     for (const file of list) {
-      const bar = h("p", { class: "row" }, `Reading ${file.name} …`), line = h("div", { class: "card" }, bar);
+      const bar = h("p", { class: "row" }, `Reading ${file.name} …`),
+        line = h("div", { class: "card" }, bar);
       notices.append(line);
       try {
-        made = await upload(file, file.name.replace(/\.[^.]*$/, ""), (done, total) => put(bar, `Bringing ${file.name} `, progress(done, total, file.name)));
+        made = await upload(file, file.name.replace(/\.[^.]*$/, ""), (done, total) =>
+          put(bar, `Bringing ${file.name} `, progress(done, total, file.name)),
+        );
         line.remove();
       } catch (error) {
-        line.replaceWith(problem(`${file.name} cannot be used`, error.message, button("Close", (event) => event.target.closest(".card").remove())));
+        line.replaceWith(
+          problem(
+            `${file.name} cannot be used`,
+            error.message,
+            button("Close", (event) => event.target.closest(".card").remove()),
+          ),
+        );
       }
     }
     if (made && list.length === 1) studio.go("masks", made.name);
@@ -54,7 +103,9 @@ export async function open(main, _rest, studio) {
     try {
       const made = await send("POST", "example");
       studio.go("masks", made.name);
-    } catch (error) { notices.append(problem("The playroom cannot be opened", error.message)); }
+    } catch (error) {
+      notices.append(problem("The playroom cannot be opened", error.message));
+    }
   }
 
   async function remove(kind, name) {
@@ -63,7 +114,9 @@ export async function open(main, _rest, studio) {
       notices.append(deleted(`The ${kind} ${name}`, () => restore(trash)));
       studio.refresh();
       listTrash();
-    } catch (error) { notices.append(problem(`${name} cannot be deleted`, error.message)); }
+    } catch (error) {
+      notices.append(problem(`${name} cannot be deleted`, error.message));
+    }
   }
 
   async function restore(trash) {
@@ -76,47 +129,123 @@ export async function open(main, _rest, studio) {
     if (!bin.open) return;
     try {
       const found = await get("trash");
-      put(rows, found.length ? found.map(({ name, was }) => h("li", { class: "row" }, was,
-        button("Restore", () => restore(name).catch((error) => notices.append(problem(`${was} cannot be restored`, error.message))), { "aria-label": `Restore ${was}` })))
-        : h("li", { class: "quiet" }, "Nothing is in the trash."));
-    } catch (error) { put(rows, h("li", {}, error.message)); }
+      put(
+        rows,
+        found.length
+          ? found.map(({ name, was }) =>
+              h(
+                "li",
+                { class: "row" },
+                was,
+                button(
+                  "Restore",
+                  () => restore(name).catch((error) => notices.append(problem(`${was} cannot be restored`, error.message))),
+                  { "aria-label": `Restore ${was}` },
+                ),
+              ),
+            )
+          : h("li", { class: "quiet" }, "Nothing is in the trash."),
+      );
+    } catch (error) {
+      put(rows, h("li", {}, error.message));
+    }
   }
 
   function sceneCard(scene) {
     const to = encodeURIComponent(scene.name);
     if (scene.problem) {
-      return h("article", { class: "card bad" }, h("h3", {}, scene.name), h("p", {}, scene.problem),
-        button("Delete", () => remove("scene", scene.name)));
+      return h(
+        "article",
+        { class: "card bad" },
+        h("h3", {}, scene.name),
+        h("p", {}, scene.problem),
+        button("Delete", () => remove("scene", scene.name)),
+      );
     }
     const ready = scene.concepts > 0 && scene.painted === scene.concepts;
-    const state = ready ? `${plural(scene.concepts, "concept")}, ready to train` : scene.concepts ? `${scene.painted} of ${scene.concepts} painted` : "nothing painted yet";
-    return h("article", { class: "card scene" },
-      link([h("img", { src: `api/scenes/${to}/view?side=320&v=${scene.version}`, alt: "", loading: "lazy" })], `#/masks/${to}`, { class: "picture", tabIndex: -1, "aria-hidden": "true" }),
-      h("h3", {}, scene.name), h("p", { class: ready ? "good" : "quiet" }, state),
-      h("p", { class: "row" }, link(ready ? "Train" : "Paint", `#/${ready ? "train" : "masks"}/${to}`, { class: "button main", "aria-label": `${ready ? "Train" : "Paint"} ${scene.name}` }),
+    const state = ready
+      ? `${plural(scene.concepts, "concept")}, ready to train`
+      : scene.concepts
+        ? `${scene.painted} of ${scene.concepts} painted`
+        : "nothing painted yet";
+    return h(
+      "article",
+      { class: "card scene" },
+      link([h("img", { src: `api/scenes/${to}/view?side=320&v=${scene.version}`, alt: "", loading: "lazy" })], `#/masks/${to}`, {
+        class: "picture",
+        tabIndex: -1,
+        "aria-hidden": "true",
+      }),
+      h("h3", {}, scene.name),
+      h("p", { class: ready ? "good" : "quiet" }, state),
+      h(
+        "p",
+        { class: "row" },
+        link(ready ? "Train" : "Paint", `#/${ready ? "train" : "masks"}/${to}`, {
+          class: "button main",
+          "aria-label": `${ready ? "Train" : "Paint"} ${scene.name}`,
+        }),
         ready && link("Masks", `#/masks/${to}`, { class: "button", "aria-label": `Masks of ${scene.name}` }),
-        button("Delete", () => remove("scene", scene.name), { class: "plain", "aria-label": `Delete ${scene.name}` })));
+        button("Delete", () => remove("scene", scene.name), { class: "plain", "aria-label": `Delete ${scene.name}` }),
+      ),
+    );
   }
 
   function runCard(run) {
-    const to = encodeURIComponent(run.name), busy = ["running", "waiting", "elsewhere"].includes(run.state), done = run.state === "done";
+    const to = encodeURIComponent(run.name),
+      busy = ["running", "waiting", "elsewhere"].includes(run.state),
+      done = run.state === "done";
     const left = run.progress?.left;
-    return h("article", { class: `card run ${["failed", "lost", "refused", "damaged"].includes(run.state) ? "bad" : ""}` },
-      run.cover && link([h("img", { src: thumbOf(run.name, run.cover), alt: "", loading: "lazy" })], `#/${done ? "draw" : "watch"}/${to}`, { class: "picture", tabIndex: -1, "aria-hidden": "true" }),
+    return h(
+      "article",
+      { class: `card run ${["failed", "lost", "refused", "damaged"].includes(run.state) ? "bad" : ""}` },
+      run.cover &&
+        link([h("img", { src: thumbOf(run.name, run.cover), alt: "", loading: "lazy" })], `#/${done ? "draw" : "watch"}/${to}`, {
+          class: "picture",
+          tabIndex: -1,
+          "aria-hidden": "true",
+        }),
       h("h3", {}, run.name),
-      busy ? [progress(run.done, run.total, `Training of ${run.name}`), h("p", { class: "number" }, `${run.done}/${run.total ?? "?"}${left ? `, ${duration(left)} left` : ""}`)]
-        : h("p", { class: done ? "good" : "quiet" }, `${STATES[run.state]}${done ? `, ${plural(run.pictures, "picture")}` : run.total ? ` after ${run.done} of ${run.total} steps` : ""}`),
+      busy
+        ? [
+            progress(run.done, run.total, `Training of ${run.name}`),
+            h("p", { class: "number" }, `${run.done}/${run.total ?? "?"}${left ? `, ${duration(left)} left` : ""}`),
+          ]
+        : h(
+            "p",
+            { class: done ? "good" : "quiet" },
+            STATES[run.state] +
+              (done ? `, ${plural(run.pictures, "picture")}` : run.total ? ` after ${run.done} of ${run.total} steps` : ""),
+          ),
       run.problem && h("p", {}, run.problem),
-      h("p", { class: "row" }, link(done ? "Draw" : "Watch", `#/${done ? "draw" : "watch"}/${to}`, { class: "button main", "aria-label": `${done ? "Draw with" : "Watch"} ${run.name}` }),
+      h(
+        "p",
+        { class: "row" },
+        link(done ? "Draw" : "Watch", `#/${done ? "draw" : "watch"}/${to}`, {
+          class: "button main",
+          "aria-label": `${done ? "Draw with" : "Watch"} ${run.name}`,
+        }),
         done && link("Take away", `#/runs/${to}`, { class: "button", "aria-label": `Take away ${run.name}` }),
-        !busy && button("Delete", () => remove("run", run.name), { class: "plain", "aria-label": `Delete ${run.name}` })));
+        !busy && button("Delete", () => remove("run", run.name), { class: "plain", "aria-label": `Delete ${run.name}` }),
+      ),
+    );
   }
 
   return {
     update(state) {
       work.update(state);
-      put(scenes, state.scenes.length ? state.scenes.map(sceneCard) : h("p", { class: "quiet" }, "No scene yet. A scene is a photograph with a mask for each thing."));
-      put(runs, state.runs.length ? state.runs.map(runCard) : h("p", { class: "quiet" }, "No run yet. A run is what training makes of a scene."));
+      put(
+        scenes,
+        state.scenes.length
+          ? state.scenes.map(sceneCard)
+          : h("p", { class: "quiet" }, "No scene yet. A scene is a photograph with a mask for each thing."),
+      );
+      put(
+        runs,
+        state.runs.length
+          ? state.runs.map(runCard)
+          : h("p", { class: "quiet" }, "No run yet. A run is what training makes of a scene."),
+      );
     },
     leave() {
       removeEventListener("paste", pasted);

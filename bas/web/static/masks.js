@@ -1,39 +1,67 @@
 // Masks: paint each concept, name it; every stroke is saved.
 import { Away, Refused, address, ask, get, send } from "./api.js";
-import { button, h, labelled, link, percent, problem, put, remember, remembered, speak } from "./dom.js";
+import { button, h, link, percent, problem, put, remember, remembered, rgb, speak } from "./dom.js";
 import { Painter } from "./painter.js";
+import { gridsOf } from "./grids.js";
 import { proposals } from "./propose.js";
 import { Mask } from "./tiles.js";
 
-const REST = 250;  // milliseconds after a stroke before it is sent
-
-export const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+const REST = 250; // milliseconds after a stroke before it is sent
 
 export async function open(main, [name], studio) {
   if (!name) {
-    put(main, h("h1", {}, "Masks"), h("div", { class: "empty" }, h("p", { class: "large" }, "Bring a photograph first"),
-      h("p", {}, "Then paint over each thing that you want to learn."), link("To Home", "#/home", { class: "button main" })));
+    put(
+      main,
+      h("h1", {}, "Masks"),
+      h(
+        "div",
+        { class: "empty" },
+        h("p", { class: "large" }, "Bring a photograph first"),
+        h("p", {}, "Then paint over each thing that you want to learn."),
+        link("To Home", "#/home", { class: "button main" }),
+      ),
+    );
     return {};
   }
   const models = await get("segmenters");
-  let scene = await get(address("scenes", name)), active = 0, masks = [], chain = Promise.resolve(), waiting = null, checked = 0;
-  const opened = Date.now(), dirty = new Map();  // mask -> keys of squares that are not saved yet
-  const base = `scenes/${encodeURIComponent(name)}`;
-  const status = h("span", { class: "saved", role: "status" }), notices = h("div", { class: "stack" });
-  const list = h("ol", { class: "concepts" }), advice = h("div", { class: "stack" }), next = h("div", { class: "next" });
-  const grids = h("div", { class: "grids" }), seen = h("details", {}, h("summary", {}, "What the losses see"), grids);
+  let scene = await get(address("scenes", name)),
+    active = 0,
+    masks = [],
+    chain = Promise.resolve(),
+    waiting = null,
+    checked = 0;
+  const opened = Date.now(),
+    dirty = new Map(); // mask -> keys of squares that are not saved yet
+  const base = address("scenes", name);
+  const status = h("span", { class: "saved", role: "status" }),
+    notices = h("div", { class: "stack" });
+  const list = h("ol", { class: "concepts" }),
+    advice = h("div", { class: "stack" }),
+    next = h("div", { class: "next" });
+  const grids = h("div", { class: "grids" }),
+    seen = h("details", {}, h("summary", {}, "What the losses see"), grids);
   seen.open = remembered("seen", false);
-  seen.addEventListener("toggle", () => { remember("seen", seen.open); check(); });
+  seen.addEventListener("toggle", () => {
+    remember("seen", seen.open);
+    check();
+  });
 
   const proposal = proposals(name, models, studio, {
     word: () => scene.concepts[active]?.word,
-    take: (mask) => { if (masks[active]) painter.replace(masks[active], mask); },
+    take: (mask) => {
+      if (masks[active]) painter.replace(masks[active], mask);
+    },
     draw: () => painter.stage.draw(),
   });
   const painter = new Painter(`Photograph ${name}`, {
     target: () => !proposal.mask && masks[active] && { mask: masks[active] },
     click: models.sam ? null : proposal.click,
-    layers: () => masks.map((mask, i) => ({ mask: (i === active && proposal.mask) || mask, colour: rgb(scene.concepts[i]?.colour ?? "#888888"), strength: i === active ? 1 : 0.7 })),
+    layers: () =>
+      masks.map((mask, i) => ({
+        mask: (i === active && proposal.mask) || mask,
+        colour: rgb(scene.concepts[i]?.colour ?? "#888888"),
+        strength: i === active ? 1 : 0.7,
+      })),
     part: (box, side) => `api/${base}/view?box=${box.join(",")}&side=${side}&v=${opened}`,
     changed(mask, keys) {
       if (proposal.mask) proposal.drop();
@@ -47,11 +75,28 @@ export async function open(main, [name], studio) {
     },
   });
 
-  put(main, h("div", { class: "masks" },
-    h("div", { class: "paint" }, h("header", { class: "row" }, h("h1", {}, name), status), painter.bar, painter.stage.root),
-    h("aside", { "aria-label": "Concepts" }, notices, h("h2", {}, "Concepts"),
-      h("p", { class: "quiet" }, "Choose a concept, paint over it in the photograph, and say in a word what it is."),
-      list, h("p", { class: "row" }, button("Add a concept", add, { id: "add" })), proposal.status, proposal.box, advice, seen, next)));
+  put(
+    main,
+    h(
+      "div",
+      { class: "masks" },
+      h("div", { class: "paint" }, h("header", { class: "row" }, h("h1", {}, name), status), painter.bar, painter.stage.root),
+      h(
+        "aside",
+        { "aria-label": "Concepts" },
+        notices,
+        h("h2", {}, "Concepts"),
+        h("p", { class: "quiet" }, "Choose a concept, paint over it in the photograph, and say in a word what it is."),
+        list,
+        h("p", { class: "row" }, button("Add a concept", add, { id: "add" })),
+        proposal.status,
+        proposal.box,
+        advice,
+        seen,
+        next,
+      ),
+    ),
+  );
   painter.load(`api/${base}/view?v=${opened}`, scene.width, scene.height);
   await loadMasks();
   if (!scene.concepts.length) await change(() => [{ from: null, handle: "<asset0>", word: null }]);
@@ -65,7 +110,9 @@ export async function open(main, [name], studio) {
   }
 
   async function loadMasks() {
-    masks = await Promise.all(scene.concepts.map(async (_, i) => Mask.unpack(await (await ask("GET", `${base}/masks/${i}`)).arrayBuffer())));
+    masks = await Promise.all(
+      scene.concepts.map(async (_, i) => Mask.unpack(await (await ask("GET", `${base}/masks/${i}`)).arrayBuffer())),
+    );
     painter.stage.draw();
   }
 
@@ -78,8 +125,12 @@ export async function open(main, [name], studio) {
   function save() {
     return inOrder(async () => {
       for (const [mask, keys] of dirty) {
-        const place = masks.indexOf(mask), sent = [...keys];
-        if (place < 0) { dirty.delete(mask); continue; }
+        const place = masks.indexOf(mask),
+          sent = [...keys];
+        if (place < 0) {
+          dirty.delete(mask);
+          continue;
+        }
         dirty.delete(mask);
         try {
           const raw = await mask.pack(sent);
@@ -103,12 +154,39 @@ export async function open(main, [name], studio) {
       waiting = setTimeout(save, 1500);
     } else if (error instanceof Refused && error.status === 412) {
       say("not saved", true);
-      put(notices, problem("This scene was changed elsewhere", "Another page or program has saved it since.",
-        button("Show what is there", () => { dirty.clear(); studio.open(); }, { class: "main" }),
-        button("Keep mine", async () => { put(notices); scene.version = (await get(address("scenes", name))).version; save(); })));
+      put(
+        notices,
+        problem(
+          "This scene was changed elsewhere",
+          "Another page or program has saved it since.",
+          button(
+            "Show what is there",
+            () => {
+              dirty.clear();
+              studio.open();
+            },
+            { class: "main" },
+          ),
+          button("Keep mine", async () => {
+            put(notices);
+            scene.version = (await get(address("scenes", name))).version;
+            save();
+          }),
+        ),
+      );
     } else {
       say("not saved", true);
-      put(notices, problem("The masks are not saved", error.message, button("Try again", () => { put(notices); save(); })));
+      put(
+        notices,
+        problem(
+          "The masks are not saved",
+          error.message,
+          button("Try again", () => {
+            put(notices);
+            save();
+          }),
+        ),
+      );
     }
   }
 
@@ -137,7 +215,9 @@ export async function open(main, [name], studio) {
       active = scene.concepts.length - 1;
       drawList();
       list.querySelectorAll("li")[active].querySelector("input").focus();
-    } catch (error) { failed(error); }
+    } catch (error) {
+      failed(error);
+    }
   }
 
   async function removeAt(place) {
@@ -150,14 +230,18 @@ export async function open(main, [name], studio) {
       drawList();
       painter.show();
       painter.stage.draw();
-    } catch (error) { failed(error); }
+    } catch (error) {
+      failed(error);
+    }
   }
 
   async function rename(place, item) {
-    const [word, handle] = [...item.querySelectorAll("input")].map((field) => field.value.trim()), now = scene.concepts[place];
+    const [word, handle] = [...item.querySelectorAll("input")].map((field) => field.value.trim()),
+      now = scene.concepts[place];
     let wanted = handle || now.handle;
     if (!wanted.startsWith("<")) wanted = `<${wanted}>`;
-    const untouched = /^<asset\d+>$/.test(now.handle) && wanted === now.handle, own = `<${word.toLowerCase().replace(/[^\w-]+/g, "-")}>`;
+    const untouched = /^<asset\d+>$/.test(now.handle) && wanted === now.handle,
+      own = `<${word.toLowerCase().replace(/[^\w-]+/g, "-")}>`;
     if (untouched && word && word !== now.word && !scene.concepts.some((other) => other.handle === own)) wanted = own;
     if (wanted === now.handle && (word || null) === now.word) return;
     const error = item.querySelector(".error");
@@ -175,24 +259,44 @@ export async function open(main, [name], studio) {
   }
 
   function drawList() {
-    put(list, scene.concepts.map((concept, place) => {
-      const item = h("li", { style: { "--colour": concept.colour } });
-      const field = (value, text, hint) => {
-        const input = h("input", { value: value ?? "", placeholder: hint, "aria-label": `${text} of concept ${place + 1}`, autocapitalize: "off", autocomplete: "off", spellcheck: false });
-        input.addEventListener("change", () => rename(place, item));
-        input.addEventListener("focus", () => choose(place));
-        return input;
-      };
-      put(item, button(String(place + 1), () => choose(place), { class: "number pick", "aria-label": `Paint concept ${place + 1}`, "aria-pressed": place === active }),
-        h("label", {}, h("span", {}, "It is a"), field(concept.word, "Word", "rabbit")),
-        h("label", {}, h("span", {}, "Handle"), field(concept.handle, "Handle", "<rabbit>")),
-        h("span", { class: "share number" }),
-        button("Clear", () => painter.clear(masks[place]), { class: "plain", "aria-label": `Clear the mask of concept ${place + 1}` }),
-        button("×", () => removeAt(place), { class: "plain remove", title: "Remove", "aria-label": `Remove ${concept.handle}` }),
-        h("span", { class: "error", role: "alert" }));
-      item.addEventListener("pointerdown", () => choose(place));
-      return item;
-    }));
+    put(
+      list,
+      scene.concepts.map((concept, place) => {
+        const item = h("li", { style: { "--colour": concept.colour } });
+        const field = (value, text, hint) => {
+          const input = h("input", {
+            value: value ?? "",
+            placeholder: hint,
+            "aria-label": `${text} of concept ${place + 1}`,
+            autocapitalize: "off",
+            autocomplete: "off",
+            spellcheck: false,
+          });
+          input.addEventListener("change", () => rename(place, item));
+          input.addEventListener("focus", () => choose(place));
+          return input;
+        };
+        put(
+          item,
+          button(String(place + 1), () => choose(place), {
+            class: "number pick",
+            "aria-label": `Paint concept ${place + 1}`,
+            "aria-pressed": place === active,
+          }),
+          h("label", {}, h("span", {}, "It is a"), field(concept.word, "Word", "rabbit")),
+          h("label", {}, h("span", {}, "Handle"), field(concept.handle, "Handle", "<rabbit>")),
+          h("span", { class: "share number" }),
+          button("Clear", () => painter.clear(masks[place]), {
+            class: "plain",
+            "aria-label": `Clear the mask of concept ${place + 1}`,
+          }),
+          button("×", () => removeAt(place), { class: "plain remove", title: "Remove", "aria-label": `Remove ${concept.handle}` }),
+          h("span", { class: "error", role: "alert" }),
+        );
+        item.addEventListener("pointerdown", () => choose(place));
+        return item;
+      }),
+    );
     choose(active);
     scene.concepts.forEach((_, place) => showShare(place));
     drawNext();
@@ -216,16 +320,31 @@ export async function open(main, [name], studio) {
 
   function nameStage() {
     const concept = scene.concepts[active];
-    const text = concept ? `Mask of ${concept.handle}, ${percent(masks[active]?.share() ?? 0)} of the photograph ${name}` : `Photograph ${name}`;
+    const text = concept
+      ? `Mask of ${concept.handle}, ${percent(masks[active]?.share() ?? 0)} of the photograph ${name}`
+      : `Photograph ${name}`;
     painter.stage.root.setAttribute("aria-label", text);
   }
 
   function drawNext() {
-    const empty = masks.filter((mask) => !mask.share()).length, total = masks.length;
+    const empty = masks.filter((mask) => !mask.share()).length,
+      total = masks.length;
     const ready = total > 0 && !empty;
-    put(next, ready ? [h("p", { class: "good" }, `${total === 1 ? "The concept is" : `All ${total} concepts are`} painted.`),
-      link("Next: Train", `#/train/${encodeURIComponent(name)}`, { class: "button main" })]
-      : h("p", { class: "quiet" }, total ? `Paint ${empty === 1 ? "the concept that has" : `the ${empty} concepts that have`} no mask yet; then comes training.` : "Add a concept."));
+    put(
+      next,
+      ready
+        ? [
+            h("p", { class: "good" }, `${total === 1 ? "The concept is" : `All ${total} concepts are`} painted.`),
+            link("Next: Train", `#/${address("train", name)}`, { class: "button main" }),
+          ]
+        : h(
+            "p",
+            { class: "quiet" },
+            total
+              ? `Paint ${empty === 1 ? "the concept that has" : `the ${empty} concepts that have`} no mask yet; then comes training.`
+              : "Add a concept.",
+          ),
+    );
   }
 
   async function check() {
@@ -234,24 +353,15 @@ export async function open(main, [name], studio) {
     try {
       const found = await send("POST", "check", { scene: name, base: remembered("base", "mini") });
       if (mine !== checked) return;
-      put(advice, found.refusal && h("p", { class: "warning bad" }, found.refusal), found.warnings.map((line) => h("p", { class: "warning" }, line)));
-      if (seen.open) drawGrids(found);
+      put(
+        advice,
+        found.refusal && h("p", { class: "warning bad" }, found.refusal),
+        found.warnings.map((line) => h("p", { class: "warning" }, line)),
+      );
+      if (seen.open) put(grids, gridsOf(found, scene.concepts));
     } catch (error) {
       if (mine === checked && !(error instanceof Away)) put(advice, h("p", { class: "warning bad" }, error.message));
     }
-  }
-
-  function drawGrids(found) {
-    put(grids, found.concepts.map((concept) => {
-      const colour = rgb(scene.concepts.find((each) => each.handle === concept.handle)?.colour ?? "#888888");
-      return h("figure", {}, ["latent", "attention"].map((kind) => {
-        const lines = concept[kind], canvas = h("canvas", { width: lines[0].length, height: lines.length, role: "img", "aria-label": `${concept.handle} on the ${kind} grid` });
-        const ink = canvas.getContext("2d"), picture = ink.createImageData(canvas.width, canvas.height);
-        [...lines.join("")].forEach((digit, i) => picture.data.set([...colour, Number(digit) * 28], 4 * i));
-        ink.putImageData(picture, 0, 0);
-        return canvas;
-      }), h("figcaption", {}, `${concept.handle}: ${concept.latent[0].length}×${concept.latent.length} cells for its look, ${concept.attention[0].length}×${concept.attention.length} for its place`));
-    }));
   }
 
   return {

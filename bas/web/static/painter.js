@@ -5,14 +5,19 @@ import { History, Stage } from "./stage.js";
 
 const FINGERS = matchMedia("(pointer: coarse)");
 const MOVES = FINGERS.matches ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.";
-const hintOf = (tool) => ({  // each tool has one: a line that comes and goes would move the picture
-  brush: `Paint over the thing. ${MOVES}`,
-  eraser: `Paint over what does not belong to it. ${MOVES}`,
-  fill: `${FINGERS.matches ? "Tap" : "Click"} inside an outline: its inside is filled.`,
-  polygon: FINGERS.matches ? "Tap the corners; the first corner closes. Undo takes a corner back."
-    : "Click the corners; the first one or Enter closes, Escape drops. Or arrows and Space.",
-  click: FINGERS.matches ? "Tap the thing: a mask is proposed." : "Click on the thing: a mask is proposed. Enter takes it, Escape drops it.",
-})[tool];
+const hintOf = (tool) =>
+  ({
+    // each tool has one: a line that comes and goes would move the picture
+    brush: `Paint over the thing. ${MOVES}`,
+    eraser: `Paint over what is not part of it. ${MOVES}`,
+    fill: `${FINGERS.matches ? "Tap" : "Click"} inside an outline: its inside is filled.`,
+    polygon: FINGERS.matches
+      ? "Tap the corners; the first corner closes. Undo takes a corner back."
+      : "Click the corners; the first one or Enter closes, Escape drops. Or arrows and Space.",
+    click: FINGERS.matches
+      ? "Tap the thing: a mask is proposed."
+      : "Click on the thing: a mask is proposed. Enter takes it, Escape drops it.",
+  })[tool];
 
 export class Painter {
   // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change; click(x, y): of the tool Click
@@ -23,7 +28,10 @@ export class Painter {
       layers,
       part,
       brush: () => (["fill", "polygon", "click"].includes(this.tool) ? 0 : this.diameter()),
-      zoomed: (scale) => { this.zoomText.textContent = `${Math.round(100 * scale)} %`; this.polygon?.draw(); },
+      zoomed: (scale) => {
+        this.zoomText.textContent = `${Math.round(100 * scale)} %`;
+        this.polygon?.draw();
+      },
       begin: (x, y, event) => this.begin(x, y, event),
       move: (x, y) => this.move(x, y),
       end: () => this.end(),
@@ -31,23 +39,47 @@ export class Painter {
     });
     this.zoomText = h("output", { class: "number" });
     this.polygon = new Polygon(this.stage, { closed: (points) => this.fillPolygon(points), changed: () => this.show() });
-    const about = { fill: ": fills the inside of an outline", polygon: ": fills what its corners enclose", click: ": proposes a mask of what is there" };
-    this.tools = Object.entries({ brush: "Brush", eraser: "Eraser", fill: "Fill", polygon: "Polygon", ...(click && { click: "Click" }) }).map(([key, text]) =>
-      button(text, () => this.choose(key), { "data-tool": key, title: `${text} (${key[0]})${about[key] ?? ""}` }));
+    const about = {
+      fill: ": fills the inside of an outline",
+      polygon: ": fills what its corners enclose",
+      click: ": proposes a mask of what is there",
+    };
+    this.tools = Object.entries({
+      brush: "Brush",
+      eraser: "Eraser",
+      fill: "Fill",
+      polygon: "Polygon",
+      ...(click && { click: "Click" }),
+    }).map(([key, text]) =>
+      button(text, () => this.choose(key), { "data-tool": key, title: `${text} (${key[0]})${about[key] ?? ""}` }),
+    );
     this.range = h("input", { type: "range", min: 0, max: 100, value: this.size, "aria-label": "Size of the brush" });
     this.sizeText = h("output", { class: "number" });
     this.range.addEventListener("input", () => this.resize(Number(this.range.value)));
     this.undoButton = button("Undo", () => this.undo(true), { title: "Undo (Ctrl+Z)" });
     this.redoButton = button("Redo", () => this.undo(false), { title: "Redo (Ctrl+Shift+Z)" });
     this.see = h("input", { type: "range", min: 10, max: 100, value: 50, "aria-label": "How strong the masks are shown" });
-    this.see.addEventListener("input", () => { this.stage.opacity = this.see.value / 100; this.stage.draw(); });
-    this.bar = h("div", { class: "tools", role: "toolbar", "aria-label": "Painting" },
+    this.see.addEventListener("input", () => {
+      this.stage.opacity = this.see.value / 100;
+      this.stage.draw();
+    });
+    this.bar = h(
+      "div",
+      { class: "tools", role: "toolbar", "aria-label": "Painting" },
       h("div", { class: "group" }, this.tools),
       h("label", { class: "group" }, "Size", this.range, this.sizeText),
       h("div", { class: "group" }, this.undoButton, this.redoButton),
-      h("div", { class: "group" }, button("−", () => this.stage.zoom(0.8), { "aria-label": "Zoom out", title: "Zoom out (−)" }), this.zoomText,
-        button("+", () => this.stage.zoom(1.25), { "aria-label": "Zoom in", title: "Zoom in (+)" }), button("Fit", () => this.stage.fit(), { title: "Fit the window (0)" })),
-      h("label", { class: "group wide-only" }, "Masks", this.see), this.hint);
+      h(
+        "div",
+        { class: "group" },
+        button("−", () => this.stage.zoom(0.8), { "aria-label": "Zoom out", title: "Zoom out (−)" }),
+        this.zoomText,
+        button("+", () => this.stage.zoom(1.25), { "aria-label": "Zoom in", title: "Zoom in (+)" }),
+        button("Fit", () => this.stage.fit(), { title: "Fit the window (0)" }),
+      ),
+      h("label", { class: "group wide-only" }, "Masks", this.see),
+      this.hint,
+    );
     this.choose("brush");
   }
 
@@ -57,8 +89,9 @@ export class Painter {
     this.show();
   }
 
-  diameter() {  // from 1 pixel to half of the longer side, finer at the small end
-    return Math.max(1, Math.round(Math.max(this.stage.width, this.stage.height) / 2 * (this.size / 100) ** 2.5));
+  diameter() {
+    // from 1 pixel to half of the longer side, finer at the small end
+    return Math.max(1, Math.round((Math.max(this.stage.width, this.stage.height) / 2) * (this.size / 100) ** 2.5));
   }
 
   resize(size) {
@@ -91,7 +124,10 @@ export class Painter {
   }
 
   move(x, y) {
-    if (this.tool === "click") { this.at = [x, y]; return; }
+    if (this.tool === "click") {
+      this.at = [x, y];
+      return;
+    }
     if (this.tool === "polygon") return this.polygon.drag(x, y);
     if (!this.stroke || this.tool === "fill") return;
     const { mask, saved, last } = this.stroke;
@@ -116,7 +152,8 @@ export class Painter {
   }
 
   fillPolygon(points) {
-    const target = this.target(), saved = new Map();
+    const target = this.target(),
+      saved = new Map();
     if (!target) return;
     this.stage.draw(target.mask.polygon(points, saved));
     this.stroke = { mask: target.mask, saved };
@@ -164,12 +201,14 @@ export class Painter {
   }
 
   key(event, typing) {
-    const control = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
+    const control = event.ctrlKey || event.metaKey,
+      key = event.key.toLowerCase();
     if (control && !typing && key === "z") this.undo(!event.shiftKey);
     else if (control && !typing && key === "y") this.undo(false);
     else if (control || event.altKey || event.target !== this.stage.root) return false;
-    else if (this.tool === "polygon" && this.polygon.key(event)) { /* done */ }
-    else if (key === "p") this.choose("polygon");
+    else if (this.tool === "polygon" && this.polygon.key(event)) {
+      /* done */
+    } else if (key === "p") this.choose("polygon");
     else if (key === "b") this.choose("brush");
     else if (key === "e") this.choose("eraser");
     else if (key === "f") this.choose("fill");
@@ -179,8 +218,11 @@ export class Painter {
     else if (key === "+" || key === "=") this.stage.zoom(1.25);
     else if (key === "-") this.stage.zoom(0.8);
     else if (key === "0") this.stage.fit();
-    else if (key === "h") { this.stage.canvas.hidden = !this.stage.canvas.hidden; speak(this.stage.canvas.hidden ? "Masks are hidden" : "Masks are shown"); }
-    else if (key.startsWith("arrow")) this.stage.pan({ arrowleft: 40, arrowright: -40 }[key] ?? 0, { arrowup: 40, arrowdown: -40 }[key] ?? 0);
+    else if (key === "h") {
+      this.stage.canvas.hidden = !this.stage.canvas.hidden;
+      speak(this.stage.canvas.hidden ? "Masks are hidden" : "Masks are shown");
+    } else if (key.startsWith("arrow"))
+      this.stage.pan({ arrowleft: 40, arrowright: -40 }[key] ?? 0, { arrowup: 40, arrowdown: -40 }[key] ?? 0);
     else return false;
     event.preventDefault();
     return true;

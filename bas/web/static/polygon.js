@@ -2,7 +2,7 @@
 import { speak } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const NEAR = { touch: 24, mouse: 12 };  // pixels of the window in which a click meets the first corner
+const NEAR = { touch: 24, mouse: 12 }; // pixels of the window in which a click meets the first corner
 
 function shape(name, values) {
   const element = document.createElementNS(SVG, name);
@@ -37,7 +37,9 @@ export class Polygon {
     this.draw();
   }
 
-  inside(x, y) { return [Math.min(this.stage.width, Math.max(0, x)), Math.min(this.stage.height, Math.max(0, y))]; }
+  inside(x, y) {
+    return [Math.min(this.stage.width, Math.max(0, x)), Math.min(this.stage.height, Math.max(0, y))];
+  }
 
   meetsFirst([x, y]) {
     const [first] = this.points;
@@ -75,11 +77,15 @@ export class Polygon {
   }
 
   key(event) {
-    const { key } = event, step = event.shiftKey ? 0.1 : 0.01, { width, height } = this.stage;
+    const { key } = event,
+      step = event.shiftKey ? 0.1 : 0.01,
+      { width, height } = this.stage;
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
     if (key === "Enter") this.close();
-    else if (key === "Escape") { this.drop(); speak("The polygon is dropped"); }
-    else if (key === " " && this.cross) this.add(this.cross);
+    else if (key === "Escape") {
+      this.drop();
+      speak("The polygon is dropped");
+    } else if (key === " " && this.cross) this.add(this.cross);
     else if (way) {
       const [x, y] = this.cross ?? [width / 2, height / 2];
       this.cross = this.inside(x + way[0] * step * width, y + way[1] * step * height);
@@ -89,15 +95,21 @@ export class Polygon {
   }
 
   draw() {
-    const { x, y, scale } = this.stage, seen = ([px, py]) => [x + px * scale, y + py * scale];
-    const corners = [...this.points, ...(this.at ? [this.at] : [])].map(seen), [first] = corners, parts = [];
+    const { x, y, scale } = this.stage,
+      seen = ([px, py]) => [x + px * scale, y + py * scale];
+    const corners = [...this.points, ...(this.at ? [this.at] : [])].map(seen),
+      [first] = corners,
+      parts = [];
     if (first) {
       const line = corners.map((corner) => corner.join(",")).join(" ");
       for (const kind of ["under", "over"]) parts.push(shape("polyline", { points: line, class: kind }));
-      corners.forEach(([cx, cy], i) => parts.push(shape("circle", { cx, cy, r: i ? 3 : 6, class: i ? "corner-dot" : "corner-dot first" })));
+      corners.forEach(([cx, cy], i) =>
+        parts.push(shape("circle", { cx, cy, r: i ? 3 : 6, class: i ? "corner-dot" : "corner-dot first" })),
+      );
     }
     if (this.cross) {
-      const [cx, cy] = seen(this.cross), d = `M${cx - 10} ${cy}h20M${cx} ${cy - 10}v20`;
+      const [cx, cy] = seen(this.cross),
+        d = `M${cx - 10} ${cy}h20M${cx} ${cy - 10}v20`;
       for (const kind of ["under", "over"]) parts.push(shape("path", { d, class: kind }));
     }
     this.picture.replaceChildren(...parts);

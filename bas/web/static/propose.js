@@ -1,4 +1,4 @@
-// Proposed masks: a click asks SAM, a word asks CLIPSeg. What comes is shown in place of the concept's mask until it is taken or dropped.
+// Proposed masks: a click asks SAM, a word asks CLIPSeg. The proposal stands in place of the mask until it is taken or dropped.
 import { address, ask, send } from "./api.js";
 import { stop } from "./app.js";
 import { button, h, labelled, percent, problem, put, speak } from "./dom.js";
@@ -6,15 +6,42 @@ import { Mask } from "./tiles.js";
 
 // models: for each method null, or what is missing; word(): of the chosen concept; take(mask); draw()
 export function proposals(scene, models, studio, { word, take, draw }) {
-  const status = h("div"), threshold = h("input", { type: "number", min: 0.05, max: 0.95, step: 0.05, value: 0.5 });
+  const status = h("div"),
+    threshold = h("input", { type: "number", min: 0.05, max: 0.95, step: 0.05, value: 0.5 });
   const field = h("input", { id: "named", placeholder: "its word", "aria-label": "What to find", maxLength: 100 });
-  let points = [], mask = null, job = null, busy = false, told = "";
+  let points = [],
+    mask = null,
+    job = null,
+    busy = false,
+    told = "";
   const needs = (text, line) => h("p", { class: "quiet" }, `${text}: ${line}`);
-  const box = h("details", {}, h("summary", {}, "Propose a mask"), h("div", { class: "stack" },
-    models.sam ? needs("A click needs SAM", models.sam) : h("p", { class: "quiet" }, "Choose the tool Click and click on the thing. Each further click adds a point."),
-    models.clipseg ? needs("A word needs CLIPSeg", models.clipseg) : h("form", { class: "row", onsubmit: (event) => { event.preventDefault(); named(); } },
-      field, h("button", { id: "propose" }, "Propose")),
-    models.sam && models.clipseg ? null : labelled("Threshold", threshold, "A higher one gives a smaller mask.")));
+  const box = h(
+    "details",
+    {},
+    h("summary", {}, "Propose a mask"),
+    h(
+      "div",
+      { class: "stack" },
+      models.sam
+        ? needs("A click needs SAM", models.sam)
+        : h("p", { class: "quiet" }, "Choose the tool Click and click on the thing. Each further one adds a point."),
+      models.clipseg
+        ? needs("A word needs CLIPSeg", models.clipseg)
+        : h(
+            "form",
+            {
+              class: "row",
+              onsubmit: (event) => {
+                event.preventDefault();
+                named();
+              },
+            },
+            field,
+            h("button", { id: "propose" }, "Propose"),
+          ),
+      models.sam && models.clipseg ? null : labelled("Threshold", threshold, "A higher one gives a smaller mask."),
+    ),
+  );
 
   function say(key, ...parts) {
     if (key !== told) put(status, h("div", { class: "card", role: "status" }, parts));
@@ -45,7 +72,9 @@ export function proposals(scene, models, studio, { word, take, draw }) {
     try {
       job = (await send("POST", "jobs", { kind: "masks", scene, threshold: Number(threshold.value), ...prompt })).id;
       await studio.refresh();
-    } catch (error) { failed(error.message); }
+    } catch (error) {
+      failed(error.message);
+    }
   }
 
   const waits = (text) => say(text, h("p", {}, text), button("Drop it", drop));
@@ -59,10 +88,16 @@ export function proposals(scene, models, studio, { word, take, draw }) {
   async function show(id) {
     try {
       mask = await Mask.unpack(await (await ask("GET", `${address("jobs", id)}/mask`)).arrayBuffer());
-    } catch (error) { return failed(error.message); }
+    } catch (error) {
+      return failed(error.message);
+    }
     busy = false;
     const text = `Proposed: ${percent(mask.share())} of the photograph.`;
-    say(id, h("p", {}, text), h("p", { class: "row" }, button("Take it", taken, { class: "main", id: "take" }), button("Drop it", drop, { id: "drop" })));
+    say(
+      id,
+      h("p", {}, text),
+      h("p", { class: "row" }, button("Take it", taken, { class: "main", id: "take" }), button("Drop it", drop, { id: "drop" })),
+    );
     speak(`${text} Enter takes it, Escape drops it.`);
     draw();
   }
@@ -74,8 +109,12 @@ export function proposals(scene, models, studio, { word, take, draw }) {
   }
 
   return {
-    box, status, drop,
-    get mask() { return mask; },
+    box,
+    status,
+    drop,
+    get mask() {
+      return mask;
+    },
     click(x, y) {
       if (busy) return speak("A mask is being proposed already");
       points.push([x, y]);
@@ -95,7 +134,8 @@ export function proposals(scene, models, studio, { word, take, draw }) {
       else if (found.state === "lost") waits("It gives no sign: it was killed, or it starts slowly.");
       else {
         job = null;
-        if (found.state === "done") show(found.id); else failed(found.line);
+        if (found.state === "done") show(found.id);
+        else failed(found.line);
       }
     },
   };

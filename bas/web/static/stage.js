@@ -1,8 +1,8 @@
 // The picture on which one paints: an image below a canvas of the window's size, never larger. Pan, zoom, pointers.
 import { h } from "./dom.js";
 
-const MOST = 3e6;  // pixels of the canvas
-const SHARP = 4;  // from this zoom on pixels are squares
+const MOST = 3e6; // pixels of the canvas
+const SHARP = 4; // from this zoom on pixels are squares
 
 export class Stage {
   // hooks: begin(x, y), move(x, y), end(), cancel() in pixels of the image; brush(): its diameter; layers(): what to draw
@@ -13,15 +13,24 @@ export class Stage {
     this.x = this.y = 0;
     this.opacity = 0.5;
     this.image = h("img", { alt: "", draggable: false });
-    this.detail = h("img", { alt: "", draggable: false, hidden: true });  // the visible part, where the image is shown larger than it came
+    this.detail = h("img", { alt: "", draggable: false, hidden: true }); // the visible part, where the image came smaller
     this.canvas = h("canvas", { "aria-hidden": "true" });
     this.ring = h("div", { class: "ring", "aria-hidden": "true" });
-    this.root = h("div", { class: "stage", tabIndex: 0, role: "img", "aria-label": name }, this.image, this.detail, this.canvas, this.ring);
+    this.root = h(
+      "div",
+      { class: "stage", tabIndex: 0, role: "img", "aria-label": name },
+      this.image,
+      this.detail,
+      this.canvas,
+      this.ring,
+    );
     this.ink = this.canvas.getContext("2d");
     this.pointers = new Map();
     this.panning = this.painting = this.pen = false;
     this.listen();
-    this.detail.addEventListener("load", () => { this.detail.hidden = false; });
+    this.detail.addEventListener("load", () => {
+      this.detail.hidden = false;
+    });
     this.watcher = new ResizeObserver(() => this.resize());
     this.watcher.observe(this.root);
   }
@@ -43,13 +52,17 @@ export class Stage {
   // Fetch the visible part once a zoom rests, if the image that is here has too few pixels for it.
   sharpen() {
     clearTimeout(this.resting);
-    const { naturalWidth } = this.image, { clientWidth: w, clientHeight: t } = this.root, { x, y, scale, width, height } = this;
+    const { naturalWidth } = this.image,
+      { clientWidth: w, clientHeight: t } = this.root,
+      { x, y, scale, width, height } = this;
     if (!this.hooks.part || !naturalWidth || naturalWidth >= width || scale * this.ratio <= naturalWidth / width) {
       this.detail.hidden = true;
       return;
     }
     this.resting = setTimeout(() => {
-      const box = [-x / scale, -y / scale, (w - x) / scale, (t - y) / scale].map((value, i) => Math.round(Math.min(i % 2 ? height : width, Math.max(0, value))));
+      const box = [-x / scale, -y / scale, (w - x) / scale, (t - y) / scale].map((value, i) =>
+        Math.round(Math.min(i % 2 ? height : width, Math.max(0, value))),
+      );
       if (box[2] <= box[0] || box[3] <= box[1]) return;
       const [left, top, right, bottom] = box;
       this.detail.hidden = true;
@@ -64,7 +77,10 @@ export class Stage {
   placeDetail() {
     if (!this.part) return;
     const [left, top] = this.part;
-    this.detail.style.setProperty("transform", `translate(${this.x + left * this.scale}px, ${this.y + top * this.scale}px) scale(${this.scale})`);
+    this.detail.style.setProperty(
+      "transform",
+      `translate(${this.x + left * this.scale}px, ${this.y + top * this.scale}px) scale(${this.scale})`,
+    );
     this.detail.classList.toggle("sharp", this.scale >= SHARP);
   }
 
@@ -74,7 +90,8 @@ export class Stage {
     this.ratio = Math.min(window.devicePixelRatio || 1, Math.sqrt(MOST / (w * t)));
     this.canvas.width = Math.round(w * this.ratio);
     this.canvas.height = Math.round(t * this.ratio);
-    if (this.fitted) this.fit(); else this.place();
+    if (this.fitted) this.fit();
+    else this.place();
   }
 
   fit() {
@@ -89,8 +106,8 @@ export class Stage {
   zoom(factor, x = this.root.clientWidth / 2, y = this.root.clientHeight / 2) {
     const least = 0.2 * Math.min(this.root.clientWidth / this.width, this.root.clientHeight / this.height);
     const scale = Math.min(64, Math.max(Math.min(least, 1), this.scale * factor));
-    this.x = x - (x - this.x) * scale / this.scale;
-    this.y = y - (y - this.y) * scale / this.scale;
+    this.x = x - ((x - this.x) * scale) / this.scale;
+    this.y = y - ((y - this.y) * scale) / this.scale;
     this.scale = scale;
     this.fitted = false;
     this.place();
@@ -104,7 +121,8 @@ export class Stage {
   }
 
   place() {
-    const { clientWidth: w, clientHeight: t } = this.root, margin = 40;  // some of the image stays in sight
+    const { clientWidth: w, clientHeight: t } = this.root,
+      margin = 40; // some of the image stays in sight
     this.x = Math.min(w - margin, Math.max(margin - this.width * this.scale, this.x));
     this.y = Math.min(t - margin, Math.max(margin - this.height * this.scale, this.y));
     this.image.style.setProperty("transform", `translate(${this.x}px, ${this.y}px) scale(${this.scale})`);
@@ -123,7 +141,7 @@ export class Stage {
 
   // Draw the masks: all, or those in a box of the image alone.
   draw(box) {
-    const { canvas, ratio, scale } = this, step = scale * ratio;
+    const { canvas, ratio, scale } = this;
     if (!canvas.width || !ratio) return;
     let [left, top, right, bottom] = [0, 0, canvas.width, canvas.height];
     if (box) {
@@ -133,7 +151,8 @@ export class Stage {
       bottom = Math.min(bottom, Math.ceil((box[3] * scale + this.y) * ratio) + 1);
     }
     if (right <= left || bottom <= top) return;
-    const picture = this.ink.createImageData(right - left, bottom - top), data = picture.data;
+    const picture = this.ink.createImageData(right - left, bottom - top),
+      data = picture.data;
     const columns = new Int32Array(right - left);
     for (let i = 0; i < columns.length; i++) {
       const x = Math.floor(((left + i + 0.5) / ratio - this.x) / scale);
@@ -143,17 +162,27 @@ export class Stage {
     for (let j = 0; j < bottom - top; j++) {
       const y = Math.floor(((top + j + 0.5) / ratio - this.y) / scale);
       if (y < 0 || y >= this.height) continue;
-      const row = y >> 8, offset = (y & 255) << 8, start = j * columns.length * 4;
-      for (const { mask, colour: [r, g, b], strength } of layers) {
-        let column = -1, tile;
+      const row = y >> 8,
+        offset = (y & 255) << 8,
+        start = j * columns.length * 4;
+      for (const {
+        mask,
+        colour: [r, g, b],
+        strength,
+      } of layers) {
+        let column = -1,
+          tile;
         for (let i = 0; i < columns.length; i++) {
           const x = columns[i];
           if (x < 0) continue;
-          if (x >> 8 !== column) tile = mask.get(column = x >> 8, row);
+          if (x >> 8 !== column) tile = mask.get((column = x >> 8), row);
           const value = tile ? tile[offset + (x & 255)] : 0;
           if (!value) continue;
-          const at = start + 4 * i, alpha = value * strength * this.opacity, old = data[at + 3];
-          const sum = alpha + old * (1 - alpha / 255), share = alpha / sum;
+          const at = start + 4 * i,
+            alpha = value * strength * this.opacity,
+            old = data[at + 3];
+          const sum = alpha + old * (1 - alpha / 255),
+            share = alpha / sum;
           data[at] += (r - data[at]) * share;
           data[at + 1] += (g - data[at + 1]) * share;
           data[at + 2] += (b - data[at + 2]) * share;
@@ -173,7 +202,10 @@ export class Stage {
     const box = this.root.getBoundingClientRect();
     this.ring.style.setProperty("width", `${Math.max(4, size)}px`);
     this.ring.style.setProperty("height", `${Math.max(4, size)}px`);
-    this.ring.style.setProperty("transform", `translate(${this.at[0] - box.left}px, ${this.at[1] - box.top}px) translate(-50%, -50%)`);
+    this.ring.style.setProperty(
+      "transform",
+      `translate(${this.at[0] - box.left}px, ${this.at[1] - box.top}px) translate(-50%, -50%)`,
+    );
   }
 
   listen() {
@@ -185,7 +217,7 @@ export class Stage {
       root.setPointerCapture(event.pointerId);
       if (event.pointerType === "pen") this.pen = true;
       this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
-      const finger = this.pen && event.pointerType === "touch";  // beside a pen, fingers only move
+      const finger = this.pen && event.pointerType === "touch"; // beside a pen, fingers only move
       if (event.button === 1 || this.space || finger) this.panning = true;
       else if (this.pointers.size === 1) {
         this.painting = true;
@@ -217,16 +249,30 @@ export class Stage {
         if (!this.pointers.size) this.panning = false;
       });
     }
-    root.addEventListener("pointerleave", () => { this.at = null; this.showRing(); });
+    root.addEventListener("pointerleave", () => {
+      this.at = null;
+      this.showRing();
+    });
     root.addEventListener("contextmenu", (event) => event.preventDefault());
-    root.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      const box = root.getBoundingClientRect();
-      if (event.shiftKey) this.pan(-event.deltaY - event.deltaX, 0);
-      else this.zoom(Math.exp(-event.deltaY / 400), event.clientX - box.left, event.clientY - box.top);
-    }, { passive: false });
-    root.addEventListener("keydown", (event) => { if (event.key === " ") { this.space = true; event.preventDefault(); } });
-    root.addEventListener("keyup", (event) => { if (event.key === " ") this.space = false; });
+    root.addEventListener(
+      "wheel",
+      (event) => {
+        event.preventDefault();
+        const box = root.getBoundingClientRect();
+        if (event.shiftKey) this.pan(-event.deltaY - event.deltaX, 0);
+        else this.zoom(Math.exp(-event.deltaY / 400), event.clientX - box.left, event.clientY - box.top);
+      },
+      { passive: false },
+    );
+    root.addEventListener("keydown", (event) => {
+      if (event.key === " ") {
+        this.space = true;
+        event.preventDefault();
+      }
+    });
+    root.addEventListener("keyup", (event) => {
+      if (event.key === " ") this.space = false;
+    });
   }
 
   pinch(event, before) {
@@ -241,7 +287,9 @@ export class Stage {
 
 // Undo and redo of squares, up to a number of bytes.
 export class History {
-  constructor() { Object.assign(this, { steps: [], at: 0 }); }
+  constructor() {
+    Object.assign(this, { steps: [], at: 0 });
+  }
 
   add(mask, saved) {
     this.steps.length = this.at;

@@ -12,7 +12,9 @@ export class Mask {
     this.sums = new Map();
   }
 
-  get(column, row) { return this.tiles.get(row * this.across + column); }
+  get(column, row) {
+    return this.tiles.get(row * this.across + column);
+  }
 
   share() {
     let sum = 0;
@@ -48,11 +50,17 @@ export class Mask {
       const outer = span(x0, y0, x1, y1, radius + 0.5, y + 0.5);
       if (!outer) continue;
       const inner = span(x0, y0, x1, y1, radius - 0.5, y + 0.5) || [Infinity, -Infinity];
-      const from = Math.max(0, Math.floor(outer[0])), to = Math.min(this.width - 1, Math.ceil(outer[1]));
-      for (let x = from; x <= to;) {  // square by square: edges pixel by pixel, the inside at once
-        const column = x >> 8, start = column << 8, last = Math.min(to, start + 255);
-        const first = Math.max(x, Math.ceil(inner[0] - 0.5)), end = Math.min(last, Math.floor(inner[1] - 0.5));
-        const tile = this.writable(column, y >> 8, before), offset = ((y & 255) << 8) - start;
+      const from = Math.max(0, Math.floor(outer[0])),
+        to = Math.min(this.width - 1, Math.ceil(outer[1]));
+      for (let x = from; x <= to;) {
+        // square by square: edges pixel by pixel, the inside at once
+        const column = x >> 8,
+          start = column << 8,
+          last = Math.min(to, start + 255);
+        const first = Math.max(x, Math.ceil(inner[0] - 0.5)),
+          end = Math.min(last, Math.floor(inner[1] - 0.5));
+        const tile = this.writable(column, y >> 8, before),
+          offset = ((y & 255) << 8) - start;
         if (first <= end) tile.fill(erase ? 0 : 255, offset + first, offset + end + 1);
         for (; x <= last; x++) {
           if (x === first && first <= end) x = end + 1;
@@ -73,20 +81,24 @@ export class Mask {
 
   // Fill what an outline encloses around a point, up to the edge of the image. Returns the box, or null on the mask.
   fill(x, y, before) {
-    const { width, height } = this, box = [x, y, x + 1, y + 1];
+    const { width, height } = this,
+      box = [x, y, x + 1, y + 1];
     if (x < 0 || y < 0 || x >= width || y >= height || this.value(x, y) > 127) return null;
     const stack = [[x, y]];
     while (stack.length) {
       const [seed, line] = stack.pop();
       if (this.value(seed, line) > 127) continue;
-      let left = seed, right = seed;
+      let left = seed,
+        right = seed;
       while (left > 0 && this.value(left - 1, line) <= 127) left--;
       while (right < width - 1 && this.value(right + 1, line) <= 127) right++;
       for (let i = left; i <= right; i++) {
         this.writable(i >> 8, line >> 8, before)[((line & 255) << 8) + (i & 255)] = 255;
       }
-      box[0] = Math.min(box[0], left); box[2] = Math.max(box[2], right + 1);
-      box[1] = Math.min(box[1], line); box[3] = Math.max(box[3], line + 1);
+      box[0] = Math.min(box[0], left);
+      box[2] = Math.max(box[2], right + 1);
+      box[1] = Math.min(box[1], line);
+      box[3] = Math.max(box[3], line + 1);
       for (const next of [line - 1, line + 1]) {
         if (next < 0 || next >= height) continue;
         for (let i = left, open = false; i <= right; i++) {
@@ -101,19 +113,26 @@ export class Mask {
 
   // Fill the pixels whose centre lies in a polygon, by the even-odd rule. Returns its box.
   polygon(points, before) {
-    const ys = points.map(([, y]) => y), xs = points.map(([x]) => x), { width, height } = this;
-    const top = Math.max(0, Math.floor(Math.min(...ys))), bottom = Math.min(height - 1, Math.ceil(Math.max(...ys)));
+    const ys = points.map(([, y]) => y),
+      xs = points.map(([x]) => x),
+      { width, height } = this;
+    const top = Math.max(0, Math.floor(Math.min(...ys))),
+      bottom = Math.min(height - 1, Math.ceil(Math.max(...ys)));
     for (let y = top; y <= bottom; y++) {
-      const line = y + 0.5, cuts = [];
+      const line = y + 0.5,
+        cuts = [];
       points.forEach(([x1, y1], i) => {
         const [x0, y0] = points.at(i - 1);
-        if ((y0 <= line) !== (y1 <= line)) cuts.push(x0 + (line - y0) * (x1 - x0) / (y1 - y0));
+        if (y0 <= line !== y1 <= line) cuts.push(x0 + ((line - y0) * (x1 - x0)) / (y1 - y0));
       });
       cuts.sort((one, other) => one - other);
       for (let i = 0; i + 1 < cuts.length; i += 2) {
-        const from = Math.max(0, Math.ceil(cuts[i] - 0.5)), to = Math.min(width, Math.ceil(cuts[i + 1] - 0.5));
+        const from = Math.max(0, Math.ceil(cuts[i] - 0.5)),
+          to = Math.min(width, Math.ceil(cuts[i + 1] - 0.5));
         for (let x = from; x < to;) {
-          const start = x & ~255, end = Math.min(to, start + 256), row = ((y & 255) << 8) - start;
+          const start = x & ~255,
+            end = Math.min(to, start + 256),
+            row = ((y & 255) << 8) - start;
           this.writable(x >> 8, y >> 8, before).fill(255, row + x, row + end);
           x = end;
         }
@@ -133,14 +152,16 @@ export class Mask {
     const replaced = new Map();
     for (const [key, tile] of saved) {
       replaced.set(key, this.tiles.get(key));
-      if (tile) this.tiles.set(key, tile); else this.tiles.delete(key);
+      if (tile) this.tiles.set(key, tile);
+      else this.tiles.delete(key);
       this.sums.delete(key);
     }
     return replaced;
   }
 
   async pack(keys) {
-    const parts = [], head = new DataView(new ArrayBuffer(16));
+    const parts = [],
+      head = new DataView(new ArrayBuffer(16));
     new Uint8Array(head.buffer).set([66, 84, 49, 0]);
     [this.width, this.height, keys.length].forEach((value, i) => head.setUint32(4 + 4 * i, value, true));
     parts.push(head.buffer);
@@ -157,13 +178,18 @@ export class Mask {
   }
 
   static async unpack(buffer) {
-    const view = new DataView(buffer), mask = new Mask(view.getUint32(4, true), view.getUint32(8, true));
+    const view = new DataView(buffer),
+      mask = new Mask(view.getUint32(4, true), view.getUint32(8, true));
     let at = 16;
     for (let i = view.getUint32(12, true); i > 0; i--) {
-      const key = view.getUint16(at + 2, true) * mask.across + view.getUint16(at, true), length = view.getUint32(at + 4, true);
+      const key = view.getUint16(at + 2, true) * mask.across + view.getUint16(at, true),
+        length = view.getUint32(at + 4, true);
       at += 8;
       const data = new Uint8Array(buffer, at, length);
-      mask.tiles.set(key, length === 1 ? new Uint8Array(AREA).fill(255) : await through(data, new DecompressionStream("deflate-raw")));
+      mask.tiles.set(
+        key,
+        length === 1 ? new Uint8Array(AREA).fill(255) : await through(data, new DecompressionStream("deflate-raw")),
+      );
       at += length;
     }
     return mask;
@@ -175,7 +201,9 @@ async function through(data, stream) {
 }
 
 function distance(x0, y0, x1, y1, x, y) {
-  const dx = x1 - x0, dy = y1 - y0, length = dx * dx + dy * dy;
+  const dx = x1 - x0,
+    dy = y1 - y0,
+    length = dx * dx + dy * dy;
   const along = length ? Math.min(1, Math.max(0, ((x - x0) * dx + (y - y0) * dy) / length)) : 0;
   return Math.hypot(x - x0 - along * dx, y - y0 - along * dy);
 }
@@ -183,19 +211,28 @@ function distance(x0, y0, x1, y1, x, y) {
 // Where a horizontal line at y is within `radius` of a stretch: an interval, as the shape is convex. Null if nowhere.
 function span(x0, y0, x1, y1, radius, y) {
   if (radius <= 0) return null;
-  let low = Infinity, high = -Infinity;
-  for (const [cx, cy] of [[x0, y0], [x1, y1]]) {
+  let low = Infinity,
+    high = -Infinity;
+  for (const [cx, cy] of [
+    [x0, y0],
+    [x1, y1],
+  ]) {
     const reach = radius * radius - (y - cy) * (y - cy);
     if (reach >= 0) {
       low = Math.min(low, cx - Math.sqrt(reach));
       high = Math.max(high, cx + Math.sqrt(reach));
     }
   }
-  const dx = x1 - x0, dy = y1 - y0, length = Math.hypot(dx, dy);
-  if (length > 0 && dy !== 0) {  // the band between the two circles
-    const middle = x0 + (y - y0) * dx / dy, half = Math.abs(radius * length / dy);
-    let from = middle - half, to = middle + half;
-    const ends = [0, length * length].map((limit) => dx ? x0 + (limit - (y - y0) * dy) / dx : null);
+  const dx = x1 - x0,
+    dy = y1 - y0,
+    length = Math.hypot(dx, dy);
+  if (length > 0 && dy !== 0) {
+    // the band between the two circles
+    const middle = x0 + ((y - y0) * dx) / dy,
+      half = Math.abs((radius * length) / dy);
+    let from = middle - half,
+      to = middle + half;
+    const ends = [0, length * length].map((limit) => (dx ? x0 + (limit - (y - y0) * dy) / dx : null));
     if (dx) {
       from = Math.max(from, Math.min(...ends));
       to = Math.min(to, Math.max(...ends));

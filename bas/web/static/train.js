@@ -1,52 +1,126 @@
 // Train: base, settings, what it takes, start.
-import { Away, get, send } from "./api.js";
+import { Away, address, get, send } from "./api.js";
 import { stop } from "./app.js";
 import { button, bytes, copy, duration, h, link, problem, progress, put, remember, remembered, speak } from "./dom.js";
 
 export async function open(main, [name], studio) {
   if (!name) {
-    put(main, h("h1", {}, "Train"), h("div", { class: "empty" }, h("p", { class: "large" }, "A training needs a scene"),
-      h("p", {}, "Bring a photograph and paint a mask for each thing."), link("To Home", "#/home", { class: "button main" })));
+    put(
+      main,
+      h("h1", {}, "Train"),
+      h(
+        "div",
+        { class: "empty" },
+        h("p", { class: "large" }, "A training needs a scene"),
+        h("p", {}, "Bring a photograph and paint a mask for each thing."),
+        link("To Home", "#/home", { class: "button main" }),
+      ),
+    );
     return {};
   }
   const key = `settings ${name}`;
-  let base = remembered("base", "mini"), fields = [], values = remembered(key, {}), asked = 0, timer = null, plan = null;
+  let base = remembered("base", "mini"),
+    fields = [],
+    values = remembered(key, {}),
+    asked = 0,
+    timer = null,
+    plan = null;
   const about = await get("about");
   if (!about.bases.some((each) => each.name === base && each.here)) base = "mini";
-  const bases = h("fieldset", { class: "bases" }, h("legend", {}, "1 · Base model")), first = h("div", { class: "form" });
-  const more = h("div", { class: "form" }), facts = h("div", {}), notices = h("div", { class: "stack" }), changed = h("p", { class: "quiet" });
+  const bases = h("fieldset", { class: "bases" }, h("legend", {}, "1 · Base model")),
+    first = h("div", { class: "form" });
+  const more = h("div", { class: "form" }),
+    facts = h("div", {}),
+    notices = h("div", { class: "stack" }),
+    changed = h("p", { class: "quiet" });
   const search = h("input", { type: "search", placeholder: "Search in all settings", "aria-label": "Search in all settings" });
   const all = h("details", {}, h("summary", {}, "All settings"), search, more);
-  const start = button("Start training", begin, { class: "main large", id: "start", disabled: true }), reason = h("p", { class: "quiet", id: "reason" });
+  const start = button("Start training", begin, { class: "main large", id: "start", disabled: true }),
+    reason = h("p", { class: "quiet", id: "reason" });
   start.setAttribute("aria-describedby", "reason");
   search.addEventListener("input", filter);
 
-  put(main, h("h1", {}, `Train ${name}`), notices, h("div", { class: "columns three" },
-    h("section", {}, bases),
-    h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
-    h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason)));
+  put(
+    main,
+    h("h1", {}, `Train ${name}`),
+    notices,
+    h(
+      "div",
+      { class: "columns three" },
+      h("section", {}, bases),
+      h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
+      h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason),
+    ),
+  );
 
   function drawBases() {
-    put(bases, h("legend", {}, "1 · Base model"), about.bases.map((each) => {
-      const { here } = each, job = here ? null : studio.state.jobs.find((one) => one.kind === "download" && one.name === each.name);
-      return h("div", { class: `option ${here ? "" : "off"}` }, h("label", {},
-        h("input", { type: "radio", name: "base", value: each.name, checked: each.name === base, disabled: !here, onchange: () => choose(each.name) }),
-        h("span", {}, h("strong", {}, each.title), each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
-          h("small", { class: "quiet" }, here ? each.license : `not here yet · about ${bytes(each.bytes)} · ${each.license}`))), !here && fetching(each, job));
-    }));
+    put(
+      bases,
+      h("legend", {}, "1 · Base model"),
+      about.bases.map((each) => {
+        const { here } = each,
+          job = here ? null : studio.state.jobs.find((one) => one.kind === "download" && one.name === each.name);
+        return h(
+          "div",
+          { class: `option ${here ? "" : "off"}` },
+          h(
+            "label",
+            {},
+            h("input", {
+              type: "radio",
+              name: "base",
+              value: each.name,
+              checked: each.name === base,
+              disabled: !here,
+              onchange: () => choose(each.name),
+            }),
+            h(
+              "span",
+              {},
+              h("strong", {}, each.title),
+              each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
+              h("small", { class: "quiet" }, here ? each.license : `not here yet · about ${bytes(each.bytes)} · ${each.license}`),
+            ),
+          ),
+          !here && fetching(each, job),
+        );
+      }),
+    );
   }
 
   // A base model that is not here: fetch it, how far that is, or why it could not be fetched.
   function fetching(each, job) {
-    const alive = ["waiting", "running"].includes(job?.state), at = job?.progress;
+    const alive = ["waiting", "running"].includes(job?.state),
+      at = job?.progress;
     if (alive) {
-      return h("div", { class: "row" }, progress(at?.done ?? 0, at?.total ?? 1, `Fetching ${each.title}`),
-        h("span", { class: "number" }, at ? `${bytes(at.done)} of ${bytes(at.total)}${at.left ? `, ${duration(at.left)} left` : ""}` : job.state === "waiting" ? "waiting" : "asking for it …"),
-        button("Stop", () => stop(job, "now"), { "aria-label": `Stop fetching ${each.title}` }));
+      return h(
+        "div",
+        { class: "row" },
+        progress(at?.done ?? 0, at?.total ?? 1, `Fetching ${each.title}`),
+        h(
+          "span",
+          { class: "number" },
+          at
+            ? `${bytes(at.done)} of ${bytes(at.total)}${at.left ? `, ${duration(at.left)} left` : ""}`
+            : job.state === "waiting"
+              ? "waiting"
+              : "asking for it …",
+        ),
+        button("Stop", () => stop(job, "now"), { "aria-label": `Stop fetching ${each.title}` }),
+      );
     }
-    return [job && ["failed", "refused", "lost"].includes(job.state) && problem("It was not fetched", job.line || "It ended without a word: killed, or the machine was restarted."),
+    return [
+      job &&
+        ["failed", "refused", "lost"].includes(job.state) &&
+        problem("It was not fetched", job.line || "It ended without a word: killed, or the machine was restarted."),
       job?.state === "stopped" && h("p", { class: "quiet" }, "Stopped. What has come is kept."),
-      h("p", {}, button(job ? "Download again" : "Download", () => fetchBase(each.name), { "aria-label": `Download ${each.title}` }), h("small", { class: "quiet" }, " from huggingface.co"))];
+      h(
+        "p",
+        {},
+        button(job ? "Download again" : "Download", () => fetchBase(each.name), { "aria-label": `Download ${each.title}` }),
+        h("small", { class: "quiet" }, " from huggingface.co"),
+      ),
+    ];
   }
 
   async function fetchBase(wanted) {
@@ -55,7 +129,9 @@ export async function open(main, [name], studio) {
       await send("POST", "jobs", { kind: "download", base: wanted });
       speak("It is being fetched");
       await studio.refresh();
-    } catch (error) { put(notices, problem("It cannot be fetched", error.message)); }
+    } catch (error) {
+      put(notices, problem("It cannot be fetched", error.message));
+    }
   }
 
   async function choose(chosen) {
@@ -73,22 +149,39 @@ export async function open(main, [name], studio) {
   }
 
   function row(field) {
-    const id = `set-${field.name}`, value = field.name in values ? values[field.name] : field.default;
+    const id = `set-${field.name}`,
+      value = field.name in values ? values[field.name] : field.default;
     let control;
     if (field.kind === "bool") control = h("input", { id, type: "checkbox", checked: Boolean(value) });
     else if (field.kind === "choice") {
-      control = h("select", { id }, field.optional && h("option", { value: "", selected: value === null }, "default"),
-        field.choices.map((each) => h("option", { value: each, selected: each === value }, each)));
+      control = h(
+        "select",
+        { id },
+        field.optional && h("option", { value: "", selected: value === null }, "default"),
+        field.choices.map((each) => h("option", { value: each, selected: each === value }, each)),
+      );
     } else {
       const number = field.kind === "int" || field.kind === "float";
-      control = h("input", { id, type: number ? "number" : "text", step: field.kind === "int" ? 1 : "any", min: field.least, max: field.most,
-        placeholder: field.optional ? EMPTY[field.name] ?? "default" : "", value: Array.isArray(value) ? value.join(", ") : value ?? "" });
+      control = h("input", {
+        id,
+        type: number ? "number" : "text",
+        step: field.kind === "int" ? 1 : "any",
+        min: field.least,
+        max: field.most,
+        placeholder: field.optional ? (EMPTY[field.name] ?? "default") : "",
+        value: Array.isArray(value) ? value.join(", ") : (value ?? ""),
+      });
     }
     control.addEventListener(field.kind === "bool" || field.kind === "choice" ? "change" : "input", () => set(field, control));
     control.setAttribute("aria-describedby", `${id}-help`);
-    return h("div", { class: `setting ${field.kind}`, "data-search": `${field.name} ${field.help}`.toLowerCase(), "data-name": field.name },
-      h("label", { for: id }, label(field.name)), control, h("small", { id: `${id}-help`, class: "quiet" }, SHORT[field.name] ?? field.help, " ", h("code", {}, field.flag)),
-      h("small", { class: "error", role: "alert" }));
+    return h(
+      "div",
+      { class: `setting ${field.kind}`, "data-search": `${field.name} ${field.help}`.toLowerCase(), "data-name": field.name },
+      h("label", { for: id }, label(field.name)),
+      control,
+      h("small", { id: `${id}-help`, class: "quiet" }, SHORT[field.name] ?? field.help, " ", h("code", {}, field.flag)),
+      h("small", { class: "error", role: "alert" }),
+    );
   }
 
   function set(field, control) {
@@ -106,9 +199,27 @@ export async function open(main, [name], studio) {
   }
 
   function showChanged() {
-    const known = new Set(fields.map((field) => field.name)), names = Object.keys(values).filter((each) => known.has(each));
+    const known = new Set(fields.map((field) => field.name)),
+      names = Object.keys(values).filter((each) => known.has(each));
     for (const each of Object.keys(values)) if (!known.has(each)) delete values[each];
-    put(changed, names.length ? [`Changed: ${names.map(label).join(", ")} `, button("Reset", () => { values = {}; remember(key, values); drawForm(); renew(); }, { class: "plain" })] : "As suits this base model.");
+    put(
+      changed,
+      names.length
+        ? [
+            `Changed: ${names.map(label).join(", ")} `,
+            button(
+              "Reset",
+              () => {
+                values = {};
+                remember(key, values);
+                drawForm();
+                renew();
+              },
+              { class: "plain" },
+            ),
+          ]
+        : "As suits this base model.",
+    );
   }
 
   function filter() {
@@ -137,30 +248,64 @@ export async function open(main, [name], studio) {
       if (mine !== asked) return;
       put(facts);
       plan = null;
-      if (error instanceof Away) { timer = setTimeout(count, 1500); return; }
+      if (error instanceof Away) {
+        timer = setTimeout(count, 1500);
+        return;
+      }
       reason.textContent = "";
       const at = fields.find((field) => error.message.includes(`--${field.name} `) || error.message.startsWith(field.flag));
       const field = at && main.querySelector(`[data-name="${at.name}"] .error`);
       if (field) field.textContent = error.message;
       const masks = /mask|photograph|image|concept|scene/.test(error.message);
-      put(facts, problem("This cannot be trained yet", error.message, masks && link("To the masks", `#/masks/${encodeURIComponent(name)}`, { class: "button" })));
+      put(
+        facts,
+        problem(
+          "This cannot be trained yet",
+          error.message,
+          masks && link("To the masks", `#/${address("masks", name)}`, { class: "button" }),
+        ),
+      );
     }
     facts.removeAttribute("aria-busy");
   }
 
   function drawPlan() {
-    const shown = plan.facts, steps = shown.steps ?? {}, minutes = shown.time ?? {};
+    const shown = plan.facts,
+      steps = shown.steps ?? {};
     const size = (text) => String(text).split(" = ")[0];
-    put(facts, h("dl", { class: "facts" },
-      h("dt", {}, "Learns"), h("dd", {}, shown.handles),
-      Object.entries(steps).map(([phase, text]) => [h("dt", {}, phaseName(phase)), h("dd", {}, `${text.split(",")[0]} steps`)]),
-      h("dt", {}, "Time"), h("dd", { id: "time" }, timeOf(plan.measured, shown.time ?? {})),
-      h("dt", {}, "Memory"), h("dd", {}, Object.values(shown.memory).map(size).at(-1)),
-      h("dt", {}, "Disk"), h("dd", {}, shown.disk), h("dt", {}, "Runs on"), h("dd", {}, shown.device.replace(", mixed precision no", "")),
-      h("dt", {}, "Becomes"), h("dd", {}, `the run ${plan.run}`)),
+    put(
+      facts,
+      h(
+        "dl",
+        { class: "facts" },
+        h("dt", {}, "Learns"),
+        h("dd", {}, shown.handles),
+        Object.entries(steps).map(([phase, text]) => [h("dt", {}, phaseName(phase)), h("dd", {}, `${text.split(",")[0]} steps`)]),
+        h("dt", {}, "Time"),
+        h("dd", { id: "time" }, timeOf(plan.measured, shown.time ?? {})),
+        h("dt", {}, "Memory"),
+        h("dd", {}, Object.values(shown.memory).map(size).at(-1)),
+        h("dt", {}, "Disk"),
+        h("dd", {}, shown.disk),
+        h("dt", {}, "Runs on"),
+        h("dd", {}, shown.device.replace(", mixed precision no", "")),
+        h("dt", {}, "Becomes"),
+        h("dd", {}, `the run ${plan.run}`),
+      ),
       shown.warning && h("p", { class: "warning" }, shown.warning),
-      h("details", {}, h("summary", {}, "The command"), h("pre", {}, plan.command), button("Copy", (event) => copy(plan.command, event.target))));
-    const problemLine = !plan.here ? "This base model is not on this machine yet." : !plan.enough ? "There is too little space on the disk." : "";
+      h(
+        "details",
+        {},
+        h("summary", {}, "The command"),
+        h("pre", {}, plan.command),
+        button("Copy", (event) => copy(plan.command, event.target)),
+      ),
+    );
+    const problemLine = !plan.here
+      ? "This base model is not on this machine yet."
+      : !plan.enough
+        ? "There is too little space on the disk."
+        : "";
     start.disabled = Boolean(problemLine);
     const busy = studio.state.jobs.some((job) => ["running", "waiting"].includes(job.state));
     reason.textContent = problemLine || (busy ? "Something is at work: this training starts after it." : "");
@@ -171,7 +316,14 @@ export async function open(main, [name], studio) {
     if (measured) return `about ${duration(measured.seconds)}, as measured here in the run ${measured.run}`;
     const parts = Object.values(counted).map((text) => text.replace("at least ", ""));
     const unit = parts.some((text) => text.split(":").length > 2) ? "hours, minutes, seconds" : "minutes, seconds";
-    return ["not measured here yet: the first run to its end tells", h("small", { class: "quiet" }, `Its arithmetic alone takes ${parts.join(" + ")} (${unit}). Waiting for memory, previews and saving come on top, and can take many times as long.`)];
+    return [
+      "not measured here yet: the first run to its end tells",
+      h(
+        "small",
+        { class: "quiet" },
+        `Its arithmetic alone takes ${parts.join(" + ")} (${unit}). Memory, previews and saving can take many times as long.`,
+      ),
+    ];
   }
 
   async function begin() {
@@ -194,18 +346,25 @@ export async function open(main, [name], studio) {
   let fetched = "";
   return {
     async update(state) {
-      const mine = state.jobs.filter((job) => job.kind === "download"), text = JSON.stringify(mine.map(({ id, state: now, progress: at }) => [id, now, at]));
+      const mine = state.jobs.filter((job) => job.kind === "download"),
+        text = JSON.stringify(mine.map(({ id, state: now, progress: at }) => [id, now, at]));
       if (text === fetched && bases.children.length > 1) return;
       fetched = text;
-      if (mine.some((job) => job.state === "done" && !about.bases.find((each) => each.name === job.name)?.here)) about.bases = (await get("about")).bases;
+      if (mine.some((job) => job.state === "done" && !about.bases.find((each) => each.name === job.name)?.here))
+        about.bases = (await get("about")).bases;
       drawBases();
     },
-    key(event) { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) begin(); },
-    leave() { clearTimeout(timer); },
+    key(event) {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) begin();
+    },
+    leave() {
+      clearTimeout(timer);
+    },
   };
 }
 
-const SHORT = {  // where the help of the command says more than one needs at first
+const SHORT = {
+  // where the help of the command says more than one needs at first
   card: "Fits the training into this much memory. any: nothing is saved",
   phase1_train_steps: "The handles alone are trained",
   phase2_train_steps: "The model is trained as well",
@@ -214,8 +373,15 @@ const SHORT = {  // where the help of the command says more than one needs at fi
   background_handle: "Also learns what no mask covers, as bg for <bg>",
   img_log_steps: "Pictures while it trains; 0 for none",
 };
-const EMPTY = { background_handle: "none" };  // what a field without a value means, where that is no default
-const NAMES = { card: "Memory of the graphics card", phase1_train_steps: "Steps of phase 1", phase2_train_steps: "Steps of phase 2", seed: "Seed",
-  close_ups: "Close-ups, for small things", background_handle: "Handle of the background", img_log_steps: "Steps between previews" };
+const EMPTY = { background_handle: "none" }; // what a field without a value means, where that is no default
+const NAMES = {
+  card: "Memory of the graphics card",
+  phase1_train_steps: "Steps of phase 1",
+  phase2_train_steps: "Steps of phase 2",
+  seed: "Seed",
+  close_ups: "Close-ups, for small things",
+  background_handle: "Handle of the background",
+  img_log_steps: "Steps between previews",
+};
 export const label = (name) => NAMES[name] ?? name.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());
 export const phaseName = (name) => ({ phase1: "Phase 1, the handles", phase2: "Phase 2, the model too" })[name] ?? name;
