@@ -37,6 +37,7 @@ class Phase:
 class Kind:
     """One row of KINDS: what `--train` trains in phase 2 beside the handles, and what the run keeps of it."""
 
+    about: str  # what that is, in words
     weights: tuple[Part, ...]
     text: Part | None = None  # what trains of the text encoder, unless --no_train_text_encoder
     whole: bool = False  # whether the run keeps a whole model, or only what was trained
@@ -49,17 +50,30 @@ class Kind:
 # Whole weights are saved in fp32, because fp16 would round away small changes; adapters hold nothing but the changes.
 OF_SMALL_ADAPTERS = {"learning_rate": 1e-4, "save_precision": "fp16"}
 KINDS: dict[str, Kind] = {
-    "full": Kind(weights=("embedding", "unet"), text="text_encoder", whole=True),
-    "cross_attention": Kind(weights=("embedding", "cross_attention"), text="text_encoder", whole=True),
-    "kv": Kind(weights=("cross_attention_kv",), defaults={"learning_rate": 1e-5}),
-    "v": Kind(weights=("cross_attention_v",), defaults={"learning_rate": 1e-5}),
+    "full": Kind(about="the whole model", weights=("embedding", "unet"), text="text_encoder", whole=True),
+    "cross_attention": Kind(
+        about="the UNet's cross-attention", weights=("embedding", "cross_attention"), text="text_encoder", whole=True
+    ),
+    "kv": Kind(
+        about="the keys and values of cross-attention",
+        weights=("cross_attention_kv",),
+        defaults={"learning_rate": 1e-5},
+    ),
+    "v": Kind(about="the values of cross-attention", weights=("cross_attention_v",), defaults={"learning_rate": 1e-5}),
     "lora": Kind(
+        about="small adapters beside the layers",
         weights=("unet_lora",),
         text="text_encoder_lora",
         defaults=OF_SMALL_ADAPTERS,
         reads=("rank", "alpha", "lora_targets", "conv_rank"),
     ),
-    "token": Kind(weights=("unet_token",), defaults=OF_SMALL_ADAPTERS, reads=("rank", "alpha"), own_tokens=True),
+    "token": Kind(
+        about="small adapters at the handles' own tokens",
+        weights=("unet_token",),
+        defaults=OF_SMALL_ADAPTERS,
+        reads=("rank", "alpha"),
+        own_tokens=True,
+    ),
 }
 
 OF_ADAPTERS = KINDS["lora"].reads  # all settings of adapters

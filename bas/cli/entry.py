@@ -151,7 +151,10 @@ class OneLine(logging.Formatter):
 
 
 class Once(logging.Filter):
-    """Pass each warning once, though a request is checked before the work and again in each batch of it."""
+    """Pass each warning once, though a request is checked before the work and again in each batch of it.
+
+    So pass other records that say `once`: a model is described before it is loaded.
+    """
 
     def __init__(self):
         super().__init__()
@@ -160,7 +163,7 @@ class Once(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record says something new."""
         message, known = record.getMessage(), len(self.passed)
-        if record.levelno != logging.WARNING:
+        if record.levelno != logging.WARNING and not getattr(record, "once", False):
             return True
         self.passed.add(message)
         return len(self.passed) > known

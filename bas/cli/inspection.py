@@ -88,7 +88,7 @@ def _folder_kind(path: Path, details: dict) -> str:
 def _describe_run(path: Path, hashes: bool, prediction_type: str | None, base: Path | None) -> dict:
     """Describe a finished run: its model, and the metadata of concepts.safetensors."""
     tensors, metadata = read_concepts(path)
-    config = metadata["config"]
+    config, merged = metadata["config"], metadata.get("merged", {})
     _, rows, columns = tensors["masks"].shape
     return {
         "what": "a finished run of bas",
@@ -96,11 +96,12 @@ def _describe_run(path: Path, hashes: bool, prediction_type: str | None, base: P
         **(_small_run(path, config) if (path / TUNED).is_file() else {}),
         "handles": metadata["handles"],
         "trained at": f"{columns}x{rows} pixels",
-        "steps": f"{config['phase1_train_steps']} + {config['phase2_train_steps']}",
+        "steps": None if merged else f"{config['phase1_train_steps']} + {config['phase2_train_steps']}",
         "scene": config["instance_data_dir"],
         "base": config["pretrained_model_name_or_path"] or SHIPPED,
         "base hash": metadata["base"],
-        "merged from": metadata.get("merged", {}).get("runs"),
+        "merged from": merged.get("runs"),
+        "merged with weights": merged.get("weights"),
         "written by": f"bas {metadata['version']}",
     }
 
@@ -208,6 +209,7 @@ def known_as(digest: str) -> str | None:
 def _describe_tensors(path: Path, hashes: bool, prediction_type: str | None) -> dict:
     """Describe a .safetensors file: a whole model, the concepts of a run, or a kind that bas does not take."""
     tensors, metadata = read_tensors(path)
+    metadata = dict(sorted(metadata.items()))  # safetensors returns them in any order
     if metadata.get("bas") == "concepts-1":
         of_run = read_metadata(path, metadata)
         problem = f"it is part of a run: give the folder {path.parent}"

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
@@ -12,6 +13,8 @@ from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.schedulers import PREDICTION_TYPES
+
+ADDITIONS = ("lora", "embedding", "vae", "clip_skip")  # flags that add to a model, or change it
 
 
 def add_prediction_type(parser: Parser) -> None:
@@ -64,9 +67,9 @@ def find_model(args: argparse.Namespace) -> Path:
     return find(args.run if args.model_path is None else args.model_path)
 
 
-def added_files(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The files beside the model, for the settings of an image; nothing without any."""
-    return {name: files for name in ("lora", "embedding") if (files := getattr(args, name))}
+def given_additions(args: argparse.Namespace) -> dict[str, Any]:
+    """What was added to the model or changed in it, for the settings of an image; nothing without any."""
+    return {name: value for name in ADDITIONS if (value := getattr(args, name)) not in (None, [])}
 
 
 def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -> Models:

@@ -36,12 +36,12 @@ def check_output_path(name: str, count: int, *inputs: Path | None) -> Path:
     return target
 
 
-def warn_of_replacement(paths: list[Path]) -> None:
-    """Warn of files that exist and will be replaced."""
+def warn_of_replacement(paths: list[Path], advice: str = "name another file") -> None:
+    """Warn of files that exist and will be replaced. advice: how to keep them"""
     if replaced := [path for path in paths if path.exists()]:
         names = ", ".join([str(replaced[0]), *(path.name for path in replaced[1:NAMED])])
         more = f" and {len(replaced) - NAMED} more" if len(replaced) > NAMED else ""
-        log.warning("%s%s will be replaced; name another file to keep it", names, more)
+        log.warning("%s%s will be replaced; %s to keep %s", names, more, advice, "them" if replaced[1:] else "it")
 
 
 def add_gallery(parser: Parser, name: str) -> None:

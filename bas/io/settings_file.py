@@ -17,6 +17,7 @@ from bas.io.json_files import check_shape, decode_text
 
 CONFIG = "config.toml"  # of a run
 METADATA = {"config": dict, "handles": [str], "base": str, "version": str}
+MERGED = {"runs": [str], "weights": [(int, float)], "drift": {...: (int, float)}}  # of a merged run
 RETIRED = {"cuda_graphs": False, "fused_kernels": False, "unet_layers": "all"}  # of earlier versions, with no effect
 NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
 
@@ -62,6 +63,8 @@ def check_metadata(file: Path, metadata: object) -> dict[str, Any]:
             raise ValueError("handles is []")
         if twice := [name for name, times in Counter(record["handles"]).items() if times > 1]:
             raise ValueError(f"handles holds {twice[0]} twice")
+        if "merged" in record:
+            check_shape(record["merged"], MERGED, "merged")
     except ValueError as error:
         raise InputError(f"{file} is not as bas wrote it ({error}): restore it from a copy, or train again") from None
     rows = setting_rows(TrainConfig)

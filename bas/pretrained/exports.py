@@ -117,7 +117,10 @@ def plan_export(
     if kind is None and form != "single":
         raise InputError(f"{model} is a whole model without adapters: use it as it is, or --format single")
     if kind and kind.own_tokens:
-        raise InputError(f"{model} was trained with --train token: other programs have no adapters of single tokens")
+        raise InputError(
+            f"{model} was trained with --train token: other programs have no adapters of single tokens; train with "
+            "--train lora for them"
+        )
     spec = read_spec(model, prediction_type, None, base)
     if spec.handles and form == "single" and not has_clip_vocabulary(spec.tokenizer):
         raise InputError(f"{model} has a vocabulary of its own: a single file carries no tokenizer, use the folder")
@@ -237,7 +240,7 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
     """The metadata of a LoRA file that other programs show. All values are texts."""
     config, velocity = metadata["config"], spec.schedule.prediction_type == "v_prediction"
     merged = [Path(each).name for each in metadata.get("merged", {}).get("runs", ())]
-    steps = len(read_rows(run / METRICS))
+    steps, images = len(read_rows(run / METRICS)), sum(1 for _ in (run / SCENE).rglob("img.png")) or 1
     sd2 = SHORT[spec.family] == "SD2"
     return {
         "ss_v2": str(sd2),
@@ -246,10 +249,10 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
         "ss_sd_model_name": Path(config["pretrained_model_name_or_path"] or "mini").name,
         "ss_clip_skip": "None",
         "ss_resolution": str(spec.resolution),
-        "ss_num_train_images": "1",
-        "ss_dataset_dirs": json.dumps({"scene": {"n_repeats": 1, "img_count": 1}}),
-        "ss_steps": str(steps),
-        "ss_tag_frequency": json.dumps({"scene": dict.fromkeys(words, steps)}),
+        "ss_num_train_images": str(images),
+        "ss_dataset_dirs": json.dumps({"scene": {"n_repeats": 1, "img_count": images}}),
+        **({"ss_steps": str(steps)} if steps else {}),  # a merged run took none
+        "ss_tag_frequency": json.dumps({"scene": dict.fromkeys(words, steps or 1)}),  # A1111 never takes a word of 0
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,

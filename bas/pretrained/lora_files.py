@@ -413,11 +413,13 @@ def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str,
     }
     alphas |= {alpha for scale in read_scales(path, texts).values() for alpha in (scale.alpha, *scale.own.values())}
     text = sum(layer.startswith(("lora_te", "text_encoder", "te_")) for layer in layers)
+    whole = len({found[0] for found in roles.values() if found and found[1] == "diff"})
     return {
         "for": family_of(tensors) or stated_family(texts),
         "trained on": texts.get("ss_sd_model_name"),
         "base hash": texts.get("bas.base_sha256"),
         "layers": f"{len(layers) - text} of the UNet, {text} of the text encoder",
+        "differences": f"of {whole} whole weights" if whole else None,
         "ranks": sorted(ranks),
         "alpha": sorted(alphas) or ("none: the strength counts as it is" if ranks else None),
         "trigger words": trigger_words(texts),

@@ -48,6 +48,7 @@ from bas.pretrained.small_runs import (
 
 RENAME = re.compile(r"(.+):(<[^<>]*>)=(<[^<>]*>)")
 RIDGE = 1e-6  # of the mean squared text feature, beside the captions' own
+MOST_RESIDUAL = 1e-6  # of the closed form's constraints, relative; a sound one leaves 1e-9 or less
 AT_ONCE = 16  # prompts that are encoded together
 THINGS = (
     *("man", "woman", "child", "cat", "dog", "bird", "horse", "fish", "car", "bicycle", "house", "tree", "flower"),
@@ -249,9 +250,22 @@ def merge_keys_and_values(base: Parts, sources: Sequence[Source], changes: Seque
         for source, own, each in zip(sources, targets, changes, strict=True):
             delta = each["unet"][name].delta().double() if name in each["unet"] else 0.0
             values.append(own @ (weight + source.weight * delta).T)
-        merged = closed_form(weight, states, torch.cat(targets), torch.cat(values))
-        found[name] = Difference((merged - weight).float())
+        found[name] = Difference((_constrained(weight, states, torch.cat(targets), torch.cat(values)) - weight).float())
     return {"unet": found}
+
+
+def _constrained(weight: Tensor, states: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    """The closed form. InputError where no weight meets its constraints: for handles that are alike, or too many."""
+    try:
+        merged = closed_form(weight, states, targets, values)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        merged = None
+    if merged is None or not (targets @ merged.T - values).norm() <= MOST_RESIDUAL * values.norm():
+        raise InputError(
+            "the handles of these runs are too alike, or too many, for each to keep its keys and values: train one "
+            "again with another --seed, or merge fewer runs"
+        )
+    return merged
 
 
 # How the runs of one kind are merged.

@@ -96,7 +96,7 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     check_channels(shapes(f"{UNET}input_blocks.0.0.weight")[1], latents, path)
     _check_family(shapes)
     prediction_type, reason = _prediction_type(tensors, metadata, prediction_type, path)
-    log.info("%s: prediction type %s, %s", path, prediction_type, reason)
+    log.info("%s: prediction type %s, %s", path, prediction_type, reason, extra={"once": True})
     unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
     schedule = infer_schedule(tensors, prediction_type)

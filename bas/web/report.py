@@ -19,6 +19,7 @@ from bas.errors import InputError
 from bas.io.figures import tint_masks
 from bas.io.files import human_size, write_text
 from bas.io.run_files import CONCEPTS, METRICS, REPORT, SCENE, SETTINGS, read_rows, read_sessions, read_settings
+from bas.presets import KINDS
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import SHIPPED
 from bas.runtime.progress import clock
@@ -114,6 +115,7 @@ def page(run: Path) -> str:
         handles=[chip(name, i) for i, name in enumerate(handles)],
         sheet=figure(sheet, "the scene, then its concepts in new places", SHEET_SIDE) if sheet else None,
         tiles=tiles(metadata, rows, sessions, finished),
+        trains=None if "merged" in metadata else KINDS.get(metadata["config"]["train"], KINDS["full"]).about,
         command=command if finished else "",
         scene=scene_figures(run / SCENE, scene),
         strips=strips(scene, shown, first_trained_step(metadata["config"])),
@@ -137,7 +139,7 @@ def tiles(metadata: dict, rows: list[dict], sessions: list[dict], finished: bool
     stages = [stage for session in sessions for stage in session["stages"]]
     values = {
         "state": "finished" if finished else "unfinished",
-        "steps": f"{len(rows)} of {planned}",
+        "steps": None if "merged" in metadata else f"{len(rows)} of {planned}",
         "time": clock(sum(stage["seconds"] for stage in stages)) if stages else None,
         "peak GPU memory": _peak(stages, "gpu_bytes"),
         "peak memory of the process": _peak(stages, "process_bytes"),
@@ -231,7 +233,7 @@ def tables(run: Path, metadata: dict, sessions: list[dict], finished: bool) -> l
         table("sha256", hashes),
     ]
     if "merged" in metadata:
-        found.insert(0, table("Merged", metadata["merged"]))
+        found.insert(0, table("Merged", merged_rows(metadata["merged"])))
     for i, session in enumerate(sessions):
         about = {"started": session["started"], "device": session["device"], **session["versions"]}
         for stage in session["stages"]:
@@ -239,6 +241,14 @@ def tables(run: Path, metadata: dict, sessions: list[dict], finished: bool) -> l
             about[stage["stage"]] = ", ".join([f"{stage['seconds']:.1f} s", *memory])
         found.append(table("Times, memory, versions" if i == 0 else f"Resumed, session {i + 1}", about))
     return found
+
+
+def merged_rows(merged: dict) -> dict[str, str]:
+    """Say of a merged run which runs it is made of, and how far each concept moved, a line each."""
+    runs = {run: f"weight {weight:g}" for run, weight in zip(merged["runs"], merged["weights"], strict=False)}
+    rank = {"rank": str(merged["rank"])} if merged.get("rank") else {}
+    moved = {name: f"its attention's output moved by {drift:.1%}" for name, drift in merged["drift"].items()}
+    return runs | rank | moved
 
 
 # --- Curves -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ import bas
 from bas.cli.entry import COMMANDS, Once, OneLine, build_parser, full_parser, main
 from bas.config import SampleConfig, TrainConfig
 from bas.errors import RunError
+from bas.pretrained.folder import load, read_spec
+from bas.pretrained.single_file import save_single_file
+from tests.helpers.families import tiny
 from tests.helpers.tiny import write_class_images
 
 ROOT = Path(bas.__file__).parents[1]
@@ -218,6 +221,17 @@ def test_a_warning_comes_once():
         for text, value in rows
     ]
     assert [once.filter(record) for record in records] == [True, False, True, True, True]
+
+
+def test_how_a_file_is_read_is_told_once(tmp_path, caplog):
+    """A model is described, and then loaded: two readings of its file, one line."""
+    path, once = tmp_path / "model.safetensors", Once()
+    save_single_file(tiny("sd1", whole_vocabulary=True), path)
+    with caplog.at_level(logging.INFO, "bas"):
+        read_spec(path)
+        load(path)
+    records = [record for record in caplog.records if "prediction type" in record.getMessage()]
+    assert [once.filter(record) for record in records] == [True, False]
 
 
 def test_every_command_can_be_completed():

@@ -1,5 +1,6 @@
 """The UNet against diffusers, its attention maps, gradient checkpointing and torch.compile."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from bas.models.attention import SpatialTransformer
 from bas.models.config import UNetConfig
 from bas.models.layers import ResnetBlock
 from bas.models.unet import UNet
+from bas.pretrained.hub import KNOWN_CONFIGS
 from tests.helpers.compare import assert_equals_live, assert_equals_stored, cases, filled
 from tools.reference import cases as reference
 from tools.reference.measure import fill, uniform
@@ -255,6 +257,24 @@ def test_config_survives_a_round_trip():
         first = UNetConfig.from_json(config)
         second = UNetConfig.from_json(first.to_json())
         assert second == replace(first, attention_head_dim=first.heads)  # one number becomes one per level
+
+
+@pytest.mark.parametrize(
+    ("changes", "millions"),
+    [
+        ({}, 579.4),  # BK-SDM-Base, small-sd
+        ({"mid_block_type": None}, 482.3),  # BK-SDM-Small
+        ({"mid_block_type": None, "block_out_channels": [320, 640, 1280]}, 323.4),  # BK-SDM-Tiny, tiny-sd
+    ],
+)
+def test_smaller_relatives_of_sd1_are_rows_of_data(changes, millions):
+    """The number of the UNet's weights, as their publishers give it; all levels of the smallest have attention."""
+    config = json.loads(KNOWN_CONFIGS.read_text())["sd15"]["unet"] | {"layers_per_block": 1} | changes
+    if len(config["block_out_channels"]) == 3:
+        config |= {f"{way}_block_types": [f"CrossAttn{way.title()}Block2D"] * 3 for way in ("down", "up")}
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_json(config))
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == millions
 
 
 def test_heads_are_counted_in_spite_of_the_name():

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bas.cli.entry import main
+from bas.cli.inspection import describe
 from bas.config import SampleConfig, TrainConfig
 from bas.io.json_files import write_json
 from bas.io.run_files import TIMES
@@ -235,6 +236,8 @@ def test_a_difference_file_holds_what_the_weights_changed_by(base, cwd):
     assert (tensors[f"lora_unet_{name.replace('.', '_')}.diff"] - (after - before)).abs().max() < 1e-6
     beside = load(base, additions=Additions(loras=((cwd / "v-lora.safetensors", 1.0),)))
     assert (beside.unet.get_submodule(name).weight - after).abs().max() < 5e-6
+    told = describe(cwd / "v.safetensors")
+    assert (told["differences"], told["ranks"]) == (f"of {len(tensors)} whole weights", [])
     assert main(["export", str(run), "w.safetensors", "--format", "peft"]) == 2
 
 
@@ -375,9 +378,12 @@ def test_a_name_that_had_to_change_is_told(base, cwd, capsys):
     assert [metadata(cwd / f"{name}.safetensors")["bas.handle"] for name in ("Toy", "toy-2")] == ["<Toy>", "<toy>"]
 
 
-def test_what_cannot_be_exported_is_refused(base, run, cwd, capsys):
-    """A whole model as a LoRA, a LoRA with the name of a handle, a folder that is not there: one line, exit code 2."""
+def test_what_cannot_be_exported_is_refused(base, run, cwd, tmp_path_factory, capsys):
+    """A whole model as a LoRA, a LoRA with the name of a handle, a folder that is not there, adapters of tokens: one
+    line, exit code 2."""
+    token = write_small_run(tmp_path_factory.mktemp("token") / "run", base, train="token", rank=2)
     for words, part in (
+        ([str(token), "a.safetensors"], "no adapters of single tokens; train with --train lora for them"),
         ([str(base), "a.safetensors", "--format", "kohya"], "is a whole model without adapters"),
         ([str(run), "asset0.safetensors"], "would be the file of <asset0>, too"),
         ([str(run), "nowhere/a.safetensors"], "in an existing folder"),
@@ -393,7 +399,9 @@ def test_a_file_is_not_replaced_silently(run, cwd, caplog):
     write(run, "creature.safetensors")
     caplog.clear()
     write(run, "creature.safetensors")
-    assert "will be replaced" in caplog.text
+    beside, embeddings = caplog.messages
+    assert beside == "creature.safetensors, creature.json will be replaced; name another file to keep them"
+    assert embeddings == "asset0.safetensors, asset1.safetensors will be replaced; give another --prefix to keep them"
 
 
 # --- Merging ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Merged runs: sums are exact, the closed form is the optimum, and each handle stays what it was."""
 
+import html
 import json
 
 import pytest
 import torch
 
 from bas.cli.entry import main
-from bas.io.run_files import read_concepts, read_settings
+from bas.cli.inspection import describe
+from bas.io.run_files import SETTINGS, read_concepts, read_settings, save_concepts
 from bas.models.adapters import Change, Difference
 from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load
@@ -146,6 +148,17 @@ def test_keys_and_values_of_each_runs_prompts_stay(place, tmp_path):
     assert (other[0] - other[1]).abs().max() > 1e-2
 
 
+def test_runs_of_the_same_handles_have_no_closed_form(place, tmp_path, capsys):
+    """Two runs whose handles have the same rows and other values: no weight gives both."""
+    again = write_small_run(tmp_path / "again", place / "base", ("<ball>",), train="v", seed=4)
+    rows, (tensors, metadata) = read_concepts(place / "kv")[0]["handles"], read_concepts(again)
+    save_concepts(again, [rows], tensors["masks"] / 255, metadata.pop("handles"), metadata)
+    assert merge(place, "kv", str(again), "--output_dir", str(tmp_path / "both")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "too alike, or too many" in line
+    assert not (tmp_path / "both").exists()
+
+
 def test_other_kinds_merge_into_adapters(place, tmp_path, capsys):
     """LoRA and K/V together need a rank; at full rank the weights are the sum."""
     assert merge(place, "toys", "kv", "--output_dir", str(tmp_path / "both")) == 2
@@ -209,8 +222,24 @@ def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
     assert main(["info", str(tmp_path / "both"), "--json"]) == 0
     details = json.loads(capsys.readouterr().out)
     assert details["merged from"] == metadata["merged"]["runs"]
+    assert (details["merged with weights"], details["steps"]) == ([1.0, 1.0], None)
     assert main(["report", str(tmp_path / "both")]) == 0
+    page = html.unescape((tmp_path / "both" / "report.html").read_text())
+    assert "its attention's output moved by" in page
+    assert "Merged run:" in page
+    assert not any(word in page for word in ("0 of 0", "phase 2 trains", "Fewer than two", "no previews", "{'"))
+    settings = read_settings(tmp_path / "both")
+    for merged in ({}, {"runs": "toys", "weights": [1], "drift": {}}, {"runs": [], "weights": ["a"], "drift": {}}):
+        (tmp_path / "both" / SETTINGS).write_text(json.dumps(settings | {"merged": merged}))
+        with refused("settings.json is not as bas wrote it"):
+            read_settings(tmp_path / "both")
+    (tmp_path / "both" / SETTINGS).write_text(json.dumps(settings))
     assert main(["export", str(tmp_path / "both"), str(tmp_path / "both.safetensors")]) == 0
+    texts = describe(tmp_path / "both.safetensors")["metadata"]
+    assert [*texts] == sorted(texts)
+    assert "ss_steps" not in texts
+    words = dict.fromkeys(("toys-asset0", "cat", "mugs-asset0"), 1)
+    assert json.loads(texts["ss_tag_frequency"]) == {"scene": words}
 
 
 @pytest.mark.parametrize(

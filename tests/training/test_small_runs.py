@@ -357,20 +357,29 @@ def test_files_under_the_base_are_a_part_of_it(bench, tmp_path, additions, monke
 
 
 def test_images_keep_the_files_that_they_were_made_with(bench, tmp_path, additions, monkeypatch):
-    """The settings in an image name its LoRA and embedding, and as --config they repeat it, bit for bit."""
+    """The settings in an image name all that changed its model, and as --config they repeat it, bit for bit.
+
+    A flag overrides the file.
+    """
     monkeypatch.chdir(tmp_path)
     words = ["--prompt", "a photo of <other-asset0>", "--num_inference_steps", "1", "--precision", "fp32"]
     files = ["--lora", *additions["lora"], "--embedding", *additions["embedding"]]
+    files += ["--vae", str(bench.model / "vae"), "--clip_skip", "2"]
     assert main(["sample", str(bench.model), *words, *files]) == 0
     with Image.open("result.png") as image:
         settings = json.loads(image.info["bas"])
         first = image.tobytes()
     assert settings["lora"] == [*additions["lora"]]
     assert settings["embedding"] == [*additions["embedding"]]
-    (tmp_path / "again.toml").write_text(f"lora = {settings['lora']}\nembedding = {settings['embedding']}\n")
-    assert main(["sample", str(bench.model), *words, "--config", "again.toml", "--output_path", "again.png"]) == 0
-    with Image.open("again.png") as image:
-        assert image.tobytes() == first
+    assert (settings["vae"], settings["clip_skip"]) == (str(bench.model / "vae"), 2)
+    names = ("lora", "embedding", "vae", "clip_skip")
+    (tmp_path / "again.toml").write_text("".join(f"{name} = {json.dumps(settings[name])}\n" for name in names))
+    again = ["sample", str(bench.model), *words, "--config", "again.toml", "--output_path", "again.png"]
+    for flags, same in (([], True), (["--lora", *additions["lora"]], True), (["--clip_skip", "1"], False)):
+        assert main([*again, *flags]) == 0
+        with Image.open("again.png") as image:
+            assert (image.tobytes() == first) == same
+    assert main([*again, "--vae", "nowhere"]) == 2
 
 
 def test_a_second_scene_is_trained_as_if_it_were_alone(bench, tmp_path, small):

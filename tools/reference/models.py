@@ -81,7 +81,7 @@ UNETS_XL["ssd"] = UNETS_XL["sdxl"] | {  # SSD-1B and Vega: a depth for each tran
     "reverse_transformer_layers_per_block": [[2, 2, 3], [2, 1, 1], 1],
     "mid_block_type": "UNetMidBlock2D",
 }
-UNETS["bk-sdm"] = UNETS["sd1"] | {"layers_per_block": 1, "mid_block_type": None}  # small-sd and tiny-sd too
+UNETS["bk-sdm"] = UNETS["sd1"] | {"layers_per_block": 1, "mid_block_type": None}  # tiny-sd too
 SIZES = torch.tensor([[1024.0, 768, 3, 5, 512, 640], [512, 512, 0, 0, 512, 512]])
 VAES = {
     "vae": {

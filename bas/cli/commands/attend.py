@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.open_model import add_model, added_files, find_model, open_model
+from bas.cli.open_model import add_model, find_model, given_additions, open_model
 from bas.config import STEERING, SampleConfig
 from bas.io.files import filling, new_folder
 from bas.models.bundle import ModelSpec
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     steered = any(getattr(config, name) for name in STEERING)
     progress = ImageProgress(1, steps_taken(config) + steered * config.num_inference_steps)
     attention = attend(models, args.prompt, config, side, args.words, progress)
-    settings = as_record(models, config) | {"prompt": args.prompt, "model": path.name, **added_files(args)}
+    settings = as_record(models, config) | {"prompt": args.prompt, "model": path.name, **given_additions(args)}
     with filling(folder) as place:
         sheet = write_attention(attention, models.handles, place, settings)
     print(folder / sheet.name)

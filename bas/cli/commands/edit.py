@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.open_model import add_model, added_files, find_model, open_model
+from bas.cli.open_model import add_model, find_model, given_additions, open_model
 from bas.cli.output_files import add_output_path, check_output_path
 from bas.config import EditConfig
 from bas.errors import InputError
@@ -60,6 +60,6 @@ def run(args: argparse.Namespace) -> None:
     images = edit(models, image, regions, config, ImageProgress(config.num_images, steps))
 
     shared = as_record(models, config) | {"prompts": [region.prompt for region in regions], "model": name}
-    records = [shared | {"seed": config.seed + i, **added_files(args)} for i in range(config.num_images)]
+    records = [shared | {"seed": config.seed + i, **given_additions(args)} for i in range(config.num_images)]
     for path in save_images(images, records, target):
         print(path)

@@ -3,7 +3,7 @@
 import argparse
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.open_model import add_model, added_files, find_model, open_model
+from bas.cli.open_model import add_model, find_model, given_additions, open_model
 from bas.cli.output_files import add_gallery, gallery_folder, print_gallery
 from bas.config import SampleConfig
 from bas.sampling.gallery import CONTEXTS, combinations_in, explore
@@ -35,4 +35,4 @@ def run(args: argparse.Namespace) -> None:
     folder = gallery_folder(args, find_model(args), "exploration")
     contexts = tuple(args.contexts)
     models = open_model(args, lambda spec: check_request(spec, combinations_in(spec, contexts), config))
-    print_gallery(explore(models, folder, contexts, config, **added_files(args)))
+    print_gallery(explore(models, folder, contexts, config, **given_additions(args)))

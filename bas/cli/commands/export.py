@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> None:
     files = plan_export(path, target, form, args.prefix, args.rank, base, args.prediction_type)
     check_no_input(files, path, base)
     dtype = DTYPES[args.save_precision]
-    warn_of_replacement([*files])
+    embeddings = [*files.embeddings.values()]
+    warn_of_replacement([path for path in files if path not in embeddings])
+    warn_of_replacement(embeddings, "give another --prefix")
     if form == "single":
         export_single(path, files, dtype, args.prediction_type, base)
     else:

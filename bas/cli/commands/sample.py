@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from bas.cli.flags import Parser, add_config, add_fields, given
-from bas.cli.open_model import add_model, added_files, find_model, open_model
+from bas.cli.open_model import ADDITIONS, add_model, find_model, given_additions, open_model
 from bas.cli.output_files import add_output_path, check_output_path
 from bas.config import SampleConfig, Settings, setting, setting_rows
 from bas.errors import InputError
@@ -29,6 +29,8 @@ class Request(Settings):
     model_path: str | None = setting(None, "run, model folder, .safetensors file or known name")
     lora: tuple[str, ...] = setting((), "LoRA files, FILE or FILE:WEIGHT")
     embedding: tuple[str, ...] = setting((), "embedding files")
+    vae: str | None = setting(None, "a VAE to use in place of the model's")
+    clip_skip: int | None = setting(None, "which layer of the text encoder is read", least=1)
 
 
 EXAMPLES = (
@@ -54,7 +56,10 @@ def run(args: argparse.Namespace) -> None:
     """Generate the images, and save each with its settings as soon as it is done."""
     settings = read_config(args.config, setting_rows(SampleConfig) | setting_rows(Request))
     prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
-    args.lora, args.embedding = (getattr(args, kind) or list(settings.pop(kind, ())) for kind in ("lora", "embedding"))
+    for name in ADDITIONS:
+        value = settings.pop(name, None)
+        if value is not None and getattr(args, name) in (None, []):
+            setattr(args, name, value)
     prompts: list[str] = args.prompt or list(prompt or ())
     if args.model_path is None and args.run is None:
         args.model_path = model
@@ -68,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     progress = ImageProgress(len(jobs), steps_taken(config))
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
-    shared = as_record(models, config) | {"model": name, **added_files(args)}
+    shared = as_record(models, config) | {"model": name, **given_additions(args)}
     records = [shared | {"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     if args.grid:
         rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]

@@ -3,7 +3,7 @@
 import argparse
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.open_model import add_model, added_files, find_model, open_model
+from bas.cli.open_model import add_model, find_model, given_additions, open_model
 from bas.cli.output_files import add_gallery, gallery_folder, print_gallery
 from bas.config import VaryConfig
 from bas.sampling.gallery import all_together, vary
@@ -24,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     config = VaryConfig(**given(args, VaryConfig))
     folder = gallery_folder(args, find_model(args), "variations")
     models = open_model(args, lambda spec: check_request(spec, [all_together(spec)], config))
-    print_gallery(vary(models, folder, config, **added_files(args)))
+    print_gallery(vary(models, folder, config, **given_additions(args)))
