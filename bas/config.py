@@ -119,6 +119,8 @@ def check_one(row: Field, kind: type, value: Any, name: str, limits: bool) -> An
         raise InputError(f"{name} is {shown(text)}: expected a string")
     if not is_utf8(text):  # the files of a run are UTF-8
         raise InputError(f"{name} {text!r} is not UTF-8: rename it")
+    if "\0" in text:  # as TOML and JSON can write it
+        raise InputError(f"{name} is {shown(text)}: it holds the character 0, which no name and no prompt has")
     return check_choice(name, text, row.metadata["choices"]) if limits and row.metadata["choices"] else text
 
 

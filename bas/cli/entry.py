@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 the run failed: a number is not finite, memory or disk ran
 128 + n stopped by signal n: 130 Ctrl+C, 143 SIGTERM, 129 the terminal is closed, 141 the reader of a pipe has ended.
 """
 
+import errno
 import importlib
 import logging
 import os
@@ -129,9 +130,11 @@ def attempt(argv: list[str]) -> int:
     except OSError as error:  # of a file that is written: readers raise InputError
         if args.debug:
             raise
-        reason = f"{error.strerror or error}{': make room' if error.errno in DISK_IS_FULL else ''}"
+        too_long = error.errno == errno.ENAMETOOLONG  # then no such file is there, read or written
+        advice = ": make room" if error.errno in DISK_IS_FULL else ": name a shorter path" if too_long else ""
+        reason = f"{error.strerror or error}{advice}"
         print_error(f"{error.filename}: {reason}" if error.filename else reason)
-        return 1
+        return 2 if too_long else 1
     except (RuntimeError, MemoryError) as error:
         from bas.runtime.device import is_out_of_memory  # imports PyTorch
 

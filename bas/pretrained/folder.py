@@ -6,7 +6,6 @@ Two layouts are read and written: diffusers' folder (here) and the original sing
 from __future__ import annotations
 
 import json
-import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from bas.errors import InputError, check_bool, is_own_fault
 from bas.io.files import replacing, write_text
 from bas.io.json_files import check_json_size, read_json, read_text, write_json
 from bas.io.run_files import CONCEPTS, METRICS, TUNED, handle_rows, read_concepts
-from bas.io.tensors import PICKLE_ADVICE, read_tensors, write_tensors
+from bas.io.tensors import read_tensors, write_tensors
 from bas.models.adapters import adapt_tokens
 from bas.models.bundle import COMPONENTS, TEXT_ENCODERS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
@@ -32,6 +31,7 @@ from bas.models.text import build_text_encoder, known_handles, load_tokenizer, t
 from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.presets import GUIDANCE
+from bas.pretrained.component_files import STEMS, read_component
 from bas.pretrained.loading import (
     EMBEDDING,
     PROJECTION,
@@ -61,9 +61,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-STEMS |= {"text_encoder_2": "model"}
-VARIANTS = ("", ".fp16", ".bf16")  # in order of preference; other variants, such as non_ema, have other weights
 FILLING = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)  # with random numbers
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -99,7 +96,8 @@ def load_parts(
     for component, network in models.networks.items():
         kind = parts.spec.dtype_of(component, own.get(component, dtype))
         changes = parts.changes.get(component)
-        load_weights(network, parts.tensors[component], f"{source} ({component})", device, kind, changes)
+        name = f"{parts.sources.get(component, source)} ({component})"
+        load_weights(network, parts.tensors[component], name, device, kind, changes)
     return models
 
 
@@ -250,7 +248,7 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     with _blaming(folder / "scheduler" / "scheduler_config.json"):
         noise_schedule = (as_in_sdxl if both else as_in_pipeline)(NoiseSchedule.from_json(schedule), schedule)
     tokenizer = _read_tokenizer(folder / "tokenizer")
-    tensors = {component: _read_component(folder / component, STEMS[component]) for component in components}
+    tensors = {component: read_component(folder / component, STEMS[component]) for component in components}
     tensors = {part: unwrap_keys(weights, f"{folder} ({part})") for part, weights in tensors.items()}
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
     own = tokenizer, noise_schedule, known_handles(tokenizer), folder
@@ -348,42 +346,6 @@ def _raise_for_folder(folder: Path) -> NoReturn:
     if (folder / METRICS).is_file():
         raise InputError(f"{folder} is an unfinished run: train on with --resume_from_checkpoint latest")
     raise InputError(f"{folder} is not a model: it has neither model_index.json nor unet, vae and text_encoder")
-
-
-def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Read all tensors of one network, from one file or from the shards of an index."""
-    tensors = {}
-    for path in component_files(folder, stem):
-        found, _ = read_tensors(path)
-        if twice := tensors.keys() & found.keys():
-            raise InputError(f"{path} repeats {min(twice)!r} of another shard: download the model again")
-        tensors |= found
-    return tensors
-
-
-def component_files(folder: Path, stem: str) -> list[Path]:
-    """The weight files of one network, in full precision if there are such. Raises InputError for pickles alone."""
-    for variant in VARIANTS:
-        path = folder / f"{stem}{variant}.safetensors"
-        if path.exists() or path.is_symlink():
-            return [path]
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if index.exists():
-            return _shards(index)
-    if any(folder.glob("*.bin")):
-        raise InputError(f"{folder} holds only pickled weights (.bin): {PICKLE_ADVICE}")
-    raise InputError(f"{folder} holds no {stem}.safetensors: the model is incomplete, download it again")
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index.json names, all beside it."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map: copy or download it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name):
-            raise InputError(f"{index} names a shard {name!r}: expected a .safetensors file beside it")
-    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def _new_vae_name(name: str) -> str:

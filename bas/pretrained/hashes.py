@@ -13,7 +13,7 @@ from bas.io.files import cache_dir, clear_leftovers, require_file
 from bas.io.json_files import read_cache, write_json
 from bas.io.run_files import CONCEPTS, TUNED, read_concepts
 from bas.models.bundle import COMPONENTS
-from bas.pretrained.folder import STEMS, component_files
+from bas.pretrained.component_files import STEMS, component_files
 from bas.pretrained.lora_files import peft_config
 
 if TYPE_CHECKING:

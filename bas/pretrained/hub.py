@@ -26,7 +26,8 @@ from bas.models.config import UNetConfig, VAEConfig
 from bas.presets import CARDS, CARDS_XL, OF_SDXL
 from bas.pretrained import folder as model_folder
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import STEMS, as_in_sdxl, as_sdxl, component_files, holds_sdxl, read_spec
+from bas.pretrained.component_files import STEMS, component_files
+from bas.pretrained.folder import as_in_sdxl, as_sdxl, holds_sdxl, read_spec
 from bas.pretrained.own_settings import read_own_settings
 from bas.pretrained.single_file import clip_tokenizer
 from bas.runtime.device import DTYPES, pick_device, pick_precision

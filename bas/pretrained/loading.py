@@ -44,6 +44,7 @@ class Parts:
     spec: ModelSpec
     tensors: dict[str, dict[str, Tensor]]  # by component, memory-mapped
     changes: dict[str, Changes] = field(default_factory=dict)  # of weights, by component; added when they are loaded
+    sources: dict[str, Path] = field(default_factory=dict)  # of components that are not the model's own
     rows: dict[str, Tensor] = field(default_factory=dict)  # (N, d) of handles, by text encoder: its embedding's last
 
     def with_rows(self, rows: Mapping[str, Tensor], handles: Iterable[str]) -> Parts:

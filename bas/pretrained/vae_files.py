@@ -9,27 +9,37 @@ from bas.errors import InputError
 from bas.io.json_files import read_json
 from bas.io.tensors import read_tensors
 from bas.models.config import VAEConfig
+from bas.pretrained.component_files import STEMS, read_component
 from bas.pretrained.ldm_keys import VAE, inverse, rename, vae_table
 from bas.pretrained.loading import Parts, unwrap_keys
-
-STEM = "diffusion_pytorch_model.safetensors"
+from bas.pretrained.unsupported import check_class
 
 
 def with_vae(parts: Parts, path: Path) -> Parts:
     """Put another VAE into the parts of a model.
 
-    path: a folder with config.json and weights, or a .safetensors file, which has the configuration of the model's own
-    VAE. InputError for one of other latents, and for a file that is no VAE.
+    path: a folder with config.json and weights, one of a whole model, or a .safetensors file, which has the
+    configuration of the model's own VAE. InputError for one of other latents, and for a file that is no VAE.
     """
-    config = VAEConfig.from_json(read_json(path / "config.json")) if path.is_dir() else parts.spec.vae
-    own = parts.spec.vae
+    if (path / "vae").is_dir():
+        path = path / "vae"
+    config = own = parts.spec.vae
+    if path.is_dir():
+        described = read_json(path / "config.json")
+        if (name := described.get("_class_name")) is not None:
+            check_class("vae", name, path)
+        config = VAEConfig.from_json(described)
     if (config.latent_channels, config.factor) != (own.latent_channels, own.factor):
         raise InputError(f"--vae {path}: its latents are not those of {parts.spec.source}: take a VAE of its family")
-    tensors = unwrap_keys(read_tensors(path / STEM if path.is_dir() else path)[0], str(path))
+    found = read_component(path, STEMS["vae"]) if path.is_dir() else read_tensors(path)[0]
+    tensors = unwrap_keys(found, str(path))
     if not any("decoder.conv_in." in name for name in tensors):
         raise InputError(f"--vae {path} holds no VAE: give the file or folder of one")
     return replace(
-        parts, spec=replace(parts.spec, vae=config), tensors=parts.tensors | {"vae": own_names(tensors, config)}
+        parts,
+        spec=replace(parts.spec, vae=config),
+        tensors=parts.tensors | {"vae": own_names(tensors, config)},
+        sources=parts.sources | {"vae": path},
     )
 
 

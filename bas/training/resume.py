@@ -17,10 +17,11 @@ from bas.io.images import strips, to_floats
 from bas.io.json_files import MAX_ROWS_BYTES, check_shape, parse_json
 from bas.io.run_files import CONCEPTS, METRICS, ROW, read_settings
 from bas.pretrained.additions import Additions
+from bas.pretrained.folder import read_spec
 from bas.pretrained.hashes import base_hash
 from bas.pretrained.hub import find
 from bas.schedulers import NoiseSchedule
-from bas.training.checkpoints import Checkpoint
+from bas.training.checkpoints import Checkpoint, list_checkpoints
 
 # Settings that may change on resuming: the device, paths, logging, saving, and what only saves memory.
 FREE_ON_RESUME = {
@@ -149,11 +150,20 @@ def _last_step(lines: list[bytes]) -> int | str:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether --output_dir holds this run, finished. InputError for one of other settings, another scene or base."""
+    """Whether --output_dir holds this run, finished.
+
+    InputError for one of other settings, another scene or base, and for one whose model cannot be read: its checkpoints
+    may be all that is left of it.
+    """
     folder = Path(config.output_dir)
     if not (folder / CONCEPTS).exists():
         return False
     base = base_hash(find(config.pretrained_model_name_or_path), Additions.of_base(vars(config)))
     metadata = {"config": asdict(config), **scene_state(scene_for_method(config)), "base": base}
     check_resumable(folder, metadata, read_settings(folder))
+    try:
+        read_spec(folder)
+    except InputError as error:
+        advice = f", or remove {folder / CONCEPTS} to resume" if list_checkpoints(folder) else ""
+        raise InputError(f"{folder} has the file of a finished run, but {error}{advice}") from None
     return True

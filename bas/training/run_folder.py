@@ -36,7 +36,7 @@ from bas.io.run_files import (
 )
 from bas.io.settings_file import CONFIG
 from bas.io.tensors import HALF_WRITTEN
-from bas.pretrained.folder import STEMS
+from bas.pretrained.component_files import STEMS
 from bas.training.checkpoints import UNFINISHED, clear_unfinished, remove_all
 from bas.training.disk_space import writing
 from bas.training.tensorboard import EVENTS

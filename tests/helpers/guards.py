@@ -267,7 +267,7 @@ GUARDS = (
     ),
     Guard(
         "shards lie beside their index",
-        "pretrained/folder.py",
+        "pretrained/component_files.py",
         r'not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name)',
         'not name.endswith("safetensors")',
         "pretrained/test_unsupported.py::test_shards_stay_in_the_folder",

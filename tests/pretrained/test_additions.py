@@ -1,9 +1,15 @@
 """What takes the place of parts of a model while it is loaded: another VAE, an earlier layer of the text encoder."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bas.cli.entry import main
 from bas.models.text import encode_ids, tokenize
 from bas.pretrained.additions import Additions
 from bas.pretrained.exports import adapters_of
@@ -11,7 +17,7 @@ from bas.pretrained.folder import load, save_model
 from bas.pretrained.ldm_keys import VAE
 from bas.pretrained.lora_files import write_lora
 from bas.pretrained.single_file import save_single_file
-from tests.helpers.families import VAE_FILE, tiny
+from tests.helpers.families import VAE_FILE, change_json, change_tensors, tiny
 from tests.helpers.small_runs import LORA, write_base, write_small_run
 from tests.helpers.tiny import refused
 
@@ -37,6 +43,53 @@ def test_another_vae_takes_the_place_of_the_models(kind, saved, other):
     assert all(torch.equal(tensor, vae.state_dict()[name]) for name, tensor in models.vae.state_dict().items())
     assert torch.equal(models.unet.conv_in.weight, plain.unet.conv_in.weight)
     assert not torch.equal(models.vae.post_quant_conv.weight, plain.vae.post_quant_conv.weight)
+
+
+def test_a_vae_may_lie_in_a_whole_model_and_in_half_precision(saved, other, tmp_path):
+    """The folder of a model gives its VAE, and a folder in fp16 alone is read as that of a model."""
+    vae, files = other
+    half = shutil.copytree(files["folder"], tmp_path / "vae")
+    weights = half / "diffusion_pytorch_model.safetensors"
+    save_file({name: t.half() for name, t in load_file(weights).items()}, weights.with_suffix(".fp16.safetensors"))
+    weights.unlink()
+    for path, wanted in ((files["folder"].parent, vae.state_dict()), (half, vae.half().float().state_dict())):
+        found = load(saved, additions=Additions(vae=path)).vae.state_dict()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
+def test_a_broken_vae_is_named_itself(saved, other, tmp_path):
+    """The model is not at fault; and another class of VAE is refused by its name."""
+    _, files = other
+    folder = shutil.copytree(files["folder"], tmp_path / "vae")
+    change_tensors(folder / "diffusion_pytorch_model.safetensors", lambda t: t["decoder.conv_in.bias"].fill_(torch.nan))
+    with refused(f"{folder} (vae) holds broken weights (1): decoder.conv_in.bias"):
+        load(saved, additions=Additions(vae=folder))
+    change_json(folder / "config.json", _class_name="AutoencoderTiny")
+    with refused(str(folder), "'AutoencoderTiny' as its vae"):
+        load(saved, additions=Additions(vae=folder))
+
+
+@pytest.mark.parametrize("flag", ["--lora", "--embedding", "--vae", "--base", "--config", "--layout"])
+def test_a_path_too_long_for_the_system_is_a_wrong_input(saved, flag, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(saved), "--prompt", "a bowl", flag, "x" * 300]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "xxx" in line
+
+
+def test_images_name_what_changed_the_model(saved, other, tmp_path, monkeypatch):
+    """The VAE and the clip skip, from flags and from a settings file; flags override the file."""
+    _, files = other
+    monkeypatch.chdir(tmp_path)
+    Path("c.toml").write_text(
+        f'vae = "{files["file"]}"\nclip_skip = 2\nnum_inference_steps = 1\nheight = 64\nwidth = 64\n'
+    )
+    words = ["sample", str(saved), "--prompt", "a bowl", "--device", "cpu", "--config", "c.toml"]
+    assert main([*words, "--output_path", "a.png"]) == 0
+    assert main([*words, "--output_path", "b.png", "--clip_skip", "1"]) == 0
+    found = [json.loads(Image.open(name).info["bas"]) for name in ("a.png", "b.png")]
+    assert [(settings["vae"], settings["clip_skip"]) for settings in found] == [(str(files["file"]), n) for n in (2, 1)]
 
 
 def test_what_is_no_vae_of_this_family_is_refused(saved, other, tmp_path):

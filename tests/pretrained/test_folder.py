@@ -15,7 +15,8 @@ from bas.models.bundle import COMPONENTS, Models
 from bas.models.config import UNetConfig, VAEConfig
 from bas.models.text import add_handles, build_text_encoder
 from bas.pretrained import hashes, loading
-from bas.pretrained.folder import component_files, load, save_model
+from bas.pretrained.component_files import component_files
+from bas.pretrained.folder import load, save_model
 from bas.pretrained.hashes import weights_hash
 from bas.sampling.prompt_strength import encode_prompts
 from bas.schedulers import NoiseSchedule

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.errors import RunError
 from bas.io.files import cache_dir
+from bas.io.run_files import CONCEPTS, TUNED
 from bas.runtime.signals import Interrupted
 from bas.schedulers import NoiseSchedule
 from bas.training import loop as training
@@ -200,6 +201,27 @@ def test_a_finished_run_without_its_page_gets_one(bench, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "report.html").exists()
     assert main(words) == 0
     assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"train": "lora", "rank": 2}])
+def test_checkpoints_of_a_run_whose_model_is_lost_stay(bench, tmp_path, settings):
+    """The file of a finished run says that all is saved. If it is not, the checkpoint is all that is left."""
+    config = bench.config(tmp_path / "run", checkpointing_steps=2, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bas.training.loop.remove_all", lambda folder: None)  # as if it were killed before
+        bas.train(config)
+    run = tmp_path / "run"
+    lost = run / (TUNED if settings else "unet/diffusion_pytorch_model.safetensors")
+    lost.unlink()
+    kept = sorted(path for path in (run / "checkpoints").rglob("*"))
+    assert kept
+    again = replace(config, resume_from_checkpoint="latest")
+    with refused("has the file of a finished run, but", f"or remove {run / CONCEPTS} to resume"):
+        bas.train(again)
+    assert sorted(path for path in (run / "checkpoints").rglob("*")) == kept
+    (run / CONCEPTS).unlink()
+    bas.train(again)
+    assert lost.is_file()
 
 
 def test_a_finished_run_is_not_resumed_for_ever(bench, tmp_path):
