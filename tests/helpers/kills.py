@@ -29,6 +29,7 @@ from bas.training import loop as training
 from tests.helpers.tiny import Bench, file_hashes
 
 PHASE_STEPS, SAVE_EVERY = 20, 3
+FEW_STEPS = 5  # of a phase, in the ordinary tests
 PRELOADED = [  # once, in the process that children are forked from
     "tests.helpers.kills",
     "bas.cli.commands.train",
@@ -143,36 +144,25 @@ def in_last_clearing(done: int) -> None:
     patch(training, "remove_all", lambda *args: True)
 
 
-FAST_POINTS = ("in its tensors", "before its manifest")  # of a save, in the ordinary tests
-
-
 @dataclass(frozen=True)
 class Case:
     """One run that is killed, once or in a chain."""
 
     name: str
     kills: tuple[Arrange, ...]
-    fast: bool = False  # among the few of the ordinary tests
     changes: tuple = ()  # settings, as pairs; they must not change the result
     own_class_images: bool = False  # rather than those that the whole run made
 
 
 def cases() -> list[Case]:
     """Every point: each step, each part of a save, previews, class images, the final save, and chains."""
-    steps = [
-        Case(f"in step {step}", (in_step(step),), fast=step in (PHASE_STEPS, PHASE_STEPS + 1))
-        for step in range(1, 2 * PHASE_STEPS + 1)
-    ]
+    steps = [Case(f"in step {step}", (in_step(step),)) for step in range(1, 2 * PHASE_STEPS + 1)]
     points = (
         "before its folder", "in its tensors", "before its note", "before its manifest", "before its renaming",
         "before older ones go", "while older ones go",
     )  # fmt: skip
-    saves = [
-        Case(f"save of step {step}, {name}", (in_save(name, step),), fast=name in FAST_POINTS and step == 27)
-        for step in (BORDER, 27)
-        for name in points
-    ]
-    finals = [Case(f"final save, in {stem}", (in_final_save(stem),), fast=stem == "concepts") for stem in MODEL_FILES]
+    saves = [Case(f"save of step {step}, {name}", (in_save(name, step),)) for step in (BORDER, 27) for name in points]
+    finals = [Case(f"final save, in {stem}", (in_final_save(stem),)) for stem in MODEL_FILES]
     others = [
         Case("in a preview", (in_preview,), changes=(("img_log_steps", 8), ("preview_inference_steps", 1))),
         Case("among the class images", (in_class_images,), own_class_images=True),
@@ -180,9 +170,20 @@ def cases() -> list[Case]:
         Case("chain: step 5, step 19, save of step 33", (in_step(5), in_step(19), in_save("in its tensors", 33))),
         Case("chain: save of step 6, step 21, final save",
              (in_save("before its manifest", 6), in_step(21), in_final_save(MODEL_FILES[1]))),
-        Case("chain: step 2, step 2, step 2", (in_step(2), in_step(2), in_step(2)), fast=True),
+        Case("chain: step 2, step 2, step 2", (in_step(2), in_step(2), in_step(2))),
     ]  # fmt: skip
     return steps + saves + finals + others
+
+
+def few_cases() -> list[Case]:
+    """Those of the ordinary tests, in runs of FEW_STEPS a phase."""
+    last, first = FEW_STEPS, FEW_STEPS + 1  # of the first phase, and of the second
+    return [
+        *(Case(f"in step {step}", (in_step(step),)) for step in (last, first)),
+        *(Case(f"save of step 9, {name}", (in_save(name, 9),)) for name in ("in its tensors", "before its manifest")),
+        Case("final save, in concepts", (in_final_save("concepts"),)),
+        Case("chain: step 2, step 2, step 2", (in_step(2), in_step(2), in_step(2))),
+    ]
 
 
 # --- The runs ---------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def cases() -> list[Case]:
 def die_in(name: str, number: int, config: TrainConfig) -> None:
     """Train, or go on, until the kill of this number of the case of this name (patches do not travel, names do)."""
     torch.set_num_threads(1)  # cases may run side by side
-    case = next(case for case in cases() if case.name == name)
+    case = next(case for case in cases() + few_cases() if case.name == name)
     whole = checkpoints.list_checkpoints(Path(config.output_dir))
     case.kills[number](int(whole[-1].name[-6:]) if whole else 0)
     bas.train(config)
@@ -242,11 +243,11 @@ def on_threads(count: int, work: Callable[..., None], *args) -> None:
 class Harness:
     """A tiny scene, the settings of its run, and what the whole run leaves."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, phase_steps: int = PHASE_STEPS):
         self.folder, self.bench = folder, Bench(folder / "bench")
         self.config = self.bench.config(
-            phase1_train_steps=PHASE_STEPS,
-            phase2_train_steps=PHASE_STEPS,
+            phase1_train_steps=phase_steps,
+            phase2_train_steps=phase_steps,
             gradient_accumulation_steps=2,
             checkpointing_steps=SAVE_EVERY,
             checkpoints_total_limit=2,

@@ -10,7 +10,7 @@ kernels are not simulated. Once imported it is there for the whole process: test
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -36,6 +36,7 @@ class Module(backend._DummyBackendModule):
 
 backend._setup_privateuseone_for_python_backend("gpu", Module())
 DEVICE = torch.device("gpu", 0)
+NESTED = (tuple, list, dict)
 
 
 class OnGPU(Tensor):
@@ -76,24 +77,26 @@ class OnGPU(Tensor):
         return f"on {DEVICE}: {self.held}"
 
 
-def leaves(value) -> Iterator:
+def leaves(value, found: list | None = None) -> list:
     """What tuples, lists and dictionaries hold. PyTorch's own way for any structure takes many times as long."""
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, dict):
-        yield from leaves(list(value.values()))
-    else:
-        yield value
+    found = [] if found is None else found
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, NESTED):
+            leaves(item, found)
+        else:
+            found.append(item)
+    return found
 
 
 def replaced(value, kind: type, make: Callable):
     """The same structure, with `make(x)` for every x of this kind."""
-    if isinstance(value, tuple | list):
-        return type(value)([replaced(item, kind, make) for item in value])
+    if isinstance(value, kind):
+        return make(value)
+    if not isinstance(value, NESTED):
+        return value
     if isinstance(value, dict):
         return {key: replaced(item, kind, make) for key, item in value.items()}
-    return make(value) if isinstance(value, kind) else value
+    return type(value)([replaced(item, kind, make) for item in value])
 
 
 @cache
@@ -108,8 +111,9 @@ def compute(operation, args: tuple, kwargs: dict):
     name, composite = name_of(operation)
     if composite:
         return operation.decompose(*args, **kwargs)  # in inference mode nobody took it apart before
-    refuse_mixture(name, args, kwargs)
-    ours = {id(x.held): x for x in leaves((args, kwargs)) if isinstance(x, OnGPU)}
+    given = leaves((args, kwargs))
+    refuse_mixture(name, args, kwargs, given)
+    ours = {id(x.held): x for x in given if isinstance(x, OnGPU)}
 
     def wrap(x: Tensor) -> Tensor:
         with torch.inference_mode(False):  # PyTorch would take a wrapper of its own making for a view otherwise
@@ -127,10 +131,13 @@ def compute(operation, args: tuple, kwargs: dict):
     return replaced(result, Tensor, wrap) if stays else result
 
 
-def refuse_mixture(name: str, args: tuple, kwargs: dict) -> None:
-    """RuntimeError for tensors of both devices, but for copies, single numbers and places, and for CPU generators."""
-    met = args[:1] + args[2:] if name in INDEXED else args
-    others = [x for x in leaves((met, kwargs)) if isinstance(x, Tensor) and not isinstance(x, OnGPU) and x.dim()]
+def refuse_mixture(name: str, args: tuple, kwargs: dict, given: list) -> None:
+    """RuntimeError for tensors of both devices, but for copies, single numbers and places, and for CPU generators.
+
+    given: the leaves of both.
+    """
+    met = leaves((args[:1] + args[2:], kwargs)) if name in INDEXED else given
+    others = [x for x in met if isinstance(x, Tensor) and not isinstance(x, OnGPU) and x.dim()]
     if others and name not in COPIES:
         raise RuntimeError(f"{name}: tensors of {DEVICE} and of the CPU, {tuple(others[0].shape)}, meet")
     for x in (*args, *kwargs.values()):
