@@ -251,6 +251,7 @@ def test_settings_from_python_are_taken_as_those_of_flags():
         ({"pretrained_model_name_or_path": ""}, "--weights is empty"),
         ({"output_dir": "a\udc80"}, "is not UTF-8"),
         ({"output_dir": "a\0b"}, "holds the character 0, which no name"),
+        ({"initializer_tokens": ("a\0b",)}, "holds the character 0, which no name"),
     ):
         with refused(message):
             TrainConfig(**wrong)

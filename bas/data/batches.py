@@ -26,7 +26,7 @@ from bas.presets import Phase
 
 log = logging.getLogger(__name__)
 
-TOGETHER = 512 * 512  # pixels of the images that are encoded at once
+TOGETHER = 512 * 512  # pixels of the new images of a batch that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -131,16 +131,15 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
 
 
 @torch.inference_mode()
-def encode_images(models: Models, images: Tensor) -> Posterior:
-    """The VAE posterior of images (b, 3, H, W) in [-1, 1]. -> on the CPU, float32
+def encode_images(models: Models, images: Tensor, at_once: int = 1) -> Posterior:
+    """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32
 
-    To keep memory flat, images are encoded together up to TOGETHER pixels, and larger ones one at a time.
+    at_once: images that are encoded together; small ones are so encoded faster, to other last bits.
     """
     vae = models.vae
     dtype, device = vae.post_quant_conv.weight.dtype, models.device
-    count = max(1, TOGETHER // (images.shape[-2] * images.shape[-1]))
     with models.vae_arithmetic():
-        parts = [vae.encode(some.to(device, dtype)) for some in images.split(count)]
+        parts = [vae.encode(some.to(device, dtype)) for some in images.split(at_once)]
     return Posterior(*(torch.cat([p[i].float().cpu() for p in parts]) for i in range(2)))
 
 
@@ -337,10 +336,11 @@ def sample_mixed(
 
 
 def posteriors_of(models: Models, views: Iterable[EncodedView | NewView]) -> list[Posterior]:
-    """The posterior of each view, (c, h, w) each. New ones are encoded."""
-    views = list(views)
-    new = [view.pixels for view in views if isinstance(view, NewView)]
-    encoded = iter(zip(*encode_images(models, torch.stack(new)), strict=True)) if new else iter(())
+    """The posterior of each view, (c, h, w) each. New ones are encoded, together up to TOGETHER pixels."""
+    views, encoded = list(views), iter(())
+    if new := [view.pixels for view in views if isinstance(view, NewView)]:
+        at_once = max(1, TOGETHER // new[0][0].numel())
+        encoded = iter(zip(*encode_images(models, torch.stack(new), at_once), strict=True))
     return [view.posterior if isinstance(view, EncodedView) else Posterior(*next(encoded)) for view in views]
 
 

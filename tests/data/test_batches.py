@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image
 
 from bas.data import batches
-from bas.data.batches import attention_grid, check_scene, encode_images, handle_positions, sample_batch
+from bas.data.batches import attention_grid, check_scene, handle_positions, sample_batch
 from bas.data.scene_folder import load_scene
 from bas.losses import resize_mask
 from bas.models.text import tokenize
@@ -165,17 +165,21 @@ def test_latents_are_posterior_samples_times_the_scaling_factor(bench, prepared)
     assert abs((normal * batch.eps).mean()) < 0.02
 
 
-def test_images_are_encoded_together_up_to_a_number_of_pixels(prepared, monkeypatch):
-    """Five of 32 pixels a side: two, two, one; then one at a time, as one of them alone has too many."""
-    models, _ = prepared
+def test_new_images_are_encoded_together_up_to_a_number_of_pixels(prepared, monkeypatch):
+    """Five of 32 pixels a side, with one that is encoded already: two, two, one; or one at a time."""
+    models, data = prepared
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    alone = torch.cat([models.vae.encode(image[None]).mean for image in images])
+    known = data.images[0].views[0]
+    views = [batches.NewView(known.latent_masks, known.attention_masks, image) for image in images]
+    alone = [models.vae.encode(image[None]).mean[0] for image in images]
     encode, counts = type(models.vae).encode, []
     monkeypatch.setattr(type(models.vae), "encode", lambda vae, some: counts.append(len(some)) or encode(vae, some))
     for pixels, expected in ((2 * 32 * 32 + 1, [2, 2, 1]), (1000, [1] * 5)):
         monkeypatch.setattr(batches, "TOGETHER", pixels)
-        torch.testing.assert_close(encode_images(models, images).mean, alone, rtol=1e-5, atol=1e-6)
+        found = batches.posteriors_of(models, [*views[:2], known, *views[2:]])
         assert counts == expected
+        assert found[2] is known.posterior
+        torch.testing.assert_close([each.mean for each in [*found[:2], *found[3:]]], alone, rtol=1e-5, atol=1e-6)
         counts.clear()
 
 

@@ -267,7 +267,7 @@ def test_an_image_that_would_be_replaced_is_told(bench, tmp_path, caplog):
     assert main([*words, "2", "--output_path", out]) == 0
     assert caplog.messages == [
         f"{tmp_path}/x.png will be replaced; name another file to keep it",
-        f"{tmp_path}/x-0.png, x-1.png will be replaced; name another file to keep it",
+        f"{tmp_path}/x-0.png, x-1.png will be replaced; name another file to keep them",
     ]
 
 
