@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bas.config import TrainConfig, setting_rows
 from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.plot import scatter
 from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
@@ -51,7 +52,8 @@ def write_scenes(folder: Path, count: int) -> list[Path]:
 
 def by_rate(methods: list[str]) -> dict[float | None, list[str]]:
     """The methods by learning rate of phase 2: that of KINDS for kinds of training, else None, the miniature's own."""
-    rates = {row.settings["train"]: row.rate for row in KINDS.values()}
+    usual = setting_rows(TrainConfig)["rank"].default
+    rates = {row.settings["train"]: row.rate for row in KINDS.values() if row.settings.get("rank", usual) == usual}
     found: dict[float | None, list[str]] = {}
     for method in methods:
         found.setdefault(rates.get(VARIANTS[method].settings.get("train")), []).append(method)
