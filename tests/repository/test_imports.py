@@ -194,11 +194,18 @@ def test_what_is_put_in_place_of_a_function_stays(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("given", "policy"), [(None, "passive"), ("active", "active")])
-def test_idle_threads_sleep_unless_the_user_has_said_otherwise(given, policy):
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["passive", "2000"]),
+        ({"OMP_WAIT_POLICY": "active"}, ["active", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["passive", "7"]),
+    ],
+)
+def test_idle_threads_sleep_unless_the_user_has_said_otherwise(given, expected):
     """The policy is set before PyTorch is imported, which reads it once; a value of the user's stays."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
-    code = "import os, sys, bas; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = f"import os, sys, bas; print(*map(os.environ.get, {names}), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == [policy, "False"]
+    assert done.stdout.split() == [*expected, "False"]
