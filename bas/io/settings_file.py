@@ -65,6 +65,8 @@ def check_metadata(file: Path, metadata: object) -> dict[str, Any]:
             raise ValueError(f"handles holds {twice[0]} twice")
         if "merged" in record:
             check_shape(record["merged"], MERGED, "merged")
+            if len(record["merged"]["runs"]) != len(record["merged"]["weights"]):
+                raise ValueError("merged has not a weight for each of its runs")
     except ValueError as error:
         raise InputError(f"{file} is not as bas wrote it ({error}): restore it from a copy, or train again") from None
     rows = setting_rows(TrainConfig)

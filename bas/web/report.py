@@ -245,7 +245,7 @@ def tables(run: Path, metadata: dict, sessions: list[dict], finished: bool) -> l
 
 def merged_rows(merged: dict) -> dict[str, str]:
     """Say of a merged run which runs it is made of, and how far each concept moved, a line each."""
-    runs = {run: f"weight {weight:g}" for run, weight in zip(merged["runs"], merged["weights"], strict=False)}
+    runs = {run: f"weight {weight:g}" for run, weight in zip(merged["runs"], merged["weights"], strict=True)}
     rank = {"rank": str(merged["rank"])} if merged.get("rank") else {}
     moved = {name: f"its attention's output moved by {drift:.1%}" for name, drift in merged["drift"].items()}
     return runs | rank | moved

@@ -229,7 +229,12 @@ def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
     assert "Merged run:" in page
     assert not any(word in page for word in ("0 of 0", "phase 2 trains", "Fewer than two", "no previews", "{'"))
     settings = read_settings(tmp_path / "both")
-    for merged in ({}, {"runs": "toys", "weights": [1], "drift": {}}, {"runs": [], "weights": ["a"], "drift": {}}):
+    for merged in (
+        {},
+        {"runs": "toys", "weights": [1], "drift": {}},
+        {"runs": [], "weights": ["a"], "drift": {}},
+        {"runs": ["toys", "mugs"], "weights": [1], "drift": {}},
+    ):
         (tmp_path / "both" / SETTINGS).write_text(json.dumps(settings | {"merged": merged}))
         with refused("settings.json is not as bas wrote it"):
             read_settings(tmp_path / "both")

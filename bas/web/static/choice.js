@@ -1,6 +1,6 @@
 // The choice of a finished run, for the rooms that need one.
 import { address } from "./api.js";
-import { h, link, put } from "./dom.js";
+import { emptyRoom, h, link } from "./dom.js";
 
 export const finished = (studio, name) => studio.state.runs.find((run) => run.name === name && run.state === "done");
 
@@ -22,30 +22,15 @@ export function chooseRun(room, name, studio) {
 export function withoutRun(main, title, name, studio) {
   const run = studio.state.runs.find((each) => each.name === name),
     live = run && ["running", "waiting", "elsewhere"].includes(run.state);
-  put(
+  return emptyRoom(
     main,
-    h("h1", {}, title),
-    h(
-      "div",
-      { class: "empty" },
-      h(
-        "p",
-        { class: "large" },
-        run ? `${name} is not trained to its end yet` : name ? `There is no run ${name}` : "Nothing is trained yet",
-      ),
-      h(
-        "p",
-        {},
-        live
-          ? "Until then its previews show how it draws each concept: its weights are whole only at the end."
-          : run
-            ? "Continue its training: it goes on where it was stopped."
-            : "Train a scene first; on the miniature that takes minutes.",
-      ),
-      run
-        ? link("Watch it", `#/${address("watch", name)}`, { class: "button main" })
-        : link("To Home", "#/home", { class: "button main" }),
-    ),
+    title,
+    run ? `${name} is not trained to its end yet` : name ? `There is no run ${name}` : "Nothing is trained yet",
+    live
+      ? "Until then its previews show how it draws each concept: its weights are whole only at the end."
+      : run
+        ? "Continue its training: it goes on where it was stopped."
+        : "Train a scene first; on the miniature that takes minutes.",
+    run ? link("Watch it", `#/${address("watch", name)}`, { class: "button main" }) : undefined,
   );
-  return {};
 }

@@ -46,6 +46,12 @@ export function problem(title, message, ...actions) {
   );
 }
 
+// A room without what it is about: what is missing, and the way to it.
+export function emptyRoom(main, title, missing, advice, next = link("To Home", "#/home", { class: "button main" })) {
+  put(main, h("h1", {}, title), h("div", { class: "empty" }, h("p", { class: "large" }, missing), h("p", {}, advice), next));
+  return {};
+}
+
 // What was deleted, with the way back.
 export function deleted(what, restore) {
   const line = h(

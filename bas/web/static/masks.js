@@ -1,6 +1,6 @@
 // Masks: paint each concept, name it; every stroke is saved.
 import { Away, Refused, address, ask, get, send } from "./api.js";
-import { button, h, link, percent, problem, put, remember, remembered, rgb, speak } from "./dom.js";
+import { button, emptyRoom, h, link, percent, problem, put, remember, remembered, rgb, speak } from "./dom.js";
 import { Painter } from "./painter.js";
 import { gridsOf } from "./grids.js";
 import { proposals } from "./propose.js";
@@ -9,20 +9,7 @@ import { Mask } from "./tiles.js";
 const REST = 250; // milliseconds after a stroke before it is sent
 
 export async function open(main, [name], studio) {
-  if (!name) {
-    put(
-      main,
-      h("h1", {}, "Masks"),
-      h(
-        "div",
-        { class: "empty" },
-        h("p", { class: "large" }, "Bring a photograph first"),
-        h("p", {}, "Then paint over each thing that you want to learn."),
-        link("To Home", "#/home", { class: "button main" }),
-      ),
-    );
-    return {};
-  }
+  if (!name) return emptyRoom(main, "Masks", "Bring a photograph first", "Then paint over each thing that you want to learn.");
   const models = await get("segmenters");
   let scene = await get(address("scenes", name)),
     active = 0,

@@ -1,23 +1,10 @@
 // Train: base, settings, what it takes, start.
 import { Away, address, get, send } from "./api.js";
 import { stop } from "./app.js";
-import { button, bytes, copy, duration, h, link, problem, progress, put, remember, remembered, speak } from "./dom.js";
+import { button, bytes, copy, duration, emptyRoom, h, link, problem, progress, put, remember, remembered, speak } from "./dom.js";
 
 export async function open(main, [name], studio) {
-  if (!name) {
-    put(
-      main,
-      h("h1", {}, "Train"),
-      h(
-        "div",
-        { class: "empty" },
-        h("p", { class: "large" }, "A training needs a scene"),
-        h("p", {}, "Bring a photograph and paint a mask for each thing."),
-        link("To Home", "#/home", { class: "button main" }),
-      ),
-    );
-    return {};
-  }
+  if (!name) return emptyRoom(main, "Train", "A training needs a scene", "Bring a photograph and paint a mask for each thing.");
   const key = `settings ${name}`;
   let base = remembered("base", "mini"),
     fields = [],
