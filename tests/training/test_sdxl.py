@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import bas
 from bas.cli.inspection import describe_model
@@ -37,6 +40,47 @@ def run(bench, tmp_path_factory):
     return bas.train(
         bench.config(tmp_path_factory.mktemp("sdxl run") / "run", img_log_steps=6, preview_inference_steps=1)
     )
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make the host wait for a GPU: copies between the two, and values that the host reads."""
+
+    READ = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result, name = operation(*args, **(kwargs or {})), operation._schema.name
+        tensors = [x for x in tree_flatten((args, kwargs, result))[0] if isinstance(x, Tensor) and x.dim()]
+        if name in self.READ or len({x.device.type for x in tensors}) > 1:
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_nothing_in_a_step_waits_for_a_gpu(bench, number):
+    """What a CUDA graph asks of a step, without a GPU: forward and backward copy nothing from the host.
+
+    The meta device stands in for the GPU. The first step takes the schedule's table there.
+    """
+    config = bench.config()
+    models, data = bench.prepared(config)
+    phase, meta = config.phases[number], torch.device("meta")
+    trainable_parameters(models, phase)
+    batch = sample_batch(data, models, phase, config, torch.Generator().manual_seed(1)).to(meta)
+    for network in models.networks.values():
+        network.to(meta)
+    with Waits() as planted:
+        torch.zeros(3).to(meta)
+    assert planted.found == ["aten::_to_copy"]
+    for _ in range(2):
+        with Waits() as waits:
+            loss, _ = training_step(models, batch, config)
+            loss.backward()
+        assert loss.is_meta
+    assert waits.found == []
 
 
 @pytest.mark.parametrize("number", [0, 1])
