@@ -17,6 +17,10 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"training/test_resume::.*(made_good|gets_one|prevented)|left_in_a_finished_run",
     ),
     (
+        "a small run is rejected unless its files are whole, of its kind and of sound types",
+        r"pretrained/test_small_runs",
+    ),
+    (
         "a resumed run must have the same settings and files, except settings that do not change the result",
         r"scenarios/test_resume|the_loss_scale_of|counted_on_after_a_resume",
     ),
