@@ -1,4 +1,4 @@
-"""What every test runs under: no network, a home folder of its own, and a modest number of threads."""
+"""What every test runs under: no network, a home folder of its own, and one thread for each process."""
 
 import gc
 import os
@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-# Before PyTorch is imported: its threads are counted then. Workers run side by side, so each has one.
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(4, os.cpu_count() or 1))
-)
+# Before PyTorch is imported: its threads are counted then. Workers run side by side, and inherit this from the process
+# that starts them: with more than one thread each they wait for each other's cores, five times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
 LONGEST = {"test_page", "test_jobs", "test_simulated_gpu", "test_multi_scene", "test_dry_run", "test_kills"}
