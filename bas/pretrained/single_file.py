@@ -11,6 +11,7 @@ import logging
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from dataclasses import replace
+from functools import cache
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bas.errors import InputError
+from bas.io.json_files import read_json
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import SIZES, UNetConfig, VAEConfig
@@ -132,8 +134,13 @@ def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
 
 def has_clip_vocabulary(tokenizer: CLIPTokenizer) -> bool:
     """Whether a tokenizer numbers all of CLIP's tokens as CLIP does; it may have more."""
-    own = tokenizer.get_vocab()
-    return all(own.get(token) == number for token, number in load_tokenizer(CLIP_VOCABULARY).get_vocab().items())
+    return clip_vocabulary().items() <= tokenizer.get_vocab().items()
+
+
+@cache
+def clip_vocabulary() -> dict[str, int]:
+    """CLIP's tokens and their numbers, read once from the package."""
+    return read_json(CLIP_VOCABULARY / "vocab.json")
 
 
 def without_handles(models: Models) -> Models:
@@ -154,7 +161,7 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
     """Write the original layout. Raises InputError for a model that its readers, who see only shapes, would misread."""
     path, parts = Path(path), Parts.of(models, dtype)
     spec = parts.spec
-    if len(spec.tokenizer) != len(load_tokenizer(CLIP_VOCABULARY)):
+    if len(spec.tokenizer) != len(clip_vocabulary()):
         raise InputError("a single file carries no tokenizer, so no handles and no vocabulary but CLIP's: use a folder")
     tensors = to_original(parts.tensors, spec.unet, spec.vae, open_clip=spec.text_encoder["hidden_act"] == "gelu")
     prediction_type = spec.schedule.prediction_type
