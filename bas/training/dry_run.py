@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bas.config import SampleConfig, TrainConfig
 from bas.data.batches import EncodedImage, EncodedView, TrainingData, resize_masks, sample_batch
 from bas.data.scene import Scene
+from bas.errors import InputError
 from bas.io.files import human_size
 from bas.models.adapters import add_adapters
 from bas.models.bundle import Models
@@ -38,7 +39,7 @@ from bas.training.nonfinite import ANEW
 from bas.training.optimizer import ADAM_BYTES
 from bas.training.phase_state import trainable_parameters
 from bas.training.run_folder import check_output_folder
-from bas.training.setup import check_input
+from bas.training.setup import check_extras, check_input
 
 CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
 CHECKED = f"{CHECKED_WITHOUT_BASE}; every weight's name and shape (no values)"
@@ -84,8 +85,8 @@ class Plan:
 def dry_run(config: TrainConfig, runs: int = 1) -> dict:
     """What a run would do and take, by name. Raises InputError where `train` would before it reads weights.
 
-    A full disk is no error here but one of the entries, and the settings of a checkpoint are not compared. runs: how
-    many such runs, one after another, the disk has to hold.
+    A full disk and a missing extra are no errors here but entries, and the settings of a checkpoint are not compared.
+    runs: how many such runs, one after another, the disk has to hold.
     """
     scene, base, device, precision = check_input(config, weights=False)
     check_output_folder(Path(config.output_dir), resuming=config.resume_from_checkpoint is not None)
@@ -107,6 +108,7 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
         "handles": ", ".join(f"{h} from {w!r}" if w else h for h, w in zip(scene.handles, scene.words, strict=True)),
         "base": f"{base}, {plan.models.schedule.prediction_type}{_not_here(config)}",
         "device": f"{device}, mixed precision {precision}",
+        "missing": _missing_extra(config),
         "steps": {
             p.name: f"{p.steps}, training {c.trained:,} parameters ({', '.join(p.trains)})"
             for p, c in plan.costs.items()
@@ -126,6 +128,15 @@ def _not_here(config: TrainConfig) -> str:
     """A remark behind the base that is described without its files."""
     name = config.pretrained_model_name_or_path
     return f"; not here yet: bas download {name}" if is_known_elsewhere(name) else ""
+
+
+def _missing_extra(config: TrainConfig) -> str | None:
+    """What to install before the run itself, or None."""
+    try:
+        check_extras(config)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def plan_run(

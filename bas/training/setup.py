@@ -76,7 +76,7 @@ class Run:
 def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec, torch.device, str]:
     """Base, device and precision: what is wrong with them, and with settings that no scene can make good.
 
-    Without `weights`, a known base need not be downloaded.
+    Without `weights`, a known base need not be downloaded, and no extra need be installed.
     """
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
@@ -91,17 +91,23 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
     precision = pick_precision(config.mixed_precision, device, spec.unet_size)
     if config.exact_phase1 and precision == "fp16":
         raise InputError("--exact_phase1 clips by gradients that fp16 scales: use --mixed_precision no or bf16")
+    if weights:
+        check_extras(config)
+    return spec, device, precision
+
+
+def check_extras(config: TrainConfig) -> None:
+    """Raise InputError where a package is missing that the settings need beyond those of bas."""
     if config.optimizer == "adamw8bit":
         adamw8bit()
     if config.report_to == "tensorboard":
         writer_class()
-    return spec, device, precision
 
 
 def check_input(config: TrainConfig, weights: bool = True) -> tuple[Scene, Path, torch.device, str]:
     """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read.
 
-    Without `weights`, a known base need not be downloaded; its path is then its name.
+    Without `weights`, a known base need not be downloaded, and its path is then its name; no extra need be installed.
     """
     scene = scene_for_method(config)
     spec, device, precision = check_machine(config, weights)

@@ -7,6 +7,7 @@ import torch
 
 from bas.config import TrainConfig
 from bas.presets import Phase
+from bas.training.dry_run import dry_run
 from bas.training.loop import learning_rate
 from bas.training.optimizer import build_optimizer
 from bas.training.setup import check_input
@@ -18,6 +19,16 @@ def test_without_the_extra_8_bit_moments_are_refused_in_one_line(bench, tmp_path
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with refused("--optimizer adamw8bit is an extra: pip install bitsandbytes"):
         check_input(bench.config(tmp_path / "run", optimizer="adamw8bit"))
+
+
+def test_a_dry_run_counts_without_the_extra_and_says_what_to_install(bench, tmp_path, monkeypatch):
+    """A machine that plans for another one need not have its packages, as it need not have the base model."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    plain, small = (dry_run(bench.config(tmp_path / "run", optimizer=name)) for name in ("adamw", "adamw8bit"))
+    assert small["missing"] == "--optimizer adamw8bit is an extra: pip install bitsandbytes"
+    assert plain["missing"] is None
+    assert small["memory"]["phase2"] != plain["memory"]["phase2"]
 
 
 def test_the_kernels_are_fused_and_step_as_the_plain_ones_do():

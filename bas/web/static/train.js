@@ -280,6 +280,7 @@ export async function open(main, [name], studio) {
         h("dd", {}, `the run ${plan.run}`),
       ),
       shown.warning && h("p", { class: "warning" }, shown.warning),
+      shown.missing && h("p", { class: "warning" }, shown.missing),
       h(
         "details",
         {},

@@ -135,7 +135,7 @@ def plan(home: Home, body: dict) -> dict[str, Any]:
     config, words = config_of(home, body)
     with counting:
         details = dry_run(config)
-    shown = ("scene", "handles", "base", "device", "steps", "time", "memory", "files", "disk", "warning")
+    shown = ("scene", "handles", "base", "device", "steps", "time", "memory", "files", "disk", "warning", "missing")
     enough = not details["disk"].startswith(TOO_LITTLE)
     here = config.pretrained_model_name_or_path is None or not is_known_elsewhere(config.pretrained_model_name_or_path)
     found = {name: details[name] for name in shown if details.get(name)}
