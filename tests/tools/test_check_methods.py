@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from bas.evaluation.baselines import PAPER
-from bas.evaluation.protocol import PLAN
-from bas.io.json_files import write_json
 from tools.checks import methods as check_methods
 from tools.checks.adapters import KINDS
-from tools.checks.methods import RECORDED, by_rate, condense, differences, markdown, merged, write_scenes
+from tools.checks.methods import RECORDED, by_rate, condense, differences, left, markdown, with_run, write_scenes
+
+RUN = {"date": "", "torch": "", "base": "", "settings": {}}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_cell_is_its_means(evaluation):
     assert cell["attention_iou"] == pytest.approx(0.6)
     assert (cell["leakage"], cell["confused"], cell["pictures"], cell["seconds"]) == (0.25, 0.5, 3, 23.5)
     assert "right" not in cell  # its measure does not say when a concept is shown
-    assert "| 0.667 |" in markdown({"date": "", "torch": "", "cells": [cell | {"right": 2 / 3}]})
+    assert "| 0.667 |" in markdown(RUN | {"cells": [cell | {"right": 2 / 3}]})
 
 
 def test_kinds_of_training_are_evaluated_at_their_own_rates():
@@ -65,26 +65,38 @@ def test_only_the_same_cells_are_compared(evaluation):
 def test_a_recorded_run_of_another_miniature_is_named(evaluation, tmp_path, monkeypatch, capsys):
     """The cells agree, yet a run is told from one with other weights."""
     cells = condense(evaluation)
-    recorded = tmp_path / "recorded.json"
-    recorded.write_text(json.dumps({"base": "0" * 64, "cells": cells}))
-    monkeypatch.setattr(check_methods, "RECORDED", recorded)
-    (tmp_path / "evaluation").mkdir()
-    write_json(tmp_path / "evaluation" / PLAN, {"base": "f" * 64})
+    recorded = {"base": "0" * 64, "settings": check_methods.TRAINING, "cells": cells}
+    monkeypatch.setattr(check_methods, "read_json", lambda path: {"runs": [recorded]})
     monkeypatch.setattr(check_methods, "evaluate", lambda *args: None)
     monkeypatch.setattr(check_methods, "condense", lambda folder: cells)
     monkeypatch.setattr(sys, "argv", ["check_methods.py", "--output_dir", str(tmp_path), "--first_scenes", "0"])
-    check_methods.main()
-    told = capsys.readouterr().out
-    assert "1 cells compared with the recorded run; the largest difference is 0\n" in told
-    assert f"the recorded run is of another miniature: {'0' * 12}, here {'f' * 12}\n" in told
+    for base, told in (("f", f"no recorded run is of this miniature, {'f' * 12}, and these"), ("0", "difference is 0")):
+        monkeypatch.setattr(check_methods, "weights_hash", lambda path, base=base: base * 64)
+        check_methods.main()
+        assert told in capsys.readouterr().out
 
 
-def test_a_record_grows_by_runs_of_the_same_miniature(evaluation):
+def test_a_record_grows_by_runs_of_the_same_miniature_and_settings(evaluation):
     (cell,) = condense(evaluation)
-    recorded = {"base": "a", "date": "before", "cells": [cell | {"leakage": 0.5}, cell | {"seed": 4}]}
-    assert merged({"base": "b", "date": "now", "cells": [cell]}, recorded)["cells"] == [cell]
-    grown = merged({"base": "a", "date": "now", "cells": [cell]}, recorded)
-    assert grown == {"base": "a", "date": "now", "cells": [cell, cell | {"seed": 4}]}
+    base = {"base": "a", "settings": {"rank": 4}}
+    recorded = [{**base, "date": "before", "cells": [cell | {"leakage": 0.5}, cell | {"seed": 4}]}]
+    other = {**base, "settings": {"rank": 8}, "date": "now", "cells": [cell]}
+    assert with_run(recorded, other) == [other, *recorded]
+    grown = {**base, "date": "now", "cells": [cell, cell | {"seed": 4}]}
+    assert with_run([other, *recorded], {**base, "date": "now", "cells": [cell]}) == [grown, other]
+
+
+def test_what_is_recorded_is_not_trained_again():
+    """Scenes are grouped by what they lack: one evaluation takes all with the same methods and seed."""
+    scenes = [Path(f"s{i}") for i in range(3)]
+    cells = [{"scene": "s0", "method": "bas", "seed": 0}, {"scene": "s1", "method": "db", "seed": 1}]
+    cells += [{"scene": "s2", "method": method, "seed": 0} for method in ("bas", "db")]
+    assert left(scenes, ["bas", "db"], [0, 1], cells) == {
+        (("db",), 0): scenes[:1],
+        (("bas", "db"), 0): scenes[1:2],
+        (("bas", "db"), 1): [scenes[0], scenes[2]],
+        (("bas",), 1): scenes[1:2],
+    }
 
 
 def test_the_plot_is_that_of_the_recorded_run(tmp_path, monkeypatch):
@@ -107,9 +119,9 @@ def test_scenes_are_those_of_the_world_and_stay(tmp_path):
     assert (scenes[0] / "img.png").read_bytes() == b"mine"
 
 
-def test_the_recorded_run_is_whole():
+def test_the_first_recorded_run_is_whole():
     """Twelve scenes of two to four concepts, ten methods and three options, three seeds; three images a subset."""
-    cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(RECORDED.read_text(encoding="utf-8"))["runs"][-1]["cells"]
     for method in (*PAPER, "cross-entropy", "no-close-ups", "uniform"):
         mine = [cell for cell in cells if cell["method"] == method]
         assert {(cell["scene"], cell["seed"]) for cell in mine} == {
@@ -122,4 +134,4 @@ def test_the_page_shows_the_recorded_run():
     """docs/comparison.md holds, between its marks, what `tools.checks.methods --markdown` prints."""
     page = RECORDED.with_suffix(".md").read_text(encoding="utf-8")
     table = page.split("<!-- methods -->\n")[1].split("<!-- end of methods -->")[0]
-    assert table == markdown(json.loads(RECORDED.read_text(encoding="utf-8")))
+    assert table == "\n".join(map(markdown, json.loads(RECORDED.read_text(encoding="utf-8"))["runs"]))

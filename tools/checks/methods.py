@@ -2,13 +2,15 @@
 
     python -m tools.checks.methods --output_dir /tmp/methods                     all of it
     python -m tools.checks.methods --output_dir /tmp/methods --first_scenes 1 --seeds 0        a part of it
-    python -m tools.checks.methods --markdown                                    the tables of the recorded run
-    python -m tools.checks.methods --scatter docs/pictures/comparison.png        its plot, of the paper's methods
+    python -m tools.checks.methods --output_dir /tmp/methods --record            what the recorded run has not yet
+    python -m tools.checks.methods --markdown                                    the tables of the recorded runs
+    python -m tools.checks.methods --scatter docs/pictures/comparison.png        the plot of the newest one
 
-Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and drawing: what
+Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and sampling: what
 `bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
-run that docs/comparison.md shows; on the same machine and the same miniature every number is the same. `--record` adds
-to a recorded run of the same miniature, and takes the place of one of another.
+runs that docs/comparison.md shows; on the same machine, with the same miniature and settings, every number is the
+same. `--record` leaves out the trials that are recorded, and adds the others. A run of another miniature or of other
+settings is recorded beside those that are there.
 """
 
 import argparse
@@ -25,20 +27,26 @@ import numpy as np
 from bas.config import TrainConfig, setting_rows
 from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.plot import scatter
-from bas.evaluation.protocol import PLAN, TRIAL, TRIALS
+from bas.evaluation.protocol import TRIAL, TRIALS
 from bas.evaluation.scores import ROWS
 from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_table, summarise, value_of
+from bas.io.files import write_text
 from bas.io.images import save_image
-from bas.io.json_files import read_json
+from bas.io.json_files import read_json, write_json
+from bas.pretrained.hashes import weights_hash
+from bas.pretrained.hub import find
 from tools.checks.adapters import KINDS
 from tools.mini_world.scenes import render_concepts, save_scene
 
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
 SCENES, SIDE = 12, 256  # how many, and their pixels
-SETTINGS = (
-    *("--prompts", "3", "--sampler", "dpmpp_2m", "--num_inference_steps", "15"),
-    *("--phase1_train_steps", "100", "--phase2_train_steps", "200"),
-)
+SAMPLING = ("--prompts", "3", "--sampler", "dpmpp_2m", "--num_inference_steps", "15")
+TRAINING = {  # the paper's method: without Seg-Mix, which the miniature's own settings add
+    "phase1_train_steps": 100,
+    "phase2_train_steps": 400,
+    "train_batch_size": 2,
+    "seg_mix_probability": 0.0,
+}
 
 
 def write_scenes(folder: Path, count: int) -> list[Path]:
@@ -61,14 +69,28 @@ def by_rate(methods: list[str]) -> dict[float | None, list[str]]:
 
 
 def evaluate(
-    folder: Path, scenes: list[Path], methods: list[str], rate: float | None, args: argparse.Namespace
+    folder: Path, scenes: list[Path], methods: list[str], seeds: list[int], rate: float | None, processes: int
 ) -> None:
     """`bas evaluate` in as many processes of one thread as asked for. Raises CalledProcessError when it fails."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
-    command = [sys.executable, *(launcher if args.processes > 1 else []), "-m", "bas", "evaluate", *map(str, scenes)]
-    command += ["--output_dir", str(folder), "--methods", *methods, "--seeds", *map(str, args.seeds), *SETTINGS]
-    command += [] if rate is None else ["--learning_rate", str(rate)]
+    settings = TRAINING | ({} if rate is None else {"learning_rate": rate})
+    write_text(folder.with_suffix(".toml"), "".join(f"{name} = {value}\n" for name, value in settings.items()))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "bas", "evaluate", *map(str, scenes)]
+    command += ["--output_dir", str(folder), "--config", str(folder.with_suffix(".toml")), *SAMPLING]
+    command += ["--methods", *methods, "--seeds", *map(str, seeds)]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+
+
+def left(
+    scenes: list[Path], methods: list[str], seeds: list[int], cells: list[dict]
+) -> dict[tuple[tuple[str, ...], int], list[Path]]:
+    """The scenes by the methods and the seed that none of the cells has of them: what one evaluation takes."""
+    known, groups = {name_of(cell) for cell in cells}, {}
+    for seed in seeds:
+        for scene in scenes:
+            if new := tuple(method for method in methods if (scene.name, method, seed) not in known):
+                groups.setdefault((new, seed), []).append(scene)
+    return groups
 
 
 def condense(folder: Path) -> list[dict]:
@@ -101,12 +123,17 @@ def name_of(cell: dict) -> tuple:
     return cell["scene"], cell["method"], cell["seed"]
 
 
-def merged(run: dict, recorded: dict) -> dict:
-    """A run, with what the recorded one has beside it where both are of the same miniature."""
-    if recorded["base"] != run["base"]:
-        return run
-    cells = {name_of(cell): cell for cell in (*recorded["cells"], *run["cells"])}
-    return run | {"cells": [cells[name] for name in sorted(cells)]}
+def same_run(run: dict, other: dict) -> bool:
+    """Whether two runs are of one miniature and one choice of settings, so that their cells can stand in one table."""
+    return all(run[key] == other[key] for key in ("base", "settings"))
+
+
+def with_run(recorded: list[dict], run: dict) -> list[dict]:
+    """The recorded runs with one more, the newest first. It takes in the cells that were recorded of the same run."""
+    before = next((known["cells"] for known in recorded if same_run(known, run)), [])
+    cells = {name_of(cell): cell for cell in (*before, *run["cells"])}
+    grown = run | {"cells": [cells[name] for name in sorted(cells)]}
+    return [grown, *(known for known in recorded if not same_run(known, run))]
 
 
 def rows_of(cells: list[dict]) -> list[dict]:
@@ -121,9 +148,12 @@ def markdown(run: dict) -> str:
     scenes, methods, seeds = (len({cell[key] for cell in cells}) for key in ("scene", "method", "seed"))
     images, hours = sum(cell["pictures"] for cell in cells), sum(cell["seconds"] for cell in cells) / 3600
     counts = f"{scenes} scenes, {methods} methods, {seeds} seeds: {len(cells)} trainings and {images} images"
-    head = f"- {run['date']}, torch {run['torch']}; {counts}; {hours:.1f} hours of one thread"
+    head = (
+        f"- {run['date']}, torch {run['torch']}; {counts}; {hours:.1f} hours of one thread",
+        f"- base {run['base'][:12]}; {', '.join(f'`{name}` {value}' for name, value in run['settings'].items())}",
+    )
     tables = method_table(rows), ordering_table(rows), option_table(rows)
-    return "\n".join([head, *(line for table in tables if table for line in ("", *table)), ""])
+    return "\n".join([*head, *(line for table in tables if table for line in ("", *table)), ""])
 
 
 def main() -> None:
@@ -140,33 +170,33 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help="print the recorded run; run nothing")
     parser.add_argument("--scatter", type=Path, help="draw the recorded run's plot into this file; run nothing")
     args = parser.parse_args()
+    recorded = read_json(RECORDED)["runs"]
     if args.scatter:
-        cells = json.loads(RECORDED.read_text(encoding="utf-8"))["cells"]
-        save_image(scatter(summarise(rows_of([cell for cell in cells if cell["method"] in PAPER]))), args.scatter)
+        cells = [cell for cell in recorded[0]["cells"] if cell["method"] in PAPER]
+        save_image(scatter(summarise(rows_of(cells))), args.scatter)
         return
     if args.markdown:
-        print(markdown(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")
+        print("\n".join(map(markdown, recorded)), end="")
         return
     if args.output_dir is None:
         parser.error("--output_dir is needed, or --markdown, or --scatter")
     run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch"), "cells": []}
+    run |= {"base": weights_hash(find(None)), "settings": TRAINING}
+    known = next((other["cells"] for other in recorded if same_run(other, run)), [])
     scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
     for rate, methods in by_rate(args.methods).items():
-        evaluation = args.output_dir / ("evaluation" if rate is None else f"evaluation-{rate:g}")
-        evaluate(evaluation, scenes, methods, rate, args)
-        run["base"] = read_json(evaluation / PLAN)["base"]
-        run["cells"] += condense(evaluation)
+        folder = args.output_dir / ("evaluation" if rate is None else f"evaluation-{rate:g}")
+        for (new, seed), some in left(scenes, methods, args.seeds, known if args.record else []).items():
+            evaluate(folder, some, list(new), [seed], rate, args.processes)
+        run["cells"] += condense(folder)
     print(markdown(run))
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     if args.record:
-        RECORDED.write_text(json.dumps(merged(run, recorded), indent=1) + "\n", encoding="utf-8")
-    else:
-        apart = differences(run["cells"], recorded["cells"])
-        print(
-            f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart, default=0):.2g}"
-        )
-        if recorded["base"] != run["base"]:
-            print(f"the recorded run is of another miniature: {recorded['base'][:12]}, here {run['base'][:12]}")
+        write_json(RECORDED, {"runs": with_run(recorded, run)})
+        return
+    apart = differences(run["cells"], known)
+    print(f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart, default=0):.2g}")
+    if not known:
+        print(f"no recorded run is of this miniature, {run['base'][:12]}, and these settings")
 
 
 if __name__ == "__main__":

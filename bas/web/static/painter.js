@@ -4,12 +4,12 @@ import { Polygon } from "./polygon.js";
 import { History, Stage } from "./stage.js";
 
 const FINGERS = matchMedia("(pointer: coarse)");
-const MOVES = FINGERS.matches ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.";
+const moves = () => (FINGERS.matches ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.");
 const hintOf = (tool) =>
   ({
     // each tool has one: a line that comes and goes would move the picture
-    brush: `Paint over the thing. ${MOVES}`,
-    eraser: `Paint over what is not part of it. ${MOVES}`,
+    brush: `Paint over the thing. ${moves()}`,
+    eraser: `Paint over what is not part of it. ${moves()}`,
     fill: `${FINGERS.matches ? "Tap" : "Click"} inside an outline: its inside is filled.`,
     polygon: FINGERS.matches
       ? "Tap the corners; the first corner closes. Undo takes a corner back."
@@ -24,6 +24,7 @@ export class Painter {
   constructor(name, { target, layers, changed, part, click }) {
     Object.assign(this, { target, changed, click, tool: "brush", size: remembered("brush", 45), history: new History() });
     this.hint = h("p", { class: "hint", role: "status" });
+    FINGERS.onchange = () => (this.hint.textContent = hintOf(this.tool));
     this.stage = new Stage(name, {
       layers,
       part,

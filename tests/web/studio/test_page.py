@@ -491,6 +491,15 @@ def test_everybody_can_use_every_room(page, furnished, place, seen):
     assert page.run(AUDIT.replace("RULES", '{type: "rule", values: ["color-contrast"]}')) == []
 
 
+def test_the_advice_is_for_the_hand_that_is_there(page, furnished):
+    """Fingers are told of fingers, and a mouse that is plugged in later of its wheel."""
+    page.show(360, 740, phone=True)
+    visit(page, furnished, "#/masks/playroom")
+    page.wait("document.querySelector('.hint')?.textContent === 'Paint over the thing. Two fingers move and zoom.'")
+    page.show(1280, 800)
+    page.wait("document.querySelector('.hint').textContent.startsWith('Paint over the thing. The wheel zooms')")
+
+
 def test_a_thousand_pictures_scroll(page, furnished):
     """The page holds only those near the window, in the order of time; the last is reached by scrolling and by keys."""
     visit(page, furnished, "#/draw/many")
