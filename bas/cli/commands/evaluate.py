@@ -45,7 +45,8 @@ EXAMPLES = (
 PER_TRIAL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
 TRAINING = (  # the flags of training that stand beside those below; --config takes all
     *("pretrained_model_name_or_path", "prediction_type", "phase1_train_steps", "phase2_train_steps", "resolution"),
-    *("num_class_images", "class_data_dir", "mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
+    *("initial_learning_rate", "learning_rate", "train_batch_size", "num_class_images", "class_data_dir"),
+    *("mixed_precision", "device", "preset", "gradient_checkpointing", "compile"),
 )
 SAMPLING = {f.name for f in fields(SampleConfig)} - {"num_images", "seed", *STEERING}
 
