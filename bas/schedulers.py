@@ -2,7 +2,7 @@
 
 Notation of the papers: a_t is the cumulative product of the alphas, z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps.
 In the sampling steps t and prev_t are numbers; prev_t < 0 is the end, beyond timestep 0. They are whole, except that
-Karras' spacing has steps between the timesteps.
+Karras' spacing, and Euler's that is even from end to end, have steps between the timesteps.
 """
 
 import logging
@@ -34,6 +34,11 @@ SCHEDULERS = {
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
     *("UniPCMultistepScheduler", "SASolverScheduler"),
+}
+# Those of them that diffusers spaces as "leading" where the file says nothing; the others as "linspace".
+LEADING = {
+    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+    "PNDMScheduler",
 }
 CLASS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # of each of these classes
 OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -106,7 +111,8 @@ class NoiseSchedule:
             raise InputError(f"scheduler timestep_type is {config['timestep_type']!r:.60}: bas does not support it")
         for key in OTHER_SPACINGS:
             if config.get(key):
-                _warn_once(f"scheduler {key} is not used: bas spaces denoising steps evenly in time")
+                own = f"--sampler {KARRAS} has it" if "karras" in key else "bas spaces denoising steps evenly in time"
+                _warn_once(f"scheduler {key} is not used: {own}")
         for key, own in OTHER_SOLVERS.items():
             if config.get(key, own) != own:
                 _warn_once(f"scheduler {key} {config[key]!r:.60} is not used: --sampler says how images are denoised")
@@ -114,6 +120,8 @@ class NoiseSchedule:
             name != "PNDMScheduler"
         )  # the others, and diffusers' DDIM made from their files, end without noise
         defaults: dict[str, Any] = CLASS_DEFAULTS | {"set_alpha_to_one": ends_at_one}
+        if name not in LEADING:
+            defaults["timestep_spacing"] = "linspace"
         names = {f.name for f in fields(cls) if f.init}
         given = {key: value for key, value in config.items() if key in names and value is not None}
         return cls(**defaults | given)
@@ -142,6 +150,31 @@ class NoiseSchedule:
             return self.alphas_cumprod[int(t)].item() if t >= 0 else final
         low, high = log_sigmas(self)[int(t) : int(t) + 2].tolist()
         return 1 / (1 + math.exp(2 * (low + (t - int(t)) * (high - low))))
+
+
+@dataclass(frozen=True)
+class SigmaSchedule(NoiseSchedule):
+    """The schedule as samplers see it that reckon with the noise relative to the signal: some signal is always left.
+
+    They end without noise, whatever DDIM does.
+    """
+
+    linear: bool = False  # between timesteps by that relative noise, as diffusers' Euler; else by its logarithm
+
+    def alpha(self, t: float, final: float = 1.0) -> float:
+        """a_t as a number, `final` beyond the last step (t < 0)."""
+        if t < 0 or t == int(t) or not self.linear:
+            return max(super().alpha(t, final), LEAST_ALPHA)
+        low, high = log_sigmas(self)[int(t) : int(t) + 2].exp().tolist()
+        return 1 / (1 + (low + (t - int(t)) * (high - low)) ** 2)
+
+
+def seen_by(schedule: NoiseSchedule, sampler: str) -> NoiseSchedule:
+    """The schedule as a sampler sees it."""
+    if sampler in ("ddim", "ddpm"):
+        return schedule
+    own = {f.name: getattr(schedule, f.name) for f in fields(NoiseSchedule) if f.init}
+    return SigmaSchedule(**own | {"set_alpha_to_one": True}, linear=sampler in EULER)
 
 
 @cache
@@ -215,7 +248,8 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
         timesteps = [i * (total // points) + schedule.steps_offset for i in reversed(range(points))]
     elif spacing == "linspace":
         gap = (total - 1) / max(points - 1, 1)
-        timesteps = [round(i * gap) for i in reversed(range(points))]
+        places = [i * gap for i in reversed(range(points))]
+        timesteps = places if sampler in EULER else [*map(round, places)]  # Euler's are not rounded in diffusers
     else:
         timesteps = [round(total - i * total / steps) - 1 for i in range(steps)]
     timesteps = [min(t, total - 1) for t in timesteps[:steps]]

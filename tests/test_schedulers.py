@@ -237,7 +237,13 @@ def test_a_schedule_bas_cannot_honour_is_refused(change, message):
         NoiseSchedule.from_json(NoiseSchedule().to_json() | change)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"),
+        *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler"),
+    ],
+)
 @pytest.mark.parametrize("left_out", [(), ("beta_schedule",), ("beta_start", "beta_end"), ("timestep_spacing",)])
 def test_missing_fields_have_the_defaults_of_their_class(name, left_out):
     """Against the class in diffusers. Those that do not know set_alpha_to_one end at a = 1, as DDIM from their file."""
@@ -247,6 +253,7 @@ def test_missing_fields_have_the_defaults_of_their_class(name, left_out):
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, atol=0, rtol=0)
     assert ours.steps_offset == theirs.config.steps_offset == 0
     assert ours.set_alpha_to_one == getattr(theirs.config, "set_alpha_to_one", True)
+    assert (ours.timestep_spacing or "leading") == theirs.config.timestep_spacing
 
 
 def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers():
@@ -288,7 +295,8 @@ def test_another_spacing_of_steps_is_named_once(name, caplog):
     schedulers._warn_once.cache_clear()
     for _ in range(2):
         NoiseSchedule.from_json({"_class_name": "DPMSolverMultistepScheduler", name: True})
-    message = f"scheduler {name} is not used: bas spaces denoising steps evenly in time"
+    own = "--sampler dpmpp_2m_karras has it" if "karras" in name else "bas spaces denoising steps evenly in time"
+    message = f"scheduler {name} is not used: {own}"
     assert [record.message for record in caplog.records] == [message]
 
 

@@ -47,6 +47,7 @@ from bas.pretrained.single_file import EMBEDDER_2, SD_STEPS_OFFSET, read_single_
 from bas.pretrained.unsupported import (
     check_channels,
     check_class,
+    check_edm,
     check_kind,
     check_merges,
     check_pipeline,
@@ -217,7 +218,7 @@ def holds_sdxl(path: Path) -> bool:
         return len(handle_rows(read_concepts(path)[0])) > 1
     if path.is_dir():
         return (path / "text_encoder_2").is_dir()
-    return any(name.startswith(EMBEDDER_2) for name in read_tensors(path)[0])
+    return any(name.startswith(EMBEDDER_2) for name in unwrap_keys(read_tensors(path)[0], str(path)))
 
 
 # --- Reading a folder ---------------------------------------------------------------------------------------------
@@ -239,6 +240,7 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
             check_class(component, name, folder)
     check_channels(configs["unet"].get("in_channels"), configs["vae"].get("latent_channels", 4), folder)
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+    check_edm(schedule.get("_class_name"), configs["vae"], folder)
     if prediction_type:
         schedule["prediction_type"] = prediction_type
     with _blaming(folder / "unet" / "config.json"):

@@ -30,8 +30,8 @@ UNUSED_PREFIXES = (
     f"{OPEN_CLIP}visual.",
     f"{OPEN_CLIP_2}visual.",
 )
+POSITION_IDS = ".position_ids"  # ends the name of a table 0, 1, 2, ..., which some programs save
 UNUSED = {
-    *(f"{CLIP}text_model.embeddings.position_ids", f"{CLIP}embeddings.position_ids"),
     *(f"{CLIP}logit_scale", f"{CLIP}text_projection.weight"),
     *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "attn_mask")),
     *(f"{OPEN_CLIP_2}{name}" for name in ("logit_scale", "attn_mask")),
@@ -172,7 +172,7 @@ def from_original(
     ours: dict[str, dict[str, Tensor]] = {component: {} for component, _, _ in sections}
     for key, tensor in tensors.items():
         component, prefix, table = next((s for s in sections if key.startswith(s[1])), ("", "", {}))
-        if key in UNUSED or key.startswith(UNUSED_PREFIXES):
+        if key in UNUSED or key.startswith(UNUSED_PREFIXES) or key.endswith(POSITION_IDS):
             continue
         rest = key.removeprefix(prefix)
         if key.startswith(CLIP):

@@ -29,6 +29,7 @@ from bas.pretrained.ldm_keys import rename, unet_table
 from bas.pretrained.loading import Parts, name_of
 from bas.pretrained.lora_names import (
     FOREIGN_METHODS,
+    KOHYA,
     KOHYA_XL,
     OF_SDXL,
     find_place,
@@ -258,6 +259,10 @@ def _check_stated_family(path: Path, tensors: Mapping[str, Tensor], texts: Mappi
     """Raise InputError where the metadata names another family and no tensor's shape tells it."""
     own = FAMILIES[2048] if parts.spec.text_encoder_2 is not None else parts.spec.family
     others = {*FAMILIES.values()} - {own}
+    if own == FAMILIES[2048] and any(name.startswith(KOHYA["text_encoder"]) for name in tensors):
+        raise InputError(
+            f"{path} is a LoRA for Stable Diffusion 1 or 2 by its names: this model is {own}, give one for it"
+        )
     if not text_widths(tensors) and (stated := stated_family(texts)) in others:
         raise InputError(f"{path} is a LoRA for {stated} by its metadata, this model is {own}: give a LoRA for it")
 

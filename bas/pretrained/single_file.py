@@ -102,6 +102,8 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
     schedule = infer_schedule(tensors, prediction_type)
+    if "ztsnr" in tensors and not schedule.rescale_betas_zero_snr:
+        log.warning("%s: its marker ztsnr has no effect: zero terminal SNR needs --prediction_type v_prediction", path)
     spec = ModelSpec(unet, vae, text, tokenizer, schedule, source=path)
     if second is None:
         return Parts(spec, from_original(tensors, unet, vae))
@@ -175,7 +177,7 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
         f"{SPEC}resolution": f"{spec.resolution}x{spec.resolution}",
     }
     unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
-    lost = _differences(spec, unet, vae, text, infer_schedule(tensors, prediction_type))
+    lost = _differences(spec, unet, vae, text, second, infer_schedule(tensors, prediction_type))
     if second is not None and not spec.zeros_for_empty:
         lost.append("force_zeros_for_empty_prompt (False)")
     if lost:
@@ -247,19 +249,23 @@ def original_config(spec: ModelSpec) -> dict:
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {**params, **networks}}}
 
 
-def _differences(spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict, schedule: NoiseSchedule) -> list[str]:
+def _differences(
+    spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict, second: dict | None, schedule: NoiseSchedule
+) -> list[str]:
     """The settings that a reader of the single file would get wrong."""
     given = {
         "unet": vars(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
         "vae": vars(spec.vae),
         "text encoder": spec.text_encoder,
+        "second text encoder": spec.text_encoder_2 or {},
         "scheduler": vars(spec.schedule),
     }
     read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(schedule)}
+    read["second text encoder"] = second or {}
     # These do not change the arithmetic, or are in the metadata, or are the user's to choose.
-    silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id"}
+    silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id"}
     silent |= {"prediction_type", "steps_offset", "timestep_spacing", "alphas_cumprod"}
-    silent_of = {"vae": {"sample_size", "force_upcast"}}
+    silent_of = {"vae": {"sample_size", "force_upcast"}, "text encoder": {"pad_token_id"}}
     return [
         f"{part} {name} ({given[part][name]})"
         for part in given

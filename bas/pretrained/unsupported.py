@@ -11,6 +11,8 @@ from bas.io.json_files import read_json, read_text
 
 LORA, EMBEDDING = "a LoRA", "a textual inversion embedding"
 WHOLE_MODEL = "give a whole Stable Diffusion 1.x, 2.x or XL model"
+COSXL = "a CosXL model, of another noise schedule (EDM)"
+PLAYGROUND = "a Playground 2.5 model, of another noise schedule (EDM)"
 
 KINDS = (  # a pattern that one of the file's keys matches, what the file then is, what to do
     (
@@ -27,8 +29,8 @@ KINDS = (  # a pattern that one of the file's keys matches, what the file then i
         "name a model, and add the file with --embedding",
     ),
     (r"motion_modules\.", "an AnimateDiff motion module", WHOLE_MODEL),
-    (r"^edm_vpred\.", "a CosXL model, of another noise schedule (EDM)", WHOLE_MODEL),
-    (r"^edm_(mean|std)", "a Playground 2.5 model, of another noise schedule (EDM)", WHOLE_MODEL),
+    (r"^edm_vpred\.", COSXL, WHOLE_MODEL),
+    (r"^edm_(mean|std)", PLAYGROUND, WHOLE_MODEL),
 )
 ALONE = (  # for files that hold no UNet in the original layout
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid)", "a VAE alone"),
@@ -37,7 +39,6 @@ ALONE = (  # for files that hold no UNet in the original layout
 )
 # Class names of a model_index.json whose networks are those of Stable Diffusion, and what else may stand there.
 SUPPORTED = {
-    "StableDiffusionXLPipeline",
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"),
     *("StableDiffusionAttendAndExcitePipeline", "StableDiffusionSAGPipeline", "StableDiffusionPanoramaPipeline"),
     *("StableDiffusionPipelineSafe", "StableDiffusionPAGPipeline", "CycleDiffusionPipeline"),
@@ -121,6 +122,16 @@ def check_channels(channels: object, latents: object, path: Path) -> None:
     kinds[latents + 1] = "an inpainting model"
     if kind := kinds.get(channels - latents):
         raise InputError(f"{path} is {kind} ({channels} input channels): {BASE_ADVICE}")
+
+
+def check_edm(scheduler: object, vae: dict, path: Path) -> None:
+    """Raise InputError when a folder's scheduler is one of EDM. vae: its config.json
+
+    Playground's latents have a mean and a deviation of their own, CosXL's have not.
+    """
+    if isinstance(scheduler, str) and scheduler.startswith("EDM"):
+        what = PLAYGROUND if vae.get("latents_mean") else COSXL
+        raise InputError(f"{path} is {what}, scheduler _class_name is {scheduler!r}: {WHOLE_MODEL}")
 
 
 def check_pipeline(index: dict, path: Path) -> None:

@@ -36,6 +36,7 @@ from bas.schedulers import (
     initial_scale,
     previous_timestep,
     sampling_timesteps,
+    seen_by,
 )
 
 log = logging.getLogger(__name__)
@@ -234,18 +235,17 @@ def denoise(
     """
     if steering is not None:
         steering.to(z.device)
-    schedule, hide = models.schedule, steering.hide if steering is not None else None
+    schedule, hide = seen_by(models.schedule, config.sampler), steering.hide if steering is not None else None
     scale, eta = guidance_scale(models, config), EULER.get(config.sampler, config.eta)
     timesteps = denoising_timesteps(schedule, config)
-    if config.sampler in EULER:
-        schedule = replace(schedule, set_alpha_to_one=True)
     last = None
     for i, t in list(enumerate(timesteps))[start:]:
         prev_t = previous_timestep(schedule, timesteps, i, config.sampler)
         if steering is not None and steering.due(i, len(timesteps)):
             z = steering.update(models, z, round(t), context)
+        told = t if config.sampler in EULER else round(t)
         output, maps = guided_output(
-            models, z, round(t), context, negative, scale, return_maps, hide, config.guidance_rescale
+            models, z, told, context, negative, scale, return_maps, hide, config.guidance_rescale
         )
         if config.sampler in ("dpmpp_2m", KARRAS):
             z0, _ = clean_and_noise(schedule, z, output, t)
@@ -270,7 +270,7 @@ def denoise(
 def guided_output(
     models: Models,
     z: Tensor,
-    t: int,
+    t: float,
     context: Conditioning,
     negative: Conditioning,
     scale: float,

@@ -102,6 +102,24 @@ def test_what_is_no_vae_of_this_family_is_refused(saved, other, tmp_path):
         load(saved, additions=Additions(vae=tmp_path))
 
 
+def test_a_vae_of_another_scale_is_refused(saved, other, tmp_path):
+    """SDXL's VAE has the same shapes as that of SD 1 and 2, and other latents."""
+    _, files = other
+    folder = shutil.copytree(files["folder"], tmp_path / "vae")
+    change_json(folder / "config.json", scaling_factor=0.13025)
+    with refused("its latents are scaled by 0.13025, those of", "by 0.18215: take a VAE of its family"):
+        load(saved, additions=Additions(vae=folder))
+    whole = load_file(files["whole"])
+    marked = "conditioner.embedders.1.model.ln_final.bias"
+    save_file(whole | {marked: torch.zeros(4)}, tmp_path / "xl.safetensors")
+    with refused("xl.safetensors: its latents are scaled by 0.13025"):
+        load(saved, additions=Additions(vae=tmp_path / "xl.safetensors"))
+    xl = tiny("sdxl")
+    save_model(xl, tmp_path / "xl")
+    with refused("its latents are scaled by 0.18215, those of", "by 0.13025"):
+        load(tmp_path / "xl", additions=Additions(vae=files["whole"]))
+
+
 def test_an_earlier_layer_is_read_through_the_final_norm(saved):
     """2 is the last layer but one, as web interfaces count; 1 changes nothing, and there must be so many layers."""
     prompt, whole = "a photo of a bowl", load(saved)

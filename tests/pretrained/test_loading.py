@@ -316,3 +316,12 @@ def test_a_network_of_another_class_is_refused(file, name, folder):
 def test_a_scheduler_of_other_models_is_refused(name, folder):
     change_json(folder / "scheduler/scheduler_config.json", _class_name=name)
     assert f"scheduler _class_name is {name!r}" in refusal(folder)
+
+
+def test_models_of_another_noise_schedule_are_named(folder):
+    """By the scheduler of their folders; Playground's latents have a mean, which is no setting of its VAE alone."""
+    change_json(folder / "scheduler/scheduler_config.json", _class_name="EDMEulerScheduler")
+    assert "is a CosXL model, of another noise schedule (EDM)" in refusal(folder)
+    change_json(folder / "scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
+    change_json(folder / "vae/config.json", latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    assert "is a Playground 2.5 model, of another noise schedule (EDM)" in refusal(folder)

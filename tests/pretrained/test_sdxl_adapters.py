@@ -237,6 +237,10 @@ REFUSED = {
     "has no up matrix": {f"{KV}.lora_down.weight": torch.zeros(4, 192)},
     "holds lora_te2_strange.alpha": {"lora_te2_strange.alpha": torch.zeros(())},
     "is a DoRA": {f"{KV}.dora_scale": torch.zeros(1, 64)},
+    "is a LoRA for Stable Diffusion 1 or 2 by its names": {  # its one text encoder is SDXL's first
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 64),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(128, 4),
+    },
 }
 
 

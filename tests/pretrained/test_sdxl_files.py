@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bas.pretrained.hub import find_spec, train_config
 from bas.pretrained.ldm_keys import from_original, to_original
 from bas.pretrained.single_file import infer_configs, save_single_file
 from tests.helpers.families import UNET_FILE, change_json, refusal, tiny
+from tests.helpers.tiny import refused
 
 WHOLE = "give a whole Stable Diffusion 1.x, 2.x or XL model"
 SECOND = "text_encoder_2/model.safetensors"
@@ -123,6 +125,35 @@ def test_what_does_not_belong_together_is_refused(change, message, saved, tmp_pa
     folder = shutil.copytree(saved, tmp_path / "model")
     change(folder)
     assert message in refusal(folder)
+
+
+def test_what_other_programs_leave_in_a_single_file_changes_nothing(single, tmp_path, caplog):
+    """Tables of positions in both text encoders, a wrapper's prefix, an average of the weights, a marker that is not
+    used, which is named; and the settings that suit SDXL are taken."""
+    models, path = single
+    inside = "transformer.text_model.embeddings.position_ids"
+    left = {f"conditioner.embedders.0.{inside}": 0, f"conditioner.embedders.1.model.{inside}": 0, "ztsnr": 0}
+    left |= {"model_ema.decay": 0, "denoiser.sigmas": 0, "conditioner.embedders.1.model.logit_scale": 0}
+    tensors = load_file(path) | {name: torch.arange(value) for name, value in left.items()}
+    save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "m.safetensors")
+    read = load(tmp_path / "m.safetensors")
+    for name, network in models.networks.items():
+        state = read.networks[name].state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items()), name
+    assert "its marker ztsnr has no effect: zero terminal SNR needs --prediction_type v_prediction" in caplog.text
+    assert train_config("scene", weights=str(tmp_path / "m.safetensors")).num_class_images == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_act", "quick_gelu"), ("num_attention_heads", 4), ("layer_norm_eps", 1e-3), ("pad_token_id", 49407)],
+)
+def test_a_second_text_encoder_that_shapes_do_not_tell_is_not_written(single, name, value, tmp_path):
+    models = replace(single[0], text_encoder_2=deepcopy(single[0].text_encoder_2))
+    setattr(models.text_encoder_2.config, name, value)
+    with refused("the single-file layout cannot express", f"second text encoder {name} ({value})", "save a folder"):
+        save_single_file(models, tmp_path / "m.safetensors")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_velocity_and_zero_snr_survive_in_both_layouts(single, tmp_path):

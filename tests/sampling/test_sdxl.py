@@ -130,7 +130,7 @@ def invented(z, t):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize(("sampler", "theirs"), [("euler", "EulerDiscrete"), ("euler_a", "EulerAncestralDiscrete")])
 def test_eulers_samplers_are_those_of_diffusers(sampler, theirs, spacing, prediction_type, monkeypatch):
     """Whole runs of 1, 7 and 20 steps over an invented model, from the same noise and with the same noise added."""
@@ -180,6 +180,32 @@ def test_karras_spacing_is_that_of_diffusers(prediction_type, monkeypatch):
         for t in scheduler.timesteps:
             x = scheduler.step(invented(x, t), t, x).prev_sample
         assert (ours - x).abs().max() < 1e-5 * x.abs().max()
+
+
+def test_a_model_without_signal_at_its_end_is_sampled_as_in_diffusers(models, tmp_path):
+    """Zero terminal SNR: DPM++ 2M, where diffusers leaves a signal of 2^-12, and DDIM, where it leaves none. Euler
+    begins at a noise of 4096 there, whose float32 is no finer than 2e-4."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: it is the reference")
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    velocity = replace(models, schedule=replace(models.schedule, **settings))
+    save_model(velocity, tmp_path)
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    plain, start = pipeline.scheduler, standard_normal((4, 8, 8), [torch.Generator().manual_seed(3)])
+    for sampler, name, most in (
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", 1e-5),
+        ("ddim", "DDIMScheduler", 1e-5),
+        ("euler", "EulerDiscreteScheduler", 1e-3),
+    ):
+        pipeline.scheduler = getattr(diffusers, name).from_config(plain.config)
+        for steps in (1, 7):
+            config = SampleConfig(height=64, width=64, num_inference_steps=steps, guidance_scale=4.0, sampler=sampler)
+            ours = generate([PROMPTS[0]], [3], velocity, config)
+            with torch.no_grad():
+                expected = pipeline(
+                    PROMPTS[0], num_inference_steps=steps, guidance_scale=4.0, latents=start, output_type="latent"
+                ).images
+            assert (ours - expected).abs().max() < most * expected.abs().max(), (sampler, steps)
 
 
 def test_guidance_rescaled_keeps_the_spread_of_the_prompts_own_prediction():
