@@ -18,6 +18,7 @@ from bas.schedulers import (
     earlier_step,
     previous_timestep,
     sampling_timesteps,
+    seen_by,
     training_target,
 )
 from tools.reference.cases import REFERENCE
@@ -254,6 +255,21 @@ def test_missing_fields_have_the_defaults_of_their_class(name, left_out):
     assert ours.steps_offset == theirs.config.steps_offset == 0
     assert ours.set_alpha_to_one == getattr(theirs.config, "set_alpha_to_one", True)
     assert (ours.timestep_spacing or "leading") == theirs.config.timestep_spacing
+
+
+def test_samplers_by_noise_see_some_signal_everywhere():
+    """2^-24 of it at the end, as in diffusers; between timesteps Euler's noise is linear, Karras' logarithm is."""
+    schedule = NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert seen_by(schedule, "ddim") is seen_by(schedule, "ddpm") is schedule
+
+    def sigma(a: float) -> float:
+        return ((1 - a) / a) ** 0.5
+
+    ends = [sigma(schedule.alpha(t)) for t in (500, 501)]
+    for sampler, expected in (("euler", sum(ends) / 2), ("dpmpp_2m_karras", (ends[0] * ends[1]) ** 0.5)):
+        seen = seen_by(schedule, sampler)
+        assert (seen.alpha(999), seen.alpha(500), seen.alpha(-1)) == (2.0**-24, schedule.alpha(500), 1.0)
+        assert sigma(seen.alpha(500.5)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers():

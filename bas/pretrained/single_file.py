@@ -50,6 +50,7 @@ SD_STEPS_OFFSET = 1  # of every Stable Diffusion's scheduler, and of diffusers' 
 EMBEDDER, EMBEDDER_2 = "conditioner.embedders.0.", "conditioner.embedders.1."  # in Stability AI's later code
 FAMILY_WIDTHS = {768: False, 1024: True}  # of the published text encoders: whether it is SD 2's
 MAX_YAML_BYTES = 2**20
+INEXPRESSIBLE = "the single-file layout cannot express this model's {}: save a folder instead"
 PARAMETERIZATION = re.compile(r"""^[^#\n]*\bparameterization["']?\s*:\s*["']?(\w+)""", re.MULTILINE)
 
 # ModelSpec, a convention for the metadata of .safetensors files, and its names of prediction types.
@@ -96,6 +97,8 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     shapes = _Shapes(tensors, path)
     latents = shapes(f"{VAE}post_quant_conv.weight")[0]
     check_channels(shapes(f"{UNET}input_blocks.0.0.weight")[1], latents, path)
+    if not any(name.startswith(f"{UNET}middle_block.") for name in tensors):
+        raise InputError(f"{path} has a UNet without a middle block: give the diffusers folder of the model instead")
     _check_family(shapes)
     prediction_type, reason = _prediction_type(tensors, metadata, prediction_type, path)
     log.info("%s: prediction type %s, %s", path, prediction_type, reason, extra={"once": True})
@@ -165,6 +168,8 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
     spec = parts.spec
     if len(spec.tokenizer) != len(clip_vocabulary()):
         raise InputError("a single file carries no tokenizer, so no handles and no vocabulary but CLIP's: use a folder")
+    if not spec.unet.mid_depths and (spec.unet.mid_block_type is None or spec.text_encoder_2 is None):
+        raise InputError(INEXPRESSIBLE.format(f"unet mid_block_type ({spec.unet.mid_block_type})"))
     tensors = to_original(parts.tensors, spec.unet, spec.vae, open_clip=spec.text_encoder["hidden_act"] == "gelu")
     prediction_type = spec.schedule.prediction_type
     if spec.text_encoder_2 is not None:  # other programs know both from these alone
@@ -181,7 +186,7 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
     if second is not None and not spec.zeros_for_empty:
         lost.append("force_zeros_for_empty_prompt (False)")
     if lost:
-        raise InputError(f"the single-file layout cannot express this model's {', '.join(lost)}: save a folder instead")
+        raise InputError(INEXPRESSIBLE.format(", ".join(lost)))
     if spec.text_encoder_2 is not None:
         first = "cond_stage_model."
         tensors = {
@@ -254,13 +259,13 @@ def _differences(
 ) -> list[str]:
     """The settings that a reader of the single file would get wrong."""
     given = {
-        "unet": vars(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
+        "unet": _described(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
         "vae": vars(spec.vae),
         "text encoder": spec.text_encoder,
         "second text encoder": spec.text_encoder_2 or {},
         "scheduler": vars(spec.schedule),
     }
-    read = {"unet": vars(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(schedule)}
+    read = {"unet": _described(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(schedule)}
     read["second text encoder"] = second or {}
     # These do not change the arithmetic, or are in the metadata, or are the user's to choose.
     silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id"}
@@ -272,6 +277,13 @@ def _differences(
         for name in read[part].keys() & given[part].keys() - silent - silent_of.get(part, set())
         if given[part][name] != read[part][name]
     ]
+
+
+def _described(unet: UNetConfig) -> dict:
+    """The UNet's settings, with the depth of each transformer, which a config.json can write in several ways."""
+    down, up = (tuple(map(depths, range(unet.levels))) for depths in (unet.down_depths, unet.up_depths))
+    depths = {"transformer_layers_per_block": (*down, unet.mid_depths), "reverse_transformer_layers_per_block": up}
+    return vars(unet) | depths
 
 
 # --- Configurations from shapes -----------------------------------------------------------------------------------

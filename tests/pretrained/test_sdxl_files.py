@@ -156,6 +156,41 @@ def test_a_second_text_encoder_that_shapes_do_not_tell_is_not_written(single, na
     assert not [*tmp_path.iterdir()]
 
 
+def deeper(changes: dict) -> Models:
+    """A tiny SDXL with CLIP's vocabulary and another UNet of two layers in a level."""
+    models = tiny("sdxl", whole_vocabulary=True)
+    return replace(models, unet=UNet(replace(models.unet.config, layers_per_block=2, **changes)).eval())
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ((1, (2, 2), (3, 3)), ((3, 3, 4), (2, 1, 1), 1)),  # as SSD-1B
+        ((1, (1, 1), (2, 2)), ((2, 2, 2), (1, 1, 1), 1)),  # as Segmind Vega
+    ],
+)
+def test_smaller_relatives_fit_a_single_file(down, up, tmp_path):
+    """Their configurations write out depths that are alike, the file's shapes give one number for them."""
+    depths = {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
+    models, path = deeper(depths | {"mid_block_type": "UNetMidBlock2D"}), tmp_path / "m.safetensors"
+    save_single_file(models, path)
+    state = load(path).unet.state_dict()
+    assert state.keys() == models.unet.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in models.unet.state_dict().items())
+
+
+def test_a_unet_without_a_middle_block_has_no_single_file(single, tmp_path):
+    """Of SDXL and of SD 1, as small-sd: neither written nor read, and said so."""
+    small = tiny("sd1", whole_vocabulary=True)
+    small = replace(small, unet=UNet(replace(small.unet.config, mid_block_type=None)))
+    for models in (deeper({"mid_block_type": None}), small):
+        with refused("cannot express this model's unet mid_block_type (None): save a folder instead"):
+            save_single_file(models, tmp_path / "m.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(single[1]).items() if ".middle_block." not in name}
+    save_file(tensors, tmp_path / "m.safetensors")
+    assert "a UNet without a middle block: give the diffusers folder" in refusal(tmp_path / "m.safetensors")
+
+
 def test_velocity_and_zero_snr_survive_in_both_layouts(single, tmp_path):
     """Other programs know them by two empty tensors; bas writes and reads these."""
     models = single[0]
