@@ -173,8 +173,8 @@ def seen_by(schedule: NoiseSchedule, sampler: str) -> NoiseSchedule:
     """The schedule as a sampler sees it."""
     if sampler in ("ddim", "ddpm"):
         return schedule
-    own = {f.name: getattr(schedule, f.name) for f in fields(NoiseSchedule) if f.init}
-    return SigmaSchedule(**own | {"set_alpha_to_one": True}, linear=sampler in EULER)
+    own: dict[str, Any] = {f.name: getattr(schedule, f.name) for f in fields(NoiseSchedule) if f.init}
+    return SigmaSchedule(**{**own, "set_alpha_to_one": True}, linear=sampler in EULER)
 
 
 @cache
