@@ -27,10 +27,9 @@ from bas.errors import InputError
 from bas.io.files import cache_dir, clear_leftovers, reading, require_writable
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.io.json_files import read_record, write_json
-from bas.models.bundle import Models
+from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
 from bas.models.vae import Posterior
-from bas.presets import GUIDANCE
 from bas.runtime.device import autocast
 from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import decode, generate
@@ -85,7 +84,7 @@ def _check_key(folder: Path, key: dict, complete: bool) -> None:
         raise InputError(f"{folder} holds class images made with another {', '.join(differs)}: name another folder")
 
 
-def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple[int, int]) -> None:
+def check_class_folder(config: TrainConfig, model: ModelSpec | Models, size: tuple[int, int]) -> None:
     """Check --class_data_dir as far as possible without the weights.
 
     size: rows and columns of pixels. Raises InputError for what is no folder, for a scene folder, for images that
@@ -126,14 +125,18 @@ def check_class_folder(config: TrainConfig, schedule: NoiseSchedule, size: tuple
             log.warning("%s: %s are not read as class images", folder, names)
         keyed = (folder / KEY_FILE).exists()
     if keyed:
-        key = cache_key(config, "", schedule, sampling_of(config, size))
+        key = cache_key(config, "", model.schedule, sampling_of(config, model, size))
         known = {name: value for name, value in key.items() if name != "base"}
         _check_key(folder, known, complete=len(images) >= config.num_class_images)
 
 
-def sampling_of(config: TrainConfig, size: tuple[int, int]) -> SampleConfig:
-    """How class images of these rows and columns are generated: at diffusers' guidance, whatever the base's own is."""
-    return SampleConfig(height=size[0], width=size[1], seed=config.seed, guidance_scale=GUIDANCE)
+def sampling_of(config: TrainConfig, model: ModelSpec | Models, size: tuple[int, int]) -> SampleConfig:
+    """How class images of these rows and columns are generated: at the guidance of the model's other images.
+
+    The prior loss and Seg-Mix teach the look of the class images. A stronger guidance than the model's own would give
+    every later image its colours.
+    """
+    return SampleConfig(height=size[0], width=size[1], seed=config.seed, guidance_scale=model.guidance_scale)
 
 
 def class_images(
@@ -146,7 +149,7 @@ def class_images(
 
     size: rows and columns of pixels. -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the images' files.
     """
-    settings = sampling_of(config, size)
+    settings = sampling_of(config, models, size)
     key = cache_key(config, base_hash, models.schedule, settings)
     folder, keyed = find_folder(config, key)
     if config.class_data_dir is None and len(_images(folder)) < config.num_class_images:

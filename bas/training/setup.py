@@ -114,7 +114,7 @@ def check_input(config: TrainConfig, weights: bool = True) -> tuple[Scene, Path,
     size = check_scene(spec, scene, config)
     if any(phase.prior for phase in config.phases):
         warn_of_weights(config.class_prompt)
-        check_class_folder(replace(config, mixed_precision=precision), spec.schedule, size)
+        check_class_folder(replace(config, mixed_precision=precision), spec, size)
     if config.img_log_steps:
         sampling_timesteps(spec.schedule, config.preview_inference_steps)
     return scene, spec.source or Path(), device, precision

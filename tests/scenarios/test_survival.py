@@ -19,7 +19,7 @@ from bas.io import files
 from bas.io import tensors as tensor_files
 from bas.io.files import new_folder
 from bas.io.images import image_path
-from bas.schedulers import NoiseSchedule
+from bas.pretrained.folder import read_spec
 from bas.training import checkpoints, metrics
 from bas.training.checkpoints import list_checkpoints
 from bas.training.class_images import check_class_folder
@@ -226,7 +226,7 @@ def test_missing_class_images_need_a_folder_to_write(bench, tmp_path, monkeypatc
     for folder, flag in ((None, f"the cache {tmp_path / 'class_images'}"), (str(own), f"--class_data_dir {own}")):
         config = bench.config(class_data_dir=folder)
         with refused(f"cannot write to {flag}: ") if images < 2 else nullcontext():
-            check_class_folder(config, NoiseSchedule(), (32, 32))
+            check_class_folder(config, read_spec(bench.model), (32, 32))
 
 
 def test_train_sees_it_before_it_reads_weights(bench, tmp_path, monkeypatch):

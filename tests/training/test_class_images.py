@@ -41,6 +41,25 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix == ".png")
 
 
+def test_class_images_have_the_guidance_of_the_models_other_images(models, bench, tmp_path, monkeypatch):
+    """As the key says: 7.5 where the model has none of its own, and 3 for one that says 3."""
+    taken = []
+    monkeypatch.setattr(
+        "bas.training.class_images.generate",
+        lambda prompts, seeds, models, settings, on_step: (
+            taken.append(settings.guidance_scale) or torch.zeros(len(seeds), 4, 16, 16)
+        ),
+    )
+    for own in (7.5, 3.0):
+        folder = tmp_path / f"{own}"
+        config = bench.config(class_data_dir=str(folder), sample_batch_size=8)
+        class_images(replace(models, guidance_scale=own), config, "base", (32, 32))
+        assert json.loads((folder / "key.json").read_text())["guidance_scale"] == own
+        with refused("made with another guidance_scale"):
+            check_class_folder(config, replace(models, guidance_scale=5.0), (32, 32))
+    assert taken == [7.5, 3.0]
+
+
 def test_cache_key_depends_on_everything_that_decides_an_image(models):
     """Each change gives another folder; the scene, the count and the batch size do not matter."""
     base = {"config": TrainConfig(), "base_hash": "a", "schedule": models.schedule, "settings": SampleConfig(height=32)}
@@ -161,17 +180,17 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
         with refused("keyed holds class images made with another", *words):
             class_images(models, *args)
         with refused("keyed", *words) if words != ["another base"] else nullcontext():  # which takes the weights
-            check_class_folder(args[0], models.schedule, args[2])
+            check_class_folder(args[0], models, args[2])
     moved = replace(models, schedule=replace(models.schedule, steps_offset=0))  # none is to be generated
     assert torch.equal(
         class_images(moved, config, "base", (32, 32))[0].mean, class_images(models, config, "base", (32, 32))[0].mean
     )
-    check_class_folder(config, moved.schedule, (32, 32))
+    check_class_folder(config, moved, (32, 32))
     more = replace(config, num_class_images=3)
     with refused("keyed holds class images made with another schedule: name another folder"):
         class_images(moved, more, "base", (32, 32))
     with refused("keyed holds class images made with another schedule: name another folder"):
-        check_class_folder(more, moved.schedule, (32, 32))
+        check_class_folder(more, moved, (32, 32))
     (tmp_path / "keyed" / "key.json").write_text("{")
     with refused("key.json", "is not valid JSON"):
         class_images(models, config, "base", (32, 32))
@@ -180,11 +199,11 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
 def test_a_file_is_no_folder_and_a_broken_image_is_named(models, bench, tmp_path):
     (tmp_path / "file").write_text("")
     with refused("--class_data_dir", "not a folder"):
-        check_class_folder(bench.config(class_data_dir=str(tmp_path / "file")), models.schedule, (32, 32))
+        check_class_folder(bench.config(class_data_dir=str(tmp_path / "file")), models, (32, 32))
     folder = write_class_images(tmp_path / "mine")
     (folder / "0.png").write_bytes(b"nothing")
     with refused("0.png", "not a readable"):
-        check_class_folder(bench.config(class_data_dir=str(folder)), models.schedule, (32, 32))
+        check_class_folder(bench.config(class_data_dir=str(folder)), models, (32, 32))
 
 
 # --- Folders of the user ----------------------------------------------------------------------------------------------
@@ -216,7 +235,7 @@ def test_a_scene_is_no_folder_of_class_images(models, bench, tmp_path, name):
     before = sorted(folder.iterdir())
     told = "masks of another tool" if name in ("annotations.xml", "img-masklabel.png") else name
     with refused(f"--class_data_dir {folder} is a scene, it has {told}: name a folder of class images"):
-        check_class_folder(bench.config(class_data_dir=str(folder)), models.schedule, (32, 32))
+        check_class_folder(bench.config(class_data_dir=str(folder)), models, (32, 32))
     assert sorted(folder.iterdir()) == before
 
 
@@ -228,11 +247,11 @@ def test_images_that_are_not_read_are_named_before_others_are_generated(models, 
         (folder / beside).touch()
     config = bench.config(class_data_dir=str(folder), num_class_images=2)
     with refused(f"{folder} has 1 of 2 class images", f"but {name} cannot be read"):
-        check_class_folder(config, models.schedule, (32, 32))
-    check_class_folder(replace(config, num_class_images=1), models.schedule, (32, 32))
+        check_class_folder(config, models, (32, 32))
+    check_class_folder(replace(config, num_class_images=1), models, (32, 32))
     assert [record.getMessage() for record in caplog.records] == [f"{folder}: {name} are not read as class images"]
     (folder / name).unlink()
-    check_class_folder(config, models.schedule, (32, 32))
+    check_class_folder(config, models, (32, 32))
 
 
 def test_images_in_a_folder_within_are_named_before_others_are_generated(models, bench, tmp_path):
@@ -241,8 +260,8 @@ def test_images_in_a_folder_within_are_named_before_others_are_generated(models,
     write_class_images(folder / "dogs", count=3)
     config = bench.config(class_data_dir=str(folder), num_class_images=2)
     with refused(f"{folder} has 1 of 2 class images, and others in dogs, a folder that is not read"):
-        check_class_folder(config, models.schedule, (32, 32))
-    check_class_folder(replace(config, num_class_images=1), models.schedule, (32, 32))
+        check_class_folder(config, models, (32, 32))
+    check_class_folder(replace(config, num_class_images=1), models, (32, 32))
 
 
 def test_what_a_killed_process_left_is_removed(models, bench, tmp_path, asked):
