@@ -237,7 +237,8 @@ class TrainConfig(Settings):
     learning_rate: float = setting(2e-6, "learning rate of phase 2", group="training")
     train_text_encoder: bool = setting(
         True,
-        "also train the text encoder's layers in phase 2, with --train lora by adapters; kv and v leave it frozen",
+        "also train the text encoder's layers in phase 2, with --train lora by adapters; kv, v and token leave it "
+        "frozen",
         group="method",
         flag=("--no_train_text_encoder",),
     )

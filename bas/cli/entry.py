@@ -55,7 +55,7 @@ COMMANDS = {
     "info": "say what a file or a folder is, or what this machine has",
     "download": "fetch a Stable Diffusion checkpoint",
     "merge": "put the concepts of several small runs into one, or one into its base",
-    "export": "write a model as one .safetensors file for other tools",
+    "export": "write a model, or a small run as a LoRA with embeddings, for other tools",
 }
 
 

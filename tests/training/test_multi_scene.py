@@ -259,6 +259,18 @@ def test_dry_run_looks_at_every_scene(bench, scenes, tmp_path, capsys, no_operat
     assert errors == "bas: 1 of 3 scenes cannot be trained, as listed under rejected\n"
 
 
+def test_dry_run_needs_no_download_and_no_extra(scenes, tmp_path, capsys, monkeypatch, no_operations):
+    """As that of one scene: the model is known by its shapes, and what is missing is named."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    flags = f"--weights sd15 --train v --optimizer adamw8bit --device cpu --output_dir {tmp_path / 'out'} --dry_run"
+    assert main(["train", str(scenes), *flags.split()]) == 0
+    output = capsys.readouterr().out
+    assert "3, of which 0 are finished; below is" in output
+    assert "sd15, epsilon; not here yet: bas download sd15" in output
+    assert "--optimizer adamw8bit is an extra: pip install bitsandbytes" in output
+    assert "rejected" not in output
+
+
 def test_no_scene_at_all_is_refused(monkeypatch, tmp_path, capsys):
     """As an empty variable gives it: it does not mean all scenes that lie around."""
     monkeypatch.chdir(write_scene(tmp_path / "scenes" / "one").parents[1])

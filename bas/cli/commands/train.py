@@ -138,7 +138,7 @@ def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig]
         settings = settings_of(scene, config)
         try:
             if not is_finished(settings):
-                check_input(settings)
+                check_input(settings, weights=False)
                 left.append(settings)
         except InputError as error:
             failed[str(scene)] = str(error)
