@@ -4,20 +4,22 @@ import { Polygon } from "./polygon.js";
 import { History, Stage } from "./stage.js";
 
 const FINGERS = matchMedia("(pointer: coarse)");
-const moves = () => (FINGERS.matches ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.");
-const hintOf = (tool) =>
-  ({
-    // each tool has one: a line that comes and goes would move the picture
-    brush: `Paint over the thing. ${moves()}`,
-    eraser: `Paint over what is not part of it. ${moves()}`,
-    fill: `${FINGERS.matches ? "Tap" : "Click"} inside an outline: its inside is filled.`,
-    polygon: FINGERS.matches
-      ? "Tap the corners; the first corner closes. Undo takes a corner back."
+const hintOf = (tool) => {
+  const touch = FINGERS.matches;
+  const moves = touch ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.";
+  return {
+    // one for each: else the picture moves
+    brush: `Paint over the thing. ${moves}`,
+    eraser: `Paint over what is not part of it. ${moves}`,
+    fill: `${touch ? "Tap" : "Click"} inside an outline: its inside is filled.`,
+    polygon: touch
+      ? "Tap the corners; the first closes. Undo takes a corner back."
       : "Click the corners; the first one or Enter closes, Escape drops. Or arrows and Space.",
-    click: FINGERS.matches
+    click: touch
       ? "Tap the thing: a mask is proposed."
       : "Click on the thing: a mask is proposed. Enter takes it, Escape drops it.",
-  })[tool];
+  }[tool];
+};
 
 export class Painter {
   // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change; click(x, y): of the tool Click

@@ -279,8 +279,7 @@ export async function open(main, [name], studio) {
         h("dt", {}, "Becomes"),
         h("dd", {}, `the run ${plan.run}`),
       ),
-      shown.warning && h("p", { class: "warning" }, shown.warning),
-      shown.missing && h("p", { class: "warning" }, shown.missing),
+      plan.warnings.map((line) => h("p", { class: "warning" }, line)),
       h(
         "details",
         {},

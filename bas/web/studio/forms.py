@@ -135,13 +135,14 @@ def plan(home: Home, body: dict) -> dict[str, Any]:
     config, words = config_of(home, body)
     with counting:
         details = dry_run(config)
-    shown = ("scene", "handles", "base", "device", "steps", "time", "memory", "files", "disk", "warning", "missing")
+    shown = ("scene", "handles", "base", "device", "steps", "time", "memory", "files", "disk")
     enough = not details["disk"].startswith(TOO_LITTLE)
     here = config.pretrained_model_name_or_path is None or not is_known_elsewhere(config.pretrained_model_name_or_path)
     found = {name: details[name] for name in shown if details.get(name)}
+    warnings = [details[name] for name in ("missing", "warning") if details[name]]
+    told = {"facts": found, "warnings": warnings, "measured": measured(home, config)}
     run = Path(config.output_dir).name
-    took = {"measured": measured(home, config)}
-    return {"facts": found, **took, "enough": enough, "here": here, "run": run, "command": as_command(words)}
+    return {**told, "enough": enough, "here": here, "run": run, "command": as_command(words)}
 
 
 # --- Masks --------------------------------------------------------------------------------------------------------
