@@ -130,17 +130,19 @@ def training(bench, output, *more, steps=30):
 def test_a_job_that_is_stopped_and_continued_gives_the_bits_of_the_command(forked, studio, bench, tmp_path):
     """Stop after some steps, see the checkpoint, go on through the page's own request, and compare with one command."""
     run = studio.home.folder / "runs" / "toy"
-    folder, process = run_job(studio.home, training(bench, run), "toy")
+    folder, process = run_job(studio.home, training(bench, run, steps=100), "toy")
     wait_for(lambda: (jobs.last_row(folder / jobs.EVENTS) or {}).get("done", 0) >= 3)
+    os.kill(process.pid, signal.SIGSTOP)  # the steps are fast: it must not end before it is asked to
     assert jobs.state(folder) == "running"
     (found,) = studio.get("api/state")["runs"]
-    assert (found["state"], found["total"]) == ("running", 34)
+    assert (found["state"], found["total"]) == ("running", 104)
     studio.post(f"api/jobs/{folder.name}/stop", {"how": "save"})
+    os.kill(process.pid, signal.SIGCONT)
     assert process.wait(PATIENCE) == 130
     assert jobs.state(folder) == "stopped"
     (found,) = studio.get("api/state")["runs"]
     assert found["state"] == "stopped"
-    assert 3 <= found["done"] < 34
+    assert 3 <= found["done"] < 104
     assert "--resume_from_checkpoint latest continues" in found["line"]
 
     again = studio.post("api/jobs", {"kind": "resume", "run": "toy"})
@@ -151,7 +153,7 @@ def test_a_job_that_is_stopped_and_continued_gives_the_bits_of_the_command(forke
     assert studio.ask("POST", "api/jobs", {"kind": "resume", "run": "toy"}).status_code == 409
 
     whole = tmp_path / "whole"
-    assert main(training(bench, whole)) == 0
+    assert main(training(bench, whole, steps=100)) == 0
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "metrics.jsonl"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
 
