@@ -65,7 +65,8 @@ def test_only_the_same_cells_are_compared(evaluation):
 def test_a_recorded_run_of_another_miniature_is_named(evaluation, tmp_path, monkeypatch, capsys):
     """The cells agree, yet a run is told from one with other weights."""
     cells = condense(evaluation)
-    recorded = {"base": "0" * 64, "settings": check_methods.TRAINING, "cells": cells}
+    recorded = {"base": "0" * 64, "cells": cells}
+    recorded["settings"] = check_methods.TRAINING | {"class_image_guidance": 3.0}  # the shipped miniature's own
     monkeypatch.setattr(check_methods, "read_json", lambda path: {"runs": [recorded]})
     monkeypatch.setattr(check_methods, "evaluate", lambda *args: None)
     monkeypatch.setattr(check_methods, "condense", lambda folder: cells)

@@ -33,6 +33,7 @@ from bas.evaluation.tables import COLUMNS, method_table, option_table, ordering_
 from bas.io.files import write_text
 from bas.io.images import save_image
 from bas.io.json_files import read_json, write_json
+from bas.pretrained.folder import read_spec
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find
 from tools.checks.adapters import KINDS
@@ -181,7 +182,9 @@ def main() -> None:
     if args.output_dir is None:
         parser.error("--output_dir is needed, or --markdown, or --scatter")
     run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch"), "cells": []}
-    run |= {"base": weights_hash(find(None)), "settings": TRAINING}
+    base = find(None)
+    guidance = read_spec(base).guidance_scale  # of the class images, beside the settings that this tool chooses
+    run |= {"base": weights_hash(base), "settings": TRAINING | {"class_image_guidance": guidance}}
     known = next((other["cells"] for other in recorded if same_run(other, run)), [])
     scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
     for rate, methods in by_rate(args.methods).items():
