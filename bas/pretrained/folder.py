@@ -43,7 +43,7 @@ from bas.pretrained.loading import (
     unwrap_keys,
 )
 from bas.pretrained.own_settings import read_own_settings, write_own_settings
-from bas.pretrained.single_file import EMBEDDER_2, SD_STEPS_OFFSET, read_single_file
+from bas.pretrained.single_file import SD_STEPS_OFFSET, has_second_encoder, read_single_file
 from bas.pretrained.unsupported import (
     check_channels,
     check_class,
@@ -218,7 +218,7 @@ def holds_sdxl(path: Path) -> bool:
         return len(handle_rows(read_concepts(path)[0])) > 1
     if path.is_dir():
         return (path / "text_encoder_2").is_dir()
-    return any(name.startswith(EMBEDDER_2) for name in unwrap_keys(read_tensors(path)[0], str(path)))
+    return has_second_encoder(unwrap_keys(read_tensors(path)[0], str(path)))
 
 
 # --- Reading a folder ---------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def _original_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     tensors = unwrap_keys(tensors, str(path))
     if not any(name.startswith(EMBEDDER) for name in tensors):
         return tensors
-    if any(".label_emb." in name for name in tensors) and not _is_sdxl(tensors):
+    if any(".label_emb." in name for name in tensors) and not has_second_encoder(tensors):
         refiner = any(name.startswith(f"{EMBEDDER}model.") for name in tensors)
         what = "a Stable Diffusion XL refiner" if refiner else "a Stable Diffusion XL model without both text encoders"
         raise InputError(f"{path} is {what}: {WHOLE_MODEL}")
@@ -299,14 +299,14 @@ def _has_clip(tensors: dict[str, Tensor]) -> bool:
     return any(f"{CLIP}{inner}final_layer_norm.weight" in tensors for inner in ("text_model.", ""))
 
 
-def _is_sdxl(tensors: dict[str, Tensor]) -> bool:
+def has_second_encoder(tensors: dict[str, Tensor]) -> bool:
     """Whether this is SDXL, which has two text encoders."""
     return any(name.startswith(OPEN_CLIP_2) for name in tensors)
 
 
 def _is_sd2(tensors: dict[str, Tensor]) -> bool:
     """Whether this is SD 2, whose transformers project linearly; its text encoder may have either names."""
-    if _is_sdxl(tensors):
+    if has_second_encoder(tensors):
         return False
     projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
     return projection.ndim == 2 if projection is not None else _has_open_clip(tensors)
@@ -314,7 +314,7 @@ def _is_sd2(tensors: dict[str, Tensor]) -> bool:
 
 def _check_family(shapes: _Shapes) -> None:
     """Raise InputError when UNet and text encoder are of different families, or the text encoders are two."""
-    if _is_sdxl(shapes.tensors):
+    if has_second_encoder(shapes.tensors):
         return
     sd2, names = _is_sd2(shapes.tensors), _has_open_clip(shapes.tensors)
     width = shapes(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
@@ -333,7 +333,7 @@ def infer_configs(
     tensors: dict[str, Tensor], metadata: dict[str, str], prediction_type: str, path: Path
 ) -> tuple[UNetConfig, VAEConfig, dict, dict | None]:
     """Infer the configurations of UNet, VAE and text encoders from the shapes of a single file."""
-    shapes, sd2, sdxl = _Shapes(tensors, path), _is_sd2(tensors), _is_sdxl(tensors)
+    shapes, sd2, sdxl = _Shapes(tensors, path), _is_sd2(tensors), has_second_encoder(tensors)
     said = re.fullmatch(r"(\d{2,5})x\1", metadata.get(f"{SPEC}resolution", ""))
     own = 1024 if sdxl else 768 if sd2 and prediction_type == "v_prediction" else 512
     resolution = int(said[1]) if said else own
@@ -356,7 +356,7 @@ def infer_schedule(tensors: dict[str, Tensor], prediction_type: str) -> NoiseSch
     schedule = NoiseSchedule(
         prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET, rescale_betas_zero_snr=zero_snr
     )
-    if not _is_sdxl(tensors):
+    if not has_second_encoder(tensors):
         return schedule
     return replace(schedule, set_alpha_to_one=True, timestep_spacing="trailing" if zero_snr else "leading")
 
@@ -493,7 +493,7 @@ def _prediction_type(
     if (given := _read_parameterization(path.with_suffix(".yaml"))) in SPEC_PREDICTION:
         return SPEC_PREDICTION[given], f"from {path.with_suffix('.yaml').name} (parameterization: {given})"
     if not _is_sd2(tensors):
-        family = "XL" if _is_sdxl(tensors) else "1.x"
+        family = "XL" if has_second_encoder(tensors) else "1.x"
         return "epsilon", f"as most Stable Diffusion {family}; --prediction_type v_prediction for the others"
     blocks = (re.match(rf"{re.escape(UNET)}output_blocks\.([0-9]{{1,4}})\.", name) for name in tensors)
     last = max((int(block[1]) for block in blocks if block), default=0)

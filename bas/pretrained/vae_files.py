@@ -10,9 +10,9 @@ from bas.io.json_files import read_json
 from bas.io.tensors import read_tensors
 from bas.models.config import VAEConfig
 from bas.pretrained.component_files import STEMS, read_component
-from bas.pretrained.ldm_keys import OPEN_CLIP_2, UNET, VAE, inverse, rename, vae_table
+from bas.pretrained.ldm_keys import UNET, VAE, inverse, rename, vae_table
 from bas.pretrained.loading import Parts, unwrap_keys
-from bas.pretrained.single_file import SDXL_SCALING
+from bas.pretrained.single_file import SDXL_SCALING, has_second_encoder
 from bas.pretrained.unsupported import check_class
 
 
@@ -35,8 +35,9 @@ def with_vae(parts: Parts, path: Path) -> Parts:
     found = read_component(path, STEMS["vae"]) if path.is_dir() else read_tensors(path)[0]
     tensors = unwrap_keys(found, str(path))
     if any(name.startswith(UNET) for name in tensors):  # of a whole model, which tells the family
-        sdxl = any(name.startswith(OPEN_CLIP_2) for name in tensors)
-        config = replace(config, scaling_factor=SDXL_SCALING if sdxl else VAEConfig().scaling_factor)
+        config = replace(
+            config, scaling_factor=SDXL_SCALING if has_second_encoder(tensors) else VAEConfig().scaling_factor
+        )
     if config.scaling_factor != own.scaling_factor:
         raise InputError(
             f"--vae {path}: its latents are scaled by {config.scaling_factor:g}, those of {parts.spec.source} by "
