@@ -291,6 +291,7 @@ def test_in_a_browser_keys_rate_and_the_marks_are_saved(evaluation, tmp_path):
         browser.press("Enter")
         browser.run("document.querySelectorAll('[data-question=prompt] input')[4].click()")  # the second question first
         browser.press("1")
+        browser.run("localStorage.clear()")  # as in a browser that keeps nothing
         browser.send("Page.reload")  # nothing is lost
         browser.wait("document.readyState == 'complete' && shown == 'intro' && at('start').textContent == 'Go on'")
         browser.press("Enter")
@@ -302,6 +303,7 @@ def test_in_a_browser_keys_rate_and_the_marks_are_saved(evaluation, tmp_path):
         assert browser.run("[...document.querySelectorAll('.pair img')].every(image => image.naturalWidth > 0)")
         assert browser.run("at('next').getBoundingClientRect().bottom") < 760 + 200
         browser.run("document.querySelectorAll('input')[2].click(); document.querySelectorAll('input')[7].click()")
+        assert browser.run("localStorage.getItem(place) == JSON.stringify(state)")  # for the page opened another day
         browser.run("at('next').click()")
         browser.wait("shown == 'end'")
         browser.run("save()")

@@ -10,9 +10,13 @@ function newName() {
   return [...crypto.getRandomValues(new Uint8Array(8))].map(byte => byte.toString(16).padStart(2, "0")).join("");
 }
 
-// Marks survive a reload where the browser keeps them; without that the page works all the same.
-function keep() { try { localStorage.setItem(place, JSON.stringify(state)); } catch (error) { /* not kept */ } }
-try { state = JSON.parse(localStorage.getItem(place)) || state; } catch (error) { /* nothing kept */ }
+// Marks survive the closing of the page where the browser keeps them, and a reload in any case.
+function keep() {
+  history.replaceState(state, "");
+  try { localStorage.setItem(place, JSON.stringify(state)); } catch (error) { /* not kept */ }
+}
+function kept() { try { return JSON.parse(localStorage.getItem(place)); } catch (error) { return null; } }
+state = kept() || history.state || state;
 
 function show(name) {
   shown = name;
