@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -76,7 +77,9 @@ class Browser:
         command = {"id": number, "method": method, "params": parameters}
         if self.session:
             command["sessionId"] = self.session
-        os.write(self.sink, json.dumps(command).encode() + b"\0")
+        left = memoryview(json.dumps(command).encode() + b"\0")
+        while left:  # a pipe may take a part of a long command
+            left = left[os.write(self.sink, left) :]
         while True:
             message = self._receive()
             if message.get("id") == number:
@@ -86,6 +89,7 @@ class Browser:
 
     def _receive(self) -> dict:
         while b"\0" not in self.buffer:
+            assert select.select([self.source], [], [], PATIENCE)[0], "the browser does not answer"
             data = os.read(self.source, 65536)
             assert data, "the browser ended"
             self.buffer += data

@@ -39,6 +39,7 @@ PLACE = "place"
 STARTING = 15.0  # seconds without a lock after which nobody starts a job any more
 TAIL = 2**14  # bytes at the end of a file that are read for its last line
 SPARE = "-"  # in place of a job's folder
+FORKS = sys.platform == "linux"  # elsewhere a process that has imported PyTorch cannot be forked, or not safely
 PAGE_OPEN, NOBODY_ASKS = 10.0, 300.0  # seconds since a page last asked
 STATES = {0: "done", 2: "refused", 130: "stopped", 143: "stopped"}
 ALIVE = ("waiting", "running")
@@ -213,7 +214,7 @@ class Lane:
         self.home = home
         self.started: list[subprocess.Popen] = []
         self.starting: dict[Path, subprocess.Popen] = {}  # jobs that do not hold their locks yet
-        self.spare: subprocess.Popen | None = None  # has imported what jobs need, and waits for one
+        self.spare: subprocess.Popen | None = None  # has imported what jobs need, and forks itself for each, or is one
         self.asked = -math.inf  # when a page last asked for anything
         self.turn = threading.Lock()
 
@@ -234,8 +235,9 @@ class Lane:
                 waiting = in_order(lane)
                 if waiting and "running" not in lane.values():
                     process = self.hand_over(waiting[0]) or start(waiting[0])
-                    self.started.append(process)
                     self.starting[waiting[0]] = process
+                    if process is not self.spare:
+                        self.started.append(process)
 
     def wait_for_locks(self) -> None:
         """Keep jobs from counting as lost whose processes live: on a busy machine their imports take long."""
@@ -274,7 +276,11 @@ class Lane:
         (folder / LOG).touch()
         try:
             spare.stdin.write(f"{folder}\n".encode())
-            spare.stdin.close()
+            if FORKS:
+                spare.stdin.flush()
+                self.spare = spare
+            else:
+                spare.stdin.close()
         except OSError:
             return None
         return spare

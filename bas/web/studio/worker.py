@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from bas.errors import InputError
 from bas.io.json_files import write_json
 from bas.runtime.progress import Stage, watch
-from bas.web.studio.jobs import EVENTS, EXIT, LOCK, LOG, STOP, read_job, tail
+from bas.web.studio.jobs import EVENTS, EXIT, FORKS, LOCK, LOG, STOP, read_job, tail
 from bas.web.studio.own import is_marked
 
 NEEDED = (
@@ -32,11 +32,14 @@ STOPPED = 130  # the exit code after Ctrl+C
 def wait_for_job() -> Path | None:
     """Import what jobs need, and read the folder of one from standard input. None if that ends: nobody wants it.
 
-    What is printed goes to the job's log from then on.
+    What is printed goes to the job's log from then on. Where processes can be forked, it returns in a fork for every
+    folder that is read, and imports nothing again.
     """
     for name in NEEDED:
         importlib.import_module(name)
     line = sys.stdin.readline().rstrip("\n")
+    while line and FORKS and not forked():
+        line = sys.stdin.readline().rstrip("\n")
     if not line:
         return None
     folder = Path(line)
@@ -44,6 +47,18 @@ def wait_for_job() -> Path | None:
     for number, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, number)
     return folder
+
+
+def forked() -> bool:
+    """Fork this process: True in the new one, which nobody has to wait for and which has a session of its own."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return False
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    return True
 
 
 def work(folder: Path, run_command: Callable[[list[str]], int]) -> int:

@@ -188,7 +188,16 @@ def test_a_refused_job_says_the_line_of_the_command(forked, studio, bench):
     assert told["line"].startswith("--resolution 33")
 
 
-def test_a_spare_process_takes_a_job(tmp_path):
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_spare_process_takes_jobs(tmp_path, monkeypatch, forks):
+    """Two, each in a session of its own, where it can fork itself; else it is the first one's process."""
+    if forks and not jobs.FORKS:
+        pytest.skip("processes are forked on Linux alone")
+    monkeypatch.setattr(jobs, "FORKS", forks)
+    if not forks:
+        program = "from bas.web.studio import jobs; jobs.FORKS = False; from bas.cli.entry import main"
+        words = [sys.executable, "-c", f"import sys; {program}; sys.exit(main(['studio', '--job', '-']))"]
+        monkeypatch.setattr(jobs, "launch", lambda _, stdin, out: subprocess.Popen(words, stdin=stdin, stdout=out))
     home = Home(tmp_path / "home")
     home.make()
     lane = jobs.Lane(home)
@@ -197,13 +206,40 @@ def test_a_spare_process_takes_a_job(tmp_path):
     lane.asked = time.monotonic()
     lane.keep_spare()
     spare = lane.spare
-    folder = job(home, words=("info", str(tmp_path / "nothing")))
-    lane.tick()
-    assert lane.started == [spare]
-    assert spare.wait(PATIENCE) == 2
-    told = jobs.describe(folder)
-    assert told["state"] == "refused"
-    assert told["line"].startswith(f"{tmp_path / 'nothing'} does not exist")
+    for name in ("nothing", "no more"):
+        folder = job(home, words=("info", str(tmp_path / name)))
+        lane.tick()
+        assert lane.spare is (spare if forks else None)
+        assert lane.started == ([] if forks else [spare])
+        wait_for(lambda folder=folder: (folder / jobs.EXIT).exists())
+        told = jobs.describe(folder)
+        assert told["state"] == "refused"
+        assert told["line"].startswith(f"{tmp_path / name} does not exist")
+        if not forks:
+            assert spare.wait(PATIENCE) == 2
+            return
+    lane.end_spare()
+    assert spare.wait(PATIENCE) == 0
+
+
+def test_a_fork_outlives_the_process_that_made_it(tmp_path):
+    """In a session of its own, which Ctrl+C in a terminal does not reach."""
+    told = tmp_path / "told"
+    program = f"""
+import os, time
+from pathlib import Path
+from bas.web.studio.worker import forked
+first = os.getpid()
+if forked():
+    time.sleep(0.5)
+    Path({str(told)!r}).write_text(f"{{first}} {{os.getppid()}} {{os.getsid(0)}}")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert not told.exists()
+    wait_for(lambda: told.exists() and told.read_text())
+    first, parent, session = told.read_text().split()
+    assert parent != first
+    assert session not in (first, str(os.getsid(0)))
 
 
 def test_a_job_that_starts_slowly_is_not_lost_while_its_process_lives(tmp_path, monkeypatch):
