@@ -188,16 +188,25 @@ def test_a_refused_job_says_the_line_of_the_command(forked, studio, bench):
     assert told["line"].startswith("--resolution 33")
 
 
+SPARE = """
+import sys
+from bas.cli.entry import main
+from bas.web.studio import jobs
+jobs.FORKS = {forks}
+from bas.web.studio import worker
+worker.NEEDED = ()  # seconds of imports, which are not what is tried here
+sys.exit(main(["studio", "--job", jobs.SPARE]))
+"""
+
+
 @pytest.mark.parametrize("forks", [True, False])
 def test_a_spare_process_takes_jobs(tmp_path, monkeypatch, forks):
-    """Two, each in a session of its own, where it can fork itself; else it is the first one's process."""
+    """Two where it can fork itself; else it is the first one's process."""
     if forks and not jobs.FORKS:
         pytest.skip("processes are forked on Linux alone")
     monkeypatch.setattr(jobs, "FORKS", forks)
-    if not forks:
-        program = "from bas.web.studio import jobs; jobs.FORKS = False; from bas.cli.entry import main"
-        words = [sys.executable, "-c", f"import sys; {program}; sys.exit(main(['studio', '--job', '-']))"]
-        monkeypatch.setattr(jobs, "launch", lambda _, stdin, out: subprocess.Popen(words, stdin=stdin, stdout=out))
+    words = [sys.executable, "-c", SPARE.format(forks=forks)]
+    monkeypatch.setattr(jobs, "launch", lambda _, stdin, out: subprocess.Popen(words, stdin=stdin, stdout=out))
     home = Home(tmp_path / "home")
     home.make()
     lane = jobs.Lane(home)
