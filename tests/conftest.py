@@ -75,6 +75,11 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
+def pytest_unconfigure():
+    """Let the process end without a look through all its objects, which takes seconds."""
+    gc.freeze()
+
+
 class NetworkBlocked(RuntimeError):
     """A test tried to reach the network."""
 
