@@ -33,6 +33,7 @@ from bas.runtime.signals import Interrupted
 from bas.sampling.attention_maps import attend
 from bas.sampling.gallery import CONTEXTS
 from tests.helpers.faults import before_step, heard
+from tests.helpers.sdxl import XLBench
 from tests.helpers.tiny import refused, write_scene
 
 SAMPLING = SampleConfig(num_inference_steps=2, batch_size=4)
@@ -99,6 +100,23 @@ def done(bench, scenes, explicit, tmp_path_factory):
 
 def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_an_sdxl_base_is_evaluated(tmp_path):
+    """A trial of the method and one of a baseline that trains no text encoder: images of its size, and their scores."""
+    xl = XLBench(tmp_path / "xl")
+    scene = with_words(write_scene(tmp_path / "scene", concepts=2, size=(64, 64)), WORDS)
+    explicit = {"pretrained_model_name_or_path": str(xl.model), "resolution": 64, "mixed_precision": "no"}
+    explicit |= {"class_data_dir": str(xl.class_images), "num_class_images": 2}
+    explicit |= {"phase1_train_steps": 1, "phase2_train_steps": 1}
+    trials = planned(tmp_path / "out", [scene], explicit, methods=("bas", "cd-m"))
+    assert [outcome.error for outcome in evaluate_each(trials, workplace(xl))] == [None, None]
+    write_results(tmp_path / "out", trials, FACTS)
+    images = [row for row in rows_of(tmp_path / "out") if "prompt" in row]
+    assert len(images) == 2 * 3 * 2  # methods, subsets of two concepts, contexts
+    assert all(0 <= row["prompt_similarity"] <= 1 for row in images)
+    drawn = sorted((tmp_path / "out" / "cells").rglob("*.png"))
+    assert {Image.open(path).size for path in drawn if path.stem.isdigit()} == {(64, 64)}
 
 
 # --- The plan -----------------------------------------------------------------------------------------------------
