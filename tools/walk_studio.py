@@ -92,8 +92,8 @@ class Walk:
         self.browser.show(*WIDE)
 
 
-def walk(step: Walk, steps: int) -> None:
-    """The whole way. steps: of each phase of the training."""
+def walk(step: Walk, steps: int | None) -> None:
+    """The whole way. steps: of each phase of the training; None: what the page proposes."""
     step.browser.show(*WIDE)
     step.go("#/home")
     step.click("#choose + button")  # the playroom, whose masks are painted
@@ -111,8 +111,9 @@ def walk(step: Walk, steps: int) -> None:
     step.shoot("masks")
     step.shoot("phone", PHONE, dark=True)
     step.go("#/train/playroom")
-    previews = max(1, steps // 3)
-    for name, value in (("img_log_steps", previews), ("phase1_train_steps", steps), ("phase2_train_steps", steps)):
+    previews = max(1, steps // 3) if steps else 100
+    counts = {"phase1_train_steps": steps, "phase2_train_steps": steps} if steps else {}
+    for name, value in {"img_log_steps": previews, **counts}.items():
         step.fill(f"#set-{name}", value)
     step.wait("!document.querySelector('#start').disabled")
     step.shoot("train")
@@ -205,7 +206,7 @@ def main() -> None:
     """Walk or measure in a studio of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"))
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each phase (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps of each phase (default: what the page proposes)")
     parser.add_argument("--measure", action="store_true", help="measure painting on a large photograph instead")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
