@@ -16,6 +16,7 @@ from bas.io.images import save_image, to_image
 from bas.io.run_files import CONCEPTS, METRICS
 from bas.pretrained.hub import find, load, train_config
 from bas.runtime.progress import ImageProgress
+from bas.runtime.threads import use_idle_cores
 from bas.sampling.sampler import sample_each
 from bas.training.loop import train
 from bas.training.preview import scene_attention
@@ -52,6 +53,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo; print its figures and where its sheet and page are."""
+    use_idle_cores()
     result = demo(Path(args.output_dir), args.device)
     print(as_text({f"attention IoU of {handle}": f"{value:.2f}" for handle, value in result.attention_iou.items()}))
     print(result.sheet)
