@@ -46,7 +46,15 @@ def wait_for_job() -> Path | None:
     log, nothing = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
     for number, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, number)
+    if lost_gpu():
+        os.execv(sys.executable, [sys.executable, "-m", "bas", "studio", "--job", line])
     return folder
+
+
+def lost_gpu() -> bool:
+    """Whether CUDA was asked for anything before this process was forked: it then works in no fork."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda._is_in_bad_fork()
 
 
 def forked() -> bool:

@@ -195,17 +195,19 @@ from bas.web.studio import jobs
 jobs.FORKS = {forks}
 from bas.web.studio import worker
 worker.NEEDED = ()  # seconds of imports, which are not what is tried here
+if {lost}:
+    worker.lost_gpu, worker.work = (lambda: True), None  # the fork itself does no work
 sys.exit(main(["studio", "--job", jobs.SPARE]))
 """
 
 
-@pytest.mark.parametrize("forks", [True, False])
-def test_a_spare_process_takes_jobs(tmp_path, monkeypatch, forks):
-    """Two where it can fork itself; else it is the first one's process."""
+@pytest.mark.parametrize(("forks", "lost"), [(True, False), (True, True), (False, False)])
+def test_a_spare_process_takes_jobs(tmp_path, monkeypatch, forks, lost):
+    """Two where it can fork itself, also where its forks have lost the GPU; else it is the first one's process."""
     if forks and not jobs.FORKS:
         pytest.skip("processes are forked on Linux alone")
     monkeypatch.setattr(jobs, "FORKS", forks)
-    words = [sys.executable, "-c", SPARE.format(forks=forks)]
+    words = [sys.executable, "-c", SPARE.format(forks=forks, lost=lost)]
     monkeypatch.setattr(jobs, "launch", lambda _, stdin, out: subprocess.Popen(words, stdin=stdin, stdout=out))
     home = Home(tmp_path / "home")
     home.make()
