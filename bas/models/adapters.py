@@ -192,6 +192,11 @@ class Change:
         """Of the change: (out, in), or (out, in, k, k)."""
         return torch.Size((len(self.up), *self.down.shape[1:]))
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing, because its scale is 0 or one of its matrices is."""
+        return not (self.scale and self.up.float().any() and self.down.float().any())
+
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Singular vectors and values of the change as a matrix, in float64: (out, r), (r,) and (r, in).
 
@@ -218,6 +223,11 @@ class Difference:
     def shape(self) -> torch.Size:
         """Of the change, as of the weight."""
         return self.difference.shape
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.strength and self.difference.float().any())
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Singular vectors and values of the change as a matrix, in float64."""

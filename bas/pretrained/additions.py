@@ -6,6 +6,8 @@ last layers of the text encoder.
 In `bas train` the first two are a part of the base: its hash counts them, and a small run looks for them beside it.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.loading import Parts, fit_text_encoders
 from bas.pretrained.lora_files import lora_file, read_lora
 from bas.pretrained.vae_files import with_vae
+
+log = logging.getLogger(__name__)
 
 STRONGEST = 10.0
 
@@ -39,6 +43,9 @@ class Additions:
         if clip_skip is not None:
             check_positive("--clip_skip", clip_skip)
         weighed = [(lora_file(path), weight) for path, weight in map(split_weight, loras)]
+        for path, times in Counter(path.resolve() for path, _ in weighed).items():
+            if times > 1:
+                log.warning("--lora %s is given %d times: its weights add up", path, times)
         files = tuple(weighed), tuple(map(Path, embeddings))
         return cls(*files, None if vae is None else Path(vae), clip_skip)
 
@@ -98,7 +105,10 @@ def with_additions(parts: Parts, additions: Additions) -> Parts:
         for component in parts.tensors
     }
     for path, weight in additions.loras:
-        for component, layers in read_lora(path, parts, weight).items():
+        read = read_lora(path, parts, weight)
+        if all(change.is_zero for layers in read.values() for change in layers.values()):
+            log.warning("--lora %s changes nothing: its weight, its alpha or its matrices are 0", path)
+        for component, layers in read.items():
             for layer, change in layers.items():
                 changes[component].setdefault(f"{layer}.weight", []).append(change)
     parts = replace(parts, changes=dict(changes))

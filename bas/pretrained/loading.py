@@ -202,12 +202,15 @@ def load_weights(
     device = torch.empty(0, device=device).device  # "cuda" with its number: each thread has a current GPU of its own
 
     def convert(name: str) -> Tensor | str:
-        tensor = changed(given.pop(name), (changes or {}).get(name, []))
+        own, added = given.pop(name), (changes or {}).get(name, [])
+        tensor = changed(own, added)
         converted = tensor.to(device=device, dtype=dtype, copy=True)  # no mapping stays: the file may change
         if is_finite(converted):
             return converted
         if is_finite(tensor):
             return f"{name} holds values beyond the range of {name_of(dtype)}"
+        if added and is_finite(own):
+            return f"{name} is finite alone, but not with the LoRA that is added: lower its weight, or leave it out"
         return f"{name} holds values that are not finite numbers"
 
     names, large = list(given), sum(tensor.nbytes for tensor in given.values()) >= WORTH_THREADS

@@ -317,6 +317,40 @@ def test_bundled_embeddings_are_named_and_left_out(base, run, tmp_path, caplog):
     assert "also holds the embeddings toy" in caplog.text
 
 
+@pytest.mark.parametrize(("weight", "factors"), [(0.0, {}), (1.0, {"alpha": 0}), (1.0, {"up": 0}), (1.0, {"down": 0})])
+def test_a_lora_that_changes_nothing_is_told(base, run, tmp_path, caplog, weight, factors):
+    """Its weight, every alpha, or every matrix of one side is 0; half of them is no reason for a word."""
+    path = tmp_path / "a.safetensors"
+    tensors = kohya(adapters_of(run)[0])
+    save_file(
+        {name: t * next((f for part, f in factors.items() if part in name), 1) for name, t in tensors.items()}, path
+    )
+    models = load(base, additions=Additions(loras=((path, weight),)))
+    assert furthest(weights(models), weights(load(base))) == 0
+    assert caplog.messages == [f"--lora {path} changes nothing: its weight, its alpha or its matrices are 0"]
+    caplog.clear()
+    half = {name: t * (0 if "up" in name and "attn1" in name else 1) for name, t in tensors.items()}
+    save_file(half, path)
+    load(base, additions=Additions(loras=((path, 1.0),)))
+    assert not caplog.messages
+
+
+def test_a_lora_that_is_given_twice_is_told(base, run, tmp_path, caplog):
+    """By another path, too; its weights add up."""
+    write_lora(tmp_path / "a.safetensors", adapters_of(run)[0], "kohya", torch.float32, {})
+    (tmp_path / "link.safetensors").symlink_to("a.safetensors")
+    additions = Additions.read([f"{tmp_path}/a.safetensors:0.25", f"{tmp_path}/link.safetensors:0.75"], ())
+    assert caplog.messages == [f"--lora {(tmp_path / 'a.safetensors').resolve()} is given 2 times: its weights add up"]
+    assert furthest(weights(load(base, additions=additions)), weights(load(run))) < 5e-6
+
+
+def test_a_lora_beyond_all_numbers_is_named_and_not_the_model(base, run, tmp_path):
+    tensors = {name: t * 1e30 for name, t in kohya(adapters_of(run)[0]).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with refused(f"{LAYER}.weight is finite alone, but not with the LoRA that is added: lower its weight"):
+        load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
+
+
 def test_weights_of_files(tmp_path):
     """FILE, FILE:WEIGHT, a file whose own name ends so; a wrong weight is refused."""
     assert split_weight("style.safetensors") == (split_weight("style.safetensors:1")[0], 1.0)
