@@ -1,7 +1,8 @@
 """The model of a command that generates images: the flags that name it, and opening it."""
 
 import argparse
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
 from bas.models.bundle import Models, ModelSpec
 from bas.pretrained.additions import Additions
+from bas.pretrained.embedding_files import handle_of
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hub import find
 from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.schedulers import PREDICTION_TYPES
+
+log = logging.getLogger(__name__)
 
 ADDITIONS = ("lora", "embedding", "vae", "clip_skip")  # flags that add to a model, or change it
 
@@ -72,15 +76,27 @@ def given_additions(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in ADDITIONS if (value := getattr(args, name)) not in (None, [])}
 
 
-def open_model(args: argparse.Namespace, check: Callable[[ModelSpec], object]) -> Models:
+def open_model(
+    args: argparse.Namespace, check: Callable[[ModelSpec], object], texts: Iterable[str] | None = None
+) -> Models:
     """Load the model onto the device and in the precision of the flags; `auto` is the precision of training.
 
     `check` sees the model's description before any weight is read, and raises InputError for what it cannot do.
+    texts: all prompts, where these alone name handles; an embedding that none of them names is told.
     """
     path, device, base = find_model(args), pick_device(args.device), find_base(args)
     additions = Additions.read(args.lora, args.embedding, args.vae, args.clip_skip)
     additions = None if additions == Additions() else additions
     spec = read_spec(path, args.prediction_type, additions, base)
     check(spec)
+    if texts is not None and additions:
+        warn_of_unused(additions.embeddings, " ".join(texts))
     dtype = DTYPES[pick_precision(args.precision, device, spec.unet_size)]
     return load(path, device, dtype, args.prediction_type, additions, base)
+
+
+def warn_of_unused(embeddings: Iterable[Path], text: str) -> None:
+    """Warn of embeddings whose handles no prompt names: without brackets a name is an ordinary word."""
+    for path in embeddings:
+        if handle_of(path) not in text:
+            log.warning("--embedding %s has no effect: no prompt names %s, with < >", path, handle_of(path))

@@ -47,6 +47,11 @@ def write_embedding(path: Path, rows: Sequence[Tensor], metadata: Mapping[str, s
     write_tensors(path, {key: each.float() for key, each in zip(keys, rows, strict=True)}, dict(metadata))
 
 
+def handle_of(path: Path) -> str:
+    """The handle of a textual-inversion file, which is named by it: `<NAME>` for NAME.safetensors."""
+    return f"<{path.stem.strip('<>')}>"
+
+
 def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str, Tensor]]:
     """Read a textual-inversion file for text encoders of these widths, which are by component.
 
@@ -58,7 +63,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     if not path.is_file():
         raise not_a_file(path)
     tensors, _ = read_tensors(path)
-    handle = f"<{path.stem.strip('<>')}>"
+    handle = handle_of(path)
     if not HANDLE.fullmatch(handle):
         raise InputError(f"{path}: its name is to be the handle's, 1 to 32 letters, digits, _ or -; rename it")
     if (kind := other_kind(tensors)) and kind[0] != EMBEDDING:
@@ -98,7 +103,7 @@ def describe_embedding(path: Path, tensors: Mapping[str, Tensor], texts: Mapping
     both = {*EMBEDDING_KEYS} <= tensors.keys()
     return {
         "for": "SDXL" if both else WIDTHS.get(width, f"a model with text of width {width}"),
-        "handle": f"<{path.stem.strip('<>')}>",
+        "handle": handle_of(path),
         "learnt as": texts.get("bas.handle"),
         "vectors": [1 if tensor.ndim == 1 else len(tensor) for tensor in tensors.values()],
         "base hash": texts.get("bas.base_sha256"),

@@ -43,8 +43,14 @@ UNREAD = re.compile(  # weights as A1111, ComfyUI, InvokeAI and Compel write the
     r"|\([^()]*:\s*\d*\.\d+\s*$"  # (red:1.4
     r"|\b(?:BREAK|AND)\b|\\[()]"  # of A1111: parts of a prompt, a bracket that is a character
     r"|\.(?:and|blend|swap)\([^()]*\)"  # of Compel: ("red", "blue").blend(0.5, 0.5), cat.swap(dog)
+    r"|（[^（）]*[:：]\s*[.\d]+\s*）"  # (red:1.4) in the full-width brackets of Chinese and Japanese keyboards
+    r"|__[\w/-]+__"  # wildcards
+    rf"|::\s*-?[.\d]+{END}|(?<!\S)--[a-z]+(?:\s+[\d.:]+)?(?!\S)"  # of Midjourney: red::2, --ar 16:9
 )
-NETWORK = re.compile(r"<(lora|lyco|hypernet):([^<>:]+):?([^<>:]*)[^<>]*>")  # of A1111: a file and its weight
+NETWORK = re.compile(  # of A1111: a file and its weight
+    r"<(lora|lyco|hypernet):([^<>:]+):?([^<>:]*)[^<>]*>", re.IGNORECASE
+)
+EMBEDDED = re.compile(r"\bembedding:([\w.-]*[\w-])", re.IGNORECASE)  # of ComfyUI
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,19 @@ def read_prompt(prompt: str) -> Prompt:
     """Split a prompt into its text and its strengths.
 
     InputError for a handle's strength that is no number from 0 to 5, that holds more than one handle or contradicts
-    another, for weights in other tools' syntax around a handle, and for the name of a LoRA.
+    another, for weights in other tools' syntax around a handle, and for the file of a LoRA or an embedding.
     """
     if found := NETWORK.search(prompt):
         kind, name, weight = found.groups()
-        flag = f"add --lora {name}.safetensors:{weight or 1}" if kind != "hypernet" else "bas reads no hypernetworks"
+        flag = (
+            f"add --lora {name}.safetensors:{weight or 1}"
+            if kind.lower() != "hypernet"
+            else "bas reads no hypernetworks"
+        )
         raise InputError(f"{found[0]} is no word of a prompt: leave it out; {flag}")
+    if found := EMBEDDED.search(prompt):
+        flag = f"add --embedding {found[1]}.safetensors"
+        raise InputError(f"{found[0]} is no word of a prompt: {flag}, and write the name of the file in < >")
     handles: dict[str, float] = {}
     for handle, number in STRENGTH.findall(prompt):
         try:

@@ -76,7 +76,7 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, ste
         check_steer(spec, prompts, steer, latent_shape(spec, config)[1:])
     for setting, reason in without_effect(spec, config).items():
         log.warning("--%s has no effect: %s", setting, reason)
-    for prompt in prompts:
+    for prompt in (*prompts, config.negative_prompt):
         if bare := bare_handles(prompt, spec.handles):
             log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
     warn_of_weights([*prompts, config.negative_prompt])

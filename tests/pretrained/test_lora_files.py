@@ -481,3 +481,18 @@ def test_sample_takes_both(base, run, tmp_path, monkeypatch):
     assert main([*words, "--prompt", "a photo of <asset0>", *flags]) == 0
     assert (tmp_path / "result.png").exists()
     assert main([*words[:2], "--prompt", "a photo of <asset0>", *flags]) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "told"),
+    [("a photo", "ugly", True), ("a photo of <ugly>", "", False), ("a photo", "(<ugly>:2)", False)],
+)
+def test_an_embedding_that_no_prompt_names_is_told(base, tmp_path, monkeypatch, caplog, prompt, negative, told):
+    """The negative prompt counts, and each of several prompts."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"emb_params": torch.ones(1, 64)}, "ugly.safetensors")
+    words = ["sample", str(base), "--embedding", "ugly.safetensors", "--prompt", "a bowl", prompt]
+    flags = ["--negative_prompt", negative, "--num_inference_steps", "1", "--height", "64", "--width", "64"]
+    assert main([*words, *flags]) == 0
+    line = "--embedding ugly.safetensors has no effect: no prompt names <ugly>, with < >"
+    assert (line in caplog.messages) is told

@@ -82,6 +82,12 @@ def test_phrases_have_strengths_too(prompt, parts):
         ("red+ and (red:1,4) and (red:1.4", ["red+", "(red:1,4)", "(red:1.4"]),
         ("red AND blue, BREAK \\(red\\)", ["AND", "BREAK", "\\(", "\\)"]),
         ('("red", "blue").blend(0.5, 0.5), a cat.swap(dog)', [".blend(0.5, 0.5)", ".swap(dog)"]),
+        ("（red：1.4） and （a bowl:.5）", ["（red：1.4）", "（a bowl:.5）"]),
+        (
+            "__colours/warm__ ball, red::2, blue::-.5 --ar 16:9 --no stone",
+            ["__colours/warm__", "::2", "::-.5", "--ar 16:9", "--no"],
+        ),
+        ("a __ of ::, well--known, C::new, （red）", []),
         ("a C++ book and 1+1, grade A+, (at 10:30", []),
         ("a toy (red) -- at 10:30 by-hand, <toy>-like", []),
     ],
@@ -109,11 +115,20 @@ def test_a_weight_of_another_tool_around_a_handle_is_an_error(piece):
         ("<lora:my style>", "add --lora my style.safetensors:1"),
         ("<lyco:a_b-c:1:0.5>", "add --lora a_b-c.safetensors:1"),
         ("<hypernet:old:1>", "bas reads no hypernetworks"),
+        ("<LORA:Style:0.8>", "add --lora Style.safetensors:0.8"),
     ],
 )
 def test_a_file_that_is_named_in_the_prompt_is_given_by_its_flag(piece, advice):
     with refused(f"{piece} is no word of a prompt: leave it out; {advice}"):
         read_prompt(f"a photo of <toy> {piece}")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a ball, embedding:bad-v1.5", "(embedding:bad-v1.5:1.2), <toy>", "Embedding:bad-v1.5."]
+)
+def test_an_embedding_that_is_named_in_the_prompt_is_given_by_its_flag(prompt):
+    with refused("bad-v1.5 is no word of a prompt: add --embedding bad-v1.5.safetensors, and write"):
+        read_prompt(prompt)
 
 
 def test_a_phrase_of_strength_1_changes_nothing_and_of_0_leaves_no_trace(models):

@@ -133,6 +133,13 @@ def test_a_handle_without_brackets_is_told(models, caplog):
     ]
 
 
+def test_a_handle_without_brackets_in_the_negative_prompt_is_told(models, caplog):
+    """As people write embeddings of what they do not want."""
+    check_request(models.spec, [PROMPT], SampleConfig(negative_prompt="asset1, blurry"))
+    check_request(models.spec, [PROMPT], SampleConfig(negative_prompt="<asset1>, blurry"))
+    assert caplog.messages == ["'asset1, blurry' names no handle: for the concept write <asset1>, with < >"]
+
+
 def test_settings_without_effect_are_told(models, caplog):
     settings = {"sampler": "dpmpp_2m", "eta": 0.5, "guidance_scale": 1.0, "negative_prompt": "a stone"}
     check_request(models.spec, [PROMPT], SampleConfig(**settings))

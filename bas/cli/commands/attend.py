@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         check_request(spec, [args.prompt], config)
         plan_maps(spec, args.prompt, config, side, args.words)
 
-    models = open_model(args, check)
+    models = open_model(args, check, [args.prompt, config.negative_prompt])
     steered = any(getattr(config, name) for name in STEERING)
     progress = ImageProgress(1, steps_taken(config) + steered * config.num_inference_steps)
     attention = attend(models, args.prompt, config, side, args.words, progress)

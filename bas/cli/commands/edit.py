@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> None:
     target = check_output_path(args.output_path, config.num_images, *inputs)
     if config.composite and target.suffix.lower() != ".png":
         log.warning("%s: only a .png keeps the pixels outside the mask exactly", target)
-    models = open_model(args, lambda spec: check_edit(spec, image, regions, config))
+    prompts = [region.prompt for region in regions]
+    models = open_model(args, lambda spec: check_edit(spec, image, regions, config), [*prompts, config.negative_prompt])
     steps = len(regions) * (config.num_inference_steps - skipped_steps(config))
     images = edit(models, image, regions, config, ImageProgress(config.num_images, steps))
 
-    shared = as_record(models, config) | {"prompts": [region.prompt for region in regions], "model": name}
+    shared = as_record(models, config) | {"prompts": prompts, "model": name}
     records = [shared | {"seed": config.seed + i, **given_additions(args)} for i in range(config.num_images)]
     for path in save_images(images, records, target):
         print(path)

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     masks = mask_files(Path(config.layout)) if config.layout else []
     target, name = check_output_path(args.output_path, 1 if args.grid else len(jobs), *masks), find_model(args).name
-    models = open_model(args, lambda spec: check_request(spec, prompts, config))
+    models = open_model(args, lambda spec: check_request(spec, prompts, config), [*prompts, config.negative_prompt])
     progress = ImageProgress(len(jobs), steps_taken(config))
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
