@@ -99,6 +99,10 @@ def read_sources(
     for a run that keeps a whole model, for runs on different bases, and for names that are wrong or remain equal.
     """
     read = []
+    if twice := [run for run, times in Counter(run.resolve() for run in runs).items() if times > 1]:
+        raise InputError(
+            f"{twice[0]} is named twice: name each run once, and say with --weights how strongly it counts"
+        )
     for run in runs:
         if not (run / TUNED).is_file():
             raise InputError(f"{run} is no small run: it holds no {TUNED}; train with --train lora, kv, v or token")
@@ -120,10 +124,12 @@ def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: It
     wanted: dict[tuple[int, str], str] = {}
     for text in renames:
         parts = RENAME.fullmatch(text)
-        places = [i for i, run in enumerate(runs) if parts and parts[1] in (str(run), run.name)]
+        places = [i for i, run in enumerate(runs) if parts and Path(parts[1]) in (run, Path(run.name))]
         if parts is None or len(places) != 1 or parts[2] not in handles[places[0]]:
             raise InputError(f"--rename {text}: expected RUN:<handle>=<new>, with one of the runs and a handle of it")
         check_name(parts[3])
+        if (places[0], parts[2]) in wanted:
+            raise InputError(f"--rename {text}: {parts[2]} of {parts[1]} is renamed twice")
         wanted[places[0], parts[2]] = parts[3]
     names = [[wanted.get((i, old), old) for old in olds] for i, olds in enumerate(handles)]
     taken = Counter(name for own in names for name in own)

@@ -388,11 +388,24 @@ def test_what_cannot_be_exported_is_refused(base, run, cwd, tmp_path_factory, ca
         ([str(run), "asset0.safetensors"], "would be the file of <asset0>, too"),
         ([str(run), "nowhere/a.safetensors"], "in an existing folder"),
         ([str(run), "a.safetensors", "--rank", "0"], "--rank is 0"),
+        ([str(run), "a.safetensors", "--prediction_type", "epsilon"], "--prediction_type means nothing with --format"),
+        ([str(base), "a.safetensors", "--prefix", "my-"], "--prefix my- means nothing: "),
+        ([str(run), f"{'a' * 235}.safetensors"], "aa.safetensors would be too long for this system: name a shorter"),
     ):
         assert main(["export", *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert part in line
     assert [*cwd.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("asset1.safetensors", "give another --prefix"), ("creature.json", "name another file")]
+)
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_is_written(run, cwd, capsys, name, advice):
+    (cwd / name).mkdir()
+    assert main(["export", str(run), "creature.safetensors"]) == 2
+    assert f"{name} is a folder, and the export needs a file of that name: {advice}" in capsys.readouterr().err
+    assert [path.name for path in cwd.iterdir()] == [name]
 
 
 def test_a_file_is_not_replaced_silently(run, cwd, caplog):

@@ -259,6 +259,11 @@ def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
         (["toys", "mugs", "--rename", "toys:<asset0>=<my cat>"], "expected <name>"),
         (["toys", "kv", "--rename", "toys:<asset0>=<ball>", "kv:<ball>=<ball>"], "several runs have the handle <ball>"),
         (["toys", "--into_base", "--rank", "2"], "leave out --rank"),
+        (["toys", "mugs", "toys"], "toys is named twice: name each run once"),
+        (
+            ["toys", "mugs", "--rename", "toys:<asset0>=<cat>", "toys:<asset0>=<dog>"],
+            "<asset0> of toys is renamed twice",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_refused(place, tmp_path, words, part, capsys):
@@ -267,6 +272,16 @@ def test_what_cannot_be_merged_is_refused(place, tmp_path, words, part, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert part in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end", ["", "/", "/."])
+def test_a_run_may_be_named_as_a_shell_completes_it(place, end):
+    """With a slash at its end, as a path or by its own name."""
+    from bas.pretrained.merging import read_sources
+
+    for name in (f"{place / 'toys'}{end}", f"toys{end}"):
+        first, _ = read_sources([place / "toys", place / "mugs"], [1.0, 1.0], [f"{name}:<asset0>=<cat>"])
+        assert first.handles == ("<cat>", "<asset1>")
 
 
 def test_runs_on_other_bases_are_refused(place, tmp_path):

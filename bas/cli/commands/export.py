@@ -8,7 +8,7 @@ from bas.cli.open_model import add_base, add_prediction_type, find_base
 from bas.cli.output_files import warn_of_replacement
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
-from bas.io.files import require_writable
+from bas.io.files import check_length, require_writable
 from bas.io.run_files import TUNED, read_concepts
 from bas.pretrained.exports import Targets, check_no_input, export_lora, export_single, plan_export
 from bas.pretrained.folder import holds_sdxl
@@ -65,8 +65,13 @@ def run(args: argparse.Namespace) -> None:
     unused = [f"--{name}" for name in ("rank", "bundle") if getattr(args, name) and form != "kohya"]
     if unused and (form, unused) != ("peft", ["--rank"]):
         raise InputError(f"{unused[-1]} means nothing with --format {form}: leave it out")
+    if args.prediction_type and form != "single":
+        raise InputError(f"--prediction_type means nothing with --format {form}, which holds no model: leave it out")
     files = plan_export(path, target, form, args.prefix, args.rank, base, args.prediction_type)
+    if args.prefix and not files.embeddings:
+        raise InputError(f"--prefix {args.prefix} means nothing: {path} has no handles; leave it out")
     check_no_input(files, path, base)
+    check_targets(files)
     dtype = DTYPES[args.save_precision]
     embeddings = [*files.embeddings.values()]
     warn_of_replacement([path for path in files if path not in embeddings])
@@ -82,6 +87,15 @@ def run(args: argparse.Namespace) -> None:
     print(*how_to_use(files, form, holds_sdxl(path)), sep="\n")
     if small and (added := read_concepts(path)[1]["config"]["lora"]) and form != "single":
         print(f"The run was trained over {', '.join(added)}: add that there, too")
+
+
+def check_targets(files: Targets) -> None:
+    """Raise InputError where one of the files cannot be written, before the first one is."""
+    for file in files:
+        check_length(file, "the export")
+        if file.is_dir():
+            advice = "give another --prefix" if file in files.embeddings.values() else "name another file"
+            raise InputError(f"{file} is a folder, and the export needs a file of that name: {advice}")
 
 
 # What to type in each program: {name} is the main file's, {word} an embedding's, {handle} the handle.
