@@ -29,7 +29,7 @@ from bas.data.mask_shapes import (
     runs_size,
     segmentation_mask,
 )
-from bas.errors import InputError
+from bas.errors import InputError, did_you_mean
 from bas.io.files import MAX_BYTES, human_size
 from bas.io.images import (
     MAX_PIXELS,
@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"(mask|cutout)(0|[1-9][0-9]*)\.png")
 NEARLY = re.compile(r"(mask|cutout)[ _-]?(\d+)\.(png|jpe?g|jfif|webp|bmp|tiff?|gif|avif|heic|heif)", re.IGNORECASE)
+COPY = re.compile(r"(mask|cutout)[ _-]?\d+[\W_].*\.(png|jpe?g|webp|bmp|tiff?|gif)", re.IGNORECASE)  # mask0 (1).png
+NAMES = ("handle", "word")  # of a concept, in scene.json and regions.json
+MEANT = {"name", "label", "title", "category", "class", "token"}  # what other tools call these
 MAX_MASKS = 64  # of one scene; a label map with more values was smoothed, or saved with loss
 MAX_TOTAL = 200_000_000  # pixels of all masks together, 200 MB
 UNDECIDED = (224, 224, 192)  # colour of the border that PASCAL VOC leaves undecided, palette entry 255
@@ -122,6 +125,9 @@ def find_source(folder: Path) -> list[Path]:
     if len(sources) > 1:
         names = " and ".join(files[0].name for files in sources)
         raise InputError(f"{folder} has masks from {len(sources)} sources, {names}: keep one")
+    for path in sorted(folder.iterdir()):
+        if COPY.fullmatch(path.name) and not read_number(path) and not path.name.startswith("."):
+            log.warning("%s is not read: masks are named mask0.png, mask1.png, ... and nothing else", path)
     return sources[0]
 
 
@@ -269,11 +275,27 @@ def read_scene_json(path: Path) -> Any:
     return read_content(path)
 
 
+def check_keys(concepts: list[dict], known: tuple[str, ...]) -> None:
+    """Raise ValueError for a key that is likely one of `known`, misspelt or as other tools call it.
+
+    Other keys are the user's own.
+    """
+    unnamed = not any(name in concept for concept in concepts for name in NAMES)
+    for key in sorted({key for concept in concepts for key in concept} - {*known}):
+        near = did_you_mean(key, known)
+        if near or (unnamed and key in MEANT):
+            raise ValueError(f"unknown {key}{near or '; did you mean handle, or word?'}")
+
+
 def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     """regions.json: {"concepts": [{"handle", "word", and "polygon": [[x, y], ...] or "box": [x0, y0, x1, y1]}, ...]}"""
     found, shapes = [], []
     concepts = entries(read_scene_json(path), "concepts", path)
     check_total(str(path), len(concepts), size)
+    try:
+        check_keys(concepts, (*NAMES, "polygon", "box"))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
     for i, concept in enumerate(concepts):
         name = f"{path} concept {i}"
         if ("polygon" in concept) == ("box" in concept):
@@ -305,9 +327,11 @@ def read_coco(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     images = {str(annotation.get("image_id")) for annotation in annotations}
     if len(images) > 1:
         raise InputError(f"{path} annotates {len(images)} images: keep the annotations of this scene's")
-    words = {
-        str(row.get("id")): _text(row, "name", str(path)) for row in entries(content, "categories", path, optional=True)
-    }
+    words: dict[str, str | None] = {}
+    for row in entries(content, "categories", path, optional=True):
+        number, word = str(row.get("id")), _text(row, "name", str(path))
+        if words.setdefault(number, word) != word:
+            raise InputError(f"{path} has two categories of the id {number}, {words[number]} and {word}: keep one")
     sized = False
     for row in entries(content, "images", path, optional=True):
         if str(row.get("id")) in images and "width" in row and "height" in row:

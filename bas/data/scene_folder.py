@@ -9,6 +9,7 @@ of its concept in the first image, which shows all concepts. A concept without a
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -20,8 +21,10 @@ from PIL import Image
 from bas.config import TrainConfig
 from bas.data.mask_exports import find_export
 from bas.data.mask_formats import (
+    NAMES,
     READERS,
     FoundMask,
+    check_keys,
     find_source,
     mask_in_file,
     read_number,
@@ -38,7 +41,7 @@ from bas.data.scene import (
     with_background,
     with_close_ups,
 )
-from bas.errors import InputError, did_you_mean
+from bas.errors import InputError
 from bas.io.files import reading
 from bas.io.images import LABELS_ADVICE, SUFFIXES, TURNS, image_size, read_image, to_array, upright_size
 from bas.io.json_files import check_shape
@@ -47,6 +50,7 @@ from bas.models.text import check_name
 log = logging.getLogger(__name__)
 
 UNREADABLE = (".svg", ".psd", ".xcf", ".pdf", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".ppm")
+NEARLY_NOTE = re.compile(r"scenes?( ?\(\d+\)| - copy)?\.jsonc?(\.txt)?", re.IGNORECASE)  # of scene.json
 MAX_EXTRA = 400_000_000  # pixels of all extra images and their masks together, 1 GB at most
 LIKELY_INVERTED = 0.8  # of the image
 FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
@@ -144,7 +148,11 @@ def numbered_folders(folder: Path) -> list[Path]:
 
 def read_extra_images(folder: Path, count: int) -> tuple[ExtraImage, ...]:
     """The extra images of a scene folder, by number. count: how many concepts its first image has."""
-    files = [find_extra_files(path, count) for path in numbered_folders(folder)]
+    numbered = numbered_folders(folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path not in numbered and os.access(path, os.R_OK | os.X_OK) and images_in(path):
+            log.warning("%s holds an image but is not read: folders of extra images are named 1, 2, ...", path)
+    files = [find_extra_files(path, count) for path in numbered]
     pixels = sum(prod(image_size(image)) * (1 + len(masks)) for image, masks in files)
     if pixels > MAX_EXTRA:
         found = f"{len(files)} extra images with {pixels // 1_000_000} megapixels, masks included"
@@ -160,6 +168,8 @@ def find_extra_files(folder: Path, count: int) -> tuple[Path, dict[int, Path]]:
         kind, number = read_number(path) or ("", 0)
         if kind == "cutout" or path.name in READERS:
             raise InputError(f"{path} would not be read: an extra image has its masks as mask0.png, mask1.png, ...")
+        if path.name == "scene.json":
+            log.warning("%s is not read: the scene names the concepts, and a mask has its concept's number", path)
         if kind == "mask":
             if number >= count:
                 raise InputError(f"{path}: the scene has the concepts 0 to {count - 1}, as its first image shows them")
@@ -192,6 +202,8 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
     """
     path, count = folder / "scene.json", len(found)
     if not os.path.lexists(path):
+        if near := next((other for other in sorted(folder.iterdir()) if NEARLY_NOTE.fullmatch(other.name)), None):
+            raise InputError(f"{near} would not be read: name it scene.json")
         return [mask.handle for mask in found], [mask.word for mask in found]
     if any(mask.handle or mask.word for mask in found):
         log.warning("%s names the concepts: the names beside the masks are not used", path)
@@ -201,9 +213,7 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
         names = [(c.get("handle"), c.get("word")) for c in content["concepts"]]
         if not all(name is None or isinstance(name, str) for pair in names for name in pair):
             raise ValueError("a handle or a word is not a string")
-        for key in sorted({key for c in content["concepts"] for key in c} - {"handle", "word"}):
-            if near := did_you_mean(key, ("handle", "word")):  # other keys are the user's own
-                raise ValueError(f"unknown {key}{near}")
+        check_keys(content["concepts"], NAMES)
     except ValueError as error:
         raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: {error}') from error
     if len(names) != count:

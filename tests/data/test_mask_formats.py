@@ -224,12 +224,21 @@ def test_neighbours_share_no_pixel_and_leave_none_out():
         ({"box": [0, 0, 2, 2], "word": 3}, 'concept 0: "word" is 3, not a string'),
         ({"box": [20, 20, 30, 30]}, "regions.json concept 0 is black all over"),
         ({"box": [0, 0, 2, 2], "handle": "a toy"}, "handle '<a toy>': expected <name>"),
+        ({"box": [0, 0, 2, 2], "hanlde": "toy"}, "regions.json: unknown hanlde; did you mean handle?"),
+        ({"bbox": [0, 0, 2, 2]}, "regions.json: unknown bbox; did you mean box?"),
+        ({"box": [0, 0, 2, 2], "label": "toy"}, "regions.json: unknown label; did you mean handle, or word?"),
     ],
 )
 def test_regions_that_are_none(folder, concept, message):
     write_json(folder, "regions.json", concepts=[concept])
     with refused(message):
         load(folder)
+
+
+def test_further_keys_of_regions_are_the_users_own(folder):
+    concept = {"box": [0, 0, 2, 2], "handle": "toy", "label": "a toy", "colour": "red", "id": 3}
+    write_json(folder, "regions.json", concepts=[concept])
+    assert load(folder).handles == ("<toy>",)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"concepts": 3}', '{"concepts": []}', '{"concepts": [1]}', "\xff"])
@@ -326,6 +335,17 @@ def test_annotations_that_are_none(folder, annotations, message):
     write_json(folder, "coco.json", annotations=annotations)
     with refused(message):
         load(folder)
+
+
+def test_two_categories_of_one_number_are_refused(folder):
+    """Readers would differ in which word they take; the same category twice is one."""
+    annotations = [{"image_id": 1, "category_id": 3, "segmentation": [[0, 0, 2, 0, 2, 2]]}]
+    categories = [{"id": 3, "name": "toy"}, {"id": "3", "name": "bowl"}]
+    write_json(folder, "coco.json", annotations=annotations, categories=categories)
+    with refused("coco.json has two categories of the id 3, toy and bowl: keep one"):
+        load(folder)
+    write_json(folder, "coco.json", annotations=annotations, categories=[categories[0], categories[0]])
+    assert load(folder).words == ("toy",)
 
 
 @pytest.mark.parametrize("size", [(-5, 4), (0, 4), (6, 0), (0.5, 4), (10**6, 10**6), (6, 10**9)])

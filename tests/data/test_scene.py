@@ -473,6 +473,7 @@ def test_handles_may_be_given_without_the_brackets_that_a_shell_needs_quoted(sce
         '{"concepts": [{"handle": ["<a>"]}, {}, {}]}',
         "[" * 100_000,
         '{"concepts": [{"word": "\\ud800"}, {}, {}]}',
+        '{"concepts": [{"name": "toy"}, {"name": "bowl"}, {"name": "stone"}]}',
     ],
 )
 def test_bad_notes_are_refused(scene, content):

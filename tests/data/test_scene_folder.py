@@ -1,6 +1,7 @@
 """Scene folders as people have them: which files count, which way up they are, and what takes no memory."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -362,3 +363,37 @@ def test_a_polygon_of_many_points_is_rasterised_in_seconds():
     area = rasterise_polygon(points, (1000, 1000)).sum()
     assert area == pytest.approx(np.pi * 400**2, rel=1e-3)
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("name", ["Scene.json", "scene.JSON", "scenes.json", "scene.json.txt", "scene (1).json"])
+def test_a_note_of_nearly_the_name_is_not_passed_over(tmp_path, name):
+    """As other systems write it, or a browser; beside scene.json it is a copy."""
+    folder = write_scene(tmp_path / "s", concepts=1)
+    (folder / name).write_text('{"concepts": [{"handle": "<toy>"}]}')
+    with refused(f"{folder / name} would not be read: name it scene.json"):
+        load_scene(TrainConfig(instance_data_dir=str(folder)))
+    (folder / "scene.json").write_text('{"concepts": [{"handle": "<toy>"}]}')
+    assert load_scene(TrainConfig(instance_data_dir=str(folder))).handles == ("<toy>",)
+
+
+def test_what_looks_like_a_part_of_a_scene_is_not_passed_over_silently(tmp_path, caplog):
+    """Copies of masks, folders of images without a number, and names beside an extra image."""
+    folder, other = write_scene(tmp_path / "s"), write_scene(tmp_path / "other")
+    copies = ["cutout3-old.jpg", "mask0 (1).png", "mask1 - Copy.png", "mask2_v2.png"]
+    for name in copies:
+        (folder / name).write_bytes(b"")
+    for name in ("image1", "\u00b2", "1"):
+        shutil.copytree(other, folder / name)
+    (folder / "notes").mkdir()
+    (folder / "._mask0 (1).png").write_bytes(b"")
+    (folder / "1" / "scene.json").write_text("{}")
+    assert len(load_scene(TrainConfig(instance_data_dir=str(folder))).extra_images) == 1
+    read = "masks are named mask0.png, mask1.png, ... and nothing else"
+    assert [text for text in caplog.messages if "is not read" in text] == [
+        *(f"{folder / name} is not read: {read}" for name in copies),
+        *(
+            f"{folder / name} holds an image but is not read: folders of extra images are named 1, 2, ..."
+            for name in ("image1", "\u00b2")
+        ),
+        f"{folder / '1' / 'scene.json'} is not read: the scene names the concepts, and a mask has its concept's number",
+    ]
