@@ -70,7 +70,10 @@ def load_scene(config: TrainConfig) -> Scene:
     if config.background_handle:
         scene = with_background(scene, config.background_handle)
     if config.close_ups:
+        count = len(scene.extra_images)
         scene = with_close_ups(scene)
+        if len(scene.extra_images) == count:
+            log.info("close_ups adds nothing: no part of the concepts is narrower than the image")
     if len(scene) > MAX_CONCEPTS:
         log.warning("%d concepts: the method works best with up to %d (paper, limitations)", len(scene), MAX_CONCEPTS)
     return scene
@@ -232,6 +235,8 @@ def name_concepts(
     pattern = config.placeholder_token.strip("<>")
     default = tuple(bracketed(handle or f"{pattern}{i}") for i, handle in enumerate(given_handles))
     handles = tuple(map(bracketed, config.handles)) or default
+    if f"<{pattern}>" != TrainConfig.placeholder_token and (config.handles or all(given_handles)):
+        log.warning("--placeholder_token %s has no effect: all handles have names", config.placeholder_token)
     words = config.initializer_tokens or tuple(given_words)
     for flag, values in (("--handles", handles), ("--initializer_tokens", words)):
         if len(values) != count:

@@ -80,6 +80,12 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
     """
     if not config.phases:
         raise InputError("both phases have 0 steps: there is nothing to train")
+    for phase in config.phases:
+        if config.lr_warmup_steps >= phase.steps:
+            log.warning(
+                "--lr_warmup_steps %d: %s has %d steps, so it never comes to its learning rate",
+                *(config.lr_warmup_steps, phase.name, phase.steps),
+            )
     name, device = config.pretrained_model_name_or_path, pick_device(config.device)
     if weights:
         find(name)

@@ -435,6 +435,21 @@ def test_words_may_be_escaped(scene):
     assert load(scene).words == ("🦊", None, None)
 
 
+def test_a_pattern_of_handles_that_all_have_names_is_told(scene, caplog):
+    """Whether flags name them or scene.json does; where one has no name, the pattern counts."""
+    unused = "--placeholder_token <toy> has no effect: all handles have names"
+    assert load(scene, handles=("a", "b", "c"), placeholder_token="<toy>").handles == ("<a>", "<b>", "<c>")
+    assert caplog.messages == [unused]
+    caplog.clear()
+    note(scene, {"handle": "<a>"}, {"handle": "<b>"}, {"handle": "<c>"})
+    load(scene, placeholder_token="<toy>")
+    assert caplog.messages == [unused]
+    caplog.clear()
+    note(scene, {"handle": "<a>"}, {}, {"handle": "<c>"})
+    assert load(scene, placeholder_token="<toy>").handles == ("<a>", "<toy1>", "<c>")
+    assert not caplog.messages
+
+
 def test_counts_must_agree(scene):
     with refused("--num_of_assets is 2", "3 masks"):
         load(scene, num_of_assets=2)
@@ -563,6 +578,14 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
     pair = shots["close-up-0-1"]
     assert sorted(pair.masks) == [0, 1]
     assert pair.image.size == (177, 89)  # 124 of 200 columns
+
+
+@pytest.mark.parametrize(("concepts", "size"), [(1, (32, 32)), (3, (32, 32))])
+def test_close_ups_that_add_nothing_are_told(tmp_path, caplog, concepts, size):
+    """A single concept has no part, and these concepts are as high as the image."""
+    caplog.set_level("INFO")
+    assert load(write_scene(tmp_path / "s", concepts=concepts, size=size), close_ups=True).extra_images == ()
+    assert caplog.messages == ["close_ups adds nothing: no part of the concepts is narrower than the image"]
 
 
 def test_close_ups_of_many_concepts_are_refused_not_counted_for_ever(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 import bas
+from bas.training.setup import check_machine
 from tests.helpers.tiny import refused
 
 
@@ -34,3 +35,12 @@ def test_run_folder_must_be_free(bench, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with refused("cannot write to --output_dir"):
         bas.train(bench.config(tmp_path / "file" / "run"))
+
+
+def test_a_warm_up_that_never_ends_is_told(bench, caplog):
+    """Phases of 3 steps reach their rate after 2 steps of warm-up, not after 3."""
+    for warmup in (2, 3):
+        check_machine(bench.config(lr_scheduler="linear", lr_warmup_steps=warmup, phase2_train_steps=5), weights=False)
+    assert [text for text in caplog.messages if "warmup" in text] == [
+        "--lr_warmup_steps 3: phase1 has 3 steps, so it never comes to its learning rate"
+    ]
