@@ -193,6 +193,8 @@ def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
     if (undecided := undecided_value(image, found)) is not None:
         log.warning("%s: %s is read as undecided, not as a concept", path, label_name(undecided))
         found.remove(undecided)
+    if len(found) > 1 and len(found) == len(values) - (undecided is not None):
+        log.warning("%s has no background, which is 0 or black: each of its values is a concept", path)
     if not found:
         raise InputError(f"{path} holds no label: every pixel is 0, the background")
     check_total(str(path), len(found), image.size)
@@ -236,6 +238,8 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a broken header makes NumPy raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "Python objects" in reason:
+            reason = "it holds Python objects: save one array (concepts, rows, columns)"
         raise InputError(f"{path} is not a readable .npy array: {reason}") from error
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or not array.size:
         shape = getattr(array, "shape", "no single array")

@@ -237,6 +237,7 @@ def read_mask(path: Path) -> np.ndarray:
         image = image.getchannel("A") if alpha_varies else image
     elif image.mode == "P" and (inside := _inside_of_palette(image, path)) is not None:
         return inside
+    image = _of_eight_bits(image, path)
     _check_no_labels(image, path)
     mask = _grey(image, path)
     if mask.max() == 1 and not _is_deep(image):
@@ -245,19 +246,36 @@ def read_mask(path: Path) -> np.ndarray:
     return mask
 
 
+def _of_eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """A mask of 16 bits whose white is that of 8 bits, or 1, as one of 8: some tools store all so. Others stay."""
+    low, high = image.getextrema() if image.mode.startswith("I") else (0, 0)
+    if low < 0 or high not in (1, 255):
+        return image
+    if high == 255:
+        log.warning("%s has 16 bits, and 255 is its largest value: it is read as white", path)
+    return Image.fromarray(to_array(image).astype(np.uint8))
+
+
 def _check_no_labels(image: Image.Image, path: Path) -> None:
-    """Raise InputError for a label map as a mask: of several colours, or of small numbers with an undecided 255."""
+    """Raise InputError for a label map as a mask: of several colours, or of small numbers with an undecided 255.
+
+    Warn of a photograph: with black around the concept, it is read by its brightness.
+    """
     if _is_deep(image):
         return
     most = min(MAX_LABELS, image.width * image.height // 16)  # a small image has few colours in any case
-    colours, levels = set(), np.zeros(256, int)
+    colours, levels, colourful = set(), np.zeros(256, int), 0
     for _, strip in strips(image):
         if len(colours) <= most:
             colours |= {
                 colour for _, colour in strip.convert("RGB").getcolors(most) or [(0, i) for i in range(most + 1)]
             }
         levels += strip.convert("L").histogram()
+        if image.mode not in ("1", "L"):
+            colourful += np.count_nonzero(np.ptp(np.asarray(strip.convert("RGB")), axis=-1) > GREYISH)
     vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours) if len(colours) <= most else 0
+    if len(colours) > most and colourful > levels[MAX_NUMBER:].sum() / 2:
+        log.warning("%s is in many colours, and its brightness is the mask: is it a photograph?", path)
     numbers, between, white = levels[1:MAX_NUMBER].sum(), levels[MAX_NUMBER:255].sum(), levels[255]
     if vivid > 1 or numbers >= white > between == 0:
         found = f"{vivid} colours" if vivid > 1 else "small numbers and 255"

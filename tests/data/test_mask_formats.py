@@ -125,6 +125,18 @@ def test_a_label_map_of_another_size_is_resized_with_a_warning(folder, caplog):
     assert caplog.messages[0] == f"{folder}/labels.png value 2 is 18x12, img.png is 6x4: the mask is resized"
 
 
+def test_a_label_map_without_background_is_told(folder, caplog):
+    """White, or another colour, may be the background of a drawn map; here it would be a concept."""
+    Image.fromarray(np.where(LABELS == 0, 200, LABELS).astype(np.uint8)).save(folder / "labels.png")
+    assert len(load(folder)) == len(np.unique(LABELS))
+    told = f"{folder / 'labels.png'} has no background, which is 0 or black: each of its values is a concept"
+    assert caplog.messages.count(told) == 1
+    caplog.clear()
+    Image.fromarray(LABELS.astype(np.uint8)).save(folder / "labels.png")
+    load(folder)
+    assert not any("background" in text for text in caplog.messages)
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -413,7 +425,7 @@ def test_an_array_of_zeros_and_ones_of_255_is_read_with_a_warning(folder, caplog
         (np.zeros((1, 4, 6)), "masks.npy[0] is black all over"),
         (np.ones((4, 6, 2), bool), "masks.npy is (rows, columns, concepts): save numpy.moveaxis(masks, -1, 0)"),
         (np.eye(6)[None], "masks.npy[0] is 6x6, img.png is 6x4: they must have the same shape"),
-        (np.array([{"a": 1}]), "masks.npy is not a readable .npy array"),
+        (np.array([{"a": 1}]), "masks.npy is not a readable .npy array: it holds Python objects: save one array"),
     ],
 )
 def test_arrays_that_are_no_masks(folder, array, message):

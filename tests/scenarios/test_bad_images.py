@@ -402,6 +402,32 @@ def test_a_soft_mask_below_one_of_255_is_not_taken_for_zeros_and_ones(tmp_path, 
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(("most", "told"), [(1, "holds only the values 0 and 1 of 255"), (255, "it is read as white")])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_a_mask_of_8_bits_stored_in_16_is_read_as_it_was(tmp_path, caplog, kind, most, told):
+    mask = np.zeros((32, 40), kind)
+    mask[4:20, 8:16] = most
+    path = save(tmp_path / "mask0.tif", mask)
+    assert np.array_equal(read_mask(path), np.where(mask, 255, 0))
+    assert [text for text in caplog.messages if told in text] == caplog.messages != []
+
+
+def test_a_photograph_as_a_mask_is_told(tmp_path, caplog):
+    """A cut-out on black, in the usual two forms; the same in grey is a soft mask."""
+    rows, columns = np.mgrid[:64, :64] * 4
+    inside = np.zeros((64, 64, 1), bool)
+    inside[8:40, 8:40] = True
+    picture = np.where(inside, np.dstack([rows, columns, 252 - rows]), 0).astype(np.uint8)
+    told = "is in many colours, and its brightness is the mask: is it a photograph?"
+    for name in ("mask0.png", "mask1.jpg"):
+        read_mask(save(tmp_path / name, picture))
+        assert caplog.messages == [f"{tmp_path / name} {told}"]
+        caplog.clear()
+    grey = np.repeat(picture[..., :1], 3, axis=-1)
+    read_mask(save(tmp_path / "grey.png", grey))
+    assert not caplog.messages
+
+
 def test_ones_alone_are_white(scene, caplog):
     save(scene / "mask1.png", np.ones((32, 40), np.uint8))
     with refused("mask1.png is white all over"):
