@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = "x" * 40  # of the files in a folder of images
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")  # as `temporary_path` names it
+UNFILLED = re.compile(r"\.\d+\.tmp")  # as `filling` names its folder
 MAX_BYTES = 2**24  # of settings and records: sixteen times the largest vocabulary of this family
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
@@ -67,14 +68,15 @@ def human_size(size: float) -> str:
 def new_folder(name: str) -> Path:
     """Check that a folder is new or empty and can be written; the first file that is saved makes it.
 
-    InputError if it holds something or cannot be made. A command that fails afterwards leaves no empty folder.
+    InputError if it holds something or cannot be made. Hidden files, which systems make by themselves, do not count,
+    but for what a killed `filling` left. A command that fails afterwards leaves no empty folder.
     """
     folder = Path(name)
     check_length(folder / LONGEST_NAME, "--output_dir")
     try:
         made = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
+        used = any(not path.name.startswith(".") or UNFILLED.fullmatch(path.name) for path in folder.iterdir())
         for place in made:
             place.rmdir()
     except OSError as error:
@@ -98,7 +100,12 @@ def temporary_path(path: Path) -> Path:
 
 
 def check_length(path: Path, flag: str) -> None:
-    """InputError, naming `flag`, if a path is too long for this system, or holds the null character."""
+    """InputError, naming `flag`, if a path is too long for this system, holds the null character, or begins with ~.
+
+    No shell has expanded that in a settings file, or behind `--flag=`.
+    """
+    if path.parts[:1] == ("~",) and not Path("~").exists():
+        raise InputError(f"{flag}: in {path} no shell has put your home folder in place of ~: write the whole path")
     try:
         os.lstat(temporary_path(path))
     except ValueError:

@@ -24,7 +24,7 @@ from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import images_in
 from bas.errors import InputError
-from bas.io.files import cache_dir, clear_leftovers, reading, require_writable
+from bas.io.files import cache_dir, check_length, clear_leftovers, reading, require_writable
 from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, to_images
 from bas.io.json_files import read_record, write_json
 from bas.models.bundle import Models, ModelSpec
@@ -96,6 +96,7 @@ def check_class_folder(config: TrainConfig, model: ModelSpec | Models, size: tup
             require_writable(cached, *CACHE)
         return
     folder = Path(config.class_data_dir)
+    check_length(folder / KEY_FILE, "--class_data_dir")
     with reading(folder):
         present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         if not present.is_dir():

@@ -302,3 +302,29 @@ def test_an_array_is_written_as_a_whole_or_not_at_all(tmp_path):
 def test_a_path_with_the_null_character_is_refused():
     with pytest.raises(InputError, match="holds a character that no path can have: rename it"):
         check_length(Path("a\0b.png"), "--output_path")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._x", ".nfs0001"])
+def test_hidden_files_of_the_system_do_not_make_a_folder_used(tmp_path, name):
+    (tmp_path / name).touch()
+    assert new_folder(str(tmp_path)) == tmp_path
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["a.png", ".123.tmp"])
+def test_a_folder_that_holds_something_is_no_new_one(tmp_path, name):
+    """What a killed command left half-written there counts."""
+    (tmp_path / name).mkdir()
+    with refused(f"--output_dir {tmp_path} is not empty: name a new folder"):
+        new_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["~", "~/runs/a"])
+def test_a_home_folder_that_no_shell_has_put_in_is_refused(tmp_path, monkeypatch, name):
+    """A folder that is called so may be meant."""
+    monkeypatch.chdir(tmp_path)
+    with refused(f"--output_dir: in {name}/", "no shell has put your home folder in place of ~"):
+        new_folder(name)
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "~").mkdir()
+    assert new_folder(name) == Path(name)

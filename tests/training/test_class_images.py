@@ -200,6 +200,8 @@ def test_a_file_is_no_folder_and_a_broken_image_is_named(models, bench, tmp_path
     (tmp_path / "file").write_text("")
     with refused("--class_data_dir", "not a folder"):
         check_class_folder(bench.config(class_data_dir=str(tmp_path / "file")), models, (32, 32))
+    with refused("--class_data_dir: in ~/mine/key.json no shell has put your home folder"):
+        check_class_folder(bench.config(class_data_dir="~/mine"), models, (32, 32))
     folder = write_class_images(tmp_path / "mine")
     (folder / "0.png").write_bytes(b"nothing")
     with refused("0.png", "not a readable"):
