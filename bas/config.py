@@ -41,6 +41,8 @@ from bas.presets import (
 MAX_COUNT = 1_000_000  # steps, images, examples
 MAX_SEED = 2**62
 MAX_RANK = 1024
+MAX_BATCH = 1024
+MAX_COLLECTION = 500  # images, all in memory
 COUNTS = {"least": 0, "most": MAX_COUNT}  # the limits of whole numbers, unless a setting's row has others
 NUMBERS = {"least": 0, "most": math.inf}
 ANY = {"least": -math.inf, "most": math.inf}
@@ -97,6 +99,8 @@ def check_setting(row: Field, value: Any, name: str, limits: bool = True) -> Any
     Without `limits`, only its type is checked, not the range or the choices.
     """
     kind, several, optional = value_type(row)
+    if several and row.default and value in ([], ()):
+        raise InputError(f"{name} is empty: leave it out, or name one or several")
     if several and isinstance(value, (list, tuple)):
         return tuple(check_one(row, kind, each, name, limits) for each in value)
     if several:
@@ -219,7 +223,11 @@ class TrainConfig(Settings):
         choices=("bas", *METHODS),
     )
     collection_size: int = setting(
-        30, "images that a -m method learns from: concepts pasted on plain colours", group="method", least=1
+        30,
+        "images that a -m method learns from: concepts pasted on plain colours",
+        group="method",
+        least=1,
+        most=MAX_COLLECTION,
     )
     preset: str = setting(
         "official",
@@ -340,7 +348,7 @@ class TrainConfig(Settings):
 
     # Optimisation
     train_batch_size: int = setting(
-        1, "examples per step, each with one class image beside it", group="training", least=1
+        1, "examples per step, each with one class image beside it", group="training", least=1, most=MAX_BATCH
     )
     gradient_accumulation_steps: int = setting(1, "batches per optimizer step", group="training", least=1)
     optimizer: str = setting(

@@ -69,9 +69,11 @@ WHOLE = {  # the range of every whole number
     TrainConfig: {
         **dict.fromkeys(("phase1_train_steps", "phase2_train_steps", "lr_warmup_steps"), STEPS),
         **dict.fromkeys(("img_log_steps", "checkpointing_steps"), STEPS),
-        **dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "num_class_images"), COUNT),
+        **dict.fromkeys(("gradient_accumulation_steps", "num_class_images"), COUNT),
+        "train_batch_size": (1, 1024),  # a dry run draws one batch
         **dict.fromkeys(("sample_batch_size", "log_steps", "preview_inference_steps"), COUNT),
-        **dict.fromkeys(("checkpoints_total_limit", "lr_num_cycles", "num_of_assets", "collection_size"), COUNT),
+        **dict.fromkeys(("checkpoints_total_limit", "lr_num_cycles", "num_of_assets"), COUNT),
+        "collection_size": (1, 500),
         **dict.fromkeys(("resolution", "attention_grid"), (1, 16_384)),
         **dict.fromkeys(("rank", "conv_rank"), (1, 1024)),
         "seed": (-(2**62), 2**62),

@@ -83,6 +83,7 @@ def test_every_setting_comes_back_as_it_was(tmp_path):
             "do_not_apply_masked_loss = true",
             "do_not_apply_masked_loss is a flag of the command: in a file write apply_masked_loss = false",
         ),
+        ("class_prompt = []", "class_prompt is empty: leave it out, or name one or several"),
         ("no_close_ups = true", "no_close_ups is a flag of the command: in a file write close_ups = false"),
     ],
 )
@@ -181,7 +182,7 @@ def test_sampling_takes_prompts_and_model_from_the_file(tmp_path, monkeypatch):
         raise InputError("far enough")
 
     monkeypatch.setattr(sample_command, "sample_each", record)
-    monkeypatch.setattr(sample_command, "open_model", lambda args, check: args.model_path or args.run)
+    monkeypatch.setattr(sample_command, "open_model", lambda args, check, texts: args.model_path or args.run)
     monkeypatch.setattr(sample_command, "find_model", lambda args: tmp_path)
     for words in ([], ["b", "--seed", "6"], ["--model_path", "c", "--prompt", "z"]):
         with pytest.raises(InputError, match="far enough"):
