@@ -248,12 +248,14 @@ def read_mask(path: Path) -> np.ndarray:
 
 def _of_eight_bits(image: Image.Image, path: Path) -> Image.Image:
     """A mask of 16 bits whose white is that of 8 bits, or 1, as one of 8: some tools store all so. Others stay."""
-    low, high = image.getextrema() if image.mode.startswith("I") else (0, 0)
-    if low < 0 or high not in (1, 255):
+    if not image.mode.startswith("I"):
         return image
-    if high == 255:
+    values = to_array(image)
+    if values.min() < 0 or values.max() not in (1, 255):
+        return image
+    if values.max() == 255:
         log.warning("%s has 16 bits, and 255 is its largest value: it is read as white", path)
-    return Image.fromarray(to_array(image).astype(np.uint8))
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _check_no_labels(image: Image.Image, path: Path) -> None:
