@@ -31,6 +31,8 @@ FOREIGN = (  # how the file begins, what it is, what to do
     (b"pk\x03\x04", "a zip archive, most likely a pickled PyTorch checkpoint", PICKLE_ADVICE),
     (b"gguf", "a GGUF file", "use the model's .safetensors version"),
     (b"\x89png", "a PNG image", "use a .safetensors file: bas reads no weights from images"),
+    (b"\xff\xd8\xff", "a JPEG image", "use a .safetensors file: bas reads no weights from images"),
+    *((beginning, "an archive", "unpack it") for beginning in (b"7z\xbc\xaf", b"rar!\x1a", b"\x1f\x8b")),
     (b"\x80", "a pickled checkpoint", PICKLE_ADVICE),
 )
 
@@ -73,6 +75,8 @@ def check_foreign_file(path: Path) -> None:
     for beginning, what, advice in FOREIGN:
         if head.lstrip().lower().startswith(beginning):
             raise InputError(f"{path} is {what}: {advice}")
+    if head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):  # a header begins with its length
+        raise InputError(f"{path} is a text file: name the folder of a model, or a .safetensors file")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

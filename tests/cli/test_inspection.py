@@ -184,7 +184,7 @@ def test_a_model_that_lacks_a_weight_would_not_load(tuned, tmp_path):
         ("model.ckpt", b"\x80\x02}q\x00.......", "is a pickled checkpoint"),
         ("page.safetensors", b"<!DOCTYPE html><html></html>", "is a web page"),
         ("empty.safetensors", b"", "holds 0 bytes, so it is not a model"),
-        ("notes.txt", b"just a few words of text", "is not a sound .safetensors file"),
+        ("notes.txt", b"just a few words of text", "is a text file: name the folder of a model"),
     ],
 )
 def test_what_is_no_model_says_why(name, content, problem, tmp_path):

@@ -347,8 +347,13 @@ def test_pickles_are_refused_unopened(name, kind, tmp_path):
         (b"<!DOCTYPE html><html></html>", "is a web page: the download went wrong"),
         (b"\n  <html>denied</html>", "is a web page: the download went wrong"),
         (b"GGUF\x03\0\0\0\0\0\0\0", "is a GGUF file: use the model's .safetensors version"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "is a JPEG image: use a .safetensors file"),
+        (b"7z\xbc\xaf\x27\x1c\0\x04", "is an archive: unpack it"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "is an archive: unpack it"),
+        (b'{"_class_name": "StableDiffusionPipeline"}', "is a text file: name the folder of a model"),
+        (b"model:\r\n  target: ldm\r\n", "is a text file: name the folder of a model"),
     ],
-    ids=["lfs", "html", "html2", "gguf"],
+    ids=["lfs", "html", "html2", "gguf", "jpeg", "7z", "gz", "json", "yaml"],
 )
 def test_files_that_hold_no_tensors(content, reason, tmp_path):
     path = tmp_path / "model.safetensors"
