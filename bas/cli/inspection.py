@@ -19,7 +19,7 @@ from torch import Tensor
 from bas import __version__
 from bas.data.scene_folder import find_files, images_in, numbered_folders
 from bas.errors import InputError, printable
-from bas.io.files import cache_dir, human_size, read_bytes, reading
+from bas.io.files import cache_dir, human_size, read_bytes, reading, require_file
 from bas.io.images import open_image
 from bas.io.json_files import MAX_ROWS_BYTES
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_concepts, read_metadata, read_settings
@@ -238,6 +238,7 @@ def _describe_tensors(path: Path, hashes: bool, prediction_type: str | None) -> 
 
 def _describe_image(path: Path) -> dict:
     """Describe an image with the settings that bas wrote into it; any other file does not load."""
+    require_file(path)
     try:
         with Image.open(path) as image:
             settings = image.info.get("bas")

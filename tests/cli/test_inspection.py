@@ -1,6 +1,7 @@
 """`bas info`: every kind of file and folder by its name, whether it would load, and the numbers it is made of."""
 
 import json
+import os
 import re
 import struct
 
@@ -193,6 +194,15 @@ def test_what_is_no_model_says_why(name, content, problem, tmp_path):
     facts = describe(path)
     assert (facts["what"], facts["loads"]) == ("a file", False)
     assert problem in facts["problem"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.png", "pipe.safetensors"])
+def test_a_pipe_is_not_opened(name, tmp_path):
+    """That would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    facts = describe(tmp_path / name)
+    assert (facts["what"], facts["loads"]) == ("a file", False)
+    assert facts["problem"] == f"{tmp_path / name} is not an ordinary file"
 
 
 def test_an_image_tells_its_settings(tmp_path):
