@@ -64,6 +64,7 @@ def setting(
     flag: tuple[str, ...] = (),
     bare: str | None = None,
     choices: tuple[str, ...] = (),
+    empty: bool = False,
     **limits: float,
 ) -> Any:
     """Make a dataclass field that holds one setting.
@@ -72,10 +73,12 @@ def setting(
     flag: other names of its flag; of a switch that is on by default, the flags that turn it off.
     bare: the value that the flag has without one.
     choices: all the values that a text can have.
+    empty: whether a list may be empty although its default is not.
     limits: `least` and `most`, which belong to the range, or `above` and `below`, which do not.
     """
     assert limits.keys() <= {"least", "most", "above", "below"}, limits
-    row = {"help": help, "group": group, "common": common, "flag": flag, "choices": choices, "limits": limits}
+    row = {"help": help, "group": group, "common": common, "flag": flag, "choices": choices}
+    row |= {"empty": empty, "limits": limits}
     return field(default=default, metadata=row if bare is None else {**row, "bare": bare})
 
 
@@ -99,7 +102,7 @@ def check_setting(row: Field, value: Any, name: str, limits: bool = True) -> Any
     Without `limits`, only its type is checked, not the range or the choices.
     """
     kind, several, optional = value_type(row)
-    if several and row.default and value in ([], ()):
+    if several and row.default and value in ([], ()) and not row.metadata["empty"]:
         raise InputError(f"{name} is empty: leave it out, or name one or several")
     if several and isinstance(value, (list, tuple)):
         return tuple(check_one(row, kind, each, name, limits) for each in value)
@@ -633,7 +636,9 @@ class CocoConfig(Settings):
     max_things: int = setting(4, "largest number of concepts of a scene; the largest segments are taken", least=1)
     min_share: float = setting(0.15, "smallest share of the square that each concept covers", above=0, below=1)
     dropped: tuple[str, ...] = setting(
-        ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"), "classes that are not used as concepts"
+        ("orange", "banana", "broccoli", "carrot", "zebra", "giraffe"),
+        "classes that are not used as concepts",
+        empty=True,
     )
 
     def __post_init__(self):
