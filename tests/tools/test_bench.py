@@ -211,7 +211,7 @@ def test_a_lora_step_is_compared_with_a_full_one_without_its_optimizer(material,
 def test_a_base_and_a_lora_take_no_second_copy_of_the_base(tmp_path, monkeypatch):
     """Loading is asked for three times a round, once with a LoRA of the model, which fits it; the last line is the
     share of memory with it."""
-    from tools.bench import programs
+    from tools.bench import children, programs
 
     asked = []
 
@@ -230,6 +230,10 @@ def test_a_base_and_a_lora_take_no_second_copy_of_the_base(tmp_path, monkeypatch
     weight = "mid_block.attentions.0.proj_in.weight"
     added = load(model, additions=Additions.read([asked[-1]["lora"]], ())).unet.state_dict()[weight]
     assert not torch.equal(added, load(model).unet.state_dict()[weight])
+    for task in asked[-2:]:  # what the processes do with the two tasks of bas
+        told = children.loading(task | {"threads": torch.get_num_threads()})
+        assert told["seconds"] > 0
+        assert told["peak"] > 0
 
 
 def test_what_goes_wrong_in_the_held_loop_is_raised(material, tmp_path, monkeypatch):

@@ -66,8 +66,8 @@ def loading(task: dict) -> dict:
     if task["side"] == "bas":
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401 - bas imports them inside the call
 
-        from bas import load
         from bas.pretrained.additions import Additions
+        from bas.pretrained.folder import load
 
         additions = Additions.read([task["lora"]], ()) if "lora" in task else None
         began = time.perf_counter()
