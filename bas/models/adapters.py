@@ -185,7 +185,7 @@ class Change:
     def delta(self) -> Tensor:
         """The change itself, in float32: (out, in), or (out, in, k, k) for a convolution."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.view(self.shape)
+        return product.mul_(self.scale).view(self.shape)
 
     @property
     def shape(self) -> torch.Size:
@@ -253,9 +253,7 @@ Changes = Mapping[str, list[Change | Difference]]  # by the name of the weight
 
 def changed(weight: Tensor, changes: Sequence[Change | Difference]) -> Tensor:
     """A weight with its changes added, in float32; itself without any."""
-    if not changes:
-        return weight
-    total = weight.float()
+    total = weight
     for change in changes:
-        total = total + change.delta().to(total.device).view(total.shape)
+        total = change.delta().to(weight.device).view(weight.shape).add_(total)  # no third copy of a large weight
     return total
