@@ -136,7 +136,7 @@ def walk(step: Walk, steps: int | None) -> None:
     for i in range(12):  # over the crown
         y = 0.54 + 0.035 * i
         step.browser.drag(step.point(0.25, y), step.point(0.75, y))
-    step.fill("#prompt", "a photo of a red ball on a wooden floor")
+    step.fill("#prompt", "a photo of a wooden floor")
     step.click("#edit")
     step.wait("document.querySelectorAll('.shot').length === 1 && document.querySelector('.slide .good') !== null")
     step.wait("document.querySelector('.live') === null")
