@@ -33,8 +33,9 @@ HANDLES = ("<moon>", "<clover>", "<crown>")
 LARGE = (7728, 5152)  # pixels of the photograph that is painted on to measure
 BRUSHES = (16, 45, 63)  # places of the size's slider: 40, 525 and 1217 pixels of such a photograph
 MOVES = 150  # of the mouse in a stroke
-# The times of all frames from here on, in milliseconds.
+# The times of all frames, in milliseconds; FROM_HERE forgets those that have passed.
 WATCH = "window.frames = []; (function each(at) { frames.push(at); requestAnimationFrame(each); })(performance.now())"
+FROM_HERE = "frames.length = 0"
 SETTLED = """new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>
   done([...document.images].every((image) => image.complete)))))"""
 
@@ -162,14 +163,15 @@ def measure(step: Walk) -> None:
     step.browser.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
     step.wait("document.querySelector('.saved')?.textContent === 'saved ✓'")
     step.wait("document.querySelector('.stage img').naturalWidth > 0")
+    step.browser.run(WATCH)
     for place in BRUSHES:
         step.fill("[aria-label='Size of the brush']", place)
         size = step.browser.run("document.querySelector('[aria-label=\"Size of the brush\"]').nextSibling.textContent")
         angles = np.linspace(0, 6 * np.pi, MOVES)
         points = [step.point(0.5 + 0.4 * np.cos(a), 0.5 + 0.4 * np.sin(1.3 * a)) for a in angles]
-        step.browser.run(WATCH)
+        step.browser.run(FROM_HERE)
         step.browser.drag(*points)
-        gaps = np.diff(step.browser.run("frames.splice(0)"))
+        gaps = np.diff(step.browser.run("[...frames]"))
         step.wait("document.querySelector('.saved').textContent === 'saved ✓'")
         rate, slow = 1000 / gaps.mean(), np.percentile(gaps, 95)
         print(f"brush {size}: {rate:.0f} frames a second, 95 % of them within {slow:.0f} ms ({len(gaps)} frames)")
