@@ -1,7 +1,8 @@
 """Walk through the studio on the miniature in a real browser, and take the pictures of docs/studio.md.
 
 Run: python -m tools.walk_studio [FOLDER] [--steps N]    (default: docs/pictures; needs Chromium and takes minutes)
-     python -m tools.walk_studio --measure               (paints on 40 megapixels and prints the frames per second)
+     python -m tools.walk_studio --measure               (prints the seconds to the first page, and the frames per
+                                                          second while one paints on 40 megapixels)
 
 Everything in the pictures is what a person would see: a real server, a real training of the shipped scene, real drawing
 and editing. Each picture is studio-ROOM.png. Ctrl+C ends the server and the job at work.
@@ -33,6 +34,7 @@ HANDLES = ("<moon>", "<clover>", "<crown>")
 LARGE = (7728, 5152)  # pixels of the photograph that is painted on to measure
 BRUSHES = (16, 45, 63)  # places of the size's slider: 40, 525 and 1217 pixels of such a photograph
 MOVES = 150  # of the mouse in a stroke
+STARTS = 7
 # The times of all frames, in milliseconds; FROM_HERE forgets those that have passed.
 WATCH = "window.frames = []; (function each(at) { frames.push(at); requestAnimationFrame(each); })(performance.now())"
 FROM_HERE = "frames.length = 0"
@@ -151,7 +153,21 @@ def walk(step: Walk, steps: int | None) -> None:
     step.shoot("home")
 
 
-def measure(step: Walk) -> None:
+def measure_start(browser: Browser) -> None:
+    """Start a studio several times, and print the seconds from its process to a page with a heading."""
+    seconds = []
+    for _ in range(STARTS):
+        begun = time.monotonic()
+        with studio() as (url, _):
+            browser.send("Page.navigate", url=url)
+            while not browser.run("!!document.querySelector('#main h1')"):
+                time.sleep(0.01)
+            seconds.append(time.monotonic() - begun)
+            browser.send("Page.navigate", url="about:blank")
+    print(f"from the start to the page: {np.median(seconds):.2f} s, at most {max(seconds):.2f} s, {STARTS} times")
+
+
+def measure_painting(step: Walk) -> None:
     """Paint on a photograph of 40 megapixels, and print how many frames a second the page shows meanwhile."""
     step.browser.show(*WIDE)
     step.go("#/home")
@@ -209,14 +225,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/pictures"))
     parser.add_argument("--steps", type=int, help="training steps of each phase (default: what the page proposes)")
-    parser.add_argument("--measure", action="store_true", help="measure painting on a large photograph instead")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the start, and painting on a large photograph, instead"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with studio() as (url, place):
         browser = Browser(place / "browser")
         try:
             if args.measure:
-                measure(Walk(browser, url, place))
+                measure_start(browser)
+                measure_painting(Walk(browser, url, place))
             else:
                 args.folder.mkdir(parents=True, exist_ok=True)
                 walk(Walk(browser, url, args.folder), args.steps)
