@@ -3,6 +3,7 @@
 import _thread
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from bas.io.json_files import write_json
 from bas.runtime.progress import Stage, watch
 from bas.web.studio.jobs import EVENTS, EXIT, FORKS, LOCK, LOG, STOP, read_job, tail
 from bas.web.studio.own import is_marked
+
+log = logging.getLogger(__name__)
 
 NEEDED = (
     "bas.training.loop",
@@ -58,14 +61,19 @@ def lost_gpu() -> bool:
 
 
 def forked() -> bool:
-    """Fork this process: True in the new one, which nobody has to wait for and which has a session of its own."""
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return False
-    os.setsid()
-    if os.fork():
-        os._exit(0)
+    """Fork this process: True in the new one, which nobody has to wait for and which has a session of its own.
+
+    Without room for another process True in this one: it is the job's own then, as where nothing is forked.
+    """
+    try:
+        if child := os.fork():
+            os.waitpid(child, 0)
+            return False
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+    except OSError:
+        log.warning("there is no room for another process: this one does the job")
     return True
 
 

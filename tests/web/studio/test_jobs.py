@@ -253,6 +253,11 @@ if forked():
     assert session not in (first, str(os.getsid(0)))
 
 
+def test_without_room_for_a_fork_the_spare_process_does_the_job(monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: (_ for _ in ()).throw(BlockingIOError("no room")))
+    assert worker.forked() is True
+
+
 def test_a_job_that_starts_slowly_is_not_lost_while_its_process_lives(tmp_path, monkeypatch):
     """A second job waits for it. Once the process has ended without its lock, the first is lost, the second starts."""
     home = Home(tmp_path / "home")
