@@ -1,6 +1,6 @@
 // The frame: rooms by address, the state of the server, the strip of work, keys.
 import { Away, address, get, send } from "./api.js";
-import { button, duration, h, link, problem, progress, put, speak } from "./dom.js";
+import { button, duration, h, link, problem, progress, put, quiet, speak } from "./dom.js";
 import { workOf } from "./queue.js";
 
 const ROOMS = {
@@ -34,7 +34,7 @@ async function open() {
   if (mine !== shown) return;
   room = null;
   drawRail(key);
-  put(main, h("h1", {}, ROOMS[key].title), h("p", { class: "quiet" }, "Loading …"));
+  put(main, h("h1", {}, ROOMS[key].title), quiet("Loading …"));
   document.title = `${rest[0] ? `${rest[0]} · ` : ""}${ROOMS[key].title} · bas studio`;
   document.body.dataset.room = key;
   try {
@@ -179,7 +179,7 @@ function help() {
       { class: "keys" },
       rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)]),
     ),
-    h("p", { class: "quiet" }, "Letters work on the picture: click it, or reach it with Tab."),
+    quiet("Letters work on the picture: click it, or reach it with Tab."),
     button("Close", () => dialog.close(), { class: "main" }),
   );
   dialog.addEventListener("close", () => dialog.remove());

@@ -15,14 +15,16 @@ export function h(tag, properties = {}, ...children) {
     else if (name in element && name !== "list" && name !== "form") element[name] = value;
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(3).filter((child) => child !== null && child !== undefined && child !== false));
+  return put(element, children);
+}
+
+export function put(element, ...children) {
+  element.replaceChildren(...children.flat(4).filter((child) => child !== null && child !== undefined && child !== false));
   return element;
 }
 
-export const put = (element, ...children) => {
-  element.replaceChildren(...children.flat(3).filter((c) => c !== null && c !== undefined && c !== false));
-  return element;
-};
+export const quiet = (...children) => h("p", { class: "quiet" }, children);
+export const warning = (text, bad) => h("p", { class: `warning ${bad ? "bad" : ""}` }, text);
 
 let said = "";
 export function speak(text) {

@@ -1,7 +1,7 @@
 // Edit: paint a region of a photograph or a picture, and say what shall be there.
 import { Away, address, fileOf, get, send } from "./api.js";
 import { chooseRun, finished, withoutRun } from "./choice.js";
-import { button, h, link, plural, problem, put, speak } from "./dom.js";
+import { button, h, link, plural, problem, put, quiet, speak } from "./dom.js";
 import { gallery } from "./gallery.js";
 import { Painter } from "./painter.js";
 import { promptField } from "./prompt.js";
@@ -55,7 +55,7 @@ export async function open(main, [name, source], studio) {
       hint.textContent = mask.share() ? "" : "Paint what may change. All else stays as it is, to the pixel.";
     },
   });
-  const hint = h("p", { class: "quiet" }, "Paint what may change. All else stays as it is, to the pixel.");
+  const hint = quiet("Paint what may change. All else stays as it is, to the pixel.");
   const shown = gallery(
     run,
     "edits",
@@ -181,6 +181,6 @@ function beforeAndAfter(run, picture, after) {
       );
       cut();
     })
-    .catch((error) => box.append(h("p", { class: "quiet" }, `Without a slider: ${error.message}.`)));
+    .catch((error) => box.append(quiet(`Without a slider: ${error.message}.`)));
   return box;
 }

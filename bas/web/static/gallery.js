@@ -1,6 +1,6 @@
 // The pictures of a run with their settings. Of thousands, only the rows near the window are in the page.
 import { address, fileOf, get, send, thumbOf } from "./api.js";
-import { button, deleted, h, link, plural, put, speak } from "./dom.js";
+import { button, deleted, h, link, plural, put, quiet, speak } from "./dom.js";
 
 const MARGIN = 400; // pixels above and below the window that are ready to be seen
 
@@ -107,11 +107,7 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
       chosen = null;
       put(
         detail,
-        h(
-          "p",
-          { class: "quiet" },
-          all.length ? "No favourite yet: mark one with ☆." : "Pictures appear here, each with the settings that made it.",
-        ),
+        quiet(all.length ? "No favourite yet: mark one with ☆." : "Pictures appear here, each with the settings that made it."),
       );
     } else choose((!fresh && pictures.find((each) => each.file === chosen?.file)) || pictures[0]);
     grid.show(pictures.length);

@@ -1,6 +1,6 @@
 // Home: bring photographs; scenes and runs.
 import { address, get, send, thumbOf, upload } from "./api.js";
-import { button, deleted, duration, h, link, plural, problem, progress, put } from "./dom.js";
+import { button, deleted, duration, h, link, plural, problem, progress, put, quiet } from "./dom.js";
 import { queue } from "./queue.js";
 
 export const STATES = {
@@ -47,11 +47,11 @@ export async function open(main, _rest, studio) {
       button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" }),
     ),
-    h("p", { class: "quiet" }, "or paste one. One photograph that shows the things you want to learn is enough."),
+    quiet("or paste one. One photograph that shows the things you want to learn is enough."),
     files,
   );
   put(main, h("h1", {}, "Home"), drop, notices, work.sections, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs, bin);
-  for (const place of [scenes, runs]) put(place, h("p", { class: "quiet" }, "Looking …"));
+  for (const place of [scenes, runs]) put(place, quiet("Looking …"));
 
   for (const kind of ["dragenter", "dragover"]) main.addEventListener(kind, over);
   main.addEventListener("dragleave", out);
@@ -238,14 +238,9 @@ export async function open(main, _rest, studio) {
         scenes,
         state.scenes.length
           ? state.scenes.map(sceneCard)
-          : h("p", { class: "quiet" }, "No scene yet. A scene is a photograph with a mask for each thing."),
+          : quiet("No scene yet. A scene is a photograph with a mask for each thing."),
       );
-      put(
-        runs,
-        state.runs.length
-          ? state.runs.map(runCard)
-          : h("p", { class: "quiet" }, "No run yet. A run is what training makes of a scene."),
-      );
+      put(runs, state.runs.length ? state.runs.map(runCard) : quiet("No run yet. A run is what training makes of a scene."));
     },
     leave() {
       removeEventListener("paste", pasted);

@@ -1,6 +1,6 @@
 // Masks: paint each concept, name it; every stroke is saved.
 import { Away, Refused, address, ask, get, send } from "./api.js";
-import { button, emptyRoom, h, link, percent, problem, put, remember, remembered, rgb, speak } from "./dom.js";
+import { button, emptyRoom, h, link, percent, problem, put, quiet, remember, remembered, rgb, speak, warning } from "./dom.js";
 import { Painter } from "./painter.js";
 import { gridsOf } from "./grids.js";
 import { proposals } from "./propose.js";
@@ -15,6 +15,7 @@ export async function open(main, [name], studio) {
     active = 0,
     masks = [],
     chain = Promise.resolve(),
+    notes = [],
     waiting = null,
     checked = 0;
   const opened = Date.now(),
@@ -73,7 +74,7 @@ export async function open(main, [name], studio) {
         { "aria-label": "Concepts" },
         notices,
         h("h2", {}, "Concepts"),
-        h("p", { class: "quiet" }, "Choose a concept, paint over it in the photograph, and say in a word what it is."),
+        quiet("Choose a concept, paint over it in the photograph, and say in a word what it is."),
         list,
         h("p", { class: "row" }, button("Add a concept", add, { id: "add" })),
         proposal.status,
@@ -279,6 +280,7 @@ export async function open(main, [name], studio) {
           }),
           button("×", () => removeAt(place), { class: "plain remove", title: "Remove", "aria-label": `Remove ${concept.handle}` }),
           h("span", { class: "error", role: "alert" }),
+          h("div", { class: "stack notes" }),
         );
         item.addEventListener("pointerdown", () => choose(place));
         return item;
@@ -286,6 +288,7 @@ export async function open(main, [name], studio) {
     );
     choose(active);
     scene.concepts.forEach((_, place) => showShare(place));
+    drawNotes();
     drawNext();
   }
 
@@ -324,9 +327,7 @@ export async function open(main, [name], studio) {
             h("p", { class: "good" }, `${total === 1 ? "The concept is" : `All ${total} concepts are`} painted.`),
             link("Next: Train", `#/${address("train", name)}`, { class: "button main" }),
           ]
-        : h(
-            "p",
-            { class: "quiet" },
+        : quiet(
             total
               ? `Paint ${empty === 1 ? "the concept that has" : `the ${empty} concepts that have`} no mask yet; then comes training.`
               : "Add a concept.",
@@ -336,19 +337,25 @@ export async function open(main, [name], studio) {
 
   async function check() {
     const mine = ++checked;
-    if (!masks.some((mask) => mask.share())) return put(advice, put(grids) && null);
+    let found = { concepts: [], notes: [] };
     try {
-      const found = await send("POST", "check", { scene: name, base: remembered("base", "mini") });
-      if (mine !== checked) return;
-      put(
-        advice,
-        found.refusal && h("p", { class: "warning bad" }, found.refusal),
-        found.warnings.map((line) => h("p", { class: "warning" }, line)),
-      );
-      if (seen.open) put(grids, gridsOf(found, scene.concepts));
+      if (masks.some((mask) => mask.share()))
+        found = await send("POST", "check", { scene: name, base: remembered("base", "mini") });
     } catch (error) {
-      if (mine === checked && !(error instanceof Away)) put(advice, h("p", { class: "warning bad" }, error.message));
+      if (error instanceof Away) return;
+      found.notes = [{ handle: null, text: error.message, bad: true }];
     }
+    if (mine !== checked) return;
+    notes = found.notes;
+    drawNotes();
+    if (seen.open) put(grids, gridsOf(found, scene.concepts));
+  }
+
+  // Each line of the check stands beside the mask that it is about, or below the list.
+  function drawNotes() {
+    const about = (concept) => notes.filter(({ handle }) => handle === concept).map(({ text, bad }) => warning(text, bad));
+    [...list.children].forEach((item, place) => put(item.querySelector(".notes"), about(scene.concepts[place]?.handle)));
+    put(advice, about(null));
   }
 
   return {

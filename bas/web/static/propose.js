@@ -1,7 +1,7 @@
 // Proposed masks: a click asks SAM, a word asks CLIPSeg. The proposal stands in place of the mask until it is taken or dropped.
 import { address, ask, send } from "./api.js";
 import { stop } from "./app.js";
-import { button, h, labelled, percent, problem, put, speak } from "./dom.js";
+import { button, h, labelled, percent, problem, put, quiet, speak } from "./dom.js";
 import { Mask } from "./tiles.js";
 
 // models: for each method null, or what is missing; word(): of the chosen concept; take(mask); draw()
@@ -14,7 +14,7 @@ export function proposals(scene, models, studio, { word, take, draw }) {
     job = null,
     busy = false,
     told = "";
-  const needs = (text, line) => h("p", { class: "quiet" }, `${text}: ${line}`);
+  const needs = (text, line) => quiet(`${text}: ${line}`);
   const box = h(
     "details",
     {},
@@ -24,7 +24,7 @@ export function proposals(scene, models, studio, { word, take, draw }) {
       { class: "stack" },
       models.sam
         ? needs("A click needs SAM", models.sam)
-        : h("p", { class: "quiet" }, "Choose the tool Click and click on the thing. Each further one adds a point."),
+        : quiet("Choose the tool Click and click on the thing. Each further one adds a point."),
       models.clipseg
         ? needs("A word needs CLIPSeg", models.clipseg)
         : h(

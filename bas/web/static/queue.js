@@ -1,7 +1,7 @@
 // The queue: what is at work, what waits and in which order, and jobs that came with a folder from elsewhere.
 import { address, get, send } from "./api.js";
 import { stop } from "./app.js";
-import { button, h, problem, progress, put, speak } from "./dom.js";
+import { button, h, problem, progress, put, quiet, speak } from "./dom.js";
 
 const WORK = {
   masks: "Proposing a mask for",
@@ -28,11 +28,7 @@ export function queue(studio) {
     "section",
     { hidden: true, id: "foreign" },
     h("h2", {}, "From elsewhere"),
-    h(
-      "p",
-      { class: "quiet" },
-      "These jobs came with this folder: asked for elsewhere, or before it was moved. None starts by itself.",
-    ),
+    quiet("These jobs came with this folder: asked for elsewhere, or before it was moved. None starts by itself."),
     cards,
   );
   let drawn = "";

@@ -1,7 +1,7 @@
 // Runs: take one away, compare several.
 import { address, fileOf, get, send } from "./api.js";
 import { curve } from "./curves.js";
-import { bytes, button, copy, h, link, problem, put } from "./dom.js";
+import { button, bytes, copy, h, link, problem, put, quiet } from "./dom.js";
 import { STATES } from "./home.js";
 import { label } from "./train.js";
 import { jobLines } from "./work.js";
@@ -15,7 +15,7 @@ export async function open(main, [name], studio) {
     picked = new Set(),
     list = h("fieldset", { class: "row picks" });
   put(main, h("h1", {}, "Runs"), away, h("section", { class: "stack" }, h("h2", {}, "Compare"), list, table));
-  put(away, h("p", { class: "quiet" }, "Looking …"));
+  put(away, quiet("Looking …"));
   let drawn = "",
     listed = "";
 
@@ -24,9 +24,7 @@ export async function open(main, [name], studio) {
     if (!run)
       return put(
         away,
-        h(
-          "p",
-          { class: "quiet" },
+        quiet(
           name
             ? `There is no run ${name}: choose another one on Home.`
             : state.runs.length
@@ -39,7 +37,7 @@ export async function open(main, [name], studio) {
       return put(
         away,
         h("h2", {}, `Take ${name} away`),
-        h("p", { class: "quiet" }, `It is ${STATES[run.state]}: a run is taken away when it is trained to its end.`),
+        quiet(`It is ${STATES[run.state]}: a run is taken away when it is trained to its end.`),
         link("Watch", `#/${address("watch", name)}`, { class: "button main" }),
       );
     const exports = await get(`${address("runs", name)}/exports`),
@@ -68,11 +66,7 @@ export async function open(main, [name], studio) {
           "article",
           { class: "card" },
           h("h3", {}, whole ? "The model as a folder" : "The run as a folder"),
-          h(
-            "p",
-            { class: "quiet" },
-            whole ? "bas and diffusers open it as it is, with its handles." : "bas opens it where its base model is.",
-          ),
+          quiet(whole ? "bas and diffusers open it as it is, with its handles." : "bas opens it where its base model is."),
           h("p", {}, link("Download .zip", `${to}run`, { class: "button main", download: `${name}.zip` })),
         ),
         exports.map((each, i) =>
@@ -80,9 +74,9 @@ export async function open(main, [name], studio) {
             "article",
             { class: "card" },
             h("h3", {}, TITLES[each.form]),
-            h("p", { class: "quiet" }, each.about),
+            quiet(each.about),
             each.problem
-              ? h("p", { class: "quiet" }, `Not for this run: ${each.problem}`)
+              ? quiet(`Not for this run: ${each.problem}`)
               : each.files.length
                 ? [
                     h(
@@ -134,7 +128,7 @@ export async function open(main, [name], studio) {
           "article",
           { class: "card" },
           h("h3", {}, "The scene"),
-          h("p", { class: "quiet" }, "Photograph and masks as they were trained."),
+          quiet("Photograph and masks as they were trained."),
           h("p", {}, link("Download .zip", `${to}scene`, { class: "button", download: `${name}-scene.zip` })),
         ),
         run.report &&
@@ -142,7 +136,7 @@ export async function open(main, [name], studio) {
             "article",
             { class: "card" },
             h("h3", {}, "The report"),
-            h("p", { class: "quiet" }, "One page with previews, losses and settings, to read without bas."),
+            quiet("One page with previews, losses and settings, to read without bas."),
             h(
               "p",
               {},
@@ -165,10 +159,7 @@ export async function open(main, [name], studio) {
 
   async function compare() {
     if (picked.size < 2)
-      return put(
-        table,
-        h("p", { class: "quiet" }, studio.state.runs.length < 2 ? "Two runs are needed to compare." : "Tick two or more runs."),
-      );
+      return put(table, quiet(studio.state.runs.length < 2 ? "Two runs are needed to compare." : "Tick two or more runs."));
     try {
       const found = await get(`compare?runs=${encodeURIComponent([...picked].join("|"))}`);
       const curves = [...new Set(found.metrics.flatMap((each) => each.curves.map((one) => one.name)))];

@@ -1,7 +1,23 @@
 // Train: base, settings, what it takes, start.
 import { Away, address, get, send } from "./api.js";
 import { stop } from "./app.js";
-import { button, bytes, copy, duration, emptyRoom, h, link, problem, progress, put, remember, remembered, speak } from "./dom.js";
+import {
+  button,
+  bytes,
+  copy,
+  duration,
+  emptyRoom,
+  h,
+  link,
+  problem,
+  progress,
+  put,
+  quiet,
+  remember,
+  remembered,
+  speak,
+  warning,
+} from "./dom.js";
 
 export async function open(main, [name], studio) {
   if (!name) return emptyRoom(main, "Train", "A training needs a scene", "Bring a photograph and paint a mask for each thing.");
@@ -100,7 +116,7 @@ export async function open(main, [name], studio) {
       job &&
         ["failed", "refused", "lost"].includes(job.state) &&
         problem("It was not fetched", job.line || "It ended without a word: killed, or the machine was restarted."),
-      job?.state === "stopped" && h("p", { class: "quiet" }, "Stopped. What has come is kept."),
+      job?.state === "stopped" && quiet("Stopped. What has come is kept."),
       h(
         "p",
         {},
@@ -279,7 +295,7 @@ export async function open(main, [name], studio) {
         h("dt", {}, "Becomes"),
         h("dd", {}, `the run ${plan.run}`),
       ),
-      plan.warnings.map((line) => h("p", { class: "warning" }, line)),
+      plan.warnings.map((line) => warning(line)),
       h(
         "details",
         {},

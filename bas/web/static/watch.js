@@ -2,7 +2,7 @@
 import { Away, address, fileOf, get, send } from "./api.js";
 import { stop } from "./app.js";
 import { curve } from "./curves.js";
-import { button, copy, duration, h, link, problem, progress, put, speak } from "./dom.js";
+import { button, copy, duration, h, link, problem, progress, put, quiet, speak } from "./dom.js";
 import { STATES } from "./home.js";
 import { phaseName } from "./train.js";
 
@@ -91,7 +91,7 @@ export async function open(main, [name], studio) {
           progress(done, total, `Training of ${name}`),
           stage && !stage.name.startsWith("phase") && progress(stage.done, stage.total, stage.name),
           state === "elsewhere"
-            ? h("p", { class: "quiet" }, "A terminal trains this run: stop it there.")
+            ? quiet("A terminal trains this run: stop it there.")
             : h(
                 "p",
                 { class: "row" },
@@ -106,9 +106,7 @@ export async function open(main, [name], studio) {
                 }),
               ),
           studio.state.runs.some((each) => each.state === "done") &&
-            h(
-              "p",
-              { class: "quiet" },
+            quiet(
               "To draw with another run meanwhile, ask for it in ",
               link("Draw", "#/draw"),
               ": this training can pause for that and go on.",
@@ -178,7 +176,7 @@ export async function open(main, [name], studio) {
       curves,
       metrics.curves.length
         ? metrics.curves.map((each) => curve(each, metrics.steps, metrics.starts, run.total))
-        : h("p", { class: "quiet" }, "They come with the first steps."),
+        : quiet("They come with the first steps."),
     );
   }
 
@@ -187,9 +185,7 @@ export async function open(main, [name], studio) {
     if (!preview)
       return put(
         shots,
-        h(
-          "p",
-          { class: "quiet" },
+        quiet(
           run?.state === "done"
             ? "This run has no previews."
             : "The first preview comes after some steps: each handle as it is drawn, and where it looks.",

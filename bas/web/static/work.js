@@ -1,16 +1,16 @@
 // What the jobs of a run say in the rooms that started them.
 import { send } from "./api.js";
 import { stop } from "./app.js";
-import { button, duration, h, problem, put } from "./dom.js";
+import { button, duration, h, problem, put, quiet, warning } from "./dom.js";
 
 // What the jobs of some kinds say for a run: their progress, what they wait for, their warnings, or why the last has ended.
 export function jobLines(state, run, kinds, refresh) {
   const mine = state.jobs.filter((job) => job.name === run && kinds.includes(job.kind)),
     busy = mine.filter((job) => ["waiting", "running"].includes(job.state)).reverse();
   const lines = busy.slice(0, 3).map((job) => (job.state === "running" ? atWork(job) : waits(job, state, refresh)));
-  if (busy.length > 3) lines.push(h("p", { class: "quiet" }, `${busy.length - 3} more wait.`));
+  if (busy.length > 3) lines.push(quiet(`${busy.length - 3} more wait.`));
   const [latest] = mine,
-    warnings = (latest?.asked?.warnings ?? []).map((line) => h("p", { class: "warning" }, line));
+    warnings = (latest?.asked?.warnings ?? []).map((line) => warning(line));
   if (!busy.length && latest && !["done", "stopped"].includes(latest.state))
     lines.push(problem("The last one has failed", latest.line || "It ended without a word: killed, or out of memory."));
   return [...lines, ...warnings];

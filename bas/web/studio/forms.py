@@ -1,5 +1,7 @@
 """The settings of a training as a form, made of the rows of `TrainConfig`; what it would take; and its command."""
 
+import os
+import re
 import shlex
 import threading
 from collections.abc import Sequence
@@ -14,8 +16,10 @@ from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.pretrained.hub import download_bytes, find_spec, is_known_elsewhere, manifest, train_config
 from bas.training.dry_run import TOO_LITTLE, dry_run
+from bas.web.studio.hearing import hearing
 from bas.web.studio.measured import measured
 from bas.web.studio.refusal import Refusal
+from bas.web.studio.scenes import open_scene
 from bas.web.studio.store import RUNS, SCENES, Home
 
 FIRST = ("card", "phase1_train_steps", "phase2_train_steps", "seed", "close_ups", "background_handle", "img_log_steps")
@@ -149,18 +153,38 @@ def plan(home: Home, body: dict) -> dict[str, Any]:
 
 
 def check(home: Home, body: dict) -> dict[str, Any]:
-    """What the losses see of a scene's masks, what is unusual about them, and why training would refuse them."""
+    """What the losses see of a scene's masks, and all that `bas masks` says of them, each line with its concept."""
     base = base_of(body)
-    config = train_config(home.find(SCENES, str(body.get("scene"))), **of_base(base))
-    spec = find_spec(base)
-    scene = load_scene(config)
-    view, refusal = view_scene(scene, spec, config), None
-    try:
-        check_scene(spec, scene, config, warn=False)
-    except InputError as error:
-        refusal = str(error)
-    lines = [line for line in warnings(view) if line != refusal]
-    return {"concepts": seen(view), "warnings": lines, "refusal": refusal, "side": min(view.image.size)}
+    folder = home.find(SCENES, str(body.get("scene")))
+    config = train_config(folder, **of_base(base))
+    spec, concepts, refusal = find_spec(base), [], None
+    painted = [concept.handle for concept in open_scene(folder).concepts if concept.mask is not None]
+    with hearing() as lines:
+        try:
+            scene = load_scene(config)
+            view = view_scene(scene, spec, config)
+            concepts = seen(view)
+            lines += warnings(view)
+            check_scene(spec, scene, config, warn=False)
+        except InputError as error:
+            refusal = str(error)
+    said = [(line, False) for line in lines if line != refusal] + ([(refusal, True)] if refusal else [])
+    notes = [note(line.replace(f"{folder}{os.sep}", ""), bad, painted) for line, bad in said]
+    return {"concepts": concepts, "notes": notes}
+
+
+def note(line: str, bad: bool, handles: Sequence[str]) -> dict[str, Any]:
+    """A line about masks with the concept that it names first, by handle or file. None: it is about the scene.
+
+    handles: of the painted concepts, in the order of their files. The page shows no files, so it says handles instead.
+    """
+    files = {int(number) for number in re.findall(r"\bmask(\d+)\.png\b", line)}
+    if len(files) > 1 or max(files, default=0) >= len(handles):
+        return {"handle": None, "text": line, "bad": bad}
+    for number in files:
+        line = line.replace(f"mask{number}.png", f"the mask of {handles[number]}")
+    _, handle = min(((line.index(handle), handle) for handle in handles if handle in line), default=(0, None))
+    return {"handle": handle, "text": line, "bad": bad}
 
 
 def seen(view: SceneView) -> list[dict[str, Any]]:

@@ -7,11 +7,8 @@ import base64
 import binascii
 import io
 import json
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from bas.sampling.steer import Steer
 from bas.training.setup import check_input
 from bas.web.studio import jobs, runs
 from bas.web.studio.forms import SAMPLING, as_flags, base_of, config_of
+from bas.web.studio.hearing import hearing
 from bas.web.studio.proposals import MASKS, propose
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.scenes import open_scene
@@ -205,24 +203,6 @@ def places_of(body: dict) -> list[str]:
 def moment() -> str:
     """A name for what is drawn now, in order of time, that no other request gives."""
     return f"{stamp()}-{time.time_ns() // 1000 % 10**6:06d}"
-
-
-@contextmanager
-def hearing() -> Iterator[list[str]]:
-    """The warnings of the checks of one request: the page shows them beside its job."""
-    lines, mine = [], threading.get_ident()
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == mine:
-                lines.append(record.getMessage())
-
-    listener, log = Listener(logging.WARNING), logging.getLogger("bas")
-    log.addHandler(listener)
-    try:
-        yield lines
-    finally:
-        log.removeHandler(listener)
 
 
 def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:

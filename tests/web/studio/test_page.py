@@ -213,6 +213,7 @@ def test_the_whole_way(page, server, tmp_path):
     enter(page, "#start")
     page.wait("location.hash === '#/watch/my%20toys'")
     page.wait("/^[1-9]\\d*\\/41/.test(document.querySelector('.live .large')?.textContent ?? '')")
+    page.wait("/ at step ([1-9]|[1-3]\\d),/.test(document.querySelector('.curve')?.getAttribute('aria-label') ?? '')")
     enter(page, "#stop")
     wait_long(page, "document.querySelector('.card [id=continue]') !== null")
     run = server.home / "runs" / "my toys"
@@ -245,6 +246,20 @@ def test_the_whole_way(page, server, tmp_path):
     assert settings[0]["num_inference_steps"] == 3
     (job,) = (server.home / "jobs").glob("*sample*")
     assert json.loads((job / "layout.json").read_text()) == {"<moon>": [0.25, 0.25, 0.75, 0.75]}
+
+    # One of them is a favourite, also after a reload. Favourites alone are shown.
+    click(page, "li:nth-child(2) > .shot")
+    click(page, ".chosen button[aria-pressed]")
+    page.wait("document.querySelectorAll('.shot .star').length === 1")
+    visit(page, server, "#/draw/my%20toys")
+    page.wait("document.querySelectorAll('.shot').length === 2")
+    favourite = "document.querySelector('.shot:has(.star)').dataset.file"
+    kept = page.run(favourite)
+    click(page, ".pictures input[type=checkbox]")
+    page.wait("document.querySelectorAll('.shot').length === 1")
+    assert page.run(favourite) == kept
+    click(page, ".pictures input[type=checkbox]")
+    page.wait("document.querySelectorAll('.shot').length === 2")
 
     # Edit the photograph: nothing changes outside of what was painted.
     visit(page, server, "#/edit/my%20toys")
@@ -317,8 +332,12 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
     click(page, ".chosen figcaption button:nth-of-type(3)")
     wait_long(page, "document.querySelectorAll('.looks img').length === 2")
     page.wait("[...document.querySelectorAll('.looks img')].every((image) => image.naturalWidth > 0)")
-    told = page.run("[...document.querySelectorAll('.looks figcaption')].map((caption) => caption.textContent)")
-    assert told == ["<asset0>", "<asset1>"]
+    told = "[...document.querySelectorAll('.looks figcaption')].map((caption) => caption.textContent)"
+    assert page.run(told) == ["<asset0>", "<asset1>"]
+    click(page, "[aria-label='Where did each word look?']")
+    wait_long(page, "document.querySelectorAll('.looks img').length > 2")
+    page.wait("[...document.querySelectorAll('.looks img')].every((image) => image.naturalWidth > 0)")
+    assert page.run(told) == ["a", "photo", "of", "<asset0>", "and", "<asset1>"]
     click(page, ".chosen figcaption button.plain")
     page.wait("document.querySelectorAll('.shot').length === 0")
     assert not (runs / "first/pictures/one.png").exists()
@@ -428,6 +447,39 @@ def test_a_scene_that_was_changed_elsewhere_is_not_overwritten(page, server, tmp
     assert np.array_equal(np.asarray(Image.open(path)), theirs)
     click(page, "aside .card.bad button.main")
     page.wait("document.querySelector('.share')?.textContent === '3.8 %'")
+
+
+def test_a_warning_stands_beside_the_mask_that_it_is_about(page, server, tmp_path):
+    """And a refusal, in its colour. Both go when the mask is mended."""
+    scene = server.home / "scenes" / "warned"
+    scene.mkdir(parents=True)
+    shutil.copy(PLAYROOM / "img.png", scene)
+    names = [{"handle": handle, "word": "ball"} for handle in ("<moon>", "<tree>", "<ball>")]
+    (scene / "scene.json").write_text(json.dumps({"concepts": names}))
+    boxes = [(0, 0, 256, 240), (200, 200, 202, 202), (210, 245, 250, 255)]
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        mask = np.zeros((256, 256), np.uint8)
+        mask[y0:y1, x0:x1] = 255
+        Image.fromarray(mask).save(scene / f"mask{i}.png")
+    visit(page, server, "#/masks/warned")
+    notes = "[...document.querySelectorAll('.concepts li')].map((item) => [...item.querySelectorAll('.warning')]"
+    notes += ".map((note) => `${note.textContent}${note.matches('.bad') ? ' !' : ''}`))"
+    page.wait("document.querySelectorAll('.concepts .warning').length === 4")
+    assert page.run(notes) == [
+        ["the mask of <moon> covers 94 % of the image: is it inverted?"],
+        [
+            "the mask of <tree> vanishes on the attention grid of 16x16 cells: make it larger, or raise --resolution",
+            "100 % of the mask of <tree> lies in the mask of <moon>: their handles will share what is there",
+            "the mask of <tree> vanishes on the loss grid of 16x16 cells: make it larger, or raise --resolution !",
+        ],
+        [],
+    ]
+    assert page.run("document.querySelectorAll('aside .warning').length") == 4  # none stands elsewhere
+    click(page, "[aria-label='Clear the mask of concept 1']")
+    click(page, ".concepts li:nth-child(2) .pick")
+    page.drag(place_of(page, 0.7, 0.2), place_of(page, 0.75, 0.3))
+    page.wait("document.querySelector('.saved')?.textContent === 'saved ✓'")
+    page.wait("document.querySelectorAll('.concepts .warning').length === 0")
 
 
 def test_a_picture_that_cannot_be_read_is_said_where_it_was_brought(page, server, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
@@ -260,3 +262,84 @@ def test_a_note_of_the_trash_leads_nowhere_else(studio, was):
     assert studio.get("api/trash") == []
     assert studio.ask("POST", f"api/trash/{place.name}").status_code == 404
     assert (place / "out").is_dir()
+
+
+def box(rows, columns):
+    """A mask of one white rectangle, in shares of the sides."""
+    mask = np.zeros((H, W), np.uint8)
+    mask[slice(*(round(H * share) for share in rows)), slice(*(round(W * share) for share in columns))] = 255
+    return mask
+
+
+SMALL = "of 16x16 cells: make it larger, or raise --resolution"
+INVERTED = "covers 96 % of the image: is it inverted?"
+SHARED = "their handles will share what is there"
+
+
+@pytest.mark.parametrize(
+    ("masks", "words", "notes"),
+    [
+        (
+            [box((0, 0.96), (0, 1)), box((0.1, 0.2), (0.1, 0.2))],
+            ["ball", None],
+            [
+                ("<a>", f"the mask of <a> {INVERTED}", False),
+                ("<b>", "100 % of the mask of <b> lies in the mask of <a>: " + SHARED, False),
+                ("<b>", "<b> has no initial word: it starts from a random row; name one in scene.json", False),
+            ],
+        ),
+        (
+            [box((0.1, 0.5), (0.1, 0.5)), box((0.6, 0.61), (0.6, 0.61))],
+            ["ball", "ball"],
+            [
+                ("<b>", f"the mask of <b> vanishes on the attention grid {SMALL}", False),
+                ("<b>", f"the mask of <b> vanishes on the loss grid {SMALL}", True),
+            ],
+        ),
+        (
+            [box((0.1, 0.5), (0.1, 0.5)), box((0, 1), (0, 1))],
+            ["ball", "ball"],
+            [("<b>", "the mask of <b> is white all over: leave out what is not the concept", True)],
+        ),
+        (
+            [box((0.1, 0.5), (0.1, 0.5)), box((0.6, 0.9), (0.6, 0.9)) // 4],
+            ["ball", "ball"],
+            [
+                (
+                    "<b>",
+                    "the mask of <b> is 63 of 255 at most, so its concept weighs 6 %: paint it white, or name it "
+                    "labels.png if it is a label map",
+                    False,
+                )
+            ],
+        ),
+        # The first concept is not painted, so the file of the second is the first.
+        ([None, box((0, 0.96), (0, 1))], [None, "ball"], [("<b>", f"the mask of <b> {INVERTED}", False)]),
+        ([box((0.1, 0.5), (0.1, 0.5)), box((0.6, 0.9), (0.6, 0.9))], ["ball", "ball"], []),
+    ],
+)
+def test_the_page_has_each_line_of_bas_masks_with_its_concept(studio, scene, caplog, capsys, masks, words, notes):
+    """The same lines as those of the command, and which mask each of them is about."""
+    rows = [{"from": None, "handle": handle, "word": word} for handle, word in zip(("<a>", "<b>"), words, strict=True)]
+    scene = studio.ask("PATCH", f"api/scenes/{scene['name']}", {"concepts": rows}, if_match=scene["version"]).json()
+    for number, mask in enumerate(masks):
+        if mask is not None:
+            scene = send(studio, scene, number, mask).json()
+    found = studio.post("api/check", {"scene": scene["name"], "base": "mini"})["notes"]
+    assert [(note["handle"], note["text"], note["bad"]) for note in found] == notes
+    folder = studio.home.folder / "scenes" / scene["name"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "bas"):
+        code = main(["masks", str(folder)])
+    painted = [handle for handle, mask in zip(("<a>", "<b>"), masks, strict=True) if mask is not None]
+
+    def as_the_page_says(text):
+        for number, handle in enumerate(painted):
+            text = text.replace(f"{folder}/mask{number}.png", f"the mask of {handle}")
+        return text
+
+    said = [as_the_page_says(record.getMessage()) for record in caplog.records]
+    assert [line for line in said if "mask" in line or "word" in line] == [text for _, text, bad in notes if not bad]
+    refusals = [text for _, text, bad in notes if bad]
+    assert code == (2 if refusals else 0)
+    assert all(text in as_the_page_says(capsys.readouterr().err) for text in refusals)
