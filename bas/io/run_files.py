@@ -34,6 +34,16 @@ ROWS = ("handles", "handles_2")  # in the concepts file: the handles' rows, of t
 SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images generated during training
 
 
+def scene_mask(scene: Path, number: int) -> Path:
+    """A concept's mask in a run's copy of its scene, beside the image that it belongs to.
+
+    A concept of a merged run has a folder with an image of its own. The file need not exist.
+    """
+    name = f"mask{number}.png"
+    further = sorted(scene.glob(f"*/{name}"))
+    return further[0] if further and not (scene / name).exists() else scene / name
+
+
 def read_settings(run: Path) -> dict[str, Any]:
     """Read a run's metadata from its settings.json. InputError if the file is missing or damaged."""
     path = run / SETTINGS

@@ -13,7 +13,7 @@ from torch import Tensor
 from bas.config import SampleConfig
 from bas.errors import InputError
 from bas.io.images import pixels, read_image, read_mask, to_floats
-from bas.io.run_files import SCENE
+from bas.io.run_files import SCENE, scene_mask
 from bas.models.bundle import ModelSpec
 from bas.sampling.layout import Layout, bounding_box
 
@@ -48,9 +48,7 @@ def read_segments(spec: ModelSpec, handles: tuple[str, ...]) -> dict[str, Segmen
     for handle in handles:
         if handle not in spec.handles:
             raise InputError(f"{folder} does not show {handle}, so --own_pixels has no pixels of it: leave one out")
-        name = f"mask{spec.handles.index(handle)}.png"
-        further = sorted(folder.glob(f"*/{name}"))  # of a merged run, an image of its own
-        path = further[0] if further and not (folder / name).exists() else folder / name
+        path = scene_mask(folder, spec.handles.index(handle))
         image = pixels(read_image(path.with_name("img.png")))
         mask = torch.from_numpy(to_floats(read_mask(path)))
         if mask.shape != image.shape[1:] or not mask.any():

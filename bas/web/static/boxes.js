@@ -127,7 +127,10 @@ export function layout(run, key) {
   });
   frame.addEventListener("pointerup", () => {
     const box = boxes[active];
-    if (drag?.kind === "new" && box && (box[2] - box[0] < 0.05 || box[3] - box[1] < 0.05)) delete boxes[active];
+    if (drag?.kind === "new" && box && (box[2] - box[0] < 0.05 || box[3] - box[1] < 0.05)) {
+      if (drag.old.length) boxes[active] = drag.old;
+      else delete boxes[active];
+    }
     drag = null;
     keep();
   });

@@ -2,12 +2,14 @@
 import { Away, address, fileOf, get, send } from "./api.js";
 import { chooseRun, finished, withoutRun } from "./choice.js";
 import { button, h, link, plural, problem, put, quiet, speak } from "./dom.js";
-import { gallery } from "./gallery.js";
+import { gallery, titleOf } from "./gallery.js";
 import { Painter } from "./painter.js";
 import { promptField } from "./prompt.js";
 import { counter, settingsForm } from "./settings.js";
 import { Mask } from "./tiles.js";
 import { jobLines } from "./work.js";
+
+const NEWEST = 30; // pictures to choose from, besides the photographs
 
 export async function open(main, [name, source], studio) {
   const run = finished(studio, name ?? studio.state.runs.find((each) => each.state === "done")?.name);
@@ -62,9 +64,14 @@ export async function open(main, [name, source], studio) {
     (picture) => [link("Go on from this", `#/${address("edit", run.name, picture.file)}`, { class: "button" })],
     (picture, image) => beforeAndAfter(run, picture, image),
   );
+  const { pictures, edits } = await get(`${address("runs", run.name)}/pictures`),
+    here = source ?? `scene:${from?.scene}`;
+  const titled = (picture) =>
+    [titleOf(picture), picture.settings.seed !== undefined && `seed ${picture.settings.seed}`].filter(Boolean).join(", ");
+  const made = [...edits, ...pictures].filter(({ file }, i) => i < NEWEST || file === source);
   const choices = [
     ...scenes.map((scene) => [`scene:${scene.name}`, `photograph of ${scene.name}`]),
-    ...(source && !source.startsWith("scene:") ? [[source, source]] : []),
+    ...made.map((picture) => [picture.file, titled(picture)]),
   ];
   const pick = h(
     "label",
@@ -73,7 +80,7 @@ export async function open(main, [name, source], studio) {
     h(
       "select",
       { id: "source", onchange: (event) => studio.go("edit", run.name, event.target.value) },
-      choices.map(([value, text]) => h("option", { value, selected: value === (source ?? `scene:${from?.scene}`) }, text)),
+      choices.map(([value, text]) => h("option", { value, selected: value === here }, text)),
     ),
   );
   put(
@@ -166,7 +173,7 @@ function beforeAndAfter(run, picture, after) {
     .then(({ job, outside }) => {
       const slider = h("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": "Before and after", oninput: cut });
       function cut() {
-        after.style.setProperty("clip-path", `inset(0 0 0 ${slider.value}%)`);
+        after.style.setProperty("clip-path", `inset(0 ${100 - slider.value}% 0 0)`);
       }
       put(
         box,

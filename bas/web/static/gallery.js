@@ -76,8 +76,9 @@ function scrollerOf(element) {
   return document.scrollingElement;
 }
 
-export const titleOf = ({ settings, file }) =>
-  settings.prompt ?? settings.prompts?.join(", ") ?? (file.endsWith("/grid.png") ? "All on one sheet" : file);
+const sheet = ({ file }) => file.endsWith("/grid.png");
+export const titleOf = (picture) =>
+  picture.settings.prompt ?? picture.settings.prompts?.join(", ") ?? (sheet(picture) ? "All on one sheet" : picture.file);
 
 // view: what is shown for the chosen picture, of the picture and its image
 export function gallery(run, folder, actions, view = (_picture, image) => image) {
@@ -109,7 +110,10 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
         detail,
         quiet(all.length ? "No favourite yet: mark one with ☆." : "Pictures appear here, each with the settings that made it."),
       );
-    } else choose((!fresh && pictures.find((each) => each.file === chosen?.file)) || pictures[0]);
+    } else
+      choose(
+        (!fresh && pictures.find((each) => each.file === chosen?.file)) || pictures.find((each) => !sheet(each)) || pictures[0],
+      );
     grid.show(pictures.length);
     if (had) grid.list.querySelector(`[data-file="${CSS.escape(had)}"]`)?.focus({ preventScroll: true });
   }
@@ -142,7 +146,8 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
     for (const each of grid.list.querySelectorAll(".shot")) each.setAttribute("aria-current", each.dataset.file === picture.file);
     if (same && detail.querySelector("figure")) return;
     const { settings } = picture,
-      image = h("img", { src: `${fileOf(run.name, picture.file)}?v=${picture.v}`, alt: titleOf(picture) });
+      src = `${fileOf(run.name, picture.file)}?v=${picture.v}`,
+      image = h("img", { class: sheet(picture) && "sheet", src, alt: titleOf(picture) });
     const facts = [
       settings.seed !== undefined && `seed ${settings.seed}`,
       settings.num_inference_steps && `${settings.num_inference_steps} steps`,

@@ -1,4 +1,5 @@
 // A prompt: a field, chips for the handles of a run, and places to click.
+import { address } from "./api.js";
 import { button, h, labelled, remember, remembered, speak } from "./dom.js";
 
 export const PLACES = [
@@ -12,6 +13,15 @@ export const PLACES = [
 ];
 const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
 export const colourOf = (i) => COLOURS[i % COLOURS.length];
+
+// A learnt thing as it looks in the photograph.
+const cutout = (run, i) =>
+  h("img", {
+    class: "cut",
+    src: `api/${address("runs", run.name)}/cutout/${i}`,
+    alt: "",
+    onerror: ({ target }) => target.remove(),
+  });
 
 export function promptField(run, key, start) {
   const field = h("textarea", { rows: 3, value: remembered(key, start), spellcheck: false, id: "prompt" });
@@ -47,7 +57,7 @@ export function promptField(run, key, start) {
       h(
         "span",
         { class: "group" },
-        button(handle, () => insert(handle), {
+        button([cutout(run, i), handle], () => insert(handle), {
           class: "chip",
           style: { "--colour": colourOf(i) },
           title: `Insert ${handle}${run.words?.[i] ? `, the ${run.words[i]}` : ""}`,
@@ -71,10 +81,14 @@ export function promptField(run, key, start) {
   const places = h(
     "div",
     { class: "chips" },
-    PLACES.map((place) =>
-      button(place, () => insert(place), { class: "chip plain", onmousedown: (event) => event.preventDefault() }),
-    ),
+    PLACES.map((place) => button(place, () => stand(place), { class: "chip plain", ...held })),
   );
+  function stand(place) {
+    const old = PLACES.find((each) => field.value.includes(each)); // a picture has one place
+    if (!old) return insert(place);
+    set(field.value.replace(old, place));
+    field.focus();
+  }
   const set = (text) => {
     field.value = text;
     field.dispatchEvent(new Event("input"));

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from bas.io.images import read_image
+from bas.io.images import read_image, read_mask
+from bas.io.run_files import scene_mask
 from bas.pretrained.hub import find
 from bas.web.studio import jobs, runs, scenes
 from bas.web.studio.app import Ask
@@ -21,6 +22,7 @@ from bas.web.studio.zips import files_below, zipped
 
 KEPT = {"cache-control": "private, max-age=31536000, immutable"}  # of what its address names exactly
 THUMB = 320  # pixels of the longer side of a picture in a gallery
+CUTOUT = 72  # pixels of the longer side of a concept on its chip
 LATEST = 30  # jobs that the page is told of, besides those that have not ended
 INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 EXAMPLE = "playroom"
@@ -244,6 +246,27 @@ def _thumb(path: Path, _changed: int) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80)
     return buffer.getvalue(), "image/webp"
+
+
+def get_cutout(ask: Ask) -> Response:
+    """A concept as it looks in the photograph of its run, small."""
+    run, number = _run(ask), ask.number("concept")
+    mask = scene_mask(run / runs.SCENE, number)
+    if not mask.is_file():
+        raise Refusal(404, "the run holds no picture of it", "missing")
+    changed = mask.stat().st_mtime_ns, mask.with_name("img.png").stat().st_mtime_ns
+    return Response(_cutout(mask, changed), media_type="image/png")
+
+
+@lru_cache(maxsize=256)
+def _cutout(mask: Path, _changed: tuple[int, int]) -> bytes:
+    alpha, image = Image.fromarray(read_mask(mask)), read_image(mask.with_name("img.png"))
+    image.putalpha(alpha)
+    image = image.crop(alpha.getbbox())
+    image.thumbnail((CUTOUT, CUTOUT), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def zip_run(ask: Ask) -> Response:

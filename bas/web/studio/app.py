@@ -100,15 +100,22 @@ ADDRESSES = (
     ("GET", "/api/runs/{run}/edited", "answers.compare_edit"),
     ("GET", "/api/runs/{run}/exports", "planning.list_exports"),
     ("GET", "/api/runs/{run}/zip", "answers.zip_run"),
+    ("GET", "/api/runs/{run}/cutout/{concept}", "answers.get_cutout"),
     ("GET", "/api/runs/{run}/file/{file:path}", "answers.get_file"),
     ("GET", "/api/runs/{run}/thumb/{file:path}", "answers.get_thumb"),
     ("GET", "/api/compare", "answers.compare_runs"),
 )
 
 
+def served(path: Path) -> bytes:
+    """A file of the page as it is sent: without indentation and without the lines that are comments."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return "".join(f"{line}\n" for line in lines if not line.startswith("//")).encode()
+
+
 def build(home: Home, lane: Lane, leave: Callable[[], None]) -> Starlette:
     """The application below the token. leave: ends the server."""
-    files = {path.name: path.read_bytes() for path in STATIC.iterdir() if path.suffix in TYPES}
+    files = {path.name: served(path) for path in STATIC.iterdir() if path.suffix in TYPES}
 
     async def page(request: Request) -> Response:
         name = request.path_params.get("file", "index.html")

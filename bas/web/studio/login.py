@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bas.errors import InputError
-from bas.web.studio.app import STATIC, TYPES
+from bas.web.studio.app import STATIC, TYPES, served
 
 SHORTEST = 8  # characters of a password
 TRIES, WINDOW = 5, 60.0  # wrong passwords, of all machines together, within so many seconds
@@ -72,7 +72,7 @@ class Door:
 
     def build(self, token: str) -> Starlette:
         """The application before the login: its page, and the address that takes the password."""
-        files = {name: (STATIC / file).read_bytes() for name, file in FILES.items()}
+        files = {name: served(STATIC / file) for name, file in FILES.items()}
 
         async def page(request: Request) -> Response:
             name = request.path_params.get("file", "")

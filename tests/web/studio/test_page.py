@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from bas.cli.entry import main
 from bas.pretrained import hub
-from bas.web.studio.app import STATIC
+from bas.web.studio.app import STATIC, served
 from tests.helpers.browser import Browser
 from tests.helpers.segmenters import write_sam
 from tests.helpers.small_runs import LORA, write_base, write_small_run
@@ -142,11 +142,22 @@ def wait_long(browser, script):
     return browser.wait(script)
 
 
-def place_of(browser, x, y):
+def place_of(browser, x, y, what=".stage img"):
     """Where a point of the image, in shares, is in the window."""
-    box = "document.querySelector('.stage img').getBoundingClientRect()"
+    box = f"document.querySelector({json.dumps(what)}).getBoundingClientRect()"
     left, top, width, height = browser.run(f"(({{left, top, width, height}}) => [left, top, width, height])({box})")
     return left + x * width, top + y * height
+
+
+def drag_boxes(browser, *points):
+    """Drag on the square of boxes, from point to point, in its shares."""
+    browser.drag(*(place_of(browser, *point, ".frame") for point in points))
+
+
+def shape_of(mask):
+    """Width and height of what a mask cuts out. A chip shows it as it is up to 72 pixels."""
+    ys, xs = np.nonzero(mask)
+    return [int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
 
 
 def bring(browser, server, path):
@@ -235,9 +246,20 @@ def test_the_whole_way(page, server, tmp_path):
     click(page, "[aria-label='<moon> stronger']")
     click(page, "[aria-label='<moon> stronger']")
     assert page.run("document.querySelector('#prompt').value") == "a photo of (<moon>:1.2) and <tree> at the beach"
+    page.run("[...document.querySelectorAll('.chip')].find((chip) => chip.textContent === 'in the snow').click()")
+    assert page.run("document.querySelector('#prompt').value") == "a photo of (<moon>:1.2) and <tree> in the snow"
+    shapes = "[...document.querySelectorAll('.cut')].map((image) => [image.naturalWidth, image.naturalHeight])"
+    page.wait(f"{shapes}.length === 2 && {shapes}.every(([width]) => width > 0)")
+    assert page.run(shapes) == [shape_of(np.asarray(Image.open(run / "scene" / f"mask{i}.png"))) for i in range(2)]
     fill(page, "#draw-num_images", 2)
     fill(page, "#draw-num_inference_steps", 3)
     click(page, "[aria-label='Add a box for <moon>']")
+    page.run("document.querySelector('.frame').closest('details').open = true")
+    page.run("document.querySelector('.frame').scrollIntoView()")
+    drag_boxes(page, (0.5, 0.5), (0.6, 0.4))  # moves it
+    drag_boxes(page, (0.05, 0.05), (0.06, 0.06))  # a press beside it changes nothing
+    page.run("[...document.querySelectorAll('.boxrow .chip')].find((chip) => chip.textContent === '<tree>').click()")
+    drag_boxes(page, (0.05, 0.8), (0.3, 0.95))
     enter(page, "#draw")
     wait_long(page, "document.querySelectorAll('.shot').length === 2")
     drawn = sorted((run / "pictures").glob("*.png"))
@@ -245,7 +267,9 @@ def test_the_whole_way(page, server, tmp_path):
     assert [row["seed"] for row in settings] == [0, 1]
     assert settings[0]["num_inference_steps"] == 3
     (job,) = (server.home / "jobs").glob("*sample*")
-    assert json.loads((job / "layout.json").read_text()) == {"<moon>": [0.25, 0.25, 0.75, 0.75]}
+    boxes = json.loads((job / "layout.json").read_text())
+    assert np.allclose(boxes["<moon>"], [0.35, 0.15, 0.85, 0.65], atol=0.02)
+    assert np.allclose(boxes["<tree>"], [0.05, 0.8, 0.3, 0.95], atol=0.02)
 
     # One of them is a favourite, also after a reload. Favourites alone are shown.
     click(page, "li:nth-child(2) > .shot")
@@ -263,6 +287,8 @@ def test_the_whole_way(page, server, tmp_path):
 
     # Edit the photograph: nothing changes outside of what was painted.
     visit(page, server, "#/edit/my%20toys")
+    files = "[...document.querySelectorAll('#source option')].map((option) => option.value)"
+    assert {f"pictures/{path.name}" for path in drawn} < set(page.run(files))
     page.wait(
         "!!document.querySelector('.stage img')?.complete && document.querySelector('.stage img').naturalWidth > 0"
     )
@@ -280,7 +306,7 @@ def test_the_whole_way(page, server, tmp_path):
     shown = "[...document.querySelectorAll('.slide img')].map((image) => [image.naturalWidth, image.style.clipPath])"
     page.wait(f"{shown}.every(([width]) => width === 256)")
     fill(page, ".slide input", 25)
-    assert page.run(shown) == [[256, ""], [256, "inset(0px 0px 0px 25%)"]]
+    assert page.run(shown) == [[256, ""], [256, "inset(0px 75% 0px 0px)"]]  # before, up to 25 % of the width after
 
     # Take it away.
     visit(page, server, "#/runs/my%20toys")
@@ -600,7 +626,9 @@ def test_two_pages_see_each_other(page, furnished):
 
 def test_the_page_is_small_and_asks_nobody_else():
     files = {path.name: path.read_text() for path in STATIC.iterdir()}
-    assert sum(len(line.strip().encode()) for text in files.values() for line in text.splitlines()) <= 150_000
+    sent = [line for path in STATIC.iterdir() for line in served(path).splitlines()]
+    assert sum(map(len, sent)) <= 150_000
+    assert not any(line.startswith((b" ", b"//")) for line in sent)
     for name, text in files.items():
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
             name

@@ -1,6 +1,7 @@
 """What the studio does with a finished run: pictures and their attention, edits, exports, comparisons."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -189,6 +190,27 @@ def test_a_deleted_picture_comes_back(studio, run):
     assert studio.post(f"api/trash/{name}") == {"was": "runs/toy/pictures/red.png"}
     assert (run / "pictures" / "red.png").read_bytes() == data
     assert studio.get("api/trash") == []
+
+
+def test_a_concept_is_cut_out_of_the_photograph(studio, run):
+    """Its pixels where its mask is white, no more than its box, and nothing for a concept that the run has not."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:25, 10:40], mask[5:15, 10:20] = 255, 0
+    scene = run / "scene"
+    shutil.rmtree(scene, ignore_errors=True)
+    (scene / "1").mkdir(parents=True)
+    Image.fromarray(pixels).save(scene / "img.png")
+    Image.fromarray(mask).save(scene / "mask0.png")
+    Image.fromarray(pixels[::-1].copy()).save(scene / "1" / "img.png")
+    Image.fromarray(mask[::-1].copy()).save(scene / "1" / "mask1.png")  # as in a merged run: an image of its own
+    for number, turn in ((0, 1), (1, -1)):
+        answer = studio.ask("GET", f"api/runs/toy/cutout/{number}")
+        found = np.asarray(Image.open(io.BytesIO(answer.content)))[::turn]
+        assert np.array_equal(found[..., 3], mask[5:25, 10:40])
+        assert np.array_equal(found[..., :3], pixels[5:25, 10:40])
+    assert studio.ask("GET", "api/runs/toy/cutout/2").status_code == 404
+    assert studio.ask("GET", "api/runs/toy/cutout/x").status_code == 400
 
 
 @pytest.mark.parametrize(
