@@ -24,6 +24,7 @@ from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, setting
 from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished
 from bas.training.setup import check_input, log_miniature
+from bas.training.unused_settings import without_effect
 from bas.web.report import write_report
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,10 @@ def run(args: argparse.Namespace) -> None:
     ranks = Ranks.from_environment()
     several = len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0]))
     config = train_config(names[0], **({"output_dir": RUNS} if several else {}) | explicit)
+    if ranks.first:
+        usual = train_config(names[0], pretrained_model_name_or_path=config.pretrained_model_name_or_path)
+        for line in without_effect(config, usual, explicit):
+            log.warning("%s", line)
     if several:
         scenes = find_scenes(names)
         if ranks.first:

@@ -16,6 +16,7 @@ from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.pretrained.hub import download_bytes, find_spec, is_known_elsewhere, manifest, train_config
 from bas.training.dry_run import TOO_LITTLE, dry_run
+from bas.training.unused_settings import without_effect
 from bas.web.studio.hearing import hearing
 from bas.web.studio.measured import measured
 from bas.web.studio.refusal import Refusal
@@ -137,6 +138,7 @@ def as_command(words: Sequence[str]) -> str:
 def plan(home: Home, body: dict) -> dict[str, Any]:
     """What a training would do and take. InputError for what it would refuse, before anything is written."""
     config, words = config_of(home, body)
+    usual = train_config(config.instance_data_dir, **of_base(base_of(body)))
     with counting:
         details = dry_run(config)
     shown = ("scene", "handles", "base", "device", "steps", "time", "memory", "files", "disk")
@@ -144,6 +146,7 @@ def plan(home: Home, body: dict) -> dict[str, Any]:
     here = config.pretrained_model_name_or_path is None or not is_known_elsewhere(config.pretrained_model_name_or_path)
     found = {name: details[name] for name in shown if details.get(name)}
     warnings = [details[name] for name in ("missing", "warning") if details[name]]
+    warnings += without_effect(config, usual, body.get("settings") or {})
     told = {"facts": found, "warnings": warnings, "measured": measured(home, config)}
     run = Path(config.output_dir).name
     return {**told, "enough": enough, "here": here, "run": run, "command": as_command(words)}

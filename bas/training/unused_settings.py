@@ -1,0 +1,59 @@
+"""Settings of a training that are given and change nothing, because another one turns off what they belong to."""
+
+from collections.abc import Callable, Iterable
+
+from bas.config import TrainConfig
+from bas.presets import METHODS
+
+Used = Callable[[TrainConfig], bool]
+USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether they are used, else the reason
+    (
+        ("num_class_images", "class_prompt", "class_data_dir", "prior_loss_weight", "sample_batch_size"),
+        lambda config: any(phase.prior for phase in config.phases),
+        "this training takes no class images",
+    ),
+    (
+        ("initial_learning_rate", "exact_phase1"),
+        lambda config: config.method in METHODS or config.phase1_train_steps > 0,
+        "--phase1_train_steps 0 leaves out phase 1",
+    ),
+    (
+        ("learning_rate", "train", "train_text_encoder"),
+        lambda config: config.method in METHODS or config.phase2_train_steps > 0,
+        "--phase2_train_steps 0 leaves out phase 2",
+    ),
+    (
+        ("attention_loss", "attention_grid"),
+        lambda config: config.lambda_attention > 0,
+        "--lambda_attention 0 turns off the attention loss",
+    ),
+    (("normalize_masked_loss",), lambda config: config.apply_masked_loss, "the loss is taken without masks"),
+    (
+        ("seg_mix_move", "seg_mix_cells"),
+        lambda config: config.seg_mix_probability > 0,
+        "--seg_mix_probability 0 turns off Seg-Mix",
+    ),
+    (("collection_size",), lambda config: config.method.endswith("-m"), "only a -m method learns from a collection"),
+    (
+        ("lr_num_cycles",),
+        lambda config: config.lr_scheduler == "cosine_with_restarts",
+        "it is of --lr_scheduler cosine_with_restarts",
+    ),
+    (("lr_power",), lambda config: config.lr_scheduler == "polynomial", "it is of --lr_scheduler polynomial"),
+    (
+        ("checkpoints_total_limit",),
+        lambda config: config.checkpointing_steps > 0,
+        "--checkpointing_steps 0 writes no checkpoint",
+    ),
+    (("preview_inference_steps",), lambda config: config.img_log_steps > 0, "--img_log_steps 0 draws no preview"),
+)
+
+
+def without_effect(config: TrainConfig, usual: TrainConfig, given: Iterable[str]) -> list[str]:
+    """A line for each given setting that differs from the usual one and yet changes nothing: its name and the reason.
+
+    usual: the settings of the same base when none are given.
+    """
+    changed = {name for name in given if getattr(config, name) != getattr(usual, name)}
+    reasons = {name: reason for names, used, reason in USED if not used(config) for name in names}
+    return [f"--{name} has no effect: {reason}" for name, reason in reasons.items() if name in changed]

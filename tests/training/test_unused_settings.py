@@ -1,0 +1,81 @@
+"""A setting of a training that is given and changes nothing is named, with the reason."""
+
+import pytest
+
+from bas.cli.entry import main
+from bas.config import TrainConfig, setting_rows
+from bas.training.unused_settings import USED, without_effect
+
+CLASS_IMAGES = "this training takes no class images"
+PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "reason"),
+    [
+        (
+            {"with_prior_preservation": False, "num_class_images": 5, "class_prompt": ("a bowl",)},
+            ["num_class_images", "class_prompt"],
+            CLASS_IMAGES,
+        ),
+        ({"method": "ti", "prior_loss_weight": 0.5}, ["prior_loss_weight"], CLASS_IMAGES),
+        ({"phase1_train_steps": 0, "initial_learning_rate": 1.0}, ["initial_learning_rate"], PHASE1),
+        ({"phase1_train_steps": 0, "exact_phase1": True}, ["exact_phase1"], PHASE1),
+        ({"phase2_train_steps": 0, "learning_rate": 1.0, "train": "kv"}, ["learning_rate", "train"], PHASE2),
+        (
+            {"lambda_attention": 0.0, "attention_loss": "cross_entropy"},
+            ["attention_loss"],
+            "--lambda_attention 0 turns off the attention loss",
+        ),
+        (
+            {"apply_masked_loss": False, "normalize_masked_loss": True},
+            ["normalize_masked_loss"],
+            "the loss is taken without masks",
+        ),
+        (
+            {"seg_mix_move": 0.5, "seg_mix_cells": True},
+            ["seg_mix_move", "seg_mix_cells"],
+            "--seg_mix_probability 0 turns off Seg-Mix",
+        ),
+        ({"method": "ti", "collection_size": 3}, ["collection_size"], "only a -m method learns from a collection"),
+        (
+            {"lr_scheduler": "cosine", "lr_num_cycles": 3},
+            ["lr_num_cycles"],
+            "it is of --lr_scheduler cosine_with_restarts",
+        ),
+        ({"lr_power": 2.0}, ["lr_power"], "it is of --lr_scheduler polynomial"),
+        (
+            {"checkpointing_steps": 0, "checkpoints_total_limit": 3},
+            ["checkpoints_total_limit"],
+            "--checkpointing_steps 0 writes no checkpoint",
+        ),
+        (
+            {"img_log_steps": 0, "preview_inference_steps": 3},
+            ["preview_inference_steps"],
+            "--img_log_steps 0 draws no preview",
+        ),
+        # Settings that count, and those that are as they would be anyway.
+        (
+            {"num_class_images": 5, "seg_mix_probability": 0.5, "seg_mix_move": 0.5, "checkpoints_total_limit": 3},
+            [],
+            "",
+        ),
+        ({"method": "ti-m", "collection_size": 3, "phase1_train_steps": 0, "initial_learning_rate": 1.0}, [], ""),
+        ({"with_prior_preservation": False, "num_class_images": 100, "lr_num_cycles": 1}, [], ""),
+    ],
+)
+def test_what_changes_nothing_is_named(given, names, reason):
+    config = TrainConfig.resolve({"instance_data_dir": "scene", **given})
+    usual = TrainConfig.resolve({"instance_data_dir": "scene"})
+    assert without_effect(config, usual, given) == [f"--{name} has no effect: {reason}" for name in names]
+
+
+def test_the_table_names_settings():
+    assert {name for names, _, _ in USED for name in names} <= setting_rows(TrainConfig).keys()
+
+
+def test_the_command_says_it_once(bench, caplog):
+    words = ["train", str(bench.scene), "--weights", str(bench.model), "--no_prior_preservation", "--dry_run"]
+    assert main([*words, "--num_class_images", "3"]) == 0
+    told = [line for line in caplog.messages if "no effect" in line]
+    assert told == [f"--num_class_images has no effect: {CLASS_IMAGES}"]
