@@ -12,4 +12,5 @@ def optional_library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.split(".")[0]
-        raise InputError(f"{package} is not installed: pip install {package}, or install bas[evaluation]") from error
+        extra = "pip install -c constraints.txt -e '.[evaluation]' in bas's folder"
+        raise InputError(f"{package} is not installed: pip install {package}, or {extra}") from error

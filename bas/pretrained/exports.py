@@ -37,6 +37,7 @@ from bas.io.run_files import (
     read_sessions,
 )
 from bas.io.settings_file import CONFIG
+from bas.io.tensors import read_tensors
 from bas.models.bundle import COMPONENTS, TEXT_ENCODERS, ModelSpec, is_finite
 from bas.models.text import handle_ids
 from bas.presets import KINDS
@@ -63,7 +64,16 @@ BASE_VERSIONS = {
 }
 OWN_FILES = (TUNED, CONCEPTS, SETTINGS, CONFIG, METRICS, TIMES, MODEL_INDEX, OWN_SETTINGS)
 OWN_FOLDERS = (*COMPONENTS, *TEXT_ENCODERS, "tokenizer", "tokenizer_2", "scheduler", SCENE, PREVIEWS, CHECKPOINTS)
+HANDLE = "bas.handle"  # in the metadata of an embedding: its handle
 RANK_BESIDE = 64  # of the LoRA beside differences, unless a rank is given
+
+
+class Unsuited(InputError):
+    """A run cannot have this form of export. reason: "whole" model, single "tokens", or own "vocabulary" """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -111,19 +121,18 @@ def plan_export(
 ) -> Targets:
     """The files that an export writes. form: "kohya", "peft" or "single"; base: of a small run, if it was moved
 
-    InputError for a run that has no adapters of its own, and for two files of one name.
+    Unsuited for a run that cannot have this form, InputError for two files of one name.
     """
     kind = KINDS[read_concepts(model)[1]["config"]["train"]] if (model / TUNED).is_file() else None
     if kind is None and form != "single":
-        raise InputError(f"{model} is a whole model without adapters: use it as it is, or --format single")
+        raise Unsuited(f"{model} is a whole model without adapters: use it as it is, or --format single", "whole")
     if kind and kind.own_tokens:
-        raise InputError(
-            f"{model} was trained with --train token: other programs have no adapters of single tokens; train with "
-            "--train lora for them"
-        )
+        line = f"{model} was trained with --train token: other programs have no adapters of single tokens"
+        raise Unsuited(f"{line}; train with --train lora for them", "tokens")
     spec = read_spec(model, prediction_type, None, base)
     if spec.handles and form == "single" and not has_clip_vocabulary(spec.tokenizer):
-        raise InputError(f"{model} has a vocabulary of its own: a single file carries no tokenizer, use the folder")
+        line = f"{model} has a vocabulary of its own: a single file carries no tokenizer, use the folder"
+        raise Unsuited(line, "vocabulary")
     handles = spec.handles if form == "single" else tuple(read_concepts(model)[1]["handles"])
     beside = form == "kohya" and rank is None and not (kind and kind.reads)
     names = file_names(handles, prefix)
@@ -212,7 +221,7 @@ def write_beside(model: Path, files: Targets, rows: dict[str, list[Tensor]], spe
     _, metadata = read_concepts(model) if files.card else (None, {"base": "", "config": {}})
     for handle, path in files.embeddings.items():
         own = {
-            "bas.handle": handle,
+            HANDLE: handle,
             "bas.base_sha256": metadata["base"],
             "bas.note": f"belongs to {files.main.name}: beside another text encoder it is another word",
             "modelspec.architecture": f"{architecture(spec)}/textual-inversion",
@@ -280,3 +289,62 @@ def when_trained(run: Path) -> dict[str, str]:
     except (IndexError, ValueError):
         return {}
     return {"ss_training_started_at": str(started.timestamp()), "modelspec.date": started.isoformat()}
+
+
+# --- What lies there --------------------------------------------------------------------------------------------------
+
+
+def read_export(folder: Path) -> Targets | None:
+    """The model and the embeddings of an export in a folder, by what its files say of themselves. None without both.
+
+    InputError for a damaged file.
+    """
+    embeddings, models = {}, []
+    for path in sorted(folder.glob("*.safetensors")):
+        handle = read_tensors(path)[1].get(HANDLE)
+        if handle is None:
+            models.append(path)
+        else:
+            embeddings[handle] = path
+    if not embeddings or not models:
+        return None
+    main = min(models, key=lambda path: len(path.stem))  # beside differences lies NAME-lora
+    lora = main.with_name(f"{main.stem}-lora.safetensors")
+    return Targets(main, embeddings, lora if lora in models else None)
+
+
+# What to type in each program: {name} is the main file's, {word} an embedding's, {handle} the handle.
+USES = {
+    "kohya": (
+        "ComfyUI: LoraLoader {name}; a photo of embedding:{word}",
+        "A1111, Forge: a photo of {word} <lora:{name}:1>",
+        "InvokeAI: LoRA {name}; a photo of <{word}>",
+    ),
+    "single": (
+        "ComfyUI: CheckpointLoaderSimple {name}; a photo of embedding:{word}",
+        "A1111, Forge: checkpoint {name}; a photo of {word}",
+        "InvokeAI: main model {name}; a photo of <{word}>",
+    ),
+    "peft": (),
+}
+DIFFUSERS = {
+    "single": '{pipeline}.from_single_file("{main}")',
+    "kohya": 'load_lora_weights(".", weight_name="{main}")',
+    "peft": 'load_lora_weights(".", weight_name="{main}")',
+}
+EMBEDDINGS = 'load_textual_inversion("{word}.safetensors", token="{handle}")'
+EMBEDDINGS_XL = (  # diffusers takes no file of both
+    'load_textual_inversion(load_file("{word}.safetensors")["clip_l"], token="{handle}", text_encoder='
+    'pipe.text_encoder, tokenizer=pipe.tokenizer), and so with "clip_g", pipe.text_encoder_2 and pipe.tokenizer_2'
+)
+
+
+def how_to_use(files: Targets, form: str, xl: bool) -> list[str]:
+    """What to type in other programs for the first of the concepts. xl: whether the model is an SDXL"""
+    handle, file = next(iter(files.embeddings.items()), ("a bowl", None))
+    if file is None:
+        return []
+    names = {"name": files.main.stem, "main": (files.lora or files.main).name, "word": file.stem, "handle": handle}
+    names |= {"pipeline": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
+    last = f'diffusers: {DIFFUSERS[form]}; {EMBEDDINGS_XL if xl else EMBEDDINGS}; "a photo of {{handle}}"'
+    return [line.format(**names) for line in (*USES[form], last)]

@@ -472,7 +472,7 @@ def test_the_plot_shows_every_method_with_its_interval(done, monkeypatch):
 
 def test_matplotlib_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with refused("matplotlib is not installed: pip install matplotlib, or install bas[evaluation]"):
+    with refused("pip install matplotlib, or pip install -c constraints.txt -e '.[evaluation]' in bas's folder"):
         scatter({})
 
 

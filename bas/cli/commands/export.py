@@ -10,7 +10,7 @@ from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
 from bas.io.files import check_length, require_writable
 from bas.io.run_files import TUNED, read_concepts
-from bas.pretrained.exports import Targets, check_no_input, export_lora, export_single, plan_export
+from bas.pretrained.exports import Targets, check_no_input, export_lora, export_single, how_to_use, plan_export
 from bas.pretrained.folder import holds_sdxl
 from bas.pretrained.hub import find
 from bas.pretrained.lora_files import FORMATS
@@ -96,42 +96,3 @@ def check_targets(files: Targets) -> None:
         if file.is_dir():
             advice = "give another --prefix" if file in files.embeddings.values() else "name another file"
             raise InputError(f"{file} is a folder, and the export needs a file of that name: {advice}")
-
-
-# What to type in each program: {name} is the main file's, {word} an embedding's, {handle} the handle.
-USES = {
-    "kohya": (
-        "ComfyUI: LoraLoader {name}; a photo of embedding:{word}",
-        "A1111, Forge: a photo of {word} <lora:{name}:1>",
-        "InvokeAI: LoRA {name}; a photo of <{word}>",
-    ),
-    "single": (
-        "ComfyUI: CheckpointLoaderSimple {name}; a photo of embedding:{word}",
-        "A1111, Forge: checkpoint {name}; a photo of {word}",
-        "InvokeAI: main model {name}; a photo of <{word}>",
-    ),
-    "peft": (),
-}
-DIFFUSERS = {
-    "single": '{pipeline}.from_single_file("{main}")',
-    "kohya": 'load_lora_weights(".", weight_name="{main}")',
-    "peft": 'load_lora_weights(".", weight_name="{main}")',
-}
-
-
-EMBEDDINGS = 'load_textual_inversion("{word}.safetensors", token="{handle}")'
-EMBEDDINGS_XL = (  # diffusers takes no file of both
-    'load_textual_inversion(load_file("{word}.safetensors")["clip_l"], token="{handle}", text_encoder='
-    'pipe.text_encoder, tokenizer=pipe.tokenizer), and so with "clip_g", pipe.text_encoder_2 and pipe.tokenizer_2'
-)
-
-
-def how_to_use(files: Targets, form: str, xl: bool) -> list[str]:
-    """What to type in other programs for the first of the concepts. xl: whether the model is an SDXL"""
-    handle, file = next(iter(files.embeddings.items()), ("a bowl", None))
-    if file is None:
-        return []
-    names = {"name": files.main.stem, "main": (files.lora or files.main).name, "word": file.stem, "handle": handle}
-    names |= {"pipeline": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
-    last = f'diffusers: {DIFFUSERS[form]}; {EMBEDDINGS_XL if xl else EMBEDDINGS}; "a photo of {{handle}}"'
-    return [line.format(**names) for line in (*USES[form], last)]

@@ -60,9 +60,8 @@ def run(args: argparse.Namespace) -> None:
         folder = wait_for_job() if args.job == SPARE else Path(args.job)
         sys.exit(work(folder, attempt) if folder else 0)
     if any(importlib.util.find_spec(name) is None for name in NEEDED):
-        raise InputError(
-            "the studio needs two small packages: pip install 'bas[studio]', or pip install starlette uvicorn"
-        )
+        how = "pip install -c constraints.txt -e '.[studio]' in bas's folder, or pip install starlette uvicorn"
+        raise InputError(f"the studio needs two small packages: {how}")
     from bas.web.studio.serve import run_until_interrupted
     from bas.web.studio.store import Home
 

@@ -1,6 +1,6 @@
 // The pictures of a run with their settings. Of thousands, only the rows near the window are in the page.
 import { address, fileOf, get, send, thumbOf } from "./api.js";
-import { button, deleted, h, link, plural, put, quiet, speak } from "./dom.js";
+import { button, deleted, h, link, plural, problem, put, quiet, speak } from "./dom.js";
 
 const MARGIN = 400; // pixels above and below the window that are ready to be seen
 
@@ -190,23 +190,25 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
     );
     if (at >= 0) detail.querySelectorAll("a, button")[at]?.focus({ preventScroll: true });
   }
-  async function mark(picture) {
-    await send("PATCH", `${address("runs", run.name)}/pictures`, { file: picture.file, star: !picture.star });
-    speak(picture.star ? "No favourite any more" : "Favourite");
-    await renew();
-  }
-  async function remove(picture) {
-    const { trash } = await send("DELETE", `${address("runs", run.name)}/pictures`, { file: picture.file }),
-      i = pictures.indexOf(picture);
-    put(
-      gone,
-      deleted("The picture", async () => {
+  const mark = (picture) =>
+    change("marked", picture, "PATCH", { star: !picture.star }, () => speak(picture.star ? "No favourite any more" : "Favourite"));
+  const remove = (picture) =>
+    change("deleted", picture, "DELETE", {}, ({ trash }) => {
+      const i = pictures.indexOf(picture);
+      chosen = pictures[i + 1] ?? pictures[i - 1] ?? null;
+      return deleted("The picture", async () => {
         await send("POST", address("trash", trash));
         await renew();
-      }),
-    );
-    chosen = pictures[i + 1] ?? pictures[i - 1] ?? null;
-    await renew();
+      });
+    });
+  // Change a picture on the disk, and say above it what has become of it: then() gives a card, or nothing.
+  async function change(what, { file }, method, body, then) {
+    try {
+      put(gone, then(await send(method, `${address("runs", run.name)}/pictures`, { file, ...body })));
+    } catch (error) {
+      put(gone, problem(`The picture was not ${what}`, error.message));
+    }
+    await renew().catch(() => {});
   }
   function press(i) {
     const cell = pictures[i] && grid.reach(i);

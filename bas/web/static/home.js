@@ -215,7 +215,8 @@ export async function open(main, _rest, studio) {
             "p",
             { class: done ? "good" : "quiet" },
             STATES[run.state] +
-              (done ? `, ${plural(run.pictures, "picture")}` : run.total ? ` after ${run.done} of ${run.total} steps` : ""),
+              (done ? `, ${plural(run.pictures, "picture")} · ` : run.total ? ` after ${run.done} of ${run.total} steps` : ""),
+            done && link("its training", `#/watch/${to}`, { "aria-label": `its training: ${run.name}` }),
           ),
       run.problem && h("p", {}, run.problem),
       h(

@@ -43,21 +43,10 @@ export async function open(main, [name], studio) {
     const exports = await get(`${address("runs", name)}/exports`),
       to = `api/${address("runs", name)}/zip?what=`;
     const whole = run.train === "full" || run.train === "cross_attention";
-    const logs = await Promise.all(
-      exports.map(async (each) => {
-        const job = state.jobs.find(
-          (one) => one.kind === "export" && one.name === name && one.asked?.form === each.form && one.state === "done",
-        );
-        return job && each.files.length
-          ? (await get(`${address("jobs", job.id)}/log`)).text
-              .split("\n")
-              .filter((line) => /^(ComfyUI|A1111|InvokeAI|diffusers)/.test(line))
-          : [];
-      }),
-    );
     put(
       away,
       h("h2", {}, `Take ${name} away`),
+      h("p", {}, link("How it was trained", `#/${address("watch", name)}`)),
       jobLines(state, name, ["export"], studio.refresh),
       h(
         "div",
@@ -69,7 +58,7 @@ export async function open(main, [name], studio) {
           quiet(whole ? "bas and diffusers open it as it is, with its handles." : "bas opens it where its base model is."),
           h("p", {}, link("Download .zip", `${to}run`, { class: "button main", download: `${name}.zip` })),
         ),
-        exports.map((each, i) =>
+        exports.map((each) =>
           h(
             "article",
             { class: "card" },
@@ -101,17 +90,17 @@ export async function open(main, [name], studio) {
                         download: `${name}-${each.form}.zip`,
                       }),
                     ),
-                    logs[i].length
+                    each.uses.length
                       ? h(
                           "details",
                           { open: true },
                           h("summary", {}, "What to type there"),
-                          logs[i].map((line) =>
+                          each.uses.map(({ program, line }) =>
                             h(
                               "p",
                               { class: "row" },
-                              h("code", {}, line),
-                              button("Copy", (event) => copy(line.slice(line.indexOf(": ") + 2), event.target)),
+                              h("code", {}, `${program}: ${line}`),
+                              button("Copy", (event) => copy(line, event.target)),
                             ),
                           ),
                         )

@@ -1,23 +1,7 @@
 // Train: base, settings, what it takes, start.
 import { Away, address, get, send } from "./api.js";
-import { stop } from "./app.js";
-import {
-  button,
-  bytes,
-  copy,
-  duration,
-  emptyRoom,
-  h,
-  link,
-  problem,
-  progress,
-  put,
-  quiet,
-  remember,
-  remembered,
-  speak,
-  warning,
-} from "./dom.js";
+import { baseChoice } from "./bases.js";
+import { button, copy, duration, emptyRoom, h, link, problem, put, remember, remembered, speak, warning } from "./dom.js";
 
 export async function open(main, [name], studio) {
   if (!name) return emptyRoom(main, "Train", "A training needs a scene", "Bring a photograph and paint a mask for each thing.");
@@ -27,14 +11,15 @@ export async function open(main, [name], studio) {
     values = remembered(key, {}),
     asked = 0,
     timer = null,
+    memory = null,
     plan = null;
   const about = await get("about");
   if (!about.bases.some((each) => each.name === base && each.here)) base = "mini";
-  const bases = h("fieldset", { class: "bases" }, h("legend", {}, "1 · Base model")),
-    first = h("div", { class: "form" });
-  const more = h("div", { class: "form" }),
+  const first = h("div", { class: "form" }),
+    more = h("div", { class: "form" }),
     facts = h("div", {}),
     notices = h("div", { class: "stack" }),
+    bases = baseChoice(about, studio, notices, choose),
     changed = h("p", { class: "quiet" });
   const search = h("input", { type: "search", placeholder: "Search in all settings", "aria-label": "Search in all settings" });
   const all = h("details", {}, h("summary", {}, "All settings"), search, more);
@@ -50,99 +35,30 @@ export async function open(main, [name], studio) {
     h(
       "div",
       { class: "columns three" },
-      h("section", {}, bases),
+      h("section", {}, bases.box),
       h("section", {}, h("h2", {}, "2 · Settings"), first, changed, all),
       h("section", { class: "plan" }, h("h2", {}, "3 · What it takes"), facts, start, reason),
     ),
   );
 
-  function drawBases() {
-    put(
-      bases,
-      h("legend", {}, "1 · Base model"),
-      about.bases.map((each) => {
-        const { here } = each,
-          job = here ? null : studio.state.jobs.find((one) => one.kind === "download" && one.name === each.name);
-        return h(
-          "div",
-          { class: `option ${here ? "" : "off"}` },
-          h(
-            "label",
-            {},
-            h("input", {
-              type: "radio",
-              name: "base",
-              value: each.name,
-              checked: each.name === base,
-              disabled: !here,
-              onchange: () => choose(each.name),
-            }),
-            h(
-              "span",
-              {},
-              h("strong", {}, each.title),
-              each.name === "mini" && h("small", {}, "knows no photographs: to try the method in minutes"),
-              h("small", { class: "quiet" }, here ? each.license : `not here yet · about ${bytes(each.bytes)} · ${each.license}`),
-            ),
-          ),
-          !here && fetching(each, job),
-        );
-      }),
-    );
-  }
-
-  // A base model that is not here: fetch it, how far that is, or why it could not be fetched.
-  function fetching(each, job) {
-    const alive = ["waiting", "running"].includes(job?.state),
-      at = job?.progress;
-    if (alive) {
-      return h(
-        "div",
-        { class: "row" },
-        progress(at?.done ?? 0, at?.total ?? 1, `Fetching ${each.title}`),
-        h(
-          "span",
-          { class: "number" },
-          at
-            ? `${bytes(at.done)} of ${bytes(at.total)}${at.left ? `, ${duration(at.left)} left` : ""}`
-            : job.state === "waiting"
-              ? "waiting"
-              : "asking for it …",
-        ),
-        button("Stop", () => stop(job, "now"), { "aria-label": `Stop fetching ${each.title}` }),
-      );
-    }
-    return [
-      job &&
-        ["failed", "refused", "lost"].includes(job.state) &&
-        problem("It was not fetched", job.line || "It ended without a word: killed, or the machine was restarted."),
-      job?.state === "stopped" && quiet("Stopped. What has come is kept."),
-      h(
-        "p",
-        {},
-        button(job ? "Download again" : "Download", () => fetchBase(each.name), { "aria-label": `Download ${each.title}` }),
-        h("small", { class: "quiet" }, " from huggingface.co"),
-      ),
-    ];
-  }
-
-  async function fetchBase(wanted) {
-    put(notices);
-    try {
-      await send("POST", "jobs", { kind: "download", base: wanted });
-      speak("It is being fetched");
-      await studio.refresh();
-    } catch (error) {
-      put(notices, problem("It cannot be fetched", error.message));
-    }
-  }
-
   async function choose(chosen) {
     base = chosen;
     remember("base", base);
-    fields = (await get(`settings?base=${encodeURIComponent(base)}`)).train;
-    drawForm();
+    await load();
     renew();
+  }
+
+  // The form: its defaults are those of the base, and of the settings that bring others with them.
+  async function load(given = values) {
+    try {
+      ({ train: fields, memory } = await get(`settings?${new URLSearchParams({ base, ...given })}`));
+    } catch (error) {
+      if (given) return load(null);
+      throw error;
+    }
+    const { id } = document.activeElement;
+    drawForm();
+    if (id) document.getElementById(id)?.focus({ preventScroll: true });
   }
 
   function drawForm() {
@@ -176,16 +92,27 @@ export async function open(main, [name], studio) {
       });
     }
     control.addEventListener(field.kind === "bool" || field.kind === "choice" ? "change" : "input", () => set(field, control));
+    if (field.layer) control.addEventListener("change", () => load());
     control.setAttribute("aria-describedby", `${id}-help`);
     return h(
       "div",
       { class: `setting ${field.kind}`, "data-search": `${field.name} ${field.help}`.toLowerCase(), "data-name": field.name },
       h("label", { for: id }, label(field.name)),
       control,
-      h("small", { id: `${id}-help`, class: "quiet" }, SHORT[field.name] ?? field.help, " ", h("code", {}, field.flag)),
+      h(
+        "small",
+        { id: `${id}-help`, class: "quiet" },
+        SHORT[field.name] ?? field.help,
+        field.name === "card" && here(),
+        " ",
+        h("code", {}, field.flag),
+      ),
       h("small", { class: "error", role: "alert" }),
     );
   }
+
+  const here = () =>
+    memory ? `. Your card has ${Math.round(memory / 2 ** 30)} GB.` : ". No graphics card is here: the processor trains.";
 
   function set(field, control) {
     const text = control.value.trim();
@@ -215,7 +142,7 @@ export async function open(main, [name], studio) {
               () => {
                 values = {};
                 remember(key, values);
-                drawForm();
+                load();
                 renew();
               },
               { class: "plain" },
@@ -346,16 +273,16 @@ export async function open(main, [name], studio) {
   }
 
   await choose(base);
-  let fetched = "";
+  let fetched = null;
   return {
     async update(state) {
       const mine = state.jobs.filter((job) => job.kind === "download"),
         text = JSON.stringify(mine.map(({ id, state: now, progress: at }) => [id, now, at]));
-      if (text === fetched && bases.children.length > 1) return;
+      if (text === fetched) return;
       fetched = text;
       if (mine.some((job) => job.state === "done" && !about.bases.find((each) => each.name === job.name)?.here))
         about.bases = (await get("about")).bases;
-      drawBases();
+      bases.draw(base);
     },
     key(event) {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) begin();

@@ -24,6 +24,7 @@ export async function open(main, [name], studio) {
   const log = h("pre", { class: "log", tabIndex: 0, role: "region", "aria-label": "What it printed" }),
     details = h("details", {}, h("summary", {}, "What it printed"), log);
   let previews = [],
+    masks = [],
     drawn = "",
     seen = "",
     run = null,
@@ -153,6 +154,7 @@ export async function open(main, [name], studio) {
             "p",
             { class: "row" },
             again && button("Continue", resume, { class: "main", id: "continue" }),
+            state === "refused" && link("To Home", "#/home", { class: "button" }),
             run.scene && link("Change settings", `#/${address("train", run.scene)}`, { class: "button" }),
             line &&
               button("Copy details", async (event) =>
@@ -167,7 +169,7 @@ export async function open(main, [name], studio) {
 
   async function drawFiles() {
     const [found, metrics] = await Promise.all([get(address("runs", name)), get(`${address("runs", name)}/metrics`)]);
-    previews = found.previews;
+    ({ previews, masks } = found);
     bar.hidden = previews.length < 2;
     slider.max = Math.max(0, previews.length - 1);
     if (newest.checked) slider.value = slider.max;
@@ -201,6 +203,7 @@ export async function open(main, [name], studio) {
         const files = [`sample-${place}`, `attention-${place}`]
           .map((each) => preview.files.find((file) => file.endsWith(`/${each}.png`)))
           .filter(Boolean);
+        if (files.length > 1 && masks[place]) files.push(masks[place]);
         const title = place === "all" ? "all together" : run.handles[place];
         return files.length
           ? h(
@@ -209,10 +212,10 @@ export async function open(main, [name], studio) {
               h(
                 "div",
                 { class: "row" },
-                files.map((file) =>
+                files.map((file, i) =>
                   h("img", {
                     src: fileOf(name, file),
-                    alt: file.includes("attention") ? `where ${title} looks` : `${title} at step ${preview.step}`,
+                    alt: [`${title} at step ${preview.step}`, `where ${title} looks`, `the mask of ${title}`][i],
                   }),
                 ),
               ),

@@ -26,6 +26,7 @@ CUTOUT = 72  # pixels of the longer side of a concept on its chip
 LATEST = 30  # jobs that the page is told of, besides those that have not ended
 INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 EXAMPLE = "playroom"
+WORK = {"train": "the training", "masks": "the proposal of a mask"}  # jobs that read a scene
 
 
 def state(ask: Ask) -> dict[str, Any]:
@@ -86,8 +87,15 @@ def name_concepts(ask: Ask) -> dict[str, Any]:
 
 
 def delete_scene(ask: Ask) -> dict[str, Any]:
-    """To the trash."""
-    return {"trash": ask.home.trash(_scene(ask))}
+    """To the trash. Refusal while a job needs it."""
+    scene = _scene(ask)
+    for folder in ask.lane.folders():
+        current = jobs.state(folder)
+        if current in jobs.ALIVE and any(Path(word).is_relative_to(scene) for word in jobs.words_of(folder)):
+            job, todo = jobs.read_job(folder) or {}, "take it out of the queue" if current == "waiting" else "stop it"
+            what = WORK.get(job.get("kind", ""), "a job")
+            raise Refusal(409, f"{what} of {job.get('name')} needs this scene: {todo} first", "running")
+    return {"trash": ask.home.trash(scene)}
 
 
 def list_trash(ask: Ask) -> list[dict[str, str]]:
@@ -170,8 +178,8 @@ def _run(ask: Ask) -> Path:
 
 
 def get_run(ask: Ask) -> dict[str, Any]:
-    """The previews of a run."""
-    return {"previews": runs.previews(_run(ask))}
+    """The previews of a run, and the mask of each handle."""
+    return {"previews": runs.previews(_run(ask)), "masks": runs.masks(_run(ask))}
 
 
 def get_metrics(ask: Ask) -> dict[str, Any]:

@@ -5,17 +5,23 @@ import re
 import shlex
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bas.config import GROUPS, SampleConfig, TrainConfig, flag_of, setting_rows, value_type
 from bas.data.batches import check_scene
 from bas.data.mask_report import SceneView, view_scene, warnings
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
-from bas.pretrained.hub import download_bytes, find_spec, is_known_elsewhere, manifest, train_config
+from bas.presets import CARDS, CARDS_XL
+from bas.pretrained.hub import download_bytes, find_spec, is_known_elsewhere, is_sdxl, manifest, train_config
+from bas.runtime.device import pick_device
 from bas.training.dry_run import TOO_LITTLE, dry_run
+from bas.training.setup import check_extras
 from bas.training.unused_settings import without_effect
 from bas.web.studio.hearing import hearing
 from bas.web.studio.measured import measured
@@ -33,6 +39,8 @@ SAMPLING = (
     *("num_images", "seed", "num_inference_steps", "guidance_scale", "sampler", "negative_prompt", "separate"),
     *("guidance_rescale", "eta", "steps_offset", "batch_size", "height", "width"),
 )
+LAYERS = ("preset", "card", "method", "train", "optimizer", "device")  # settings that bring others with them
+SOLD_AS = 0.98e9  # bytes for each GB in the name of a card, which keeps a part for itself
 counting = threading.Lock()  # one dry run at a time: each takes a core
 
 
@@ -58,12 +66,38 @@ def base_of(body: dict) -> str | None:
     return None if name == "mini" else name
 
 
-def fields(base: str | None) -> list[dict[str, Any]]:
-    """Every setting that the form offers, with the default that suits the base."""
-    config = train_config("scene", **of_base(base))
+def fields(base: str | None, chosen: dict[str, str]) -> list[dict[str, Any]]:
+    """Every setting that the form offers, with the default that suits the base and what was chosen of LAYERS."""
+    config = resolved(base, chosen)
     rows = [row for name, row in setting_rows(TrainConfig).items() if name not in NOT_ASKED]
     rows.sort(key=lambda row: (FIRST.index(row.name) if row.name in FIRST else 99, GROUPS.index(row.metadata["group"])))
-    return [field(row, getattr(config, row.name)) for row in rows]
+    others = {name: {key: value for key, value in chosen.items() if key != name} for name in chosen}
+    of = {name: resolved(base, rest) for name, rest in others.items()}
+    return [field(row, getattr(of.get(row.name, config), row.name)) for row in rows]
+
+
+def resolved(base: str | None, settings: dict[str, Any], scene: Path | str = "scene") -> TrainConfig:
+    """The settings of a training on a base: those given, the card that is there, and what suits them."""
+    return train_config(scene, **of_base(base), **({"card": card_for(base, settings.get("device"))} | settings))
+
+
+def card_for(base: str | None, device: str | None = None) -> str:
+    """The largest preset for the memory of the GPU that is here. "any" without one, and for the miniature."""
+    memory = gpu_memory(device)
+    if base is None or memory is None:
+        return "any"
+    for card in CARDS_XL if is_sdxl(base) else CARDS:  # the largest first
+        if card != "any" and memory >= SOLD_AS * int(card.removesuffix("gb")):
+            with suppress(InputError):  # what it needs is not installed
+                check_extras(train_config("scene", **of_base(base), card=card))
+                return card
+    return "any"
+
+
+def gpu_memory(device: str | None = None) -> int | None:
+    """Bytes of the GPU that trains on a device, None for the processor."""
+    place = pick_device(device)
+    return torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None
 
 
 def sampling_fields() -> list[dict[str, Any]]:
@@ -86,6 +120,7 @@ def field(row: Field, default: Any) -> dict[str, Any]:
         "default": list(default) if several else default,
         "group": group,
         "first": row.name in FIRST,
+        "layer": row.name in LAYERS,
         "least": limits.get("least", limits.get("above")),
         "most": limits.get("most", limits.get("below")),
     }
@@ -108,9 +143,9 @@ def config_of(home: Home, body: dict) -> tuple[TrainConfig, list[str]]:
         raise Refusal(400, "a setting is not one of the form", "bad")
     name = body.get("run") or scene.name
     folder = home.folder / RUNS / home.free_name(RUNS, str(name))
-    config = train_config(scene, **of_base(base), output_dir=str(folder), **settings)
-    own = train_config(scene, **of_base(base), output_dir=str(folder))
-    given = {key: getattr(config, key) for key in settings if getattr(config, key) != getattr(own, key)}
+    config = resolved(base, settings | {"output_dir": str(folder)}, scene)
+    given = {key: value for key, value in settings.items() if key != "card"}
+    given |= {"card": config.card} if config.card != "any" else {}
     words = ["train", str(scene), *(["--weights", base] if base else []), "--output_dir", str(folder)]
     return config, [*words, *as_flags(TrainConfig, given)]
 

@@ -33,6 +33,7 @@ from bas.io.json_files import read_record, write_json
 from bas.web.studio import own
 from bas.web.studio.refusal import Refusal, missing
 from bas.web.studio.store import JOBS, Home, stamp
+from bas.web.studio.unchanged import while_unchanged
 
 JOB, LOG, LOCK, STOP, EVENTS, EXIT = "job.json", "log.txt", "lock", "stop", "events.jsonl", "exit.json"
 PLACE = "place"
@@ -99,9 +100,14 @@ def place_of(folder: Path) -> float:
 def read_end(folder: Path) -> dict[str, Any]:
     """How a job has ended: exit.json. A damaged one says that it failed."""
     try:
-        return read_record(folder / EXIT, ENDED, "")
-    except InputError:
+        return _read_end(folder / EXIT)
+    except (InputError, OSError):
         return {"code": 1}
+
+
+@while_unchanged
+def _read_end(path: Path) -> dict[str, Any]:
+    return read_record(path, ENDED, "")
 
 
 def accept(folder: Path, command: list[str]) -> None:
@@ -147,7 +153,21 @@ def held(path: Path) -> bool:
 
 
 def describe(folder: Path) -> dict[str, Any] | None:
-    """A job for the page: what was asked, its state, its progress and its last line. None for a damaged one."""
+    """A job for the page: what was asked, its state, its progress and its last line. None for a damaged one.
+
+    What has ended is read once.
+    """
+    path = folder / EXIT
+    return _ended(path) if path.exists() else described(folder)
+
+
+@while_unchanged
+def _ended(path: Path) -> dict[str, Any] | None:
+    return described(path.parent)
+
+
+def described(folder: Path) -> dict[str, Any] | None:
+    """A job for the page, read from its files."""
     job = read_job(folder)
     if job is None:
         return None

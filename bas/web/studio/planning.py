@@ -24,7 +24,9 @@ def check_masks(ask: Ask) -> dict[str, Any]:
 
 def list_settings(ask: Ask) -> dict[str, Any]:
     """The forms of training and of drawing."""
-    return {"train": forms.fields(forms.base_of(ask.query)), "sample": forms.sampling_fields()}
+    chosen = {name: ask.query[name] for name in forms.LAYERS if name in ask.query}
+    train = forms.fields(forms.base_of(ask.query), chosen)
+    return {"train": train, "sample": forms.sampling_fields(), "memory": forms.gpu_memory()}
 
 
 def plan_training(ask: Ask) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError
 from bas.io.images import numbered_paths, read_image
 from bas.io.json_files import read_json, write_json
-from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings
+from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings, scene_mask
 from bas.pretrained.lora_files import FORMATS
 from bas.sampling.gallery import GRID
 from bas.training.preview import PICTURES, sheet_path
@@ -22,6 +24,7 @@ from bas.web.report import SERIES, first_trained_step, phase_starts
 from bas.web.studio import jobs
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import RUNS, Home, inside
+from bas.web.studio.unchanged import while_unchanged
 
 DRAWN, EDITED, EXPORTS, MARKS = "pictures", "edits", "exports", "marks.json"
 VARIED, EXPLORED = "variations", "exploration"  # a folder for each time, as `bas vary` and `bas explore` write it
@@ -48,7 +51,8 @@ def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
     """One run in the list. trained_by: the newest training of each run. None for a folder that is none."""
     job = trained_by.get(run.name)
     if not (run / SETTINGS).is_file():
-        return {"name": run.name, "state": job["state"], "done": 0, "total": None, "job": job["id"]} if job else None
+        row = {"name": run.name, "done": 0, "total": None}
+        return row | {"state": job["state"], "job": job["id"], "scene": job["asked"].get("scene")} if job else None
     try:
         metadata = read_settings(run)
     except InputError as error:
@@ -66,7 +70,7 @@ def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
         "base": config["pretrained_model_name_or_path"] or "mini",
         "train": config["train"],
         "scene": Path(config["instance_data_dir"]).name,
-        "pictures": len(pictures_in(run, DRAWN)),
+        "pictures": sum(len(images) for _, images in folders_of(run, DRAWN)),
         "cover": cover(run),
         "gallery": gallery_version(run),
         "report": (run / REPORT).is_file(),
@@ -87,32 +91,53 @@ def state_of(run: Path, job: dict | None) -> str:
 
 def cover(run: Path) -> str | None:
     """The picture that stands for a run: the newest that was drawn, else the newest preview, else its scene."""
-    if drawn := [path for path in pictures_in(run, DRAWN) if path.name != GRID]:
-        return drawn[0].relative_to(run).as_posix()
+    newest = (
+        (changed, f"{folder}/{name}")
+        for folder, images in folders_of(run, DRAWN)
+        for changed, name in images[:2]  # one of them may be a sheet
+        if name != GRID
+    )
+    if drawn := max(newest, default=None):
+        return drawn[1]
     previews = sorted(run.glob(f"{PICTURES}/step-*/sample-*.png"))
     path = previews[-1] if previews else run / SCENE / "img.png"
     return path.relative_to(run).as_posix() if path.is_file() else None
 
 
-def pictures_in(run: Path, gallery: str) -> list[Path]:
-    """The images of a gallery of a run, newest first."""
-    found = [path for folder in GALLERIES[gallery] for path in images_below(run / folder)]
-    return [path for _, path in sorted(found, key=lambda each: (each[0], each[1].as_posix()), reverse=True)]
+def folders_of(run: Path, gallery: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Each folder of a gallery of a run, and its images, newest first: the time of the last change and the name."""
+    for name in GALLERIES[gallery]:
+        yield from folders_below(run, name)
 
 
-def images_below(place: Path) -> list[tuple[int, Path]]:
-    """The images in a folder and in the folders in it, each with the time of its last change."""
-    if not place.is_dir():
-        return []
-    found = []
-    for entry in os.scandir(place):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            found += images_below(place / entry.name)
-        elif entry.name.endswith(SHOWN):
-            found.append((entry.stat().st_mtime_ns, place / entry.name))
-    return found
+def folders_below(run: Path, folder: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """A folder of a run and those in it, each with its images; nothing without it."""
+    try:
+        images, inner = listed(run / folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    yield folder, images
+    for name in inner:
+        yield from folders_below(run, f"{folder}/{name}")
+
+
+@while_unchanged
+def listed(place: Path) -> tuple[list[tuple[int, str]], list[str]]:
+    """The images in a folder, newest first, and the folders in it.
+
+    An image that is changed in its place is not seen: who shows its time reads that anew.
+    """
+    images, folders = [], []
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.name)
+            elif entry.name.endswith(SHOWN):
+                with suppress(FileNotFoundError):  # it went in between
+                    images.append((entry.stat().st_mtime_ns, entry.name))
+    return sorted(images, reverse=True), folders
 
 
 def gallery_version(run: Path) -> str:
@@ -160,6 +185,12 @@ def previews(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+def masks(run: Path) -> list[str | None]:
+    """The mask of each handle of a run in the scene that it was trained on. None for a handle without one."""
+    paths = [scene_mask(run / SCENE, i) for i in range(len(read_settings(run)["handles"]))]
+    return [path.relative_to(run).as_posix() if path.is_file() else None for path in paths]
+
+
 # --- Pictures -----------------------------------------------------------------------------------------------------
 
 
@@ -171,9 +202,9 @@ def pictures(run: Path, gallery: str) -> list[dict[str, Any]]:
     stars = {*marks(run)}
     looked = {entry.name for entry in os.scandir(run / ATTENTION)} if (run / ATTENTION).is_dir() else set()
     found = []
-    for path in pictures_in(run, gallery):
-        changed, file = path.stat().st_mtime_ns, path.relative_to(run).as_posix()
-        settings = settings_in(path, changed)
+    files = [f"{folder}/{name}" for folder, images in folders_of(run, gallery) for _, name in images]
+    for changed, file in sorted(((run / file).stat().st_mtime_ns, file) for file in files)[::-1]:
+        settings = settings_in(run / file, changed)
         row = {"file": file, "v": f"{changed:x}", "settings": settings, "star": file in stars, "maps": []}
         if layout := settings.get("layout"):
             row["boxes"] = boxes_in(Path(layout))

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from bas.errors import InputError
 from bas.web.studio.app import build
+from bas.web.studio.connections import server_of
 from bas.web.studio.guard import Guard
 from bas.web.studio.jobs import Lane
 from bas.web.studio.login import Door, host
@@ -47,8 +48,7 @@ def serve(home: Home, port: int | None, browser: bool, listen: tuple[str, str] |
         holder: list[uvicorn.Server] = []
         app = build(home, lane, lambda: setattr(holder[0], "should_exit", True))
         guard = Guard(app, home.token(), number, door)
-        options = {"log_level": "critical", "access_log": False, "server_header": False, "lifespan": "off"}
-        server = uvicorn.Server(uvicorn.Config(guard, timeout_graceful_shutdown=1, **options))
+        server = server_of(guard)
         holder.append(server)
         print(f"Open http://127.0.0.1:{number}/{home.token()}/ in a browser on this machine.", flush=True)
         if door:

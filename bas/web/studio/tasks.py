@@ -21,8 +21,8 @@ from bas.io.images import image_size, read_image, to_floats
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_settings
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
-from bas.pretrained.exports import plan_export
-from bas.pretrained.folder import read_spec
+from bas.pretrained.exports import Unsuited, how_to_use, plan_export, read_export
+from bas.pretrained.folder import holds_sdxl, read_spec
 from bas.pretrained.hub import is_known_elsewhere
 from bas.sampling.attention_maps import plan_maps
 from bas.sampling.blended_diffusion import Region, check_edit
@@ -288,6 +288,12 @@ OPENED_BY = {
     "kohya": "a LoRA and an embedding for each handle: ComfyUI, A1111, Forge, InvokeAI",
     "peft": "a LoRA as diffusers names it, and an embedding for each handle",
 }
+# Why a run cannot have a form of export, up to the card that it has instead.
+UNSUITED = {
+    "whole": "it is a whole model without adapters; take",
+    "tokens": "other programs have no adapters of single tokens, so train with lora for them; for bas take",
+    "vocabulary": "it has a vocabulary of its own, and one file carries no tokenizer; take",
+}
 
 
 def export_target(run: Path, form: str) -> Path:
@@ -296,18 +302,40 @@ def export_target(run: Path, form: str) -> Path:
 
 
 def exports(run: Path) -> list[dict[str, Any]]:
-    """For each form of export whether the run can have it, or why not, and the files that are there already."""
+    """For each form of export whether the run can have it, or why not; the files that are there, and what to type."""
     found = []
     for form in runs.FORMS:
-        target, problem = export_target(run, form), None
-        try:
-            plan_export(run, target, form, "")
-        except InputError as error:
-            problem = str(error).replace(f"{run} ", "this run ").replace(str(target), target.name)
+        target = export_target(run, form)
         there = sorted(path for path in target.parent.glob("*") if path.is_file()) if target.is_file() else []
         files = [{"file": path.relative_to(run).as_posix(), "bytes": path.stat().st_size} for path in there]
-        found.append({"form": form, "about": OPENED_BY[form], "problem": problem, "files": files})
+        row = {"form": form, "about": OPENED_BY[form], "problem": problem_of(run, form), "files": files}
+        found.append(row | {"uses": uses_of(run, form) if files else []})
     return found
+
+
+def problem_of(run: Path, form: str) -> str | None:
+    """Why a run cannot have a form of export, in the words of the page's cards. None if it can."""
+    target = export_target(run, form)
+    try:
+        plan_export(run, target, form, "")
+    except Unsuited as error:
+        folder = '"The run as a folder"' if (run / TUNED).is_file() else '"The model as a folder"'
+        if error.reason == "whole" and not problem_of(run, "single"):
+            folder = '"One file"'
+        return f"{UNSUITED[error.reason]} {folder}"
+    except InputError as error:
+        return str(error).replace(f"{run} ", "this run ").replace(str(target), target.name)
+    return None
+
+
+def uses_of(run: Path, form: str) -> list[dict[str, str]]:
+    """What to type in other programs for an export that lies there: each program, and its line."""
+    try:
+        files = read_export(export_target(run, form).parent)
+    except InputError:
+        return []
+    lines = how_to_use(files, form, holds_sdxl(run)) if files else []
+    return [dict(zip(("program", "line"), line.split(": ", 1), strict=True)) for line in lines]
 
 
 def export(home: Home, body: dict) -> str:

@@ -344,14 +344,20 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
 
     # Take away: a LoRA, and what to type for it.
     click(page, "[aria-label='Make: LoRA for ComfyUI, A1111, InvokeAI']")
+    click(page, "[aria-label='Make: LoRA for diffusers']")
+    page.wait("document.querySelector('#strip').textContent.includes('1 more in the queue')")
     line = json.dumps("A1111, Forge: a photo of asset0 <lora:first:1>")
     wait_long(page, f"[...document.querySelectorAll('code')].some((code) => code.textContent === {line})")
     files = page.run("[...document.querySelectorAll('.files a')].map((link) => link.textContent)")
-    assert [name for name in files if name.endswith(".safetensors")] == [
-        "asset0.safetensors",
-        "asset1.safetensors",
-        "first.safetensors",
-    ]
+    names = ["asset0.safetensors", "asset1.safetensors", "first.safetensors"]
+    assert [name for name in files if name.endswith(".safetensors")][:3] == names
+    card = "[...document.querySelectorAll('.card')].find((card) => card.textContent.startsWith('LoRA for diffusers'))"
+    wait_long(page, f"{card}.querySelectorAll('.files a').length > 2")
+    exits = [job / "exit.json" for job in sorted((server.home / "jobs").glob("*export*"))]
+    ends = [json.loads(path.read_text())["ended"] for path in exits]
+    assert ends == sorted(ends)
+    click(page, "a[href='#/watch/first']")
+    page.wait("document.querySelectorAll('.curve').length === 1")
 
     # Where did it look? And a picture comes back from the trash.
     visit(page, server, "#/draw/first")
@@ -383,7 +389,19 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
 
 
 def test_a_stroke_outlives_the_server(page, server, tmp_path):
-    """It is painted while the server is gone, and saved when that is back; a reload then shows it."""
+    """It is painted while the server is gone, and saved when that is back; a reload shows it. A training goes on."""
+    shutil.copytree(PLAYROOM, server.home / "scenes" / "trained")
+    settings = {
+        "phase1_train_steps": 100_000,
+        "with_prior_preservation": False,
+        "img_log_steps": 0,
+        "train_batch_size": 1,
+    }
+    body = json.dumps({"kind": "train", "scene": "trained", "settings": settings})
+    visit(page, server, "#/home")
+    sent = "{method: 'POST', headers: {'Content-Type': 'application/json'}, body: BODY}".replace("BODY", repr(body))
+    assert page.run(f"fetch('api/jobs', {sent}).then((answer) => answer.status)") == 200
+    until((server.home / "runs" / "trained" / "metrics.jsonl").exists)
     photo = tmp_path / "away.png"
     photo.write_bytes((PLAYROOM / "img.png").read_bytes())
     bring(page, server, photo)
@@ -398,6 +416,12 @@ def test_a_stroke_outlives_the_server(page, server, tmp_path):
     visit(page, server, "#/masks/away")
     page.wait("document.querySelector('.share')?.textContent.endsWith('%')")
     assert page.run("document.querySelector('.share').textContent") == f"{100 * mask.mean() / 255:.1f} %"
+    visit(page, server, "#/watch/trained")
+    at = "parseInt(document.querySelector('.live .large')?.textContent)"
+    page.wait(f"{at} > 0")
+    page.wait(f"{at} > {page.run(at)}")
+    click(page, ".live .plain")
+    page.wait("document.querySelector('#continue') !== null")
     page.problems.clear()
 
 
@@ -622,6 +646,54 @@ def test_two_pages_see_each_other(page, furnished):
         switch()
         page.wait("document.querySelectorAll('.shot').length === 1")
     assert len([*pictures.glob("*.png")]) == 1
+
+
+def test_previews_stand_beside_their_masks_and_grow_with_the_window(page, furnished):
+    """Each handle as it is drawn, where it looks, and its mask; curves grow, too. A phone folds what is not chosen."""
+    run = furnished.home / "runs" / "first"
+    pictures = run / "previews" / "pictures" / "step-000003"
+    pictures.mkdir(parents=True)
+    (run / "scene").mkdir(exist_ok=True)
+    paths = [pictures / f"{name}.png" for name in ("sample-0", "sample-1", "sample-all", "attention-0", "attention-1")]
+    for path in (*paths, run / "scene/img.png", run / "scene/mask0.png", run / "scene/mask1.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    shutil.copy(paths[0], run / "previews" / "step-000003.png")
+    visit(page, furnished, "#/watch/first")
+    shown = "[...document.querySelectorAll('.shots figure')].map((each) => [...each.querySelectorAll('img')]"
+    page.wait(f"{shown}.filter((image) => image.naturalWidth === 8).length).join() === '3,3,1'")
+    files = page.run(f"{shown}.map((image) => image.src.split('/').at(-1)))")
+    assert files == [[f"sample-{i}.png", f"attention-{i}.png", f"mask{i}.png"] for i in (0, 1)] + [["sample-all.png"]]
+    sizes = "['.shots img', '.curve'].map((each) => document.querySelector(each).getBoundingClientRect().height)"
+    before = page.run(sizes)
+    page.show(2560, 1300)
+    after = page.run(sizes)
+    assert all(later > 1.5 * earlier for earlier, later in zip(before, after, strict=True))
+    right = "document.querySelector('.curve-box').getBoundingClientRect().right"
+    assert page.run(right) > 2500
+    page.show(360, 740, phone=True)
+    visit(page, furnished, "#/train/playroom")
+    page.wait("document.querySelectorAll('.option').length > 2")
+    assert page.run("[...document.querySelectorAll('.option')].filter((each) => each.checkVisibility()).length") == 1
+    assert page.run("document.querySelector('.option :checked').value") == "mini"
+
+
+def test_what_becomes_of_a_picture_in_vain_is_said_above_it(page, furnished):
+    """When its file is gone, and when the server is away."""
+    pictures = furnished.home / "runs" / "second" / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(pictures / f"{name}.png")
+    visit(page, furnished, "#/draw/second")
+    page.wait("document.querySelectorAll('.shot').length === 2")
+    said = "document.querySelector('.pictures .card.bad')?.textContent"
+    (pictures / "b.png").unlink()
+    click(page, ".chosen figcaption button.plain")
+    page.wait(f"{said} === 'The picture was not deletedthe run has no such file'")
+    page.wait("document.querySelectorAll('.shot').length === 1")
+    page.run("window.fetch = () => Promise.reject(new TypeError('away')); 0")
+    click(page, ".chosen figcaption button[aria-pressed=false]")
+    page.wait(f"{said} === 'The picture was not markedbas studio does not answer'")
 
 
 def test_the_page_is_small_and_asks_nobody_else():

@@ -81,6 +81,29 @@ def test_a_training_is_paused_for_a_drawing_and_goes_on(studio, started):
         (next_one / jobs.EXIT).write_text('{"code": 0}')
 
 
+def test_a_scene_that_a_job_needs_is_not_deleted(studio):
+    """The line says what to do; afterwards it goes, and one that no job needs goes at once."""
+    scenes = studio.home.folder / "scenes"
+    for name in ("toy", "toy 2"):
+        (scenes / name).mkdir()
+    training = ask_for(studio, "run", words=("train", str(scenes / "toy"), "--output_dir", "x"))
+    assert studio.ask("DELETE", "api/scenes/toy 2").status_code == 200
+
+    def said():
+        answer = studio.ask("DELETE", "api/scenes/toy")
+        assert answer.status_code == 409
+        return answer.json()["message"]
+
+    assert said() == "the training of run needs this scene: take it out of the queue first"
+    (training / jobs.LOG).touch()
+    assert said() == "the training of run needs this scene: stop it first"
+    (training / jobs.EXIT).write_text('{"code": 130}')
+    proposal = ask_for(studio, "toy", kind="masks", words=("masks", str(scenes / "toy" / "img.png")))
+    assert said() == "the proposal of a mask of toy needs this scene: take it out of the queue first"
+    studio.post(f"api/jobs/{proposal.name}/stop", {"how": "now"})
+    assert studio.ask("DELETE", "api/scenes/toy").status_code == 200
+
+
 def test_a_download_waits_for_downloads_alone(studio, started):
     """What trains does not hold it up, and it holds up nothing else."""
     for name in ("toy", "other"):

@@ -8,13 +8,17 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from bas.cli.entry import main
 from bas.io.images import save_image
 from bas.io.json_files import read_json, write_json
-from bas.web.studio import jobs
+from bas.io.tensors import write_tensors
+from bas.pretrained.embedding_files import write_embedding
+from bas.web.studio import jobs, tasks
+from bas.web.studio.app import STATIC
 from bas.web.studio.runs import maps_of
 from bas.web.studio.tiles import pack
 from tests.helpers.small_runs import LORA, write_base, write_small_run
@@ -99,6 +103,31 @@ def test_the_gallery_changes_its_version(studio, run):
     studio.ask("DELETE", "api/runs/toy/pictures", {"file": "pictures/new.png"})
     assert changed()
     assert not changed()
+
+
+def test_a_folder_that_is_unchanged_is_not_read_again(studio, run, monkeypatch):
+    """A new picture is seen all the same, and so is one that was changed in its place."""
+    for folder in ("pictures", "variations/a"):
+        (run / folder).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16)).save(run / folder / f"{i}.png")
+            os.utime(run / folder / f"{i}.png", (i, i))
+        os.utime(run / folder, (9, 9))
+    read = []
+    scandir = os.scandir
+    monkeypatch.setattr("bas.web.studio.runs.os.scandir", lambda place: (read.append(place.name), scandir(place))[1])
+
+    def found():
+        read.clear()
+        (row,) = studio.get("api/state")["runs"]
+        return row["pictures"], row["cover"], "pictures" in read, "a" in read
+
+    assert found() == (6, "variations/a/2.png", True, True)
+    assert found() == (6, "variations/a/2.png", False, False)
+    Image.new("RGB", (16, 16)).save(run / "pictures" / "new.png")
+    assert found() == (7, "pictures/new.png", True, False)
+    os.utime(run / "variations" / "a" / "0.png", (2**32, 2**32))
+    assert studio.get("api/runs/toy/pictures")["pictures"][0]["file"] == "variations/a/0.png"
 
 
 def pixels(path):
@@ -225,14 +254,63 @@ def test_a_run_is_taken_away(studio, run, capsys, form, names, said):
     before = {row["form"]: row for row in studio.get("api/runs/toy/exports")}
     assert (before[form]["problem"], before[form]["files"]) == (None, [])
     do(studio, kind="export", form=form)
-    assert said in capsys.readouterr().out
-    found = next(row for row in studio.get("api/runs/toy/exports") if row["form"] == form)["files"]
+    printed = capsys.readouterr().out
+    assert said in printed
+    (row,) = [row for row in studio.get("api/runs/toy/exports") if row["form"] == form]
+    assert said in [f"{use['program']}: {use['line']}" for use in row["uses"]]
+    assert all(f"{use['program']}: {use['line']}\n" in printed for use in row["uses"])
+    found = row["files"]
     tensors = [row for row in found if row["file"].endswith(".safetensors")]
     assert [row["file"] for row in tensors] == [f"exports/{form}/{name}.safetensors" for name in names]
     assert all(row["bytes"] == (run / row["file"]).stat().st_size for row in found)
     own = load_file(run / "concepts.safetensors")["handles"]
     (row,) = load_file(run / tensors[0]["file"]).values()
     assert np.abs((row.float() - own[:1]).numpy()).max() < 1e-3  # an export of a small run is in fp16
+
+
+def test_what_to_type_is_that_of_the_export_which_lies_there(studio, run):
+    """Also of one that a terminal made, with other names, and of differences with a LoRA beside them."""
+    place = run / "exports" / "kohya"
+    place.mkdir(parents=True)
+    write_tensors(place / "toy.safetensors", {"a": torch.zeros(1)})
+    write_embedding(place / "my-bowl.safetensors", [torch.zeros(1, 8)], {"bas.handle": "<asset0>"})
+
+    def uses():
+        return {use["program"]: use["line"] for use in tasks.uses_of(run, "kohya")}
+
+    assert studio.get("api/runs/toy/exports")[1]["uses"] == tasks.uses_of(run, "kohya")
+    assert uses()["InvokeAI"] == "LoRA toy; a photo of <my-bowl>"
+    assert 'weight_name="toy.safetensors"' in uses()["diffusers"]
+    assert uses()["diffusers"].endswith('"my-bowl.safetensors", token="<asset0>"); "a photo of <asset0>"')
+    shutil.copy(place / "toy.safetensors", place / "toy-lora.safetensors")
+    assert 'weight_name="toy-lora.safetensors"' in uses()["diffusers"]
+    (place / "my-bowl.safetensors").write_text("damaged")
+    assert uses() == {}
+
+
+@pytest.mark.parametrize(
+    ("single", "small", "reasons"),
+    [(None, False, ["whole"]), ("vocabulary", False, ["whole", "vocabulary"]), ("tokens", True, ["tokens"])],
+)
+def test_a_form_that_a_run_cannot_have_names_a_card_of_the_page(studio, run, monkeypatch, single, small, reasons):
+    """And no flag of the command line; never one that the card beside refuses."""
+
+    def plan(_run, _target, form, _prefix):
+        if reason := single if form == "single" else reasons[0]:
+            raise tasks.Unsuited("this is for --format users", reason)
+
+    monkeypatch.setattr(tasks, "plan_export", plan)
+    if not small:
+        (run / "tuned.safetensors").unlink()
+    page = (STATIC / "runs.js").read_text()
+    for row in studio.get("api/runs/toy/exports"):
+        if row["problem"] is None:
+            assert row["form"] == "single"
+            continue
+        assert "--" not in row["problem"]
+        card = row["problem"].split('"')[-2]
+        assert f'"{card}"' in page
+        assert card == ("One file" if single is None else f"The {'run' if small else 'model'} as a folder")
 
 
 def test_runs_are_compared_by_the_settings_that_differ(studio, run):
