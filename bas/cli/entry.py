@@ -14,7 +14,7 @@ from bas import __version__
 from bas.cli.flags import Parser, complete_paths
 from bas.cli.streams import UNREAD, print_error, standard_streams
 from bas.errors import InputError, RunError, did_you_mean, printable
-from bas.io.files import DISK_IS_FULL
+from bas.io.files import DISK_IS_FULL, reason_of
 from bas.runtime.signals import Interrupted
 
 MEMORY_ADVICE = "try --batch_size 1, --precision fp16, or a smaller --height and --width"
@@ -132,7 +132,7 @@ def attempt(argv: list[str]) -> int:
             raise
         too_long = error.errno == errno.ENAMETOOLONG  # then no such file is there, read or written
         advice = ": make room" if error.errno in DISK_IS_FULL else ": name a shorter path" if too_long else ""
-        reason = f"{error.strerror or error}{advice}"
+        reason = f"{reason_of(error)}{advice}"
         print_error(f"{error.filename}: {reason}" if error.filename else reason)
         return 2 if too_long else 1
     except (RuntimeError, MemoryError) as error:

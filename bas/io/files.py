@@ -65,6 +65,19 @@ def human_size(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def lost_link(path: str | Path) -> str | None:
+    """What is wrong with a folder that is a link to nothing. None for all else."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"the link {path} leads to {os.readlink(path)}, which is not there: make that folder, or remove the link"
+    return None
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file or folder could not be written. For a link to nothing the system says only that it exists."""
+    lost = lost_link(error.filename) if error.errno == errno.EEXIST and isinstance(error.filename, str) else None
+    return lost or error.strerror or str(error)
+
+
 def new_folder(name: str) -> Path:
     """Check that a folder is new or empty and can be written; the first file that is saved makes it.
 
@@ -80,7 +93,7 @@ def new_folder(name: str) -> Path:
         for place in made:
             place.rmdir()
     except OSError as error:
-        raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from None
+        raise InputError(f"cannot write to --output_dir {folder}: {reason_of(error)}") from None
     if used:
         raise InputError(f"--output_dir {folder} is not empty: name a new folder")
     return folder
@@ -88,6 +101,8 @@ def new_folder(name: str) -> Path:
 
 def require_writable(path: Path, flag: str, advice: str = "name another") -> Path:
     """Return the innermost folder of a path that exists. InputError, naming `flag`, if it is read-only."""
+    if lost := next(filter(None, map(lost_link, (path, *path.parents))), None):
+        raise InputError(f"cannot write to {flag} {path}: {lost}")
     existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
     if not os.access(existing, os.W_OK):
         raise InputError(f"cannot write to {flag} {path}: {existing} is read-only for you, {advice}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from bas.errors import InputError
-from bas.io.files import check_length
+from bas.io.files import check_length, reason_of
 from bas.io.json_files import read_record
 from bas.io.run_files import (
     CHECKPOINTS,
@@ -72,7 +72,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             _remove_empty(made)
-            raise InputError(f"cannot write to --output_dir {folder}: {error.strerror}") from error
+            raise InputError(f"cannot write to --output_dir {folder}: {reason_of(error)}") from error
         log.warning("%s cannot be locked (%s): let no second run write to it", folder, error.strerror)
     try:
         yield

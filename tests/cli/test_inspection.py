@@ -196,6 +196,12 @@ def test_what_is_no_model_says_why(name, content, problem, tmp_path):
     assert problem in facts["problem"]
 
 
+def test_an_empty_name_is_refused(capsys):
+    """A shell variable that is not set, rather than the machine."""
+    assert main(["info", ""]) == 2
+    assert "the model's name is empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["pipe", "pipe.png", "pipe.safetensors"])
 def test_a_pipe_is_not_opened(name, tmp_path):
     """That would wait for ever."""

@@ -299,6 +299,24 @@ def test_an_array_is_written_as_a_whole_or_not_at_all(tmp_path):
     assert np.array_equal(np.load(path), values)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "{scene}", "--weights", "{model}", "--output_dir", "{link}"],
+        ["paint", "{scene}", "--output_dir", "{link}"],
+        ["sample", "{model}", "--prompt", "x", "--num_inference_steps", "1", "--output_path", "{link}/a.png"],
+    ],
+)
+def test_a_link_that_leads_nowhere_is_told(bench, tmp_path, capsys, words):
+    """Of such a folder the system says only that it exists."""
+    link, target = tmp_path / "link", tmp_path / "unplugged" / "runs"
+    link.symlink_to(target)
+    place = {"scene": bench.scene, "model": bench.model, "link": link}
+    assert main([word.format(**place) for word in words]) in (1, 2)
+    said = capsys.readouterr().err
+    assert f"the link {link} leads to {target}, which is not there: make that folder, or remove the link" in said
+
+
 def test_a_path_with_the_null_character_is_refused():
     with pytest.raises(InputError, match="holds a character that no path can have: rename it"):
         check_length(Path("a\0b.png"), "--output_path")

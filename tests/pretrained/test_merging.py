@@ -88,7 +88,7 @@ def test_a_joined_adapter_has_the_sum_of_the_ranks_and_a_convolution_its_kernel(
         assert abs(float((nearest.delta() - total).norm() - values[2:].norm())) < 1e-5  # Eckart and Young
 
 
-def test_a_prompt_gives_what_its_own_run_gives(place, tmp_path):
+def test_a_prompt_gives_what_its_own_run_gives(place, tmp_path, caplog):
     """Two runs with <asset0> become two handles; with the other run off, each predicts as in its own run, to 5e-6."""
     for factors, run, old, new in (
         (("1", "0"), "toys", "a photo of <asset0> and <asset1>", "a photo of <toys-asset0> and <asset1>"),
@@ -96,6 +96,10 @@ def test_a_prompt_gives_what_its_own_run_gives(place, tmp_path):
     ):
         target = tmp_path / run
         assert merge(place, "toys", "mugs", "--weights", *factors, "--output_dir", str(target)) == 0
+        off = {"toys": "mugs", "mugs": "toys"}[run]
+        line = f"{place / off} counts with --weights 0: of what it learnt only its handles' embeddings are left"
+        assert [text for text in caplog.messages if "--weights" in text] == [line]
+        caplog.clear()
         models = load(target)
         assert models.handles == ("<toys-asset0>", "<asset1>", "<mugs-asset0>")
         assert (prediction(models, new) - prediction(load(place / run), old)).abs().max() < 5e-6

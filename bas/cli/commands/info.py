@@ -25,7 +25,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the description."""
-    if args.path:
+    if args.path is not None:
         path = find(args.path)
         details = {"path": str(path), **describe(path, not args.no_hash, args.prediction_type, find_base(args))}
     else:

@@ -1,6 +1,7 @@
 """Merge small runs into one with the concepts of all, or one small run into its base as a whole model."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -16,6 +17,8 @@ from bas.pretrained.folder import load, save_model
 from bas.pretrained.hub import find
 from bas.pretrained.merging import merge_runs, read_sources
 from bas.runtime.device import DTYPES
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = (
     "bas merge runs/toys runs/mugs --output_dir runs/both",
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
     if len(weights) != len(paths):
         raise InputError(f"{len(weights)} --weights for {len(paths)} runs: give one for each")
     weights = [check_float("--weights", weight, -STRONGEST, STRONGEST) for weight in weights]
+    for path in (path for path, weight in zip(paths, weights, strict=True) if not weight):
+        log.warning("%s counts with --weights 0: of what it learnt only its handles' embeddings are left", path)
     if args.rank is not None:
         check_int("--rank", args.rank, 1, MAX_RANK)
     folder, sources = new_folder(args.output_dir), read_sources(paths, weights, args.rename, find_base(args))
