@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
+        return super().forward(input) + self.lora_B(self.scale * self.lora_A(input))  # scaled where it is small
 
 
 class AdaptedConv2d(nn.Conv2d):
@@ -53,7 +53,7 @@ class AdaptedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(b, in, h, w) -> (b, out, h', w')"""
-        return super().forward(input) + self.scale * self.lora_B(self.lora_A(input))
+        return super().forward(input) + self.lora_B(self.scale * self.lora_A(input))  # scaled where it is small
 
 
 class TokenLinear(AdaptedLinear):
@@ -72,7 +72,8 @@ class TokenLinear(AdaptedLinear):
         """(..., in + N) -> (..., out)"""
         states, marks = input[..., : self.in_features], input[..., self.in_features :]
         each = [marks[..., i : i + 1].expand(*marks.shape[:-1], rank) for i, rank in enumerate(self.ranks)]
-        return nn.Linear.forward(self, states) + self.scale * self.lora_B(self.lora_A(states) * torch.cat(each, dim=-1))
+        low = self.scale * self.lora_A(states) * torch.cat(each, dim=-1)
+        return nn.Linear.forward(self, states) + self.lora_B(low)
 
 
 Adapted = AdaptedLinear | AdaptedConv2d
