@@ -47,8 +47,12 @@ def test_a_scene_is_labelled_where_its_objects_are():
 
 
 def test_percentages_by_hand():
-    """One of five readings is right: others miss shape, colour, place or most of the object; of two pairs one."""
-    star, mug = Object("star", "red"), Object("mug", "blue")
+    """One of five readings is right: others miss shape, colour, place or most of the object; of two pairs one.
+
+    Of three images of three objects one is right, and two are in their place.
+    """
+    star, mug, ball = Object("star", "red"), Object("mug", "blue"), Object("ball", "green")
+    colours = {"star": "red", "mug": "blue", "ball": "green"}
     right = Reading("beach", {"star": 10}, {"star": "red"})
     readings = [
         right,
@@ -58,15 +62,21 @@ def test_percentages_by_hand():
         Reading("beach", {"star": 4, "mug": 3, "ball": 3}, {"star": "red", "mug": "blue", "ball": "red"}),
         Reading("snow", {"star": 8, "mug": 2}, {"star": "red", "mug": "blue"}),
         Reading("snow", {"star": 9, "mug": 1}, {"star": "red", "mug": "blue"}),  # too little of the mug
+        Reading("jungle", {"star": 5, "mug": 5, "ball": 5}, colours),
+        Reading("jungle", {"star": 5, "mug": 5}, colours),
+        Reading("snow", {"star": 5, "mug": 5, "ball": 5}, colours | {"ball": "blue"}),
     ]
     layouts = [Layout((star,), "beach", seed=0)] * 5 + [Layout((star, mug), "snow", seed=0)] * 2
+    layouts += [Layout((star, mug, ball), "jungle", seed=0)] * 3
     assert score(layouts, readings) == {
         "shape": 80.0,
         "colour": 80.0,
         "place": 80.0,
         "all three": 20.0,
         "both of two": 50.0,
+        "three of three": 33.3,
         "place of two": 100.0,
+        "place of three": 66.7,
     }
 
 

@@ -165,9 +165,10 @@ def recognise_images(recogniser: Recogniser, images) -> list[Reading]:
 
 
 def score(layouts: list[Layout], readings: list[Reading]) -> dict[str, float]:
-    """Percentages: of single objects shape, colour, place and all three; of pairs both right, and the place."""
-    singles = [(x.objects[0], x.background, r) for x, r in zip(layouts, readings, strict=True) if len(x.objects) == 1]
-    pairs = [(x, r) for x, r in zip(layouts, readings, strict=True) if len(x.objects) == 2]
+    """Percentages: of single objects shape, colour, place and all three; of two and three all right, and the place."""
+    read = list(zip(layouts, readings, strict=True))
+    singles = [(layout.objects[0], layout.background, r) for layout, r in read if len(layout.objects) == 1]
+    several = {count: [(layout, r) for layout, r in read if len(layout.objects) == count] for count in (2, 3)}
 
     def percent(hits):
         hits = list(hits)
@@ -178,8 +179,14 @@ def score(layouts: list[Layout], readings: list[Reading]) -> dict[str, float]:
         "colour": percent(r.main is not None and r.colours[r.main] == obj.colour for obj, _, r in singles),
         "place": percent(r.place == place for _, place, r in singles),
         "all three": percent(r.place == place and r.shows(t.shape, t.colour, 0.5) for t, place, r in singles),
-        "both of two": percent(all(r.shows(t.shape, t.colour) for t in layout.objects) for layout, r in pairs),
-        "place of two": percent(r.place == layout.background for layout, r in pairs),
+        **{
+            name: percent(all(r.shows(t.shape, t.colour) for t in layout.objects) for layout, r in several[count])
+            for name, count in (("both of two", 2), ("three of three", 3))
+        },
+        **{
+            name: percent(r.place == layout.background for layout, r in several[count])
+            for name, count in (("place of two", 2), ("place of three", 3))
+        },
     }
 
 
@@ -208,7 +215,9 @@ def main():
     )
     parser.add_argument("--weights", type=Path, default=Path("weights/mini"))
     parser.add_argument("--output_dir", type=Path, required=True, help="recogniser, images, table.md, scores.json")
-    parser.add_argument("--prompts", type=int, default=200, help="prompts with one object, and as many with two")
+    parser.add_argument(
+        "--prompts", type=int, default=200, help="prompts with one object, as many with two, as many with three"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--scenes", type=int, default=24_000, help="scenes the recogniser trains on")
@@ -219,7 +228,7 @@ def main():
     models = bas.load(args.weights, dtype=torch.float32)
 
     rng = np.random.default_rng(SEED)
-    layouts = [compose(rng, 1 + i // args.prompts, two_colours=0) for i in range(2 * args.prompts)]
+    layouts = [compose(rng, 1 + i // args.prompts, two_colours=0) for i in range(3 * args.prompts)]
     originals = [draw(layout, SIDE)[0] for layout in layouts]
     decoded = through_vae(models, originals)
     prompts = [describe(layout) for layout in layouts]
