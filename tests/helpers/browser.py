@@ -44,6 +44,8 @@ class Browser:
         for each in (*ours, *theirs):
             os.close(each)
         self.count, self.buffer, self.session = itertools.count(1), b"", None
+        self.asked: list[str] = []  # kinds of the dialogs that have opened
+        self.agrees = True  # what each is answered
         self.problems: list[str] = []  # errors in the console, and requests to anywhere else than the page's server
         (page,) = (t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self._attach(page["targetId"])
@@ -73,6 +75,15 @@ class Browser:
 
     def send(self, method: str, **parameters) -> dict:
         """One command; returns its result."""
+        number = self._write(method, parameters)
+        while True:
+            message = self._receive()
+            if message.get("id") == number:
+                assert "error" not in message, (method, message["error"])
+                return message["result"]
+            self._note(message)
+
+    def _write(self, method: str, parameters: dict) -> int:
         number = next(self.count)
         command = {"id": number, "method": method, "params": parameters}
         if self.session:
@@ -80,12 +91,7 @@ class Browser:
         left = memoryview(json.dumps(command).encode() + b"\0")
         while left:  # a pipe may take a part of a long command
             left = left[os.write(self.sink, left) :]
-        while True:
-            message = self._receive()
-            if message.get("id") == number:
-                assert "error" not in message, (method, message["error"])
-                return message["result"]
-            self._note(message)
+        return number
 
     def _receive(self) -> dict:
         while b"\0" not in self.buffer:
@@ -98,7 +104,10 @@ class Browser:
 
     def _note(self, message: dict) -> None:
         what, details = message.get("method"), message.get("params", {})
-        if what == "Runtime.exceptionThrown":
+        if what == "Page.javascriptDialogOpening":
+            self.asked.append(details["type"])
+            self._write("Page.handleJavaScriptDialog", {"accept": self.agrees})
+        elif what == "Runtime.exceptionThrown":
             self.problems.append(details["exceptionDetails"].get("exception", {}).get("description", "an exception"))
         elif what == "Log.entryAdded" and details["entry"]["level"] == "error":
             self.problems.append(details["entry"]["text"])
@@ -138,6 +147,20 @@ class Browser:
         for kind, (x, y) in zip(["touchStart", *["touchMove"] * (len(points) - 1)], points, strict=True):
             self.send("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def pinch(self, middle: tuple[float, float], before: float, after: float) -> None:
+        """Put two fingers down so many pixels left and right of a point, move them apart or together, lift them."""
+        (x, y), kinds = middle, ("touchStart", "touchMove", "touchMove")
+        for kind, apart in zip(kinds, (before, (before + after) / 2, after), strict=True):
+            points = [{"x": x - apart, "y": y, "id": 0}, {"x": x + apart, "y": y, "id": 1}]
+            self.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+        self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def drop(self, *paths: Path) -> None:
+        """Drop files and folders in the middle of the window, as from the desktop."""
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.send("Input.dispatchDragEvent", type=kind, x=400, y=300, data=data)
 
     def press(self, key: str, control: bool = False) -> None:
         """One key, with its text unless Control is held or the key has a name, as Tab."""

@@ -11,7 +11,7 @@ export class Away extends Error {} // the server does not answer
 
 const band = () => document.getElementById("band");
 
-export async function ask(method, path, { body, version, raw } = {}) {
+export async function ask(method, path, { body, version, raw, keepalive } = {}) {
   const headers = {};
   if (method !== "GET") headers["Content-Type"] = raw ? "application/octet-stream" : "application/json";
   if (version) headers["If-Match"] = version;
@@ -20,6 +20,7 @@ export async function ask(method, path, { body, version, raw } = {}) {
     answer = await fetch(`api/${path}`, {
       method,
       headers,
+      keepalive,
       body: method === "GET" ? undefined : (raw ?? JSON.stringify(body ?? {})),
     });
   } catch {
@@ -45,15 +46,10 @@ export function upload(file, name, onprogress) {
     request.open("POST", `api/scenes?name=${encodeURIComponent(name)}`);
     request.setRequestHeader("Content-Type", "application/octet-stream");
     request.upload.addEventListener("progress", (event) => onprogress(event.loaded, event.total));
+    request.responseType = "json";
     request.addEventListener("load", () => {
-      let body = {};
-      try {
-        body = JSON.parse(request.responseText);
-      } catch {
-        /* said by the status */
-      }
-      if (request.status === 200) done(body);
-      else failed(new Refused(request.status, body));
+      if (request.status === 200) done(request.response);
+      else failed(new Refused(request.status, request.response ?? {}));
     });
     request.addEventListener("error", () => failed(new Away("bas studio does not answer, or the file is too large")));
     request.send(file);

@@ -1,6 +1,7 @@
 // Home: bring photographs; scenes and runs.
 import { address, get, send, thumbOf, upload } from "./api.js";
 import { button, deleted, duration, h, link, plural, problem, progress, put, quiet } from "./dom.js";
+import { packed } from "./folders.js";
 import { queue } from "./queue.js";
 
 export const STATES = {
@@ -21,6 +22,7 @@ export async function open(main, _rest, studio) {
   const notices = h("div", { class: "stack" }),
     scenes = h("div", { class: "cards" }),
     runs = h("div", { class: "cards" }),
+    unnamed = h("div"),
     work = queue(studio);
   const rows = h("ul", { class: "files" }),
     bin = h("details", { id: "trash", ontoggle: listTrash }, h("summary", {}, "Trash"), rows);
@@ -32,10 +34,10 @@ export async function open(main, _rest, studio) {
     tabIndex: -1,
     "aria-hidden": "true",
     id: "files",
-  });
-  files.addEventListener("change", () => {
-    bring([...files.files]);
-    files.value = "";
+    onchange: () => {
+      bring([...files.files]);
+      files.value = "";
+    },
   });
   const drop = h(
     "section",
@@ -47,16 +49,27 @@ export async function open(main, _rest, studio) {
       button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" }),
     ),
-    quiet("or paste one. One photograph that shows the things you want to learn is enough."),
+    quiet("or paste one. One photograph that shows the things you want to learn is enough. Or drop a scene's folder."),
     files,
   );
-  put(main, h("h1", {}, "Home"), drop, notices, work.sections, h("h2", {}, "Scenes"), scenes, h("h2", {}, "Runs"), runs, bin);
+  put(
+    main,
+    h("h1", {}, "Home"),
+    drop,
+    notices,
+    work.sections,
+    h("h2", {}, "Scenes"),
+    scenes,
+    h("h2", {}, "Runs"),
+    runs,
+    unnamed,
+    bin,
+  );
   for (const place of [scenes, runs]) put(place, quiet("Looking …"));
 
-  for (const kind of ["dragenter", "dragover"]) main.addEventListener(kind, over);
-  main.addEventListener("dragleave", out);
-  main.addEventListener("drop", dropped);
-  addEventListener("paste", pasted);
+  const left = new AbortController();
+  for (const [kind, act] of Object.entries({ dragenter: over, dragover: over, dragleave: out, drop: dropped, paste: pasted }))
+    (act === pasted ? window : main).addEventListener(kind, act, { signal: left.signal });
   function over(event) {
     event.preventDefault();
     drop.classList.add("over");
@@ -67,28 +80,31 @@ export async function open(main, _rest, studio) {
   function dropped(event) {
     event.preventDefault();
     drop.classList.remove("over");
-    bring([...event.dataTransfer.files]);
+    const items = [...event.dataTransfer.items].filter(({ kind }) => kind === "file");
+    bring(items.map((item) => [item.webkitGetAsEntry()].find((entry) => entry?.isDirectory) ?? item.getAsFile()));
   }
   function pasted(event) {
     const found = [...(event.clipboardData?.files ?? [])];
     if (found.length) bring(found);
   }
 
+  // list: photographs, and folders of scenes
   async function bring(list) {
     let made = null;
-    for (const file of list) {
-      const bar = h("p", { class: "row" }, `Reading ${file.name} …`),
+    for (const each of list) {
+      const bar = h("p", { class: "row" }, `Reading ${each.name} …`),
         line = h("div", { class: "card" }, bar);
       notices.append(line);
       try {
-        made = await upload(file, file.name.replace(/\.[^.]*$/, ""), (done, total) =>
-          put(bar, `Bringing ${file.name} `, progress(done, total, file.name)),
+        const body = each.isDirectory ? await packed(each) : each;
+        made = await upload(body, each.name.replace(/\.[^.]*$/, ""), (done, total) =>
+          put(bar, `Bringing ${each.name} `, progress(done, total, each.name)),
         );
         line.remove();
       } catch (error) {
         line.replaceWith(
           problem(
-            `${file.name} cannot be used`,
+            `${each.name} cannot be used`,
             error.message,
             button("Close", (event) => event.target.closest(".card").remove()),
           ),
@@ -151,16 +167,14 @@ export async function open(main, _rest, studio) {
     }
   }
 
+  const picture = (src, to) =>
+    link([h("img", { src, alt: "", loading: "lazy" })], to, { class: "picture", tabIndex: -1, "aria-hidden": "true" });
+  const deleting = (kind, name) => button("Delete", () => remove(kind, name), { class: "plain", "aria-label": `Delete ${name}` });
+
   function sceneCard(scene) {
     const to = encodeURIComponent(scene.name);
     if (scene.problem) {
-      return h(
-        "article",
-        { class: "card bad" },
-        h("h3", {}, scene.name),
-        h("p", {}, scene.problem),
-        button("Delete", () => remove("scene", scene.name)),
-      );
+      return h("article", { class: "card bad" }, h("h3", {}, scene.name), h("p", {}, scene.problem), deleting("scene", scene.name));
     }
     const ready = scene.concepts > 0 && scene.painted === scene.concepts;
     const state = ready
@@ -171,11 +185,7 @@ export async function open(main, _rest, studio) {
     return h(
       "article",
       { class: "card scene" },
-      link([h("img", { src: `api/scenes/${to}/view?side=320&v=${scene.version}`, alt: "", loading: "lazy" })], `#/masks/${to}`, {
-        class: "picture",
-        tabIndex: -1,
-        "aria-hidden": "true",
-      }),
+      picture(`api/scenes/${to}/view?side=320&v=${scene.version}`, `#/masks/${to}`),
       h("h3", {}, scene.name),
       h("p", { class: ready ? "good" : "quiet" }, state),
       h(
@@ -186,7 +196,7 @@ export async function open(main, _rest, studio) {
           "aria-label": `${ready ? "Train" : "Paint"} ${scene.name}`,
         }),
         ready && link("Masks", `#/masks/${to}`, { class: "button", "aria-label": `Masks of ${scene.name}` }),
-        button("Delete", () => remove("scene", scene.name), { class: "plain", "aria-label": `Delete ${scene.name}` }),
+        deleting("scene", scene.name),
       ),
     );
   }
@@ -194,17 +204,13 @@ export async function open(main, _rest, studio) {
   function runCard(run) {
     const to = encodeURIComponent(run.name),
       busy = ["running", "waiting", "elsewhere"].includes(run.state),
-      done = run.state === "done";
+      done = run.state === "done",
+      room = `#/${done ? "draw" : "watch"}/${to}`;
     const left = run.progress?.left;
     return h(
       "article",
       { class: `card run ${["failed", "lost", "refused", "damaged"].includes(run.state) ? "bad" : ""}` },
-      run.cover &&
-        link([h("img", { src: thumbOf(run.name, run.cover), alt: "", loading: "lazy" })], `#/${done ? "draw" : "watch"}/${to}`, {
-          class: "picture",
-          tabIndex: -1,
-          "aria-hidden": "true",
-        }),
+      run.cover && picture(thumbOf(run.name, run.cover), room),
       h("h3", {}, run.name),
       busy
         ? [
@@ -222,12 +228,12 @@ export async function open(main, _rest, studio) {
       h(
         "p",
         { class: "row" },
-        link(done ? "Draw" : "Watch", `#/${done ? "draw" : "watch"}/${to}`, {
+        link(done ? "Draw" : "Watch", room, {
           class: "button main",
           "aria-label": `${done ? "Draw with" : "Watch"} ${run.name}`,
         }),
         done && link("Take away", `#/runs/${to}`, { class: "button", "aria-label": `Take away ${run.name}` }),
-        !busy && button("Delete", () => remove("run", run.name), { class: "plain", "aria-label": `Delete ${run.name}` }),
+        !busy && deleting("run", run.name),
       ),
     );
   }
@@ -241,13 +247,9 @@ export async function open(main, _rest, studio) {
           ? state.scenes.map(sceneCard)
           : quiet("No scene yet. A scene is a photograph with a mask for each thing."),
       );
+      put(unnamed, state.unnamed && problem("Folders that are not shown", state.unnamed));
       put(runs, state.runs.length ? state.runs.map(runCard) : quiet("No run yet. A run is what training makes of a scene."));
     },
-    leave() {
-      removeEventListener("paste", pasted);
-      for (const kind of ["dragenter", "dragover"]) main.removeEventListener(kind, over);
-      main.removeEventListener("dragleave", out);
-      main.removeEventListener("drop", dropped);
-    },
+    leave: () => left.abort(),
   };
 }

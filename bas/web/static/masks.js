@@ -1,26 +1,22 @@
 // Masks: paint each concept, name it; every stroke is saved.
-import { Away, Refused, address, ask, get, send } from "./api.js";
-import { button, emptyRoom, h, link, percent, problem, put, quiet, remember, remembered, rgb, speak, warning } from "./dom.js";
+import { Away, address, get, send } from "./api.js";
+import { button, emptyRoom, h, link, percent, put, quiet, remember, remembered, rgb, speak, warning } from "./dom.js";
 import { Painter } from "./painter.js";
 import { gridsOf } from "./grids.js";
 import { proposals } from "./propose.js";
-import { Mask } from "./tiles.js";
+import { saver } from "./saving.js";
 
-const REST = 250; // milliseconds after a stroke before it is sent
+const REST = 250; // milliseconds after a save before the masks are checked
 
 export async function open(main, [name], studio) {
   if (!name) return emptyRoom(main, "Masks", "Bring a photograph first", "Then paint over each thing that you want to learn.");
   const models = await get("segmenters");
-  let scene = await get(address("scenes", name)),
-    active = 0,
-    masks = [],
-    chain = Promise.resolve(),
+  let active = 0,
     notes = [],
     waiting = null,
     checked = 0;
   const opened = Date.now(),
-    dirty = new Map(); // mask -> keys of squares that are not saved yet
-  const base = address("scenes", name);
+    base = address("scenes", name);
   const status = h("span", { class: "saved", role: "status" }),
     notices = h("div", { class: "stack" });
   const list = h("ol", { class: "concepts" }),
@@ -28,38 +24,39 @@ export async function open(main, [name], studio) {
     next = h("div", { class: "next" });
   const grids = h("div", { class: "grids" }),
     seen = h("details", {}, h("summary", {}, "What the losses see"), grids);
+  const saving = await saver(base, notices, { say, named, done, reopen: studio.open, merging });
+  const { concepts, scene } = saving,
+    colour = (place) => scene().concepts[place]?.colour ?? "#888888";
   seen.open = remembered("seen", false);
-  seen.addEventListener("toggle", () => {
+  seen.ontoggle = () => {
     remember("seen", seen.open);
     check();
-  });
+  };
 
   const proposal = proposals(name, models, studio, {
-    word: () => scene.concepts[active]?.word,
+    word: () => concepts[active]?.word,
     take: (mask) => {
-      if (masks[active]) painter.replace(masks[active], mask);
+      if (concepts[active]) painter.replace(concepts[active].mask, mask);
     },
     draw: () => painter.stage.draw(),
   });
   const painter = new Painter(`Photograph ${name}`, {
-    target: () => !proposal.mask && masks[active] && { mask: masks[active] },
+    target: () => !proposal.mask && concepts[active],
     click: models.sam ? null : proposal.click,
     layers: () =>
-      masks.map((mask, i) => ({
+      concepts.map(({ mask }, i) => ({
         mask: (i === active && proposal.mask) || mask,
-        colour: rgb(scene.concepts[i]?.colour ?? "#888888"),
+        colour: rgb(colour(i)),
         strength: i === active ? 1 : 0.7,
       })),
     part: (box, side) => `api/${base}/view?box=${box.join(",")}&side=${side}&v=${opened}`,
     changed(mask, keys) {
       if (proposal.mask) proposal.drop();
-      const place = masks.indexOf(mask);
+      const place = concepts.findIndex((concept) => concept.mask === mask);
       if (place < 0) return;
-      for (const key of keys) (dirty.get(mask) ?? dirty.set(mask, new Set()).get(mask)).add(key);
+      for (const key of keys) concepts[place].squares.add(key);
       showShare(place);
-      say("saving …");
-      clearTimeout(waiting);
-      waiting = setTimeout(save, REST);
+      saving.touch();
     },
   });
 
@@ -85,185 +82,107 @@ export async function open(main, [name], studio) {
       ),
     ),
   );
-  painter.load(`api/${base}/view?v=${opened}`, scene.width, scene.height);
-  await loadMasks();
-  if (!scene.concepts.length) await change(() => [{ from: null, handle: "<asset0>", word: null }]);
+  painter.load(`api/${base}/view?v=${opened}`, scene().width, scene().height);
+  if (!concepts.length) saving.add();
   drawList();
-  say("saved ✓");
-  check();
+  await saving.touch();
 
   function say(text, bad = false) {
     status.textContent = text;
     status.classList.toggle("bad", bad);
   }
 
-  async function loadMasks() {
-    masks = await Promise.all(
-      scene.concepts.map(async (_, i) => Mask.unpack(await (await ask("GET", `${base}/masks/${i}`)).arrayBuffer())),
-    );
+  function named() {
+    [...list.children].forEach((item, place) => item.style.setProperty("--colour", colour(place)));
     painter.stage.draw();
   }
 
-  // Everything that changes the scene goes through one chain, in order, each with the version that the last one left.
-  function inOrder(work) {
-    chain = chain.then(work, work);
-    return chain;
+  function done() {
+    const wrong = concepts.some((concept) => concept.wrong);
+    say(wrong ? "not saved: a handle" : "saved ✓", wrong);
+    drawNext();
+    clearTimeout(waiting);
+    waiting = setTimeout(check, REST);
   }
 
-  function save() {
-    return inOrder(async () => {
-      for (const [mask, keys] of dirty) {
-        const place = masks.indexOf(mask),
-          sent = [...keys];
-        if (place < 0) {
-          dirty.delete(mask);
-          continue;
-        }
-        dirty.delete(mask);
-        try {
-          const raw = await mask.pack(sent);
-          scene = await (await ask("PATCH", `${base}/masks/${place}`, { raw, version: scene.version })).json();
-        } catch (error) {
-          const again = dirty.get(mask) ?? dirty.set(mask, new Set()).get(mask);
-          sent.forEach((key) => again.add(key));
-          return failed(error);
-        }
-      }
-      say("saved ✓");
-      drawNext();
-      check();
-    });
+  function merging(change) {
+    const chosen = concepts[active];
+    painter.cancel();
+    for (const { mask } of concepts) painter.history.forget(mask);
+    change();
+    active = Math.max(0, concepts.indexOf(chosen));
+    drawList();
+    painter.show();
   }
 
-  function failed(error) {
-    if (error instanceof Away) {
-      say("not saved: bas studio does not answer", true);
-      clearTimeout(waiting);
-      waiting = setTimeout(save, 1500);
-    } else if (error instanceof Refused && error.status === 412) {
-      say("not saved", true);
-      put(
-        notices,
-        problem(
-          "This scene was changed elsewhere",
-          "Another page or program has saved it since.",
-          button(
-            "Show what is there",
-            () => {
-              dirty.clear();
-              studio.open();
-            },
-            { class: "main" },
-          ),
-          button("Keep mine", async () => {
-            put(notices);
-            scene.version = (await get(address("scenes", name))).version;
-            save();
-          }),
-        ),
-      );
-    } else {
-      say("not saved", true);
-      put(
-        notices,
-        problem(
-          "The masks are not saved",
-          error.message,
-          button("Try again", () => {
-            put(notices);
-            save();
-          }),
-        ),
-      );
-    }
+  function add() {
+    saving.add();
+    active = concepts.length - 1;
+    drawList();
+    list.children[active].querySelector("input").focus();
+    saving.touch();
   }
 
-  // Names, order, new and removed concepts. make(): the rows as the server takes them, from what is saved by then
-  function change(make) {
-    return inOrder(async () => {
-      const rows = make();
-      scene = await send("PATCH", base, { concepts: rows }, { version: scene.version });
-      const before = masks;
-      masks = rows.map((row) => (row.from === null ? new Mask(scene.width, scene.height) : before[row.from]));
-      painter.stage.draw();
-      say("saved ✓");
-      drawNext();
-      check();
-    });
+  function remove(concept) {
+    if (concept.mask.tiles.size && !confirm(`Remove ${concept.handle} with its mask?`)) return;
+    painter.history.forget(concept.mask);
+    concepts.splice(concepts.indexOf(concept), 1);
+    active = Math.max(0, Math.min(active, concepts.length - 1));
+    drawList();
+    painter.show();
+    saving.touch();
   }
 
-  const rows = () => scene.concepts.map(({ handle, word }, i) => ({ from: i, handle, word }));
+  const taken = (concept, handle) => concepts.some((each) => each !== concept && each.handle === handle);
 
-  async function add() {
-    await save();
-    let number = 0;
-    while (scene.concepts.some(({ handle }) => handle === `<asset${number}>`)) number++;
-    try {
-      await change(() => [...rows(), { from: null, handle: `<asset${number}>`, word: null }]);
-      active = scene.concepts.length - 1;
-      drawList();
-      list.querySelectorAll("li")[active].querySelector("input").focus();
-    } catch (error) {
-      failed(error);
-    }
+  // A word makes a handle of its letters, without accents, where nobody has chosen another.
+  function call(concept, item, text) {
+    concept.word = text.trim() || null;
+    const plain =
+        text
+          .normalize("NFD")
+          .replace(/\p{M}/gu, "")
+          .toLowerCase()
+          .match(/[\w-]+/g) ?? [],
+      own = plain.join("-").slice(0, 32);
+    if (/^<asset\d+>$/.test(concept.handle) && !concept.wrong && /[a-z]/.test(own) && !taken(concept, `<${own}>`))
+      rename(concept, item, own);
+    else saving.touch();
   }
 
-  async function removeAt(place) {
-    if (masks[place].tiles.size && !confirm(`Remove ${scene.concepts[place].handle} with its mask?`)) return;
-    await save();
-    painter.history.forget(masks[place]);
-    try {
-      await change(() => rows().filter((_, i) => i !== place));
-      active = Math.max(0, Math.min(active, scene.concepts.length - 1));
-      drawList();
-      painter.show();
-      painter.stage.draw();
-    } catch (error) {
-      failed(error);
-    }
-  }
-
-  async function rename(place, item) {
-    const [word, handle] = [...item.querySelectorAll("input")].map((field) => field.value.trim()),
-      now = scene.concepts[place];
-    let wanted = handle || now.handle;
-    if (!wanted.startsWith("<")) wanted = `<${wanted}>`;
-    const untouched = /^<asset\d+>$/.test(now.handle) && wanted === now.handle,
-      own = `<${word.toLowerCase().replace(/[^\w-]+/g, "-")}>`;
-    if (untouched && word && word !== now.word && !scene.concepts.some((other) => other.handle === own)) wanted = own;
-    if (wanted === now.handle && (word || null) === now.word) return;
-    const error = item.querySelector(".error");
-    try {
-      await change(() => rows().map((row, i) => (i === place ? { ...row, handle: wanted, word: word || null } : row)));
-      error.textContent = "";
+  function rename(concept, item, text) {
+    const wanted = `<${text.trim().replace(/^<|>$/g, "") || concept.handle.slice(1, -1)}>`;
+    concept.wrong = !/^<[\w-]{1,32}>$/.test(wanted)
+      ? `${wanted}: expected <name> with 1 to 32 letters, digits, _ or -`
+      : taken(concept, wanted) && `two concepts are called ${wanted}: give one another name`;
+    item.querySelector(".error").textContent = concept.wrong || "";
+    if (concept.wrong) speak(concept.wrong);
+    else {
+      concept.handle = wanted;
       item.querySelectorAll("input")[1].value = wanted;
       item.querySelector(".remove").setAttribute("aria-label", `Remove ${wanted}`);
-    } catch (problem) {
-      if (problem instanceof Refused && problem.status === 422) {
-        error.textContent = problem.message;
-        speak(problem.message);
-      } else failed(problem);
     }
+    saving.touch();
   }
 
   function drawList() {
     put(
       list,
-      scene.concepts.map((concept, place) => {
-        const item = h("li", { style: { "--colour": concept.colour } });
-        const field = (value, text, hint) => {
-          const input = h("input", {
+      concepts.map((concept, place) => {
+        const item = h("li", { style: { "--colour": colour(place) }, onpointerdown: () => choose(place) });
+        concept.wrong = "";
+        const field = (value, text, hint, changed) =>
+          h("input", {
             value: value ?? "",
             placeholder: hint,
             "aria-label": `${text} of concept ${place + 1}`,
             autocapitalize: "off",
             autocomplete: "off",
             spellcheck: false,
+            maxLength: 100,
+            onchange: ({ target }) => changed(concept, item, target.value),
+            onfocus: () => choose(place),
           });
-          input.addEventListener("change", () => rename(place, item));
-          input.addEventListener("focus", () => choose(place));
-          return input;
-        };
         put(
           item,
           button(String(place + 1), () => choose(place), {
@@ -271,23 +190,22 @@ export async function open(main, [name], studio) {
             "aria-label": `Paint concept ${place + 1}`,
             "aria-pressed": place === active,
           }),
-          h("label", {}, h("span", {}, "It is a"), field(concept.word, "Word", "rabbit")),
-          h("label", {}, h("span", {}, "Handle"), field(concept.handle, "Handle", "<rabbit>")),
+          h("label", {}, h("span", {}, "It is a"), field(concept.word, "Word", "rabbit", call)),
+          h("label", {}, h("span", {}, "Handle"), field(concept.handle, "Handle", "<rabbit>", rename)),
           h("span", { class: "share number" }),
-          button("Clear", () => painter.clear(masks[place]), {
+          button("Clear", () => painter.clear(concept.mask), {
             class: "plain",
             "aria-label": `Clear the mask of concept ${place + 1}`,
           }),
-          button("×", () => removeAt(place), { class: "plain remove", title: "Remove", "aria-label": `Remove ${concept.handle}` }),
+          button("×", () => remove(concept), { class: "plain remove", title: "Remove", "aria-label": `Remove ${concept.handle}` }),
           h("span", { class: "error", role: "alert" }),
           h("div", { class: "stack notes" }),
         );
-        item.addEventListener("pointerdown", () => choose(place));
         return item;
       }),
     );
     choose(active);
-    scene.concepts.forEach((_, place) => showShare(place));
+    concepts.forEach((_, place) => showShare(place));
     drawNotes();
     drawNext();
   }
@@ -303,22 +221,22 @@ export async function open(main, [name], studio) {
   }
 
   function showShare(place) {
-    const item = list.children[place];
-    if (item) item.querySelector(".share").textContent = masks[place].tiles.size ? percent(masks[place].share()) : "not painted";
+    const { mask } = concepts[place];
+    list.children[place].querySelector(".share").textContent = mask.tiles.size ? percent(mask.share()) : "not painted";
     nameStage();
   }
 
   function nameStage() {
-    const concept = scene.concepts[active];
+    const concept = concepts[active];
     const text = concept
-      ? `Mask of ${concept.handle}, ${percent(masks[active]?.share() ?? 0)} of the photograph ${name}`
+      ? `Mask of ${concept.handle}, ${percent(concept.mask.share())} of the photograph ${name}`
       : `Photograph ${name}`;
     painter.stage.root.setAttribute("aria-label", text);
   }
 
   function drawNext() {
-    const empty = masks.filter((mask) => !mask.share()).length,
-      total = masks.length;
+    const empty = concepts.filter(({ mask }) => !mask.share()).length,
+      total = concepts.length;
     const ready = total > 0 && !empty;
     put(
       next,
@@ -339,7 +257,7 @@ export async function open(main, [name], studio) {
     const mine = ++checked;
     let found = { concepts: [], notes: [] };
     try {
-      if (masks.some((mask) => mask.share()))
+      if (concepts.some(({ mask }) => mask.share()))
         found = await send("POST", "check", { scene: name, base: remembered("base", "mini") });
     } catch (error) {
       if (error instanceof Away) return;
@@ -348,13 +266,13 @@ export async function open(main, [name], studio) {
     if (mine !== checked) return;
     notes = found.notes;
     drawNotes();
-    if (seen.open) put(grids, gridsOf(found, scene.concepts));
+    if (seen.open) put(grids, gridsOf(found, scene().concepts));
   }
 
   // Each line of the check stands beside the mask that it is about, or below the list.
   function drawNotes() {
     const about = (concept) => notes.filter(({ handle }) => handle === concept).map(({ text, bad }) => warning(text, bad));
-    [...list.children].forEach((item, place) => put(item.querySelector(".notes"), about(scene.concepts[place]?.handle)));
+    [...list.children].forEach((item, place) => put(item.querySelector(".notes"), about(concepts[place]?.handle)));
     put(advice, about(null));
   }
 
@@ -362,13 +280,13 @@ export async function open(main, [name], studio) {
     key(event, typing) {
       if (event.target === painter.stage.root && proposal.key(event)) return;
       if (painter.key(event, typing) || event.target !== painter.stage.root) return;
-      if (/^[1-9]$/.test(event.key) && masks[event.key - 1]) choose(event.key - 1);
+      if (/^[1-9]$/.test(event.key) && concepts[event.key - 1]) choose(event.key - 1);
     },
     update: proposal.update,
     async leave() {
       proposal.drop();
       clearTimeout(waiting);
-      if (dirty.size) await save();
+      await saving.leave();
       painter.stage.close();
     },
   };

@@ -72,6 +72,8 @@ export function proposals(scene, models, studio, { word, take, draw }) {
     try {
       job = (await send("POST", "jobs", { kind: "masks", scene, threshold: Number(threshold.value), ...prompt })).id;
       await studio.refresh();
+      // The job may have ended before its name was known here.
+      update(studio.state);
     } catch (error) {
       failed(error.message);
     }
@@ -108,6 +110,19 @@ export function proposals(scene, models, studio, { word, take, draw }) {
     take(found);
   }
 
+  function update(state) {
+    const found = job && state.jobs.find((each) => each.id === job);
+    if (!found) return;
+    if (found.state === "waiting") waits("Waiting for what is at work …");
+    else if (found.state === "running") waits("Proposing …");
+    else if (found.state === "lost") waits("It gives no sign: it was killed, or it starts slowly.");
+    else {
+      job = null;
+      if (found.state === "done") show(found.id);
+      else failed(found.line);
+    }
+  }
+
   return {
     box,
     status,
@@ -126,17 +141,6 @@ export function proposals(scene, models, studio, { word, take, draw }) {
       else return false;
       return true;
     },
-    update(state) {
-      const found = job && state.jobs.find((each) => each.id === job);
-      if (!found) return;
-      if (found.state === "waiting") waits("Waiting for what is at work …");
-      else if (found.state === "running") waits("Proposing …");
-      else if (found.state === "lost") waits("It gives no sign: it was killed, or it starts slowly.");
-      else {
-        job = null;
-        if (found.state === "done") show(found.id);
-        else failed(found.line);
-      }
-    },
+    update,
   };
 }

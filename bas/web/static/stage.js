@@ -38,8 +38,8 @@ export class Stage {
   load(source, width, height) {
     Object.assign(this, { width, height });
     this.image.src = source;
-    this.image.style.setProperty("width", `${width}px`);
-    this.image.style.setProperty("height", `${height}px`);
+    this.image.style.width = `${width}px`;
+    this.image.style.height = `${height}px`;
     this.fitted = true;
     this.resize();
   }
@@ -67,8 +67,8 @@ export class Stage {
       const [left, top, right, bottom] = box;
       this.detail.hidden = true;
       this.part = box;
-      this.detail.style.setProperty("width", `${right - left}px`);
-      this.detail.style.setProperty("height", `${bottom - top}px`);
+      this.detail.style.width = `${right - left}px`;
+      this.detail.style.height = `${bottom - top}px`;
       this.detail.src = this.hooks.part(box, Math.ceil(Math.max(w, t) * this.ratio));
       this.placeDetail();
     }, 200);
@@ -77,10 +77,7 @@ export class Stage {
   placeDetail() {
     if (!this.part) return;
     const [left, top] = this.part;
-    this.detail.style.setProperty(
-      "transform",
-      `translate(${this.x + left * this.scale}px, ${this.y + top * this.scale}px) scale(${this.scale})`,
-    );
+    this.detail.style.transform = `translate(${this.x + left * this.scale}px, ${this.y + top * this.scale}px) scale(${this.scale})`;
     this.detail.classList.toggle("sharp", this.scale >= SHARP);
   }
 
@@ -125,7 +122,7 @@ export class Stage {
       margin = 40; // some of the image stays in sight
     this.x = Math.min(w - margin, Math.max(margin - this.width * this.scale, this.x));
     this.y = Math.min(t - margin, Math.max(margin - this.height * this.scale, this.y));
-    this.image.style.setProperty("transform", `translate(${this.x}px, ${this.y}px) scale(${this.scale})`);
+    this.image.style.transform = `translate(${this.x}px, ${this.y}px) scale(${this.scale})`;
     this.image.classList.toggle("sharp", this.scale >= SHARP);
     this.showRing();
     this.placeDetail();
@@ -200,12 +197,9 @@ export class Stage {
     this.ring.hidden = !shown;
     if (!shown) return;
     const box = this.root.getBoundingClientRect();
-    this.ring.style.setProperty("width", `${Math.max(4, size)}px`);
-    this.ring.style.setProperty("height", `${Math.max(4, size)}px`);
-    this.ring.style.setProperty(
-      "transform",
-      `translate(${this.at[0] - box.left}px, ${this.at[1] - box.top}px) translate(-50%, -50%)`,
-    );
+    const side = `${Math.max(4, size)}px`,
+      transform = `translate(${this.at[0] - box.left}px, ${this.at[1] - box.top}px) translate(-50%, -50%)`;
+    Object.assign(this.ring.style, { width: side, height: side, transform });
   }
 
   listen() {
@@ -265,14 +259,11 @@ export class Stage {
       { passive: false },
     );
     root.addEventListener("keydown", (event) => {
-      if (event.key === " ") {
-        this.space = true;
-        event.preventDefault();
-      }
+      if (event.key !== " ") return;
+      this.space = true;
+      event.preventDefault();
     });
-    root.addEventListener("keyup", (event) => {
-      if (event.key === " ") this.space = false;
-    });
+    for (const kind of ["keyup", "blur"]) root.addEventListener(kind, () => (this.space = false));
   }
 
   pinch(event, before) {
@@ -309,7 +300,8 @@ export class History {
   }
 
   forget(mask) {
-    this.steps = this.steps.filter((step) => step.mask !== mask);
-    this.at = this.steps.length;
+    const kept = (step) => step.mask !== mask;
+    this.at = this.steps.slice(0, this.at).filter(kept).length;
+    this.steps = this.steps.filter(kept);
   }
 }

@@ -42,6 +42,7 @@ def state(ask: Ask) -> dict[str, Any]:
     return {
         "scenes": [scene_summary(ask.home.folder / SCENES / name) for name in ask.home.names(SCENES)],
         "runs": [run for run in summaries if run],
+        "unnamed": ask.home.unnamed(),
         "jobs": [job for i, job in enumerate(found) if i < LATEST or job["state"] in (*jobs.ALIVE, jobs.FOREIGN)],
     }
 

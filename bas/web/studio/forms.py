@@ -41,6 +41,11 @@ SAMPLING = (
 )
 LAYERS = ("preset", "card", "method", "train", "optimizer", "device")  # settings that bring others with them
 SOLD_AS = 0.98e9  # bytes for each GB in the name of a card, which keeps a part for itself
+# What the command's lines advise, as one does it on the page.
+SAID = (
+    ("name one in scene.json", 'write it under "It is a"'),
+    ("raise --resolution", "raise Resolution in Train"),
+)
 counting = threading.Lock()  # one dry run at a time: each takes a core
 
 
@@ -216,6 +221,8 @@ def note(line: str, bad: bool, handles: Sequence[str]) -> dict[str, Any]:
 
     handles: of the painted concepts, in the order of their files. The page shows no files, so it says handles instead.
     """
+    for said, meant in SAID:
+        line = line.replace(said, meant)
     files = {int(number) for number in re.findall(r"\bmask(\d+)\.png\b", line)}
     if len(files) > 1 or max(files, default=0) >= len(handles):
         return {"handle": None, "text": line, "bad": bad}

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import os
+import shutil
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -20,12 +21,14 @@ from PIL import Image
 
 from bas.data.mask_formats import MAX_MASKS, list_sources
 from bas.data.scene import bracketed, check_word
+from bas.data.scene_folder import numbered_folders
 from bas.data.scene_writer import Draft, concepts_to_edit, open_draft, write_draft
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS, as_hex
 from bas.io.images import read_image
 from bas.io.json_files import read_json, write_json
 from bas.models.text import check_name
+from bas.web.studio.folders import FOLDER, unpack_folder
 from bas.web.studio.refusal import Refusal
 from bas.web.studio.store import SCENES, Home
 from bas.web.studio.tiles import lay, pack, unpack
@@ -103,6 +106,7 @@ def facts(opened: Opened) -> dict[str, Any]:
     width, height = opened.draft.image.size
     rows = [
         {
+            "from": i,  # as `put_concepts` takes it
             "handle": concept.handle,
             "word": concept.word,
             "share": 0.0 if concept.mask is None else float(concept.mask.mean() / 255),
@@ -145,7 +149,12 @@ def concept_of(opened: Opened, number: int) -> Concept:
 
 
 def add_photo(home: Home, wanted: str, data: bytes) -> str:
-    """Make a scene of a photograph and return its name. InputError for what bas cannot read; nothing is left then."""
+    """Make a scene of a photograph, or of the files of a scene folder, and return its name.
+
+    InputError for what bas cannot read; nothing is left then.
+    """
+    if data.startswith(FOLDER):
+        return add_folder(home, wanted, data)
     place = home.folder / SCENES
     upload = place / f"{UPLOAD}{time.time_ns()}"
     upload.write_bytes(data)
@@ -162,6 +171,32 @@ def add_photo(home: Home, wanted: str, data: bytes) -> str:
         raise InputError(str(error).replace(str(upload), wanted[:80] or "the file")) from None
     finally:
         upload.unlink(missing_ok=True)
+    return name
+
+
+def add_folder(home: Home, wanted: str, data: bytes) -> str:
+    """Make a scene of the files of a folder, and return its name. Masks of another source become mask0.png, ..."""
+    stage = home.folder / SCENES / f"{UPLOAD}{time.time_ns()}"
+    given, made = stage / "given", stage / "made"
+    given.mkdir(parents=True)
+    try:
+        unpack_folder(data, given)
+        sources = list_sources(given)
+        if sources and sources[0][0].name != "mask0.png":
+            draft = open_draft(given, made)
+            rows = concepts_to_edit(draft)
+            write_draft(draft, [Image.fromarray(row.pop("mask")) for row in rows], rows)
+            for extra in numbered_folders(given):
+                shutil.move(extra, made)
+        else:
+            open_scene(given)
+        with writing:
+            name = home.free_name(SCENES, wanted)
+            os.replace(made if made.is_dir() else given, home.folder / SCENES / name)
+    except InputError as error:
+        raise InputError(str(error).replace(str(given), wanted[:80] or "the folder")) from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
     return name
 
 

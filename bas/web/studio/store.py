@@ -20,6 +20,8 @@ from bas.web.studio.refusal import Refusal, missing
 SCENES, RUNS, JOBS, TRASH = "scenes", "runs", "jobs", "trash"
 WAS = "was.json"  # beside what was deleted: where it was
 NAME = re.compile(r"[^\W_](?:[\w .()-]{0,78}[\w()-])?")  # of a scene, a run or a job: no slash, no dot at the ends
+NAME_RULE = "a name begins with a letter or digit, and has up to 80 letters, digits, spaces and _ . - ( )"
+MOST_NAMED = 10  # folders in one line
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)  # files that Windows does not make
 UNTIDY = re.compile(r"[^\w ()-]+")
 
@@ -51,6 +53,17 @@ class Home:
         place = self.folder / kind
         found = [entry for entry in os.scandir(place) if entry.is_dir() and NAME.fullmatch(entry.name)]
         return [entry.name for entry in sorted(found, key=lambda entry: entry.stat().st_mtime, reverse=True)]
+
+    def unnamed(self) -> str | None:
+        """The folders of scenes and runs that have other names, and what to do. None where there is none."""
+        found = [
+            f"{kind}/{entry.name}"
+            for kind in (SCENES, RUNS)
+            for entry in os.scandir(self.folder / kind)
+            if entry.is_dir() and not (NAME.fullmatch(entry.name) or entry.name.startswith("."))
+        ]
+        named = ", ".join(sorted(found)[:MOST_NAMED]) + (" and more" if len(found) > MOST_NAMED else "")
+        return f"Rename {named}: {NAME_RULE}." if found else None
 
     def find(self, kind: str, name: str) -> Path:
         """The folder of a scene, a run or a job. Refusal for a name that is none, or that leads out of HOME."""

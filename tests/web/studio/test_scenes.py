@@ -225,6 +225,94 @@ def test_a_name_becomes_that_of_a_folder_in_scenes(studio, name):
     assert studio.get(f"api/scenes/{made['name']}")["width"] == W
 
 
+def as_folder(files):
+    """The files of a folder as the page sends them."""
+    rows = [[name, len(data)] for name, data in files]
+    return b"bas scene\n" + json.dumps(rows).encode() + b"\n" + b"".join(data for _, data in files)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+IMG, HALF = ("img.png", picture()), np.uint8(255) * (np.arange(H * W).reshape(H, W) % W < 100)
+NAMED = json.dumps({"concepts": [{"handle": "<ball>", "word": "ball"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        [("mask0.png", png(HALF)), ("scene.json", NAMED)],
+        [("labels.png", png(HALF // 255)), ("scene.json", NAMED), ("1/img.png", IMG[1]), ("1/mask0.png", png(HALF))],
+        [("cutout0.png", png(np.dstack([HALF] * 4))), ("scene.json", NAMED)],
+        [("masks.npy", None), ("scene.json", NAMED)],
+        [("regions.json", None)],
+        [],
+    ],
+)
+def test_a_folder_of_any_mask_source_becomes_a_scene(studio, masks):
+    """With its names and extra images, and without files that no scene has."""
+    array = io.BytesIO()
+    np.save(array, HALF[None])
+    region = {"concepts": [{"handle": "<ball>", "word": "ball", "box": [0, 0, 100, H]}]}
+    made = {"masks.npy": array.getvalue(), "regions.json": json.dumps(region).encode()}
+    others = [("../out.png", b"x"), ("/out.png", b"x"), (".hidden.png", b"x"), ("a/b.png", b"x"), ("run.sh", b"x")]
+    files = [IMG, *((name, data or made[name]) for name, data in masks), *others]
+    scene = studio.post("api/scenes?name=toys", raw=as_folder(files))
+    folder = studio.home.folder / "scenes" / "toys"
+    assert [path.name for path in folder.parent.iterdir()] == ["toys"]
+    assert not list(studio.home.folder.rglob("out.png"))
+    extra = {"1", "1/img.png", "1/mask0.png"} if len(masks) == 4 else set()
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert found == {"img.png"} | ({"mask0.png", "scene.json"} if masks else set()) | extra
+    assert [(row["handle"], row["word"]) for row in scene["concepts"]] == ([("<ball>", "ball")] if masks else [])
+    if masks:
+        assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), HALF)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (as_folder([("photo.png", IMG[1])]), 422, "toys has no image named img.jpg"),
+        (as_folder([IMG, ("mask1.png", png(HALF))]), 422, "toys has masks up to mask1.png but lacks mask0.png"),
+        (as_folder([IMG, ("mask00.png", png(HALF))]), 422, "name it mask0.png"),
+        (as_folder([("img.png", b"no picture")]), 422, "toys/img.png"),
+        (as_folder([IMG, ("img.jpg", IMG[1])]), 422, "exactly one image"),
+        (as_folder([IMG] + [(f"{i}.png", b"") for i in range(256)]), 422, "more than 256 files"),
+        (as_folder([IMG, ("mask0.png", b"no picture")]), 422, "toys/mask0.png"),
+        (as_folder([IMG, IMG]), 400, "not as announced"),
+        (as_folder([IMG])[:-1], 400, "not as announced"),
+        (as_folder([IMG]) + b"x", 400, "not as announced"),
+        (b'bas scene\n[["img.png", -1], ["b.png", 1]]\n', 400, "not as announced"),
+        (b'bas scene\n[["img.png", true]]\nx', 400, "not as announced"),
+        (b'bas scene\n[[["img.png"], 1]]\nx', 400, "not as announced"),
+        (b"bas scene\n[3]\n", 400, "not as announced"),
+        (b"bas scene\n" + b"[" * 100_000, 400, "not as announced"),
+        (b"bas scene\n", 400, "not as announced"),
+    ],
+)
+def test_a_folder_that_is_no_scene_leaves_nothing(studio, body, status, said):
+    answer = studio.ask("POST", "api/scenes?name=toys", raw=body)
+    assert answer.status_code == status
+    assert said in answer.json()["message"]
+    assert str(studio.home.folder) not in answer.json()["message"]
+    assert list((studio.home.folder / "scenes").iterdir()) == []
+
+
+def test_folders_that_the_page_cannot_name_are_said(studio):
+    assert studio.get("api/state")["unnamed"] is None
+    for name in ("toys", "100% toys", "a#b", 'it\'s "q"', ".upload-3"):
+        (studio.home.folder / "scenes" / name).mkdir()
+    (studio.home.folder / "runs" / "a&b=c").mkdir()
+    said = studio.get("api/state")["unnamed"]
+    assert said.startswith('Rename runs/a&b=c, scenes/100% toys, scenes/a#b, scenes/it\'s "q": a name begins with')
+    for i in range(20):
+        (studio.home.folder / "scenes" / f"#{i:02d}").mkdir()
+    assert "scenes/#08 and more: a name" in studio.get("api/state")["unnamed"]
+
+
 def test_what_is_deleted_is_in_the_trash_and_comes_back(studio, scene):
     """With the same bytes; not over a scene that has its name by now, and not twice."""
     photo = (studio.home.folder / "scenes" / "my rabbit" / "img.png").read_bytes()
@@ -271,7 +359,8 @@ def box(rows, columns):
     return mask
 
 
-SMALL = "of 16x16 cells: make it larger, or raise --resolution"
+SMALL = "of 16x16 cells: make it larger, or raise Resolution in Train"
+WRITE_IT = 'write it under "It is a"'
 INVERTED = "covers 96 % of the image: is it inverted?"
 SHARED = "their handles will share what is there"
 
@@ -285,7 +374,7 @@ SHARED = "their handles will share what is there"
             [
                 ("<a>", f"the mask of <a> {INVERTED}", False),
                 ("<b>", "100 % of the mask of <b> lies in the mask of <a>: " + SHARED, False),
-                ("<b>", "<b> has no initial word: it starts from a random row; name one in scene.json", False),
+                ("<b>", "<b> has no initial word: it starts from a random row; " + WRITE_IT, False),
             ],
         ),
         (
@@ -319,7 +408,7 @@ SHARED = "their handles will share what is there"
     ],
 )
 def test_the_page_has_each_line_of_bas_masks_with_its_concept(studio, scene, caplog, capsys, masks, words, notes):
-    """The same lines as those of the command, and which mask each of them is about."""
+    """The same lines as those of the command, with what one does on the page, and which mask each of them is about."""
     rows = [{"from": None, "handle": handle, "word": word} for handle, word in zip(("<a>", "<b>"), words, strict=True)]
     scene = studio.ask("PATCH", f"api/scenes/{scene['name']}", {"concepts": rows}, if_match=scene["version"]).json()
     for number, mask in enumerate(masks):
@@ -336,7 +425,7 @@ def test_the_page_has_each_line_of_bas_masks_with_its_concept(studio, scene, cap
     def as_the_page_says(text):
         for number, handle in enumerate(painted):
             text = text.replace(f"{folder}/mask{number}.png", f"the mask of {handle}")
-        return text
+        return text.replace("name one in scene.json", WRITE_IT).replace("--resolution", "Resolution in Train")
 
     said = [as_the_page_says(record.getMessage()) for record in caplog.records]
     assert [line for line in said if "mask" in line or "word" in line] == [text for _, text, bad in notes if not bad]
