@@ -90,10 +90,13 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
   const grid = windowed((i) => shot(pictures[i], i));
   let all = [],
     pictures = [],
-    chosen = null;
+    chosen = null,
+    asked = 0;
   grid.watch(detail);
   async function renew() {
-    const found = (await get(`${address("runs", run.name)}/pictures`))[folder];
+    const mine = ++asked,
+      found = (await get(`${address("runs", run.name)}/pictures`))[folder];
+    if (mine !== asked) return; // a later answer came first
     if (JSON.stringify(found) === JSON.stringify(all)) return;
     const fresh = found.length > all.length;
     all = found;

@@ -17,7 +17,8 @@ export async function open(main, [name], studio) {
   put(main, h("h1", {}, "Runs"), away, h("section", { class: "stack" }, h("h2", {}, "Compare"), list, table));
   put(away, quiet("Looking …"));
   let drawn = "",
-    listed = "";
+    listed = "",
+    asked = 0;
 
   async function drawAway(state) {
     const run = state.runs.find((each) => each.name === name);
@@ -40,8 +41,10 @@ export async function open(main, [name], studio) {
         quiet(`It is ${STATES[run.state]}: a run is taken away when it is trained to its end.`),
         link("Watch", `#/${address("watch", name)}`, { class: "button main" }),
       );
-    const exports = await get(`${address("runs", name)}/exports`),
+    const mine = ++asked,
+      exports = await get(`${address("runs", name)}/exports`),
       to = `api/${address("runs", name)}/zip?what=`;
+    if (mine !== asked) return; // a later answer came first
     const whole = run.train === "full" || run.train === "cross_attention";
     put(
       away,

@@ -28,6 +28,7 @@ export async function open(main, [name], studio) {
     drawn = "",
     seen = "",
     run = null,
+    asked = 0,
     stepSaid = -1;
   put(
     main,
@@ -168,7 +169,9 @@ export async function open(main, [name], studio) {
   }
 
   async function drawFiles() {
+    const mine = ++asked;
     const [found, metrics] = await Promise.all([get(address("runs", name)), get(`${address("runs", name)}/metrics`)]);
+    if (mine !== asked) return; // a later answer came first
     ({ previews, masks } = found);
     bar.hidden = previews.length < 2;
     slider.max = Math.max(0, previews.length - 1);

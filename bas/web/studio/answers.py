@@ -72,9 +72,9 @@ def add_scene(ask: Ask) -> dict[str, Any]:
 
 def add_example(ask: Ask) -> dict[str, Any]:
     """The scene that ships with bas, to try everything on."""
-    name = ask.home.free_name(SCENES, EXAMPLE)
-    shutil.copytree(find(None) / "scenes" / EXAMPLE, ask.home.folder / SCENES / name)
-    return scenes.facts(scenes.open_scene(ask.home.folder / SCENES / name))
+    folder = ask.home.make_folder(SCENES, EXAMPLE)
+    shutil.copytree(find(None) / "scenes" / EXAMPLE, folder, dirs_exist_ok=True)
+    return scenes.facts(scenes.open_scene(folder))
 
 
 def get_scene(ask: Ask) -> dict[str, Any]:

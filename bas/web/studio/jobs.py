@@ -64,15 +64,13 @@ def make(
 
     here: whether its command was made here; else it waits until it is accepted.
     """
-    job = home.free_name(JOBS, f"{stamp()}-{kind}-{name}")
-    folder = home.folder / JOBS / job
-    folder.mkdir()
+    folder = home.make_folder(JOBS, f"{stamp()}-{kind}-{name}")
     for file, content in files.items():
         (folder / file).write_bytes(content)
     words = [word.replace("{job}", str(folder)) for word in words]
     content = {"kind": kind, "name": name, "command": words, "asked": asked, "made": time.time()}
     write_json(folder / JOB, content | ({"mark": own.mark(folder, content)} if here else {}))
-    return job
+    return folder.name
 
 
 def read_job(folder: Path) -> dict[str, Any] | None:

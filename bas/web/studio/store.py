@@ -80,14 +80,22 @@ class Home:
         numbered = (f"{tidy}-{i}" for i in range(2, 100_000))
         return next(name for name in (tidy, *numbered) if name.lower() not in taken)
 
+    def make_folder(self, kind: str, wanted: str) -> Path:
+        """A new folder with a free name. Of two requests at once each gets its own."""
+        while True:
+            folder = self.folder / kind / self.free_name(kind, wanted)
+            try:
+                folder.mkdir()
+            except FileExistsError:  # another request has just made it
+                continue
+            return folder
+
     def trash(self, path: Path) -> str:
         """Move what is deleted to HOME/trash, with a note of where it was. Returns the name that it has there."""
-        name = self.free_name(TRASH, f"{stamp()}-{path.name}")
-        place = self.folder / TRASH / name
-        place.mkdir()
+        place = self.make_folder(TRASH, f"{stamp()}-{path.name}")
         write_json(place / WAS, {"was": path.relative_to(self.folder).as_posix()})
         shutil.move(path, place / path.name)
-        return name
+        return place.name
 
     def deleted(self) -> list[dict[str, str]]:
         """What is in the trash and can be restored, deleted last first: its name there, and where it was."""

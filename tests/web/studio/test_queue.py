@@ -3,6 +3,8 @@
 import contextlib
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +57,25 @@ def test_what_waits_is_moved_taken_out_and_started_in_the_order_shown(studio, st
     studio.post(f"api/jobs/{second.name}/move", {"up": True})
     tick(studio.lane)
     assert started == [second]
+
+
+def test_requests_of_one_moment_are_jobs_of_their_own(studio, monkeypatch):
+    """All of them see the same names taken, as threads do that run at once, and each gets its own folder."""
+    monkeypatch.setattr(jobs, "stamp", lambda: "20260101-000000")
+    together, free_name = threading.Barrier(8), Home.free_name
+
+    def slowly(home, kind, wanted):
+        name = free_name(home, kind, wanted)
+        if not name.endswith(tuple("23456789")):  # the first time
+            together.wait(10)
+        return name
+
+    monkeypatch.setattr(Home, "free_name", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: jobs.make(studio.home, "sample", "run", ["info"], {"n": i}, {}), range(8)))
+    asked = {name: json.loads((studio.home.folder / "jobs" / name / jobs.JOB).read_text())["asked"] for name in made}
+    assert sorted(asked) == ["20260101-000000-sample-run", *(f"20260101-000000-sample-run-{i}" for i in range(2, 9))]
+    assert [asked[name]["n"] for name in made] == [*range(8)]
 
 
 def test_a_training_is_paused_for_a_drawing_and_goes_on(studio, started):
