@@ -36,7 +36,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        return super().forward(input) + self.lora_B(self.scale * self.lora_A(input))  # scaled where it is small
+        return add_product(super().forward(input), self.lora_A(input), self.lora_B.weight, self.scale)
 
 
 class AdaptedConv2d(nn.Conv2d):
@@ -72,11 +72,19 @@ class TokenLinear(AdaptedLinear):
         """(..., in + N) -> (..., out)"""
         states, marks = input[..., : self.in_features], input[..., self.in_features :]
         each = [marks[..., i : i + 1].expand(*marks.shape[:-1], rank) for i, rank in enumerate(self.ranks)]
-        low = self.scale * self.lora_A(states) * torch.cat(each, dim=-1)
-        return nn.Linear.forward(self, states) + self.lora_B(low)
+        low = self.lora_A(states) * torch.cat(each, dim=-1)
+        return add_product(nn.Linear.forward(self, states), low, self.lora_B.weight, self.scale)
 
 
 Adapted = AdaptedLinear | AdaptedConv2d
+
+
+def add_product(base: Tensor, low: Tensor, up: Tensor, scale: float) -> Tensor:
+    """base + scale low up^T in one product, without a tensor of the base's size for each operation.
+
+    base: (..., out). low: (..., r). up: (out, r).
+    """
+    return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale).view(base.shape)
 
 
 def start(layer: Adapted, generator: torch.Generator) -> None:

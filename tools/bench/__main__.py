@@ -42,6 +42,7 @@ class Setting:
     device: str
     groups: tuple[str, ...] = GROUPS
     needs_gb: float = 8  # free memory of the machine
+    side: int | None = None  # pixels, where not those of the bench
 
     @property
     def name(self) -> str:
@@ -52,6 +53,7 @@ SETTINGS = (
     Setting("SD 2.1", "cuda", needs_gb=30),
     Setting("small SD 2", "cpu", tuple(group for group in GROUPS if group != "loading")),
     Setting("small SD 1", "cpu", ("steps", "memory"), needs_gb=16),
+    Setting("half SD 2.1", "cpu", ("adapters",), needs_gb=12, side=256),
     Setting("SD 2.1", "cpu", ("loading",), needs_gb=14),
 )
 QUICK = {("small SD 2", group) for group in ("imports", "steps", "memory", "images")}
@@ -81,7 +83,11 @@ class Bench:
     def material(self, setting: Setting, side: int | None = None, concepts: int | None = None) -> Material:
         """Scene and class images for a setting."""
         return make_material(
-            self.fresh("material"), self.model(setting.model), side or self.side, setting.device, concepts
+            self.fresh("material"),
+            self.model(setting.model),
+            side or setting.side or self.side,
+            setting.device,
+            concepts,
         )
 
 

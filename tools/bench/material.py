@@ -35,9 +35,14 @@ SD21_TEXT = {
     "hidden_act": "gelu",
 }
 
+# The same at half of its widths, small enough to train all weights on a CPU.
+HALF_UNET = replace(SD21_UNET, block_out_channels=(160, 320, 640, 640), cross_attention_dim=512)
+HALF_TEXT = SD21_TEXT | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+
 # What each name means, for the reader of the results.
 MODELS = {
     "SD 2.1": "full Stable Diffusion 2.1-base: 866 M + 340 M + 84 M random weights",
+    "half SD 2.1": "Stable Diffusion 2.1-base with half of the channels in UNet and text encoder; random weights",
     "small SD 2": "UNet of 32, 64, 64, 64 channels with 1, 2, 2, 2 heads, linear projections; VAE of 16, 16, 32, 32; "
     "text encoder of 2 layers, width 32, 542 tokens; 3.2 M random weights",
     "small SD 1": "the same with 8 heads on every level and 1x1 convolutions as projections",
@@ -69,7 +74,8 @@ def make_model(name: str, folder: Path) -> Path:
         models = load(OFFICIAL / "model")
         models.unet = UNet(replace(models.unet.config, attention_head_dim=8, use_linear_projection=False))
     else:
-        networks = UNet(SD21_UNET), VAE(VAEConfig()), build_text_encoder(SD21_TEXT)
+        unet, text = (HALF_UNET, HALF_TEXT) if name == "half SD 2.1" else (SD21_UNET, SD21_TEXT)
+        networks = UNet(unet), VAE(VAEConfig()), build_text_encoder(text)
         models = Models(*networks, clip_tokenizer(pad_with_exclamation_mark=True), NoiseSchedule(steps_offset=1))
     save_model(models, folder)
     return folder
