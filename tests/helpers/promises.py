@@ -34,15 +34,15 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"|training/test_metrics|io/test_run_files|pretrained/test_folder::.*(mapped_files|failed_save|index_is)|on_the_disk|claims_success",
     ),
     (
-        "the studio answers its own page alone: host, origin, token, types, sizes and names of others are refused",
+        "the studio answers only its own page: any other host, origin, token, type, size or name is refused",
         r"studio/test_guard",
     ),
     (
-        "the studio saves masks as they were painted, and what is no mask, name or photograph leaves nothing",
+        "the studio saves masks as they were painted, and a wrong mask, name or photograph leaves nothing",
         r"studio/test_scenes",
     ),
     (
-        "a job of the studio is what its folder says: running, stopped, lost, continued to the same bits",
+        "the folder of a studio job says whether it runs, stopped or was lost; continued, it gives the same bits",
         r"studio/test_jobs",
     ),
     (
