@@ -158,7 +158,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """Settings of `bas train`. Those of the official train.py keep their names, and defaults that decide the result."""
+    """Settings of `bas train`.
+
+    Those of the official train.py keep their names, and the defaults that decide the result.
+    """
 
     instance_data_dir: str = setting(
         "", "the scene: a folder with img.* and mask0.png, mask1.png, ...", group="scene", common=True
@@ -248,23 +251,23 @@ class TrainConfig(Settings):
     learning_rate: float = setting(2e-6, "learning rate of phase 2", group="training")
     train_text_encoder: bool = setting(
         True,
-        "also train the text encoder's layers in phase 2, with --train lora by adapters; kv, v and token leave it "
-        "frozen",
+        "also train the text encoder in phase 2; with --train lora, its adapters; kv, v and token leave it frozen",
         group="method",
         flag=("--no_train_text_encoder",),
     )
     train: str = setting(
         "full",
-        "what phase 2 trains beside the handles: the whole UNet and all token embeddings; these with only the UNet's "
-        "cross-attention; its keys and values; its values; low-rank adapters; or adapters of keys and values that act "
-        "at the handles' own tokens. The last four write small runs",
+        "what phase 2 trains beside the handles. full: the whole UNet and all token embeddings; cross_attention: the "
+        "same, but only cross-attention of the UNet; kv: its keys and values alone; v: its values alone; lora: "
+        "low-rank adapters; token: adapters of keys and values that act at the handles' own tokens. The last four "
+        "write small runs",
         group="method",
         choices=tuple(KINDS),
     )
     rank: int = setting(16, "with --train lora or token: rank of the adapters", group="method", least=1, most=MAX_RANK)
     alpha: float | None = setting(
         None,
-        "with --train lora or token: adapters count alpha / rank (default: the rank)",
+        "with --train lora or token: the adapters are scaled by alpha / rank (default: the rank)",
         group="method",
         above=0,
         most=1000,
@@ -278,7 +281,8 @@ class TrainConfig(Settings):
     )
     conv_rank: int | None = setting(
         None,
-        "with --train lora: also adapt residual blocks and samplers, their 3x3 convolutions with this rank",
+        "with --train lora: also adapt residual blocks, downsamplers and upsamplers; this is the rank of their 3x3 "
+        "convolutions",
         group="method",
         least=1,
         most=MAX_RANK,
@@ -297,7 +301,8 @@ class TrainConfig(Settings):
     lambda_attention: float = setting(1e-2, "weight of the cross-attention loss; 0 turns it off", group="method")
     attention_loss: str = setting(
         "mse",
-        "mse: squared error of each scaled map and its mask; cross_entropy: over the handles' shares of each cell",
+        "mse: squared error between each scaled map and its mask; cross_entropy: cross-entropy between the handles' "
+        "shares of each cell and the masks",
         group="method",
         choices=("mse", "cross_entropy"),
     )
@@ -310,7 +315,8 @@ class TrainConfig(Settings):
     )
     subset_sampling: str = setting(
         "union",
-        "concepts of a step. union: first a size, then a subset; uniform: any subset, equally likely; single: one; all",
+        "how a step samples its concepts. union: first a size, then a subset; uniform: every subset equally likely; "
+        "single: one concept; all: all concepts",
         group="method",
         choices=("union", "uniform", "single", "all"),
     )
@@ -319,11 +325,12 @@ class TrainConfig(Settings):
         0.0, "probability of pasting the concepts at other places and sizes in a step (Seg-Mix)", group="method", most=1
     )
     seg_mix_move: float = setting(
-        1.0, "how far Seg-Mix moves concepts: 1 anywhere, 0 to other backgrounds only", group="method", most=1
+        1.0, "how far Seg-Mix moves concepts: 1 anywhere, 0 only onto other backgrounds", group="method", most=1
     )
     seg_mix_cells: bool = setting(
         False,
-        "Seg-Mix keeps sizes; seg_mix_move is how likely a concept moves, by whole cells of the UNet's coarsest grid",
+        "Seg-Mix keeps sizes and moves concepts by whole cells of the UNet's coarsest grid; --seg_mix_move is then the "
+        "probability that a concept moves",
         group="method",
     )
     with_prior_preservation: bool = setting(
@@ -396,11 +403,11 @@ class TrainConfig(Settings):
     )
     card: str = setting(
         "any",
-        "fit Stable Diffusion 2.1 at 512x512, or SDXL at 1024x1024, into this GPU memory, by counting. 24gb recomputes "
+        "fit Stable Diffusion 2.1 at 512x512, or SDXL at 1024x1024, into this GPU memory (counted). 24gb recomputes "
         "activations; 16gb also keeps 8-bit moments; 12gb recomputes activations and trains only cross-attention of "
-        "the UNet; 8gb trains adapters instead, 6gb those of the UNet alone. For SDXL, 80gb recomputes activations; "
-        "40gb also keeps 8-bit moments; 24gb recomputes activations and trains only cross-attention of the UNet; 16gb "
-        "only its keys and values, with 8-bit moments; 12gb trains adapters instead",
+        "the UNet; 8gb trains adapters instead; 6gb trains adapters of the UNet alone. For SDXL, 80gb recomputes "
+        "activations; 40gb also keeps 8-bit moments; 24gb recomputes activations and trains only cross-attention of "
+        "the UNet; 16gb trains only its keys and values, with 8-bit moments; 12gb trains adapters instead",
         group="memory and speed",
         common=True,
         choices=tuple(CARDS),
@@ -467,7 +474,7 @@ class TrainConfig(Settings):
 
     @property
     def adapter_scale(self) -> float:
-        """By what the adapters' change of a weight is multiplied: alpha / rank."""
+        """The factor of the adapters' change of a weight: alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
@@ -524,12 +531,12 @@ class TrainConfig(Settings):
         merged = OPTIMIZERS.get(merged.get("optimizer", ""), {}) | merged
         chosen = merged.get("method")
         if kind != "full" and chosen in METHODS and METHODS[chosen].trains is not None and "train" in explicit:
-            raise InputError(f"--method {chosen} says itself what it trains: leave out --train {explicit['train']}")
+            raise InputError(f"--method {chosen} decides what is trained: leave out --train {explicit['train']}")
         known = setting_rows(cls)
         for name in OF_ADAPTERS:
             changed = explicit.get(name, known[name].default) != known[name].default
             if changed and kind in KINDS and name not in KINDS[kind].reads:
-                raise InputError(f"--{name} means nothing with --train {kind}: leave it out")
+                raise InputError(f"--{name} has no effect with --train {kind}: leave it out")
         for name in sorted(merged.keys() - known.keys()):
             raise InputError(f"unknown training setting {name}{did_you_mean(name, known)}")
         return cls(**merged)
@@ -552,9 +559,9 @@ class SampleConfig(Settings):
         "ddim", "sampler", choices=("ddim", "ddpm", "dpmpp_2m", "dpmpp_2m_karras", "euler", "euler_a")
     )
     guidance_rescale: float = setting(
-        0.0, "how far guided predictions get the spread of unguided ones: 0.7 for models of zero terminal SNR", most=1
+        0.0, "how far guided predictions return to the spread of unguided ones: 0.7 for zero terminal SNR", most=1
     )
-    eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 like ddpm", most=1)
+    eta: float = setting(0.0, "noise added back by ddim: 0 is deterministic, 1 is like ddpm", most=1)
     steps_offset: int | None = setting(
         None, "shift of evenly spaced timesteps (default: the model's own; the official inference script has 0)"
     )

@@ -1,8 +1,8 @@
 """The noise schedule and the sampling steps, as plain functions of tensors.
 
 Notation of the papers: a_t is the cumulative product of the alphas, z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps.
-In the sampling steps t and prev_t are numbers; prev_t < 0 is the end, beyond timestep 0. They are whole, except that
-Karras' spacing, and Euler's that is even from end to end, have steps between the timesteps.
+In the sampling steps t and prev_t are numbers; prev_t < 0 is the end, beyond timestep 0. They are whole numbers, except
+that Karras' spacing and Euler's "linspace" have steps between the timesteps.
 """
 
 import logging
@@ -154,7 +154,7 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class SigmaSchedule(NoiseSchedule):
-    """The schedule as samplers see it that reckon with the noise relative to the signal: some signal is always left.
+    """The schedule for samplers that compute with the noise relative to the signal: some signal is always left.
 
     They end without noise, whatever DDIM does.
     """
@@ -284,10 +284,10 @@ def earlier_step(last: tuple[Tensor, float] | None, prev_t: float, steps: int) -
 
 
 def initial_scale(schedule: NoiseSchedule, t: float, sampler: str) -> float:
-    """By what the first noise of a run that begins at timestep t is multiplied.
+    """Return the factor of the first noise of a run that begins at timestep t.
 
-    1, as the models were trained to see almost pure noise there; Euler's samplers leave out the part of the image in
-    it, unless timesteps are spaced as "leading", as diffusers does.
+    It is 1, because the models were trained to see almost pure noise there. As in diffusers, Euler's samplers leave out
+    the image's part of it, unless timesteps are spaced as "leading".
     """
     evenly = (schedule.timestep_spacing or "leading") == "leading"
     return 1.0 if sampler not in EULER or evenly else (1 - schedule.alpha(t)) ** 0.5

@@ -12,13 +12,13 @@ from bas.errors import InputError, check_choice, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the flag that an unknown one may mean."""
+    """An argument parser whose errors are one line, with a known flag that an unknown one may mean."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As argparse, but a flag that this command doesn't have is an error here, where its flags are known."""
+        """Parse as argparse does, but raise the error for an unknown flag here, where the flags are known."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")

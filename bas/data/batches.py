@@ -62,14 +62,14 @@ class View:
 
 @dataclass(frozen=True)
 class EncodedView(View):
-    """One that every step may sample."""
+    """A view that every step may sample."""
 
     posterior: Posterior  # (c, h, w) each
 
 
 @dataclass(frozen=True)
 class NewView(View):
-    """One that a single step makes. It is encoded together with the others of its batch."""
+    """A view that a single step makes. It is encoded together with the others of its batch."""
 
     pixels: Tensor  # (3, H, W) in [-1, 1]
 
@@ -273,11 +273,10 @@ def prepare(
 def prepare_seg_mix(
     models: Models, scene: Scene, image: Tensor, config: TrainConfig, class_posterior: Posterior | None
 ) -> SegMix | None:
-    """Cut out the concepts, and decode the class images whose prompts say where one is. None: no concept can move.
+    """Cut out the concepts, and decode the class images whose prompts name a place. None: no concept can move.
 
-    image: (3, H, W), the scene's.
-    On them, the prompt of the concepts says the same, and the reconstruction outside the masks counts too: the
-    concepts' outlines are learnt.
+    image: (3, H, W), the scene's. On a class image the prompt of the concepts names the same place. There the
+    reconstruction outside the masks counts too, so the concepts' outlines are learnt.
     """
     places = [place_named(prompt) for prompt in config.class_prompt]
     backgrounds: list[tuple[Image.Image, str]] = []
@@ -305,8 +304,8 @@ def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
 def sample_example(data: TrainingData, models: Models, config: TrainConfig, generator: torch.Generator) -> Example:
     """Sample an image, all equally likely, then a subset of the concepts that it shows, then whether it is mirrored.
 
-    A single image takes no random number. With `seg_mix_probability` it is one of Seg-Mix instead: less often by the
-    share of concepts that are never cut out, which only the images show.
+    A single image takes no random number. With `seg_mix_probability` it may be an image of Seg-Mix instead. That
+    probability is multiplied by the share of concepts that can be cut out: only the images show the others.
     """
     if data.seg_mix and torch.rand((), generator=generator) < config.seg_mix_probability * data.seg_mix.share:
         example = sample_mixed(data.seg_mix, data, models, config, generator)

@@ -273,8 +273,8 @@ def warn_if_turned(
 ) -> None:
     """Warn where an image is turned by its EXIF tag and it is unknown whether its masks were made on the turned image.
 
-    size: its (W, H), upright; orientation: what its tag says.
-    It is known of a mask with an EXIF tag of its own, and of one whose size fits the upright image alone.
+    It is known for a mask with its own EXIF tag, and for one whose size fits only the upright image.
+    size: (W, H) of the upright image; orientation: what its tag says.
     """
     if orientation in (None, 1):
         return

@@ -33,10 +33,10 @@ class CutOut:
 class SegMix:
     """Images in which concepts, cut out of the scene, stand on other backgrounds, at other places, in other sizes.
 
-    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). Which concepts an image shows is sampled as the
+    After Seg-Mix of MuDI (Jang et al., arXiv 2404.04243, section 4.2). The concepts of an image are sampled as the
     subsets of the method are. They are cut out of the scene's image, or of an extra image that shows them. The largest
-    gets a random size, the others keep theirs beside it. Concepts cover each other only where there is no room. A
-    concept that covers most of the scene is left out: it is the background of the others.
+    gets a random size, and the others keep their size relative to it. Concepts cover each other only where there is no
+    room. A concept that covers most of the scene is left out: it is the background of the others.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class SegMix:
 
         size: (W, H) in pixels of plain colours. backgrounds: class images, each with its place; none for plain colours.
         move: 1 for any place and size, 0 for those in the image, or the share between them. sampling: which concepts an
-        image shows, as `sample_subset` takes it. cell: pixels; concepts keep their size and move by multiples of it. At
-        the stride of the whole network it computes the same for a moved concept, except at the border. 0: by any number
-        of pixels.
+        image shows, as `sample_subset` takes it. cell: pixels; concepts keep their size and move by multiples of it. If
+        it is the stride of the whole network, the network computes the same for a moved concept, except at the border.
+        0: by any number of pixels.
         """
         self.size, self.backgrounds, self.move, self.sampling = size, tuple(backgrounds), move, sampling
         self.cell = cell
@@ -129,10 +129,10 @@ def place(
 ) -> tuple[int, int]:
     """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
-    It lies the share `move` of the way from `centre`, in pixels, to a random place. With a `cell` it stays at `centre`,
-    or lies with the probability `move` a multiple of so many pixels from it along both sides, each place inside the
-    image equally often. Of TRIES places the first that covers nothing is taken, or else the one that covers least.
-    Masks are in 0..1.
+    The mask moves by the share `move` of the way from `centre`, in pixels, to a random place. With a `cell`, `move` is
+    the probability that it moves: by multiples of so many pixels along both sides, to each place inside the image
+    equally often. Of TRIES places the first that covers nothing is taken, or else the one that covers least. Masks are
+    in 0..1.
     """
     (h, w), (width, height) = mask.shape, size
     covered = {}
@@ -160,6 +160,6 @@ def moved(start: float, most: int, move: float, cell: int, generator: torch.Gene
 
 
 def place_named(prompt: str) -> str:
-    """Where a class prompt says one is: "at the beach" of "a photo at the beach". "" where it names an object."""
+    """Return the place in a class prompt: "at the beach" of "a photo at the beach"; "" if it names an object."""
     place = prompt.removeprefix("a photo ")
     return "" if place == prompt or place.startswith("of ") else place

@@ -277,7 +277,7 @@ def _check_no_labels(image: Image.Image, path: Path) -> None:
             colourful += np.count_nonzero(np.ptp(np.asarray(strip.convert("RGB")), axis=-1) > GREYISH)
     vivid = sum(max(colour) - min(colour) > GREYISH for colour in colours) if len(colours) <= most else 0
     if len(colours) > most and colourful > levels[MAX_NUMBER:].sum() / 2:
-        log.warning("%s is in many colours, and its brightness is the mask: is it a photograph?", path)
+        log.warning("%s has many colours, and its brightness is read as the mask: is it a photograph?", path)
     numbers, between, white = levels[1:MAX_NUMBER].sum(), levels[MAX_NUMBER:255].sum(), levels[255]
     if vivid > 1 or numbers >= white > between == 0:
         found = f"{vivid} colours" if vivid > 1 else "small numbers and 255"

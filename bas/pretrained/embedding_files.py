@@ -65,7 +65,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     tensors, _ = read_tensors(path)
     handle = handle_of(path)
     if not HANDLE.fullmatch(handle):
-        raise InputError(f"{path}: its name is to be the handle's, 1 to 32 letters, digits, _ or -; rename it")
+        raise InputError(f"{path}: its name becomes the handle: use 1 to 32 letters, digits, _ or -")
     if (kind := other_kind(tensors)) and kind[0] != EMBEDDING:
         raise InputError(f"{path} is {kind[0]}: {kind[1]}")
     both = {*EMBEDDING_KEYS} <= tensors.keys()
@@ -92,7 +92,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
             raise InputError(f"{path}: {key} holds values that are not finite numbers: download it again")
         found[component] = rows.float()
     if len({len(rows) for rows in found.values()}) > 1:
-        raise InputError(f"{path} holds rows of two numbers of vectors: copy or download it again")
+        raise InputError(f"{path} holds another number of vectors for each text encoder: copy or download it again")
     return handle, found
 
 

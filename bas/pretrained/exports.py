@@ -223,7 +223,7 @@ def write_beside(model: Path, files: Targets, rows: dict[str, list[Tensor]], spe
         own = {
             HANDLE: handle,
             "bas.base_sha256": metadata["base"],
-            "bas.note": f"belongs to {files.main.name}: beside another text encoder it is another word",
+            "bas.note": f"belongs to {files.main.name}: with another text encoder it means something else",
             "modelspec.architecture": f"{architecture(spec)}/textual-inversion",
             "modelspec.title": path.stem,
         }

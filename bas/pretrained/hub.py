@@ -262,7 +262,8 @@ def _advice(kind: str, hub_ids: list[str], half: bool) -> str:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 
     if kind == "files":
-        return "leave out --half, it may have full precision alone" if half else "add --half, it may be 16-bit alone"
+        flag, only = ("leave out", "full precision") if half else ("add", "16-bit files")
+        return f"{flag} --half, the model may have only {only}"
     if kind == "disk":
         return f"make room or write access in {HF_HUB_CACHE}, or name another folder with HF_HOME"
 

@@ -140,7 +140,7 @@ def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: It
         for name in own:
             check_name(name)
     if twice := [name for name, times in Counter(name for own in names for name in own).items() if times > 1]:
-        raise InputError(f"several runs have the handle {twice[0]}: call it otherwise with --rename RUN:<handle>=<new>")
+        raise InputError(f"several runs have the handle {twice[0]}: rename it with --rename RUN:<handle>=<new>")
     return [tuple(own) for own in names]
 
 
@@ -220,7 +220,9 @@ def choose_method(kinds: Sequence[str], rank: int | None) -> Method:
     """How runs of these kinds are merged. InputError for kinds that cannot be merged, or not without a rank."""
     methods, named = {METHODS[kind] for kind in kinds}, ", ".join(dict.fromkeys(kinds))
     if any(KINDS[kind].own_tokens for kind in kinds) and (len({*kinds}) > 1 or rank):
-        raise InputError(f"runs of the kinds {named}: adapters of single tokens merge with such alone, without --rank")
+        raise InputError(
+            f"runs of the kinds {named}: adapters of single tokens merge only with each other, without --rank"
+        )
     if len(methods) > 1 and rank is None:
         raise InputError(f"runs of the kinds {named} merge into adapters alone: give a --rank")
     return merge_sums if len(methods) > 1 else methods.pop()

@@ -108,7 +108,7 @@ def check_complete(tensors: dict[str, Tensor], path: Path) -> None:
         raise InputError(f"{path} is not a Stable Diffusion model (its first key is {min(tensors)!r}): {WHOLE_MODEL}")
     for prefix, what in (("first_stage_model.", "VAE"), ("cond_stage_model.", "text encoder")):
         if not any(name.startswith(prefix) for name in tensors):
-            raise InputError(f"{path} holds no {what}: use the full file, not one pruned of it")
+            raise InputError(f"{path} holds no {what}: use the full file, not one without it")
 
 
 def check_channels(channels: object, latents: object, path: Path) -> None:

@@ -31,7 +31,9 @@ def with_vae(parts: Parts, path: Path) -> Parts:
             check_class("vae", name, path)
         config = VAEConfig.from_json(described)
     if (config.latent_channels, config.factor) != (own.latent_channels, own.factor):
-        raise InputError(f"--vae {path}: its latents are not those of {parts.spec.source}: take a VAE of its family")
+        raise InputError(
+            f"--vae {path}: its latents are not those of {parts.spec.source}: take a VAE of the model's family"
+        )
     found = read_component(path, STEMS["vae"]) if path.is_dir() else read_tensors(path)[0]
     tensors = unwrap_keys(found, str(path))
     if any(name.startswith(UNET) for name in tensors):  # of a whole model, which tells the family
@@ -41,7 +43,7 @@ def with_vae(parts: Parts, path: Path) -> Parts:
     if config.scaling_factor != own.scaling_factor:
         raise InputError(
             f"--vae {path}: its latents are scaled by {config.scaling_factor:g}, those of {parts.spec.source} by "
-            f"{own.scaling_factor:g}: take a VAE of its family"
+            f"{own.scaling_factor:g}: take a VAE of the model's family"
         )
     if not any("decoder.conv_in." in name for name in tensors):
         raise InputError(f"--vae {path} holds no VAE: give the file or folder of one")

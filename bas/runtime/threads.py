@@ -15,10 +15,10 @@ WATCHED = 0.5  # seconds
 
 
 def use_idle_cores() -> None:
-    """Compute on as many threads as cores are idle, at least one, where that is fewer than before. One line says so.
+    """Let PyTorch compute on as many threads as there are idle cores, at least one, if these are fewer. Log that.
 
-    Threads wait for each other, so a core that does other work holds up all. The order of sums depends on the number of
-    threads: this is for what need not repeat bit for bit.
+    Threads wait for each other, so a core that does other work delays all. The order of sums depends on the number of
+    threads: use this only for work that need not repeat bit for bit.
     """
     idle, before = idle_cores(), torch.get_num_threads()
     if idle is not None and (threads := max(1, round(idle))) < before:
@@ -27,7 +27,7 @@ def use_idle_cores() -> None:
 
 
 def idle_cores() -> float | None:
-    """How many of this process's cores do no other work, over half a second. None where the system does not say."""
+    """Count the cores of this process that do no other work, over half a second. None if the system does not say."""
     try:
         before = read_ticks()
     except (OSError, AttributeError):  # not Linux

@@ -80,7 +80,7 @@ def without_steering(config: SampleConfig) -> SampleConfig:
 
 
 def compare(attention: Attention) -> dict[str, Any]:
-    """What steering did to an image, as numbers: losses by update, counts of updates, and the maps with and without.
+    """Compare an image with and without steering: the losses before each update, counts of updates, and the maps.
 
     `overlap` is that of the handles' maps (`overlap_loss`); `inside` the share of each map in its region of the layout.
     """

@@ -44,7 +44,7 @@ def mask_files(path: Path) -> list[Path]:
 def check_layout(layout: Layout, known: tuple[str, ...], size: tuple[int, int], grid: tuple[int, int]) -> None:
     """Check a layout for images of (W, H), whose regions must cover a cell of the (h, w) grid. known: all handles
 
-    InputError for an unknown handle, a box that is none, masks of another shape than the image or of different sizes.
+    InputError for an unknown handle, a wrong box, and masks of different sizes or of another shape than the image.
     """
     masks: dict[str, np.ndarray] = {}
     for handle, region in layout.items():

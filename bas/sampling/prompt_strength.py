@@ -162,7 +162,7 @@ def encode_prompts(text_encoders: Sequence[TextEncoder], tokenizer: CLIPTokenize
 
 
 def encode_negative(models: Models, text: str, count: int) -> Conditioning:
-    """Encode a negative prompt for `count` images. An empty one is zeros where the model was trained with these."""
+    """Encode a negative prompt for `count` images. An empty one is zeros if the model was trained so."""
     encoded = encode_prompts(models.text_encoders, models.tokenizer, [text] * count)
     return encoded.each(torch.zeros_like) if models.zeros_for_empty and not text.strip() else encoded
 

@@ -85,9 +85,7 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, ste
 def warn_of_weights(prompts: Iterable[str]) -> None:
     """Warn of other tools' syntax that stays text. InputError for weights around a handle, and for <lora:NAME:1>."""
     for piece in dict.fromkeys(piece for prompt in prompts for piece in unread_weights(prompt)):
-        log.warning(
-            "%r is nothing that bas reads, so it stays text: of weights it reads (words:1.3), (<asset0>:1.3)", piece
-        )
+        log.warning("bas does not read %r, so it stays text: write a weight as (words:1.3) or (<asset0>:1.3)", piece)
 
 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:
@@ -101,7 +99,7 @@ def without_effect(spec: ModelSpec, config: SampleConfig) -> dict[str, str]:
     """Settings that were given but change nothing: the reason by name."""
     unused = {}
     if config.eta and config.sampler != "ddim":
-        unused["eta"] = f"it is the noise of --sampler ddim, and this one is {config.sampler}"
+        unused["eta"] = f"only --sampler ddim adds this noise, and the sampler is {config.sampler}"
     if (scale := guidance_scale(spec, config)) <= 1:
         off = [name for name in ("negative_prompt", "guidance_rescale") if getattr(config, name)]
         unused |= dict.fromkeys(off, f"--guidance_scale {scale:g} turns guidance off")
@@ -178,7 +176,7 @@ def generate(
 
 
 def start_from_pixels(models: Models, eps: Tensor, steering: Steering, t: float) -> Tensor:
-    """Noise the concepts' own pixels in a layout to timestep t. eps: (b, c, h, w) noise, which is all elsewhere."""
+    """Noise the concepts' own pixels in a layout to timestep t. eps: (b, c, h, w), noise; elsewhere it stays alone."""
     factor, (h, w) = models.vae.config.factor, eps.shape[-2:]
     images, insides = [], []
     for named in steering.present.tolist():
@@ -231,7 +229,7 @@ def denoise(
 
     `start` skips that many of the noisiest steps. `on_step` sees the latents after each of the others, with the
     attention maps that `return_maps` asks for, and may change them. `steering` changes the latents before each step,
-    and what the handles' tokens are seen by. NotFiniteError if the result is not finite.
+    and which cells see the handles' tokens. NotFiniteError if the result is not finite.
     """
     if steering is not None:
         steering.to(z.device)
@@ -282,8 +280,8 @@ def guided_output(
 
     A scale of 1 or less turns guidance off, as in diffusers: the result is the prompt's prediction alone.
     -> sample (b, c, h, w) float32; maps (b, heads, h, w, k) of the prompt, those that `return_maps` asks for. `hide`
-    says which tokens of the prompt the cells may not look at, (b, h x w, k) by grid. `rescale` brings each image's
-    prediction so far back to the standard deviation of the prompt's own (Lin et al. 2024, section 3.4).
+    says which tokens of the prompt the cells may not look at, (b, h x w, k) by grid. `rescale`, from 0 to 1, brings the
+    standard deviation of each image's prediction back to that of the prompt's own (Lin et al. 2024, section 3.4).
     """
     dtype = models.unet.conv_in.weight.dtype
     timesteps = torch.full((len(z),), t, device=z.device)

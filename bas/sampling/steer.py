@@ -1,9 +1,10 @@
 """Steering: while images are generated, handles' attention is kept apart, or drawn into the regions of a layout.
 
-Before a denoising step, the latents move a little down the gradient of a loss of the attention maps: native outputs of
-the UNet, those that the attention loss reads in training (paper, eq. 2). As in Attend-and-Excite (Chefer et al. 2023)
-the weights stay and the latents move. Unlike there, maps are not sharpened, and a step is a share of the latents'
-norm. The overlap loss follows A-STAR (Agarwal et al. 2023), the loss of a layout is that of Chen et al. (2023).
+Before a denoising step, the latents move a little down the gradient of a loss on the attention maps. These are outputs
+of the UNet, the same ones that the attention loss reads in training (paper, eq. 2). As in Attend-and-Excite (Chefer et
+al. 2023) the weights stay and the latents move. Unlike there, maps are not sharpened, and a step is a share of the
+latents' norm. The overlap loss follows A-STAR (Agarwal et al. 2023), the loss of a layout is that of Chen et al.
+(2023).
 """
 
 import logging
@@ -167,7 +168,7 @@ class Steering:
 
     @cached_property
     def hide(self) -> Hide | None:
-        """Which handles' tokens each cell may not look at, by grid: those of a layout, outside their regions.
+        """Mark the handles' tokens that each cell may not look at, by grid: those of a layout, outside their regions.
 
         A region that covers no cell of a coarse grid hides nothing there.
         """

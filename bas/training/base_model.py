@@ -26,15 +26,15 @@ TRAINED = ("unet", *TEXT_ENCODERS)  # the networks that a training can change
 
 
 def home_of(device: torch.device, precision: str) -> torch.device:
-    """Where the base of a training is loaded: in bf16 in the host's memory, where its weights are rounded.
+    """Return the device that loads the base of a training: for bf16 the CPU, where its weights are rounded.
 
-    So the device never holds them all in float32.
+    So the training device never holds them all in float32.
     """
     return torch.device("cpu") if precision == "bf16" else device
 
 
 def rounded_at_once(config: TrainConfig, precision: str) -> dict[str, torch.dtype]:
-    """The networks that are loaded in bf16, by component: the UNet, where a training in bf16 leaves its own weights.
+    """Return the networks that are loaded in bf16, by component: the UNet, if a training in bf16 freezes its weights.
 
     No float32 values of them are needed, neither to train nor to save.
     """

@@ -171,7 +171,7 @@ def clear_unfinished(run: Path) -> None:
 
 
 def remove_later(run: Path, step: int) -> None:
-    """Remove the checkpoints beyond this step, from which the run continues: they belong to another course of it."""
+    """Remove the checkpoints beyond this step, from which the run continues: it will write them anew."""
     for path in list_checkpoints(run):
         if _step(path) > step:
             remove_checkpoint(path)
@@ -195,7 +195,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _folders(run: Path) -> list[Path]:
-    """The checkpoints' folders, complete or not, by step. What is called otherwise was not written by bas."""
+    """Return the checkpoints' folders, complete or not, by step. bas wrote no folder of another name."""
     folders = (path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir() and not path.is_symlink())
     return sorted((path for path in folders if path.name.removeprefix("step-").isdecimal()), key=_step)
 
@@ -206,7 +206,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_kept(run: Path) -> str:
-    """What a run that ends with an error keeps, for the message that says so."""
+    """Say which checkpoint a run keeps that ends with an error: a part of the error's message."""
     checkpoints = list_checkpoints(run)
     return f"{checkpoints[-1]} is kept" if checkpoints else "no checkpoint was saved yet"
 

@@ -72,9 +72,9 @@ def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
 
 
 def _check_key(folder: Path, key: dict, complete: bool) -> None:
-    """Raise InputError for class images that were made with something else than `key` has.
+    """Raise InputError for class images that were made with another key.
 
-    Where all are there (`complete`), the timesteps at which they were generated do not matter: none is added by others.
+    If all images are there (`complete`), their timesteps do not matter: no image is added with other timesteps.
     """
     made_with = read_record(folder / KEY_FILE, {}, "remove it if all images are your own, else name another folder")
     if complete:

@@ -32,7 +32,7 @@ def count_numbers(models: Models) -> dict[str, int]:
 
 
 def most_numbers(base: Path) -> dict[str, int]:
-    """What `count_numbers` gives at most: a weight takes a byte of the base's files or more. Builds no network."""
+    """Bound `count_numbers` from above: each weight takes a byte of the base's files or more. Builds no network."""
     files = [base] if base.is_file() else base.rglob("*.safetensors")
     return dict.fromkeys((*get_args(Part), "vae", "embedding"), sum(file.stat().st_size for file in files))
 

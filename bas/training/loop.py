@@ -98,7 +98,10 @@ def optimizer_step(
 
 
 def learning_rate(config: TrainConfig, phase: Phase, step: int) -> float:
-    """The learning rate at this step of a phase, counted from 0. The courses are those of diffusers' get_scheduler."""
+    """Return the learning rate at this step of a phase, counted from 0.
+
+    The schedules are those of diffusers' get_scheduler.
+    """
     warmup, kind = config.lr_warmup_steps, config.lr_scheduler
     if kind != "constant" and step < warmup:
         return phase.lr * step / warmup
@@ -212,7 +215,7 @@ def show_progress(run: Run, bar: Progress, step: int, done: int) -> None:
 def do_rare_work(run: Run, state: PhaseState, step: int) -> None:
     """Save a checkpoint, stop, write a preview, each if it is due after `step` steps.
 
-    Where the run resumes, what was due there exists already unless a kill came between.
+    What was due at the step from which a run resumes exists already, unless the run was killed in between.
     """
     config, signal, resumed = run.config, run.interrupts.asked, step == run.done
     due = bool(config.checkpointing_steps) and step % config.checkpointing_steps == 0

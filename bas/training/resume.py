@@ -77,12 +77,12 @@ def _plain(value: object) -> object:
 
 
 def of_training(value: object) -> object:
-    """What a training depends on: of a noise schedule, all but what only sampling reads."""
+    """Return the part on which a training depends: a noise schedule without the fields that only sampling reads."""
     return {k: v for k, v in value.items() if k not in SAMPLING_ONLY} if isinstance(value, dict) else value
 
 
 def continued_schedule(schedule: NoiseSchedule, earlier: dict) -> NoiseSchedule:
-    """The noise schedule with the steps_offset of the run that is continued: its class images were made with that."""
+    """Return the noise schedule with the steps_offset of the continued run: its class images were made with that."""
     there = earlier.get("schedule")
     if not isinstance(there, dict) or "steps_offset" not in there:
         return schedule

@@ -158,7 +158,7 @@ def clear_half_written(folder: Path) -> None:
 
 
 def _is_half_written(path: Path) -> bool:
-    """Whether a file of a folder is one of a run's that was being written: others may have hidden files there."""
+    """Return whether this is a half-written file of a run: other programs may have hidden files in its folder."""
     if HALF_WRITTEN.fullmatch(path.name):
         return (path.parent / SETTINGS).exists()
     match = TEMPORARY.fullmatch(path.name)

@@ -74,7 +74,7 @@ class Run:
 
 
 def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec, torch.device, str]:
-    """Base, device and precision: what is wrong with them, and with settings that no scene can make good.
+    """Check base, device and precision, and the settings whose errors do not depend on a scene.
 
     Without `weights`, a known base need not be downloaded, and no extra need be installed.
     """
@@ -83,7 +83,7 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
     for phase in config.phases:
         if config.lr_warmup_steps >= phase.steps:
             log.warning(
-                "--lr_warmup_steps %d: %s has %d steps, so it never comes to its learning rate",
+                "--lr_warmup_steps %d: %s has %d steps, so it never reaches its learning rate",
                 *(config.lr_warmup_steps, phase.name, phase.steps),
             )
     name, device = config.pretrained_model_name_or_path, pick_device(config.device)
@@ -111,7 +111,7 @@ def check_extras(config: TrainConfig) -> None:
 
 
 def check_input(config: TrainConfig, weights: bool = True) -> tuple[Scene, Path, torch.device, str]:
-    """Scene, base, device and precision of a run. What is wrong with them is found here, before weights are read.
+    """Check scene, base, device and precision of a run, and return them. No weights are read.
 
     Without `weights`, a known base need not be downloaded, and its path is then its name; no extra need be installed.
     """

@@ -37,9 +37,9 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
     (
         ("lr_num_cycles",),
         lambda config: config.lr_scheduler == "cosine_with_restarts",
-        "it is of --lr_scheduler cosine_with_restarts",
+        "only --lr_scheduler cosine_with_restarts uses it",
     ),
-    (("lr_power",), lambda config: config.lr_scheduler == "polynomial", "it is of --lr_scheduler polynomial"),
+    (("lr_power",), lambda config: config.lr_scheduler == "polynomial", "only --lr_scheduler polynomial uses it"),
     (
         ("checkpoints_total_limit",),
         lambda config: config.checkpointing_steps > 0,

@@ -46,7 +46,7 @@ def test_rows_of_the_methods():
     assert plan(method="db", train_text_encoder=False)[0][2] == everything[:3]
     assert plan(method="db", train="cross_attention")[0][2][2] == "cross_attention"
     assert plan(method="db", train="lora")[0][1:3] == (1e-4, ("handles", "unet_lora", "text_encoder_lora"))
-    with refused("--method cd-m says itself", "--train lora"):
+    with refused("--method cd-m decides what is trained", "--train lora"):
         plan(method="cd-m", train="lora")
     assert plan(method="db", with_prior_preservation=False)[0][3] is False
     assert plan(method="db", phase1_train_steps=0, phase2_train_steps=0) == []

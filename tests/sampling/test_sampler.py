@@ -144,7 +144,7 @@ def test_settings_without_effect_are_told(models, caplog):
     settings = {"sampler": "dpmpp_2m", "eta": 0.5, "guidance_scale": 1.0, "negative_prompt": "a stone"}
     check_request(models.spec, [PROMPT], SampleConfig(**settings))
     assert caplog.messages == [
-        "--eta has no effect: it is the noise of --sampler ddim, and this one is dpmpp_2m",
+        "--eta has no effect: only --sampler ddim adds this noise, and the sampler is dpmpp_2m",
         "--negative_prompt has no effect: --guidance_scale 1 turns guidance off",
     ]
     (first,) = sample(models, PROMPT, **FAST | settings)

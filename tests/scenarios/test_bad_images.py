@@ -418,7 +418,7 @@ def test_a_photograph_as_a_mask_is_told(tmp_path, caplog):
     inside = np.zeros((64, 64, 1), bool)
     inside[8:40, 8:40] = True
     picture = np.where(inside, np.dstack([rows, columns, 252 - rows]), 0).astype(np.uint8)
-    told = "is in many colours, and its brightness is the mask: is it a photograph?"
+    told = "has many colours, and its brightness is read as the mask: is it a photograph?"
     for name in ("mask0.png", "mask1.jpg"):
         read_mask(save(tmp_path / name, picture))
         assert caplog.messages == [f"{tmp_path / name} {told}"]

@@ -168,7 +168,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(bench, scenes, tmp_path, mon
     assert [line.split("/out/")[1] for line in capsys.readouterr().out.splitlines()] == ["ant is ready", "bee is ready"]
     assert main(bench.command(tmp_path / "alone", chosen[0])) == 0
     assert "alone is ready" in capsys.readouterr().out
-    told = [f"{tmp_path / name} has no page: " for name in ("out/ant", "out/bee", "alone")]
+    told = [f"{tmp_path / name} has no report: " for name in ("out/ant", "out/bee", "alone")]
     assert [line for line in caplog.messages if "page" in line] == [
         f"{start}[Errno 28] No space left on device: 'report.html'; write it with bas report" for start in told
     ]

@@ -42,5 +42,5 @@ def test_a_warm_up_that_never_ends_is_told(bench, caplog):
     for warmup in (2, 3):
         check_machine(bench.config(lr_scheduler="linear", lr_warmup_steps=warmup, phase2_train_steps=5), weights=False)
     assert [text for text in caplog.messages if "warmup" in text] == [
-        "--lr_warmup_steps 3: phase1 has 3 steps, so it never comes to its learning rate"
+        "--lr_warmup_steps 3: phase1 has 3 steps, so it never reaches its learning rate"
     ]

@@ -285,7 +285,7 @@ def test_a_setting_without_effect_is_refused():
     """The adapters' settings belong to the kinds that have adapters; a settings file may hold their defaults."""
     assert TrainConfig.resolve({"train": "token", "rank": 4, "conv_rank": None}).rank == 4
     for kind, name, value in (("full", "rank", 4), ("kv", "alpha", 2.0), ("token", "lora_targets", "attention")):
-        with refused(f"--{name} means nothing with --train {kind}"):
+        with refused(f"--{name} has no effect with --train {kind}"):
             TrainConfig.resolve({"train": kind, name: value})
 
 

@@ -41,9 +41,9 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
         (
             {"lr_scheduler": "cosine", "lr_num_cycles": 3},
             ["lr_num_cycles"],
-            "it is of --lr_scheduler cosine_with_restarts",
+            "only --lr_scheduler cosine_with_restarts uses it",
         ),
-        ({"lr_power": 2.0}, ["lr_power"], "it is of --lr_scheduler polynomial"),
+        ({"lr_power": 2.0}, ["lr_power"], "only --lr_scheduler polynomial uses it"),
         (
             {"checkpointing_steps": 0, "checkpoints_total_limit": 3},
             ["checkpoints_total_limit"],

@@ -1,4 +1,4 @@
-"""Repeat the paper's comparison: train every method on every scene, generate every subset in every context, score."""
+"""Repeat the paper's comparison: train each method on each scene, generate each subset in each context, score them."""
 
 import argparse
 import logging
@@ -62,7 +62,7 @@ def configure(parser: Parser) -> None:
         nargs="+",
         metavar="NAME",
         default=PAPER,
-        help=f"what to compare (default: all of the paper): {rows}",
+        help=f"methods to compare (default: all of the paper): {rows}",
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="seeds of the runs and their images (default: 0)"
@@ -73,13 +73,13 @@ def configure(parser: Parser) -> None:
         type=int,
         default=len(CONTEXTS),
         metavar="INT",
-        help="number of contexts, of the paper's ten (default: all)",
+        help="how many of the paper's ten contexts to use (default: all)",
     )
     parser.add_argument(
         "--metrics",
         choices=("auto", "photographs", "miniature"),
         default="auto",
-        help="CLIP and DINO, or the miniature's own metrics (default: those for the base model)",
+        help="photographs: CLIP and DINO; miniature: the miniature's own metrics; auto: those for the base model",
     )
     parser.add_argument("--clip", default=CLIP, help="folder or hub id of the CLIP model (default: %(default)s)")
     parser.add_argument("--dino", default=DINO, help="folder or hub id of the DINO model (default: %(default)s)")
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
     name = explicit.get("pretrained_model_name_or_path")
     if explicit.get("card") and is_sdxl(name):
-        raise InputError("--card: of an SDXL's evaluation it sets nothing; give the flags that it stands for")
+        raise InputError("--card sets nothing in an evaluation of SDXL: give the flags that it stands for")
     base, row, sampling = find(name), training_row(name), SampleConfig(**given(args, SampleConfig))
     sampling = replace(sampling, guidance_scale=guidance_scale(read_spec(base), sampling))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]

@@ -37,13 +37,13 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--save_precision", default="fp32", choices=precisions, help="precision of the file (default: %(default)s)"
     )
-    parser.add_argument("--prefix", metavar="TEXT", default="", help="before the names of the embedding files")
+    parser.add_argument("--prefix", metavar="TEXT", default="", help="put this before the names of the embedding files")
     parser.add_argument(
         "--rank",
         type=int,
         metavar="INT",
-        help="write the nearest LoRA of this rank (default: of --train lora as trained, of kv and v the differences of "
-        "the weights, with a LoRA of rank 64 beside them)",
+        help="write the nearest LoRA of this rank (default: for --train lora the adapters as trained; for kv and v the "
+        "differences of the weights, with a LoRA of rank 64 beside them)",
     )
     parser.add_argument(
         "--bundle", action="store_true", help="also put the embeddings into the LoRA; diffusers refuses such a file"
@@ -64,12 +64,12 @@ def run(args: argparse.Namespace) -> None:
         check_int("--rank", args.rank, 1, MAX_RANK)
     unused = [f"--{name}" for name in ("rank", "bundle") if getattr(args, name) and form != "kohya"]
     if unused and (form, unused) != ("peft", ["--rank"]):
-        raise InputError(f"{unused[-1]} means nothing with --format {form}: leave it out")
+        raise InputError(f"{unused[-1]} has no effect with --format {form}: leave it out")
     if args.prediction_type and form != "single":
-        raise InputError(f"--prediction_type means nothing with --format {form}, which holds no model: leave it out")
+        raise InputError(f"--prediction_type has no effect with --format {form}, which holds no model: leave it out")
     files = plan_export(path, target, form, args.prefix, args.rank, base, args.prediction_type)
     if args.prefix and not files.embeddings:
-        raise InputError(f"--prefix {args.prefix} means nothing: {path} has no handles; leave it out")
+        raise InputError(f"--prefix {args.prefix} has no effect: {path} has no handles; leave it out")
     check_no_input(files, path, base)
     check_targets(files)
     dtype = DTYPES[args.save_precision]
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{handle} is called {file.stem}")
     print(*how_to_use(files, form, holds_sdxl(path)), sep="\n")
     if small and (added := read_concepts(path)[1]["config"]["lora"]) and form != "single":
-        print(f"The run was trained over {', '.join(added)}: add that there, too")
+        print(f"The run was trained on top of {', '.join(added)}: add that there too")
 
 
 def check_targets(files: Targets) -> None:

@@ -1,4 +1,4 @@
-"""Say what a file or a folder is and whether it would load; without one, what this machine has."""
+"""Say what a file or a folder is and whether it loads; without a path, describe this machine."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("path", metavar="PATH", nargs="?", help="a file, a folder, a known name or a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
-    parser.add_argument("--no_hash", action="store_true", help="skip the hash, which reads all weights once")
+    parser.add_argument("--no_hash", action="store_true", help="skip the hash, for which all weights are read once")
     add_prediction_type(parser)
     add_base(parser)
 

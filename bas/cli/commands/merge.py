@@ -29,7 +29,7 @@ EXAMPLES = (
 
 def configure(parser: Parser) -> None:
     """Declare the flags."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="runs that keep their trained weights alone")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="small runs: those that keep only their trained weights")
     parser.add_argument(
         "--into_base", action="store_true", help="add the weights of one run to those of its base, as a whole model"
     )
@@ -46,12 +46,12 @@ def configure(parser: Parser) -> None:
         action="extend",
         default=[],
         metavar="RUN:OLD=NEW",
-        help="call a handle otherwise (default: those that several runs have are called <RUN-handle>)",
+        help="give a handle another name (default: a handle of several runs becomes <RUN-handle>)",
     )
     parser.add_argument(
         "--save_precision",
         choices=setting_rows(TrainConfig)["save_precision"].metadata["choices"],
-        help="precision of what is written (default: as the first run has it, fp32 for a whole model)",
+        help="precision of the written files (default: that of the first run; fp32 for a whole model)",
     )
     add_base(parser)
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{len(weights)} --weights for {len(paths)} runs: give one for each")
     weights = [check_float("--weights", weight, -STRONGEST, STRONGEST) for weight in weights]
     for path in (path for path, weight in zip(paths, weights, strict=True) if not weight):
-        log.warning("%s counts with --weights 0: of what it learnt only its handles' embeddings are left", path)
+        log.warning("%s has --weights 0: only the embeddings of its handles are merged", path)
     if args.rank is not None:
         check_int("--rank", args.rank, 1, MAX_RANK)
     folder, sources = new_folder(args.output_dir), read_sources(paths, weights, args.rename, find_base(args))

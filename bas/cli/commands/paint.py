@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     draft = open_draft(Path(args.source), Path(args.output_dir) if args.output_dir else None)
     with Server(draft, args.port) as server, contextlib.suppress(KeyboardInterrupt):
         print(f"Open {server.url} in a browser on this machine; saving writes {draft.folder}. Ctrl+C ends.", flush=True)
-        print("`bas studio` does the whole way on one page: paint, train, draw and edit.", flush=True)
+        print("`bas studio` does every step on one page: paint, train, draw and edit.", flush=True)
         server.serve_forever()
     if server.session.saved:
         print(f"\n{next_steps(draft)}")

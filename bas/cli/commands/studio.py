@@ -1,4 +1,4 @@
-"""The whole way in the browser: bring a photograph, paint masks, train, draw, edit and take away."""
+"""Do every step in the browser: add a photograph, paint masks, train, draw, edit and export."""
 
 import argparse
 import getpass
@@ -26,27 +26,28 @@ def configure(parser: Parser) -> None:
         metavar="HOME",
         nargs="?",
         default="studio",
-        help="folder of the scenes and runs; it is made where it is missing (default: %(default)s)",
+        help="folder of the scenes and runs; it is made if it is missing (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, help="port on this machine (default: 8765, or any free one)")
     parser.add_argument(
         "--listen",
         metavar="ADDRESS",
-        help="also answer at this address of this machine in a network that you trust, after a password",
+        help="also answer at this address of this machine, after a password; only for a network that you trust",
     )
     parser.add_argument(
         "--password_file",
         metavar="FILE",
-        help=f"its first line is the password of --listen (default: ${PASSWORD}, or it is asked for)",
+        help=f"file whose first line is the password of --listen (default: ${PASSWORD}, or the terminal asks for it)",
     )
     parser.add_argument(
         "--segmenter",
         metavar="MODEL",
         action="append",
         default=[],
-        help="SAM or CLIPSeg for proposals of masks, a folder or a hub id; once for each (default: those of bas masks)",
+        help="model that proposes masks, SAM or CLIPSeg: a folder or a hub id; give the flag once for each (default: "
+        "those of bas masks)",
     )
-    parser.add_argument("--no_browser", action="store_true", help="print the address, and open no browser")
+    parser.add_argument("--no_browser", action="store_true", help="print the address without opening a browser")
     parser.add_argument("--job", metavar="DIR", help=argparse.SUPPRESS)  # how the studio starts its own processes
 
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_segmenters(names: list[str]) -> dict[str, str]:
-    """The folders of `--segmenter` by their method. PyTorch is loaded only where there are some: it takes seconds."""
+    """Return the folders of `--segmenter` by method. PyTorch is loaded only if there are some: that takes seconds."""
     if not names:
         return {}
     from bas.web.studio.proposals import by_method
@@ -80,9 +81,9 @@ def read_segmenters(names: list[str]) -> dict[str, str]:
 
 
 def read_password(file: str | None) -> str:
-    """The password of --listen: from a file, the environment or the terminal, as command lines are seen by others.
+    """Read the password of --listen from a file, the environment or the terminal: others can see command lines.
 
-    InputError where there is none of them.
+    InputError if there is no password.
     """
     given = os.environ.pop(PASSWORD, None)  # the studio's own processes do not inherit it
     if file:

@@ -108,7 +108,7 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
     if dry:
         left, failed = to_train(config, scenes)
         finished = len(scenes) - len(left) - len(failed)
-        below = f"; below is {left[0].instance_data_dir} alone, but for the disk" if len(left) > 1 else ""
+        below = f"; below is {left[0].instance_data_dir} alone, except disk, which is for all" if len(left) > 1 else ""
         details = {"scenes": f"{len(scenes)}, of which {finished} are finished{below}", "rejected": failed}
         details |= dry_run(left[0], len(left)) if left else {}
         print(as_text(details))
@@ -137,7 +137,7 @@ def check_disk_space(details: dict, config: TrainConfig) -> None:
 
 
 def to_train(config: TrainConfig, scenes: list[Path]) -> tuple[list[TrainConfig], dict[str, str]]:
-    """Sort the scenes: the settings of those that are left to train, and the errors of others by scene."""
+    """Sort the scenes. -> the settings of those that are left to train, and the errors of the others by scene"""
     left, failed = [], {}
     for scene in scenes:
         settings = settings_of(scene, config)
@@ -168,5 +168,5 @@ def try_report(run: Path) -> Path | None:
     try:
         return write_report(run)
     except (InputError, OSError) as error:
-        log.warning("%s has no page: %s; write it with bas report", run, error)
+        log.warning("%s has no report: %s; write it with bas report", run, error)
         return None
