@@ -60,7 +60,7 @@ COMMANDS = {
 
 
 def build_parser(*chosen: str | None) -> Parser:
-    """The command line, with the flags of the chosen commands; the others are only listed."""
+    """Build the parser, with the flags of the chosen commands; the others are only listed."""
     parser = Parser(prog="bas", description=ABOUT)
     parser.add_argument("--version", action="version", version=f"bas {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -78,7 +78,7 @@ def build_parser(*chosen: str | None) -> Parser:
 
 
 def full_parser() -> Parser:
-    """The command line with the flags of every command, for shtab: `shtab --shell bash bas.cli.entry.full_parser`."""
+    """Build the parser with the flags of every command, for shtab: `shtab --shell bash bas.cli.entry.full_parser`."""
     parser = build_parser(*COMMANDS)
     complete_paths(parser)
     return parser
@@ -149,7 +149,7 @@ class OneLine(logging.Formatter):
     """A log format whose message is one printable line, whatever a file's name or content puts into it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The message behind the name of the program."""
+        """Return the message behind the name of the program."""
         return f"bas: {printable(record.message)}"
 
 
@@ -164,7 +164,7 @@ class Once(logging.Filter):
         self.passed: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record says something new."""
+        """Return whether the record says something new."""
         message, known = record.getMessage(), len(self.passed)
         if record.levelno != logging.WARNING and not getattr(record, "once", False):
             return True

@@ -63,7 +63,7 @@ def add_fields(parser: argparse.ArgumentParser, settings: type, only: Collection
 
 
 def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
-    """The flags of one setting, each with its names and the options of `add_argument`."""
+    """Return the flags of one setting, each with its names and the options of `add_argument`."""
     names, text = [f"--{f.name}", *f.metadata["flag"]], f.metadata["help"].replace("%", "%%")
     if f.type is bool:
         off = [*f.metadata["flag"]] or [f"--no_{f.name}"]
@@ -97,13 +97,13 @@ def read_value(f: Field, kind: type, text: str) -> Any:
 
 
 def given(args: argparse.Namespace, settings: type) -> dict:
-    """The settings that were given as flags."""
+    """Return the settings that were given as flags."""
     names = {f.name for f in fields(settings)}
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    """The two flags of every command that runs a model."""
+    """Declare the two flags of every command that runs a model."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     precisions = ("auto", "fp32", "fp16", "bf16")
     parser.add_argument("--precision", default="auto", choices=precisions, help="arithmetic (default: %(default)s)")

@@ -107,7 +107,7 @@ def _describe_run(path: Path, hashes: bool, prediction_type: str | None, base: P
 
 
 def _small_run(path: Path, config: dict[str, Any]) -> dict:
-    """What a small run trained, and what it holds of that."""
+    """Return what a small run trained, and what it holds of that."""
     tuned = read_tuned(path).weights
     ranks = sorted({rank for name, tensor in tuned.items() if ".lora_A." in name for rank in tensor.shape[:1]})
     return {
@@ -196,7 +196,7 @@ def precision(tensors) -> str:
 
 
 def known_as(digest: str) -> str | None:
-    """The name in weights/manifest.json of the weights with this hash, None if there is none."""
+    """Return the name in weights/manifest.json of the weights with this hash, None if there is none."""
     for name, row in manifest().items():
         if digest in (row.get("sha256"), row.get("single_file", {}).get("sha256")):
             return name
@@ -286,7 +286,7 @@ def _devices() -> list[str]:
 
 
 def _cache(folder: Path) -> str:
-    """The size of a cache folder, and the free space of its disk."""
+    """Return the size of a cache folder, and the free space of its disk."""
     if not folder.is_dir():
         return "empty"
     used = sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_symlink() and file.is_file())
@@ -294,7 +294,7 @@ def _cache(folder: Path) -> str:
 
 
 def _place(name: str) -> str:
-    """The folder of a known model, or how to get it."""
+    """Return the folder of a known model, or how to get it."""
     try:
         folder = find(name)
     except InputError:
@@ -321,13 +321,13 @@ def as_text(details: dict[str, Any]) -> str:
 
 
 def _line(value: str) -> str:
-    """A value as it is printed, the end of a long one left out."""
+    """Return a value as it is printed, the end of a long one left out."""
     left_out = f"... ({len(value) - MAX_LINE} more characters: --json prints all)"
     return printable(value[:MAX_LINE]) + left_out * (len(value) > MAX_LINE)
 
 
 def _values(name: str, value: Any) -> list[str]:
-    """One value as one or more lines."""
+    """Return one value as one or more lines."""
     if name == "bytes":
         return [human_size(value)]
     if name == "parameters":

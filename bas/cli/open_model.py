@@ -72,7 +72,7 @@ def find_model(args: argparse.Namespace) -> Path:
 
 
 def given_additions(args: argparse.Namespace) -> dict[str, Any]:
-    """What was added to the model or changed in it, for the settings of an image; nothing without any."""
+    """Return what was added to the model or changed in it, for the settings of an image; nothing without any."""
     return {name: value for name in ADDITIONS if (value := getattr(args, name)) not in (None, [])}
 
 

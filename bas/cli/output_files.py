@@ -51,7 +51,7 @@ def add_gallery(parser: Parser, name: str) -> None:
 
 
 def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
-    """The new folder of a gallery: the one that is named, else one in the run."""
+    """Return the new folder of a gallery: the one that is named, else one in the run."""
     folder = Path(args.output_dir or (model / name if (model / SETTINGS).is_file() else name))
     if (folder / FIRST_IMAGE).exists() and not (folder / GRID).exists():
         found = f"--output_dir {folder} holds images of a gallery that was not finished"

@@ -23,7 +23,7 @@ class Stream:
         self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """All else is that of the stream itself."""
+        """Take all else from the stream itself."""
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
