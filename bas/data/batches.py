@@ -43,12 +43,12 @@ class Batch:
     present: Tensor  # (B, N) 1 for a chosen handle, 0 for padding up to N
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; from pinned memory the copy does not wait."""
+        """Return the batch on a device; from pinned memory the copy does not wait."""
         pin = device.type == "cuda"
         return Batch(*((t.pin_memory() if pin else t).to(device, non_blocking=True) for t in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order above."""
+        """Return all of them, in the order above."""
         return tuple(getattr(self, f.name) for f in fields(self))
 
 
@@ -108,7 +108,7 @@ class TrainingData:
 
 
 def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -> tuple[int, int]:
-    """The (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or as asked.
+    """Return the (rows, columns) on which the attention loss reads maps: a quarter of the latent grid, or as asked.
 
     side: cells along the shorter side. Raises InputError when the UNet has no cross-attention outside its middle on
     that grid.
@@ -132,7 +132,7 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
 
 @torch.inference_mode()
 def encode_images(models: Models, images: Tensor, at_once: int = 1) -> Posterior:
-    """The VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32
+    """Return the VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32
 
     at_once: images that are encoded together; small ones are so encoded faster, to other last bits.
     """
@@ -145,7 +145,7 @@ def encode_images(models: Models, images: Tensor, at_once: int = 1) -> Posterior
 
 @torch.inference_mode()
 def decode_means(models: Models, means: Tensor) -> list[Image.Image]:
-    """The images of posterior means (b, c, h, w), one at a time to keep memory flat."""
+    """Return the images of posterior means (b, c, h, w), one at a time to keep memory flat."""
     dtype = models.vae.post_quant_conv.weight.dtype
     with models.vae_arithmetic():
         parts = [models.vae.decode(mean[None].to(models.device, dtype)).float().cpu() for mean in means]
@@ -206,18 +206,18 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
 
 
 def overlap_message(handle: str, other: str, share: float) -> str:
-    """The warning about a mask of which this share lies in another."""
+    """Return the warning about a mask of which this share lies in another."""
     shared = "their handles will share what is there"
     return f"{100 * share:.0f} % of the mask of {handle} lies in the mask of {other}: {shared}"
 
 
 def vanishing_message(handle: str, grid: str, h: int, w: int) -> str:
-    """The message about a mask that is empty on a grid of h rows and w columns."""
+    """Return the message about a mask that is empty on a grid of h rows and w columns."""
     return f"the mask of {handle} vanishes on the {grid} of {w}x{h} cells: make it larger, or raise --resolution"
 
 
 def most_handles(spec: ModelSpec) -> int:
-    """How many handles a training prompt can name within the tokens that the model reads."""
+    """Return how many handles a training prompt can name within the tokens that the model reads."""
     one, two = (len(spec.tokenizer(subset_prompt([""] * count)).input_ids) + count for count in (1, 2))
     return 1 + (spec.tokenizer.model_max_length - one) // (two - one)
 
@@ -291,7 +291,7 @@ def prepare_seg_mix(
 
 
 def handle_positions(ids: Tensor, handle_ids: list[int]) -> list[int]:
-    """The positions of these handles in one prompt. ids: (77,). InputError unless each stands there once."""
+    """Return the positions of these handles in one prompt. ids: (77,). InputError unless each stands there once."""
     places = []
     for handle_id in handle_ids:
         found = (ids == handle_id).nonzero().flatten().tolist()
@@ -335,7 +335,7 @@ def sample_mixed(
 
 
 def posteriors_of(models: Models, views: Iterable[EncodedView | NewView]) -> list[Posterior]:
-    """The posterior of each view, (c, h, w) each. New ones are encoded, together up to TOGETHER pixels."""
+    """Return the posterior of each view, (c, h, w) each. New ones are encoded, together up to TOGETHER pixels."""
     views, encoded = list(views), iter(())
     if new := [view.pixels for view in views if isinstance(view, NewView)]:
         at_once = max(1, TOGETHER // new[0][0].numel())
@@ -344,7 +344,7 @@ def posteriors_of(models: Models, views: Iterable[EncodedView | NewView]) -> lis
 
 
 def subset_tokens(data: TrainingData, models: Models, chosen: list[int], place: str = "") -> tuple[Tensor, list[int]]:
-    """The prompt of these concepts in this place, (77,) ids, and the positions of their handles. Each computed once."""
+    """Return the prompt of these concepts in this place, (77,) ids, and the places of their handles, from a cache."""
     key = tuple(chosen), place
     if key not in data.prompts:
         ids = tokenize(models.tokenizer, [f"{subset_prompt([data.handles[i] for i in chosen])} {place}".strip()])[0]

@@ -19,7 +19,7 @@ from bas.presets import METHODS
 
 
 def scene_for_method(config: TrainConfig) -> Scene:
-    """The scene of a training, as its method sees it. Raises InputError as `load_scene` does.
+    """Return the scene of a training, as its method sees it. Raises InputError as `load_scene` does.
 
     Close-ups are cut around masks. A collection may sample them; a naive baseline uses no mask and so no close-up.
     """
@@ -31,7 +31,7 @@ def scene_for_method(config: TrainConfig) -> Scene:
 
 
 def collect(scene: Scene, count: int, seed: int) -> Scene:
-    """A scene of `count` collages. The first shows all concepts, each other one a subset from union sampling.
+    """Return a scene of `count` collages. The first shows all concepts, each other one a subset from union sampling.
 
     Of several images one is sampled for each collage, then a subset of the concepts that it shows.
     """

@@ -48,13 +48,13 @@ NUMBERS = re.compile(r"\s*\d+(\s+-?[\d.]+(e-?\d+)?){4,}\s*", re.IGNORECASE)  # a
 
 
 def unread_masks(folder: Path) -> str | None:
-    """One line on the likeliest file of masks that bas does not read, None where there is none."""
+    """Return one line on the likeliest file of masks that bas does not read, None where there is none."""
     found = find_export(folder)
     return f"{found[0].name} {found[1]}" if found else None
 
 
 def other_file(folder: Path) -> str | None:
-    """One line on a file beside the image that may hold its masks, though nothing says so. None where there is none."""
+    """Return one line on a file beside the image that may hold its masks, though nothing says so; else None."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "scene.json" or path.stem.lower() == "img" or not path.is_file():
             continue
@@ -64,7 +64,7 @@ def other_file(folder: Path) -> str | None:
 
 
 def find_export(folder: Path) -> tuple[Path, str] | None:
-    """The likeliest file of masks that bas does not read, and what to do with it. None where there is none."""
+    """Find the likeliest file of masks that bas does not read, and what to do with it. None where there is none."""
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and path.name != "scene.json" and (advice := _advice(path)):
             return path, advice
@@ -72,7 +72,7 @@ def find_export(folder: Path) -> tuple[Path, str] | None:
 
 
 def _advice(path: Path) -> str | None:
-    """What to do with a file, None where it holds no masks."""
+    """Return what to do with a file, None where it holds no masks."""
     if path.suffix.lower() == ".json" and path.is_file() and (found := _sniff_json(path)):
         return found
     for pattern, advice in BY_NAME:
@@ -91,7 +91,7 @@ def _first_line(path: Path) -> str:
 
 
 def _sniff_json(path: Path) -> str | None:
-    """What a JSON file is by its keys, None for one that is broken, large or of another kind."""
+    """Return what a JSON file is by its keys, None for one that is broken, large or of another kind."""
     if path.stat().st_size > MAX_SNIFFED:
         return None
     try:
@@ -106,7 +106,7 @@ def _has(content: Any, *keys: str) -> bool:
 
 
 def _is_coco(annotations: Any) -> bool:
-    """Whether annotations are COCO's, by the first: those of other tools have other keys."""
+    """Return whether annotations are COCO's, by the first: those of other tools have other keys."""
     return not annotations or any(_has(_first(annotations), key) for key in ("segmentation", "segments_info", "bbox"))
 
 

@@ -84,7 +84,7 @@ class FoundMask:
 
 
 def list_sources(folder: Path) -> list[list[Path]]:
-    """The files of every mask source in a folder, in the order of their numbers. Raises InputError for a gap."""
+    """Return the files of every mask source in a folder, in the order of their numbers. Raises InputError for a gap."""
     numbered: dict[str, dict[int, Path]] = {}
     for path in folder.iterdir():
         if found := read_number(path):
@@ -110,14 +110,14 @@ def read_number(path: Path) -> tuple[str, int] | None:
 
 
 def mask_file(folder: Path) -> Path | None:
-    """A file that makes a folder a scene: of any mask source, or misspelt so. None where there is none."""
+    """Return a file that makes a folder a scene: of any mask source, or misspelt so. None where there is none."""
     names = {*READERS, "scene.json"}
     paths = sorted(folder.iterdir())
     return next((p for p in paths if NEARLY.fullmatch(p.name) or p.name.lower() in names), None)
 
 
 def find_source(folder: Path) -> list[Path]:
-    """The files of a scene folder's one mask source. Raises InputError for none, for two, or for a gap in numbers."""
+    """Find the files of a scene folder's one mask source. InputError for none, for two, or for a gap in numbers."""
     sources = list_sources(folder)
     if not sources:
         advice = unread_masks(folder) or other_file(folder) or "give one mask per concept, white where the concept is"
@@ -132,7 +132,7 @@ def find_source(folder: Path) -> list[Path]:
 
 
 def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
-    """The masks in the files that `find_source` found. size: (W, H) of the image, which shapes are rasterised at.
+    """Read the masks in the files that `find_source` found. size: (W, H) of the image, which shapes are rasterised at.
 
     Raises InputError for more masks, or larger ones, than a scene can hold.
     """
@@ -147,7 +147,7 @@ def read_source(files: list[Path], size: tuple[int, int]) -> list[FoundMask]:
 
 
 def mask_in_file(path: Path, read: Callable[[Path], np.ndarray] = read_mask) -> FoundMask:
-    """The one mask of an image file."""
+    """Return the one mask of an image file."""
     return FoundMask(path.name, partial(read, path), file=path)
 
 
@@ -165,7 +165,7 @@ def check_total(name: str, count: int, size: tuple[int, int]) -> None:
 
 
 def read_cutout(path: Path) -> np.ndarray:
-    """The alpha channel of a cut-out as its mask, (H, W) uint8. Its colours are not read."""
+    """Read the alpha channel of a cut-out as its mask, (H, W) uint8. Its colours are not read."""
     image = open_image(path)
     if not has_alpha(image):
         raise InputError(f"{path} has no alpha channel: a cut-out is transparent where the concept is not")
@@ -173,9 +173,10 @@ def read_cutout(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
-    """A label map: each value but 0, palette entry but the first, or colour but black is a concept, in rising order.
+    """Read a label map: each of its values, palette entries or colours is a concept, in rising order.
 
-    255, the "undecided" of PASCAL VOC, is not a concept if the other values number classes or its colour is VOC's.
+    0, the first palette entry and black are the background. 255, the "undecided" of PASCAL VOC, is not a concept
+    if the other values number classes or its colour is VOC's.
     """
     image = open_image(path)
     if image.mode in ("LA", "PA", "RGBA"):
@@ -202,7 +203,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 
 def label_values(image: Image.Image) -> list[Any] | None:
-    """The values of a label map in rising order, colours as (r, g, b). None where they are far too many."""
+    """Return the values of a label map in rising order, colours as (r, g, b). None where they are far too many."""
     if image.mode.startswith("I"):
         return [int(value) for value in np.unique(to_array(image))]
     colours = image.getcolors(maxcolors=4 * MAX_MASKS)
@@ -210,7 +211,7 @@ def label_values(image: Image.Image) -> list[Any] | None:
 
 
 def undecided_value(image: Image.Image, found: list[Any]) -> Any:
-    """The value of `found` that means "undecided" by the rule of PASCAL VOC, None where there is none."""
+    """Return the value of `found` that means "undecided" by the rule of PASCAL VOC, None where there is none."""
     others = [value for value in found if value not in (255, UNDECIDED)]
     if not others or len(others) == len(found):
         return None
@@ -220,12 +221,12 @@ def undecided_value(image: Image.Image, found: list[Any]) -> Any:
 
 
 def label_name(value: Any) -> str:
-    """A label for messages."""
+    """Return a label for messages."""
     return "colour #{:02x}{:02x}{:02x}".format(*value) if isinstance(value, tuple) else f"value {value}"
 
 
 def _equal(labels: np.ndarray, value: Any) -> np.ndarray:
-    """Where a label map (H, W) or (H, W, 3) has a value, as a mask."""
+    """Return where a label map (H, W) or (H, W, 3) has a value, as a mask."""
     if not isinstance(value, tuple):
         return from_inside(labels == value)
     red, green, blue = (labels[..., i] == part for i, part in enumerate(value))
@@ -262,7 +263,7 @@ def read_array(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 
 def _scaled(mask: np.ndarray, full: int) -> np.ndarray:
-    """A mask (H, W) of 0..full as uint8, 255 for full."""
+    """Return a mask (H, W) of 0..full as uint8, 255 for full."""
     values, rows = np.empty(mask.shape, np.uint8), max(STRIP // mask.shape[1], 1)
     for top in range(0, len(mask), rows):
         values[top : top + rows] = to_levels(mask[top : top + rows] / np.float32(full))
@@ -273,7 +274,7 @@ def _scaled(mask: np.ndarray, full: int) -> np.ndarray:
 
 
 def read_scene_json(path: Path) -> Any:
-    """The content of a scene's JSON file. Raises InputError for a file of many images, before it fills the memory."""
+    """Read a scene's JSON file. Raises InputError for a file of many images, before it fills the memory."""
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise InputError(f"{path} is {human_size(path.stat().st_size)}: keep what belongs to this scene's image")
     return read_content(path)
@@ -320,7 +321,7 @@ def read_regions(path: Path, size: tuple[int, int]) -> list[FoundMask]:
 
 
 def _rasterised(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A polygon as a mask."""
+    """Return a polygon as a mask."""
     return from_inside(rasterise_polygon(points, size))
 
 
@@ -366,7 +367,7 @@ def _check_polygons(annotations: list[dict], size: tuple[int, int], name: str) -
 
 
 def _annotated(annotation: dict, size: tuple[int, int], name: str) -> np.ndarray:
-    """The mask of a COCO annotation, compared with its own bbox and area."""
+    """Return the mask of a COCO annotation, compared with its own bbox and area."""
     mask = segmentation_mask(annotation.get("segmentation"), size, name)
     _warn(check_annotation(mask, annotation, name))
     return from_inside(mask)
@@ -378,7 +379,7 @@ def _warn(message: str | None) -> None:
 
 
 def entries(content: Any, key: str, path: Path, optional: bool = False) -> list[dict]:
-    """The list of objects under one key of a JSON file's content. An optional one may be missing."""
+    """Return the list of objects under one key of a JSON file's content. An optional one may be missing."""
     rows = content.get(key, [] if optional else None) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not (rows or optional):
         raise InputError(f'{path} is not {{"{key}": [{{...}}, ...]}}')
@@ -386,7 +387,7 @@ def entries(content: Any, key: str, path: Path, optional: bool = False) -> list[
 
 
 def _text(row: dict, key: str, name: str) -> str | None:
-    """A text that may be missing."""
+    """Return a text that may be missing."""
     value = row.get(key)
     if value is not None and not isinstance(value, str):
         raise InputError(f'{name}: "{key}" is {value!r}, not a string')

@@ -117,7 +117,7 @@ def sam(model: Any, processor: Any, image: Image.Image, config: ProposalConfig) 
 
 
 def find_everything(reader: SamReader, config: ProposalConfig) -> Tensor:
-    """The largest objects that SAM finds on a grid of points: stable masks of a high score. -> logits (n, h, w)"""
+    """Find the largest objects that SAM finds on a grid of points: stable masks of a high score. -> logits (n, h, w)"""
     width, height = reader.image.size
     spots = [[(x + 0.5) * width / GRID, (y + 0.5) * height / GRID] for y in range(GRID) for x in range(GRID)]
     asked = [
@@ -153,7 +153,7 @@ def clipseg(model: Any, processor: Any, image: Image.Image, config: ProposalConf
 
 
 def mask2former(model: Any, processor: Any, image: Image.Image, config: ProposalConfig) -> list[Proposal]:
-    """The largest segments of a panoptic segmentation, each with the name of its class."""
+    """Return the largest segments of a panoptic segmentation, each with the name of its class."""
     outputs = model(**processor(image, return_tensors="pt").to(model.device))
     size = image.height, image.width
     (result,) = processor.post_process_panoptic_segmentation(
@@ -205,7 +205,7 @@ def parse(text: str, form: str, image: Image.Image) -> list[float]:
 
 
 def iou(first: Tensor, second: Tensor) -> float:
-    """The IoU of two masks (h, w) bool."""
+    """Return the IoU of two masks (h, w) bool."""
     return float((first & second).sum() / (first | second).sum())
 
 
@@ -218,7 +218,7 @@ def refine(mask: np.ndarray, config: ProposalConfig) -> np.ndarray:
 
 
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Every pixel at most `radius` pixels from the mask, by the rows of a disc. (H, W) bool -> (H, W) bool"""
+    """Return every pixel at most `radius` pixels from the mask, by the rows of a disc. (H, W) bool -> (H, W) bool"""
     image = torch.from_numpy(mask)[None].float()
     height, result = mask.shape[0], image.bool()
     for dy in range(-min(radius, height - 1), min(radius, height - 1) + 1):

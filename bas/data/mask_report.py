@@ -77,7 +77,7 @@ def _view_image(
     spec: ModelSpec,
     config: TrainConfig,
 ) -> SceneView:
-    """One image. pixels: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
+    """Return one image. pixels: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
     shown = list(shown)
     pieces = [word_pieces(spec.tokenizer, word) if word else [] for word in scene.words]
     h, w = (side // spec.vae.factor for side in pixels.shape[-2:])
@@ -101,12 +101,12 @@ def _view_image(
 
 
 def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
-    """Whether a mask (H, W) is empty on a grid, as it is or mirrored, as half of the steps see it."""
+    """Return whether a mask (H, W) is empty on a grid, as it is or mirrored, as half of the steps see it."""
     return any(resize_mask(view, *size).max() == 0 for view in (mask, mask.flip(-1)))
 
 
 def warnings(view: SceneView) -> list[str]:
-    """What is allowed but likely to give a bad result, one line each. Words are judged in the first image alone."""
+    """List what is allowed but likely to give a bad result, a line each. Words are judged in the first image alone."""
     lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
     where_it_is = f" in extra image {view.name}" if view.name else ""
     for concept in view.concepts:
@@ -127,7 +127,7 @@ def warnings(view: SceneView) -> list[str]:
 
 
 def table(view: SceneView) -> str:
-    """One aligned row for each concept, and a further table for each extra image.
+    """Return one aligned row for each concept, and a further table for each extra image.
 
     Cells are counted by the mask's value, so soft edges count in part.
     """
@@ -143,7 +143,7 @@ def table(view: SceneView) -> str:
 
 
 def sheet(view: SceneView) -> Image.Image:
-    """A figure of all masks over their image: as they were given, on the loss grid, and on the attention grid."""
+    """Draw all masks over their image: as they were given, on the loss grid, and on the attention grid."""
     rows, labels = [], []
     for part in (view, *view.extra):
         handles = {c.number: c.handle for c in part.concepts}

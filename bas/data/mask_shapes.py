@@ -23,7 +23,7 @@ AREA_TOLERANCE = 0.1
 
 
 def segmentation_mask(segmentation: Any, size: tuple[int, int], name: str) -> np.ndarray:
-    """A COCO segmentation as a mask: the union of polygons, or run lengths in one of two forms. -> (H, W) bool
+    """Return a COCO segmentation as a mask: the union of polygons, or run lengths in one of two forms. -> (H, W) bool
 
     size: (W, H) that polygons are rasterised at; run lengths state their own. Raises InputError for another form.
     """
@@ -37,7 +37,7 @@ def segmentation_mask(segmentation: Any, size: tuple[int, int], name: str) -> np
 
 
 def polygons(segmentation: Any, name: str) -> list[np.ndarray]:
-    """The corners of a COCO segmentation's polygons, (n, 2) each. One polygon may stand without the list around it."""
+    """Return the corners of a COCO segmentation's polygons, (n, 2) each. One polygon may come without a list."""
     if not isinstance(segmentation, list) or not segmentation:
         raise InputError(f"{name} has no segmentation: expected polygons or run lengths")
     if any(isinstance(part, dict) for part in segmentation):
@@ -49,7 +49,7 @@ def polygons(segmentation: Any, name: str) -> list[np.ndarray]:
 
 
 def rasterise_polygon(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The pixels whose centres lie inside a polygon by the even-odd rule. points: (n, 2) of x, y -> (H, W) bool
+    """Return the pixels whose centres lie inside a polygon by the even-odd rule. points: (n, 2) of x, y -> (H, W) bool
 
     An edge that crosses a row of centres flips every pixel to its right, and a pixel that is flipped an odd number of
     times is inside. A centre on an edge counts as right of it, so polygons that share an edge share no pixel.
@@ -86,12 +86,12 @@ def decode_runs(counts: Any, h: int, w: int, name: str, by_rows: bool = False) -
 
 
 def _is_count(run: Any) -> bool:
-    """Whether a run length is a whole number, which may be written as 7.0; true and false are pixels, not lengths."""
+    """Return whether a run length is a whole number, maybe written as 7.0; true and false are pixels, not lengths."""
     return isinstance(run, (int, float)) and not isinstance(run, bool) and run >= 0 and run == run // 1
 
 
 def unpack_counts(text: str) -> list[int] | None:
-    """The run lengths in COCO's compressed string, None where it is broken.
+    """Return the run lengths in COCO's compressed string, None where it is broken.
 
     Six bits per character, from "0" on: five of the number, lowest first, and one for "goes on"; the number's highest
     bit is its sign. From the fourth run on, the string holds the difference to the run before the last.
@@ -116,7 +116,7 @@ def unpack_counts(text: str) -> list[int] | None:
 
 
 def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The bounding box of a mask (H, W) bool: left, top, right, bottom. All 0 for an empty mask."""
+    """Return the bounding box of a mask (H, W) bool: left, top, right, bottom. All 0 for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if not len(rows):
         return 0, 0, 0, 0
@@ -124,7 +124,7 @@ def mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def contradiction(mask: np.ndarray, annotation: dict) -> str | None:
-    """What a COCO annotation's own bbox or area says against its mask, (H, W) bool. None where they agree."""
+    """Return what a COCO annotation's own bbox or area says against its mask, (H, W) bool. None where they agree."""
     found, stated = mask_box(mask), _finite(annotation.get("bbox"), (4,))
     if stated is not None and (stated[2:] > 0).all():
         x, y, w, h = stated.tolist()
@@ -142,7 +142,7 @@ def contradiction(mask: np.ndarray, annotation: dict) -> str | None:
 
 
 def _boxes_agree(found: tuple[int, ...], stated: tuple[float, ...]) -> bool:
-    """Whether two boxes of left, top, right, bottom are equal up to rounding."""
+    """Return whether two boxes of left, top, right, bottom are equal up to rounding."""
     reach = max(2.0, BOX_TOLERANCE * max(stated[2] - stated[0], stated[3] - stated[1]))
     return all(abs(a - b) <= reach for a, b in zip(found, stated, strict=True))
 
@@ -207,7 +207,7 @@ def check_units(points: np.ndarray, size: tuple[int, int], name: str) -> str | N
 
 
 def read_points(values: Any, name: str, flat: bool = False) -> np.ndarray:
-    """The corners of a polygon, (n, 2) float64 with n >= 3. flat: given as x0, y0, x1, y1, ... Or an InputError."""
+    """Read the corners of a polygon, (n, 2) float64 with n >= 3, or raise InputError. flat: as x0, y0, x1, y1, ..."""
     count = len(values) // (2 if flat else 1) if isinstance(values, list) else 0
     if count > MAX_POINTS:
         raise InputError(f"{name} has {count} points: simplify it to {MAX_POINTS} or fewer")
@@ -226,7 +226,7 @@ def read_numbers(values: Any, count: int, name: str) -> np.ndarray:
 
 
 def read_size(width: Any, height: Any, name: str) -> tuple[int, int]:
-    """The stated size of an image, (W, H). InputError for one that bas would not read."""
+    """Read the stated size of an image, (W, H). InputError for one that bas would not read."""
     w, h = (int(side) for side in read_numbers([width, height], 2, name))
     if w < 1 or h < 1 or w * h > MAX_PIXELS:
         raise InputError(f"{name} is {w}x{h} pixels: expected sides of 1 or more, and at most 100 megapixels")
@@ -234,7 +234,7 @@ def read_size(width: Any, height: Any, name: str) -> tuple[int, int]:
 
 
 def runs_size(segmentation: dict, name: str) -> tuple[int, int]:
-    """The size that COCO run lengths state, as (W, H). InputError as `read_size`."""
+    """Return the size that COCO run lengths state, as (W, H). InputError as `read_size`."""
     rows, columns = read_numbers(segmentation.get("size"), 2, name)
     return read_size(columns, rows, name)
 
@@ -251,7 +251,7 @@ def _finite(values: Any, shape: tuple[int, ...], flat: bool = False) -> np.ndarr
 
 
 def _near(array: np.ndarray, values: Any, name: str) -> np.ndarray:
-    """The array. InputError where it leaves every possible image."""
+    """Return the array. InputError if it lies beyond any image."""
     if np.abs(array).max() > FARTHEST:
         raise InputError(f"{name}: {json.dumps(values)[:60]} lies beyond any image: give pixels")
     return array

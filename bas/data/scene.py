@@ -61,7 +61,7 @@ class Scene:
     extra_images: tuple[ExtraImage, ...] = ()
 
     def __len__(self) -> int:
-        """The number of concepts N."""
+        """Return the number of concepts N."""
         return len(self.handles)
 
     @property
@@ -86,7 +86,7 @@ class Scene:
 
 
 def size_to_cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
-    """The (W, H) of an image scaled to just cover another. Raises InputError where a side would pass MAX_SIDE."""
+    """Return the (W, H) of an image scaled to just cover another. InputError if a side would pass MAX_SIDE."""
     scale = max(part / side for part, side in zip(least, size, strict=True))
     width, height = (max(part, round(side * scale)) for part, side in zip(least, size, strict=True))
     if max(width, height) > MAX_SIDE:
@@ -97,7 +97,7 @@ def size_to_cover(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, i
 def resize_and_crop_box(
     size: tuple[int, int], resolution: int, multiple: int, square: bool
 ) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-    """How to bring a (W, H) image to the model: the size to resize it to, then the box to crop from its middle.
+    """Return how to bring a (W, H) image to the model: the size to resize it to, then the box to crop from its middle.
 
     The sides of the box are multiples of `multiple`, or of its greatest divisor that the resolution has.
     """
@@ -112,7 +112,7 @@ def resize_and_crop_box(
 
 
 def bracketed(name: str) -> str:
-    """A handle by its name, which may be given with or without < >."""
+    """Return a handle by its name, which may be given with or without < >."""
     return f"<{name.removeprefix('<').removesuffix('>')}>"
 
 
@@ -173,12 +173,12 @@ def with_close_ups(scene: Scene) -> Scene:
 
 
 def union(masks: Iterable[np.ndarray]) -> np.ndarray:
-    """What lies in any of the masks, (H, W) uint8. Of one mask it is that mask."""
+    """Return what lies in any of the masks, (H, W) uint8. Of one mask it is that mask."""
     return reduce(np.maximum, masks)
 
 
 def overlaps(masks: np.ndarray, i: int) -> dict[int, float]:
-    """The share of mask i that lies in each other mask, from SHOWN_OVERLAP on. masks: (N, H, W) in [0, 1]"""
+    """Return the share of mask i that lies in each other mask, from SHOWN_OVERLAP on. masks: (N, H, W) in [0, 1]"""
     shares = np.minimum(masks, masks[i]).sum(axis=(1, 2)) / max(masks[i].sum(), 1e-6)
     return {j: float(share) for j, share in enumerate(shares) if j != i and share >= SHOWN_OVERLAP}
 
@@ -202,5 +202,5 @@ def sample_subset(count: int, kind: str, generator: torch.Generator) -> list[int
 
 
 def subset_prompt(handles: tuple[str, ...] | list[str]) -> str:
-    """The training prompt of these handles: `a photo of <asset1> and <asset0>`"""
+    """Return the training prompt of these handles: `a photo of <asset1> and <asset0>`"""
     return "a photo of " + " and ".join(handles)

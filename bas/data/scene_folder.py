@@ -80,7 +80,7 @@ def load_scene(config: TrainConfig) -> Scene:
 
 
 def read_folder(folder: Path, config: TrainConfig) -> Scene:
-    """The images and masks of a scene folder, checked, with the names that the settings give."""
+    """Read the images and masks of a scene folder, checked, with the names that the settings give."""
     image_path, mask_files = find_files(folder)
     size, orientation = upright_size(image_path)  # decoded last: beside it, the memory would not hold large masks
     found = read_source(mask_files, size)
@@ -102,7 +102,7 @@ def read_folder(folder: Path, config: TrainConfig) -> Scene:
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
-    """The image of a scene folder and the files of its one mask source. Raises InputError for gaps in numbers."""
+    """Find the image of a scene folder and the files of its one mask source. Raises InputError for gaps in numbers."""
     require_scene_folder(folder)
     return find_image(folder), find_source(folder)
 
@@ -118,13 +118,13 @@ def require_scene_folder(path: Path) -> None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images img.* of a folder, in small or capital letters: a scene has one. Caption files are not images."""
+    """Return a folder's images img.*, in small or capital letters: a scene has one. Caption files are not images."""
     images = (path for path in folder.iterdir() if path.stem.lower() == "img" and path.suffix.lower() in SUFFIXES)
     return sorted(path for path in images if path.is_file())
 
 
 def find_image(folder: Path) -> Path:
-    """The one image img.* of a folder."""
+    """Find the one image img.* of a folder."""
     images = images_in(folder)
     if len(images) != 1:
         suffixes = (*SUFFIXES, *UNREADABLE)
@@ -141,7 +141,7 @@ def find_image(folder: Path) -> Path:
 
 
 def numbered_folders(folder: Path) -> list[Path]:
-    """The subfolders that are named by numbers, by number."""
+    """Return the subfolders that are named by numbers, by number."""
     numbered = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
     return sorted(numbered, key=lambda path: int(path.name))
 
@@ -150,7 +150,7 @@ def numbered_folders(folder: Path) -> list[Path]:
 
 
 def read_extra_images(folder: Path, count: int) -> tuple[ExtraImage, ...]:
-    """The extra images of a scene folder, by number. count: how many concepts its first image has."""
+    """Read the extra images of a scene folder, by number. count: how many concepts its first image has."""
     numbered = numbered_folders(folder)
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path not in numbered and os.access(path, os.R_OK | os.X_OK) and images_in(path):
@@ -164,8 +164,11 @@ def read_extra_images(folder: Path, count: int) -> tuple[ExtraImage, ...]:
 
 
 def find_extra_files(folder: Path, count: int) -> tuple[Path, dict[int, Path]]:
-    """The image and the masks by concept of one extra image. Raises InputError without an image or a mask, for masks
-    of another source than maskN.png, and for a mask of an unknown concept."""
+    """Find the image and the masks by concept of one extra image.
+
+    InputError without an image or a mask, for masks of another source than maskN.png, and for a mask of an unknown
+    concept.
+    """
     image, masks = find_image(folder), {}
     for path in sorted(folder.iterdir()):
         kind, number = read_number(path) or ("", 0)
@@ -185,7 +188,7 @@ def find_extra_files(folder: Path, count: int) -> tuple[Path, dict[int, Path]]:
 
 
 def read_extra_image(image_path: Path, mask_files: dict[int, Path]) -> ExtraImage:
-    """One extra image, named by its folder."""
+    """Read one extra image, named by its folder."""
     (size, orientation), masks, found = upright_size(image_path), {}, []
     for number, path in mask_files.items():
         found.append(mask_in_file(path))
@@ -254,7 +257,7 @@ def name_concepts(
 
 
 def match_size(mask: np.ndarray, path: Path, size: tuple[int, int], image_path: Path) -> np.ndarray:
-    """The mask at the image's (W, H), as (H, W) uint8. Resizes one of the same shape; another is an InputError."""
+    """Return the mask at the image's (W, H), as (H, W) uint8, resized if needed. InputError for another shape."""
     (h, w), (image_w, image_h) = mask.shape, size
     if (w, h) == (image_w, image_h):
         return mask
@@ -289,7 +292,7 @@ def warn_if_turned(
 
 
 def _same_shape(shape: float, other: float) -> bool:
-    """Whether two ratios of width to height are equal up to rounding."""
+    """Return whether two ratios of width to height are equal up to rounding."""
     return abs(shape - other) <= 0.01 * other
 
 

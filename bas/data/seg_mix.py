@@ -107,13 +107,13 @@ class SegMix:
 
 
 def plain(width: int, height: int, generator: torch.Generator) -> Image.Image:
-    """An image of one colour, sampled uniformly from RGB."""
+    """Return an image of one colour, sampled uniformly from RGB."""
     colour = torch.randint(256, (3,), generator=generator).tolist()
     return Image.new("RGB", (width, height), tuple(colour))
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The (left, top, right, bottom) of a mask, (H, W) uint8."""
+    """Return the (left, top, right, bottom) of a mask, (H, W) uint8."""
     ys, xs = (np.flatnonzero(mask.max(axis=axis) >= 255 * DARKEST_MASK) for axis in (1, 0))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
@@ -127,7 +127,7 @@ def place(
     move: float,
     cell: int = 0,
 ) -> tuple[int, int]:
-    """A (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
+    """Return a (left, top) for a mask (h, w) in an image of this (W, H), clear of other masks (H, W) if there is room.
 
     The mask moves by the share `move` of the way from `centre`, in pixels, to a random place. With a `cell`, `move` is
     the probability that it moves: by multiples of so many pixels along both sides, to each place inside the image
@@ -150,7 +150,7 @@ def place(
 
 
 def moved(start: float, most: int, move: float, cell: int, generator: torch.Generator) -> int:
-    """The share `move` of the way from `start` to a random place in 0..most, in pixels or in whole cells."""
+    """Return the share `move` of the way from `start` to a random place in 0..most, in pixels or in whole cells."""
     if not cell:
         end = int(torch.randint(most + 1, (), generator=generator))
         return min(max(round(start + move * (end - start)), 0), most)
