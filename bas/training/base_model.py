@@ -86,7 +86,7 @@ class Base:
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def fresh(self) -> Models:
-        """The models as they were loaded, without handles and gradients, however they were trained since."""
+        """Return the models as they were loaded, without handles and gradients, however they were trained since."""
         if self.kept:
             for text_encoder, embedding in zip(self.models.text_encoders, self.embeddings, strict=True):
                 text_encoder.set_input_embeddings(embedding)

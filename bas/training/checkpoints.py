@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors: `optimizer.INDEX.NAME`, for 8-bit moments `optimizer.INDEX.NAME/KEY`."""
+    """Flatten the optimizer's state: `optimizer.INDEX.NAME`, for 8-bit moments `optimizer.INDEX.NAME/KEY`."""
     flat = {}
     for i, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -116,12 +116,12 @@ def save_checkpoint(run: Path, step: int, tensors: dict[str, Tensor], state: dic
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of this step lies."""
+    """Return where the checkpoint of this step lies."""
     return run / CHECKPOINTS / f"step-{step:06d}"
 
 
 def _by_file(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by the file that holds them."""
+    """Return the tensors of a checkpoint by the file that holds them."""
     files: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind = key.rpartition(".")[2] if key.startswith("optimizer.") else None
@@ -130,7 +130,7 @@ def _by_file(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def describe_file(path: Path) -> dict:
-    """The manifest's entry of one file: its size in bytes and its sha256 in hex."""
+    """Return the manifest's entry of one file: its size in bytes and its sha256 in hex."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -154,7 +154,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file in a checkpoint's folder bears a name that bas gives."""
+    """Return whether a file in a checkpoint's folder bears a name that bas gives."""
     half_written = TEMPORARY.fullmatch(path.name) or HALF_WRITTEN.fullmatch(path.name)
     return path.is_file() and (path.name in FILES or half_written is not None)
 
@@ -201,7 +201,7 @@ def _folders(run: Path) -> list[Path]:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, by step."""
+    """Return the complete checkpoints of a run, by step."""
     return [path for path in _folders(run) if (path / MANIFEST).is_file()]
 
 
@@ -212,7 +212,7 @@ def newest_kept(run: Path) -> str:
 
 
 def find_checkpoint(run: Path, wanted: str | None) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names; None, with a warning, where `latest` finds none.
+    """Find the checkpoint that --resume_from_checkpoint names; None, with a warning, where `latest` finds none.
 
     Raises InputError when a named one is missing.
     """

@@ -60,7 +60,7 @@ def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, sett
 
 
 def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
-    """The folder of the class images, and whether bas made them. Raises InputError if it made them with another key."""
+    """Find the folder of the class images, and whether bas made them. InputError if it made them with another key."""
     if config.class_data_dir is None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "class_images" / digest, True
@@ -132,7 +132,7 @@ def check_class_folder(config: TrainConfig, model: ModelSpec | Models, size: tup
 
 
 def sampling_of(config: TrainConfig, model: ModelSpec | Models, size: tuple[int, int]) -> SampleConfig:
-    """How class images of these rows and columns are generated: at the guidance of the model's other images.
+    """Return how class images of these rows and columns are generated: at the guidance of the model's other images.
 
     The prior loss and Seg-Mix teach the look of the class images. A stronger guidance than the model's own would give
     every later image its colours.
@@ -146,7 +146,7 @@ def class_images(
     base_hash: str,
     size: tuple[int, int],
 ) -> tuple[Posterior, str]:
-    """The VAE posteriors of `num_class_images` class images, generating what is missing.
+    """Return the VAE posteriors of `num_class_images` class images, generating what is missing.
 
     size: rows and columns of pixels. -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the images' files.
     """
@@ -202,17 +202,17 @@ def _generate_missing(models: Models, config: TrainConfig, settings: SampleConfi
 
 
 def _images(folder: Path) -> list[Path]:
-    """The image files in a folder, by name."""
+    """Return the image files in a folder, by name."""
     return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
 
 
 def _folder_of_images(folder: Path) -> Path | None:
-    """The first folder in a folder that holds images, None if there is none."""
+    """Return the first folder in a folder that holds images, None if there is none."""
     inside = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
     return next((path for path in inside if _images(path)), None)
 
 
 def _unread(folder: Path) -> list[str]:
-    """The names of files that may be images but are not read; captions and metadata beside images are no such files."""
+    """Return the names of files that may be images but are not read, without captions and metadata beside images."""
     files = (p for p in folder.glob("[!.]*") if p.is_file() and p.suffix.lower() not in (*SUFFIXES, *SIDECARS))
     return sorted(path.name for path in files)

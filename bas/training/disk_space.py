@@ -38,7 +38,7 @@ def most_numbers(base: Path) -> dict[str, int]:
 
 
 def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int]:
-    """Bytes of each kind of file that the run will write, less the checkpoints that a resumed run has already."""
+    """Count the bytes of each kind of file that the run will write, less the checkpoints that are already there."""
 
     def optimized(phase: Phase) -> int:
         return sum(numbers.get(name, 0) for name in phase.trains)
@@ -56,7 +56,7 @@ def files_to_come(numbers: dict[str, int], config: TrainConfig) -> dict[str, int
 
 
 def free_disk_space(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet. InputError where it is read-only."""
+    """Return the free bytes on the disk of a folder, which need not exist yet. InputError where it is read-only."""
     return shutil.disk_usage(require_writable(folder, "--output_dir")).free
 
 

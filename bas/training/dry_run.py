@@ -83,7 +83,7 @@ class Plan:
 
 
 def dry_run(config: TrainConfig, runs: int = 1) -> dict:
-    """What a run would do and take, by name. Raises InputError where `train` would before it reads weights.
+    """Return what a run would do and take, by name. Raises InputError where `train` would before it reads weights.
 
     A full disk and a missing extra are no errors here but entries, and the settings of a checkpoint are not compared.
     runs: how many such runs, one after another, the disk has to hold.
@@ -125,13 +125,13 @@ def dry_run(config: TrainConfig, runs: int = 1) -> dict:
 
 
 def _not_here(config: TrainConfig) -> str:
-    """A remark behind the base that is described without its files."""
+    """Return a remark behind the base that is described without its files."""
     name = config.pretrained_model_name_or_path
     return f"; not here yet: bas download {name}" if is_known_elsewhere(name) else ""
 
 
 def _missing_extra(config: TrainConfig) -> str | None:
-    """What to install before the run itself, or None."""
+    """Return what to install before the run itself, or None."""
     try:
         check_extras(config)
     except InputError as error:
@@ -183,7 +183,7 @@ RESUMABLE = ("--gradient_checkpointing",)  # with these the run can be resumed; 
 
 
 def memory_advice(config: TrainConfig, used: int | None) -> str:
-    """One line for a run that ran out of memory: what it takes at least, and what each unused flag would save.
+    """Return one line for a run that ran out of memory: what it takes at least, and what each unused flag would save.
 
     used: the most bytes that it held, if known.
     """
@@ -250,7 +250,7 @@ def phase_cost(
 
 
 def phase_memory(weights: int, cost: Cost, precision: str, config: TrainConfig, copied: int) -> dict[str, int]:
-    """Bytes by what they are for. copied: how many weights autocast rounds, and keeps until the backward pass."""
+    """Count bytes by their use. copied: how many weights autocast rounds, and keeps until the backward pass."""
     masters = {"master weights": 4 * cost.trained} if precision == "bf16" else {}
     copies = {"fp16 copies": 2 * copied} if precision == "fp16" and not config.gradient_checkpointing else {}
     adding = precision == "bf16" and config.gradient_accumulation_steps > 1  # one pass's own beside the masters' sum
@@ -271,7 +271,7 @@ def sum_of(parts: dict[str, int]) -> str:
 
 
 def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> str | None:
-    """One line of advice where the device has less memory than the estimate, else None."""
+    """Return one line of advice where the device has less memory than the estimate, else None."""
     if device.type == "cuda":
         held = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf"):
@@ -284,12 +284,12 @@ def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> st
 
 
 def class_image_operations(models: Models, data: TrainingData, config: TrainConfig) -> int:
-    """Operations of generating all class images: guided denoising, without the VAE."""
+    """Count the operations of generating all class images: guided denoising, without the VAE."""
     return 2 * SampleConfig().num_inference_steps * config.num_class_images * unet_operations(models, data)
 
 
 def unet_operations(models: Models, data: TrainingData) -> int:
-    """Operations of the UNet's forward pass for one image of this size."""
+    """Count the operations of the UNet's forward pass for one image of this size."""
     z = data.images[0].views[0].posterior.mean[None].to("meta", models.unet.conv_in.weight.dtype)
     tokens, width = models.tokenizer.model_max_length, context_width(models.text_encoders)
     context = torch.empty(1, tokens, width, dtype=z.dtype, device="meta")

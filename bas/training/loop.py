@@ -51,7 +51,7 @@ POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, 
 
 
 def training_step(models: Models, batch: Batch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch (paper, section 3), and its unweighted parts as 0-dim tensors.
+    """Return the loss of one batch (paper, section 3), and its unweighted parts as 0-dim tensors.
 
     L = L_rec (eq. 1) + prior_loss_weight x L_prior + lambda_attention x L_attn (eq. 2)
     """

@@ -50,7 +50,7 @@ class MetricsLog:
         self.pending.append(Row({"phase": phase, "step": step, "lr": lr}, tuple(values), numbers, arrived))
 
     def latest(self) -> dict | None:
-        """The newest row whose numbers are on the host: on a GPU, which runs ahead, that of the step before."""
+        """Return the newest row whose numbers are on the host: on a GPU, which runs ahead, that of the step before."""
         lag = 2 if self.pending and self.pending[-1].arrived else 1
         return self.pending[-lag].read() if len(self.pending) >= lag else None
 

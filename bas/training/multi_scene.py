@@ -40,18 +40,18 @@ class Outcome:
 
 
 def holds_scenes(folder: Path) -> bool:
-    """Whether a folder is not a scene itself, but has scenes in it."""
+    """Return whether a folder is not a scene itself, but has scenes in it."""
     with reading(folder):
         return folder.is_dir() and not images_in(folder) and any(map(images_in, subfolders(folder)))
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, but for hidden ones."""
+    """Return the folders in a folder, by name, but for hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def find_scenes(names: list[str]) -> list[Path]:
-    """The scene folders among these folders, and in those that hold scene folders. Raises InputError for others."""
+    """Find the scene folders among these folders, and in those that hold scene folders. InputError for others."""
     scenes = []
     for folder in map(Path, names):
         with reading(folder):
@@ -63,7 +63,7 @@ def find_scenes(names: list[str]) -> list[Path]:
 
 
 def scenes_in(folder: Path) -> list[Path]:
-    """The folder itself where it is a scene, else the scenes in it. Raises InputError when there is none, or a run."""
+    """Return the folder itself if it is a scene, else the scenes in it. InputError if there is none, or for a run."""
     require_scene_folder(folder)
     if images_in(folder):
         return [folder]
@@ -79,7 +79,7 @@ def scenes_in(folder: Path) -> list[Path]:
 
 
 def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
-    """The settings of one scene's run, which resumes where it was begun."""
+    """Return the settings of one scene's run, which resumes where it was begun."""
     folder = Path(config.output_dir) / scene.resolve().name
     resume = "latest" if (folder / METRICS).exists() else None
     return replace(config, instance_data_dir=str(scene), output_dir=str(folder), resume_from_checkpoint=resume)

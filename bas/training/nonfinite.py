@@ -47,7 +47,7 @@ def flush_and_check(run: Run) -> dict[str, float]:
 
 
 def is_finite(row: dict, precision: str) -> bool:
-    """Whether training can continue after this step. In fp16 the gradient may overflow: the scaler skips the step."""
+    """Return whether training can continue after this step. In fp16 the scaler skips a step that overflows."""
     names = row.keys() - ({"phase", "grad_norm"} if precision == "fp16" else {"phase"})
     return all(math.isfinite(row[name]) for name in names)
 

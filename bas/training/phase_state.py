@@ -26,14 +26,14 @@ class PhaseState:
 
 
 def handle_embeddings(models: Models) -> list[HandleEmbedding]:
-    """The token embedding of each text encoder of models that have handles."""
+    """Return the token embedding of each text encoder of models that have handles."""
     embeddings = [text_encoder.get_input_embeddings() for text_encoder in models.text_encoders]
     assert all(isinstance(embedding, HandleEmbedding) for embedding in embeddings), "add_handles comes first"
     return cast("list[HandleEmbedding]", embeddings)
 
 
 def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
-    """The groups of weights that a phase can name in `Phase.trains`, each by the parameters' names in checkpoints."""
+    """Return the groups of weights that a phase can name in `Phase.trains`, by the parameters' names in checkpoints."""
     ends = [component.removeprefix("text_encoder") for component in models.text_networks]  # "", and "_2" for SDXL
     embeddings = list(zip(ends, handle_embeddings(models), strict=True))
     own = {
@@ -44,7 +44,7 @@ def parameter_groups(models: Models) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def trained_weights(models: Models, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """All weights that the phases of a training train, by name."""
+    """Return all weights that the phases of a training train, by name."""
     groups = parameter_groups(models)
     return {name: p for phase in config.phases for group in phase.trains for name, p in groups[group].items()}
 
@@ -63,7 +63,7 @@ def trainable_parameters(models: Models, phase: Phase) -> dict[str, nn.Parameter
 def build_phase_state(
     models: Models, phase: Phase, config: TrainConfig, precision: str, exact: Float32Values
 ) -> PhaseState:
-    """The state at the beginning of a phase: its master weights, a fresh optimizer and loss scale."""
+    """Build the state at the beginning of a phase: its master weights, a fresh optimizer and loss scale."""
     optimized = trainable_parameters(models, phase)
     groups = parameter_groups(models) if phase.clips else {}
     with_grad = {name: p for group in phase.clips for name, p in groups[group].items()}

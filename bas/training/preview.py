@@ -78,7 +78,7 @@ def write_preview(
 
 
 def sheet_path(run: Path, step: int) -> Path:
-    """Where the preview of a step lies; it is written last, so a preview that has it is complete."""
+    """Return where the preview of a step lies; it is written last, so a preview that has it is complete."""
     return run / PREVIEWS / f"step-{step:06d}.png"
 
 
@@ -103,7 +103,7 @@ def write_image(folder: Path, image: Tensor, masks: dict[int, Tensor]) -> None:
 
 @torch.no_grad()
 def scene_attention(models: Models, handles: tuple[str, ...], image: Tensor, config: TrainConfig) -> Tensor:
-    """The averaged attention map of each handle on the scene's image, half noised (eq. 2).
+    """Return the averaged attention map of each handle on the scene's image, half noised (eq. 2).
 
     image: (3, H, W) in [-1, 1] -> (N, gh, gw) on the CPU
     """

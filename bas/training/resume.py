@@ -59,7 +59,7 @@ SAME_ON_RESUME = {  # beside the settings, where a checkpoint has it: its name i
 
 
 def scene_state(scene: Scene) -> dict:
-    """What a resumed run must share of its scene: handles, initial words, and the sha256 of all images and masks."""
+    """Return what a resumed run must share of its scene: handles, initial words, sha256 of all images and masks."""
     digest = hashlib.sha256()
     for image, masks in scene.images:
         digest.update(repr((image.size, sorted(masks))).encode())
@@ -72,7 +72,7 @@ def scene_state(scene: Scene) -> dict:
 
 
 def _plain(value: object) -> object:
-    """A setting as JSON has it."""
+    """Return a setting as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -135,7 +135,7 @@ def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:
 
 
 def _last_step(lines: list[bytes]) -> int | str:
-    """The step of the last of these lines of metrics: 0 without lines, "unknown" if one is damaged or missing."""
+    """Return the step of the last of these metrics lines: 0 without lines, "unknown" if one is damaged or missing."""
     steps = []
     for line in lines:
         try:
@@ -150,7 +150,7 @@ def _last_step(lines: list[bytes]) -> int | str:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether --output_dir holds this run, finished.
+    """Return whether --output_dir holds this run, finished.
 
     InputError for one of other settings, another scene or base, and for one whose model cannot be read: its checkpoints
     may be all that is left of it.

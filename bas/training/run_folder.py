@@ -128,7 +128,7 @@ def _advice(folder: Path) -> str:
 
 
 def has_leftovers(folder: Path) -> bool:
-    """Whether a run holds checkpoints, their empty folder, a lock or half-written files; a finished run does not."""
+    """Return whether a run holds what a finished one lacks: checkpoints, their folder, a lock, half-written files."""
     return (folder / LOCK).exists() or _holds_leftovers(folder)
 
 

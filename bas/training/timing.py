@@ -43,7 +43,10 @@ class Timing:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Most bytes held: on the GPU since the last call, by the process since its start. What is unknown is left out."""
+    """Return the most bytes held: on the GPU since the last call, by the process since its start.
+
+    Omit what is unknown.
+    """
     peaks = {}
     if device.type == "cuda":
         peaks["gpu_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -50,7 +50,7 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
 
 
 def without_effect(config: TrainConfig, usual: TrainConfig, given: Iterable[str]) -> list[str]:
-    """A line for each given setting that differs from the usual one and yet changes nothing: its name and the reason.
+    """List each given setting that differs from the usual one and yet changes nothing: its name and the reason.
 
     usual: the settings of the same base when none are given.
     """
