@@ -75,7 +75,7 @@ def attend(
 
 
 def without_steering(config: SampleConfig) -> SampleConfig:
-    """The same settings, without those of steering."""
+    """Return the same settings, without those of steering."""
     return config.changed(**{name: setting_rows(SampleConfig)[name].default for name in STEERING})
 
 

@@ -157,7 +157,7 @@ def edit_region(
 
 
 def skipped_steps(config: EditConfig) -> int:
-    """How many of the noisiest steps an edit leaves out."""
+    """Return how many of the noisiest steps an edit leaves out."""
     return int(config.num_inference_steps * config.blending_start_percentage)
 
 
@@ -190,7 +190,7 @@ def composite(old: Image.Image, new: Image.Image, mask: np.ndarray) -> Image.Ima
 
 
 def working_size(spec: ModelSpec, size: tuple[int, int], config: EditConfig) -> tuple[int, int]:
-    """The (W, H) at which an image of this (W, H) is edited: the flags', or the nearest size that the model takes.
+    """Return the (W, H) at which an image of this size is edited: the flags', or the nearest that the model takes.
 
     The shorter side is what the model was trained for; both are rounded to its multiple, so nothing is cut off.
     """

@@ -38,7 +38,7 @@ CELL = 192  # pixels of one image on the grid
 
 
 def subsets(handles: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Every non-empty subset of the handles, single ones first."""
+    """Return every non-empty subset of the handles, single ones first."""
     return [subset for size in range(1, len(handles) + 1) for subset in combinations(handles, size)]
 
 
@@ -70,17 +70,17 @@ def explore(models: Models, folder: Path, contexts: tuple[str, ...], config: Sam
 
 
 def combinations_in(models: Models | ModelSpec, contexts: tuple[str, ...]) -> list[str]:
-    """The prompts of `explore`, context by context within each subset."""
+    """Return the prompts of `explore`, context by context within each subset."""
     return [f"{subset_prompt(subset)} {context}" for subset in subsets(handles_of(models)) for context in contexts]
 
 
 def all_together(models: Models | ModelSpec) -> str:
-    """The prompt of `vary`."""
+    """Return the prompt of `vary`."""
     return subset_prompt(handles_of(models))
 
 
 def handles_of(models: Models | ModelSpec) -> tuple[str, ...]:
-    """The learnt concepts of a model. InputError if there are none."""
+    """Return the learnt concepts of a model. InputError if there are none."""
     if not models.handles:
         raise InputError(f"{models.source} has no handles: give the folder of a finished `bas train`")
     return models.handles

@@ -35,7 +35,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def mask_files(path: Path) -> list[Path]:
-    """The mask files that a layout file names. InputError as in `read_content`."""
+    """Return the mask files that a layout file names. InputError as in `read_content`."""
     content = read_content(path)
     regions = content.values() if isinstance(content, dict) else ()
     return [path.parent / region for region in regions if isinstance(region, str)]
@@ -96,13 +96,13 @@ def cells_inside(region: Region, h: int, w: int) -> Tensor:
 
 
 def covered(first: float, last: float, count: int) -> Tensor:
-    """The share of each of `count` equal parts of 0..1 that lies between first and last. -> (count,) float64"""
+    """Return the share of each of `count` equal parts of 0..1 that lies between first and last. -> (count,) float64"""
     edges = torch.arange(count + 1, dtype=torch.float64) / count
     return (edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)).clamp(min=0) * count
 
 
 def bounding_box(region: Region) -> tuple[float, float, float, float]:
-    """The smallest box (left, top, right, bottom), in shares of the image, around a region."""
+    """Return the smallest box (left, top, right, bottom), in shares of the image, around a region."""
     if not isinstance(region, np.ndarray):
         left, top, right, bottom = region
         return left, top, right, bottom

@@ -29,12 +29,12 @@ class Segment:
 
 
 def left_out(steps: int) -> int:
-    """How many of the noisiest denoising steps are left out."""
+    """Return how many of the noisiest denoising steps are left out."""
     return int(LEFT_OUT * steps)
 
 
 def steps_taken(config: SampleConfig) -> int:
-    """How many denoising steps an image takes."""
+    """Return how many denoising steps an image takes."""
     steps = config.num_inference_steps
     return steps - left_out(steps) if config.own_pixels else steps
 

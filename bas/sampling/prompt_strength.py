@@ -72,7 +72,7 @@ class Prompt:
 
 
 def bare_handles(prompt: str, handles: tuple[str, ...]) -> list[str]:
-    """The handles whose names a prompt contains as mere words, if it contains no handle at all."""
+    """Return the handles whose names a prompt contains as mere words, if it contains no handle at all."""
     if any(handle in prompt for handle in handles):
         return []
     words = set(re.findall(r"[\w-]+", prompt))
@@ -142,7 +142,7 @@ def read_phrases(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def unread_weights(prompt: str) -> list[str]:
-    """The pieces of a prompt that look like weights of other tools and stay text."""
+    """Return the pieces of a prompt that look like weights of other tools and stay text."""
     return [piece for text, _ in read_prompt(prompt).parts for piece in UNREAD.findall(text)]
 
 
@@ -168,7 +168,7 @@ def encode_negative(models: Models, text: str, count: int) -> Conditioning:
 
 
 def find_strengths(tokenizer: CLIPTokenizer, prompt: Prompt, ids: Tensor) -> list[tuple[Tensor, float]]:
-    """The tokens of a prompt that have a strength, as masks over its places, each with the strength. ids: (1, 77)"""
+    """Find the tokens of a prompt with a strength, as masks over its places, each with the strength. ids: (1, 77)"""
     changes = [
         (torch.isin(ids, torch.tensor(handle_ids(tokenizer, handle), device=ids.device)), value)
         for handle, value in prompt.handles.items()
@@ -182,7 +182,7 @@ def find_strengths(tokenizer: CLIPTokenizer, prompt: Prompt, ids: Tensor) -> lis
 
 
 def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
-    """How many tokens a text takes, without the start and the end, of those that the model reads."""
+    """Return how many tokens a text takes, without the start and the end, of those that the model reads."""
     (ids,) = tokenize(tokenizer, [text]).tolist()
     return ids.index(tokenizer.eos_token_id) - 1
 

@@ -89,7 +89,7 @@ def warn_of_weights(prompts: Iterable[str]) -> None:
 
 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:
-    """The part of `check_request` that needs no prompt, without its warnings."""
+    """Check what `check_request` checks without a prompt, without its warnings."""
     latent_shape(spec, config)
     denoising_timesteps(spec.schedule, config)
     tokenize(spec.tokenizer, [read_prompt(config.negative_prompt).text])
@@ -107,12 +107,12 @@ def without_effect(spec: ModelSpec, config: SampleConfig) -> dict[str, str]:
 
 
 def guidance_scale(model: ModelSpec | Models, config: SampleConfig) -> float:
-    """The guidance scale that is asked for, or else the model's own."""
+    """Return the guidance scale that is asked for, or else the model's own."""
     return model.guidance_scale if config.guidance_scale is None else config.guidance_scale
 
 
 def as_record(models: Models, config: SampleConfig) -> dict[str, Any]:
-    """All settings as an image file keeps them: with the guidance scale that was taken."""
+    """Return all settings as an image file keeps them: with the guidance scale that was taken."""
     return asdict(config) | {"guidance_scale": guidance_scale(models, config)}
 
 
@@ -123,7 +123,7 @@ def sample_each(
     progress: ImageProgress | None = None,
     steer: Steer | None = None,
 ) -> Iterator[Image.Image]:
-    """The images of `sample`, one by one, each as soon as its batch is done. `progress` counts the steps."""
+    """Yield the images of `sample`, one by one, each as soon as its batch is done. `progress` counts the steps."""
 
     def count(_i: int, _t: float, z: Tensor, _maps: list[AttentionMap]) -> Tensor:
         if progress:
@@ -301,7 +301,7 @@ def guided_output(
 
 
 def denoising_timesteps(schedule: NoiseSchedule, config: SampleConfig) -> Sequence[float]:
-    """The timesteps of a sampling run, noisiest first. Raises InputError for more than the model was trained with."""
+    """Return the timesteps of a sampling run, noisiest first. InputError for more than the model was trained with."""
     if config.steps_offset is not None:
         schedule = replace(schedule, steps_offset=config.steps_offset)
     return sampling_timesteps(schedule, config.num_inference_steps, config.sampler)
@@ -355,18 +355,18 @@ def encode(models: Models, images: list[Tensor]) -> Tensor:
 
 
 def with_float32_vae(models: Models) -> Models:
-    """The same models with a copy of the VAE in float32, for images whose numbers are beyond 16 bits."""
+    """Return the same models with a copy of the VAE in float32, for images whose numbers are beyond 16 bits."""
     return replace(models, vae=deepcopy(models.vae).float())
 
 
 def arithmetic(models: Models) -> str:
-    """The number format in which the networks compute now, as PyTorch names it: "float16"."""
+    """Return the number format in which the networks compute now, as PyTorch names it: "float16"."""
     kind, dtype = models.device.type, models.unet.conv_in.weight.dtype
     return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype).removeprefix("torch.")
 
 
 def advice(models: Models) -> str:
-    """What to do about numbers that are not finite."""
+    """Return what to do about numbers that are not finite."""
     if arithmetic(models) == "float16":
         training = torch.is_autocast_enabled(models.device.type)
         return f"float16 overflowed; use bf16 or {'no as --mixed_precision' if training else 'fp32 as --precision'}"

@@ -39,7 +39,7 @@ LOSS_SCALE = 2.0**10  # keeps gradients of the loss within fp16; the length of a
 
 
 def overlap_loss(maps: Tensor, present: Tensor) -> Tensor:
-    """How much the attention of different handles lies on the same cells. -> (b,) in 0..1: 0 apart, 1 on each other
+    """Measure how much the attention of handles lies on the same cells. -> (b,) in 0..1: 0 apart, 1 on each other
 
     maps: (b, n, h, w), 0 or more; present: (b, n) bool, False for a handle that does not count. The mean over pairs of
     sum min(p_i, p_j), where p is a smoothed map divided by its sum. 0 for fewer than two handles.
@@ -53,7 +53,7 @@ def overlap_loss(maps: Tensor, present: Tensor) -> Tensor:
 
 
 def inside_loss(maps: Tensor, regions: Tensor, present: Tensor) -> Tensor:
-    """How much of the handles' attention lies outside their regions (Chen et al. 2023). -> (b,) in 0..1
+    """Return how much of the handles' attention lies outside their regions (Chen et al. 2023). -> (b,) in 0..1
 
     maps: (b, n, h, w), 0 or more; regions: (n, h, w) bool; present: (b, n) bool. The mean over handles of
     (1 - sum of the map inside / sum of the map)^2. 0 without a handle.
@@ -90,7 +90,7 @@ class Steer:
 
 
 def read_steer(config: SampleConfig) -> Steer | None:
-    """What the settings ask for, None if nothing. InputError for a layout file that cannot be read."""
+    """Return what the settings ask for, None if nothing. InputError for a layout file that cannot be read."""
     if not (config.separate or config.layout or config.own_pixels):
         return None
     layout = read_layout(Path(config.layout)) if config.layout else None
@@ -162,7 +162,7 @@ class Steering:
         return self.present & self.regions[self.grid].flatten(1).any(dim=1)
 
     def due(self, i: int, steps: int) -> bool:
-        """Whether denoising step i of `steps` has an update, for any image of the batch."""
+        """Return whether denoising step i of `steps` has an update, for any image of the batch."""
         pairs = self.steer.separate and bool((self.present.sum(dim=1) > 1).any())
         return i < self.steer.until * steps and (pairs or bool(self.placed.any()))
 
@@ -205,7 +205,7 @@ class Steering:
         return z
 
     def gradient(self, models: Models, z: Tensor, t: int, context: Conditioning) -> tuple[Tensor, Tensor]:
-        """The losses (b,) of latents at timestep t, and their gradient (b, c, h, w), LOSS_SCALE times as large.
+        """Return the losses (b,) of latents at timestep t, and their gradient (b, c, h, w), LOSS_SCALE times as large.
 
         The weights take part without a gradient. Inference tensors are cloned: no backward pass can save them.
         """
@@ -221,7 +221,7 @@ class Steering:
         return losses.detach(), gradient
 
     def loss(self, average: Tensor) -> Tensor:
-        """The loss of each image, those that are asked for added. average: (b, h, w, k) -> (b,)"""
+        """Return the loss of each image, those that are asked for added. average: (b, h, w, k) -> (b,)"""
         maps = torch.einsum("bhwk,bnk->bnhw", average, self.columns.to(average.dtype))
         losses = maps.new_zeros(len(maps))
         if self.steer.separate:
@@ -262,7 +262,7 @@ def plan_steering(spec: ModelSpec, prompts: list[str], steer: Steer, latent: tup
 
 
 def maps_grid(spec: ModelSpec, latent: tuple[int, int]) -> tuple[int, int]:
-    """The (rows, columns) of the maps that the attention loss read. InputError if no layer has them at this size."""
+    """Return the (rows, columns) of the maps that the attention loss read. InputError if no layer has them here."""
     try:
         grid = attention_grid(spec, latent, trained_grid(spec.source) if spec.source else None)
     except InputError:
