@@ -108,7 +108,7 @@ def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) 
 
 
 def as_object(value: object) -> dict:
-    """The entries of an object in JSON, none for anything else."""
+    """Return the entries of an object in JSON, none for anything else."""
     return value if isinstance(value, dict) else {}
 
 

@@ -62,7 +62,7 @@ class EvaluationContext:
         )
 
     def size(self) -> tuple[int, int]:
-        """The base's resolution and size multiple."""
+        """Return the base's resolution and size multiple."""
         return self.base.models.resolution, self.base.models.size_multiple
 
 
