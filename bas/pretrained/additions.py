@@ -51,9 +51,9 @@ class Additions:
 
     @classmethod
     def of_base(cls, settings: Mapping[str, Any], run: Path | None = None) -> "Additions | None":
-        """Those of a training's settings, by name; None without any.
+        """Return the additions that a training's settings name; None without any.
 
-        A file that is no more where it was is looked for in the folder `run`. InputError for one that is nowhere.
+        A file that is no longer in its place is looked for in the folder `run`. InputError if it is not there either.
         """
         found = cls.read(settings["lora"], settings["embedding"])
 

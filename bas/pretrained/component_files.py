@@ -26,7 +26,7 @@ def read_component(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def component_files(folder: Path, stem: str) -> list[Path]:
-    """The weight files of one network, in full precision if there are such. Raises InputError for pickles alone."""
+    """Return the weight files of one network, in full precision if possible. Raises InputError for pickles alone."""
     for variant in VARIANTS:
         path = folder / f"{stem}{variant}.safetensors"
         if path.exists() or path.is_symlink():
@@ -40,7 +40,7 @@ def component_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index.json names, all beside it."""
+    """Return the files that an index.json names, all beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map: copy or download it again")

@@ -24,7 +24,7 @@ EMBEDDING_KEYS = ("clip_l", "clip_g")  # the rows of SDXL's first and second tex
 
 
 def file_names(handles: tuple[str, ...], prefix: str) -> dict[str, str]:
-    """The name of each handle's file, without ending: the handle without brackets behind the prefix.
+    """Return the name of each handle's file, without ending: the handle without brackets behind the prefix.
 
     Names that differ in case alone get a number, because some disks take them for one. InputError for a prefix that no
     program takes in a name.
@@ -48,7 +48,7 @@ def write_embedding(path: Path, rows: Sequence[Tensor], metadata: Mapping[str, s
 
 
 def handle_of(path: Path) -> str:
-    """The handle of a textual-inversion file, which is named by it: `<NAME>` for NAME.safetensors."""
+    """Return the handle of a textual-inversion file, which is named by it: `<NAME>` for NAME.safetensors."""
     return f"<{path.stem.strip('<>')}>"
 
 
@@ -97,7 +97,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
 
 
 def describe_embedding(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Say of a textual-inversion file: its handle, vectors and base."""
+    """Describe a textual-inversion file: its handle, vectors and base."""
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}
     width = next((tensor.shape[-1] for tensor in tensors.values()), 0)
     both = {*EMBEDDING_KEYS} <= tensors.keys()

@@ -88,14 +88,14 @@ class Targets:
     yaml: Path | None = None  # the configuration in the original code
 
     def __iter__(self) -> Iterator[Path]:
-        """All of them, the embeddings first."""
+        """Yield all of them, the embeddings first."""
         preview = self.preview[1] if self.preview else None
         each = *self.embeddings.values(), self.main, self.lora, self.card, preview, self.yaml
         yield from (path for path in each if path)
 
 
 def adapters_of(run: Path, rank: int | None = None, base_place: Path | None = None) -> tuple[Adapters, ModelSpec]:
-    """The changes that a small run makes, and the description of its base. With `rank`, the nearest adapters of it.
+    """Return a small run's changes, and the description of its base. With `rank`, the nearest adapters of that rank.
 
     base_place: where the base is, if it was moved.
     """
@@ -106,7 +106,7 @@ def adapters_of(run: Path, rank: int | None = None, base_place: Path | None = No
 
 
 def with_rank(adapters: Adapters, rank: int) -> Adapters:
-    """The nearest adapters of this rank."""
+    """Return the nearest adapters of this rank."""
     return {part: {name: as_lora(change, rank) for name, change in layers.items()} for part, layers in adapters.items()}
 
 
@@ -119,7 +119,7 @@ def plan_export(
     base: Path | None = None,
     prediction_type: str | None = None,
 ) -> Targets:
-    """The files that an export writes. form: "kohya", "peft" or "single"; base: of a small run, if it was moved
+    """Return the files that an export writes. form: "kohya", "peft" or "single"; base: of a small run, if it was moved
 
     Unsuited for a run that cannot have this form, InputError for two files of one name.
     """
@@ -168,7 +168,7 @@ def check_no_input(files: Targets, model: Path, base: Path | None) -> None:
 
 
 def files_of(model: Path) -> set[Path]:
-    """What a model or a run consists of, links followed. Other files in its folder are not among it."""
+    """Return what a model or a run consists of, links followed. Other files in its folder are not among it."""
     inside = (path for folder in OWN_FOLDERS for path in (model / folder).rglob("*"))
     return {path.resolve() for path in (model, *(model / name for name in OWN_FILES), *inside)}
 
@@ -246,7 +246,7 @@ def write_beside(model: Path, files: Targets, rows: dict[str, list[Tensor]], spe
 
 
 def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name: str) -> dict[str, str]:
-    """The metadata of a LoRA file that other programs show. All values are texts."""
+    """Return the metadata of a LoRA file that other programs show. All values are texts."""
     config, velocity = metadata["config"], spec.schedule.prediction_type == "v_prediction"
     merged = [Path(each).name for each in metadata.get("merged", {}).get("runs", ())]
     steps, images = len(read_rows(run / METRICS)), sum(1 for _ in (run / SCENE).rglob("img.png")) or 1
@@ -278,7 +278,7 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
 
 
 def about(metadata: dict) -> str:
-    """What a run holds, in words."""
+    """Return what a run holds, in words."""
     return f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas"
 
 
@@ -295,7 +295,7 @@ def when_trained(run: Path) -> dict[str, str]:
 
 
 def read_export(folder: Path) -> Targets | None:
-    """The model and the embeddings of an export in a folder, by what its files say of themselves. None without both.
+    """Find the model and the embeddings of an export in a folder, by what its files say. None without both.
 
     InputError for a damaged file.
     """
@@ -340,7 +340,7 @@ EMBEDDINGS_XL = (  # diffusers takes no file of both
 
 
 def how_to_use(files: Targets, form: str, xl: bool) -> list[str]:
-    """What to type in other programs for the first of the concepts. xl: whether the model is an SDXL"""
+    """Return what to type in other programs for the first of the concepts. xl: whether the model is an SDXL"""
     handle, file = next(iter(files.embeddings.items()), ("a bowl", None))
     if file is None:
         return []

@@ -155,7 +155,7 @@ def build_networks(spec: ModelSpec) -> Models:
 
 
 def _read_with(path: Path, prediction_type: str | None, additions: Additions | None, base: Path | None) -> Parts:
-    """The parts of a model and of the files that are added to it."""
+    """Read the parts of a model and of the files that are added to it."""
     parts = read_parts(path, prediction_type, base)
     if additions is None:
         return parts
@@ -208,12 +208,12 @@ def _with_prefix_of(text_encoder: nn.Module, tensors: Mapping[str, T]) -> dict[s
 
 
 def _with_prefix(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The keys of a text encoder behind TEXT_PREFIX, that of the projection beside them."""
+    """Return the keys of a text encoder behind TEXT_PREFIX, that of the projection beside them."""
     return {name if name == PROJECTION else TEXT_PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 def holds_sdxl(path: Path) -> bool:
-    """Whether a model folder, a small run or a single file is an SDXL, by the names in it."""
+    """Return whether a model folder, a small run or a single file is an SDXL, by the names in it."""
     if (path / TUNED).is_file():
         return len(handle_rows(read_concepts(path)[0])) > 1
     if path.is_dir():
@@ -266,7 +266,7 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
 
 
 def as_sdxl(spec: ModelSpec, second: dict, padding: int, zeros_for_empty: bool) -> ModelSpec:
-    """A model with a second text encoder, which pads by the token `padding`.
+    """Return a model with a second text encoder, which pads by the token `padding`.
 
     The end of the text is the tokenizer's own: the hub's files say 2, by which transformers would pool the output of a
     handle, whose number is above the end's.
@@ -278,12 +278,12 @@ def as_sdxl(spec: ModelSpec, second: dict, padding: int, zeros_for_empty: bool) 
 
 
 def as_in_pipeline(schedule: NoiseSchedule, _config: dict) -> NoiseSchedule:
-    """The schedule with a steps_offset of 1, which diffusers' StableDiffusionPipeline sets whatever the file says."""
+    """Return the schedule with a steps_offset of 1, as diffusers' StableDiffusionPipeline sets it in any case."""
     return replace(schedule, steps_offset=SD_STEPS_OFFSET)
 
 
 def as_in_sdxl(schedule: NoiseSchedule, config: dict) -> NoiseSchedule:
-    """The schedule of an SDXL: Euler, which most name, ends without noise, whatever the file says of other classes."""
+    """Return the schedule of an SDXL: as with Euler, which most files name, it ends without noise in any case."""
     return replace(schedule, set_alpha_to_one=True) if "Euler" in config.get("_class_name", "") else schedule
 
 
@@ -321,7 +321,7 @@ def without_marks(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
-    """Turn whatever a malformed description makes its reader raise into an InputError that names the file."""
+    """Turn any error that a malformed description causes into an InputError that names the file."""
     try:
         yield
     except Exception as error:  # tokenizers raises nothing more specific

@@ -25,7 +25,7 @@ SETTLED = 2_000_000_000  # ns without a change from which on a hash is remembere
 
 
 def weights_hash(path: str | Path, remembered: bool = True) -> str:
-    """The sha256, in hex, of the weights at `path`: of a single file, else over the hashes of a folder's files.
+    """Return the sha256, in hex, of the weights at `path`: of a single file, else over the hashes of a folder's files.
 
     That of a small run is over its own two files and the hash of its base.
 
@@ -46,7 +46,7 @@ def weights_hash(path: str | Path, remembered: bool = True) -> str:
 
 
 def base_hash(path: Path, additions: Additions | None, remembered: bool = True) -> str:
-    """The hash of a base model with its additions: of its weights, and of each file with its weight or name.
+    """Return the hash of a base model with its additions: of its weights, and of each file with its weight or name.
 
     remembered: as in `weights_hash`.
     """
@@ -81,11 +81,11 @@ def _file_hash(path: Path, remembered: bool) -> str:
 
 
 def is_sha256(text: object) -> bool:
-    """Whether this is a sha256 in hex."""
+    """Return whether this is a sha256 in hex."""
     return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def _file_state(path: Path) -> list[int]:
-    """What changes whenever a file's content does: the system sets the time of change (ctime), which no program can."""
+    """Return what changes with a file's content: no program can set the time of change (ctime)."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

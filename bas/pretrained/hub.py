@@ -70,7 +70,7 @@ def load(
 
 
 def train_config(scene: str | Path, **settings) -> TrainConfig:
-    """The settings of a training as in `bas train SCENE`: those given, over those that suit the base model.
+    """Return the settings of a training as in `bas train SCENE`: those given, over those that suit the base model.
 
     `weights` is short for `pretrained_model_name_or_path`, as on the command line.
 
@@ -85,25 +85,25 @@ def train_config(scene: str | Path, **settings) -> TrainConfig:
 
 
 def is_sdxl(name: str | None) -> bool:
-    """Whether a model is an SDXL, by the names in it. Raises InputError as `find` does."""
+    """Return whether a model is an SDXL, by the names in it. Raises InputError as `find` does."""
     if is_known_elsewhere(name):
         return "text_encoder_2" in read_json(KNOWN_CONFIGS)[str(name)]
     return holds_sdxl(find(name))
 
 
 def training_row(name: str | None) -> dict[str, Any]:
-    """The training settings that suit a model: those of its family, and over them those of its own bas.json."""
+    """Return the training settings that suit a model: those of its family, and over them those of its own bas.json."""
     own = {} if is_known_elsewhere(name) else read_own_settings(find(name), "train")
     return (OF_SDXL if is_sdxl(name) else {}) | (own or {})
 
 
 def manifest() -> dict[str, dict]:
-    """The known models, by name."""
+    """Return the known models, by name."""
     return read_json(WEIGHTS / "manifest.json")["models"]
 
 
 def find(name: str | Path | None) -> Path:
-    """Where a model is on this machine. `name`: a path, a known name, a hub id, or None for the shipped miniature.
+    """Find a model on this machine. `name`: a path, a known name, a hub id, or None for the shipped miniature.
 
     The network is never asked. Raises InputError when the model is not here, saying how to get it.
     """
@@ -124,7 +124,7 @@ def find(name: str | Path | None) -> Path:
 
 
 def _find(name: str) -> Path | None:
-    """Where a model is on this machine, None if it is not here."""
+    """Return where a model is on this machine, None if it is not here."""
     path = Path(os.path.expanduser(name))  # unlike the method of Path, no error for a user who is not known
     if os.path.lexists(path):  # False, not an error, for names that no path can have
         return path
@@ -139,7 +139,7 @@ def _find(name: str) -> Path | None:
 
 
 def is_known_elsewhere(name: str | Path | None) -> bool:
-    """Whether this is a known model that was not downloaded: its configurations are part of the package."""
+    """Return whether this is a known model that was not downloaded: its configurations are part of the package."""
     return name is not None and str(name) in read_json(KNOWN_CONFIGS) and _find(str(name)) is None
 
 
@@ -171,7 +171,7 @@ def find_spec(
 
 
 def cached(hub_id: str, file: str) -> Path | None:
-    """Where a file of the hub is on this machine, None if it was not downloaded. The network is not asked."""
+    """Return where a file of the hub is on this machine, None if it was not downloaded. The network is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(hub_id, file)
@@ -223,7 +223,7 @@ def download_bytes(name: str) -> int | None:
 
 
 def _told_progress() -> type:
-    """The class of the hub's progress bars, which also tells the watchers of bas how many bytes have come."""
+    """Return the class of the hub's progress bars, which also tells the watchers of bas how many bytes have come."""
     from huggingface_hub.utils import tqdm
 
     progress = Progress("download", 0, unit="bytes")
@@ -247,7 +247,7 @@ def _told_progress() -> type:
 
 
 def _kind_of_failure(error: Exception) -> str:
-    """What a download failed at: "files", "name", "disk" or "network"."""
+    """Return what a download failed at: "files", "name", "disk" or "network"."""
     if isinstance(error, InputError):
         return "files"
     if isinstance(error, OSError) and error.errno in OF_THE_DISK:
@@ -258,7 +258,7 @@ def _kind_of_failure(error: Exception) -> str:
 
 
 def _advice(kind: str, hub_ids: list[str], half: bool) -> str:
-    """What to do after failed downloads of one kind. The proxy in use is named without its password."""
+    """Return what to do after failed downloads of one kind. The proxy in use is named without its password."""
     from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE
 
     if kind == "files":
@@ -279,7 +279,7 @@ def _advice(kind: str, hub_ids: list[str], half: bool) -> str:
 
 
 def trained_grid(path: Path) -> int | None:
-    """The `side` of the maps that the attention loss of a model read, from its run or from its own settings."""
+    """Return the `side` of the maps that the attention loss of a model read, from its run or from its own settings."""
     if (path / CONCEPTS).is_file():
         _, metadata = read_concepts(path)
         return metadata["config"]["attention_grid"]
@@ -287,13 +287,13 @@ def trained_grid(path: Path) -> int | None:
 
 
 def _hub_ids(name: str) -> list[str]:
-    """The hub ids behind a known name, or the id itself."""
+    """Return the hub ids behind a known name, or the id itself."""
     row = manifest().get(name)
     return row["ids"] if row else [name]
 
 
 def _patterns(half: bool) -> list[str]:
-    """What to fetch: configurations and vocabulary, and each network once, whole or in shards."""
+    """Return what to fetch: configurations and vocabulary, and each network once, whole or in shards."""
     variant = ".fp16" if half else ""
     weights = [
         f"{part}/{stem}{ending}"

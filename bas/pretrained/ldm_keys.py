@@ -60,7 +60,7 @@ OPEN_CLIP_LAYER = {
 
 
 def unet_table(config: UNetConfig) -> Table:
-    """The UNet's names. The original numbers the stages of all levels in one row: `input_blocks.N.M`."""
+    """Return the UNet's names. The original numbers the stages of all levels in one row: `input_blocks.N.M`."""
     table = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
@@ -96,7 +96,7 @@ def unet_table(config: UNetConfig) -> Table:
 
 
 def vae_table(config: VAEConfig) -> Table:
-    """The VAE's names. The original counts the decoder's levels from the finest, diffusers in execution order."""
+    """Return the VAE's names. The original counts decoder levels from the finest, diffusers in execution order."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels = len(config.block_out_channels)
     for coder in ("encoder", "decoder"):
@@ -121,7 +121,7 @@ def vae_table(config: VAEConfig) -> Table:
 
 
 def open_clip_table(layers: int) -> Table:
-    """The names of open_clip's text encoder, without its fused attention inputs and its position table."""
+    """Return the names of open_clip's text encoder, without its fused attention inputs and its position table."""
     table = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
     for i in range(layers):
         table |= _within(f"encoder.layers.{i}", f"transformer.resblocks.{i}", OPEN_CLIP_LAYER)
@@ -147,7 +147,7 @@ def rename(key: str, table: Table) -> str | None:
 
 
 def inverse(table: Table) -> Table:
-    """The table in the other direction."""
+    """Return the table in the other direction."""
     return {theirs: ours for ours, theirs in table.items()}
 
 
@@ -157,7 +157,7 @@ def inverse(table: Table) -> Table:
 def from_original(
     tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig, layers_2: int = 0
 ) -> dict[str, dict[str, Tensor]]:
-    """A single file's tensors by component, under the names of bas. An unknown key of a network keeps its own name.
+    """Return a single file's tensors by component, under the names of bas. An unknown key keeps its own name.
 
     layers_2: of SDXL's second text encoder; 0 where there is none.
     """
@@ -187,7 +187,7 @@ def from_original(
 def to_original(
     ours: dict[str, dict[str, Tensor]], unet: UNetConfig, vae: VAEConfig, open_clip: bool
 ) -> dict[str, Tensor]:
-    """The tensors of a single file, from those of the components; the first text encoder as in SD 2 if `open_clip`."""
+    """Return a single file's tensors from those of the components; the first text encoder as in SD 2 if `open_clip`."""
     unet_names, vae_names = unet_table(unet), vae_table(vae)
     tensors = {f"{UNET}{rename(key, unet_names)}": tensor for key, tensor in ours["unet"].items()}
     for key, tensor in ours["vae"].items():
@@ -201,7 +201,7 @@ def to_original(
 
 
 def _unused_of_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What strict readers look for and SD 2 does not use: a 24th layer, here the 23rd again, and a projection."""
+    """Return what strict readers need and SD 2 does not use: a 24th layer, a copy of the 23rd, and a projection."""
     last, further = (f"{OPEN_CLIP}transformer.resblocks.{OPEN_CLIP_LAYERS - behind}." for behind in (1, 0))
     copies = {key.replace(last, further): tensor.clone() for key, tensor in text.items() if key.startswith(last)}
     if not copies:
@@ -212,7 +212,7 @@ def _unused_of_open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_open_clip(key: str, tensor: Tensor, layers: int) -> dict[str, Tensor] | None:
-    """The keys of open_clip's text encoder beyond its table: position table, projection, fused (3d, ...) inputs.
+    """Return the keys of open_clip's text encoder beyond its table: position table, projection, fused (3d, ...) inputs.
 
     Those of layers that the model does not use are left out.
     """
@@ -230,7 +230,7 @@ def _from_open_clip(key: str, tensor: Tensor, layers: int) -> dict[str, Tensor] 
 
 
 def _to_open_clip(ours: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """A text encoder under open_clip's names."""
+    """Return a text encoder under open_clip's names."""
     numbers = [int(layer[1]) for key in ours if (layer := re.match(r"encoder\.layers\.(\d+)\.", key))]
     table, theirs = open_clip_table(max(numbers, default=-1) + 1), {}
     for key, tensor in ours.items():

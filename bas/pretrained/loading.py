@@ -48,7 +48,7 @@ class Parts:
     rows: dict[str, Tensor] = field(default_factory=dict)  # (N, d) of handles, by text encoder: its embedding's last
 
     def with_rows(self, rows: Mapping[str, Tensor], handles: Iterable[str]) -> Parts:
-        """The parts with further rows (N, d) of each token embedding, and the handles that they belong to."""
+        """Return the parts with further rows (N, d) of each token embedding, and the handles that they belong to."""
         both = {name: torch.cat([self.rows[name], own]) if name in self.rows else own for name, own in rows.items()}
         configs = {
             name: config | {"vocab_size": config["vocab_size"] + len(rows[name])}
@@ -58,7 +58,7 @@ class Parts:
 
     @classmethod
     def of(cls, models: Models, dtype: torch.dtype) -> Parts:
-        """A model's parts as they are saved: handles are rows of the embedding, the text encoder's keys bare.
+        """Return a model's parts as they are saved: handles are rows of the embedding, the text encoder's keys bare.
 
         Raises RunError for weights beyond the range of `dtype`, or that are not finite.
         """
@@ -87,7 +87,7 @@ def check_savable(models: Models, dtype: torch.dtype) -> None:
 
 
 def _not_savable(broken: list[str], dtype: torch.dtype) -> str:
-    """The message about weights that cannot be saved."""
+    """Return the message about weights that cannot be saved."""
     return (
         f"the model cannot be saved in {name_of(dtype)}, {len(broken)} weights are beyond its range or no finite "
         f"numbers ({broken[0]}): use --save_precision fp32 or bf16"
@@ -95,7 +95,7 @@ def _not_savable(broken: list[str], dtype: torch.dtype) -> str:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The short name of a number format: fp16, bf16, fp32, int64."""
+    """Return the short name of a number format: fp16, bf16, fp32, int64."""
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
@@ -132,7 +132,7 @@ def fit_text_encoders(parts: Parts) -> Parts:
 
 
 def _layer_of(name: str) -> int | None:
-    """The number of the layer that a weight of the text encoder belongs to."""
+    """Return the number of the layer that a weight of the text encoder belongs to."""
     layer = re.match(r"encoder\.layers\.([0-9]{1,4})\.", name)
     return int(layer[1]) if layer else None
 
@@ -223,7 +223,7 @@ def load_weights(
 
 
 def check_keys(module: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors in the shapes of a module, which may be on the meta device. No weight is read.
+    """Return the tensors in the shapes of a module, which may be on the meta device. No weight is read.
 
     Raises one InputError for all missing, unexpected or wrong-shaped keys; another for tensors that are not weights.
     """
@@ -244,7 +244,7 @@ def check_keys(module: nn.Module, tensors: dict[str, Tensor], source: str) -> di
 
 
 def _reshape(tensor: Tensor, wanted: Tensor | None) -> Tensor:
-    """A 1x1 convolution of the original layout as the linear layer of the module: (c, c, 1, 1) -> (c, c)"""
+    """Return a 1x1 convolution of the original layout as the linear layer of the module: (c, c, 1, 1) -> (c, c)"""
     if wanted is not None and wanted.ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
     return tensor

@@ -50,7 +50,7 @@ Adapters = Mapping[str, Mapping[str, Change | Difference]]  # by component, then
 
 
 def kohya_tensors(adapters: Adapters, xl: UNetConfig | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a kohya file in float32, and the part of its metadata that describes them.
+    """Return the tensors of a kohya file in float32, and the part of its metadata that describes them.
 
     xl: the configuration of SDXL's UNet, whose layers have their original names there.
 
@@ -81,7 +81,7 @@ def kohya_tensors(adapters: Adapters, xl: UNetConfig | None = None) -> tuple[dic
 
 
 def common_alpha(layers: Mapping[str, Change | Difference]) -> float:
-    """The alpha of a network: that of its largest adapter, in bf16, which every precision of a file expresses."""
+    """Return a network's alpha: that of its largest adapter, in bf16, which every precision of a file expresses."""
     adapters = [change for change in layers.values() if isinstance(change, Change)]
     largest = max(adapters, key=lambda change: len(change.down), default=None)
     if largest is None or not largest.scale:
@@ -90,12 +90,12 @@ def common_alpha(layers: Mapping[str, Change | Difference]) -> float:
 
 
 def folded(up: Tensor, factor: float) -> Tensor:
-    """An adapter's second matrix in float32, multiplied by a factor."""
+    """Return an adapter's second matrix in float32, multiplied by a factor."""
     return up.float() if factor == 1 else up.float() * factor
 
 
 def peft_tensors(adapters: Adapters, _xl: UNetConfig | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a PEFT file in float32, scales folded into B, and the metadata that PEFT's readers take.
+    """Return the tensors of a PEFT file in float32, scales folded into B, and the metadata that PEFT's readers take.
 
     Its names are the same for SDXL.
     """
@@ -127,7 +127,7 @@ FORMATS = {"kohya": kohya_tensors, "peft": peft_tensors}
 
 
 def bundled(rows: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """The tensors of embeddings inside a LoRA file, as A1111 reads them.
+    """Return the tensors of embeddings inside a LoRA file, as A1111 reads them.
 
     rows: (n, d) for each text encoder, by name, which has no dot.
     """
@@ -161,7 +161,7 @@ def write_lora(
 
 
 def as_lora(change: Change | Difference, rank: int) -> Change:
-    """The adapter of this rank that is nearest to a change of a weight, by its singular values, in float32."""
+    """Return the adapter of this rank that is nearest to a change of a weight, by its singular values, in float32."""
     u, values, v = change.svd()
     root = values[:rank].sqrt()
     down, up = (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
@@ -177,7 +177,7 @@ PEFT_CONFIG = "adapter_config.json"  # beside the first: its alpha
 
 
 def lora_file(path: Path) -> Path:
-    """The file of a LoRA: the path itself, or in a folder that PEFT or diffusers wrote the file there."""
+    """Return the file of a LoRA: the path itself, or in a folder that PEFT or diffusers wrote the file there."""
     if not path.is_dir():
         return path
     if not holds_lora(path):
@@ -186,12 +186,12 @@ def lora_file(path: Path) -> Path:
 
 
 def holds_lora(folder: Path) -> bool:
-    """Whether a folder holds a LoRA as PEFT or diffusers writes it."""
+    """Return whether a folder holds a LoRA as PEFT or diffusers writes it."""
     return any((folder / name).is_file() for name in PEFT_FILES)
 
 
 def peft_config(path: Path) -> Path | None:
-    """The settings that PEFT writes beside a LoRA file; None for other files."""
+    """Return the settings that PEFT writes beside a LoRA file; None for other files."""
     beside = path.with_name(PEFT_CONFIG)
     return beside if path.name == PEFT_FILES[0] and beside.is_file() else None
 
@@ -238,7 +238,7 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
 
 
 def _unread(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> tuple[str, str] | None:
-    """What a file is that bas does not read as a LoRA though its names are like one's, and the error about it."""
+    """Return the kind of a file that bas does not read, though its names are like a LoRA's, and the error about it."""
     if texts.get("bas") == TUNED_FORMAT:
         kind = "a part of a small run"
         return kind, f"{path} is {kind}: name the folder of the run as the model, or `bas export` it to a LoRA"
@@ -247,7 +247,7 @@ def _unread(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str])
 
 
 def _stranger(name: str, tensors: Mapping[str, Tensor], parts: Parts) -> str:
-    """What a tensor without a place in a model is."""
+    """Return what a tensor without a place in a model is."""
     if split_role(name) is None:
         return "it is no part of a LoRA that bas knows"
     if text_widths(tensors) == {parts.spec.unet.cross_attention_dim}:
@@ -285,7 +285,7 @@ def layers_of(parts: Parts) -> dict[str, dict[str, str]]:
 def _change(
     path: Path, layer: str, roles: dict[str, Tensor], weight: Tensor, strength: float, scale: "PeftScale | None"
 ) -> Change | Difference:
-    """What the tensors of one layer do to its weight. InputError unless they are a whole set of the right shapes."""
+    """Return the change of one layer's weight. InputError unless its tensors are complete and of the right shapes."""
     if "diff of the bias" in roles:
         raise InputError(f"{path} changes the bias of {layer}, which bas does not read: give a LoRA without it")
     if "diff" in roles:
@@ -324,14 +324,14 @@ STATED = {  # how a value of ss_base_model_version or modelspec.architecture beg
 
 
 def text_widths(tensors: Mapping[str, Tensor]) -> set[int]:
-    """The widths of the text that the layers of a LoRA read; empty where none of them reads it."""
+    """Return the widths of the text that the layers of a LoRA read; empty where none of them reads it."""
     roles = {name: split_role(name) for name in tensors}
     readers = [tensors[name] for name, found in roles.items() if found and is_text_reader(*found)]
     return {tensor.shape[1] for tensor in readers if tensor.ndim > 1}
 
 
 def family_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The family of models that a LoRA file is for, by its text encoders and the width of the text; None if unknown."""
+    """Return the family of a LoRA file's model, by its text encoders and the width of the text; None if unknown."""
     if any(part in name for part in OF_SDXL for name in tensors):
         return FAMILIES[2048]
     widths = text_widths(tensors)
@@ -339,7 +339,7 @@ def family_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def stated_family(texts: Mapping[str, str]) -> str | None:
-    """The family of models that a LoRA's metadata names, as it stands there if bas does not know it."""
+    """Return the family of models that a LoRA's metadata names, as it stands there if bas does not know it."""
     if texts.get("ss_v2") == "True":
         return FAMILIES[1024]
     stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture", "").partition("/")[0]
@@ -362,14 +362,14 @@ class PeftScale:
         return cls(alpha, own, bool(settings.get("use_rslora", False)))
 
     def of(self, layer: str, rank: int) -> float:
-        """The scale of one layer's adapter."""
+        """Return the scale of one layer's adapter."""
         name = f".text_model.{layer}"
         alpha = next((alpha for end, alpha in self.own.items() if name.endswith(f".{end}")), self.alpha)
         return alpha / (rank**0.5 if self.by_root else rank)
 
 
 def read_scales(path: Path, texts: Mapping[str, str]) -> dict[str, PeftScale]:
-    """How the adapters of a PEFT file are scaled, by component: by its metadata, or by the settings beside it.
+    """Return how the adapters of a PEFT file are scaled, by component: by its metadata, or by the settings beside it.
 
     InputError for settings that cannot be read, and for those of a method that is no LoRA.
     """
@@ -403,7 +403,7 @@ def read_scales(path: Path, texts: Mapping[str, str]) -> dict[str, PeftScale]:
 
 
 def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Say of a LoRA file: its base, ranks, alphas, trigger words, and what of it cannot be used."""
+    """Describe a LoRA file: its base, ranks, alphas and trigger words, and what bas cannot use of it."""
     if problem := _unread(path, tensors, texts):
         return dict(zip(("what", "problem"), problem, strict=True))
     roles = {name: split_role(name) for name in tensors}
@@ -433,7 +433,7 @@ def describe_lora(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str,
 
 
 def trigger_words(texts: Mapping[str, str]) -> list[str]:
-    """The words that a LoRA was trained with, as the metadata of kohya's scripts or of ModelSpec lists them."""
+    """Return the words that a LoRA was trained with, as the metadata of kohya's scripts or of ModelSpec lists them."""
     try:
         folders = json.loads(texts.get("ss_tag_frequency", "{}")).values()
         words = [word for folder in folders for word in folder]

@@ -72,7 +72,7 @@ class Place(NamedTuple):
 
 
 def kohya_name(component: str, layer: str, original: Table | None = None) -> str:
-    """The layer's name in a kohya file. original: the UNet's `unet_table`, for SDXL."""
+    """Return the layer's name in a kohya file. original: the UNet's `unet_table`, for SDXL."""
     path = layer if component == "unet" else f"text_model.{layer}"
     if original is not None and component == "unet":
         path = str(rename(layer, original))
@@ -80,12 +80,12 @@ def kohya_name(component: str, layer: str, original: Table | None = None) -> str
 
 
 def peft_name(component: str, layer: str) -> str:
-    """The layer's name in a PEFT file."""
+    """Return the layer's name in a PEFT file."""
     return f"{component}.{layer}" if component == "unet" else f"{component}.text_model.{layer}"
 
 
 def foreign_kind(names: Iterable[str]) -> str | None:
-    """The kind of a file that bas does not read, by the names of its tensors."""
+    """Return the kind of a file that bas does not read, by the names of its tensors."""
     listed = list(names)
     return next((kind for part, kind in FOREIGN if any(part in name for name in listed)), None)
 
@@ -98,12 +98,12 @@ def split_role(name: str) -> tuple[str, str] | None:
 
 
 def is_text_reader(layer: str, role: str) -> bool:
-    """Whether a tensor's last side is the width of the text that the model reads: of keys and values of the text."""
+    """Return whether a tensor reads the text: its last side then has the text's width, as in keys and values."""
     return role in ("down", "diff") and re.search(r"attn2[._](processor[._])?to_[kv]$", layer) is not None
 
 
 def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
-    """Where a tensor belongs, None if its name means nothing here.
+    """Return where a tensor belongs, None if its name means nothing here.
 
     layers: by component, the layers' paths by the names that kohya's files have for them, without prefix.
     """

@@ -95,8 +95,9 @@ def read_sources(
     """Read the runs to merge.
 
     renames: `RUN:<old>=<new>`, RUN as it was named or by its folder's name. base: where their base is, if it was moved.
-    A handle that several runs have is called by its run too: <asset0> of runs/toys is <toys-asset0>. Raises InputError
-    for a run that keeps a whole model, for runs on different bases, and for names that are wrong or remain equal.
+    A handle of several runs gets the name of its run in front: <asset0> of runs/toys is <toys-asset0>. Raises
+    InputError for a run that keeps a whole model, for runs on different bases, and for names that are wrong or remain
+    equal.
     """
     read = []
     if twice := [run for run, times in Counter(run.resolve() for run in runs).items() if times > 1]:
@@ -120,7 +121,7 @@ def read_sources(
 
 
 def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: Iterable[str]) -> list[tuple[str, ...]]:
-    """The names of all runs' handles in the merged run."""
+    """Return the names of all runs' handles in the merged run."""
     wanted: dict[tuple[int, str], str] = {}
     for text in renames:
         parts = RENAME.fullmatch(text)
@@ -148,7 +149,7 @@ def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: It
 
 
 def joined(changes: Sequence[tuple[Change, float]]) -> Change:
-    """One adapter that changes a weight by w_1 x change_1 + w_2 x change_2 + ...: A and B joined along the rank.
+    """Return one adapter that changes a weight by w_1 x change_1 + w_2 x change_2 + ...: A and B joined along the rank.
 
     Each factor is divided between A and B, so that both stay in the range of 16-bit files.
     """
@@ -161,12 +162,12 @@ def joined(changes: Sequence[tuple[Change, float]]) -> Change:
 
 
 def summed(changes: Sequence[tuple[Change | Difference, float]]) -> Difference:
-    """The same sum as a difference of the weight."""
+    """Return the same sum as a difference of the weight."""
     return Difference(torch.stack([weight * change.delta() for change, weight in changes]).sum(0))
 
 
 def closed_form(weight: Tensor, states: Tensor, targets: Tensor, values: Tensor, ridge: float = RIDGE) -> Tensor:
-    """The weight W nearest to W0 for ordinary text that maps given token states to given outputs.
+    """Return the weight W nearest to W0 for ordinary text that maps given token states to given outputs.
 
     It minimises ||(W - W0) R^T||^2 + l ||W - W0||^2 subject to T W^T = V (Kumari et al. 2023, eq. 4 and 5), where l is
     `ridge` times the mean diagonal entry of R^T R. In float64: in float32 the constraints hold, the rest does not.
@@ -217,7 +218,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
 
 
 def choose_method(kinds: Sequence[str], rank: int | None) -> Method:
-    """How runs of these kinds are merged. InputError for kinds that cannot be merged, or not without a rank."""
+    """Return how runs of these kinds are merged. InputError for kinds that cannot be merged, or not without a rank."""
     methods, named = {METHODS[kind] for kind in kinds}, ", ".join(dict.fromkeys(kinds))
     if any(KINDS[kind].own_tokens for kind in kinds) and (len({*kinds}) > 1 or rank):
         raise InputError(
@@ -263,7 +264,7 @@ def merge_keys_and_values(base: Parts, sources: Sequence[Source], changes: Seque
 
 
 def _constrained(weight: Tensor, states: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    """The closed form. InputError where no weight meets its constraints: for handles that are alike, or too many."""
+    """Solve the closed form. InputError if no weight meets the constraints: handles are too alike, or too many."""
     try:
         merged = closed_form(weight, states, targets, values)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -288,7 +289,7 @@ METHODS: dict[str, Method] = {
 def _by_layer(
     sources: Sequence[Source], changes: Sequence[Adapters]
 ) -> dict[str, dict[str, list[tuple[Change | Difference, float]]]]:
-    """The changes of all sources with their weights, by component and layer."""
+    """Return the changes of all sources with their weights, by component and layer."""
     found: dict[str, dict[str, list[tuple[Change | Difference, float]]]] = {part: {} for part in changes[0]}
     for source, each in zip(sources, changes, strict=True):
         for part, layers in each.items():
@@ -298,12 +299,12 @@ def _by_layer(
 
 
 def _rows(sources: Sequence[Source]) -> list[Tensor]:
-    """The rows of all sources' handles, (N, d) for each text encoder."""
+    """Return the rows of all sources' handles, (N, d) for each text encoder."""
     return [torch.cat(each) for each in zip(*(handle_rows(source.concepts) for source in sources), strict=True)]
 
 
 def _tensors(base: Parts, merged: Adapters) -> Iterable[tuple[str, Tensor]]:
-    """The tensors of a small run's file: adapters, or whole weights."""
+    """Yield the tensors of a small run's file: adapters, or whole weights."""
     for part, layers in merged.items():
         for name, change in layers.items():
             if isinstance(change, Change):
@@ -316,7 +317,7 @@ def _tensors(base: Parts, merged: Adapters) -> Iterable[tuple[str, Tensor]]:
 
 
 def _metadata(sources: Sequence[Source], target: Path, tuned: dict[str, Tensor], rank: int | None) -> dict[str, Any]:
-    """What the merged run says of itself: the first run's settings but for what was merged."""
+    """Return what the merged run says of itself: the first run's settings but for what was merged."""
     first, configs = sources[0].metadata, [source.metadata["config"] for source in sources]
     adapters, kinds = any(".lora_A." in name for name in tuned), {source.kind for source in sources}
     ranks = [len(tensor) for name, tensor in tuned.items() if ".lora_A." in name]
@@ -344,7 +345,7 @@ def _metadata(sources: Sequence[Source], target: Path, tuned: dict[str, Tensor],
 
 @torch.no_grad()
 def text_states(models: Models, prompts: Sequence[str], handles: Sequence[str]) -> Tensor:
-    """The token states of prompts, without repeats, from the first of `handles` to the end of text: (n, d) float64.
+    """Return prompts' token states, without repeats, from the first of `handles` to the end of text: (n, d) float64.
 
     Without a handle in it, a prompt's states begin behind the start of text.
     """
@@ -361,13 +362,13 @@ def text_states(models: Models, prompts: Sequence[str], handles: Sequence[str]) 
 
 
 def concept_states(models: Models, handles: Sequence[str]) -> Tensor:
-    """The token states of the prompts of one run's handles, each alone and all together: (n, d) float64."""
+    """Return the token states of the prompts of one run's handles, each alone and all together: (n, d) float64."""
     prompts = [text for handle in handles for text in (handle, f"a photo of {handle}")]
     return text_states(models, [*prompts, f"a photo of {' and '.join(handles)}"], handles)
 
 
 def measure_drift(sources: Sequence[Source], merged: Parts) -> dict[str, float]:
-    """How far each concept's attention output moves from that in its own run, by handle: the mean relative change.
+    """Measure how far each concept's attention output moves from that in its own run: the mean relative change.
 
     Compared is the output of every cross-attention layer for "a photo of <handle>", on noise half way through.
     """
@@ -388,7 +389,7 @@ def measure_drift(sources: Sequence[Source], merged: Parts) -> dict[str, float]:
 
 @torch.no_grad()
 def attention_outputs(models: Models, handle: str) -> list[Tensor]:
-    """The output of each cross-attention layer for a photo of one concept, layer by layer."""
+    """Return the output of each cross-attention layer for a photo of one concept, layer by layer."""
     found: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
@@ -408,7 +409,7 @@ def attention_outputs(models: Models, handle: str) -> list[Tensor]:
 
 
 def _offsets(sources: Sequence[Source]) -> list[int]:
-    """How many handles stand before those of each source."""
+    """Return how many handles stand before those of each source."""
     sizes = [len(source.handles) for source in sources]
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
@@ -426,6 +427,6 @@ def _copy_scene(scene: Path, target: Path, offset: int) -> None:
 
 
 def _side_by_side(masks: Sequence[Tensor]) -> Tensor:
-    """The masks of all runs in one tensor, 0..1, smaller ones padded on the right and below: (N, H, W)"""
+    """Return the masks of all runs in one tensor, 0..1, smaller ones padded on the right and below: (N, H, W)"""
     h, w = (max(each.shape[side] for each in masks) for side in (1, 2))
     return torch.cat([F.pad(each / 255, (0, w - each.shape[2], 0, h - each.shape[1])) for each in masks])

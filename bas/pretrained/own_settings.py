@@ -23,7 +23,7 @@ USES = {  # by name in the file: all settings of the use, those that a model may
 
 
 def read_own_settings(folder: Path, use: str) -> dict[str, Any] | None:
-    """The settings for one of USES in a model folder; None where it has no bas.json. InputError for wrong ones."""
+    """Read the settings for one of USES in a model folder; None where it has no bas.json. InputError for wrong ones."""
     path = folder / OWN_SETTINGS
     with reading(path):
         if not path.is_file():

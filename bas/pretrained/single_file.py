@@ -85,7 +85,7 @@ class _Shapes:
         return name in self.tensors
 
     def count(self, pattern: str) -> int:
-        """How many of the names pattern.format(0), pattern.format(1), ... there are before the first gap."""
+        """Return how many of the names pattern.format(0), pattern.format(1), ... there are before the first gap."""
         return sum(1 for _ in takewhile(lambda i: pattern.format(i) in self.tensors, count()))
 
 
@@ -115,7 +115,7 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
 
 
 def _original_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The keys without wrappers' prefixes, the text encoder's behind `cond_stage_model.` wherever the file has them."""
+    """Return the keys without wrappers' prefixes; those of the text encoder begin with `cond_stage_model.`"""
     tensors = unwrap_keys(tensors, str(path))
     if not any(name.startswith(EMBEDDER) for name in tensors):
         return tensors
@@ -138,7 +138,7 @@ def clip_tokenizer(pad_with_exclamation_mark: bool) -> CLIPTokenizer:
 
 
 def has_clip_vocabulary(tokenizer: CLIPTokenizer) -> bool:
-    """Whether a tokenizer numbers all of CLIP's tokens as CLIP does; it may have more."""
+    """Return whether a tokenizer numbers all of CLIP's tokens as CLIP does; it may have more."""
     return clip_vocabulary().items() <= tokenizer.get_vocab().items()
 
 
@@ -149,7 +149,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 
 def without_handles(models: Models) -> Models:
-    """The model with CLIP's own vocabulary: its handles and other added tokens are cut off, in place.
+    """Return the model with CLIP's own vocabulary: its handles and other added tokens are cut off, in place.
 
     A model with another vocabulary stays as it is.
     """
@@ -197,7 +197,7 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
 
 
 def architecture(spec: ModelSpec) -> str:
-    """The name of the architecture in ModelSpec."""
+    """Return the name of the architecture in ModelSpec."""
     if spec.text_encoder_2 is not None:
         return "stable-diffusion-xl-v1-base"
     if spec.text_encoder["hidden_act"] != "gelu":
@@ -206,7 +206,7 @@ def architecture(spec: ModelSpec) -> str:
 
 
 def original_config(spec: ModelSpec) -> dict:
-    """The configuration of an SD 2 in Stability AI's original code, which A1111 reads in a .yaml beside the file.
+    """Return an SD 2's configuration in Stability AI's original code, which A1111 reads in a .yaml beside the file.
 
     Without it A1111 guesses what the model predicts. Its keys and classes are those of v2-inference-v.yaml.
     """
@@ -257,7 +257,7 @@ def original_config(spec: ModelSpec) -> dict:
 def _differences(
     spec: ModelSpec, unet: UNetConfig, vae: VAEConfig, text: dict, second: dict | None, schedule: NoiseSchedule
 ) -> list[str]:
-    """The settings that a reader of the single file would get wrong."""
+    """Return the settings that a reader of the single file would get wrong."""
     given = {
         "unet": _described(replace(spec.unet, attention_head_dim=spec.unet.heads, num_attention_heads=None)),
         "vae": vars(spec.vae),
@@ -280,7 +280,7 @@ def _differences(
 
 
 def _described(unet: UNetConfig) -> dict:
-    """The UNet's settings, with the depth of each transformer, which a config.json can write in several ways."""
+    """Return the UNet's settings, with the depth of each transformer, which a config.json can write in several ways."""
     down, up = (tuple(map(depths, range(unet.levels))) for depths in (unet.down_depths, unet.up_depths))
     depths = {"transformer_layers_per_block": (*down, unet.mid_depths), "reverse_transformer_layers_per_block": up}
     return vars(unet) | depths
@@ -290,22 +290,22 @@ def _described(unet: UNetConfig) -> dict:
 
 
 def _has_open_clip(tensors: dict[str, Tensor]) -> bool:
-    """Whether the text encoder has open_clip's names."""
+    """Return whether the text encoder has open_clip's names."""
     return any(name.startswith(OPEN_CLIP) for name in tensors)
 
 
 def _has_clip(tensors: dict[str, Tensor]) -> bool:
-    """Whether a text encoder has transformers' names; some files leave the inner prefix out."""
+    """Return whether a text encoder has transformers' names; some files leave the inner prefix out."""
     return any(f"{CLIP}{inner}final_layer_norm.weight" in tensors for inner in ("text_model.", ""))
 
 
 def has_second_encoder(tensors: dict[str, Tensor]) -> bool:
-    """Whether this is SDXL, which has two text encoders."""
+    """Return whether this is SDXL, which has two text encoders."""
     return any(name.startswith(OPEN_CLIP_2) for name in tensors)
 
 
 def _is_sd2(tensors: dict[str, Tensor]) -> bool:
-    """Whether this is SD 2, whose transformers project linearly; its text encoder may have either names."""
+    """Return whether this is SD 2, whose transformers project linearly; its text encoder may have either names."""
     if has_second_encoder(tensors):
         return False
     projection = tensors.get(f"{UNET}middle_block.1.proj_in.weight")
@@ -351,7 +351,7 @@ def infer_configs(
 
 
 def infer_schedule(tensors: dict[str, Tensor], prediction_type: str) -> NoiseSchedule:
-    """The noise schedule of a single file, which holds no more of it than markers."""
+    """Return the noise schedule of a single file, which holds no more of it than markers."""
     zero_snr = "ztsnr" in tensors and prediction_type == "v_prediction"
     schedule = NoiseSchedule(
         prediction_type=prediction_type, steps_offset=SD_STEPS_OFFSET, rescale_betas_zero_snr=zero_snr
@@ -414,12 +414,12 @@ def _infer_unet(shapes: _Shapes, sample_size: int, sd2: bool, sdxl: bool) -> UNe
 
 
 def _depth(shapes: _Shapes, block: str) -> int:
-    """How many transformer blocks the transformer behind a residual block has; 0 where there is none."""
+    """Return how many transformer blocks the transformer behind a residual block has; 0 where there is none."""
     return shapes.count(f"{block}.1.transformer_blocks.{{}}.attn2.to_k.weight")
 
 
 def _one_or_each(depths: list[int]) -> int | tuple[int, ...]:
-    """One number where all transformers of a level have the same depth, 1 where there are none; else one for each."""
+    """Return one number if all transformers of a level have the same depth, 1 without any; else one for each."""
     return max(depths[0], 1) if len(set(depths)) == 1 else tuple(depths)
 
 
@@ -462,7 +462,7 @@ def _infer_open_clip(shapes: _Shapes, prefix: str, most: int | None = None) -> d
 
 
 def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers: int, activation: str) -> dict:
-    """A text encoder's config.json; the token ids are the last two of CLIP's vocabulary."""
+    """Return a text encoder's config.json; the token ids are the last two of CLIP's vocabulary."""
     rows, width = embedding[:2]
     return {
         "model_type": "clip_text_model",
@@ -483,7 +483,7 @@ def _text_config(embedding: tuple[int, ...], positions: int, hidden: int, layers
 def _prediction_type(
     tensors: dict[str, Tensor], metadata: dict[str, str], asked_for: str | None, path: Path
 ) -> tuple[str, str]:
-    """The prediction type of the UNet, and its source in words."""
+    """Return the prediction type of the UNet, and its source in words."""
     if asked_for:
         return asked_for, "as asked for"
     if (given := metadata.get(f"{SPEC}prediction_type", "").lower().replace("-", "_")) in SPEC_PREDICTION:
@@ -507,7 +507,7 @@ def _prediction_type(
 
 
 def _read_parameterization(path: Path) -> str | None:
-    """The parameterization (`v` or `eps`) in the .yaml that original code and web interfaces keep beside a model."""
+    """Read the parameterization (`v` or `eps`) in the .yaml that original code and web interfaces keep by a model."""
     if not path.is_file() or path.stat().st_size > MAX_YAML_BYTES:
         return None
     data = path.read_bytes()

@@ -61,7 +61,7 @@ def save_tuned(tuned: Tuned, run: Path, dtype: torch.dtype) -> None:
 
 
 def _public(name: str) -> str:
-    """A weight's name as in files: every version of transformers writes `text_model.` there."""
+    """Return a weight's name as in files: every version of transformers writes `text_model.` there."""
     component, _, rest = name.partition(".")
     return f"{component}.{TEXT_PREFIX}{rest.removeprefix(TEXT_PREFIX)}" if component in TEXT_ENCODERS else name
 
@@ -200,7 +200,7 @@ def with_tuned(parts: Parts, tuned: Tuned, run: Path, metadata: Mapping[str, Any
 
 
 def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Difference]]:
-    """What a small run changes in its base, by component and layer. run: the base's parts `with_tuned`
+    """Return what a small run changes in its base, by component and layer. run: the base's parts `with_tuned`
 
     Adapters at single tokens are among it, though they change no weight for other tokens.
     """
@@ -220,7 +220,7 @@ def changes_of(base: Parts, run: Parts) -> dict[str, dict[str, Change | Differen
 
 
 def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
-    """Whether an adapter's two matrices multiply to the shape of a weight."""
+    """Return whether an adapter's two matrices multiply to the shape of a weight."""
     if down.ndim < 2 or up.ndim < 2 or not len(down) or up.shape[1] != len(down) or up[0].numel() != len(down):
         return False
     return is_change_of((len(up), *down.shape[1:]), weight)

@@ -88,7 +88,7 @@ def check_kind(names: Iterable[str], path: Path) -> None:
 
 
 def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
-    """The kind of model that keys of a file, or files of a folder, belong to if it is another one, and what to do."""
+    """Return which other kind of model the keys of a file, or the files of a folder, belong to, and what to do."""
     names = list(names)
     for pattern, what, advice in KINDS:
         if any(re.search(pattern, name) for name in names):

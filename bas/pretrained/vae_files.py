@@ -56,7 +56,7 @@ def with_vae(parts: Parts, path: Path) -> Parts:
 
 
 def own_names(tensors: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """The weights of a VAE under the names of bas. Of a whole model in one file, those of its VAE alone."""
+    """Return the weights of a VAE under the names of bas. Of a whole model in one file, those of its VAE alone."""
     inside = {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)} or tensors
     if any("mid_block." in name for name in inside):
         return inside
