@@ -151,7 +151,7 @@ def adapt_tokens(models: Models, ranks: Mapping[int, int], scale: float, generat
 
 
 def token_ranks(unet: nn.Module) -> tuple[int, ...]:
-    """The ranks of the adapters at single tokens, by handle; empty for a network without such."""
+    """Return the ranks of the adapters at single tokens, by handle; empty for a network without such."""
     return next((layer.ranks for layer in unet.modules() if isinstance(layer, TokenLinear)), ())
 
 
@@ -162,7 +162,7 @@ def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def adapted_layers(network: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """The adapted layers of a network, by name."""
+    """Yield the adapted layers of a network, by name."""
     for name, layer in network.named_modules():
         if isinstance(layer, (AdaptedLinear, AdaptedConv2d)):
             yield name, layer
@@ -192,7 +192,7 @@ class Change:
     scale: float
 
     def delta(self) -> Tensor:
-        """The change itself, in float32: (out, in), or (out, in, k, k) for a convolution."""
+        """Return the change itself, in float32: (out, in), or (out, in, k, k) for a convolution."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return product.mul_(self.scale).view(self.shape)
 
@@ -225,7 +225,7 @@ class Difference:
     strength: float = 1.0
 
     def delta(self) -> Tensor:
-        """The change itself, in float32."""
+        """Return the change itself, in float32."""
         return self.strength * self.difference.float()
 
     @property
@@ -244,7 +244,7 @@ class Difference:
 
 
 def is_change_of(shape: Sequence[int], weight: Tensor) -> bool:
-    """Whether a change of this shape is one of this weight.
+    """Return whether a change of this shape is one of this weight.
 
     A linear layer may stand as a 1x1 convolution or the other way round, and the inputs of a convolution in one row.
     """
@@ -261,7 +261,7 @@ Changes = Mapping[str, list[Change | Difference]]  # by the name of the weight
 
 
 def changed(weight: Tensor, changes: Sequence[Change | Difference]) -> Tensor:
-    """A weight with its changes added, in float32; itself without any."""
+    """Return a weight with its changes added, in float32; itself without any."""
     total = weight
     for change in changes:
         total = change.delta().to(weight.device).view(weight.shape).add_(total)  # no third copy of a large weight

@@ -62,9 +62,9 @@ class ModelSpec:
         return f"Stable Diffusion {2 if self.text_encoder.get('hidden_act') == 'gelu' else 1}"
 
     def dtype_of(self, component: str, dtype: torch.dtype) -> torch.dtype:
-        """The precision of a network in a model of precision `dtype`: SDXL's VAE overflows in 16 bits.
+        """Return the precision of a network in a model of precision `dtype`: SDXL's VAE overflows in 16 bits.
 
-        `force_upcast` of its configuration is false where it was made to bear them.
+        `force_upcast` of its configuration is false if the VAE was made for 16 bits.
         """
         upcast = component == "vae" and self.text_encoder_2 is not None and self.vae.force_upcast is not False
         return torch.float32 if upcast and dtype.itemsize < torch.float32.itemsize else dtype
@@ -80,7 +80,7 @@ class ModelSpec:
             raise InputError(f"{flag} {side}: this model takes multiples of {self.vae.factor} pixels")
 
     def grids(self, h: int, w: int) -> list[tuple[int, int]]:
-        """The (rows, columns) of the UNet's levels for latents of this size: halved and rounded up.
+        """Return the (rows, columns) of the UNet's levels for latents of this size: halved and rounded up.
 
         Raises InputError for latents that are so small that a normalization would see a single value.
         """
@@ -110,7 +110,7 @@ class ModelSpec:
 
 @cache
 def count_weights(config: UNetConfig) -> int:
-    """The number of weights of a UNet of this configuration, which is built once, on the meta device."""
+    """Return the number of weights of a UNet of this configuration, which is built once, on the meta device."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in UNet(config).parameters())
 
@@ -194,7 +194,7 @@ class Models:
 
 
 def _describe(text_encoder: nn.Module, component: str) -> dict[str, Any]:
-    """The config.json of a text encoder as it is now, handles among its rows."""
+    """Return the config.json of a text encoder as it is now, handles among its rows."""
     network = cast("TextEncoder", text_encoder)
     fields = {name: getattr(network.config, name) for name in TEXT_FIELDS}
     rows = sum(len(rows) for rows in network.get_input_embeddings().parameters())
@@ -202,7 +202,7 @@ def _describe(text_encoder: nn.Module, component: str) -> dict[str, Any]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers."""
+    """Return whether all values are finite numbers."""
     if not tensor.numel():
         return True
     low_and_high = torch.stack(tensor.aminmax())  # one pass without a temporary; not-a-number propagates
@@ -210,12 +210,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's, and not one of the base model's weights."""
+    """Return whether a parameter of this name is an adapter's, and not one of the base model's weights."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def is_unread(models: Models, name: str) -> bool:
-    """Whether nothing reads what this part of the networks computes: the last layer of SDXL's first text encoder."""
+    """Return whether nothing reads the output of this part: the last layer of SDXL's first text encoder."""
     if len(models.text_encoders) == 1:
         return False
     last = models.text_encoder.config.num_hidden_layers - 1
@@ -224,7 +224,7 @@ def is_unread(models: Models, name: str) -> bool:
 
 
 def weight_groups(models: Models) -> dict[Part, dict[str, nn.Parameter]]:
-    """The groups of the networks' weights that a phase can name in `Phase.trains`, by name. Groups overlap."""
+    """Return the groups of the networks' weights that a phase can name in `Phase.trains`, by name. Groups overlap."""
     unet = {f"unet.{name}": p for name, p in models.unet.named_parameters()}
     text = {
         f"{component}.{name}": p

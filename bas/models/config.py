@@ -31,7 +31,7 @@ def _read_fields(kind: type, config: dict, inert: dict[str, tuple]) -> dict:
 
 
 def _frozen(value: object) -> Any:
-    """A value of a config.json with tuples for lists, at every depth."""
+    """Return a value of a config.json with tuples for lists, at every depth."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
@@ -45,7 +45,7 @@ def _check_lists(config: dict) -> dict:
 
 
 def _with_one_value(config: dict, names: tuple[str, ...]) -> dict:
-    """A config.json in which these fields have one value where they list the same for every level or side."""
+    """Return a config.json in which these fields have one value where they list the same for every level or side."""
     lists = {name: config[name] for name in names if isinstance(config.get(name), list)}
     return config | {name: values[0] for name, values in lists.items() if values and values == values[:1] * len(values)}
 
@@ -175,13 +175,16 @@ class UNetConfig:
         return heads
 
     def down_depths(self, level: int) -> tuple[int, ...]:
-        """How many blocks each transformer of the down block on this level (0 is the finest) has; () without any."""
+        """Return how many blocks each transformer of this level's down block has; () without any.
+
+        Level 0 is the finest.
+        """
         depths = self.transformer_layers_per_block
         here = depths[level] if isinstance(depths, tuple) else depths
         return self._depths(here, self.layers_per_block) if self.down_block_types[level].startswith("Cross") else ()
 
     def up_depths(self, level: int) -> tuple[int, ...]:
-        """The same of the up block on this level."""
+        """Return the same of the up block on this level."""
         depths, place = self.transformer_layers_per_block, level
         if self.reverse_transformer_layers_per_block is not None:
             depths, place = self.reverse_transformer_layers_per_block, self.levels - 1 - level
@@ -197,7 +200,7 @@ class UNetConfig:
         return self._depths(here, 1) if self.mid_block_type == "UNetMidBlock2DCrossAttn" else ()
 
     def _depths(self, depths: int | tuple, count: int) -> tuple[int, ...]:
-        """One depth for each of `count` transformers. InputError for a list of another length."""
+        """Return one depth for each of `count` transformers. InputError for a list of another length."""
         each = depths if isinstance(depths, tuple) else (depths,) * count
         if len(each) != count:
             raise InputError(f"unet transformer_layers_per_block has {shown(list(each))} for {count} transformers")
@@ -211,7 +214,7 @@ class UNetConfig:
         return self.projection_class_embeddings_input_dim - SIZES * self.addition_time_embed_dim
 
     def to_json(self) -> dict:
-        """The config.json that diffusers reads."""
+        """Return the config.json that diffusers reads."""
         own = {f.name for f in fields(self) if f.name in UNET_EXTENSIONS and getattr(self, f.name) == f.default}
         config = {k: v for k, v in asdict(self).items() if k not in own | {"num_attention_heads"}}
         return {"_class_name": "UNet2DConditionModel", **config, "attention_head_dim": self.heads}
@@ -268,7 +271,7 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def to_json(self) -> dict:
-        """The config.json that diffusers reads."""
+        """Return the config.json that diffusers reads."""
         levels = len(self.block_out_channels)
         config = {name: value for name, value in asdict(self).items() if value is not None}
         return {

@@ -27,7 +27,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True
 
 
 def uncropped(latents: Tensor) -> Tensor:
-    """SDXL's size conditioning of images as large as these latents, made whole: (h, w, 0, 0, h, w) pixels. -> (b, 6)"""
+    """Return SDXL's sizes of whole images as large as these latents: (h, w, 0, 0, h, w) in pixels. -> (b, 6)"""
     sizes = torch.zeros(len(latents), 6, device=latents.device)
     sizes[:, 0::4], sizes[:, 1::4] = (
         PIXELS_PER_CELL * side for side in latents.shape[-2:]

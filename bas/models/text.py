@@ -55,14 +55,14 @@ class Conditioning(NamedTuple):
     pooled: Tensor | None = None  # (b, p), one for the whole prompt, in SDXL alone
 
     def each(self, change: Callable[..., Tensor], *others: Conditioning) -> Conditioning:
-        """What a function makes of the states, and of the pooled text where there is one, with those of others."""
+        """Apply a function to the states, and to the pooled text if there is one, together with those of others."""
         states = change(self.states, *(other.states for other in others))
         pooled = None if self.pooled is None else change(self.pooled, *(other.pooled for other in others))
         return Conditioning(states, pooled)
 
 
 def join(parts: Sequence[Conditioning]) -> Conditioning:
-    """The rows of these, one after another."""
+    """Return the rows of these, one after another."""
     return parts[0].each(lambda *rows: torch.cat(rows), *parts[1:])
 
 
@@ -192,7 +192,7 @@ def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:
 
 
 def word_pieces(tokenizer: CLIPTokenizer, word: str) -> list[int]:
-    """The token ids of an initial word, usually one. Raises InputError for a word without any."""
+    """Return the token ids of an initial word, usually one. Raises InputError for a word without any."""
     pieces = tokenizer(word, add_special_tokens=False).input_ids
     if not pieces:
         raise InputError(f"the initial word {word!r} holds no token: give an ordinary word")
@@ -200,7 +200,7 @@ def word_pieces(tokenizer: CLIPTokenizer, word: str) -> list[int]:
 
 
 def initial_row(weight: Tensor, tokenizer: CLIPTokenizer, word: str | None, generator: torch.Generator) -> Tensor:
-    """A handle's first row (d,): the mean of its word's pieces, or a sample of the rows' distribution."""
+    """Return a handle's first row (d,): the mean of its word's pieces, or a sample of the rows' distribution."""
     if not word:
         noise = torch.randn(weight.shape[1], generator=generator).to(weight)
         return weight.mean(dim=0) + weight.std(dim=0) * noise
@@ -241,7 +241,7 @@ def add_handles(
 
 
 def merged_state_dict(text_encoder: TextEncoder) -> dict[str, Tensor]:
-    """The text encoder's state dict with the handles as the last rows of one matrix, as other tools read it."""
+    """Return the text encoder's state dict with the handles as the last rows of one matrix, as other tools read it."""
     state = text_encoder.state_dict()
     for key in [key for key in state if key.endswith("token_embedding.handles")]:
         weight = key.removesuffix("handles") + "weight"
@@ -250,20 +250,20 @@ def merged_state_dict(text_encoder: TextEncoder) -> dict[str, Tensor]:
 
 
 def known_handles(tokenizer: CLIPTokenizer) -> tuple[str, ...]:
-    """The handles among the tokenizer's added tokens, in the order of their ids."""
+    """Return the handles among the tokenizer's added tokens, in the order of their ids."""
     added = tokenizer.get_added_vocab()
     return tuple(token for token in sorted(added, key=lambda token: added[token]) if HANDLE.fullmatch(token))
 
 
 def vectors_of(tokenizer: CLIPTokenizer, token: str) -> list[str]:
-    """The tokens of a multi-vector embedding: `<toy>`, `<toy>_1`, `<toy>_2`, ...; most have the first alone."""
+    """Return the tokens of a multi-vector embedding: `<toy>`, `<toy>_1`, `<toy>_2`, ...; most have the first alone."""
     added = tokenizer.get_added_vocab()
     further = takewhile(lambda name: name in added, (f"{token}_{i}" for i in count(1)))
     return [token, *further]
 
 
 def handle_ids(tokenizer: CLIPTokenizer, handle: str) -> list[int]:
-    """The token ids of a handle: one, or several where its embedding has several vectors."""
+    """Return the token ids of a handle: one, or several where its embedding has several vectors."""
     added = tokenizer.get_added_vocab()
     return [added[token] for token in vectors_of(tokenizer, handle)]
 
@@ -309,7 +309,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def find_words(tokenizer: CLIPTokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """The words of a tokenized prompt with their token positions, in order. ids: (77,), from `tokenize`
+    """Find the words of a tokenized prompt with their token positions, in order. ids: (77,), from `tokenize`
 
     An added token, such as a handle, is a word of its own, with all its vectors if it has several.
     """
@@ -359,7 +359,7 @@ def mark_tokens(text_encoder: nn.Module, ids: tuple[int, ...]) -> None:
 
 
 def context_width(text_encoders: Sequence[TextEncoder]) -> int:
-    """The width of the states of `encode_ids`: the features of all encoders, and a column for each marked token."""
+    """Return the width of `encode_ids`' states: the features of all encoders, and a column for each marked token."""
     return sum(encoder.config.hidden_size + len(getattr(encoder, MARKED, ())) for encoder in text_encoders)
 
 
@@ -390,7 +390,7 @@ def encode_ids(text_encoders: Sequence[TextEncoder], ids: Tensor, visible: Tenso
 
 
 def _with_marks(text_encoders: Sequence[TextEncoder], ids: Tensor, states: Tensor) -> Tensor:
-    """The states with a column for each marked token. ids: (b, k); states: (b, k, d) -> (b, k, d + N)"""
+    """Return the states with a column for each marked token. ids: (b, k); states: (b, k, d) -> (b, k, d + N)"""
     numbers = (number for encoder in text_encoders for number in getattr(encoder, MARKED, ()))
     marks = [(ids == number)[..., None].to(states.dtype) for number in numbers]
     return torch.cat([states, *marks], dim=-1) if marks else states

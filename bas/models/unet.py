@@ -241,7 +241,7 @@ class UNet(nn.Module):
         return UNetOutput(self.conv_out(F.silu(self.conv_norm_out(x))), maps)
 
     def sinusoids(self, numbers: Tensor, dim: int) -> Tensor:
-        """The sinusoidal features of timesteps, or of sizes in pixels. numbers: (n,) -> (n, dim) float32"""
+        """Return the sinusoidal features of timesteps, or of sizes in pixels. numbers: (n,) -> (n, dim) float32"""
         return timestep_embedding(numbers, dim, self.config.flip_sin_to_cos, self.config.freq_shift)
 
     def set_gradient_checkpointing(self, on: bool) -> None:

@@ -26,7 +26,7 @@ class Posterior(NamedTuple):
         return (0.5 * self.logvar).exp()
 
     def sample(self, noise: Tensor) -> Tensor:
-        """A sample of the posterior, from standard normal noise (b, c, h, w)."""
+        """Return a sample of the posterior, from standard normal noise (b, c, h, w)."""
         return self.mean + self.deviation * noise
 
 
