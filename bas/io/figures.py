@@ -66,7 +66,7 @@ def enlarge(image: Image.Image, cell: int) -> Image.Image:
 
 
 def concept_colour(index: int) -> tuple[int, int, int]:
-    """The colour of one concept in every image of a run."""
+    """Return the colour of one concept in every image of a run."""
     return CONCEPT_COLOURS[index % len(CONCEPT_COLOURS)]
 
 

@@ -32,7 +32,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def not_a_file(path: Path) -> InputError:
-    """The error for a path that is missing, or is a folder, a pipe or a broken link."""
+    """Return the error for a path that is missing, or is a folder, a pipe or a broken link."""
     return InputError(f"{path} {'is not a file' if os.path.lexists(path) else 'does not exist'}")
 
 
@@ -66,14 +66,14 @@ def human_size(size: float) -> str:
 
 
 def lost_link(path: str | Path) -> str | None:
-    """What is wrong with a folder that is a link to nothing. None for all else."""
+    """Return what is wrong with a folder that is a link to nothing. None for all else."""
     if os.path.islink(path) and not os.path.exists(path):
         return f"the link {path} leads to {os.readlink(path)}, which is not there: make that folder, or remove the link"
     return None
 
 
 def reason_of(error: OSError) -> str:
-    """Why a file or folder could not be written. For a link to nothing the system says only that it exists."""
+    """Return why a file or folder could not be written. For a link to nothing the system says only that it exists."""
     lost = lost_link(error.filename) if error.errno == errno.EEXIST and isinstance(error.filename, str) else None
     return lost or error.strerror or str(error)
 
@@ -82,7 +82,7 @@ def new_folder(name: str) -> Path:
     """Check that a folder is new or empty and can be written; the first file that is saved makes it.
 
     InputError if it holds something or cannot be made. Hidden files, which systems make by themselves, do not count,
-    but for what a killed `filling` left. A command that fails afterwards leaves no empty folder.
+    except those that a killed `filling` left. A command that fails afterwards leaves no empty folder.
     """
     folder = Path(name)
     check_length(folder / LONGEST_NAME, "--output_dir")
@@ -110,7 +110,7 @@ def require_writable(path: Path, flag: str, advice: str = "name another") -> Pat
 
 
 def temporary_path(path: Path) -> Path:
-    """The path at which `replacing` writes a file before it is renamed to `path`."""
+    """Return the path at which `replacing` writes a file before it is renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -201,7 +201,7 @@ def clear_leftovers(folder: Path, written: re.Pattern[str]) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this number is running. Always true on Windows, where asking would end it."""
+    """Return whether a process of this number is running. Always true on Windows, where asking would end it."""
     if os.name != "posix":
         return True
     try:
@@ -229,5 +229,5 @@ def write_text(path: Path, content: str) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder of what can be made again: $BAS_CACHE, or ~/.cache/bas."""
+    """Return the folder of what can be made again: $BAS_CACHE, or ~/.cache/bas."""
     return Path(os.environ.get("BAS_CACHE") or Path.home() / ".cache" / "bas")

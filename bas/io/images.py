@@ -70,14 +70,14 @@ def open_image(path: Path) -> Image.Image:
 
 
 def _is_heif(path: Path) -> bool:
-    """Whether a file is HEIC, as phones write it."""
+    """Return whether a file is HEIC, as phones write it."""
     with path.open("rb") as file:
         start = file.read(12)
     return start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS
 
 
 def _formats(path: Path) -> tuple[str, ...]:
-    """The formats that a file may have: HEIC too, where its Pillow plugin is installed."""
+    """Return the formats that a file may have: HEIC too, where its Pillow plugin is installed."""
     if _is_heif(path) and importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
         return (*FORMATS, "HEIF")
@@ -85,12 +85,12 @@ def _formats(path: Path) -> tuple[str, ...]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """The (W, H) of an image as stored, from its header; (0, 0) for a file that `open_image` rejects."""
+    """Return the (W, H) of an image as stored, from its header; (0, 0) for a file that `open_image` rejects."""
     return _from_header(path, lambda image: image.size) or (0, 0)
 
 
 def upright_size(path: Path) -> tuple[tuple[int, int], int | None]:
-    """The (W, H) of an image turned upright, and its EXIF orientation, None where it states none.
+    """Return the (W, H) of an image turned upright, and its EXIF orientation, None where it states none.
 
     InputError as `open_image`, where its header cannot be read.
     """
@@ -102,19 +102,19 @@ def upright_size(path: Path) -> tuple[tuple[int, int], int | None]:
 
 
 def read_orientation(path: Path) -> int | None:
-    """The EXIF orientation of an image, 1 to 8, None where it states none."""
+    """Read the EXIF orientation of an image, 1 to 8, None where it states none."""
     value = _from_header(path, _orientation)
     return value if value in TURNS else None
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation of an opened file, for which a PNG may be decoded. None for one that is too large."""
+    """Return the EXIF orientation of an opened file, for which a PNG may be decoded. None for one that is too large."""
     small = image.width * image.height <= MAX_PIXELS
     return image.getexif().get(ExifTags.Base.Orientation) if small else None
 
 
 def _from_header(path: Path, read: Callable[[Image.Image], T]) -> T | None:
-    """What `read` finds in an opened file, None where it cannot be read."""
+    """Return what `read` finds in an opened file, None where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -141,12 +141,12 @@ def _decode(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image is grey with 16 bits or floats, which Pillow would clip to 8 bits."""
+    """Return whether an image is grey with 16 bits or floats, which Pillow would clip to 8 bits."""
     return image.mode.startswith(("I", "F"))
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether pixels can be transparent: by a channel, a colour or a palette entry."""
+    """Return whether pixels can be transparent: by a channel, a colour or a palette entry."""
     return not _is_deep(image) and image.has_transparency_data
 
 
@@ -158,7 +158,7 @@ def strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """The pixels of an image, (H, W) or (H, W, channels), without the copies that np.asarray makes on its way."""
+    """Return the pixels of an image, (H, W) or (H, W, channels), without the copies that np.asarray makes."""
     one = np.asarray(image.crop((0, 0, 1, 1)))
     array = np.empty((image.height, image.width, *one.shape[2:]), one.dtype)
     for top, strip in strips(image):
@@ -179,12 +179,12 @@ def _grey(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def to_levels(mask: np.ndarray) -> np.ndarray:
-    """A mask in [0, 1] as uint8, 255 for 1. What is above 0 stays above 0."""
+    """Return a mask in [0, 1] as uint8, 255 for 1. What is above 0 stays above 0."""
     return np.maximum(np.rint(mask * np.float32(255)), mask > 0).astype(np.uint8)
 
 
 def to_floats(mask: np.ndarray) -> np.ndarray:
-    """A mask of uint8 as float32 in [0, 1], 1 for 255."""
+    """Return a mask of uint8 as float32 in [0, 1], 1 for 255."""
     return np.divide(mask, np.float32(255), dtype=np.float32)
 
 
@@ -217,7 +217,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def varies(band: Image.Image) -> bool:
-    """Whether the pixels of one channel differ."""
+    """Return whether the pixels of one channel differ."""
     low, high = band.getextrema()
     return low != high
 
@@ -247,7 +247,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def _of_eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """A mask of 16 bits whose white is that of 8 bits, or 1, as one of 8: some tools store all so. Others stay."""
+    """Read a mask of 16 bits as one of 8 if its largest value is 255 or 1: some tools store it so. Others stay."""
     if not image.mode.startswith("I"):
         return image
     values = to_array(image)
@@ -285,7 +285,7 @@ def _check_no_labels(image: Image.Image, path: Path) -> None:
 
 
 def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
-    """A mask of two palette entries in colours: entry 0 is outside, the other inside. None for greys, read as such.
+    """Read a mask of two palette entries in colours: entry 0 is outside, the other inside. None for a grey palette.
 
     Raises InputError for colours that leave it open which is inside.
     """
@@ -302,12 +302,12 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray | None:
 
 
 def from_inside(inside: np.ndarray) -> np.ndarray:
-    """What is inside, bool (H, W), as a mask of uint8 with its rows one after the other."""
+    """Return what is inside, bool (H, W), as a mask of uint8 with its rows one after the other."""
     return np.multiply(inside, np.uint8(255), order="C", dtype=np.uint8)
 
 
 def fit_mask(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A mask of uint8 resized to (W, H), as an image of float32 in [0, 1].
+    """Return a mask of uint8 resized to (W, H), as an image of float32 in [0, 1].
 
     Its rows are resized in strips: a large mask in float32 would take gigabytes.
     """
@@ -350,7 +350,7 @@ def save_image(image: Image.Image, path: Path, settings: dict | None = None) -> 
 
 
 def numbered_paths(target: Path, count: int) -> list[Path]:
-    """The files of `count` images: the target itself for one, else the target with numbers, out-00.png, out-01.png."""
+    """Return the files of `count` images: the target itself for one, else with numbers, out-00.png, out-01.png."""
     digits = len(str(count - 1))
     return [target] if count == 1 else [target.with_stem(f"{target.stem}-{i:0{digits}}") for i in range(count)]
 
@@ -375,10 +375,10 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 
 def pixels(image: Image.Image) -> Tensor:
-    """An RGB image as the VAE takes it: (3, H, W) float32 in [-1, 1]"""
+    """Return an RGB image as the VAE takes it: (3, H, W) float32 in [-1, 1]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def fit(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-    """The image at (W, H), untouched where it has that size already."""
+    """Return the image at (W, H), untouched where it has that size already."""
     return image if image.size == size else image.resize(size, resampling)

@@ -141,7 +141,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def json_text(content: dict[str, Any]) -> str:
-    """A JSON object as bas writes it."""
+    """Return a JSON object as bas writes it."""
     return json.dumps(content, indent=2) + "\n"
 
 

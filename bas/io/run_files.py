@@ -35,7 +35,7 @@ SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images 
 
 
 def scene_mask(scene: Path, number: int) -> Path:
-    """A concept's mask in a run's copy of its scene, beside the image that it belongs to.
+    """Return a concept's mask in a run's copy of its scene, beside the image that it belongs to.
 
     A concept of a merged run has a folder with an image of its own. The file need not exist.
     """
@@ -98,7 +98,7 @@ def read_concepts(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def handle_rows(concepts: Mapping[str, Tensor]) -> list[Tensor]:
-    """The handles' rows (N, d) of each text encoder, from the tensors of a concepts file."""
+    """Return the handles' rows (N, d) of each text encoder, from the tensors of a concepts file."""
     return [concepts[name] for name in ROWS if name in concepts]
 
 
