@@ -57,7 +57,7 @@ def pick_precision(name: str, device: torch.device, weights: int = 0) -> str:
 
 
 def gpu_multiplies_bf16(device: torch.device) -> bool:
-    """Whether a GPU multiplies bf16 in hardware; NVIDIA GPUs before Ampere emulate it."""
+    """Return whether a GPU multiplies bf16 in hardware; NVIDIA GPUs before Ampere emulate it."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -72,13 +72,13 @@ def warn_of_emulation(device: torch.device) -> None:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the processor multiplies bf16 in hardware. False where PyTorch cannot tell."""
+    """Return whether the processor multiplies bf16 in hardware. False where PyTorch cannot tell."""
     has = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 in hardware."""
+    """Return whether a device multiplies bf16 in hardware."""
     return cpu_multiplies_bf16() if device.type == "cpu" else gpu_multiplies_bf16(device)
 
 
@@ -97,7 +97,7 @@ OUT_OF_MEMORY = (  # errors without a class: of the machine's memory, and of CUD
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory of the device or of the machine ran out."""
+    """Return whether an error says that the memory of the device or of the machine ran out."""
     told = any(text in str(error) for text in OUT_OF_MEMORY)
     return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 

@@ -10,7 +10,7 @@ except ImportError:
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process held so far, in bytes; None where the system does not say.
+    """Return the most memory that this process held so far, in bytes; None where the system does not say.
 
     On Linux the peak of its own memory map: getrusage's count survives fork and exec, so it may be that of the process
     which started this one.

@@ -50,7 +50,7 @@ class Progress:
         self.began = self.printed = self.told = time.monotonic()
 
     def due(self) -> bool:
-        """Whether the last line is older than half a second on a terminal, ten in a log file; or a watcher waits."""
+        """Return whether the last line is older than half a second on a terminal, ten in a log; or a watcher waits."""
         return self._line_is_due() or bool(watchers and time.monotonic() - self.told >= OFTEN)
 
     def _line_is_due(self) -> bool:

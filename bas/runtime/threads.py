@@ -38,7 +38,7 @@ def idle_cores() -> float | None:
 
 
 def read_ticks() -> dict[str, list[int]]:
-    """The ticks of each kind for each core that this process may use."""
+    """Read the ticks of each kind for each core that this process may use."""
     usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     rows = [line.split() for line in STATISTICS.read_text(encoding="ascii").splitlines()]
     return {name: [int(value) for value in values] for name, *values in rows if name in usable}
