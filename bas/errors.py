@@ -23,12 +23,12 @@ PYTHONS_ADVICE = "; use sys.set_int_max_str_digits() to increase the limit"  # a
 
 
 def printable(text: str) -> str:
-    """One line that changes nothing on a terminal: control characters are escaped, as `\\n` or `\\x1b`."""
+    """Return one line that changes nothing on a terminal: control characters are escaped, as `\\n` or `\\x1b`."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def shown(value: object, most: int = 60) -> str:
-    """A value as Python writes it, cut to `most` characters."""
+    """Return a value as Python writes it, cut to `most` characters."""
     try:
         return f"{value!r:.{most}}"
     except ValueError:  # Python writes no whole number of more than 4,300 digits
@@ -36,7 +36,7 @@ def shown(value: object, most: int = 60) -> str:
 
 
 def _message(text: str) -> str:
-    """A message for the user: one printable line. It may quote a file, a file's name, or an error of a library."""
+    """Return a message for the user as one printable line. It may quote a file, its name, or an error of a library."""
     line = printable(text.replace(PYTHONS_ADVICE, ""))
     cut = len(line) > LONGEST_MESSAGE  # a value of megabytes stands in it
     return f"{line[: LONGEST_MESSAGE // 2]} ... {line[-LONGEST_MESSAGE // 2 :]}" if cut else line
@@ -61,7 +61,7 @@ class NotFiniteError(RunError):
 
 
 def is_own_fault(error: Exception) -> bool:
-    """Whether an error is a mistake in bas's own code, and not a fault of the file that it was reading.
+    """Return whether an error is a mistake in bas's own code, and not a fault of the file that it was reading.
 
     Libraries raise nearly anything for a broken file, so their callers catch everything, and ask this first.
     """
@@ -123,12 +123,12 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written to a file: an argument of a command may hold bytes that encode no character."""
+    """Return whether a text can be written to a file: an argument may hold bytes that encode no character."""
     return text.encode(errors="ignore").decode() == text
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: what other tools mean by it, its nearest known one, or nothing.
+    """End a message about an unknown word: with what other tools mean by it, its nearest known one, or nothing.
 
     `known` are names or flags; a word is compared with them without its dashes.
     """

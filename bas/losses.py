@@ -16,7 +16,7 @@ def resize_mask(mask: Tensor, h: int, w: int) -> Tensor:
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
-    """The reconstruction loss inside the mask (paper, eq. 1).
+    """Return the reconstruction loss inside the mask (paper, eq. 1).
 
     prediction, target: (b, c, h, w); mask: (b, 1, h, w) in 0..1 -> scalar. The mean runs over all cells, so a small
     mask gives a small loss; `normalize` divides each sample's loss by its masked share. A soft mask enters squared,
@@ -31,7 +31,7 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor, normalize: bool
 
 
 def average_maps(maps: list[AttentionMap], places: tuple[str, ...] = ("down", "up")) -> Tensor:
-    """The mean over heads and layers of the maps from these places of the UNet (CA of eq. 2). -> (b, h, w, k)
+    """Return the mean over heads and layers of the maps from these places of the UNet (CA of eq. 2). -> (b, h, w, k)
 
     Each head of each layer has the same weight. Raises ValueError for maps on several grids, or none.
     """
@@ -52,7 +52,7 @@ def handle_maps(average: Tensor, positions: Tensor) -> Tensor:
 
 
 def attention_loss(average: Tensor, positions: Tensor, masks: Tensor, present: Tensor) -> Tensor:
-    """The distance between each handle's attention map and its mask (paper, eq. 2). -> scalar
+    """Return the distance between each handle's attention map and its mask (paper, eq. 2). -> scalar
 
     average: (b, h, w, k) from `average_maps`; positions: (b, n) token indices of the handles; masks: (b, n, h, w) in
     0..1; present: (b, n) 1 for a handle in the prompt, 0 for padding. Each map is divided by its maximum, through which
@@ -66,7 +66,7 @@ def attention_loss(average: Tensor, positions: Tensor, masks: Tensor, present: T
 
 
 def attention_cross_entropy(average: Tensor, positions: Tensor, masks: Tensor, present: Tensor) -> Tensor:
-    """The cross-entropy between the handles' shares of each cell and the masks (PartCraft, Ng et al. 2024). -> scalar
+    """Return the cross-entropy of the handles' shares of each cell and the masks (PartCraft, Ng et al. 2024). -> scalar
 
     Arguments as for `attention_loss`. A cell's attention to the handles, divided by its sum, gives the handles'
     probabilities; the cross-entropy with the masks is averaged over all cells and the batch. Handles compete for cells;

@@ -127,7 +127,7 @@ class NoiseSchedule:
         return cls(**defaults | given)
 
     def to_json(self) -> dict:
-        """The scheduler_config.json that diffusers reads."""
+        """Return the scheduler_config.json that diffusers reads."""
         spacing = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         return {
             "_class_name": "DDIMScheduler",
@@ -170,7 +170,7 @@ class SigmaSchedule(NoiseSchedule):
 
 
 def seen_by(schedule: NoiseSchedule, sampler: str) -> NoiseSchedule:
-    """The schedule as a sampler sees it."""
+    """Return the schedule as a sampler sees it."""
     if sampler in ("ddim", "ddpm"):
         return schedule
     own: dict[str, Any] = {f.name: getattr(schedule, f.name) for f in fields(NoiseSchedule) if f.init}
@@ -184,7 +184,7 @@ def _warn_once(message: str) -> None:
 
 
 def _rescaled_to_zero_snr(betas: Tensor) -> Tensor:
-    """The betas whose sqrt(a_t) ends at 0 and begins as before (Lin et al. 2024, algorithm 1). (T,) -> (T,)"""
+    """Return the betas whose sqrt(a_t) ends at 0 and begins as before (Lin et al. 2024, algorithm 1). (T,) -> (T,)"""
     roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = roots[0].clone(), roots[-1].clone()
     a = ((roots - last) * (first / (first - last))) ** 2
@@ -192,14 +192,14 @@ def _rescaled_to_zero_snr(betas: Tensor) -> Tensor:
 
 
 def log_sigmas(schedule: NoiseSchedule) -> Tensor:
-    """The logarithm of each timestep's noise relative to its signal, sqrt((1 - a_t) / a_t). (T,) float64"""
+    """Return the logarithm of each timestep's noise relative to its signal, sqrt((1 - a_t) / a_t). (T,) float64"""
     a = schedule.alphas_cumprod.double().clamp(min=LEAST_ALPHA)
     return 0.5 * torch.log((1 - a) / a)
 
 
 @cache
 def _table(schedule: NoiseSchedule, device: torch.device) -> Tensor:
-    """The a_t on a device, copied there once, so that no step waits for the copy. (T,)"""
+    """Return the a_t on a device, copied there once, so that no step waits for the copy. (T,)"""
     return schedule.alphas_cumprod.to(device)
 
 
@@ -216,7 +216,7 @@ def add_noise(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Te
 
 
 def training_target(schedule: NoiseSchedule, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """The target of the prediction: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). (b, c, h, w)"""
+    """Return the training target: eps, or v = sqrt(a) eps - sqrt(1-a) z0 (Salimans and Ho 2022). (b, c, h, w)"""
     if schedule.prediction_type == "epsilon":
         return eps
     a = _per_sample(schedule, t, z0)
@@ -232,7 +232,7 @@ def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: float
 
 
 def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> Sequence[float]:
-    """The timesteps of a sampling run, noisiest first, with the spacing of the model's scheduler config.
+    """Return the timesteps of a sampling run, noisiest first, with the spacing of the model's scheduler config.
 
     DPM-Solver++ has one interval more than DDIM and leaves the last point out, as its authors' code does. Raises
     InputError for more steps than the model has timesteps.
@@ -261,7 +261,7 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
 
 
 def karras_timesteps(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """The places between the timesteps, noisiest first, at which the noise is that of Karras et al. 2022, eq. 5."""
+    """Return the places between timesteps, noisiest first, where the noise is that of Karras et al. 2022, eq. 5."""
     known = log_sigmas(schedule).numpy()
     least, most = (np.exp(end) ** (1 / KARRAS_RHO) for end in (known[0], known[-1]))
     sigmas = (most + np.linspace(0, 1, steps) * (least - most)) ** KARRAS_RHO
@@ -269,7 +269,7 @@ def karras_timesteps(schedule: NoiseSchedule, steps: int) -> list[float]:
 
 
 def previous_timestep(schedule: NoiseSchedule, timesteps: Sequence[float], i: int, sampler: str = "ddim") -> float:
-    """The timestep at which step i of a sampling run ends; below 0 is the end of the run.
+    """Return the timestep at which step i of a sampling run ends; below 0 is the end of the run.
 
     DDIM steps by T // steps, by its definition. With "linspace" spacing this is not exactly the next timestep.
     """
@@ -279,7 +279,7 @@ def previous_timestep(schedule: NoiseSchedule, timesteps: Sequence[float], i: in
 
 
 def earlier_step(last: tuple[Tensor, float] | None, prev_t: float, steps: int) -> tuple[Tensor, float] | None:
-    """The step before that a DPM-Solver++ step extrapolates from: none at the end of a run of few steps."""
+    """Return the step before that a DPM-Solver++ step extrapolates from: none at the end of a run of few steps."""
     return None if prev_t < 0 and steps < FEW_STEPS else last
 
 
@@ -294,7 +294,10 @@ def initial_scale(schedule: NoiseSchedule, t: float, sampler: str) -> float:
 
 
 def ddpm_step(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: float, prev_t: float, noise: Tensor) -> Tensor:
-    """One ancestral step (Ho et al. 2020, eq. 6 and 7, the smaller variance). Tensors (b, c, h, w); noise ~ N(0, I)."""
+    """Take one ancestral step (Ho et al. 2020, eq. 6, 7, the smaller variance).
+
+    Tensors (b, c, h, w); noise ~ N(0, I).
+    """
     a_t, a_prev = schedule.alpha(t), schedule.alpha(prev_t)
     alpha = a_t / a_prev
     z0, _ = clean_and_noise(schedule, z, output, t)
@@ -314,7 +317,7 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One DDIM step (Song et al. 2021, eq. 12 and 16). Tensors (b, c, h, w); `noise` is used when eta > 0."""
+    """Take one DDIM step (Song et al. 2021, eq. 12 and 16). Tensors (b, c, h, w); `noise` is used when eta > 0."""
     a_t = schedule.alpha(t)
     a_prev = schedule.alpha(prev_t, final=1.0 if schedule.set_alpha_to_one else schedule.alpha(0))
     z0, eps = clean_and_noise(schedule, z, output, t)
@@ -331,7 +334,7 @@ def dpmpp_2m_step(
     prev_t: float,
     last: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """One DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2).
+    """Take one DPM-Solver++(2M) step (Lu et al. 2022, algorithm 2).
 
     z, z0: (b, c, h, w), the current latents and their clean latents as predicted; `last` is (z0, t) of the step before,
     None for a step of first order. The step that ends at prev_t < 0 returns z0, or ends at timestep 0 if the schedule's
