@@ -57,13 +57,13 @@ def save_scene(draft: Draft, concepts: Any) -> str:
 
 
 def next_steps(draft: Draft) -> str:
-    """The commands that follow, for the page and the terminal."""
+    """Return the commands that follow, for the page and the terminal."""
     folder = quote(str(draft.folder))
     return f"Next: `bas masks {folder}` checks them, `bas train {folder}` learns the concepts"
 
 
 def _check_names(concept: Any) -> dict:
-    """The handle, with or without < >, and the initial word of one concept. Raises InputError for bad ones."""
+    """Check a handle, with or without < >, and an initial word, and return them. InputError for wrong ones."""
     handle, word = (concept.get("handle"), concept.get("word")) if isinstance(concept, dict) else (None, None)
     handle = bracketed(handle) if isinstance(handle, str) else None
     check_name(handle)
@@ -74,7 +74,7 @@ def _check_names(concept: Any) -> dict:
 
 
 def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:
-    """A mask sent by the page, as a grey image. Raises InputError for another size, an empty mask and a full one."""
+    """Read a mask sent by the page, as a grey image. InputError for another size, an empty mask and a full one."""
     try:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             if image.size != size:
@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, json.dumps({"message": message}).encode())
 
     def _place(self) -> str | None:
-        """The path below /TOKEN/. Without the right host and token it answers 403 and returns None."""
+        """Return the path below /TOKEN/. Without the right host and token, answer 403 and return None."""
         port = cast("Server", self.server).server_address[1]
         if self.headers.get("Host") not in (f"127.0.0.1:{port}", f"localhost:{port}"):
             self._refuse(403, "this server answers at 127.0.0.1 alone")
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def version_string(self) -> str:
-        """The Server header."""
+        """Return the Server header."""
         return "bas paint"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -242,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def describe(draft: Draft) -> dict:
-    """The state that the page begins with: sizes, colours, and the concepts with their masks as data URLs."""
+    """Return the state that the page begins with: sizes, colours, and the concepts with their masks as data URLs."""
     concepts = [
         {**concept, "mask": _data_url(Image.fromarray(concept["mask"])) if concept["mask"] is not None else None}
         for concept in concepts_to_edit(draft)

@@ -198,7 +198,7 @@ def strips(scene: Scene, previews: Sequence[Path], trained_from: int) -> list[St
 
 
 def _handle_strip(scene: Scene, previews: Sequence[Path], index: int, trained_from: int) -> Strip:
-    """The concept in the scene, then a column of sample and attention map per preview."""
+    """Show the concept in the scene, then a column of sample and attention map per preview."""
     columns = []
     if scene.image and index in scene.masks:
         mask = tint_masks(scene.image, {index: scene.masks[index]})

@@ -68,8 +68,8 @@ export function baseChoice(about, studio, notices, choose) {
     return [
       job &&
         ["failed", "refused", "lost"].includes(job.state) &&
-        problem("It was not fetched", job.line || "It ended without a word: killed, or the machine was restarted."),
-      job?.state === "stopped" && quiet("Stopped. What has come is kept."),
+        problem("It was not fetched", job.line || "It ended abruptly: killed, or the machine was restarted."),
+      job?.state === "stopped" && quiet("Stopped. Fetched files are kept."),
       h(
         "p",
         {},

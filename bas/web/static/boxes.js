@@ -5,7 +5,7 @@ import { colourOf } from "./prompt.js";
 // Boxes for handles: drag on the square to draw, drag a box to move it, its corner to resize; numbers do the same.
 export function layout(run, key) {
   const boxes = remembered(key, {}),
-    frame = h("div", { class: "frame", role: "group", "aria-label": "Where each handle shall stand" }),
+    frame = h("div", { class: "frame", role: "group", "aria-label": "Where each handle stands" }),
     list = h("div", { class: "stack" });
   let active = run.handles[0];
   const clamp = (value) => Math.min(1, Math.max(0, value)),

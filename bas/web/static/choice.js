@@ -27,7 +27,7 @@ export function withoutRun(main, title, name, studio) {
     title,
     run ? `${name} is not trained to its end yet` : name ? `There is no run ${name}` : "Nothing is trained yet",
     live
-      ? "Until then its previews show how it draws each concept: its weights are whole only at the end."
+      ? "Until then its previews show each concept: its weights are complete only at the end."
       : run
         ? "Continue its training: it goes on where it was stopped."
         : "Train a scene first; on the miniature that takes minutes.",

@@ -131,7 +131,7 @@ export async function open(main, [name], studio) {
     put(notices);
     try {
       await send("POST", "jobs", { kind: "attend", run: run.name, file: picture.file, words });
-      speak("Reading where it looked");
+      speak("Reading its attention");
       await studio.refresh();
     } catch (error) {
       from.disabled = false;

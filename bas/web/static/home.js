@@ -245,10 +245,10 @@ export async function open(main, _rest, studio) {
         scenes,
         state.scenes.length
           ? state.scenes.map(sceneCard)
-          : quiet("No scene yet. A scene is a photograph with a mask for each thing."),
+          : quiet("No scene yet. A scene is a photograph with a mask for each concept."),
       );
       put(unnamed, state.unnamed && problem("Folders that are not shown", state.unnamed));
-      put(runs, state.runs.length ? state.runs.map(runCard) : quiet("No run yet. A run is what training makes of a scene."));
+      put(runs, state.runs.length ? state.runs.map(runCard) : quiet("No run yet. Training on a scene makes a run."));
     },
     leave: () => left.abort(),
   };

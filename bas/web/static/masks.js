@@ -9,7 +9,7 @@ import { saver } from "./saving.js";
 const REST = 250; // milliseconds after a save before the masks are checked
 
 export async function open(main, [name], studio) {
-  if (!name) return emptyRoom(main, "Masks", "Bring a photograph first", "Then paint over each thing that you want to learn.");
+  if (!name) return emptyRoom(main, "Masks", "Bring a photograph first", "Then paint over each concept to learn.");
   const models = await get("segmenters");
   let active = 0,
     notes = [],

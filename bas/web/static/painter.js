@@ -9,15 +9,15 @@ const hintOf = (tool) => {
   const moves = touch ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.";
   return {
     // one for each: else the picture moves
-    brush: `Paint over the thing. ${moves}`,
+    brush: `Paint over the concept. ${moves}`,
     eraser: `Paint over what is not part of it. ${moves}`,
     fill: `${touch ? "Tap" : "Click"} inside an outline: its inside is filled.`,
     polygon: touch
       ? "Tap the corners; the first closes. Undo takes a corner back."
       : "Click the corners; the first one or Enter closes, Escape drops. Or arrows and Space.",
     click: touch
-      ? "Tap the thing: a mask is proposed."
-      : "Click on the thing: a mask is proposed. Enter takes it, Escape drops it.",
+      ? "Tap the concept: a mask is proposed."
+      : "Click on the concept: a mask is proposed. Enter takes it, Escape drops it.",
   }[tool];
 };
 

@@ -24,7 +24,7 @@ export function proposals(scene, models, studio, { word, take, draw }) {
       { class: "stack" },
       models.sam
         ? needs("A click needs SAM", models.sam)
-        : quiet("Choose the tool Click and click on the thing. Each further one adds a point."),
+        : quiet("Choose the tool Click and click on the concept. Each further click adds a point."),
       models.clipseg
         ? needs("A word needs CLIPSeg", models.clipseg)
         : h(
@@ -113,9 +113,9 @@ export function proposals(scene, models, studio, { word, take, draw }) {
   function update(state) {
     const found = job && state.jobs.find((each) => each.id === job);
     if (!found) return;
-    if (found.state === "waiting") waits("Waiting for what is at work …");
+    if (found.state === "waiting") waits("Waiting for the job at work …");
     else if (found.state === "running") waits("Proposing …");
-    else if (found.state === "lost") waits("It gives no sign: it was killed, or it starts slowly.");
+    else if (found.state === "lost") waits("It does not answer: it was killed, or it starts slowly.");
     else {
       job = null;
       if (found.state === "done") show(found.id);

@@ -30,7 +30,7 @@ export async function open(main, [name], studio) {
             ? `There is no run ${name}: choose another one on Home.`
             : state.runs.length
               ? "No run is trained to its end yet. Then it can be taken away."
-              : "No run yet. A run is what training makes of a scene.",
+              : "No run yet. Training on a scene makes a run.",
         ),
         h("p", {}, link("To Home", "#/home", { class: "button main" })),
       );
@@ -120,7 +120,7 @@ export async function open(main, [name], studio) {
           "article",
           { class: "card" },
           h("h3", {}, "The scene"),
-          quiet("Photograph and masks as they were trained."),
+          quiet("Photograph and masks, as in training."),
           h("p", {}, link("Download .zip", `${to}scene`, { class: "button", download: `${name}-scene.zip` })),
         ),
         run.report &&

@@ -4,7 +4,7 @@ import { baseChoice } from "./bases.js";
 import { button, copy, duration, emptyRoom, h, link, problem, put, remember, remembered, speak, warning } from "./dom.js";
 
 export async function open(main, [name], studio) {
-  if (!name) return emptyRoom(main, "Train", "A training needs a scene", "Bring a photograph and paint a mask for each thing.");
+  if (!name) return emptyRoom(main, "Train", "A training needs a scene", "Bring a photograph and paint a mask for each concept.");
   const key = `settings ${name}`;
   let base = remembered("base", "mini"),
     fields = [],
@@ -238,7 +238,7 @@ export async function open(main, [name], studio) {
         : "";
     start.disabled = Boolean(problemLine);
     const busy = studio.state.jobs.some((job) => ["running", "waiting"].includes(job.state));
-    reason.textContent = problemLine || (busy ? "Something is at work: this training starts after it." : "");
+    reason.textContent = problemLine || (busy ? "A job is at work: this training starts after it." : "");
   }
 
   // What was measured on this machine; without that, what is counted, and what is missing in it.
@@ -295,11 +295,11 @@ export async function open(main, [name], studio) {
 
 const SHORT = {
   // where the help of the command says more than one needs at first
-  card: "Fits the training into this much memory. any: nothing is saved",
+  card: "Fits the training into this memory. any: changes nothing",
   phase1_train_steps: "The handles alone are trained",
   phase2_train_steps: "The model is trained as well",
   seed: "Another seed gives another run",
-  close_ups: "Also shows each thing from near by",
+  close_ups: "Also trains on close-ups of the concepts",
   background_handle: "Also learns what no mask covers, as bg for <bg>",
   img_log_steps: "Pictures while it trains; 0 for none",
 };
@@ -309,7 +309,7 @@ const NAMES = {
   phase1_train_steps: "Steps of phase 1",
   phase2_train_steps: "Steps of phase 2",
   seed: "Seed",
-  close_ups: "Close-ups, for small things",
+  close_ups: "Close-ups, for small concepts",
   background_handle: "Handle of the background",
   img_log_steps: "Steps between previews",
 };

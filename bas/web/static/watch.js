@@ -136,7 +136,7 @@ export async function open(main, [name], studio) {
       const text =
         {
           stopped: `It was stopped after step ${done} of ${total ?? "?"}.`,
-          lost: "It ended without a word: killed, or the machine was restarted.",
+          lost: "It ended abruptly: killed, or the machine was restarted.",
           failed: "It has failed.",
           refused: "It has not started.",
           unfinished: `It is unfinished, after step ${done} of ${total ?? "?"}.`,

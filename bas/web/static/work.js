@@ -12,7 +12,7 @@ export function jobLines(state, run, kinds, refresh) {
   const [latest] = mine,
     warnings = (latest?.asked?.warnings ?? []).map((line) => warning(line));
   if (!busy.length && latest && !["done", "stopped"].includes(latest.state))
-    lines.push(problem("The last one has failed", latest.line || "It ended without a word: killed, or out of memory."));
+    lines.push(problem("The last one has failed", latest.line || "It ended abruptly: killed, or out of memory."));
   return [...lines, ...warnings];
 }
 
@@ -40,7 +40,7 @@ function waits(job, state, refresh) {
   const training = state.jobs.find((each) => each.kind === "train" && each.state === "running"),
     said = h("div", {});
   const cancel = button("Do not draw it", () => stop(job, "save"), { class: "plain" });
-  if (!training) return h("div", { class: "card live row", role: "status" }, "Waits for what is at work.", cancel);
+  if (!training) return h("div", { class: "card live row", role: "status" }, "Waits for the job at work.", cancel);
   const at = state.runs.find((each) => each.name === training.name);
   if (training.stopping) {
     const resumes = (each) => each.asked?.resume && each.name === training.name && each.state === "waiting";
@@ -62,7 +62,7 @@ function waits(job, state, refresh) {
   return h(
     "div",
     { class: "card live", role: "status" },
-    h("p", {}, `Waits for the training of ${training.name}${step}: one thing is computed at a time.`),
+    h("p", {}, `Waits for the training of ${training.name}${step}: one job runs at a time.`),
     h(
       "p",
       { class: "row" },

@@ -30,7 +30,7 @@ WORK = {"train": "the training", "masks": "the proposal of a mask"}  # jobs that
 
 
 def state(ask: Ask) -> dict[str, Any]:
-    """All scenes, runs and jobs, in short. The page asks for it again and again, so nothing can be missed."""
+    """Return all scenes, runs and jobs, in short. The page asks for it again and again, so it misses nothing."""
     ask.lane.asked = time.monotonic()
     ask.lane.tick()
     found = [job for folder in reversed(ask.lane.folders()[-200:]) if (job := jobs.describe(folder))]
@@ -48,7 +48,7 @@ def state(ask: Ask) -> dict[str, Any]:
 
 
 def scene_summary(folder: Path) -> dict[str, Any]:
-    """A scene in short, read again only if its folder has changed."""
+    """Return a scene in short, read again only if its folder has changed."""
     return _summary(folder, scenes.version(folder))
 
 
@@ -65,30 +65,30 @@ def _scene(ask: Ask) -> Path:
 
 
 def add_scene(ask: Ask) -> dict[str, Any]:
-    """A photograph comes in."""
+    """Make a scene of the photograph that comes in."""
     name = scenes.add_photo(ask.home, ask.query.get("name", "photograph"), ask.body)
     return scenes.facts(scenes.open_scene(ask.home.folder / SCENES / name))
 
 
 def add_example(ask: Ask) -> dict[str, Any]:
-    """The scene that ships with bas, to try everything on."""
+    """Add the scene that ships with bas, to try everything on."""
     folder = ask.home.make_folder(SCENES, EXAMPLE)
     shutil.copytree(find(None) / "scenes" / EXAMPLE, folder, dirs_exist_ok=True)
     return scenes.facts(scenes.open_scene(folder))
 
 
 def get_scene(ask: Ask) -> dict[str, Any]:
-    """A scene without its pixels."""
+    """Return a scene without its pixels."""
     return scenes.facts(scenes.open_scene(_scene(ask)))
 
 
 def name_concepts(ask: Ask) -> dict[str, Any]:
-    """Names, order, new and removed concepts."""
+    """Rename, reorder, add and remove concepts."""
     return scenes.facts(scenes.put_concepts(_scene(ask), ask.json.get("concepts"), ask.expected))
 
 
 def delete_scene(ask: Ask) -> dict[str, Any]:
-    """To the trash. Refusal while a job needs it."""
+    """Move a scene to the trash. Refusal while a job needs it."""
     scene = _scene(ask)
     for folder in ask.lane.folders():
         current = jobs.state(folder)
@@ -100,17 +100,17 @@ def delete_scene(ask: Ask) -> dict[str, Any]:
 
 
 def list_trash(ask: Ask) -> list[dict[str, str]]:
-    """What was deleted."""
+    """List what was deleted."""
     return ask.home.deleted()
 
 
 def restore(ask: Ask) -> dict[str, Any]:
-    """Out of the trash again."""
+    """Take something out of the trash again."""
     return {"was": ask.home.restore(ask.path["name"])}
 
 
 def view_photo(ask: Ask) -> Response:
-    """The photograph, or a part of it."""
+    """Return the photograph, or a part of it."""
     folder, box = _scene(ask), None
     if "box" in ask.query:
         try:
@@ -124,12 +124,12 @@ def view_photo(ask: Ask) -> Response:
 
 
 def get_mask(ask: Ask) -> Response:
-    """A mask as squares."""
+    """Return a mask as squares."""
     return Response(scenes.mask_tiles(_scene(ask), ask.number("number")), media_type="application/octet-stream")
 
 
 def put_mask(ask: Ask) -> dict[str, Any]:
-    """The squares that a stroke has changed."""
+    """Save the squares that a stroke has changed."""
     return scenes.facts(scenes.put_tiles(_scene(ask), ask.number("number"), ask.body, ask.expected))
 
 
@@ -144,7 +144,7 @@ def stop_job(ask: Ask) -> dict[str, Any]:
 
 
 def move_job(ask: Ask) -> dict[str, Any]:
-    """One place forward or back in the queue."""
+    """Move a job one place forward or back in the queue."""
     ask.lane.move(ask.home.find(JOBS, ask.path["job"]), up=bool(ask.json.get("up")))
     return {}
 
@@ -158,14 +158,14 @@ def accept_job(ask: Ask) -> dict[str, Any]:
 
 
 def read_log(ask: Ask) -> dict[str, Any]:
-    """The end of what a job has printed, and its command: as one types it, and its words."""
+    """Return the end of what a job has printed, and its command: as one types it, and its words."""
     folder = ask.home.find(JOBS, ask.path["job"])
     words = jobs.words_of(folder)
     return {"text": jobs.tail(folder / jobs.LOG), "command": shlex.join(["bas", *words]), "words": words}
 
 
 def view_edited(ask: Ask) -> Response:
-    """The image that a job edits."""
+    """Return the image that a job edits."""
     path = file_inside(ask.home.find(JOBS, ask.path["job"]), runs.IMAGE)
     data, kind = scenes.as_view(read_image(path))
     return Response(data, media_type=kind, headers=KEPT)
@@ -179,17 +179,17 @@ def _run(ask: Ask) -> Path:
 
 
 def get_run(ask: Ask) -> dict[str, Any]:
-    """The previews of a run, and the mask of each handle."""
+    """Return the previews of a run, and the mask of each handle."""
     return {"previews": runs.previews(_run(ask)), "masks": runs.masks(_run(ask))}
 
 
 def get_metrics(ask: Ask) -> dict[str, Any]:
-    """The curves of a run."""
+    """Return the curves of a run."""
     return runs.metrics(_run(ask))
 
 
 def delete_run(ask: Ask) -> dict[str, Any]:
-    """To the trash. Refusal while something is done with it."""
+    """Move a run to the trash. Refusal while something is done with it."""
     run = _run(ask)
     busy = [job for folder in ask.lane.folders() if (job := jobs.describe(folder)) and job["state"] in jobs.ALIVE]
     if any(job["name"] == run.name for job in busy):
@@ -198,12 +198,12 @@ def delete_run(ask: Ask) -> dict[str, Any]:
 
 
 def list_pictures(ask: Ask) -> dict[str, Any]:
-    """What was drawn and edited with a run, newest first."""
+    """List what was drawn and edited with a run, newest first."""
     return {gallery: runs.pictures(_run(ask), gallery) for gallery in runs.GALLERIES}
 
 
 def mark_picture(ask: Ask) -> dict[str, Any]:
-    """A favourite."""
+    """Mark a favourite, or take the mark away."""
     run, file = _run(ask), text_of(ask.json, "file")
     runs.run_file(run, file)
     runs.mark(run, file, bool(ask.json.get("star")))
@@ -211,7 +211,7 @@ def mark_picture(ask: Ask) -> dict[str, Any]:
 
 
 def delete_picture(ask: Ask) -> dict[str, Any]:
-    """To the trash."""
+    """Move a picture to the trash."""
     file = text_of(ask.json, "file")
     if file.partition("/")[0] not in {name for names in runs.GALLERIES.values() for name in names}:
         raise Refusal(403, "only pictures are deleted here", "bad")
@@ -219,7 +219,7 @@ def delete_picture(ask: Ask) -> dict[str, Any]:
 
 
 def compare_edit(ask: Ask) -> dict[str, Any]:
-    """The job that made an edited picture, and how many pixels outside of its mask have changed."""
+    """Return the job that made an edited picture, and how many pixels outside of its mask have changed."""
     run, file = _run(ask), ask.query.get("file", "")
     path, job = runs.run_file(run, file), runs.edit_of(ask.home, run, file)
     if job is None or (outside := runs.changed_outside(job, path, path.stat().st_mtime_ns)) is None:
@@ -228,7 +228,7 @@ def compare_edit(ask: Ask) -> dict[str, Any]:
 
 
 def get_file(ask: Ask) -> Response:
-    """A file of a run: images are shown, others are saved."""
+    """Return a file of a run: images are shown, others are saved."""
     path = runs.run_file(_run(ask), ask.path["file"])
     kind = INLINE.get(path.suffix.lower())
     if kind and "download" not in ask.query:
@@ -237,7 +237,7 @@ def get_file(ask: Ask) -> Response:
 
 
 def get_thumb(ask: Ask) -> Response:
-    """A picture, small."""
+    """Return a picture, small."""
     path = runs.run_file(_run(ask), ask.path["file"])
     if path.suffix.lower() not in INLINE:
         raise Refusal(404, "this file is no picture", "missing")
@@ -258,7 +258,7 @@ def _thumb(path: Path, _changed: int) -> tuple[bytes, str]:
 
 
 def get_cutout(ask: Ask) -> Response:
-    """A concept as it looks in the photograph of its run, small."""
+    """Return a concept as it looks in the photograph of its run, small."""
     run, number = _run(ask), ask.number("concept")
     mask = scene_mask(run / runs.SCENE, number)
     if not mask.is_file():
@@ -279,7 +279,7 @@ def _cutout(mask: Path, _changed: tuple[int, int]) -> bytes:
 
 
 def zip_run(ask: Ask) -> Response:
-    """The run itself, its scene, or one of its exports, as a zip."""
+    """Return the run itself, its scene, or one of its exports, as a zip."""
     run, what = _run(ask), ask.query.get("what", "")
     folders = {"run": run, "scene": run / "scene", **{form: run / runs.EXPORTS / form for form in runs.FORMS}}
     if what not in folders or not folders[what].is_dir():
@@ -293,5 +293,5 @@ def zip_run(ask: Ask) -> Response:
 
 
 def compare_runs(ask: Ask) -> dict[str, Any]:
-    """Runs side by side."""
+    """Compare runs side by side."""
     return runs.compare(ask.home, [name for name in ask.query.get("runs", "").split("|") if name])

@@ -58,7 +58,7 @@ class Ask:
         return found
 
     def number(self, name: str, default: int = 0) -> int:
-        """A whole number of the address. Refusal for anything else."""
+        """Return a whole number of the address. Refusal for anything else."""
         text = self.path.get(name, self.query.get(name, str(default)))
         if not re.fullmatch(r"[0-9]{1,9}", text):
             raise Refusal(400, f"{name} is not a number", "bad", name)
@@ -108,13 +108,13 @@ ADDRESSES = (
 
 
 def served(path: Path) -> bytes:
-    """A file of the page as it is sent: without indentation and without the lines that are comments."""
+    """Return a file of the page as it is sent: without indentation and without the lines that are comments."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     return "".join(f"{line}\n" for line in lines if not line.startswith("//")).encode()
 
 
 def build(home: Home, lane: Lane, leave: Callable[[], None]) -> Starlette:
-    """The application below the token. leave: ends the server."""
+    """Build the application below the token. leave: ends the server."""
     files = {path.name: served(path) for path in STATIC.iterdir() if path.suffix in TYPES}
 
     async def page(request: Request) -> Response:
@@ -133,12 +133,12 @@ def build(home: Home, lane: Lane, leave: Callable[[], None]) -> Starlette:
 
 
 async def nowhere(_request: Request, _error: Exception) -> Response:
-    """The answer for an address that there is not."""
+    """Answer a request for an address that does not exist."""
     return refused(missing("the page"))
 
 
 def leaving(leave: Callable[[], None]) -> Callable[[Request], Awaitable[Response]]:
-    """The answer that ends the server."""
+    """Answer, and end the server."""
 
     async def answer(_request: Request) -> Response:
         leave()
@@ -174,5 +174,5 @@ def answer(name: str, ask: Ask) -> Response:
 
 
 def refused(refusal: Refusal) -> Response:
-    """The answer that says no."""
+    """Answer with a refusal."""
     return JSONResponse(refusal.content(), refusal.status)

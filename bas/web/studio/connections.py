@@ -1,4 +1,4 @@
-"""The connections of the studio's server: a request has to begin in time, and so many are open that the page has room.
+"""The connections of the studio's server: a request has to begin in time, and their number is limited.
 
 Whoever reaches the port can open a connection, before any token or password is asked for.
 """
@@ -16,7 +16,7 @@ AT_ONCE = 32  # new connections that are taken before the first of them is looke
 
 
 class Connection(H11Protocol):
-    """One connection, which is closed unless the head of a request comes in time, and for others where it waits."""
+    """One connection. It is closed if no head of a request comes in time, or if it waits and others need the room."""
 
     made = 0.0
     timer: asyncio.TimerHandle | None = None
@@ -27,7 +27,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: Any) -> None:
-        """Make room for it: of too many, one that waits has to go, the oldest first."""
+        """Make room for a new connection: if there are too many, close the oldest one that waits."""
         super().connection_made(transport)
         self.made = self.loop.time()
         self.watch()
@@ -65,7 +65,7 @@ class Connection(H11Protocol):
 
 
 def server_of(app: guard.Guard) -> uvicorn.Server:
-    """The server of the guarded application, which ends at once and says nothing."""
+    """Make the server of the guarded application. It ends at once and logs nothing."""
     options: dict[str, Any] = {"log_level": "critical", "access_log": False, "server_header": False, "lifespan": "off"}
     config = uvicorn.Config(app, timeout_graceful_shutdown=1, http=Connection, ws="none", backlog=AT_ONCE, **options)
     return uvicorn.Server(config)

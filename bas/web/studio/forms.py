@@ -50,7 +50,7 @@ counting = threading.Lock()  # one dry run at a time: each takes a core
 
 
 def bases() -> list[dict[str, Any]]:
-    """The known base models: whether each is on this machine, its licence, and about how many bytes it has."""
+    """List the known base models: whether each is on this machine, its licence, and about how many bytes it has."""
     return [
         {
             "name": name,
@@ -64,7 +64,7 @@ def bases() -> list[dict[str, Any]]:
 
 
 def base_of(body: dict) -> str | None:
-    """The base model that a request names, None for the miniature. Refusal for one that is not known."""
+    """Return the base model that a request names, None for the miniature. Refusal for one that is not known."""
     name = body.get("base") or "mini"
     if name not in manifest():
         raise Refusal(422, "this base model is not known", "base", "base")
@@ -72,7 +72,7 @@ def base_of(body: dict) -> str | None:
 
 
 def fields(base: str | None, chosen: dict[str, str]) -> list[dict[str, Any]]:
-    """Every setting that the form offers, with the default that suits the base and what was chosen of LAYERS."""
+    """List the settings of the form, each with the default that suits the base and what was chosen of LAYERS."""
     config = resolved(base, chosen)
     rows = [row for name, row in setting_rows(TrainConfig).items() if name not in NOT_ASKED]
     rows.sort(key=lambda row: (FIRST.index(row.name) if row.name in FIRST else 99, GROUPS.index(row.metadata["group"])))
@@ -82,12 +82,12 @@ def fields(base: str | None, chosen: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def resolved(base: str | None, settings: dict[str, Any], scene: Path | str = "scene") -> TrainConfig:
-    """The settings of a training on a base: those given, the card that is there, and what suits them."""
+    """Return the settings of a training on a base: those given, the card that is there, and what suits them."""
     return train_config(scene, **of_base(base), **({"card": card_for(base, settings.get("device"))} | settings))
 
 
 def card_for(base: str | None, device: str | None = None) -> str:
-    """The largest preset for the memory of the GPU that is here. "any" without one, and for the miniature."""
+    """Return the largest preset for the memory of the GPU that is here. "any" without one, and for the miniature."""
     memory = gpu_memory(device)
     if base is None or memory is None:
         return "any"
@@ -100,19 +100,19 @@ def card_for(base: str | None, device: str | None = None) -> str:
 
 
 def gpu_memory(device: str | None = None) -> int | None:
-    """Bytes of the GPU that trains on a device, None for the processor."""
+    """Return the bytes of memory of the GPU that trains on a device, None for the processor."""
     place = pick_device(device)
     return torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else None
 
 
 def sampling_fields() -> list[dict[str, Any]]:
-    """The settings of drawing."""
+    """Return the settings of drawing."""
     rows = setting_rows(SampleConfig)
     return [field(rows[name], rows[name].default) for name in SAMPLING]
 
 
 def field(row: Field, default: Any) -> dict[str, Any]:
-    """One setting for the page."""
+    """Return one setting for the page."""
     kind, several, optional = value_type(row)
     group, limits = row.metadata["group"], row.metadata["limits"]
     return {
@@ -132,12 +132,12 @@ def field(row: Field, default: Any) -> dict[str, Any]:
 
 
 def of_base(base: str | None) -> dict[str, Any]:
-    """The setting that names a base."""
+    """Return the setting that names a base."""
     return {} if base is None else {"weights": base}
 
 
 def config_of(home: Home, body: dict) -> tuple[TrainConfig, list[str]]:
-    """The settings of a training that a request asks for, and the words of its command.
+    """Return the settings of a training that a request asks for, and the words of its command.
 
     InputError as `train_config`, Refusal for a setting that the form does not offer.
     """
@@ -171,12 +171,12 @@ def as_flags(kind: type, given: dict[str, Any]) -> list[str]:
 
 
 def as_command(words: Sequence[str]) -> str:
-    """The command as one types it."""
+    """Return the command as one types it."""
     return shlex.join(["bas", *words])
 
 
 def plan(home: Home, body: dict) -> dict[str, Any]:
-    """What a training would do and take. InputError for what it would refuse, before anything is written."""
+    """Plan a training: what it would do and take. InputError if it cannot start. Nothing is written."""
     config, words = config_of(home, body)
     usual = train_config(config.instance_data_dir, **of_base(base_of(body)))
     with counting:
@@ -196,7 +196,7 @@ def plan(home: Home, body: dict) -> dict[str, Any]:
 
 
 def check(home: Home, body: dict) -> dict[str, Any]:
-    """What the losses see of a scene's masks, and all that `bas masks` says of them, each line with its concept."""
+    """Check masks: what the losses see of them, and all that `bas masks` says, each line with its concept."""
     base = base_of(body)
     folder = home.find(SCENES, str(body.get("scene")))
     config = train_config(folder, **of_base(base))
@@ -217,7 +217,7 @@ def check(home: Home, body: dict) -> dict[str, Any]:
 
 
 def note(line: str, bad: bool, handles: Sequence[str]) -> dict[str, Any]:
-    """A line about masks with the concept that it names first, by handle or file. None: it is about the scene.
+    """Return a line about masks with the concept that it names first, by handle or file; None for the whole scene.
 
     handles: of the painted concepts, in the order of their files. The page shows no files, so it says handles instead.
     """
@@ -233,7 +233,7 @@ def note(line: str, bad: bool, handles: Sequence[str]) -> dict[str, Any]:
 
 
 def seen(view: SceneView) -> list[dict[str, Any]]:
-    """Each concept on both grids, as rows of values from 0 to 9."""
+    """Return each concept on both grids, as rows of values from 0 to 9."""
     return [
         {
             "handle": concept.handle,

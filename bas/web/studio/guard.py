@@ -56,7 +56,7 @@ class Guard:
         self.codes: dict[str, float] = {}  # that open the page once, with the time until which they do
 
     def opening_code(self) -> str:
-        """A code for the browser's command line, which other users of the machine can read: it works once."""
+        """Make a code for the browser's command line. It works once, because other users of the machine can read it."""
         code = secrets.token_urlsafe(16)
         self.codes[code] = time.monotonic() + OPENS
         return code
@@ -102,7 +102,7 @@ class Guard:
             await answer(send, 403, "log in first: load the page again")
 
     def refuse_place(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        """The status and the reason for a request under a name at which the studio does not answer."""
+        """Return status and reason for a request under a name at which the studio does not answer."""
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         known = self.hosts if not is_remote(scope) else self.door.hosts if self.door else set()
         if len(hosts) != 1 or headers["host"] not in known:
@@ -113,7 +113,7 @@ class Guard:
         return None
 
     def refuse_origin(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        """The status and the reason for a request that another page sends."""
+        """Return the status and the reason for a request that another page sends."""
         site, reads = headers.get("sec-fetch-site", "same-origin"), scope["method"] in ("GET", "HEAD")
         known = site == "same-origin" or (scope["method"] == "GET" and site == "none")
         if not known or not (reads or headers.get("origin") == f"http://{headers['host']}"):
@@ -121,7 +121,7 @@ class Guard:
         return None
 
     def refuse_token(self, scope: Scope, here: bool) -> tuple[int, str] | None:
-        """The status and the reason for a request without the token. here: a browser's command line may have a code."""
+        """Return status and reason for a request without the token. here: a browser's command line may have a code."""
         first, _, rest = scope["path"].removeprefix("/").partition("/")
         if secrets.compare_digest(first.encode(), self.token.encode()):
             return None
@@ -182,7 +182,7 @@ class Guard:
 
 
 def is_remote(scope: Scope) -> bool:
-    """Whether a request came in over the network: by the address that it reached, not by what it says."""
+    """Return whether a request came over the network: by the address that it reached, not by what it says."""
     try:
         return not ipaddress.ip_address(scope["server"][0].partition("%")[0]).is_loopback
     except (ValueError, TypeError, KeyError):
@@ -190,17 +190,17 @@ def is_remote(scope: Scope) -> bool:
 
 
 def kind_of(headers: dict[str, str]) -> str:
-    """The type of a body."""
+    """Return the type of a body."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def too_large(most: int) -> str:
-    """What a body may have."""
+    """Say how large a body may be."""
     return f"a body of this type has at most {most >> 20} MiB" if most >> 20 else f"this body has at most {most} bytes"
 
 
 def refuse_body(scope: Scope, headers: dict[str, str], limits: dict[str, int]) -> tuple[int, str] | None:
-    """The status and the reason for a body of a wrong type or size, as its headers state them."""
+    """Return the status and the reason for a body of a wrong type or size, as its headers state them."""
     if scope["method"] in ("GET", "HEAD"):
         return None
     kind = kind_of(headers)
@@ -215,7 +215,7 @@ def refuse_body(scope: Scope, headers: dict[str, str], limits: dict[str, int]) -
 
 
 async def answer(send: Send, status: int, message: str, more: dict[str, str] | None = None) -> None:
-    """A short answer of the guard's own. The connection is closed: the rest of a refused body stays unread."""
+    """Send a short answer. The connection is closed: the rest of a refused body stays unread."""
     body = b"" if status == 303 else json.dumps({"code": "guard", "message": message}).encode()
     headers = {
         "content-type": "application/json",

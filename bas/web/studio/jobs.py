@@ -74,7 +74,7 @@ def make(
 
 
 def read_job(folder: Path) -> dict[str, Any] | None:
-    """What a job was asked for: job.json. None for a damaged one."""
+    """Read what a job was asked for: job.json. None for a damaged one."""
     try:
         return read_record(folder / JOB, ASKED, "remove its folder")
     except InputError:
@@ -82,13 +82,13 @@ def read_job(folder: Path) -> dict[str, Any] | None:
 
 
 def words_of(folder: Path) -> list[str]:
-    """The words of a job's command."""
+    """Return the words of a job's command."""
     job = read_job(folder)
     return job["command"] if job else []
 
 
 def place_of(folder: Path) -> float:
-    """Where a job stands in the queue: the time it was asked for, or what stands for that since it was moved."""
+    """Return where a job stands in the queue: the time it was asked for, or the time that its last move gave it."""
     try:
         return float((folder / PLACE).read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -96,7 +96,7 @@ def place_of(folder: Path) -> float:
 
 
 def read_end(folder: Path) -> dict[str, Any]:
-    """How a job has ended: exit.json. A damaged one says that it failed."""
+    """Read how a job has ended: exit.json. A damaged one counts as failed."""
     try:
         return _read_end(folder / EXIT)
     except (InputError, OSError):
@@ -122,7 +122,7 @@ def accept(folder: Path, command: list[str]) -> None:
 
 
 def state(folder: Path) -> str:
-    """What became of a job: waiting, running, done, refused, failed, stopped or lost; or foreign."""
+    """Return the state of a job: waiting, running, done, refused, failed, stopped, lost or foreign."""
     if (folder / EXIT).exists():
         return STATES.get(read_end(folder)["code"], "failed")
     job = read_job(folder)
@@ -138,7 +138,7 @@ def state(folder: Path) -> str:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds a lock. A link is none: taking it would write to another file."""
+    """Return whether a process holds a lock. False for a link: taking it would write to another file."""
     if path.is_symlink():
         return False
     lock = FileLock(path)
@@ -151,7 +151,7 @@ def held(path: Path) -> bool:
 
 
 def describe(folder: Path) -> dict[str, Any] | None:
-    """A job for the page: what was asked, its state, its progress and its last line. None for a damaged one.
+    """Describe a job for the page: what was asked, its state, progress and last line. None for a damaged one.
 
     What has ended is read once.
     """
@@ -165,7 +165,7 @@ def _ended(path: Path) -> dict[str, Any] | None:
 
 
 def described(folder: Path) -> dict[str, Any] | None:
-    """A job for the page, read from its files."""
+    """Read a job for the page from its files."""
     job = read_job(folder)
     if job is None:
         return None
@@ -182,7 +182,7 @@ def described(folder: Path) -> dict[str, Any] | None:
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a file of JSON lines, None without one."""
+    """Return the last whole line of a file of JSON lines, None without one."""
     for line in reversed(tail(path).split("\n")[:-1]):
         try:
             row = json.loads(line)
@@ -193,7 +193,7 @@ def last_row(path: Path) -> dict[str, Any] | None:
 
 
 def tail(path: Path) -> str:
-    """The last part of a text file; nothing without one."""
+    """Return the last part of a text file; nothing without one."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
@@ -216,7 +216,7 @@ def stop(folder: Path, how: str) -> None:
 
 
 def in_order(states: dict[Path, str]) -> list[Path]:
-    """The jobs that wait, the next one first."""
+    """Return the jobs that wait, the next one first."""
     return sorted((folder for folder, current in states.items() if current == "waiting"), key=place_of)
 
 
@@ -237,7 +237,7 @@ class Lane:
         self.turn = threading.Lock()
 
     def folders(self) -> list[Path]:
-        """All jobs, oldest first."""
+        """Return all jobs, oldest first."""
         place = self.home.folder / JOBS
         return sorted(path for path in place.iterdir() if (path / JOB).is_file())
 
@@ -258,7 +258,7 @@ class Lane:
                         self.started.append(process)
 
     def wait_for_locks(self) -> None:
-        """Keep jobs from counting as lost whose processes live: on a busy machine their imports take long."""
+        """Do not count jobs as lost while their processes live: on a busy machine their imports take long."""
         self.starting = {
             folder: process
             for folder, process in self.starting.items()
@@ -287,7 +287,7 @@ class Lane:
                 write_text(each / PLACE, repr(first - 1e-3 * (len(folders) - i)))
 
     def hand_over(self, folder: Path) -> subprocess.Popen | None:
-        """Give a job to the spare process, which spares it seconds. None if there is none, or if it has ended."""
+        """Give a job to the spare process, which saves seconds. None if there is none, or if it has ended."""
         spare, self.spare = self.spare, None
         if spare is None or spare.stdin is None or spare.poll() is not None:
             return None

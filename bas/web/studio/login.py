@@ -26,8 +26,8 @@ FILES = {"": "login.html", "login.js": "login.js", "studio.css": "studio.css", "
 class Door:
     """What is known of the password and of those who gave it.
 
-    address: where this machine is asked from others, as a number or a name. InputError for one that is not its own, or
-    that is this machine alone, or every network at once; and for a short password.
+    address: the address at which other machines reach this one, as a number or a name. InputError for one that is not
+    its own, or that is this machine alone, or every network at once; and for a short password.
     """
 
     def __init__(self, address: str, port: int, password: str):
@@ -42,17 +42,17 @@ class Door:
         self.wrong: deque[float] = deque(maxlen=TRIES)
 
     def digest_of(self, password: str) -> bytes:
-        """What is compared, which takes as long for each password."""
+        """Return the hash of a password. It takes equally long for each."""
         return hashlib.scrypt(password.encode("utf-8", "surrogatepass"), salt=self.salt, n=2**14, r=8, p=1)
 
     def closed_for(self) -> float:
-        """Seconds until another password may be tried: 0 unless too many were wrong."""
+        """Return the seconds until another password may be tried: 0 unless too many were wrong."""
         if len(self.wrong) < TRIES:
             return 0.0
         return max(0.0, self.wrong[0] + WINDOW - time.monotonic())
 
     def enter(self, password: str) -> str | None:
-        """A new session for the right password, None for a wrong one, which is counted."""
+        """Open a session for the right password. Count a wrong one, and return None."""
         self.wrong.append(time.monotonic())  # before it is known, so that many at once do not get more tries
         if not hmac.compare_digest(self.digest_of(password), self.digest):
             return None
@@ -66,12 +66,12 @@ class Door:
         return f"bas-studio-{self.port}"
 
     def knows(self, header: str) -> bool:
-        """Whether a cookie header is of a browser that is logged in."""
+        """Return whether a cookie header is of a browser that is logged in."""
         given = cookie_parser(header).get(self.cookie, "").encode()
         return any(hmac.compare_digest(given, session.encode()) for session in self.sessions)
 
     def build(self, token: str) -> Starlette:
-        """The application before the login: its page, and the address that takes the password."""
+        """Build the application before the login: its page, and the address that takes the password."""
         files = {name: served(STATIC / file) for name, file in FILES.items()}
 
         async def page(request: Request) -> Response:
@@ -106,7 +106,7 @@ class Door:
 
 
 def resolve(address: str) -> str:
-    """The number of an address. InputError unless it is one network's."""
+    """Return the number of an address. InputError unless it is one network's."""
     try:
         place = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError) as error:
@@ -120,5 +120,5 @@ def resolve(address: str) -> str:
 
 
 def host(name: str, port: int) -> str:
-    """The Host header of an address."""
+    """Return the Host header of an address."""
     return f"[{name}]:{port}" if ":" in name else f"{name.lower()}:{port}"

@@ -25,7 +25,7 @@ PREPARING, SAVING = "preparation", "saving"
 
 
 def measured(home: Home, config: TrainConfig) -> dict[str, Any] | None:
-    """The newest run that was trained here, on this device and without a break, whose steps took what these will take.
+    """Find the newest run that was trained here, on this device and without a break, with steps as costly as these.
 
     -> its name and the seconds of this training: its preparation and saving, and its time for each step. Previews are
     in the time of the steps, as often as that run made them. None without such a run.
@@ -44,7 +44,7 @@ def measured(home: Home, config: TrainConfig) -> dict[str, Any] | None:
 
 
 def seconds_of(run: Path, device: str, config: TrainConfig) -> tuple[float, dict[str, float]] | None:
-    """Seconds of what a run did once, and of a step of each phase. None where it is not like this training."""
+    """Return the seconds of what a run did once, and of a step of each phase. None if it is unlike this training."""
     try:
         settings, sessions = read_settings(run)["config"], read_sessions(run)
     except InputError:
@@ -62,5 +62,5 @@ def seconds_of(run: Path, device: str, config: TrainConfig) -> tuple[float, dict
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON gives it back."""
+    """Return a setting as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value

@@ -22,30 +22,30 @@ LENGTH = 32  # bytes of the key
 
 
 def token(home: Path) -> str:
-    """The secret part of the address of a studio folder: 128 bits, the same each time."""
+    """Return the secret part of the address of a studio folder: 128 bits, the same each time."""
     return code("token", str(home))[:32]
 
 
 def mark(job: Path, content: dict[str, Any]) -> str:
-    """The code that a job carries which was asked for here. content: job.json without its mark."""
+    """Return the code of a job that was asked for here. content: job.json without the code."""
     return code("job", str(job.resolve()), json.dumps(content, sort_keys=True))
 
 
 def is_marked(job: Path, content: dict[str, Any]) -> bool:
-    """Whether a job was asked for on this machine. content: job.json."""
+    """Return whether a job was asked for on this machine. content: job.json."""
     found = content.get("mark")
     rest = {name: value for name, value in content.items() if name != "mark"}
     return isinstance(found, str) and hmac.compare_digest(found.encode(), mark(job, rest).encode())
 
 
 def code(*parts: str) -> str:
-    """The key's code of some texts, as 64 hexadecimal digits."""
+    """Return the key's code of some texts, as 64 hexadecimal digits."""
     return hmac.new(key(cache_dir() / KEY), json.dumps(parts).encode(), hashlib.sha256).hexdigest()
 
 
 @lru_cache(maxsize=8)
 def key(path: Path) -> bytes:
-    """The key of this user, which is made when it is first needed. InputError where it cannot be kept."""
+    """Return the key of this user, made when it is first needed. InputError if it cannot be kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

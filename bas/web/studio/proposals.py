@@ -33,7 +33,7 @@ MAX_POINTS = 20  # of one proposal
 
 
 def by_method(names: list[str]) -> dict[str, str]:
-    """The folders of segmentation models by their method. names: folders, or hub ids that were downloaded before.
+    """Return the folders of segmentation models by method. names: folders, or hub ids that were downloaded before.
 
     InputError for another model than SAM or CLIPSeg, and for two of one kind.
     """
@@ -55,7 +55,7 @@ def list_segmenters(ask: Ask) -> dict[str, str | None]:
 
 
 def what_is_missing(home: Home, method: str) -> str | None:
-    """Why a method cannot be used here, and what to do; None if it can."""
+    """Return why a method cannot be used here, and what to do; None if it can."""
     try:
         find_helper(home.segmenters.get(method, METHODS[method].default), FLAG)
     except InputError as error:
@@ -86,7 +86,7 @@ def propose(home: Home, body: dict) -> str:
 
 
 def points_of(body: dict) -> str:
-    """The points of a request as `--points` takes them. Refusal for anything but pairs of numbers."""
+    """Return the points of a request as `--points` takes them. Refusal for anything but pairs of numbers."""
     points = body.get("points")
     if not isinstance(points, list) or not 0 < len(points) <= MAX_POINTS:
         raise Refusal(400, f"points are 1 to {MAX_POINTS} pairs of numbers", "bad", "points")
@@ -98,7 +98,7 @@ def points_of(body: dict) -> str:
 
 
 def word_of(body: dict) -> str:
-    """The word of a request. Refusal for none."""
+    """Return the word of a request. Refusal for none."""
     word = text_of(body, "word", MAX_WORD).strip()
     if not word:
         raise Refusal(422, "write a word for what to find", "word", "word")
@@ -106,7 +106,7 @@ def word_of(body: dict) -> str:
 
 
 def earlier_jobs(home: Home, scene: str) -> list[Path]:
-    """The jobs of earlier proposals for a scene. Refusal while one of them waits or runs."""
+    """Return the jobs of earlier proposals for a scene. Refusal while one of them waits or runs."""
     found = []
     for folder in jobs.Lane(home).folders():
         job = jobs.describe(folder) if f"-{MASKS}-" in folder.name else None
@@ -119,6 +119,6 @@ def earlier_jobs(home: Home, scene: str) -> list[Path]:
 
 
 def get_mask(ask: Ask) -> Response:
-    """A proposed mask as squares."""
+    """Return a proposed mask as squares."""
     path = file_inside(ask.home.find(JOBS, ask.path["job"]), f"{FOLDER}/mask0.png")
     return Response(pack(np.asarray(read_image(path).getchannel(0))), media_type="application/octet-stream")

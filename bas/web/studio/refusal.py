@@ -9,7 +9,7 @@ class Refusal(Exception):
         self.status, self.message, self.code, self.field = status, message, code, field
 
     def content(self) -> dict[str, str]:
-        """The body of the answer."""
+        """Return the body of the answer."""
         field = {"field": self.field} if self.field else {}
         return {"code": self.code, "message": self.message, **field}
 

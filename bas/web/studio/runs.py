@@ -48,7 +48,7 @@ FILES = {
 
 
 def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
-    """One run in the list. trained_by: the newest training of each run. None for a folder that is none."""
+    """Sum up a run for the list. trained_by: the newest training of each run. None for a folder that is no run."""
     job = trained_by.get(run.name)
     if not (run / SETTINGS).is_file():
         row = {"name": run.name, "done": 0, "total": None}
@@ -81,7 +81,7 @@ def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
 
 
 def state_of(run: Path, job: dict | None) -> str:
-    """The state of a run that is not finished: that of its training, here or in a terminal."""
+    """Return the state of a run that is not finished: that of its training, here or in a terminal."""
     if job and job["state"] in jobs.ALIVE:
         return job["state"]
     if (run / LOCK).exists() and jobs.held(run / LOCK):
@@ -90,7 +90,7 @@ def state_of(run: Path, job: dict | None) -> str:
 
 
 def cover(run: Path) -> str | None:
-    """The picture that stands for a run: the newest that was drawn, else the newest preview, else its scene."""
+    """Return the picture that stands for a run: the newest drawn one, else the newest preview, else its scene."""
     newest = (
         (changed, f"{folder}/{name}")
         for folder, images in folders_of(run, DRAWN)
@@ -105,13 +105,13 @@ def cover(run: Path) -> str | None:
 
 
 def folders_of(run: Path, gallery: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """Each folder of a gallery of a run, and its images, newest first: the time of the last change and the name."""
+    """Yield each gallery folder of a run, with its images, newest first: the time of the last change and the name."""
     for name in GALLERIES[gallery]:
         yield from folders_below(run, name)
 
 
 def folders_below(run: Path, folder: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """A folder of a run and those in it, each with its images; nothing without it."""
+    """Yield a folder of a run and those in it, each with its images; nothing without it."""
     try:
         images, inner = listed(run / folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -123,7 +123,7 @@ def folders_below(run: Path, folder: str) -> Iterator[tuple[str, list[tuple[int,
 
 @while_unchanged
 def listed(place: Path) -> tuple[list[tuple[int, str]], list[str]]:
-    """The images in a folder, newest first, and the folders in it.
+    """Return the images in a folder, newest first, and the folders in it.
 
     An image that is changed in its place is not seen: who shows its time reads that anew.
     """
@@ -141,7 +141,7 @@ def listed(place: Path) -> tuple[list[tuple[int, str]], list[str]]:
 
 
 def gallery_version(run: Path) -> str:
-    """What changes whenever the galleries of a run do: a new, changed or deleted picture, a mark, an attention map."""
+    """Return a text that changes with the galleries of a run: a new, changed or deleted picture, a mark, a map."""
     folders = [run / name for names in GALLERIES.values() for name in names]
     folders += [each for name in (VARIED, EXPLORED, ATTENTION) for each in (run / name).glob("*/")]
     times = [path.stat().st_mtime_ns for path in (*folders, run / ATTENTION, run / MARKS) if path.exists()]
@@ -152,7 +152,7 @@ def gallery_version(run: Path) -> str:
 
 
 def metrics(run: Path) -> dict[str, Any]:
-    """The curves of a run: for each of at most COLUMNS columns the least, the largest and the mean value."""
+    """Return the curves of a run: for each of at most COLUMNS columns the least, the largest and the mean value."""
     rows = read_rows(run / METRICS)
     starts = [rows[i]["step"] for i in phase_starts([row["phase"] for row in rows])] if rows else []
     count = -(-len(rows) // COLUMNS) or 1
@@ -167,12 +167,12 @@ def metrics(run: Path) -> dict[str, Any]:
 
 
 def finite(value: Any) -> bool:
-    """Whether a value can be drawn."""
+    """Return whether a value can be drawn."""
     return isinstance(value, (int, float)) and abs(value) < float("inf")
 
 
 def previews(run: Path) -> list[dict[str, Any]]:
-    """The previews of a run by step: an image of each handle and of all, and each handle's attention."""
+    """Return the previews of a run by step: an image of each handle and of all, and each handle's attention."""
     config = read_settings(run)["config"]
     trained_from = first_trained_step(config)
     found = []
@@ -186,7 +186,7 @@ def previews(run: Path) -> list[dict[str, Any]]:
 
 
 def masks(run: Path) -> list[str | None]:
-    """The mask of each handle of a run in the scene that it was trained on. None for a handle without one."""
+    """Return the mask of each handle of a run in the scene that it was trained on. None for a handle without one."""
     paths = [scene_mask(run / SCENE, i) for i in range(len(read_settings(run)["handles"]))]
     return [path.relative_to(run).as_posix() if path.is_file() else None for path in paths]
 
@@ -195,7 +195,7 @@ def masks(run: Path) -> list[str | None]:
 
 
 def pictures(run: Path, gallery: str) -> list[dict[str, Any]]:
-    """The pictures of a gallery, newest first, each with the settings that made it.
+    """Return the pictures of a gallery, newest first, each with the settings that made it.
 
     `boxes` is its layout, `maps` are where its handles looked, if that was asked for.
     """
@@ -216,7 +216,7 @@ def pictures(run: Path, gallery: str) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=256)
 def boxes_in(layout: Path) -> dict[str, list[float]]:
-    """The boxes of a layout file; none where it is not here any more, or holds masks."""
+    """Read the boxes of a layout file; none if it is gone, or holds masks."""
     try:
         return {handle: box for handle, box in read_json(layout).items() if isinstance(box, list)}
     except (InputError, AttributeError):
@@ -224,12 +224,12 @@ def boxes_in(layout: Path) -> dict[str, list[float]]:
 
 
 def attention_folder(run: Path, file: str) -> Path:
-    """Where the attention maps of a picture of a run are written."""
+    """Return the folder for the attention maps of a picture of a run."""
     return run / ATTENTION / file.replace("/", "-")
 
 
 def maps_of(run: Path, file: str) -> list[dict[str, str]]:
-    """The attention maps of a picture: handles, and images that show where each looked. None that are older than it."""
+    """Return the attention maps of a picture: handles, and images that show where each looked. None if outdated."""
     notes = attention_folder(run, file) / MAPS
     if not notes.is_file() or notes.stat().st_mtime_ns < (run / file).stat().st_mtime_ns:
         return []
@@ -245,7 +245,7 @@ def maps_of(run: Path, file: str) -> list[dict[str, str]]:
 
 
 def edit_of(home: Home, run: Path, file: str) -> Path | None:
-    """The job that made a picture by editing: it keeps the image and the mask. None if the job is not here any more."""
+    """Find the job that made a picture by editing; it keeps the image and the mask. None if it is gone."""
     for folder in reversed(jobs.Lane(home).folders()):
         job = jobs.describe(folder) if "-edit-" in folder.name else None
         if not job or job["name"] != run.name or not isinstance(target := job["asked"].get("file"), str):
@@ -258,7 +258,7 @@ def edit_of(home: Home, run: Path, file: str) -> Path | None:
 
 @lru_cache(maxsize=256)
 def changed_outside(job: Path, edited: Path, _changed: int) -> int | None:
-    """How many pixels outside its mask an edit has changed. None where its job has kept nothing to compare."""
+    """Count the pixels outside its mask that an edit has changed. None if its job kept nothing to compare."""
     if not (job / IMAGE).is_file() or not (job / MASK).is_file():
         return None
     before, after = (np.asarray(read_image(path)) for path in (job / IMAGE, edited))
@@ -269,7 +269,7 @@ def changed_outside(job: Path, edited: Path, _changed: int) -> int | None:
 
 @lru_cache(maxsize=4096)
 def settings_in(path: Path, _changed: int) -> dict[str, Any]:
-    """What made an image, as its text `bas` says; nothing where it says nothing."""
+    """Read what made an image from its text `bas`; nothing without one."""
     try:
         with Image.open(path) as image:
             found = json.loads(image.info.get("bas", "{}"))
@@ -282,7 +282,7 @@ def settings_in(path: Path, _changed: int) -> dict[str, Any]:
 
 
 def marks(run: Path) -> list[str]:
-    """The pictures that were marked as favourites."""
+    """Return the pictures that were marked as favourites."""
     try:
         found = read_json(run / MARKS)["stars"]
     except (InputError, KeyError):
@@ -297,7 +297,7 @@ def mark(run: Path, file: str, star: bool) -> None:
 
 
 def run_file(run: Path, name: str) -> Path:
-    """A file of a run that the page may see. Refusal for any other."""
+    """Return a file of a run that the page may see. Refusal for any other."""
     parts = name.split("/")
     known = parts[0] in FILES or parts == [REPORT]
     path = run.joinpath(*parts)
@@ -311,7 +311,7 @@ def run_file(run: Path, name: str) -> Path:
 
 
 def compare(home: Home, names: list[str]) -> dict[str, Any]:
-    """The settings in which runs differ, their curves, and their newest previews."""
+    """Return the settings in which runs differ, their curves, and their newest previews."""
     folders = [home.find(RUNS, name) for name in names[:6]]
     configs = [read_settings(run)["config"] for run in folders]
     rows = setting_rows(TrainConfig)
@@ -330,7 +330,7 @@ def compare(home: Home, names: list[str]) -> dict[str, Any]:
 
 
 def value_of(value: Any) -> str:
-    """A setting for people."""
+    """Write a setting for people."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):

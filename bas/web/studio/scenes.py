@@ -67,7 +67,7 @@ kept: list[Opened] = []  # the scene that was read last
 
 
 def version(folder: Path) -> str:
-    """A text that changes with every file of the folder."""
+    """Return a text that changes with every file of the folder."""
     files = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if not entry.name.startswith("."))
     rows = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
@@ -90,7 +90,7 @@ def open_scene(folder: Path) -> Opened:
 
 
 def with_unpainted(folder: Path, painted: list[Concept]) -> list[Concept]:
-    """The concepts of draft.json in its order, if it still speaks of the painted ones; else those alone."""
+    """Return the concepts in the order of draft.json, if it still fits the painted ones; else these alone."""
     try:
         rows = read_json(folder / DRAFT)["concepts"]
         if [row["handle"] for row in rows if row["painted"]] != [concept.handle for concept in painted]:
@@ -102,7 +102,7 @@ def with_unpainted(folder: Path, painted: list[Concept]) -> list[Concept]:
 
 
 def facts(opened: Opened) -> dict[str, Any]:
-    """A scene for the page, without pixels."""
+    """Return a scene for the page, without pixels."""
     width, height = opened.draft.image.size
     rows = [
         {
@@ -119,7 +119,7 @@ def facts(opened: Opened) -> dict[str, Any]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """A scene in the list of all: whether it is ready, or why it cannot be read."""
+    """Return a scene in the list of all: whether it is ready, or why it cannot be read."""
     try:
         opened = open_scene(folder)
     except (InputError, OSError) as error:
@@ -131,7 +131,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def mask_tiles(folder: Path, number: int) -> bytes:
-    """The mask of one concept as squares."""
+    """Return the mask of one concept as squares."""
     opened = open_scene(folder)
     width, height = opened.draft.image.size
     mask = concept_of(opened, number).mask
@@ -139,7 +139,7 @@ def mask_tiles(folder: Path, number: int) -> bytes:
 
 
 def concept_of(opened: Opened, number: int) -> Concept:
-    """One concept by its place. Refusal for a number that there is none of."""
+    """Return one concept by its place. Refusal for a number without a concept."""
     if not 0 <= number < len(opened.concepts):
         raise Refusal(404, "the scene has no such concept", "missing")
     return opened.concepts[number]
@@ -247,7 +247,7 @@ def checked_names(row: dict, place: int) -> dict[str, str | None]:
 
 
 def unchanged(folder: Path, expected: str | None) -> Opened:
-    """The scene, if it is still what the page has seen. Refusal if another page or program has changed it."""
+    """Return the scene, if it is still what the page has seen. Refusal if another page or program has changed it."""
     opened = open_scene(folder)
     if expected != opened.version:
         raise Refusal(412, "the scene was changed elsewhere: load it again", "changed")
@@ -299,7 +299,7 @@ VIEW = 2048  # pixels of the longer side of what the page shows
 
 @lru_cache(maxsize=4)
 def view(folder: Path, _changed: int, side: int, box: tuple[float, float, float, float] | None) -> tuple[bytes, str]:
-    """The photograph, or a box (left, top, right, bottom) of it in pixels, at most `side` pixels wide and high.
+    """Return the photograph, or a box (left, top, right, bottom) of it in pixels, at most `side` pixels wide and high.
 
     Returns the bytes and their type, as `as_view`.
     """
@@ -313,7 +313,7 @@ def view(folder: Path, _changed: int, side: int, box: tuple[float, float, float,
 
 
 def as_view(image: Image.Image, side: int = VIEW) -> tuple[bytes, str]:
-    """An image for the page, at most `side` pixels wide and high: bytes and type. Small ones are exact, others JPEG."""
+    """Encode an image for the page, at most `side` pixels wide and high: bytes and type. JPEG unless it is small."""
     side = max(16, min(side, VIEW))
     if max(image.size) > side:
         image = image.copy()

@@ -68,7 +68,7 @@ def serve(home: Home, port: int | None, browser: bool, listen: tuple[str, str] |
 
 
 def bound(port: int | None) -> socket.socket:
-    """A socket on loopback: the port that is asked for, else the usual one if it is free, else any."""
+    """Return a socket on loopback: the port that is asked for, else the usual one if it is free, else any."""
     problem: Exception | None = None
     for wanted in (port,) if port is not None else (PORT, 0):
         place = socket.socket()
@@ -86,7 +86,7 @@ def bound(port: int | None) -> socket.socket:
 
 
 def bound_at(door: Door) -> socket.socket:
-    """A socket at the address of a network, with the port that loopback has. InputError if it is not this machine's."""
+    """Return a socket at a network address, with the port that loopback has. InputError if it is not this machine's."""
     try:
         return socket.create_server(
             (door.place, door.port), family=socket.AF_INET6 if ":" in door.place else socket.AF_INET

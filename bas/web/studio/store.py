@@ -45,17 +45,17 @@ class Home:
             raise InputError(f"{self.folder} cannot hold the studio: {error.strerror}") from None
 
     def token(self) -> str:
-        """The secret part of the address."""
+        """Return the secret part of the address."""
         return own.token(self.folder)
 
     def names(self, kind: str) -> list[str]:
-        """The folders of one kind, those changed last first."""
+        """Return the folders of one kind, those changed last first."""
         place = self.folder / kind
         found = [entry for entry in os.scandir(place) if entry.is_dir() and NAME.fullmatch(entry.name)]
         return [entry.name for entry in sorted(found, key=lambda entry: entry.stat().st_mtime, reverse=True)]
 
     def unnamed(self) -> str | None:
-        """The folders of scenes and runs that have other names, and what to do. None where there is none."""
+        """List the folders of scenes and runs that have other names, and say what to do. None if there is none."""
         found = [
             f"{kind}/{entry.name}"
             for kind in (SCENES, RUNS)
@@ -66,14 +66,14 @@ class Home:
         return f"Rename {named}: {NAME_RULE}." if found else None
 
     def find(self, kind: str, name: str) -> Path:
-        """The folder of a scene, a run or a job. Refusal for a name that is none, or that leads out of HOME."""
+        """Return the folder of a scene, a run or a job. Refusal for a name that is none, or that leads out of HOME."""
         path = self.folder / kind / name
         if not NAME.fullmatch(name) or not path.is_dir() or not inside(path, self.folder / kind):
             raise missing(f"{kind.removesuffix('s')} {name!r:.90}")
         return path
 
     def free_name(self, kind: str, wanted: str) -> str:
-        """A name that nothing has yet: the wanted one, tidied, or with a number behind it."""
+        """Return a name that is not taken: the wanted one, tidied, or with a number behind it."""
         tidy = UNTIDY.sub(" ", wanted).strip(" _()-")[:60].strip() or kind[:-1]
         tidy = f"{tidy} 1" if DEVICES.fullmatch(tidy) else tidy
         taken = {entry.name.lower() for entry in os.scandir(self.folder / kind)}
@@ -81,7 +81,7 @@ class Home:
         return next(name for name in (tidy, *numbered) if name.lower() not in taken)
 
     def make_folder(self, kind: str, wanted: str) -> Path:
-        """A new folder with a free name. Of two requests at once each gets its own."""
+        """Make a new folder with a free name. Of two requests at once each gets its own."""
         while True:
             folder = self.folder / kind / self.free_name(kind, wanted)
             try:
@@ -98,7 +98,7 @@ class Home:
         return place.name
 
     def deleted(self) -> list[dict[str, str]]:
-        """What is in the trash and can be restored, deleted last first: its name there, and where it was."""
+        """List what can be restored from the trash, deleted last first: its name there, and where it was."""
         found = sorted((self.folder / TRASH).iterdir(), key=lambda place: place.name, reverse=True)
         return [{"name": place.name, "was": was} for place in found if (was := where_it_was(place))]
 
@@ -122,7 +122,7 @@ class Home:
 
 
 def where_it_was(place: Path) -> str | None:
-    """The path in HOME of what a folder of the trash holds. None where its note or the thing itself is missing."""
+    """Return the path in HOME of what a trash folder holds. None if its note or the thing itself is missing."""
     try:
         was = read_json(place / WAS)["was"]
     except (InputError, KeyError, TypeError):
@@ -135,12 +135,12 @@ def where_it_was(place: Path) -> str | None:
 
 
 def inside(path: Path, folder: Path) -> bool:
-    """Whether a path lies in a folder, links followed."""
+    """Return whether a path lies in a folder, links followed."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """An ordinary file in a folder, by its path from there. Refusal for anything else."""
+    """Return an ordinary file in a folder, by its path from there. Refusal for anything else."""
     parts = name.split("/")
     if "\0" in name or any(part in ("", ".", "..") or part.startswith(".") or "\\" in part for part in parts):
         raise missing("the file")
@@ -151,12 +151,12 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def stamp() -> str:
-    """The time as part of a name, in order: 20250131-235959"""
+    """Return the time as part of a name, in order: 20250131-235959"""
     return time.strftime("%Y%m%d-%H%M%S")
 
 
 def text_of(body: dict, key: str, most: int = 2000) -> str:
-    """A text of a request. Refusal for anything else."""
+    """Return a text of a request. Refusal for anything else."""
     value = body.get(key)
     if not isinstance(value, str) or len(value) > most:
         raise Refusal(400, f"{key} is not a text of {most} characters or fewer", "bad", key)

@@ -54,7 +54,7 @@ def ask(home: Home, body: dict) -> str:
 
 
 def train(home: Home, body: dict) -> str:
-    """A training of a scene into a new run."""
+    """Ask for the training of a scene into a new run."""
     config, words = config_of(home, body)
     check_input(config)
     asked = {"scene": body["scene"], "base": body.get("base"), "settings": body.get("settings") or {}}
@@ -79,7 +79,7 @@ def resume(home: Home, body: dict) -> str:
 
 
 def trainings_of(home: Home, run: Path) -> list[dict[str, Any]]:
-    """The jobs that train a run."""
+    """Return the jobs that train a run."""
     found = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job]
     return [job for job in found if (job["kind"], job["name"]) == ("train", run.name)]
 
@@ -131,7 +131,7 @@ def download(home: Home, body: dict) -> str:
 
 
 def finished(home: Home, body: dict) -> Path:
-    """The run that a request names. Refusal for one that is still trained."""
+    """Return the run that a request names. Refusal for one that is still trained."""
     run = home.find(RUNS, text_of(body, "run"))
     if not (run / CONCEPTS).is_file():
         raise Refusal(409, "this run is not finished: let it train to its end first", "unfinished")
@@ -139,7 +139,7 @@ def finished(home: Home, body: dict) -> Path:
 
 
 def settings_of(body: dict, names: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of a request. Refusal for others than these names."""
+    """Return the settings of a request. Refusal for others than these names."""
     settings = body.get("settings") or {}
     if not isinstance(settings, dict) or not settings.keys() <= {*names}:
         raise Refusal(400, "a setting is not one of the form", "bad")
@@ -147,7 +147,7 @@ def settings_of(body: dict, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def sample(home: Home, body: dict) -> str:
-    """Images from a prompt, with a box for each handle if any are given."""
+    """Ask for images from a prompt, with a box for each handle if any are given."""
     run, prompt, settings = finished(home, body), text_of(body, "prompt").strip(), settings_of(body, SAMPLING)
     if not prompt:
         raise Refusal(422, "write what to draw, with a handle in it", "prompt", "prompt")
@@ -169,7 +169,7 @@ def sample(home: Home, body: dict) -> str:
 
 
 def vary(home: Home, body: dict) -> str:
-    """All concepts of a run together, each time from another seed."""
+    """Ask for all concepts of a run together, each time from another seed."""
     run, settings = finished(home, body), settings_of(body, SAMPLING)
     spec = read_spec(run)
     with hearing() as warnings:
@@ -179,7 +179,7 @@ def vary(home: Home, body: dict) -> str:
 
 
 def explore(home: Home, body: dict) -> str:
-    """Every combination of the concepts of a run in every place."""
+    """Ask for every combination of the concepts of a run in every place."""
     run, settings, places = finished(home, body), settings_of(body, SAMPLING), places_of(body)
     spec = read_spec(run)
     with hearing() as warnings:
@@ -190,7 +190,7 @@ def explore(home: Home, body: dict) -> str:
 
 
 def places_of(body: dict) -> list[str]:
-    """The contexts of an exploration. Refusal for none, too many, and for what a command would read as a flag."""
+    """Return the contexts of an exploration. Refusal for none, too many, or one that a command would read as a flag."""
     places = body.get("places")
     if not isinstance(places, list) or not 0 < len(places) <= PLACES:
         raise Refusal(422, f"choose a place, and {PLACES} at most", "places", "places")
@@ -201,7 +201,7 @@ def places_of(body: dict) -> list[str]:
 
 
 def moment() -> str:
-    """A name for what is drawn now, in order of time, that no other request gives."""
+    """Return a name for what is drawn now, in order of time, that no other request gets."""
     return f"{stamp()}-{time.time_ns() // 1000 % 10**6:06d}"
 
 
@@ -216,7 +216,7 @@ def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:
 
 
 def attend(home: Home, body: dict) -> str:
-    """Where the handles of a drawn picture looked, or all its words: it is drawn once more, their attention is kept."""
+    """Ask where the handles of a drawn picture looked, or all its words: draw it once more, and keep the attention."""
     run, file, all_words = finished(home, body), text_of(body, "file"), bool(body.get("words"))
     path = runs.run_file(run, file)
     made = runs.settings_in(path, path.stat().st_mtime_ns)
@@ -265,7 +265,7 @@ def edit(home: Home, body: dict) -> str:
 
 
 def edited_image(home: Home, body: dict) -> Path:
-    """The file of the image to edit: a scene's photograph, or a picture of a run."""
+    """Return the file of the image to edit: a scene's photograph, or a picture of a run."""
     if body.get("scene") is not None:
         return open_scene(home.find(SCENES, text_of(body, "scene"))).draft.image_path
     path = runs.run_file(home.find(RUNS, text_of(body, "of")), text_of(body, "file"))
@@ -275,7 +275,7 @@ def edited_image(home: Home, body: dict) -> Path:
 
 
 def png(mask: np.ndarray) -> bytes:
-    """A mask (H, W), uint8, as a PNG file."""
+    """Return a mask (H, W), uint8, as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, "PNG")
     return buffer.getvalue()
@@ -297,12 +297,12 @@ UNSUITED = {
 
 
 def export_target(run: Path, form: str) -> Path:
-    """The main file of an export."""
+    """Return the main file of an export."""
     return run / runs.EXPORTS / form / f"{run.name.replace(' ', '_')}.safetensors"
 
 
 def exports(run: Path) -> list[dict[str, Any]]:
-    """For each form of export whether the run can have it, or why not; the files that are there, and what to type."""
+    """List for each form of export whether the run can have it, or why not; the files there, and what to type."""
     found = []
     for form in runs.FORMS:
         target = export_target(run, form)
@@ -314,7 +314,7 @@ def exports(run: Path) -> list[dict[str, Any]]:
 
 
 def problem_of(run: Path, form: str) -> str | None:
-    """Why a run cannot have a form of export, in the words of the page's cards. None if it can."""
+    """Say why a run cannot have a form of export, in the words of the page's cards. None if it can."""
     target = export_target(run, form)
     try:
         plan_export(run, target, form, "")
@@ -329,7 +329,7 @@ def problem_of(run: Path, form: str) -> str | None:
 
 
 def uses_of(run: Path, form: str) -> list[dict[str, str]]:
-    """What to type in other programs for an export that lies there: each program, and its line."""
+    """Say what to type in other programs for an export that lies there: each program, and its line."""
     try:
         files = read_export(export_target(run, form).parent)
     except InputError:
@@ -339,7 +339,7 @@ def uses_of(run: Path, form: str) -> list[dict[str, str]]:
 
 
 def export(home: Home, body: dict) -> str:
-    """The run in a form that other programs open."""
+    """Ask for the run in a form that other programs open."""
     run, form = finished(home, body), body.get("form")
     if form not in runs.FORMS:
         raise Refusal(400, f"form is one of {', '.join(runs.FORMS)}", "bad", "form")

@@ -19,7 +19,7 @@ HEAD, ROW = struct.Struct("<4sIII"), struct.Struct("<HHI")
 
 
 def pack(mask: np.ndarray) -> bytes:
-    """The squares of a mask (H, W), uint8, that hold something."""
+    """Return the squares of a mask (H, W), uint8, that hold something."""
     height, width = mask.shape
     rows = []
     for y in range(0, height, SIDE):
@@ -36,7 +36,7 @@ def pack(mask: np.ndarray) -> bytes:
 
 
 def unpack(data: bytes, size: tuple[int, int]) -> Iterator[tuple[int, int, np.ndarray]]:
-    """The squares of a message: column, row, and (256, 256) uint8. size: (W, H) that the mask must have.
+    """Yield the squares of a message: column, row, and (256, 256) uint8. size: (W, H) that the mask must have.
 
     Everything is checked before a square is inflated, which gives 64 KiB at most. InputError for what is not as above.
     """

@@ -11,7 +11,10 @@ SETTLED = 2 * 10**9  # nanoseconds after which another change gives another time
 
 
 def while_unchanged(read: Callable[[Path], Found]) -> Callable[[Path], Found]:
-    """Keep what a function reads as long as its path has the same time and size. A folder's change with its entries."""
+    """Keep what a function reads as long as its path has the same time and size.
+
+    A folder's time changes with its entries.
+    """
 
     @lru_cache(maxsize=4096)
     def kept(path: Path, _changed: int, _size: int) -> Found:

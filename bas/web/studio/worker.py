@@ -33,7 +33,7 @@ STOPPED = 130  # the exit code after Ctrl+C
 
 
 def wait_for_job() -> Path | None:
-    """Import what jobs need, and read the folder of one from standard input. None if that ends: nobody wants it.
+    """Import what jobs need, and read the folder of one from standard input. None at its end: no job is wanted.
 
     What is printed goes to the job's log from then on. Where processes can be forked, it returns in a fork for every
     folder that is read, and imports nothing again.
@@ -55,7 +55,7 @@ def wait_for_job() -> Path | None:
 
 
 def lost_gpu() -> bool:
-    """Whether CUDA was asked for anything before this process was forked: it then works in no fork."""
+    """Return whether CUDA was used before this process was forked: then it works in no fork."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda._is_in_bad_fork()
 
@@ -63,7 +63,7 @@ def lost_gpu() -> bool:
 def forked() -> bool:
     """Fork this process: True in the new one, which nobody has to wait for and which has a session of its own.
 
-    Without room for another process True in this one: it is the job's own then, as where nothing is forked.
+    If there is no room for another process, return True in this one: it then does the job itself.
     """
     try:
         if child := os.fork():
@@ -110,7 +110,7 @@ def work(folder: Path, run_command: Callable[[list[str]], int]) -> int:
 
 
 def obey(folder: Path) -> None:
-    """Wait for a request to stop. "save" is what Ctrl+C is to a command; "now" ends the process."""
+    """Wait for a request to stop. "save" acts like Ctrl+C; "now" ends the process."""
     asked = False
     while True:
         time.sleep(LOOKS)

@@ -23,13 +23,13 @@ class Pipe:
         """Nothing waits here."""
 
     def take(self) -> bytes:
-        """All that was written since the last time."""
+        """Return all that was written since the last time."""
         data, self.parts = b"".join(self.parts), []
         return data
 
 
 def zipped(folder: Path, paths: list[Path]) -> Iterator[bytes]:
-    """The parts of a zip of these files, named from the folder's parent on. It is not packed: weights stay as large."""
+    """Yield the parts of a zip of these files, named from the folder's parent on. It is not compressed."""
     pipe = Pipe()
     with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as target:  # type: ignore[arg-type]
         for path in paths:
@@ -43,7 +43,7 @@ def zipped(folder: Path, paths: list[Path]) -> Iterator[bytes]:
 
 
 def files_below(folder: Path, leave_out: set[str]) -> list[Path]:
-    """The ordinary files of a folder, without hidden ones, links, and the folders to leave out."""
+    """Return the ordinary files of a folder, without hidden ones, links, and the folders to leave out."""
     found = []
     for place, names, files in os.walk(folder):
         names[:] = sorted(name for name in names if not name.startswith(".") and name not in leave_out)

@@ -348,9 +348,9 @@ def test_the_advice_is_for_the_hand_that_is_there(page, furnished):
     """Fingers are told of fingers, and a mouse that is plugged in later of its wheel."""
     page.show(360, 740, phone=True)
     visit(page, furnished, "#/masks/playroom")
-    page.wait("document.querySelector('.hint')?.textContent === 'Paint over the thing. Two fingers move and zoom.'")
+    page.wait("document.querySelector('.hint')?.textContent === 'Paint over the concept. Two fingers move and zoom.'")
     page.show(1280, 800)
-    page.wait("document.querySelector('.hint').textContent.startsWith('Paint over the thing. The wheel zooms')")
+    page.wait("document.querySelector('.hint').textContent.startsWith('Paint over the concept. The wheel zooms')")
 
 
 def test_a_thousand_pictures_scroll(page, furnished):
