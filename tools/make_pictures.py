@@ -72,7 +72,7 @@ def draw_edit(model: Path, work: Path) -> None:
 
 
 def draw_beside(images: list[Path], model: Path, prompts: list[str], work: Path, name: str) -> None:
-    """What went in and what comes out: images, their masks, below them four images of each prompt."""
+    """Draw input above output: images and their masks, below them four images of each prompt."""
     folder = work / name
     run("sample", model, "--prompt", *prompts, "--num_images", 4, "--output_path", folder / "drawn.png")
     drawn = [Image.open(path) for path in sorted(folder.glob("drawn-*.png"))]

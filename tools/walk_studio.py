@@ -1,11 +1,11 @@
-"""Walk through the studio on the miniature in a real browser, and take the pictures of docs/studio.md.
+"""Walk through the studio on the miniature in a real browser, and take the screenshots of docs/studio.md.
 
 Run: python -m tools.walk_studio [FOLDER] [--steps N]    (default: docs/pictures; needs Chromium and takes minutes)
      python -m tools.walk_studio --measure               (prints the seconds to the first page, and the frames per
                                                           second while one paints on 40 megapixels)
 
-Everything in the pictures is what a person would see: a real server, a real training of the shipped scene, real drawing
-and editing. Each picture is studio-ROOM.png. Ctrl+C ends the server and the job at work.
+Everything in the screenshots is what a person would see: a real server, a real training of the shipped scene, real
+drawing and editing. Each screenshot is studio-ROOM.png. Ctrl+C ends the server and the job at work.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Walk:
 
 
 def walk(step: Walk, steps: int | None) -> None:
-    """The whole way. steps: of each phase of the training; None: what the page proposes."""
+    """Go through all rooms. steps: of each phase of the training; None: what the page proposes."""
     step.browser.show(*WIDE)
     step.go("#/home")
     step.click("#choose + button")  # the playroom, whose masks are painted

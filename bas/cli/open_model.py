@@ -82,7 +82,7 @@ def open_model(
     """Load the model onto the device and in the precision of the flags; `auto` is the precision of training.
 
     `check` sees the model's description before any weight is read, and raises InputError for what it cannot do.
-    texts: all prompts, where these alone name handles; an embedding that none of them names is told.
+    texts: all prompts, where these alone name handles; a warning names an embedding that none of them names.
     """
     path, device, base = find_model(args), pick_device(args.device), find_base(args)
     additions = Additions.read(args.lora, args.embedding, args.vae, args.clip_skip)

@@ -77,7 +77,7 @@ def decode_runs(counts: Any, h: int, w: int, name: str, by_rows: bool = False) -
         raise InputError(f"{name}: its counts are Python bytes written as text: write counts.decode() into the file")
     runs = unpack_counts(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(_is_count(run) for run in runs):
-        raise InputError(f"{name}: its counts are no run lengths: expected whole numbers, or COCO's compressed string")
+        raise InputError(f"{name}: its counts are not run lengths: expected whole numbers, or COCO's compressed string")
     numbers = [int(run) for run in runs]
     if sum(numbers) != h * w:
         raise InputError(f"{name}: the run lengths add up to {sum(numbers)}, not to {h}x{w} pixels")

@@ -40,7 +40,7 @@ def read_text(path: Path) -> str:
     try:
         return decode_text(data)
     except ValueError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error}): repair it, or copy it again") from None
+        raise InputError(f"{path} is not UTF-8 text ({error}): repair it, or copy it again") from None
 
 
 def parse_json(data: bytes) -> Any:

@@ -19,7 +19,7 @@ CONFIG = "config.toml"  # of a run
 METADATA = {"config": dict, "handles": [str], "base": str, "version": str}
 MERGED = {"runs": [str], "weights": [(int, float)], "drift": {...: (int, float)}}  # of a merged run
 RETIRED = {"cuda_graphs": False, "fused_kernels": False, "unet_layers": "all"}  # of earlier versions, with no effect
-NOT_KEPT = {"resume_from_checkpoint"}  # where a run went on is no setting of the next one
+NOT_KEPT = {"resume_from_checkpoint"}  # the checkpoint that a run continued is not a setting of the next run
 
 
 def read_config(path: str | None, known: dict[str, Field]) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Difference:
-    """A change of one weight that is no product: strength x difference."""
+    """A change of one weight that is not a product: strength x difference."""
 
     difference: Tensor  # in the shape of the weight
     strength: float = 1.0

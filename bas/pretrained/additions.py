@@ -3,7 +3,7 @@
 A LoRA changes its weights, an embedding adds a handle, a VAE takes the place of its own, and a clip skip leaves out the
 last layers of the text encoder.
 
-In `bas train` the first two are a part of the base: its hash counts them, and a small run looks for them beside it.
+In `bas train` the first two are part of the base: its hash counts them, and a small run needs them with its base.
 """
 
 import logging

@@ -82,7 +82,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     for key, (component, width) in zip(keys, widths.items(), strict=True):
         rows = tensors[key][None] if tensors[key].ndim == 1 else tensors[key]
         if rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
-            raise InputError(f"{path}: {key} is {list(rows.shape)} {rows.dtype}, which is no embedding")
+            raise InputError(f"{path}: {key} is {list(rows.shape)} {rows.dtype}, which is not an embedding")
         if rows.shape[1] != width:
             family = WIDTHS.get(rows.shape[1], "another model")
             raise InputError(f"{path} is for {family}, with rows of {rows.shape[1]}: this model has rows of {width}")

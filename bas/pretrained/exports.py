@@ -121,7 +121,7 @@ def plan_export(
 ) -> Targets:
     """Return the files that an export writes. form: "kohya", "peft" or "single"; base: of a small run, if it was moved
 
-    Unsuited for a run that cannot have this form, InputError for two files of one name.
+    Raises Unsuited for a run that cannot have this form, InputError for two files of the same name.
     """
     kind = KINDS[read_concepts(model)[1]["config"]["train"]] if (model / TUNED).is_file() else None
     if kind is None and form != "single":

@@ -1,4 +1,4 @@
-"""Hashes of weights: by them a run knows its base, and notices that it changed."""
+"""Hashes of weights. By its hash a run recognises its base, and notices a change."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def check_savable(models: Models, dtype: torch.dtype) -> None:
 def _not_savable(broken: list[str], dtype: torch.dtype) -> str:
     """Return the message about weights that cannot be saved."""
     return (
-        f"the model cannot be saved in {name_of(dtype)}, {len(broken)} weights are beyond its range or no finite "
-        f"numbers ({broken[0]}): use --save_precision fp32 or bf16"
+        f"the model cannot be saved in {name_of(dtype)}, {len(broken)} weights are beyond its range or not "
+        f"finite ({broken[0]}): use --save_precision fp32 or bf16"
     )
 
 
@@ -195,7 +195,7 @@ def load_weights(
 
     `changes` are added to the weights in float32, before these are converted. `tensors` is emptied on the way, so that
     a file's pages leave memory once they are converted. Raises InputError as `check_keys` does, and one that lists
-    every weight that is no finite number after conversion.
+    every weight that is not finite after conversion.
     """
     given = check_keys(module, tensors, source)
     tensors.clear()

@@ -150,7 +150,7 @@ def write_lora(
 ) -> None:
     """Write a LoRA file, with further tensors in it. xl: the configuration of the UNet, for SDXL
 
-    RunError for values that are beyond the range of `dtype` or no finite numbers.
+    RunError for values that are beyond the range of `dtype` or not finite.
     """
     tensors, texts = FORMATS[form](adapters, xl)
     tensors |= extra
@@ -199,8 +199,8 @@ def peft_config(path: Path) -> Path | None:
 def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     """Read a LoRA of any known format for the model of `parts`.
 
-    Raises InputError in one line for another kind of file, for a model of another family, and for a tensor that has no
-    place. Embeddings that are bundled in the file are left out with a warning.
+    Raises InputError for another kind of file, for a model of another family, and for a tensor without a place.
+    Embeddings that are bundled in the file are left out with a warning.
     """
     if not path.is_file():
         raise not_a_file(path)
@@ -249,7 +249,7 @@ def _unread(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str])
 def _stranger(name: str, tensors: Mapping[str, Tensor], parts: Parts) -> str:
     """Return what a tensor without a place in a model is."""
     if split_role(name) is None:
-        return "it is no part of a LoRA that bas knows"
+        return "it is not a part of a LoRA that bas knows"
     if text_widths(tensors) == {parts.spec.unet.cross_attention_dim}:
         return "it is a LoRA for a model with other layers"
     return f"it is a LoRA for {family_of(tensors) or 'another model'}"

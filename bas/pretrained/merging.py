@@ -1,4 +1,4 @@
-"""Several small runs as one: what they changed is joined, and their handles stand side by side.
+"""Merge several small runs into one: their changes are joined, and their handles stand side by side.
 
     lora    A and B of all runs are joined along the rank: exactly the sum of the changes
     kv, v   Custom Diffusion's closed form (Kumari et al. 2023, section 3.3): each run's own prompts keep their keys and
@@ -106,7 +106,7 @@ def read_sources(
         )
     for run in runs:
         if not (run / TUNED).is_file():
-            raise InputError(f"{run} is no small run: it holds no {TUNED}; train with --train lora, kv, v or token")
+            raise InputError(f"{run} is not a small run: it holds no {TUNED}; train with --train lora, kv, v or token")
         read.append(read_concepts(run))
     for run, (_, metadata) in zip(runs, read, strict=True):
         if metadata["base"] != read[0][1]["base"]:

@@ -78,7 +78,7 @@ def check_box(handle: str, box: object) -> None:
 def check_mask(handle: str, mask: np.ndarray, size: tuple[int, int]) -> None:
     """Raise InputError for a mask that marks nothing, or has another shape than images of (W, H)."""
     if mask.ndim != 2 or not (mask.min() >= 0 and mask.max() <= 1):  # also false for not-a-number
-        raise InputError(f"the mask of {handle} is no array (H, W) of values from 0 to 1")
+        raise InputError(f"the mask of {handle} is not an array (H, W) of values from 0 to 1")
     if mask.max() == 0:
         raise InputError(f"the mask of {handle} is black all over: paint white where its concept shall stand")
     (h, w), (width, height) = mask.shape, size

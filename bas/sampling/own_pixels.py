@@ -52,7 +52,8 @@ def read_segments(spec: ModelSpec, handles: tuple[str, ...]) -> dict[str, Segmen
         image = pixels(read_image(path.with_name("img.png")))
         mask = torch.from_numpy(to_floats(read_mask(path)))
         if mask.shape != image.shape[1:] or not mask.any():
-            raise InputError(f"{path} is no mask of {path.with_name('img.png')}: leave out --own_pixels, or train anew")
+            image_path = path.with_name("img.png")
+            raise InputError(f"{path} is not a mask of {image_path}: leave out --own_pixels, or train again")
         ys, xs = (mask >= min(0.5, float(mask.max()))).nonzero().T
         box = slice(int(ys.min()), int(ys.max()) + 1), slice(int(xs.min()), int(xs.max()) + 1)
         segments[handle] = Segment(image[:, *box], mask[None, *box])

@@ -82,7 +82,7 @@ def bare_handles(prompt: str, handles: tuple[str, ...]) -> list[str]:
 def read_prompt(prompt: str) -> Prompt:
     """Split a prompt into its text and its strengths.
 
-    InputError for a handle's strength that is no number from 0 to 5, that holds more than one handle or contradicts
+    InputError for a handle's strength that is not a number from 0 to 5, that holds more than one handle or contradicts
     another, for weights in other tools' syntax around a handle, and for the file of a LoRA or an embedding.
     """
     if found := NETWORK.search(prompt):
@@ -92,10 +92,10 @@ def read_prompt(prompt: str) -> Prompt:
             if kind.lower() != "hypernet"
             else "bas reads no hypernetworks"
         )
-        raise InputError(f"{found[0]} is no word of a prompt: leave it out; {flag}")
+        raise InputError(f"{found[0]} is not a word of a prompt: leave it out; {flag}")
     if found := EMBEDDED.search(prompt):
         flag = f"add --embedding {found[1]}.safetensors"
-        raise InputError(f"{found[0]} is no word of a prompt: {flag}, and write the name of the file in < >")
+        raise InputError(f"{found[0]} is not a word of a prompt: {flag}, and write the name of the file in < >")
     handles: dict[str, float] = {}
     for handle, number in STRENGTH.findall(prompt):
         try:

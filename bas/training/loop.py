@@ -44,7 +44,7 @@ from bas.training.timing import Timing
 
 log = logging.getLogger(__name__)
 
-POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial course ends, in diffusers too
+POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial schedule ends, as in diffusers
 
 
 # --- One step -----------------------------------------------------------------------------------------------------

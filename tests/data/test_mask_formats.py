@@ -324,13 +324,13 @@ def test_polygons_are_drawn_at_the_size_that_coco_states(folder, caplog):
         ([{"segmentation": {"size": [4, 6], "counts": [23]}}], "the run lengths add up to 23, not to 4x6 pixels"),
         (
             [{"segmentation": {"size": [4, 6], "counts": [25, -1]}}],
-            "its counts are no run lengths: expected whole numbers",
+            "its counts are not run lengths: expected whole numbers",
         ),
-        ([{"segmentation": {"size": [4, 6], "counts": "P"}}], "its counts are no run lengths: expected whole numbers"),
-        ([{"segmentation": {"size": [4, 6]}}], "its counts are no run lengths: expected whole numbers"),
-        ([{"segmentation": {"size": [4, 6], "counts": [True] * 24}}], "its counts are no run lengths"),
+        ([{"segmentation": {"size": [4, 6], "counts": "P"}}], "its counts are not run lengths: expected whole numbers"),
+        ([{"segmentation": {"size": [4, 6]}}], "its counts are not run lengths: expected whole numbers"),
+        ([{"segmentation": {"size": [4, 6], "counts": [True] * 24}}], "its counts are not run lengths"),
         ([{"segmentation": {"size": [4, 6], "counts": "[12, 12]"}}], "or COCO's compressed string"),
-        ([{"segmentation": {"size": [4, 6], "counts": [11.5, 12.5]}}], "its counts are no run lengths"),
+        ([{"segmentation": {"size": [4, 6], "counts": [11.5, 12.5]}}], "its counts are not run lengths"),
         (
             [{"segmentation": {"size": [4, 6], "counts": "b'<<'"}}],
             "Python bytes written as text: write counts.decode()",

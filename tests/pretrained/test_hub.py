@@ -322,7 +322,7 @@ def test_mirrors_that_cannot_be_reached_are_named_together(monkeypatch, caplog):
 @pytest.mark.parametrize(("half", "advice"), [(False, "add --half"), (True, "leave out --half")])
 def test_a_repository_of_the_other_precision_is_told(half, advice, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(tmp_path))
-    with refused(f": {advice}, it may"):
+    with refused(f": {advice}, the model may have only"):
         hub.download("owner/name", half=half)
 
 

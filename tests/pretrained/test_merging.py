@@ -258,7 +258,7 @@ def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
     ("words", "part"),
     [
         (["toys"], "name two runs or more"),
-        (["toys", "base"], "is no small run"),
+        (["toys", "base"], "is not a small run"),
         (["toys", "mugs", "--weights", "1"], "1 --weights for 2 runs"),
         (["toys", "mugs", "--weights", "1", "nan"], "--weights"),
         (["toys", "mugs", "--rank", "0"], "--rank is 0"),

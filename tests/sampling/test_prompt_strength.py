@@ -119,7 +119,7 @@ def test_a_weight_of_another_tool_around_a_handle_is_an_error(piece):
     ],
 )
 def test_a_file_that_is_named_in_the_prompt_is_given_by_its_flag(piece, advice):
-    with refused(f"{piece} is no word of a prompt: leave it out; {advice}"):
+    with refused(f"{piece} is not a word of a prompt: leave it out; {advice}"):
         read_prompt(f"a photo of <toy> {piece}")
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_is_named_in_the_prompt_is_given_by_its_flag(piece, advice):
     "prompt", ["a ball, embedding:bad-v1.5", "(embedding:bad-v1.5:1.2), <toy>", "Embedding:bad-v1.5."]
 )
 def test_an_embedding_that_is_named_in_the_prompt_is_given_by_its_flag(prompt):
-    with refused("bad-v1.5 is no word of a prompt: add --embedding bad-v1.5.safetensors, and write"):
+    with refused("bad-v1.5 is not a word of a prompt: add --embedding bad-v1.5.safetensors, and write"):
         read_prompt(prompt)
 
 

@@ -1,7 +1,7 @@
 """Attention on this machine's CPU in bf16: fused, and as `bas.models.dot_product.attend` chooses, forward and backward.
 
 `python -m tools.bench.attention` prints CPU milliseconds of one call of each on one thread, the lower quartile of
-several, by turns. The last column shows what the choice made of it: below 1 it pays.
+several, in turns. The last column is the time of the choice divided by that of the fused attention: below 1 it pays.
 """
 
 import statistics

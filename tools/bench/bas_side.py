@@ -1,7 +1,7 @@
 """bas's side of the bench: the modes to measure as rows of data, and its training loop, one step at a time.
 
-The loop is bas's own, `bas.training.loop.train_phase`, held at the end of each step: whatever a user's step
-contains is in the figure.
+The loop is bas's own, `bas.training.loop.train_phase`, held at the end of each step: the figure contains all that a
+user's step contains.
 """
 
 import threading
@@ -132,12 +132,12 @@ class BasSide:
             raise StopLoop
 
     def step(self) -> None:
-        """Take one step; whatever goes wrong in the loop is raised here."""
+        """Take one step; an error in the loop is raised here."""
         self.go.release()
         self.await_loop()
 
     def await_loop(self) -> None:
-        """Wait until the loop is held again; what went wrong in it is raised here."""
+        """Wait until the loop is held again; an error in it is raised here."""
         self.stepped.acquire()
         if self.error:
             raise self.error

@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own, so that peaks and first times are this one thing's and no other's.
+"""Measurements that need a process of their own, so that peaks and first times belong to one measurement alone.
 
 python -m tools.bench.children '{"task": "steps", ...}'     prints one line of JSON; the bench starts these
 """

@@ -19,7 +19,7 @@ PROMPT = "a photo of a creature at the beach"
 
 
 def images(bench, setting, _lines) -> Iterator[Line]:
-    """One image, and class images in batches: diffusers' pipeline, with its UNet compiled, and bas by turns."""
+    """One image, and class images in batches: diffusers' pipeline, with its UNet compiled, and bas in turns."""
     cuda, folder = setting.device == "cuda", bench.model(setting.model)
     count = 2 if bench.quick else 50
     pipeline = open_pipeline(folder, setting.device)

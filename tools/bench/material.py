@@ -61,7 +61,7 @@ class Material:
     device: str
 
     def to_json(self) -> dict:
-        """What a process of its own is told."""
+        """Return what a process of its own needs to know."""
         return asdict(self)
 
 
@@ -119,7 +119,7 @@ def make_scene(folder: Path, side: int, concepts: int | None = None) -> Path:
 
 
 def make_class_images(folder: Path, side: int, count: int = 4) -> Path:
-    """The official recording's four class images by turns, `count` files of `side` pixels, as JPEG."""
+    """The official recording's four class images in turns, `count` files of `side` pixels, as JPEG."""
     folder.mkdir(parents=True)
     paths = sorted((OFFICIAL / "class_images").glob("*.*g"))
     images = [Image.open(path).convert("RGB").resize((side, side)) for path in paths]

@@ -21,7 +21,7 @@ from tools.bench.table import Line, Stat, share, speedup
 
 
 def steps(bench, setting, _lines) -> Iterator[Line]:
-    """Both phases' steps: the official loop, its compiled form and every mode of bas by turns, and their fidelity."""
+    """Both phases' steps: the official loop, its compiled form and every mode of bas in turns, and their fidelity."""
     for phase in (1, 2):
         material, modes = bench.material(setting), chosen_modes(setting.device, phase, bench.quick, bench.compile)
         reference = official_gradients(material, phase)

@@ -20,7 +20,7 @@ three scenes are merged:
     python -m tools.checks.adapters --output_dir /tmp/adapters --record
     python -m tools.checks.adapters --output_dir /tmp/adapters --scenes 1 --kinds lora-16 token --set learning_rate=5e-4
 
-A second call goes on: what is trained, merged and measured stays. DIR holds table.md and, for each kind, its runs and
+A second call continues: what is trained, merged and measured stays. DIR holds table.md and, for each kind, its runs and
 scores.json. `--record` puts the tables into docs/adapters.md.
 """
 
@@ -237,7 +237,7 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of runs and results; it goes on")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of runs and results, to continue")
     parser.add_argument("--weights", help="a miniature's folder (default: the shipped one)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="rows to measure (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")

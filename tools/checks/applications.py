@@ -1,12 +1,12 @@
 """Measures the paper's applications (section 4) on a miniature model, on scenes of its world drawn here.
 
 Three runs learn a scene with its background, the same from three images, and an object with a part of it. Then each
-application is tried, and one table says what came of it; scores.json and an image of each lie beside the runs.
+application is tried, and one table shows the results; scores.json and an image of each lie beside the runs.
 
     python -m tools.checks.applications --weights weights/mini --output_dir /tmp/check_applications
 
-How much an image shows of a concept is told by bas.evaluation.object_similarity: how alike the concept's own look and
-the best matching spot are (1 the same, 0 nothing in common). Places are read by the recogniser of checks.mini. A second
+bas.evaluation.object_similarity measures how well an image shows a concept: how alike the concept's own look and the
+best matching spot are (1: the same, 0: nothing in common). Places are read by the recogniser of checks.mini. A second
 call with the same folder only measures.
 """
 

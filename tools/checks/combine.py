@@ -20,11 +20,11 @@ the next one of the scene. `--layout` steers images into either; without it the 
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --layout swapped
     python -m tools.checks.combine --scenes 3 --seed 1 --output_dir /tmp/combine --only 1 2
 
-Two ceilings stand beside: the true concepts drawn by the world in the same places, and each scene's image through the
-VAE. A second call goes on: a finished run is not trained again, and a scene that is measured with the same settings is
-not measured again. DIR holds table.md, scores.json, and figure.png with a row for each scene. The folder of each scene
-holds sheet.png, its scores and its run. Steered images have files of their own beside those of plain ones, as
-table-layout-swapped.md.
+The table also shows two upper limits: the true concepts drawn by the world in the same places, and each scene's image
+through the VAE. A second call continues: a finished run is not trained again, and a scene that is measured with the
+same settings is not measured again. DIR holds table.md, scores.json, and figure.png with a row for each scene. The
+folder of each scene holds sheet.png, its scores and its run. Steered images have files of their own beside those of
+plain ones, as table-layout-swapped.md.
 """
 
 import argparse
@@ -442,9 +442,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="of these scenes alone, counted from 0")
     parser.add_argument("--shipped", action="store_true", help="the miniature's own two scenes instead of unseen ones")
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder of runs and results; the same one goes on"
-    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of runs and results, to continue")
     parser.add_argument("--weights", help="a miniature's folder (default: the shipped one)")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of training", dest="changes"

@@ -7,9 +7,9 @@
     python -m tools.checks.methods --scatter docs/pictures/comparison.png        the plot of the newest one
 
 Twelve scenes of two to four concepts that the miniature never saw, three seeds, shortened training and sampling: what
-`bas evaluate` does with the settings below. Whatever part was run is held against docs/comparison.json, the recorded
-runs that docs/comparison.md shows; on the same machine, with the same miniature and settings, every number is the
-same. `--record` leaves out the trials that are recorded, and adds the others. A run of another miniature or of other
+`bas evaluate` does with the settings below. Every trial that was run is compared with docs/comparison.json, the
+recorded runs that docs/comparison.md shows; on the same machine, with the same miniature and settings, every number is
+the same. `--record` skips the trials that are recorded, and adds the others. A run of another miniature or of other
 settings is recorded beside those that are there.
 """
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.checks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation; the same one goes on")
+    parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation, to continue")
     parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")

@@ -2,9 +2,9 @@
 
 A trial is a scene of two to four concept objects, one of them the wanted one, and images drawn anew: one shows the
 wanted object, three show others of one kind each time, at other places, sizes and angles, mirrored or not, before other
-backgrounds, half of the time with a companion. Every image is also read through the miniature's VAE, as all that a
-model draws is. The same images are ranked by the miniature's CLIP features of black-masked images, with the true
-segments: what DINO is to images.
+backgrounds, half of the time with a second object. Every image is also measured after the miniature's VAE, which every
+generated image passes. For comparison, the same images are ranked by the miniature's CLIP: by its features of images
+with a black background, with the true segments, as DINO is used for photographs.
 
     python -m tools.checks.metrics --trials 300
 """

@@ -1,7 +1,7 @@
 """The miniature's latents: set by hand, not learnt. Each 4x4 cell keeps its four 2x2 mean colours in a Haar basis.
 
-Twelve numbers a cell say what is drawn without guessing, for any drawing. `haar` computes them; `set_encoder` writes
-weights into Stable Diffusion's own encoder layers that compute the same to 0.1 %. Only the decoder is trained.
+Twelve numbers for each cell describe any drawing without guessing. `haar` computes them; `set_encoder` writes weights
+into Stable Diffusion's own encoder layers that compute the same to 0.1 %. Only the decoder is trained.
 """
 
 import math

@@ -29,7 +29,7 @@ def fit(
 ) -> None:
     """Train `module` up to `stage.goal` samples; leave its averaged weights in it and in run/<name>.safetensors.
 
-    `draw_batch(i)` gives batch i: all randomness is in it, so a stopped run goes on from run/<name>.ckpt (every ten
+    `draw_batch(i)` gives batch i: all randomness is in it, so a stopped run continues from run/<name>.ckpt (every ten
     minutes) as if it had not been stopped. `loss_of` returns the loss and 0-dim tensors to log. `validate` gives a loss
     of the module on held-out data; it sees the averaged weights, and the best ones stay in run/<name>_best.safetensors.
     """

@@ -96,7 +96,7 @@ def into_base(paths: list[Path], args: argparse.Namespace) -> None:
         raise InputError(f"--into_base writes one run as it is: {advice}")
     (path,) = paths
     if not (path / TUNED).is_file():
-        raise InputError(f"{path} is no small run: it holds no {TUNED}; a whole model needs no merging")
+        raise InputError(f"{path} is not a small run: it holds no {TUNED}; a whole model needs no merging")
     folder, models = new_folder(args.output_dir), load(path, base=find_base(args))
     with filling(folder) as place:
         save_model(models, place, DTYPES[args.save_precision or "fp32"])

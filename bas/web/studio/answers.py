@@ -23,7 +23,7 @@ from bas.web.studio.zips import files_below, zipped
 KEPT = {"cache-control": "private, max-age=31536000, immutable"}  # of what its address names exactly
 THUMB = 320  # pixels of the longer side of a picture in a gallery
 CUTOUT = 72  # pixels of the longer side of a concept on its chip
-LATEST = 30  # jobs that the page is told of, besides those that have not ended
+LATEST = 30  # ended jobs that the page gets, besides all that have not ended
 INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 EXAMPLE = "playroom"
 WORK = {"train": "the training", "masks": "the proposal of a mask"}  # jobs that read a scene
@@ -240,7 +240,7 @@ def get_thumb(ask: Ask) -> Response:
     """Return a picture, small."""
     path = runs.run_file(_run(ask), ask.path["file"])
     if path.suffix.lower() not in INLINE:
-        raise Refusal(404, "this file is no picture", "missing")
+        raise Refusal(404, "this file is not a picture", "missing")
     data, kind = _thumb(path, path.stat().st_mtime_ns)
     return Response(data, media_type=kind, headers=KEPT if "v" in ask.query else None)
 

@@ -20,7 +20,7 @@ ADVICE = "a scene is a folder with img.jpg and mask0.png, mask1.png, ...; of pho
 
 
 def unpack_folder(data: bytes, folder: Path) -> None:
-    """Write the files that a scene can have into a folder. InputError for what is no scene, Refusal for wrong paths."""
+    """Write the files that a scene can have into a folder. InputError if it is not a scene, Refusal for wrong paths."""
     head, _, rest = data.removeprefix(FOLDER).partition(b"\n")
     rows = read_rows(head, len(rest))
     if len(rows) > MOST:

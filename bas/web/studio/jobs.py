@@ -37,7 +37,7 @@ from bas.web.studio.unchanged import while_unchanged
 
 JOB, LOG, LOCK, STOP, EVENTS, EXIT = "job.json", "log.txt", "lock", "stop", "events.jsonl", "exit.json"
 PLACE = "place"
-STARTING = 15.0  # seconds without a lock after which nobody starts a job any more
+STARTING = 15.0  # seconds without a lock, after which a job does not start any more
 TAIL = 2**14  # bytes at the end of a file that are read for its last line
 SPARE = "-"  # in place of a job's folder
 FORKS = sys.platform == "linux"  # elsewhere a process that has imported PyTorch cannot be forked, or not safely

@@ -12,7 +12,7 @@ from bas.runtime.device import pick_device
 from bas.web.studio import jobs
 from bas.web.studio.store import RUNS, Home
 
-# Settings with which a step takes as long, whatever they are; phases are counted apart.
+# Settings that do not change the time of a step. Phases are counted apart.
 FREE = {
     *("instance_data_dir", "output_dir", "num_of_assets", "initializer_tokens", "placeholder_token", "handles", "seed"),
     *("initial_learning_rate", "learning_rate", "lambda_attention", "prior_loss_weight", "class_prompt"),

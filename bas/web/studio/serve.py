@@ -76,7 +76,7 @@ def bound(port: int | None) -> socket.socket:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             place.bind(("127.0.0.1", wanted))
-            place.listen()  # before the address is told: who comes early waits
+            place.listen()  # before the address is printed: early requests wait
         except (OSError, OverflowError) as error:
             place.close()
             problem = error
@@ -112,7 +112,7 @@ def keep_going(lane: Lane, server: uvicorn.Server, ended: threading.Event) -> No
 
 
 def run_until_interrupted(home: Home, port: int | None, browser: bool, listen: tuple[str, str] | None = None) -> None:
-    """Serve until Ctrl+C, which is no error."""
+    """Serve until Ctrl+C, which is not an error."""
     try:
         serve(home, port, browser, listen)
     except KeyboardInterrupt:

@@ -270,7 +270,7 @@ def edited_image(home: Home, body: dict) -> Path:
         return open_scene(home.find(SCENES, text_of(body, "scene"))).draft.image_path
     path = runs.run_file(home.find(RUNS, text_of(body, "of")), text_of(body, "file"))
     if path.suffix not in runs.SHOWN or image_size(path) == (0, 0):
-        raise Refusal(422, "this file is no image", "image")
+        raise Refusal(422, "this file is not an image", "image")
     return path
 
 
