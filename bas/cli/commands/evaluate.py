@@ -1,4 +1,4 @@
-"""Repeat the paper's comparison: train each method on each scene, generate each subset in each context, score them."""
+"""Repeat the paper's comparison: train each method on each scene, generate each subset in each context, and score."""
 
 import argparse
 import logging
