@@ -460,7 +460,8 @@ class TrainConfig(Settings):
             object.__setattr__(self, "output_dir", os.path.join(RUNS, scene))
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise InputError(
-                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler constant has none; use constant_with_warmup"
+                f"--lr_warmup_steps {self.lr_warmup_steps}: --lr_scheduler constant has no warm-up; "
+                "use constant_with_warmup"
             )
         if self.method in METHODS:
             differs = [name for name, value in PLAIN.items() if getattr(self, name) != value]

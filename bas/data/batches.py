@@ -122,7 +122,7 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
     if grid is None:
         known = " or ".join(str(min(known)) for known in grids)
         pixels = min(latent) * spec.vae.factor
-        other = f"; or is it another model, as this one was trained at {spec.resolution} pixels, not at {pixels}?"
+        other = f"; or name another model: this one was trained at {spec.resolution} pixels, not at {pixels}"
         raise InputError(
             f"no cross-attention on {wanted} cells along the shorter side: use --attention_grid {known}"
             + (other if pixels != spec.resolution else "")

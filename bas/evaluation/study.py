@@ -154,7 +154,7 @@ def choose_pages(items: list[Item], config: StudyConfig) -> list[list[Item]]:
         raise InputError(f"a study compares two methods or more: here is {', '.join(methods) or 'none'}")
     if config.questions < len(methods):
         raise InputError(
-            f"--questions is {config.questions}: a page has one for each of {len(methods)} methods at least"
+            f"--questions is {config.questions}: a page needs one or more for each of the {len(methods)} methods"
         )
     by_unit: dict[tuple, dict[str, Item]] = {}
     for item in items:

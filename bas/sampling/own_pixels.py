@@ -47,7 +47,9 @@ def read_segments(spec: ModelSpec, handles: tuple[str, ...]) -> dict[str, Segmen
     segments = {}
     for handle in handles:
         if handle not in spec.handles:
-            raise InputError(f"{folder} does not show {handle}, so --own_pixels has no pixels of it: leave one out")
+            raise InputError(
+                f"{folder} does not show {handle}, so --own_pixels has no pixels of it: leave out one of them"
+            )
         path = scene_mask(folder, spec.handles.index(handle))
         image = pixels(read_image(path.with_name("img.png")))
         mask = torch.from_numpy(to_floats(read_mask(path)))

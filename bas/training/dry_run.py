@@ -44,9 +44,9 @@ from bas.training.setup import check_extras, check_input
 CHECKED_WITHOUT_BASE = "scene, masks, handles, words, sizes, device, run folder"
 CHECKED = f"{CHECKED_WITHOUT_BASE}; every weight's name and shape (no values)"
 MEMORY_RULE = (
-    "counting weights, on a GPU without the VAE's unless Seg-Mix encodes images in each step, master weights, "
-    "gradients, optimizer and what a step keeps for its backward pass (at half size in fp16); the allocator, work "
-    "space of kernels and recomputed blocks are not counted"
+    "counting weights, master weights, gradients, optimizer and what a step keeps for its backward pass (at half "
+    "size in fp16); on a GPU, the VAE counts only if Seg-Mix encodes images in each step; the allocator, work space of "
+    "kernels and recomputed blocks are not counted"
 )
 TIME_RULE = (
     "a lower bound: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while "

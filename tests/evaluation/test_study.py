@@ -104,7 +104,7 @@ def test_studies_that_compare_nothing_are_refused(evaluation):
         choose_pages([item for item in items if item.method == "bas"], StudyConfig())
     with refused("have no prompt of a scene in common"):
         choose_pages([item for item in items if (item.scene == "one") == (item.method == "bas")], StudyConfig())
-    with refused("--questions is 2: a page has one for each of 3 methods at least"):
+    with refused("--questions is 2: a page needs one or more for each of the 3 methods"):
         choose_pages(items, StudyConfig(questions=2))
 
 
