@@ -65,7 +65,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     tensors, _ = read_tensors(path)
     handle = handle_of(path)
     if not HANDLE.fullmatch(handle):
-        raise InputError(f"{path}: its name becomes the handle: use 1 to 32 letters, digits, _ or -")
+        raise InputError(f"{path}: its name becomes the handle: rename it to 1 to 32 letters, digits, _ or -")
     if (kind := other_kind(tensors)) and kind[0] != EMBEDDING:
         raise InputError(f"{path} is {kind[0]}: {kind[1]}")
     both = {*EMBEDDING_KEYS} <= tensors.keys()

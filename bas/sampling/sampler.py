@@ -85,7 +85,7 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, ste
 def warn_of_weights(prompts: Iterable[str]) -> None:
     """Warn of other tools' syntax that stays text. InputError for weights around a handle, and for <lora:NAME:1>."""
     for piece in dict.fromkeys(piece for prompt in prompts for piece in unread_weights(prompt)):
-        log.warning("bas does not read %r, so it stays text: write a weight as (words:1.3) or (<asset0>:1.3)", piece)
+        log.warning("%r stays text: bas reads weights as (words:1.3) or (<asset0>:1.3)", piece)
 
 
 def check_settings(spec: ModelSpec, config: SampleConfig) -> None:

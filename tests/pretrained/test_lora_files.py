@@ -238,7 +238,7 @@ KINDS = {
     "LoRA for SDXL": {DOWN: torch.zeros(4, 2048), UP: torch.zeros(32, 4)},
     "LoRA for Stable Diffusion 1": {DOWN: torch.zeros(4, 768), UP: torch.zeros(32, 4)},
     "an output of 33": {DOWN: torch.zeros(4, 64), UP: torch.zeros(33, 4)},
-    "strange, for which this model has no place: it is no part of a LoRA": {"strange": torch.zeros(1)},
+    "strange, for which this model has no place: it is not a part of a LoRA": {"strange": torch.zeros(1)},
     "for which this model has no place: it is a LoRA for a model with other layers": {
         "lora_unet_mystery.alpha": ONES,
         DOWN: torch.zeros(4, 64),

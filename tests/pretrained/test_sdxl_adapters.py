@@ -255,7 +255,7 @@ def test_what_does_not_fit_sdxl_is_refused(place, cwd):
         "holds rows for one text encoder": {"emb_params": torch.zeros(1, 64)},
         "holds 3 tensors": both | {"<other>": torch.zeros(1, 64)},
         "with rows of 96": both | {"clip_g": torch.zeros(2, 96)},
-        "of two numbers of vectors": both | {"clip_l": torch.zeros(1, 64)},
+        "holds another number of vectors for each text encoder": both | {"clip_l": torch.zeros(1, 64)},
     }.items():
         save_file(tensors, cwd / "toy.safetensors")
         with refused(part, "toy.safetensors"):

@@ -157,12 +157,12 @@ def test_the_command_names_weights_that_stay_text(models, tmp_path, caplog, caps
     save_model(models, tmp_path / "model")
     words = ["sample", str(tmp_path / "model"), "--num_inference_steps", "1", "--output_path", str(tmp_path / "x.png")]
     assert main([*words, "--prompt", "a ((bowl))", "--negative_prompt", "[stone]"]) == 0
-    assert [message.split(" is nothing")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
+    assert [message.split(" stays text")[0] for message in caplog.messages] == ["'((bowl))'", "'[stone]'"]
     caplog.clear()
     words += ["--config", str(tmp_path / "run.toml")]
     (tmp_path / "run.toml").write_text('prompt = ["a bowl++", "a stone"]')
     assert main(words) == 0
-    assert [message.split(" is nothing")[0] for message in caplog.messages] == ["'bowl++'"]
+    assert [message.split(" stays text")[0] for message in caplog.messages] == ["'bowl++'"]
     assert main([*words, "--prompt", "a <asset0>++"]) == 2
     assert "<asset0>++: bas reads no such weight" in capsys.readouterr().err
 
@@ -262,4 +262,4 @@ def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
 def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):
     """Training warns of a weight that it would read as brackets."""
     check_input(bench.config(tmp_path / "run", class_prompt=("a [photo] at the beach", "a stone")))
-    assert [message.split(" is nothing")[0] for message in caplog.messages] == ["'[photo]'"]
+    assert [message.split(" stays text")[0] for message in caplog.messages] == ["'[photo]'"]
