@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,29 @@ def test_a_record_grows_by_runs_of_the_same_miniature_and_settings(evaluation):
     assert with_run(recorded, other) == [other, *recorded]
     grown = {**base, "date": "now", "cells": [cell, cell | {"seed": 4}]}
     assert with_run([other, *recorded], {**base, "date": "now", "cells": [cell]}) == [grown, other]
+
+
+def test_runs_of_the_usual_settings_stand_first(evaluation):
+    """The first is the one that is plotted: an experiment with --set never takes its place."""
+    usual = {"base": "a", "settings": check_methods.TRAINING | {"class_image_guidance": 3.0}, "cells": []}
+    trial = usual | {"settings": usual["settings"] | {"phase2_train_steps": 9}}
+    assert with_run([usual], trial) == [usual, trial]
+    assert with_run([trial], usual) == [usual, trial]
+
+
+def test_settings_are_those_of_the_tool_or_as_set(tmp_path, monkeypatch):
+    """Each evaluation gets a file of settings: the tool's, the rate of its kind, and those of --set, which go first."""
+    monkeypatch.setattr(check_methods.subprocess, "run", lambda command, **_: None)
+    monkeypatch.setattr(check_methods, "condense", lambda folder: [])
+    for more in ([], ["--set", "phase2_train_steps=9", "close_ups=true"]):
+        words = ["--output_dir", str(tmp_path), "--methods", "bas", "token", "--seeds", "7", "--first_scenes", "1"]
+        monkeypatch.setattr(sys, "argv", ["check_methods.py", *words, *more])
+        check_methods.main()
+        plain = tomllib.loads((tmp_path / "evaluation.toml").read_text())
+        kind = tomllib.loads((tmp_path / f"evaluation-{KINDS['token'].rate:g}.toml").read_text())
+        wanted = check_methods.TRAINING | ({"phase2_train_steps": 9, "close_ups": True} if more else {})
+        assert plain == wanted
+        assert kind == wanted | {"learning_rate": KINDS["token"].rate}
 
 
 def test_what_is_recorded_is_not_trained_again():

@@ -3,6 +3,7 @@
     python -m tools.checks.methods --output_dir /tmp/methods                     all of it
     python -m tools.checks.methods --output_dir /tmp/methods --first_scenes 1 --seeds 0        a part of it
     python -m tools.checks.methods --output_dir /tmp/methods --record            what the recorded run has not yet
+    python -m tools.checks.methods --output_dir /tmp/long --set phase2_train_steps=1200        other settings
     python -m tools.checks.methods --markdown                                    the tables of the recorded runs
     python -m tools.checks.methods --scatter docs/pictures/comparison.png        the plot of the newest one
 
@@ -21,6 +22,7 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,7 @@ from bas.pretrained.folder import read_spec
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find
 from tools.checks.adapters import KINDS
+from tools.checks.combine import read_setting
 from tools.mini_world.scenes import render_concepts, save_scene
 
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
@@ -70,14 +73,14 @@ def by_rate(methods: list[str]) -> dict[float | None, list[str]]:
 
 
 def evaluate(
-    folder: Path, scenes: list[Path], methods: list[str], seeds: list[int], rate: float | None, processes: int
+    folder: Path, scenes: list[Path], methods: list[str], seeds: list[int], settings: dict[str, Any], processes: int
 ) -> None:
     """`bas evaluate` in as many processes of one thread as asked for. Raises CalledProcessError when it fails."""
-    settings = TRAINING | ({} if rate is None else {"learning_rate": rate})
-    write_text(folder.with_suffix(".toml"), "".join(f"{name} = {value}\n" for name, value in settings.items()))
+    file = folder.with_name(f"{folder.name}.toml")
+    write_text(file, "".join(f"{name} = {json.dumps(settings[name])}\n" for name in settings))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "bas", "evaluate", *map(str, scenes)]
-    command += ["--output_dir", str(folder), "--config", str(folder.with_suffix(".toml")), *SAMPLING]
+    command += ["--output_dir", str(folder), "--config", str(file), *SAMPLING]
     command += ["--methods", *methods, "--seeds", *map(str, seeds)]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
@@ -130,11 +133,15 @@ def same_run(run: dict, other: dict) -> bool:
 
 
 def with_run(recorded: list[dict], run: dict) -> list[dict]:
-    """The recorded runs with one more, the newest first. It takes in the cells that were recorded of the same run."""
+    """Return the recorded runs with one more: those of the settings above first, of these and of others the newest.
+
+    The run takes in the cells that were recorded of the same one.
+    """
     before = next((known["cells"] for known in recorded if same_run(known, run)), [])
     cells = {name_of(cell): cell for cell in (*before, *run["cells"])}
     grown = run | {"cells": [cells[name] for name in sorted(cells)]}
-    return [grown, *(known for known in recorded if not same_run(known, run))]
+    runs = [grown, *(known for known in recorded if not same_run(known, run))]
+    return sorted(runs, key=lambda run: not TRAINING.items() <= run["settings"].items())
 
 
 def rows_of(cells: list[dict]) -> list[dict]:
@@ -166,6 +173,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of training", dest="changes"
+    )
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help=f"write the result to docs/{RECORDED.name}")
     parser.add_argument("--markdown", action="store_true", help="print the recorded run; run nothing")
@@ -184,13 +194,15 @@ def main() -> None:
     run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch"), "cells": []}
     base = find(None)
     guidance = read_spec(base).guidance_scale  # of the class images, beside the settings that this tool chooses
-    run |= {"base": weights_hash(base), "settings": TRAINING | {"class_image_guidance": guidance}}
+    changes = dict(map(read_setting, args.changes))
+    run |= {"base": weights_hash(base), "settings": TRAINING | {"class_image_guidance": guidance} | changes}
     known = next((other["cells"] for other in recorded if same_run(other, run)), [])
     scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
     for rate, methods in by_rate(args.methods).items():
+        settings = TRAINING | ({} if rate is None else {"learning_rate": rate}) | changes
         folder = args.output_dir / ("evaluation" if rate is None else f"evaluation-{rate:g}")
         for (new, seed), some in left(scenes, methods, args.seeds, known if args.record else []).items():
-            evaluate(folder, some, list(new), [seed], rate, args.processes)
+            evaluate(folder, some, list(new), [seed], settings, args.processes)
         run["cells"] += condense(folder)
     print(markdown(run))
     if args.record:
