@@ -84,7 +84,7 @@ class Walk:
         return left + x * width, top + y * height
 
     def shoot(self, name: str, size: tuple[int, int] = WIDE, dark: bool = False) -> None:
-        """Take a picture of the room, in few colours: it is for a page of documentation."""
+        """Take a screenshot of the room, in few colours: it is for a page of documentation."""
         self.browser.show(*size, dark=dark, phone=size == PHONE)
         self.wait(SETTLED)
         path = self.folder / f"studio-{name}.png"

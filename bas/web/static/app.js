@@ -166,7 +166,7 @@ function help() {
     ["Ctrl+Z, Ctrl+Shift+Z", "undo, redo"],
     ["+ − 0", "zoom, fit"],
     ["h", "hide the masks"],
-    ["Space + drag", "move the picture"],
+    ["Space + drag", "move the image"],
     ["Ctrl+Enter", "start, draw, edit"],
     ["?", "this list"],
   ];
@@ -179,7 +179,7 @@ function help() {
       { class: "keys" },
       rows.map(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)]),
     ),
-    quiet("Letters work on the picture: click it, or reach it with Tab."),
+    quiet("Letters work on the image: click it, or reach it with Tab."),
     button("Close", () => dialog.close(), { class: "main" }),
   );
   dialog.addEventListener("close", () => dialog.remove());

@@ -12,7 +12,7 @@ const subsets = (count) => 2 ** count - 1;
 const KINDS = {
   sample: ["A prompt", "Number", 4],
   vary: ["Variations", "Variations", 9],
-  explore: ["Combinations", "Pictures of each", 1],
+  explore: ["Combinations", "Images of each", 1],
 };
 const ABOUT = {
   vary: "All concepts together, each time from another seed.",
@@ -55,7 +55,7 @@ export async function open(main, [name], studio) {
   const shown = gallery(run, "pictures", (picture) => [
     picture.settings.prompt && [
       button("Other seeds", () => again(picture)),
-      button("Take its settings", () => take(picture), { title: "Prompt, settings and boxes of this picture go into the form" }),
+      button("Take its settings", () => take(picture), { title: "Prompt, settings and boxes of this image go into the form" }),
     ],
     picture.settings.prompt &&
       !picture.maps.length &&
@@ -77,7 +77,7 @@ export async function open(main, [name], studio) {
       "div",
       { class: "columns draw" },
       h("section", { class: "stack", "aria-label": "What to draw" }, ways, asked, notices, start),
-      h("section", { class: "pictures", "aria-label": "Pictures" }, work, shown.box),
+      h("section", { class: "pictures", "aria-label": "Images" }, work, shown.box),
     ),
   );
   choose(kind);
@@ -100,11 +100,7 @@ export async function open(main, [name], studio) {
     const count = counters[kind].count(),
       all = subsets(run.handles.length) * places.chosen().length * count;
     start.textContent =
-      kind === "sample"
-        ? `Draw ${count}`
-        : kind === "vary"
-          ? `Draw ${plural(count, "variation")}`
-          : `Draw ${plural(all, "picture")}`;
+      kind === "sample" ? `Draw ${count}` : kind === "vary" ? `Draw ${plural(count, "variation")}` : `Draw ${plural(all, "image")}`;
     start.disabled = all === 0 && kind === "explore";
   }
 
@@ -145,7 +141,7 @@ export async function open(main, [name], studio) {
     form.load(picture.settings);
     boxes.load(picture.boxes ?? {});
     boxes.own.checked = Boolean(picture.settings.own_pixels);
-    speak("The form has the settings of this picture");
+    speak("The form has the settings of this image");
   }
 
   function again(picture) {

@@ -1,4 +1,4 @@
-// Edit: paint a region of a photograph or a picture, and say what shall be there.
+// Edit: paint a region of a photograph or another image, and say what shall be there.
 import { Away, address, fileOf, get, send } from "./api.js";
 import { chooseRun, finished, withoutRun } from "./choice.js";
 import { button, h, link, plural, problem, put, quiet, speak } from "./dom.js";
@@ -9,7 +9,7 @@ import { counter, settingsForm } from "./settings.js";
 import { Mask } from "./tiles.js";
 import { jobLines } from "./work.js";
 
-const NEWEST = 30; // pictures to choose from, besides the photographs
+const NEWEST = 30; // images to choose from, besides the photographs
 
 export async function open(main, [name, source], studio) {
   const run = finished(studio, name ?? studio.state.runs.find((each) => each.state === "done")?.name);
@@ -28,7 +28,7 @@ export async function open(main, [name, source], studio) {
   fields.push({
     name: "blending_start_percentage",
     kind: "float",
-    help: "share of the steps to leave out: a larger share keeps more of the picture",
+    help: "share of the steps to leave out: a larger share keeps more of the image",
     default: 0.25,
     least: 0,
     most: 0.99,
@@ -46,7 +46,7 @@ export async function open(main, [name, source], studio) {
   let mask = null,
     busy = "",
     version = null;
-  const painter = new Painter("The picture to edit", {
+  const painter = new Painter("The image to edit", {
     target: () => mask && { mask },
     part: from?.scene
       ? (box, side) => `api/${address("scenes", from.scene)}/view?box=${box.join(",")}&side=${side}&v=${opened}`
@@ -76,7 +76,7 @@ export async function open(main, [name, source], studio) {
   const pick = h(
     "label",
     { class: "row" },
-    h("span", {}, "Picture"),
+    h("span", {}, "Image"),
     h(
       "select",
       { id: "source", onchange: (event) => studio.go("edit", run.name, event.target.value) },
@@ -96,7 +96,7 @@ export async function open(main, [name, source], studio) {
       : h(
           "div",
           { class: "empty" },
-          h("p", { class: "large" }, "No picture to edit"),
+          h("p", { class: "large" }, "No image to edit"),
           link("Bring a photograph", "#/home", { class: "button main" }),
         ),
   );
@@ -111,7 +111,7 @@ export async function open(main, [name, source], studio) {
     return new Promise((done, failed) => {
       const image = new Image();
       image.onload = () => done({ width: image.naturalWidth, height: image.naturalHeight });
-      image.onerror = () => failed(new Error("the picture is not here any more"));
+      image.onerror = () => failed(new Error("the image is not here any more"));
       image.src = address;
     });
   }
@@ -166,7 +166,7 @@ export async function open(main, [name, source], studio) {
   };
 }
 
-// A result over the picture that it was made from, with a slider between both.
+// A result over the image that it was made from, with a slider between both.
 function beforeAndAfter(run, picture, after) {
   const box = h("div", { class: "slide" }, after);
   get(`${address("runs", run.name)}/edited?file=${encodeURIComponent(picture.file)}`)

@@ -1,4 +1,4 @@
-// The pictures of a run with their settings. Of thousands, only the rows near the window are in the page.
+// The images of a run with their settings. Of thousands, only the rows near the window are in the page.
 import { address, fileOf, get, send, thumbOf } from "./api.js";
 import { button, deleted, h, link, plural, problem, put, quiet, speak } from "./dom.js";
 
@@ -78,9 +78,9 @@ function scrollerOf(element) {
 
 const sheet = ({ file }) => file.endsWith("/grid.png");
 export const titleOf = (picture) =>
-  picture.settings.prompt ?? picture.settings.prompts?.join(", ") ?? (sheet(picture) ? "All on one sheet" : picture.file);
+  picture.settings.prompt ?? picture.settings.prompts?.join(", ") ?? (sheet(picture) ? "All in one grid" : picture.file);
 
-// view: what is shown for the chosen picture, of the picture and its image
+// view: what is shown for the chosen image, of its row and its element
 export function gallery(run, folder, actions, view = (_picture, image) => image) {
   const detail = h("div", { class: "detail" }),
     gone = h("div", {}),
@@ -105,13 +105,13 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
   function show(fresh) {
     pictures = only.checked ? all.filter((each) => each.star) : all;
     bar.hidden = all.length < 2;
-    total.textContent = plural(pictures.length, "picture");
+    total.textContent = plural(pictures.length, "image");
     const had = grid.list.contains(document.activeElement) && document.activeElement.dataset.file;
     if (!pictures.length) {
       chosen = null;
       put(
         detail,
-        quiet(all.length ? "No favourite yet: mark one with ☆." : "Pictures appear here, each with the settings that made it."),
+        quiet(all.length ? "No favourite yet: mark one with ☆." : "Images appear here, each with the settings that made it."),
       );
     } else
       choose(
@@ -199,17 +199,17 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
     change("deleted", picture, "DELETE", {}, ({ trash }) => {
       const i = pictures.indexOf(picture);
       chosen = pictures[i + 1] ?? pictures[i - 1] ?? null;
-      return deleted("The picture", async () => {
+      return deleted("The image", async () => {
         await send("POST", address("trash", trash));
         await renew();
       });
     });
-  // Change a picture on the disk, and say above it what has become of it: then() gives a card, or nothing.
+  // Change an image on the disk, and say above it what has become of it: then() gives a card, or nothing.
   async function change(what, { file }, method, body, then) {
     try {
       put(gone, then(await send(method, `${address("runs", run.name)}/pictures`, { file, ...body })));
     } catch (error) {
-      put(gone, problem(`The picture was not ${what}`, error.message));
+      put(gone, problem(`The image was not ${what}`, error.message));
     }
     await renew().catch(() => {});
   }
@@ -238,7 +238,7 @@ export function gallery(run, folder, actions, view = (_picture, image) => image)
   return { box: [gone, detail, h("div", { class: "roll" }, bar, grid.list)], renew, close: grid.close };
 }
 
-// Where the handles or words of a picture looked while it was drawn.
+// Where the handles or words of an image looked while it was drawn.
 function looks(run, picture) {
   if (!picture.maps.length) return null;
   return h(

@@ -49,7 +49,7 @@ export async function open(main, _rest, studio) {
       button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" }),
     ),
-    quiet("or paste one. One photograph that shows the things you want to learn is enough. Or drop a scene's folder."),
+    quiet("or paste one. One photograph that shows the concepts you want to learn is enough. Or drop a scene's folder."),
     files,
   );
   put(
@@ -221,7 +221,7 @@ export async function open(main, _rest, studio) {
             "p",
             { class: done ? "good" : "quiet" },
             STATES[run.state] +
-              (done ? `, ${plural(run.pictures, "picture")} · ` : run.total ? ` after ${run.done} of ${run.total} steps` : ""),
+              (done ? `, ${plural(run.pictures, "image")} · ` : run.total ? ` after ${run.done} of ${run.total} steps` : ""),
             done && link("its training", `#/watch/${to}`, { "aria-label": `its training: ${run.name}` }),
           ),
       run.problem && h("p", {}, run.problem),

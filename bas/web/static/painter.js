@@ -6,9 +6,9 @@ import { History, Stage } from "./stage.js";
 const FINGERS = matchMedia("(pointer: coarse)");
 const hintOf = (tool) => {
   const touch = FINGERS.matches;
-  const moves = touch ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the picture.";
+  const moves = touch ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the image.";
   return {
-    // one for each: else the picture moves
+    // one for each: else the image moves
     brush: `Paint over the concept. ${moves}`,
     eraser: `Paint over what is not part of it. ${moves}`,
     fill: `${touch ? "Tap" : "Click"} inside an outline: its inside is filled.`,

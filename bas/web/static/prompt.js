@@ -14,7 +14,7 @@ export const PLACES = [
 const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
 export const colourOf = (i) => COLOURS[i % COLOURS.length];
 
-// A learnt thing as it looks in the photograph.
+// A learnt concept as it looks in the photograph.
 const cutout = (run, i) =>
   h("img", {
     class: "cut",
@@ -84,7 +84,7 @@ export function promptField(run, key, start) {
     PLACES.map((place) => button(place, () => stand(place), { class: "chip plain", ...held })),
   );
   function stand(place) {
-    const old = PLACES.find((each) => field.value.includes(each)); // a picture has one place
+    const old = PLACES.find((each) => field.value.includes(each)); // an image has one place
     if (!old) return insert(place);
     set(field.value.replace(old, place));
     field.focus();

@@ -14,7 +14,7 @@ const NAMES = {
   batch_size: "At once",
   height: "Height",
   width: "Width",
-  blending_start_percentage: "Picture to keep",
+  blending_start_percentage: "Image to keep",
 };
 
 // Settings that would change nothing beside the others, with the reason.

@@ -1,4 +1,4 @@
-// The picture on which one paints: an image below a canvas of the window's size, never larger. Pan, zoom, pointers.
+// Where one paints: an image below a canvas of the window's size, never larger. Pan, zoom, pointers.
 import { h } from "./dom.js";
 
 const MOST = 3e6; // pixels of the canvas

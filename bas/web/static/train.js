@@ -301,7 +301,7 @@ const SHORT = {
   seed: "Another seed gives another run",
   close_ups: "Also trains on close-ups of the concepts",
   background_handle: "Also learns what no mask covers, as bg for <bg>",
-  img_log_steps: "Pictures while it trains; 0 for none",
+  img_log_steps: "Images while it trains; 0 for none",
 };
 const EMPTY = { background_handle: "none" }; // what a field without a value means, where that is no default
 const NAMES = {

@@ -21,7 +21,7 @@ from bas.web.studio.store import JOBS, RUNS, SCENES, file_inside, text_of
 from bas.web.studio.zips import files_below, zipped
 
 KEPT = {"cache-control": "private, max-age=31536000, immutable"}  # of what its address names exactly
-THUMB = 320  # pixels of the longer side of a picture in a gallery
+THUMB = 320  # pixels of the longer side of an image in a gallery
 CUTOUT = 72  # pixels of the longer side of a concept on its chip
 LATEST = 30  # ended jobs that the page gets, besides all that have not ended
 INLINE = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -211,19 +211,19 @@ def mark_picture(ask: Ask) -> dict[str, Any]:
 
 
 def delete_picture(ask: Ask) -> dict[str, Any]:
-    """Move a picture to the trash."""
+    """Move an image to the trash."""
     file = text_of(ask.json, "file")
     if file.partition("/")[0] not in {name for names in runs.GALLERIES.values() for name in names}:
-        raise Refusal(403, "only pictures are deleted here", "bad")
+        raise Refusal(403, "only images are deleted here", "bad")
     return {"trash": ask.home.trash(runs.run_file(_run(ask), file))}
 
 
 def compare_edit(ask: Ask) -> dict[str, Any]:
-    """Return the job that made an edited picture, and how many pixels outside of its mask have changed."""
+    """Return the job that made an edited image, and how many pixels outside of its mask have changed."""
     run, file = _run(ask), ask.query.get("file", "")
     path, job = runs.run_file(run, file), runs.edit_of(ask.home, run, file)
     if job is None or (outside := runs.changed_outside(job, path, path.stat().st_mtime_ns)) is None:
-        raise Refusal(404, "the picture before is not here any more", "missing")
+        raise Refusal(404, "the image before is not here any more", "missing")
     return {"job": job.name, "outside": outside}
 
 
@@ -237,10 +237,10 @@ def get_file(ask: Ask) -> Response:
 
 
 def get_thumb(ask: Ask) -> Response:
-    """Return a picture, small."""
+    """Return an image, small."""
     path = runs.run_file(_run(ask), ask.path["file"])
     if path.suffix.lower() not in INLINE:
-        raise Refusal(404, "this file is not a picture", "missing")
+        raise Refusal(404, "this file is not an image", "missing")
     data, kind = _thumb(path, path.stat().st_mtime_ns)
     return Response(data, media_type=kind, headers=KEPT if "v" in ask.query else None)
 
@@ -262,7 +262,7 @@ def get_cutout(ask: Ask) -> Response:
     run, number = _run(ask), ask.number("concept")
     mask = scene_mask(run / runs.SCENE, number)
     if not mask.is_file():
-        raise Refusal(404, "the run holds no picture of it", "missing")
+        raise Refusal(404, "the run holds no image of it", "missing")
     changed = mask.stat().st_mtime_ns, mask.with_name("img.png").stat().st_mtime_ns
     return Response(_cutout(mask, changed), media_type="image/png")
 

@@ -1,4 +1,4 @@
-"""Runs for the page: how far each is, its curves and previews, its pictures, and how runs differ."""
+"""Runs for the page: how far each is, its curves and previews, its images, and how runs differ."""
 
 import json
 import os
@@ -28,8 +28,8 @@ from bas.web.studio.unchanged import while_unchanged
 
 DRAWN, EDITED, EXPORTS, MARKS = "pictures", "edits", "exports", "marks.json"
 VARIED, EXPLORED = "variations", "exploration"  # a folder for each time, as `bas vary` and `bas explore` write it
-GALLERIES = {DRAWN: (DRAWN, VARIED, EXPLORED), EDITED: (EDITED,)}  # the folders whose pictures the page shows together
-ATTENTION, MAPS = "attention", "maps.json"  # a folder for each picture, as `bas attend` writes it
+GALLERIES = {DRAWN: (DRAWN, VARIED, EXPLORED), EDITED: (EDITED,)}  # the folders whose images the page shows together
+ATTENTION, MAPS = "attention", "maps.json"  # a folder for each image, as `bas attend` writes it
 MASK, IMAGE = "mask.png", "image.png"  # in the folder of a job that edits
 FORMS = ("single", *FORMATS)  # of exports
 SHOWN = (".png", ".jpg", ".webp")
@@ -90,11 +90,11 @@ def state_of(run: Path, job: dict | None) -> str:
 
 
 def cover(run: Path) -> str | None:
-    """Return the picture that stands for a run: the newest drawn one, else the newest preview, else its scene."""
+    """Return the image that stands for a run: the newest drawn one, else the newest preview, else its scene."""
     newest = (
         (changed, f"{folder}/{name}")
         for folder, images in folders_of(run, DRAWN)
-        for changed, name in images[:2]  # one of them may be a sheet
+        for changed, name in images[:2]  # one of them may be a grid
         if name != GRID
     )
     if drawn := max(newest, default=None):
@@ -141,7 +141,7 @@ def listed(place: Path) -> tuple[list[tuple[int, str]], list[str]]:
 
 
 def gallery_version(run: Path) -> str:
-    """Return a text that changes with the galleries of a run: a new, changed or deleted picture, a mark, a map."""
+    """Return a text that changes with the galleries of a run: a new, changed or deleted image, a mark, a map."""
     folders = [run / name for names in GALLERIES.values() for name in names]
     folders += [each for name in (VARIED, EXPLORED, ATTENTION) for each in (run / name).glob("*/")]
     times = [path.stat().st_mtime_ns for path in (*folders, run / ATTENTION, run / MARKS) if path.exists()]
@@ -191,11 +191,11 @@ def masks(run: Path) -> list[str | None]:
     return [path.relative_to(run).as_posix() if path.is_file() else None for path in paths]
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------------
+# --- Images -------------------------------------------------------------------------------------------------------
 
 
 def pictures(run: Path, gallery: str) -> list[dict[str, Any]]:
-    """Return the pictures of a gallery, newest first, each with the settings that made it.
+    """Return the images of a gallery, newest first, each with the settings that made it.
 
     `boxes` is its layout, `maps` are where its handles looked, if that was asked for.
     """
@@ -224,12 +224,12 @@ def boxes_in(layout: Path) -> dict[str, list[float]]:
 
 
 def attention_folder(run: Path, file: str) -> Path:
-    """Return the folder for the attention maps of a picture of a run."""
+    """Return the folder for the attention maps of an image of a run."""
     return run / ATTENTION / file.replace("/", "-")
 
 
 def maps_of(run: Path, file: str) -> list[dict[str, str]]:
-    """Return the attention maps of a picture: handles, and images that show where each looked. None if outdated."""
+    """Return the attention maps of an image: handles, and files that show where each looked. None if outdated."""
     notes = attention_folder(run, file) / MAPS
     if not notes.is_file() or notes.stat().st_mtime_ns < (run / file).stat().st_mtime_ns:
         return []
@@ -245,7 +245,7 @@ def maps_of(run: Path, file: str) -> list[dict[str, str]]:
 
 
 def edit_of(home: Home, run: Path, file: str) -> Path | None:
-    """Find the job that made a picture by editing; it keeps the image and the mask. None if it is gone."""
+    """Find the job that made an image by editing; it keeps the image before and the mask. None if it is gone."""
     for folder in reversed(jobs.Lane(home).folders()):
         job = jobs.describe(folder) if "-edit-" in folder.name else None
         if not job or job["name"] != run.name or not isinstance(target := job["asked"].get("file"), str):
@@ -282,7 +282,7 @@ def settings_in(path: Path, _changed: int) -> dict[str, Any]:
 
 
 def marks(run: Path) -> list[str]:
-    """Return the pictures that were marked as favourites."""
+    """Return the images that were marked as favourites."""
     try:
         found = read_json(run / MARKS)["stars"]
     except (InputError, KeyError):
@@ -291,7 +291,7 @@ def marks(run: Path) -> list[str]:
 
 
 def mark(run: Path, file: str, star: bool) -> None:
-    """Mark a picture as a favourite, or take the mark away."""
+    """Mark an image as a favourite, or take the mark away."""
     stars = [name for name in marks(run) if name != file]
     write_json(run / MARKS, {"stars": [*stars, file] if star else stars})
 

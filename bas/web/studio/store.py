@@ -105,7 +105,7 @@ class Home:
     def restore(self, name: str) -> str:
         """Move something from the trash back to where it was. Returns that place.
 
-        Refusal if something else is there by now, or if a picture's run is gone.
+        Refusal if something else is there by now, or if an image's run is gone.
         """
         place = self.find(TRASH, name)
         was = where_it_was(place)

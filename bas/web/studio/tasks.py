@@ -216,22 +216,22 @@ def check_boxes(spec: ModelSpec, prompt: str, boxes: Any) -> None:
 
 
 def attend(home: Home, body: dict) -> str:
-    """Ask where the handles of a drawn picture looked, or all its words: draw it once more, and keep the attention."""
+    """Ask where the handles of a drawn image looked, or all its words: draw it once more, and keep the attention."""
     run, file, all_words = finished(home, body), text_of(body, "file"), bool(body.get("words"))
     path = runs.run_file(run, file)
     made = runs.settings_in(path, path.stat().st_mtime_ns)
     prompt, layout = made.get("prompt"), made.get("layout")
     if file.partition("/")[0] not in runs.GALLERIES[runs.DRAWN] or not isinstance(prompt, str):
-        raise Refusal(422, "this picture does not say how it was drawn", "image", "file")
+        raise Refusal(422, "this image does not say how it was drawn", "image", "file")
     if made.get("lora") or made.get("embedding"):
-        raise Refusal(422, "this picture was drawn with further files: ask bas attend for it in a terminal", "image")
+        raise Refusal(422, "this image was drawn with further files: ask bas attend for it in a terminal", "image")
     if layout and not (Path(layout).is_file() and inside(Path(layout), home.folder)):
-        raise Refusal(409, "the boxes of this picture are not here any more: draw it again", "missing")
+        raise Refusal(409, "the boxes of this image are not here any more: draw it again", "missing")
     names = [name for name in setting_rows(SampleConfig) if name not in ("num_images", "batch_size")]
     settings = {name: made[name] for name in names if made.get(name) is not None}
     plan_maps(read_spec(run), prompt, SampleConfig(**settings), None, all_words)
     target = runs.attention_folder(run, file)
-    if target.exists():  # of an older picture of this name, or asked for again
+    if target.exists():  # of an older image of this name, or asked for again
         home.trash(target)
     words = ["attend", str(run), f"--prompt={prompt}", f"--output_dir={target}", *as_flags(SampleConfig, settings)]
     words += ["--words"] if all_words else []
@@ -239,7 +239,7 @@ def attend(home: Home, body: dict) -> str:
 
 
 def edit(home: Home, body: dict) -> str:
-    """Change a painted region of a photograph or a picture."""
+    """Change a painted region of a photograph or another image."""
     run, prompt, settings = finished(home, body), text_of(body, "prompt").strip(), settings_of(body, EDITING)
     source = edited_image(home, body)
     config, image = EditConfig(**settings), read_image(source)
@@ -265,7 +265,7 @@ def edit(home: Home, body: dict) -> str:
 
 
 def edited_image(home: Home, body: dict) -> Path:
-    """Return the file of the image to edit: a scene's photograph, or a picture of a run."""
+    """Return the file of the image to edit: a scene's photograph, or an image of a run."""
     if body.get("scene") is not None:
         return open_scene(home.find(SCENES, text_of(body, "scene"))).draft.image_path
     path = runs.run_file(home.find(RUNS, text_of(body, "of")), text_of(body, "file"))

@@ -92,7 +92,7 @@ def server(browser, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def furnished(server, tmp_path_factory):
-    """What needs no training: the playroom; the runs `first` and `second`, which differ; `many` with 1000 pictures."""
+    """What needs no training: the playroom; the runs `first` and `second`, which differ; `many` with 1000 images."""
     shutil.copytree(PLAYROOM, server.home / "scenes" / "playroom")
     base, runs = tmp_path_factory.mktemp("furnished") / "base", server.home / "runs"
     write_base(base, "sd1", whole_vocabulary=True)

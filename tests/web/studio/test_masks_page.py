@@ -149,7 +149,7 @@ def test_a_click_proposes_a_mask_that_is_taken_or_dropped(page, server, tmp_path
     painted = (scene / "mask0.png").read_bytes()
 
     before = place_of(page, 0.5, 0.5)
-    for tool in ("eraser", "fill", "polygon", "brush", "click"):  # none moves the picture under the hand
+    for tool in ("eraser", "fill", "polygon", "brush", "click"):  # none moves the image under the hand
         click(page, f"[data-tool={tool}]")
         page.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
         assert place_of(page, 0.5, 0.5) == before
@@ -316,11 +316,11 @@ def test_a_warning_stands_beside_the_mask_that_it_is_about(page, server, tmp_pat
     page.wait("document.querySelectorAll('.concepts .warning').length === 0")
 
 
-def test_a_picture_that_cannot_be_read_is_said_where_it_was_brought(page, server, tmp_path):
+def test_an_image_that_cannot_be_read_is_said_where_it_was_brought(page, server, tmp_path):
     """The others that came with it are there."""
     for name in ("before.png", "after.png"):
         shutil.copy(PLAYROOM / "img.png", tmp_path / name)
-    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.png").write_text("no image")
     choose(page, server, *(tmp_path / name for name in ("before.png", "notes.png", "after.png")))
     page.wait("['before', 'after'].every((name) => document.querySelector(`[aria-label='Paint ${name}']`))")
     said = page.run("[...document.querySelectorAll('.card.bad')].map((card) => card.textContent)")

@@ -98,7 +98,7 @@ def test_the_whole_way(page, server, tmp_path):
     assert steps == [*range(1, 42)]
     assert (run / "concepts.safetensors").exists()
 
-    # Draw two pictures with a box.
+    # Draw two images with a box.
     click(page, ".good-card a")
     page.wait("!!document.querySelector('#draw')")
     click(page, "[aria-label='<moon> stronger']")
@@ -181,7 +181,7 @@ def test_the_whole_way(page, server, tmp_path):
 
 
 def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
-    """Two small runs: what differs, where a picture looked, a picture deleted and restored, a LoRA."""
+    """Two small runs: what differs, where an image looked, an image deleted and restored, a LoRA."""
     server, runs = furnished, furnished.home / "runs"
 
     # Compare.
@@ -216,7 +216,7 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
     click(page, "a[href='#/watch/first']")
     page.wait("document.querySelectorAll('.curve').length === 1")
 
-    # Where did it look? And a picture comes back from the trash.
+    # Where did it look? And an image comes back from the trash.
     visit(page, server, "#/draw/first")
     click(page, ".chosen figcaption button:nth-of-type(3)")
     wait_long(page, "document.querySelectorAll('.looks img').length === 2")
@@ -230,7 +230,7 @@ def test_finished_runs_are_compared_asked_and_taken_away(page, furnished):
     click(page, ".chosen figcaption button.plain")
     page.wait("document.querySelectorAll('.shot').length === 0")
     assert not (runs / "first/pictures/one.png").exists()
-    click(page, "[aria-label='Restore The picture']")
+    click(page, "[aria-label='Restore The image']")
     page.wait("document.querySelectorAll('.shot').length === 1")
     assert (runs / "first/pictures/one.png").exists()
 
@@ -353,7 +353,7 @@ def test_the_advice_is_for_the_hand_that_is_there(page, furnished):
     page.wait("document.querySelector('.hint').textContent.startsWith('Paint over the concept. The wheel zooms')")
 
 
-def test_a_thousand_pictures_scroll(page, furnished):
+def test_a_thousand_images_scroll(page, furnished):
     """The page holds only those near the window, in the order of time; the last is reached by scrolling and by keys."""
     visit(page, furnished, "#/draw/many")
     page.wait("document.querySelectorAll('.shot').length > 0")
@@ -378,7 +378,7 @@ def test_a_thousand_pictures_scroll(page, furnished):
 
 
 def test_two_pages_see_each_other(page, furnished):
-    """A favourite of one page is one in the other, and a picture that the other deletes is gone in the first."""
+    """A favourite of one page is one in the other, and an image that the other deletes is gone in the first."""
     pictures = furnished.home / "runs" / "second" / "pictures"
     pictures.mkdir()
     for name in ("a", "b"):
@@ -428,7 +428,7 @@ def test_previews_stand_beside_their_masks_and_grow_with_the_window(page, furnis
     assert page.run("document.querySelector('.option :checked').value") == "mini"
 
 
-def test_what_becomes_of_a_picture_in_vain_is_said_above_it(page, furnished):
+def test_what_becomes_of_an_image_in_vain_is_said_above_it(page, furnished):
     """When its file is gone, and when the server is away."""
     pictures = furnished.home / "runs" / "second" / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)
@@ -440,11 +440,11 @@ def test_what_becomes_of_a_picture_in_vain_is_said_above_it(page, furnished):
     said = "document.querySelector('.pictures .card.bad')?.textContent"
     (pictures / "b.png").unlink()
     click(page, ".chosen figcaption button.plain")
-    page.wait(f"{said} === 'The picture was not deletedthe run has no such file'")
+    page.wait(f"{said} === 'The image was not deletedthe run has no such file'")
     page.wait("document.querySelectorAll('.shot').length === 1")
     page.run("window.fetch = () => Promise.reject(new TypeError('away')); 0")
     click(page, ".chosen figcaption button[aria-pressed=false]")
-    page.wait(f"{said} === 'The picture was not markedbas studio does not answer'")
+    page.wait(f"{said} === 'The image was not markedbas studio does not answer'")
 
 
 def test_the_page_is_small_and_asks_nobody_else():

@@ -1,4 +1,4 @@
-"""What the studio does with a finished run: pictures and their attention, edits, exports, comparisons."""
+"""What the studio does with a finished run: images and their attention, edits, exports, comparisons."""
 
 import base64
 import io
@@ -81,7 +81,7 @@ def test_what_is_asked_for_in_vain_is_said(studio, run):
 
 
 def test_the_gallery_changes_its_version(studio, run):
-    """With each new, marked, or deleted picture, each file of an attention map, and with no question."""
+    """With each new, marked, or deleted image, each file of an attention map, and with no question."""
     (run / "pictures").mkdir()
     versions = [studio.get("api/state")["runs"][0]["gallery"]]
 
@@ -106,7 +106,7 @@ def test_the_gallery_changes_its_version(studio, run):
 
 
 def test_a_folder_that_is_unchanged_is_not_read_again(studio, run, monkeypatch):
-    """A new picture is seen all the same, and so is one that was changed in its place."""
+    """A new image is seen all the same, and so is one that was changed in its place."""
     for folder in ("pictures", "variations/a"):
         (run / folder).mkdir(parents=True)
         for i in range(3):
@@ -136,8 +136,8 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("boxes", [{}, {"<asset0>": [0, 0, 0.5, 1]}])
-def test_where_the_handles_of_a_picture_looked(studio, run, boxes):
-    """The picture of the maps is the one that was asked about, with its seed and boxes; each handle has a map."""
+def test_where_the_handles_of_an_image_looked(studio, run, boxes):
+    """The image of the maps is the one that was asked about, with its seed and boxes; each handle has a map."""
     do(studio, kind="sample", prompt=PROMPT, settings=FEW | {"num_images": 2, "seed": 5}, boxes=boxes)
     chosen = next(row for row in studio.get("api/runs/toy/pictures")["pictures"] if row["settings"]["seed"] == 6)
     assert chosen["maps"] == []
@@ -156,14 +156,14 @@ def test_where_the_handles_of_a_picture_looked(studio, run, boxes):
 
     picture, notes = run / chosen["file"], run / folder / "maps.json"
     os.utime(picture, ns=(0, notes.stat().st_mtime_ns + 1))
-    assert maps_of(run, chosen["file"]) == []  # of an older picture of this name
+    assert maps_of(run, chosen["file"]) == []  # of an older image of this name
     os.utime(picture, ns=(0, 0))
     assert maps_of(run, chosen["file"]) == rows[6]["maps"]
     notes.write_text("{damaged")
     assert maps_of(run, chosen["file"]) == []
 
 
-def test_a_picture_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
+def test_an_image_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
     """Nor has one without a handle, one of other files, or one whose boxes are gone."""
     whole = {"prompt": PROMPT, "num_inference_steps": 2}
     for name, made_by, status in (
@@ -180,7 +180,7 @@ def test_a_picture_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
 
 
 def test_an_edit_beside_what_it_was_made_from(studio, run):
-    """The picture before comes back as it was, and the changed pixels outside of the mask are counted: none, then 3."""
+    """The image before comes back as it was, and the changed pixels outside of the mask are counted: none, then 3."""
     (run / "pictures").mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(run / "pictures" / "before.png")
@@ -205,7 +205,7 @@ def test_an_edit_beside_what_it_was_made_from(studio, run):
     assert studio.ask("GET", "api/runs/toy/edited?file=pictures/before.png").status_code == 404
 
 
-def test_a_deleted_picture_comes_back(studio, run):
+def test_a_deleted_image_comes_back(studio, run):
     """To its run, with its bytes; not while that run is in the trash itself."""
     (run / "pictures").mkdir()
     Image.new("RGB", (16, 16), "red").save(run / "pictures" / "red.png")

@@ -204,7 +204,7 @@ def huge_png():
     )
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", picture()[:500], huge_png(), b"<svg/>"])
+@pytest.mark.parametrize("data", [b"", b"not an image", picture()[:500], huge_png(), b"<svg/>"])
 def test_what_is_no_photograph_leaves_nothing(studio, data):
     answer = studio.ask("POST", "api/scenes?name=<b>x</b>", raw=data)
     assert (answer.status_code, answer.json()["code"]) == (422, "input")
@@ -278,10 +278,10 @@ def test_a_folder_of_any_mask_source_becomes_a_scene(studio, masks):
         (as_folder([("photo.png", IMG[1])]), 422, "toys has no image named img.jpg"),
         (as_folder([IMG, ("mask1.png", png(HALF))]), 422, "toys has masks up to mask1.png but lacks mask0.png"),
         (as_folder([IMG, ("mask00.png", png(HALF))]), 422, "name it mask0.png"),
-        (as_folder([("img.png", b"no picture")]), 422, "toys/img.png"),
+        (as_folder([("img.png", b"no image")]), 422, "toys/img.png"),
         (as_folder([IMG, ("img.jpg", IMG[1])]), 422, "exactly one image"),
         (as_folder([IMG] + [(f"{i}.png", b"") for i in range(256)]), 422, "more than 256 files"),
-        (as_folder([IMG, ("mask0.png", b"no picture")]), 422, "toys/mask0.png"),
+        (as_folder([IMG, ("mask0.png", b"no image")]), 422, "toys/mask0.png"),
         (as_folder([IMG, IMG]), 400, "not as announced"),
         (as_folder([IMG])[:-1], 400, "not as announced"),
         (as_folder([IMG]) + b"x", 400, "not as announced"),
