@@ -47,6 +47,7 @@ export async function open(main, [name, source], studio) {
     busy = "",
     version = null;
   const painter = new Painter("The image to edit", {
+    over: { brush: "what may change", eraser: "what shall stay" },
     target: () => mask && { mask },
     part: from?.scene
       ? (box, side) => `api/${address("scenes", from.scene)}/view?box=${box.join(",")}&side=${side}&v=${opened}`

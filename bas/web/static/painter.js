@@ -4,13 +4,14 @@ import { Polygon } from "./polygon.js";
 import { History, Stage } from "./stage.js";
 
 const FINGERS = matchMedia("(pointer: coarse)");
-const hintOf = (tool) => {
+const CONCEPT = { brush: "the concept", eraser: "what is not part of it" };
+const hintOf = (tool, over) => {
   const touch = FINGERS.matches;
   const moves = touch ? "Two fingers move and zoom." : "The wheel zooms, Space and drag move the image.";
   return {
     // one for each: else the image moves
-    brush: `Paint over the concept. ${moves}`,
-    eraser: `Paint over what is not part of it. ${moves}`,
+    brush: `Paint over ${over.brush}. ${moves}`,
+    eraser: `Paint over ${over.eraser}. ${moves}`,
     fill: `${touch ? "Tap" : "Click"} inside an outline: its inside is filled.`,
     polygon: touch
       ? "Tap the corners; the first closes. Undo takes a corner back."
@@ -22,11 +23,12 @@ const hintOf = (tool) => {
 };
 
 export class Painter {
-  // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change; click(x, y): of the tool Click
-  constructor(name, { target, layers, changed, part, click }) {
-    Object.assign(this, { target, changed, click, tool: "brush", size: remembered("brush", 45), history: new History() });
+  // target(): the mask painted on and its colour; layers(): all; changed(mask, keys): after each change; click(x, y): of the tool Click;
+  // over: what brush and eraser go over, in words
+  constructor(name, { target, layers, changed, part, click, over = CONCEPT }) {
+    Object.assign(this, { target, changed, click, over, tool: "brush", size: remembered("brush", 45), history: new History() });
     this.hint = h("p", { class: "hint", role: "status" });
-    FINGERS.onchange = () => (this.hint.textContent = hintOf(this.tool));
+    FINGERS.onchange = () => (this.hint.textContent = hintOf(this.tool, over));
     this.stage = new Stage(name, {
       layers,
       part,
@@ -108,7 +110,7 @@ export class Painter {
   choose(tool) {
     if (tool !== "polygon") this.polygon.drop();
     this.tool = tool;
-    this.hint.textContent = hintOf(tool);
+    this.hint.textContent = hintOf(tool, this.over);
     this.range.disabled = ["fill", "polygon", "click"].includes(tool);
     for (const each of this.tools) each.setAttribute("aria-pressed", each.dataset.tool === tool);
     this.stage.showRing();

@@ -345,12 +345,16 @@ def test_everybody_can_use_every_room(page, furnished, place, seen):
 
 
 def test_the_advice_is_for_the_hand_that_is_there(page, furnished):
-    """Fingers are told of fingers, and a mouse that is plugged in later of its wheel."""
+    """Fingers are told of fingers, and a mouse that is plugged in later of its wheel; Edit tells of what may change."""
     page.show(360, 740, phone=True)
     visit(page, furnished, "#/masks/playroom")
     page.wait("document.querySelector('.hint')?.textContent === 'Paint over the concept. Two fingers move and zoom.'")
     page.show(1280, 800)
     page.wait("document.querySelector('.hint').textContent.startsWith('Paint over the concept. The wheel zooms')")
+    visit(page, furnished, "#/edit/first")
+    page.wait("document.querySelector('.hint')?.textContent.startsWith('Paint over what may change. The wheel zooms')")
+    click(page, "[data-tool=eraser]")
+    page.wait("document.querySelector('.hint').textContent.startsWith('Paint over what shall stay. The wheel zooms')")
 
 
 def test_a_thousand_images_scroll(page, furnished):
