@@ -28,6 +28,7 @@ from bas.web.studio.store import Home
 from tests.helpers.browser import Browser
 
 WIDE, PHONE = (1280, 800), (360, 740)
+ALL_OF_DRAW, ALL_OF_HOME = (1280, 890), (1280, 1180)  # high enough for all attention maps, and for the run's card
 PATIENCE = 1800  # seconds for a training or a drawing, on a busy machine
 PROMPT = "a photo of <moon> and <clover> and <crown> at the beach"
 HANDLES = ("<moon>", "<clover>", "<crown>")
@@ -133,7 +134,7 @@ def walk(step: Walk, steps: int | None) -> None:
     step.wait("document.querySelectorAll('.shot').length === 8 && document.querySelector('.live') === null")
     step.click(".chosen figcaption button:nth-of-type(3)")  # where did it look?
     step.wait("document.querySelectorAll('.looks img').length === 3 && document.querySelector('.live') === null")
-    step.shoot("draw")
+    step.shoot("draw", ALL_OF_DRAW)
     step.go("#/edit/playroom")
     step.wait("document.querySelector('.stage img').naturalWidth > 0")
     for i in range(12):  # over the crown
@@ -150,7 +151,7 @@ def walk(step: Walk, steps: int | None) -> None:
     step.shoot("runs")
     step.go("#/home")
     step.wait("document.querySelectorAll('.card.run img').length === 1")
-    step.shoot("home")
+    step.shoot("home", ALL_OF_HOME)
 
 
 def measure_start(browser: Browser) -> None:
