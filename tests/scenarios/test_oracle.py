@@ -27,7 +27,7 @@ from bas.models.text import add_handles, encode_ids, join, tokenize
 from bas.pretrained.folder import load
 from bas.sampling.prompt_strength import encode_prompts
 from bas.sampling.sampler import decode, denoise, denoising_timesteps
-from bas.schedulers import add_noise, ddim_step
+from bas.schedulers import NoiseSchedule, add_noise, ddim_step
 from bas.training import loop as training
 from bas.training.loop import optimizer_step, training_step
 from bas.training.master_weights import MasterWeights
@@ -52,6 +52,7 @@ CONFIG = TrainConfig(
     phase2_train_steps=3,
     exact_phase1=True,
     device="cpu",
+    mixed_precision="no",
     checkpointing_steps=0,
     img_log_steps=0,
 )
@@ -439,7 +440,8 @@ class Enough(Exception):
 
 
 def sample_as_recorded(models: Models, name: str, steps: int = 50) -> list[Tensor]:
-    """The latents after each of the first steps of a recorded run, from its initial noise."""
+    """The latents after each of the first steps of a recorded run, from its initial noise, with its own scheduler."""
+    schedule = NoiseSchedule.from_json(TRACE["inference"][name]["scheduler_config"])
     with torch.no_grad():
         empty, prompt = (encode_prompts(models.text_encoders, models.tokenizer, [text]) for text in ("", PROMPT))
     states = join([empty, prompt]).states
@@ -452,8 +454,9 @@ def sample_as_recorded(models: Models, name: str, steps: int = 50) -> list[Tenso
             raise Enough
         return z
 
+    ours = replace(models, schedule=schedule)
     with torch.inference_mode(), pytest.raises(Enough):
-        denoise(models, SAMPLING[f"{name}.latents_init"], prompt, empty, SampleConfig(steps_offset=0), [], watch)
+        denoise(ours, SAMPLING[f"{name}.latents_init"], prompt, empty, SampleConfig(steps_offset=0), [], watch)
     return seen
 
 
