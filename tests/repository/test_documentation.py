@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -256,7 +255,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("uvicorn.Server.run", lambda _server, sockets: None)
     monkeypatch.setattr("webbrowser.open", lambda _address: True)
     short = {"phase1_train_steps": 1, "phase2_train_steps": 1, "num_class_images": 1}  # the demo's flags are few
-    monkeypatch.setattr(import_module("bas.cli.commands.demo"), "train_config", partial(hub.train_config, **short))
+    monkeypatch.setattr(import_module("bas.cli.commands.demo"), "SHORTER", short)
     return tmp_path
 
 
