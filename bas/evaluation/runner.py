@@ -136,7 +136,7 @@ def counted_seconds(trials: list[Trial], sampling: SampleConfig) -> float:
     seconds = 0.0
     for trial in trials:
         if trial.method not in known:
-            scene, base, device, precision = check_input(trial.training)
+            scene, base, device, precision = check_input(trial.training, weights=False)
             plan = plan_run(trial.training, scene, base, precision, device)
             steps = sum(phase.steps * cost.operations for phase, cost in plan.costs.items())
             image = passes * unet_operations(plan.models, plan.data)

@@ -512,6 +512,29 @@ def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_needs_no_download_of_a_known_base(scenes, tmp_path, capsys, monkeypatch):
+    """Its shapes are known: one concept in two contexts is counted. The evaluation itself needs the weights."""
+    monkeypatch.setattr("bas.pretrained.hub.cached", lambda *_: None)
+    line = [
+        "evaluate",
+        str(scenes[0]),
+        "--weights",
+        "sd21-base",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--prompts",
+        "2",
+    ]
+    line += ["--methods", "bas", "--resolution", "64", "--mixed_precision", "no"]
+    assert main([*line, "--dry_run"]) == 0
+    output = capsys.readouterr().out
+    assert "1 trainings, of which 0 are finished" in output
+    assert "2, of which 2 are left" in output
+    assert main(line) == 2
+    assert "`bas download sd21-base` fetches one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_share_an_evaluation(bench, scenes, explicit, tmp_path):
     """Started by torchrun with the miniature's own metrics: every trial once, one set of results."""

@@ -26,9 +26,8 @@ from bas.evaluation.scores import Scorer, Segments, read_rows
 from bas.evaluation.segments import MASKFORMER, Segmenter
 from bas.io.settings_file import read_config
 from bas.pretrained.additions import Additions
-from bas.pretrained.folder import read_spec
 from bas.pretrained.hashes import base_hash
-from bas.pretrained.hub import find, is_sdxl, training_row
+from bas.pretrained.hub import find, find_spec, is_known_elsewhere, is_sdxl, training_row
 from bas.runtime.distributed import Ranks, announce
 from bas.runtime.progress import clock
 from bas.sampling.gallery import CONTEXTS
@@ -108,8 +107,9 @@ def run(args: argparse.Namespace) -> None:
     name = explicit.get("pretrained_model_name_or_path")
     if explicit.get("card") and is_sdxl(name):
         raise InputError("--card sets nothing in an evaluation of SDXL: give the flags that it stands for")
-    base, row, sampling = find(name), training_row(name), SampleConfig(**given(args, SampleConfig))
-    sampling = replace(sampling, guidance_scale=guidance_scale(read_spec(base), sampling))
+    base = None if args.dry_run and is_known_elsewhere(name) else find(name)  # its shapes are known without a download
+    row, sampling = training_row(name), SampleConfig(**given(args, SampleConfig))
+    sampling = replace(sampling, guidance_scale=guidance_scale(find_spec(name), sampling))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
     scenes = find_scenes(args.scenes)
     if args.first_scenes is not None:
@@ -117,11 +117,11 @@ def run(args: argparse.Namespace) -> None:
     explicit["device"] = ranks.device(explicit.get("device"))
     methods, seeds = tuple(dict.fromkeys(args.methods)), tuple(dict.fromkeys(args.seeds))
     trials = plan_trials(folder, scenes, methods, seeds, contexts, explicit, row)
-    _, device, precision = check_machine(trials[0].training)
+    _, device, precision = check_machine(trials[0].training, weights=not args.dry_run)
     additions = Additions.of_base(vars(trials[0].training))
     measured = measures(args, base)
     print_plan(trials, sampling, scenes, ranks, args.dry_run)
-    if args.dry_run:
+    if args.dry_run or base is None:
         return
 
     for library in ("scipy.stats", "matplotlib.figure"):  # before anything is trained
@@ -159,9 +159,10 @@ def in_range(flag: str, value: int, most: int) -> int:
     return value
 
 
-def measures(args: argparse.Namespace, base: Path) -> dict[str, str]:
-    """Return what all trials of a folder are measured with."""
-    kind = args.metrics if args.metrics != "auto" else ("miniature" if (base / MINI_CLIP).is_dir() else "photographs")
+def measures(args: argparse.Namespace, base: Path | None) -> dict[str, str]:
+    """Return what all trials of a folder are measured with. base: None for a known model that was not downloaded."""
+    own = base is not None and (base / MINI_CLIP).is_dir()
+    kind = args.metrics if args.metrics != "auto" else ("miniature" if own else "photographs")
     segments = args.segments if args.segments != "auto" else ("none" if kind == "miniature" else "model")
     models = {"clip": args.clip, "dino": args.dino} if kind == "photographs" else {}
     if segments == "model":
