@@ -35,6 +35,7 @@ BATCH = 64  # scenes of a step of the recogniser's training
 SIDE = 64  # the recogniser reads images of this size
 SHAPE_NAMES, COLOUR_NAMES, PLACE_NAMES = (tuple(names) for names in (SHAPES, COLOURS, PLACES))
 NOTHING = len(SHAPES)  # the shape class of cells without an object
+LEAST = 0.4  # of an even share of the object cells: what each of several objects has at least
 
 
 class Recogniser(nn.Module):
@@ -141,7 +142,7 @@ class Reading:
         """The shape with the most cells; None in an image without objects."""
         return max(self.cells, key=self.cells.get, default=None)
 
-    def shows(self, shape: str, colour: str, share: float = 0.2) -> bool:
+    def shows(self, shape: str, colour: str, share: float) -> bool:
         """Whether `shape` fills at least `share` of all object cells, in that colour."""
         enough = self.cells.get(shape, 0) >= share * sum(self.cells.values())
         return enough and self.colours.get(shape) == colour
@@ -180,7 +181,9 @@ def score(layouts: list[Layout], readings: list[Reading]) -> dict[str, float]:
         "place": percent(r.place == place for _, place, r in singles),
         "all three": percent(r.place == place and r.shows(t.shape, t.colour, 0.5) for t, place, r in singles),
         **{
-            name: percent(all(r.shows(t.shape, t.colour) for t in layout.objects) for layout, r in several[count])
+            name: percent(
+                all(r.shows(t.shape, t.colour, LEAST / count) for t in layout.objects) for layout, r in several[count]
+            )
             for name, count in (("both of two", 2), ("three of three", 3))
         },
         **{
