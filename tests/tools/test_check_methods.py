@@ -91,9 +91,10 @@ def test_a_record_grows_by_runs_of_the_same_miniature_and_settings(evaluation):
 def test_runs_of_the_usual_settings_stand_first(evaluation):
     """The first is the one that is plotted: an experiment with --set never takes its place."""
     usual = {"base": "a", "settings": check_methods.TRAINING | {"class_image_guidance": 3.0}, "cells": []}
-    trial = usual | {"settings": usual["settings"] | {"phase2_train_steps": 9}}
-    assert with_run([usual], trial) == [usual, trial]
-    assert with_run([trial], usual) == [usual, trial]
+    for change in ({"phase2_train_steps": 9}, {"learning_rate": 0.1}):
+        trial = usual | {"settings": usual["settings"] | change}
+        assert with_run([usual], trial) == [usual, trial]
+        assert with_run([trial], usual) == [usual, trial]
 
 
 def test_settings_are_those_of_the_tool_or_as_set(tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ from tools.mini_world.scenes import render_concepts, save_scene
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
 SCENES, SIDE = 12, 256  # how many, and their pixels
 SAMPLING = ("--prompts", "3", "--sampler", "dpmpp_2m", "--num_inference_steps", "15")
+GUIDANCE = "class_image_guidance"  # the model's own, recorded beside the settings
 TRAINING = {  # the paper's method: without Seg-Mix, which the miniature's own settings add
     "phase1_train_steps": 100,
     "phase2_train_steps": 400,
@@ -141,7 +142,7 @@ def with_run(recorded: list[dict], run: dict) -> list[dict]:
     cells = {name_of(cell): cell for cell in (*before, *run["cells"])}
     grown = run | {"cells": [cells[name] for name in sorted(cells)]}
     runs = [grown, *(known for known in recorded if not same_run(known, run))]
-    return sorted(runs, key=lambda run: not TRAINING.items() <= run["settings"].items())
+    return sorted(runs, key=lambda run: {**run["settings"], GUIDANCE: None} != {**TRAINING, GUIDANCE: None})
 
 
 def rows_of(cells: list[dict]) -> list[dict]:
@@ -193,9 +194,9 @@ def main() -> None:
         parser.error("--output_dir is needed, or --markdown, or --scatter")
     run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch"), "cells": []}
     base = find(None)
-    guidance = read_spec(base).guidance_scale  # of the class images, beside the settings that this tool chooses
+    guidance = read_spec(base).guidance_scale
     changes = dict(map(read_setting, args.changes))
-    run |= {"base": weights_hash(base), "settings": TRAINING | {"class_image_guidance": guidance} | changes}
+    run |= {"base": weights_hash(base), "settings": TRAINING | {GUIDANCE: guidance} | changes}
     known = next((other["cells"] for other in recorded if same_run(other, run)), [])
     scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
     for rate, methods in by_rate(args.methods).items():
