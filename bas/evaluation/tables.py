@@ -38,6 +38,7 @@ COLUMNS = {
     "confused": Column("cell", "confused handles", False),
     "right": Column("picture", "right subsets", True),  # of measures that say when a concept is shown
 }
+MAIN_COLUMN = "prompt_similarity"  # every image has a value in it
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def interval(values: list[float]) -> Interval:
 def summarise(rows: list[dict]) -> dict[str, dict[str, Interval]]:
     """Return the interval of each column that a method has values of, for each method in the order of VARIANTS."""
     columns = {column: by_trial(rows, column) for column in COLUMNS}
-    methods = [method for method in VARIANTS if method in columns["prompt_similarity"]]
+    methods = [method for method in VARIANTS if method in columns[MAIN_COLUMN]]
     return {
         method: {column: over_scenes(trials[method]) for column, trials in columns.items() if method in trials}
         for method in methods
@@ -168,11 +169,13 @@ def markdown(rows: list[dict], facts: dict[str, str]) -> str:
 
 
 def method_table(rows: list[dict]) -> list[str]:
-    """Return a line for each method with the mean and interval of each column."""
+    """Return a line for each method with the mean and interval of each column, and how many scenes it lacks."""
     shown = shown_columns(rows)
     lines = head(["method", "", *(column.title for column in shown.values())])
+    scenes = {method: len({scene for scene, _ in trials}) for method, trials in by_trial(rows, MAIN_COLUMN).items()}
     for method, columns in summarise(rows).items():
-        lines.append(line([method, VARIANTS[method].help, *(str(columns.get(column, "–")) for column in shown)]))
+        part = f", {scenes[method]} of {max(scenes.values())} scenes" if scenes[method] < max(scenes.values()) else ""
+        lines.append(line([method, VARIANTS[method].help + part, *(str(columns.get(column, "–")) for column in shown)]))
     return lines
 
 

@@ -430,6 +430,8 @@ def test_orderings_compare_the_same_scenes():
     assert compare(rows, "bas", "ti-m", "identity_similarity") is None
     text = markdown(rows, {"base": "tiny"})
     assert "| DB-m follows prompts worse than the method | prompt similarity: bas − db-m | 0.024 [" in text
+    assert "| db-m | DreamBooth on masked concepts, 7 of 8 scenes | " in text  # so the means do not compare
+    assert "| bas | Break-A-Scene | " in text
 
 
 def test_an_option_is_compared_where_both_were_run():
