@@ -16,15 +16,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HOME_VARIABLES = ("HOME", "BAS_CACHE", "HF_HOME")
-LONGEST = {
-    "test_page",
-    "test_masks_page",
-    "test_jobs",
-    "test_simulated_gpu",
-    "test_multi_scene",
-    "test_dry_run",
-    "test_kills",
-}
+LONGEST = {"test_page", "test_jobs", "test_simulated_gpu", "test_multi_scene", "test_dry_run", "test_kills"}
 MOST_WORKERS = 8  # more would wait for the longest module, each with a PyTorch of its own in memory
 
 
