@@ -45,9 +45,10 @@ CPU_BF16_WEIGHTS = 2_000_000
 def pick_precision(name: str, device: torch.device, weights: int = 0) -> str:
     """Resolve `auto`: bf16 on a GPU that has it, else fp16; on a CPU float32, or bf16 where that pays.
 
-    weights: how many the UNet has.
+    weights: how many the UNet has. Logs a warning about bf16 that the device only emulates.
     """
-    if name == "bf16" and device.type == "cuda" and not gpu_multiplies_bf16(device):
+    noticed = device.type == "cuda" or weights >= CPU_BF16_WEIGHTS  # a small model on a CPU is fast enough
+    if name == "bf16" and noticed and not native_bf16(device):
         warn_of_emulation(device)
     if name != "auto":
         return name
@@ -66,7 +67,10 @@ def gpu_multiplies_bf16(device: torch.device) -> bool:
 
 @cache
 def warn_of_emulation(device: torch.device) -> None:
-    """Warn once for each GPU that it emulates bf16."""
+    """Warn once for each device that it emulates bf16."""
+    if device.type == "cpu":
+        log.warning("this processor only emulates bf16, many times slower than float32: leave bf16 to other machines")
+        return
     name = torch.cuda.get_device_name(device)
     log.warning("%s (%s) only emulates bf16, slowly and in more memory than is counted: use fp16 there", device, name)
 

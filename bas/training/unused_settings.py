@@ -23,6 +23,26 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
         "--phase2_train_steps 0 leaves out phase 2",
     ),
     (
+        ("initial_learning_rate",),
+        lambda config: rate_of(config) in (None, "initial_learning_rate"),
+        "this --method trains at --learning_rate",
+    ),
+    (
+        ("learning_rate",),
+        lambda config: rate_of(config) in (None, "learning_rate"),
+        "this --method trains at --initial_learning_rate",
+    ),
+    (
+        ("train_text_encoder",),
+        lambda config: config.method not in METHODS or METHODS[config.method].trains is None,
+        "this --method trains no text encoder",
+    ),
+    (
+        ("train_text_encoder",),
+        lambda config: config.kind.text is not None,
+        "--train kv, v and token leave the text encoder frozen",
+    ),
+    (
         ("attention_loss", "attention_grid"),
         lambda config: config.lambda_attention > 0,
         "--lambda_attention 0 turns off the attention loss",
@@ -47,6 +67,11 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
     ),
     (("preview_inference_steps",), lambda config: config.img_log_steps > 0, "--img_log_steps 0 draws no preview"),
 )
+
+
+def rate_of(config: TrainConfig) -> str | None:
+    """Return the setting that holds the learning rate of a baseline, None for the paper's method, which has two."""
+    return METHODS[config.method].rate if config.method in METHODS else None
 
 
 def without_effect(config: TrainConfig, usual: TrainConfig, given: Iterable[str]) -> list[str]:

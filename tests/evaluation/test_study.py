@@ -267,6 +267,7 @@ def test_answers_that_do_not_fit_are_named(evaluation, tmp_path):
 # --- The page in a browser ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.browser
 def test_in_a_browser_keys_rate_and_the_marks_are_saved(evaluation, tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()

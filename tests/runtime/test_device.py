@@ -64,6 +64,16 @@ def test_bf16_that_is_emulated_is_taken_with_one_warning(has_bf16, caplog):
     assert [record.message for record in caplog.records] == ([] if has_bf16 else [warning])
 
 
+@pytest.mark.parametrize("has", [{"avx512_bf16": True}, {"avx2": True}])
+def test_bf16_that_the_processor_emulates_is_taken_with_one_warning_for_a_large_model(monkeypatch, has, caplog):
+    monkeypatch.setattr(machine.torch.cpu, "get_capabilities", lambda: has, raising=False)
+    machine.warn_of_emulation.cache_clear()
+    assert [pick_precision("bf16", CPU, CPU_BF16_WEIGHTS - more) for more in (1, 0, 0)] == ["bf16"] * 3
+    warning = "this processor only emulates bf16, many times slower than float32: leave bf16 to other machines"
+    assert caplog.messages == ([] if "avx512_bf16" in has else [warning])
+    machine.warn_of_emulation.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

@@ -7,6 +7,7 @@ from bas.config import TrainConfig, setting_rows
 from bas.training.unused_settings import USED, without_effect
 
 CLASS_IMAGES = "this training takes no class images"
+FROZEN = "--train kv, v and token leave the text encoder frozen"
 PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 2))
 
 
@@ -43,6 +44,25 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
             ["lr_num_cycles"],
             "only --lr_scheduler cosine_with_restarts uses it",
         ),
+        *(
+            ({"train": kind, "train_text_encoder": False}, ["train_text_encoder"], FROZEN)
+            for kind in ("kv", "v", "token")
+        ),
+        (
+            {"method": "cd-m", "train_text_encoder": False},
+            ["train_text_encoder"],
+            "this --method trains no text encoder",
+        ),
+        (
+            {"method": "ti-m", "learning_rate": 1.0},
+            ["learning_rate"],
+            "this --method trains at --initial_learning_rate",
+        ),
+        (
+            {"method": "db", "initial_learning_rate": 1.0},
+            ["initial_learning_rate"],
+            "this --method trains at --learning_rate",
+        ),
         ({"lr_power": 2.0}, ["lr_power"], "only --lr_scheduler polynomial uses it"),
         (
             {"checkpointing_steps": 0, "checkpoints_total_limit": 3},
@@ -61,6 +81,8 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
             "",
         ),
         ({"method": "ti-m", "collection_size": 3, "phase1_train_steps": 0, "initial_learning_rate": 1.0}, [], ""),
+        ({"train": "lora", "train_text_encoder": False}, [], ""),
+        ({"method": "db-m", "learning_rate": 1.0, "train": "kv"}, [], ""),
         ({"with_prior_preservation": False, "num_class_images": 100, "lr_num_cycles": 1}, [], ""),
     ],
 )

@@ -450,6 +450,7 @@ def assert_painted(mask, start, end, size):
     assert 0 < ((mask > 0) & (mask < 255)).sum() < 120
 
 
+@pytest.mark.browser
 def test_painting_erasing_undoing_and_saving(page, photo):
     browser, server = page
     folder = server.session.draft.folder
@@ -504,6 +505,7 @@ def test_painting_erasing_undoing_and_saving(page, photo):
     assert_painted(np.where(distance((4, 4), (4, 4)) < 4, back, 0), (4, 4), (4, 4), size)
 
 
+@pytest.mark.browser
 def test_fingers_paint_and_two_of_them_only_zoom(page):
     browser, server = page
     browser.show(390, 844, phone=True)
@@ -521,6 +523,7 @@ def test_fingers_paint_and_two_of_them_only_zoom(page):
     assert_painted(mask, start, end, browser.run("brushSize()"))
 
 
+@pytest.mark.browser
 def test_what_the_server_refuses_is_said_on_the_page(page):
     browser, server = page
     browser.press("s")

@@ -313,6 +313,7 @@ def test_training_leaves_what_its_page_shows(tmp_path, capsys):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.browser
 def test_in_a_browser_hovering_shows_the_values(run, tmp_path):
     rows = read_rows(run / "metrics.jsonl")
     browser = Browser(tmp_path)

@@ -27,6 +27,7 @@ from tests.helpers.studio_page import (
     write_scene,
 )
 
+pytestmark = pytest.mark.browser
 KEEP = "aside .card.bad button:not(.main)"
 
 

@@ -33,6 +33,7 @@ from tests.helpers.studio_page import (
     wait_long,
 )
 
+pytestmark = pytest.mark.browser
 AXE = Path(find_spec("axe_core_python").origin).with_name("axe.min.js") if find_spec("axe_core_python") else None
 
 
