@@ -152,11 +152,11 @@ def test_the_cpu_build_is_that_of_the_constraints():
 
 
 def test_ci_runs_the_commands_of_the_readme():
-    """The workflow calls .ci/run, which also repeats the official run; the pre-commit hooks call its checks."""
+    """The workflow calls .ci/run, which also opens the pages and repeats the official run; pre-commit hooks call its checks."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in script
-    official = "pytest -m slow tests/scenarios/test_oracle.py"
-    assert script[-5:] == ["ruff check .", "ruff format --check .", "pyright bas", "pytest", official]
+    more = ["pytest -m browser", "pytest -m slow tests/scenarios/test_oracle.py"]
+    assert script[-6:] == ["ruff check .", "ruff format --check .", "pyright bas", "pytest", *more]
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     assert re.findall(r"entry: (\w+)", hooks) == ["ruff", "ruff", "pyright"]

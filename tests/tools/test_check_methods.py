@@ -12,7 +12,7 @@ from PIL import Image
 from bas.evaluation.baselines import PAPER
 from tools.checks import methods as check_methods
 from tools.checks.adapters import KINDS
-from tools.checks.methods import RECORDED, by_rate, condense, differences, left, markdown, with_run, write_scenes
+from tools.checks.methods import RECORDED, by_settings, condense, differences, left, markdown, with_run, write_scenes
 
 RUN = {"date": "", "torch": "", "base": "", "settings": {}}
 
@@ -48,10 +48,20 @@ def test_a_cell_is_its_means(evaluation):
 
 
 def test_kinds_of_training_are_evaluated_at_their_own_rates():
-    assert by_rate(["bas", "lora", "cross-attention", "token", "single"]) == {
-        None: ["bas", "cross-attention", "single"],
-        KINDS["lora-16"].rate: ["lora"],  # 16 is the rank of `--train lora`
-        KINDS["token"].rate: ["token"],
+    assert by_settings(["bas", "lora", "cross-attention", "token", "single"], {}) == {
+        (): ["bas", "cross-attention", "single"],
+        (("learning_rate", KINDS["lora-16"].rate),): ["lora"],  # 16 is the rank of `--train lora`
+        (("learning_rate", KINDS["token"].rate),): ["token"],
+    }
+
+
+def test_a_setting_may_be_of_one_method_alone():
+    texts = ["cd-m.learning_rate=0.0001", "phase2_train_steps=9", "learning_rate=0.5"]
+    changes = dict(map(check_methods.read_change, texts))
+    assert changes == {"cd-m.learning_rate": 0.0001, "phase2_train_steps": 9, "learning_rate": 0.5}
+    assert by_settings(["bas", "cd-m", "db-m"], changes) == {
+        (("phase2_train_steps", 9), ("learning_rate", 0.5)): ["bas", "db-m"],
+        (("phase2_train_steps", 9), ("learning_rate", 0.0001)): ["cd-m"],
     }
 
 
@@ -106,7 +116,7 @@ def test_settings_are_those_of_the_tool_or_as_set(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["check_methods.py", *words, *more])
         check_methods.main()
         plain = tomllib.loads((tmp_path / "evaluation.toml").read_text())
-        kind = tomllib.loads((tmp_path / f"evaluation-{KINDS['token'].rate:g}.toml").read_text())
+        kind = tomllib.loads((tmp_path / f"evaluation-learning_rate-{KINDS['token'].rate}.toml").read_text())
         wanted = check_methods.TRAINING | ({"phase2_train_steps": 9, "close_ups": True} if more else {})
         assert plain == wanted
         assert kind == wanted | {"learning_rate": KINDS["token"].rate}

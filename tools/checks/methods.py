@@ -4,6 +4,7 @@
     python -m tools.checks.methods --output_dir /tmp/methods --first_scenes 1 --seeds 0        a part of it
     python -m tools.checks.methods --output_dir /tmp/methods --record            what the recorded run has not yet
     python -m tools.checks.methods --output_dir /tmp/long --set phase2_train_steps=1200        other settings
+    python -m tools.checks.methods --output_dir /tmp/slow --set cd-m.learning_rate=0.0001      of one method
     python -m tools.checks.methods --markdown                                    the tables of the recorded runs
     python -m tools.checks.methods --scatter docs/pictures/comparison.png        the plot of the newest one
 
@@ -63,13 +64,26 @@ def write_scenes(folder: Path, count: int) -> list[Path]:
     return scenes
 
 
-def by_rate(methods: list[str]) -> dict[float | None, list[str]]:
-    """The methods by learning rate of phase 2: that of KINDS for kinds of training, else None, the miniature's own."""
+def read_change(text: str) -> tuple[str, Any]:
+    """Read NAME=VALUE, or METHOD.NAME=VALUE for one method alone. Raises InputError without a name."""
+    method, dot, rest = text.partition(".")
+    if not (dot and method in VARIANTS):
+        return read_setting(text)
+    name, value = read_setting(rest)
+    return f"{method}.{name}", value
+
+
+def by_settings(methods: list[str], changes: dict[str, Any]) -> dict[tuple[tuple[str, Any], ...], list[str]]:
+    """The methods by the settings that they do not share: the rates of KINDS for kinds of training, then `changes`."""
     usual = setting_rows(TrainConfig)["rank"].default
     rates = {row.settings["train"]: row.rate for row in KINDS.values() if row.settings.get("rank", usual) == usual}
-    found: dict[float | None, list[str]] = {}
+    found: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     for method in methods:
-        found.setdefault(rates.get(VARIANTS[method].settings.get("train")), []).append(method)
+        rate = rates.get(VARIANTS[method].settings.get("train"))
+        own = {} if rate is None else {"learning_rate": rate}
+        own |= {name: value for name, value in changes.items() if "." not in name}
+        own |= {name.partition(".")[2]: value for name, value in changes.items() if name.startswith(f"{method}.")}
+        found.setdefault(tuple(own.items()), []).append(method)
     return found
 
 
@@ -175,7 +189,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of training", dest="changes"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of training, as METHOD.NAME=VALUE of one method",
+        dest="changes",
     )
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: %(default)s)")
     parser.add_argument("--record", action="store_true", help=f"write the result to docs/{RECORDED.name}")
@@ -195,13 +214,14 @@ def main() -> None:
     run = {"date": datetime.now(UTC).date().isoformat(), "torch": metadata.version("torch"), "cells": []}
     base = find(None)
     guidance = read_spec(base).guidance_scale
-    changes = dict(map(read_setting, args.changes))
+    changes = dict(map(read_change, args.changes))
     run |= {"base": weights_hash(base), "settings": TRAINING | {GUIDANCE: guidance} | changes}
     known = next((other["cells"] for other in recorded if same_run(other, run)), [])
     scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
-    for rate, methods in by_rate(args.methods).items():
-        settings = TRAINING | ({} if rate is None else {"learning_rate": rate}) | changes
-        folder = args.output_dir / ("evaluation" if rate is None else f"evaluation-{rate:g}")
+    shared = {name: value for name, value in changes.items() if "." not in name}
+    for own, methods in by_settings(args.methods, changes).items():
+        settings = TRAINING | dict(own)
+        folder = args.output_dir / "-".join(["evaluation", *(f"{n}-{v}" for n, v in own if shared.get(n) != v)])
         for (new, seed), some in left(scenes, methods, args.seeds, known if args.record else []).items():
             evaluate(folder, some, list(new), [seed], settings, args.processes)
         run["cells"] += condense(folder)
