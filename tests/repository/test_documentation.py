@@ -152,7 +152,7 @@ def test_the_cpu_build_is_that_of_the_constraints():
 
 
 def test_ci_runs_the_commands_of_the_readme():
-    """The workflow calls .ci/run, which also opens the pages and repeats the official run; pre-commit hooks call its checks."""
+    """The workflow calls .ci/run, which also tests pages and the official run; the pre-commit hooks call its checks."""
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in script
     more = ["pytest -m browser", "pytest -m slow tests/scenarios/test_oracle.py"]
