@@ -1,7 +1,8 @@
-"""The studio's server: what it needs, and its connections, on a real socket: half of a request holds up nobody."""
+"""The studio's server: what it needs and sends; its connections, on a real socket: half a request holds up nobody."""
 
 import contextlib
 import importlib.util
+import re
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from bas.cli.entry import main
 from bas.web.studio import connections, guard
+from bas.web.studio.app import STATIC, served
 
 HALF = b"GET / HTTP/1.1\r\nHost: x"
 MOST, PATIENCE = 6, 0.15
@@ -103,3 +105,17 @@ def test_without_its_packages_it_names_the_command_of_the_docs(tmp_path, monkeyp
     assert command in capsys.readouterr().err
     assert command in (Path(__file__).parents[3] / "docs" / "studio.md").read_text()
     assert not (tmp_path / "home").exists()
+
+
+def test_the_page_is_small_and_asks_nobody_else():
+    files = {path.name: path.read_text() for path in STATIC.iterdir()}
+    sent = [line for path in STATIC.iterdir() for line in served(path).splitlines()]
+    assert sum(map(len, sent)) <= 150_000
+    assert not any(line.startswith((b" ", b"//")) for line in sent)
+    for name, text in files.items():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            name
+        )
+        assert set(re.findall(r"https?://[^\"' )]+", text)) <= {"http://www.w3.org/2000/svg"}, name
+        assert text.count("\n") <= 400, name
+        assert not name.endswith(".js") or max(map(len, text.splitlines())) <= 140, name
