@@ -1,9 +1,9 @@
-// The folder of a scene, dropped on the page: its files become one upload.
+// A scene that is dropped on the page as a folder or as its files: they become one upload.
 
 const MOST = 256; // files, as the server takes them
 
 // The files of a folder and of its extra images in 1, 2, ..., each with its path.
-async function filesIn(folder, above = "") {
+export async function filesIn(folder, above = "") {
   const found = [],
     reader = folder.createReader();
   for (;;) {
@@ -16,13 +16,10 @@ async function filesIn(folder, above = "") {
   }
 }
 
+// Files and folders of extra images, that were dropped side by side.
+export const together = async (list) =>
+  (await Promise.all(list.map((each) => (each.isDirectory ? filesIn(each, `${each.name}/`) : [[each.name, each]])))).flat();
+
 // A first line that says what it is, the paths and sizes of the files, their bytes.
-export async function packed(folder) {
-  const files = await filesIn(folder);
-  return new Blob([
-    "bas scene\n",
-    JSON.stringify(files.map(([path, { size }]) => [path, size])),
-    "\n",
-    ...files.map(([, file]) => file),
-  ]);
-}
+export const packed = (files) =>
+  new Blob(["bas scene\n", JSON.stringify(files.map(([path, { size }]) => [path, size])), "\n", ...files.map(([, file]) => file)]);

@@ -1,7 +1,7 @@
 // Home: bring photographs; scenes and runs.
 import { address, get, send, thumbOf, upload } from "./api.js";
 import { button, deleted, duration, h, link, plural, problem, progress, put, quiet } from "./dom.js";
-import { packed } from "./folders.js";
+import { filesIn, packed, together } from "./folders.js";
 import { queue } from "./queue.js";
 
 export const STATES = {
@@ -49,7 +49,9 @@ export async function open(main, _rest, studio) {
       button("Choose a photograph", () => files.click(), { class: "main", id: "choose" }),
       button("Try the playroom", example, { title: "A scene that comes with bas, with its masks painted" }),
     ),
-    quiet("or paste one. One photograph that shows the concepts you want to learn is enough. Or drop a scene's folder."),
+    quiet(
+      "or paste one. One photograph that shows the concepts you want to learn is enough. Or drop a scene's folder, or its files.",
+    ),
     files,
   );
   put(
@@ -88,15 +90,17 @@ export async function open(main, _rest, studio) {
     if (found.length) bring(found);
   }
 
-  // list: photographs, and folders of scenes
+  // list: photographs, folders of scenes, or the files of one scene
   async function bring(list) {
+    const named = (pattern) => list.some(({ name }) => pattern.test(name));
+    if (named(/^img\.\w+$/i) && named(/^mask.*\.|^scene\.json$/i)) list = [{ name: "scene", files: list }];
     let made = null;
     for (const each of list) {
       const bar = h("p", { class: "row" }, `Reading ${each.name} …`),
         line = h("div", { class: "card" }, bar);
       notices.append(line);
       try {
-        const body = each.isDirectory ? await packed(each) : each;
+        const body = each.files ? packed(await together(each.files)) : each.isDirectory ? packed(await filesIn(each)) : each;
         made = await upload(body, each.name.replace(/\.[^.]*$/, ""), (done, total) =>
           put(bar, `Bringing ${each.name} `, progress(done, total, each.name)),
         );

@@ -108,9 +108,10 @@ ADDRESSES = (
 
 
 def served(path: Path) -> bytes:
-    """Return a file of the page as it is sent: without indentation and without the lines that are comments."""
+    """Return a file of the page as it is sent: without indentation, comment lines and the spaces of CSS."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return "".join(f"{line}\n" for line in lines if not line.startswith("//")).encode()
+    text = "".join(f"{line}\n" for line in lines if not line.startswith("//"))
+    return (re.sub(r"(?<=[:;]) | (?={)", "", text) if path.suffix == ".css" else text).encode()
 
 
 def build(home: Home, lane: Lane, leave: Callable[[], None]) -> Starlette:

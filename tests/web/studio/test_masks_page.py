@@ -291,6 +291,15 @@ def test_a_folder_that_is_dropped_is_a_scene_or_said_to_be_none(page, server, tm
     (server.home / "runs" / "100% toys").rmdir()
 
 
+def test_the_files_of_a_scene_that_are_chosen_together_are_one_scene(page, server):
+    """Image, masks and names."""
+    names = ("img.png", "mask0.png", "mask1.png", "mask2.png", "scene.json")
+    choose(page, server, *(PLAYROOM / name for name in names))
+    page.wait("location.hash === '#/masks/scene' && document.querySelectorAll('.concepts li').length === 3")
+    made = server.home / "scenes" / "scene"
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == {n: (PLAYROOM / n).read_bytes() for n in names}
+
+
 def test_a_warning_stands_beside_the_mask_that_it_is_about(page, server, tmp_path):
     """And a refusal, in its colour. Both go when the mask is mended."""
     boxes = [(0, 0, 256, 240), (200, 200, 202, 202), (210, 245, 250, 255)]
