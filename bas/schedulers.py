@@ -231,6 +231,13 @@ def clean_and_noise(schedule: NoiseSchedule, z: Tensor, output: Tensor, t: float
     return a**0.5 * z - (1 - a) ** 0.5 * output, a**0.5 * output + (1 - a) ** 0.5 * z
 
 
+def used_spacing(schedule: NoiseSchedule, sampler: str) -> str:
+    """Return how a sampler spaces its timesteps with this schedule: leading, linspace, trailing or karras."""
+    if sampler == KARRAS:
+        return "karras"
+    return schedule.timestep_spacing or ("linspace" if sampler == "dpmpp_2m" else "leading")
+
+
 def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> Sequence[float]:
     """Return the timesteps of a sampling run, noisiest first, with the spacing of the model's scheduler config.
 
@@ -238,11 +245,11 @@ def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim
     InputError for more steps than the model has timesteps.
     """
     total, multistep = schedule.num_train_timesteps, sampler == "dpmpp_2m"
-    spacing = schedule.timestep_spacing or ("linspace" if multistep else "leading")
+    spacing = used_spacing(schedule, sampler)
     points = steps + 1 if multistep else steps
     if not 1 <= steps or points > total:
         raise InputError(f"{steps} denoising steps: this model was trained with {total} timesteps, so ask for fewer")
-    if sampler == KARRAS:
+    if spacing == "karras":
         return karras_timesteps(schedule, steps)
     if spacing == "leading":
         timesteps = [i * (total // points) + schedule.steps_offset for i in reversed(range(points))]

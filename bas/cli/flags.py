@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from bas.config import GROUPS, value_type
-from bas.errors import InputError, check_choice, did_you_mean
+from bas.errors import InputError, check_choice, did_you_mean, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # a wrong value, as `read_value` words it
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the flags)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} ({self.prog} --help lists the flags)\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):

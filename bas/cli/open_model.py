@@ -19,6 +19,7 @@ from bas.schedulers import PREDICTION_TYPES
 log = logging.getLogger(__name__)
 
 ADDITIONS = ("lora", "embedding", "vae", "clip_skip")  # flags that add to a model, or change it
+READING = ("prediction_type", "base")  # flags that say how a model is read
 
 
 def add_prediction_type(parser: Parser) -> None:
@@ -72,8 +73,8 @@ def find_model(args: argparse.Namespace) -> Path:
 
 
 def given_additions(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what was added to the model or changed in it, for the settings of an image; nothing without any."""
-    return {name: value for name in ADDITIONS if (value := getattr(args, name)) not in (None, [])}
+    """Return the flags that added to the model, changed it or said how it is read, for the settings of an image."""
+    return {name: value for name in (*ADDITIONS, *READING) if (value := getattr(args, name)) not in (None, [])}
 
 
 def open_model(

@@ -23,16 +23,16 @@ def add_output_path(parser: Parser, default: str) -> None:
 
 
 def check_output_path(name: str, count: int, *inputs: Path | None) -> Path:
-    """Return the path under which `count` images are saved, and warn of files that they replace.
+    """Return the path under which `count` images are saved. `warn_of_replacement` follows when all is checked.
 
     InputError for a path that cannot be an image, and for one that the command reads.
     """
     target = image_path(name)
-    paths = numbered_paths(target, count)
-    for path in paths:
+    for path in numbered_paths(target, count):
+        if path.is_dir():
+            raise InputError(f"--output_path {name}: {path} is in the way")
         if path.exists() and any(each and each.exists() and path.samefile(each) for each in inputs):
             raise InputError(f"--output_path {path} is an input of this command: name another file")
-    warn_of_replacement(paths)
     return target
 
 
@@ -52,6 +52,8 @@ def add_gallery(parser: Parser, name: str) -> None:
 
 def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
     """Return the new folder of a gallery: the one that is named, else one in the run."""
+    if args.output_dir == "":  # a shell variable that is not set
+        raise InputError("--output_dir is empty: leave it out, or name a new folder")
     folder = Path(args.output_dir or (model / name if (model / SETTINGS).is_file() else name))
     if (folder / FIRST_IMAGE).exists() and not (folder / GRID).exists():
         found = f"--output_dir {folder} holds images of a gallery that was not finished"

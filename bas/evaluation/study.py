@@ -158,7 +158,13 @@ def choose_pages(items: list[Item], config: StudyConfig) -> list[list[Item]]:
         )
     by_unit: dict[tuple, dict[str, Item]] = {}
     for item in items:
-        by_unit.setdefault(item.unit, {})[item.method] = item
+        found = by_unit.setdefault(item.unit, {})
+        if item.method in found:
+            raise InputError(
+                f"{item.image} is a second image of {item.method} for {item.prompt!r} of {item.scene}: list one of "
+                "them, or give each a scene of its own"
+            )
+        found[item.method] = item
     units = sorted(unit for unit, found in by_unit.items() if len(found) == len(methods))
     if not units:
         raise InputError(f"the methods {', '.join(methods)} have no prompt of a scene in common")

@@ -19,13 +19,8 @@ MARGIN = 8
 
 def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, title: str = "") -> Image.Image:
     """Arrange images in rows of square cells with a label below each; rows may differ in length."""
-    font = label_font(max(11, cell // 14))
-    line = sum(font.getmetrics())
-    wrapped = [[wrap(text, font, cell) for text in row] for row in labels]
-    heights = [cell + line * max(len(lines) for lines in row) + 2 * MARGIN for row in wrapped]
-    top = line + 2 * MARGIN if title else MARGIN
-    width = MARGIN + max(len(row) for row in rows) * (cell + MARGIN)
-    sheet = Image.new("RGB", (width, top + sum(heights)), PAPER)
+    font, wrapped, heights, top = lay_out(labels, cell, title)
+    sheet = Image.new("RGB", grid_size(labels, cell, title), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, INK, font)
     for images, texts, height in zip(rows, wrapped, heights, strict=True):
@@ -35,6 +30,23 @@ def grid(rows: list[list[Image.Image]], labels: list[list[str]], cell: int, titl
             draw.multiline_text((left, top + cell + 2), "\n".join(lines), INK, font, spacing=0)
         top += height
     return sheet
+
+
+def grid_size(labels: list[list[str]], cell: int, title: str = "") -> tuple[int, int]:
+    """Return the (width, height) of a grid with these labels, in pixels."""
+    _, _, heights, top = lay_out(labels, cell, title)
+    return MARGIN + max(map(len, labels)) * (cell + MARGIN), top + sum(heights)
+
+
+def lay_out(
+    labels: list[list[str]], cell: int, title: str
+) -> tuple[ImageFont.FreeTypeFont, list[list[list[str]]], list[int], int]:
+    """Lay out a grid. -> the font, each label in lines, the height of each row, and where the first one begins"""
+    font = label_font(max(11, cell // 14))
+    line = sum(font.getmetrics())
+    wrapped = [[wrap(text, font, cell) for text in row] for row in labels]
+    heights = [cell + line * max(len(lines) for lines in row) + 2 * MARGIN for row in wrapped]
+    return font, wrapped, heights, line + 2 * MARGIN if title else MARGIN
 
 
 def label_font(size: int) -> ImageFont.FreeTypeFont:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ STRIP = 2**20  # pixels of a part: copies of a whole image in other forms would 
 MAX_LABELS = 64  # colours; a drawn mask with soft edges has more
 MAX_NUMBER = 21  # classes of PASCAL VOC, with the background
 GREYISH = 30  # of 255, between the channels of a grey that was converted or compressed
+LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500}  # pixels a side that a written file can have
+MOST_SETTINGS = 65_000  # bytes of text that fit the EXIF segment of a JPEG file
 LABELS_ADVICE = "if it is a label map, name it labels.png; else save it in black and white"
 TURNS = {  # EXIF orientations (CIPA DC-008): what makes the stored image upright
     1: "upright",
@@ -208,6 +211,8 @@ def read_image(path: Path) -> Image.Image:
     if image.mode == "RGB" and not alpha:
         return image
     result = Image.new("RGB", image.size)
+    if image.mode in ("RGBA", "P", "PA") and "icc_profile" in image.info:  # that of other modes is not one of RGB
+        result.info["icc_profile"] = image.info["icc_profile"]
     for top, strip in strips(image):
         result.paste(_rgb(strip, path), (0, top))
         if alpha and strip.convert("RGBA").getchannel("A").getextrema()[0] != 255:
@@ -332,13 +337,32 @@ def image_path(name: str) -> Path:
     return path
 
 
-def save_image(image: Image.Image, path: Path, settings: dict | None = None) -> None:
-    """Write an image as a whole or not at all, in the format of its suffix.
+def check_room(path: Path, size: tuple[int, int], settings: dict | None = None) -> None:
+    """Raise InputError if an image of this (width, height) or its settings do not fit the format of the suffix."""
+    kind = format_of(path)
+    most, width, height = LONGEST_SIDE.get(kind, math.inf), *size
+    if max(size) > most:
+        raise InputError(f"{path}: {width}x{height} pixels, and {kind} holds {most} a side: name a .png file")
+    if kind == "JPEG" and settings and len(json.dumps(settings)) > MOST_SETTINGS:
+        raise InputError(f"{path}: the settings with all prompts do not fit a JPEG file: name a .png file")
 
-    settings: what made it, kept as the PNG text `bas` or as the EXIF user comment of other formats.
+
+def format_of(path: Path) -> str:
+    """Return Pillow's name of the format that a suffix stands for."""
+    return Image.registered_extensions()[path.suffix.lower()]
+
+
+def save_image(image: Image.Image, path: Path, settings: dict | None = None, profile: bytes | None = None) -> None:
+    """Write an image as a whole or not at all, in the format of its suffix. Raises InputError as `check_room`.
+
+    settings: what made it, kept as the PNG text `bas` or as the EXIF user comment of other formats. profile: the ICC
+    profile of its colours.
     """
-    kind = Image.registered_extensions()[path.suffix.lower()]
+    check_room(path, image.size, settings)
+    kind = format_of(path)
     options: dict[str, Any] = {} if kind == "PNG" else {"quality": 95}
+    if profile:
+        options["icc_profile"] = profile
     if settings and kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_text("bas", json.dumps(settings))
@@ -355,11 +379,13 @@ def numbered_paths(target: Path, count: int) -> list[Path]:
     return [target] if count == 1 else [target.with_stem(f"{target.stem}-{i:0{digits}}") for i in range(count)]
 
 
-def save_images(images: Iterable[Image.Image], settings: list[dict], target: Path) -> Iterator[Path]:
-    """Save each image as it arrives, with its settings, under `numbered_paths`. Yields their paths."""
+def save_images(
+    images: Iterable[Image.Image], settings: list[dict], target: Path, profile: bytes | None = None
+) -> Iterator[Path]:
+    """Save each image as it arrives, with its settings and ICC profile, as `numbered_paths`. Yields their paths."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for image, made_by, path in zip(images, settings, numbered_paths(target, len(settings)), strict=True):
-        save_image(image, path, made_by)
+        save_image(image, path, made_by, profile)
         yield path
 
 

@@ -32,6 +32,11 @@ def read_config(path: str | None, known: dict[str, Field]) -> dict[str, Any]:
 def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]) -> dict[str, Any]:
     """Return the settings that a file holds, lists as tuples. InputError for an unknown name or a wrong value."""
     settings = {name: value for name, value in settings.items() if (name, value) not in RETIRED.items()}
+    for flag, name in flags_of(known).items():
+        if flag in settings:
+            if name in settings:
+                raise InputError(f"{file}: {flag} and {name} are one setting: leave out one of them")
+            settings[name] = settings.pop(flag)
     for name in sorted(settings.keys() - known.keys()):
         plain = name.lstrip("-").replace("-", "_")
         for row in known.values():
@@ -39,6 +44,13 @@ def check_settings(file: Path, settings: dict[str, Any], known: dict[str, Field]
                 raise InputError(f"{file}: {name} is a flag of the command: in a file write {row.name} = false")
         raise InputError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
     return {name: check_setting(known[name], value, f"{file}: {name}") for name, value in settings.items()}
+
+
+def flags_of(known: dict[str, Field]) -> dict[str, str]:
+    """Return the settings whose flag has another name, by that name, as `weights` for the base model; no switches."""
+    rows = [row for row in known.values() if row.type is not bool]
+    names = {flag.lstrip("-"): row.name for row in rows for flag in row.metadata["flag"]}
+    return {flag: name for flag, name in names.items() if flag not in known}
 
 
 def read_toml(file: Path) -> dict:

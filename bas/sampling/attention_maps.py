@@ -115,6 +115,8 @@ def plan_maps(
     places = find_places(spec.tokenizer, ids.tolist(), words)
     if not places:
         raise InputError(f"{prompt!r} holds no handle: name one, or ask for all --words")
+    if side == 0:
+        raise InputError("--attention_grid 0: name how many cells the shorter side has, or leave it out")
     side = side or (trained_grid(spec.source) if spec.source else None)
     return places, attention_grid(spec, latent_shape(spec, config)[1:], side)
 

@@ -5,6 +5,7 @@ the level of that step (algorithm 1 there). At the end the pixels outside are re
 """
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,8 +36,10 @@ from bas.sampling.sampler import (
     latent_shape,
     standard_normal,
 )
-from bas.sampling.steer import plan_steering, read_steer
+from bas.sampling.steer import Steer, plan_steering, read_steer
 from bas.schedulers import add_noise
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,12 @@ def check_edit(spec: ModelSpec, image: Image.Image, regions: list[Region], confi
     if config.own_pixels:
         raise InputError("--own_pixels: an edit starts from the image that it edits, so leave this out")
     check_request(spec, [region.prompt for region in regions], replace(config, width=width, height=height))
+    if (config.separate or config.layout) and skipped_steps(config) >= Steer().until * config.num_inference_steps:
+        log.warning(
+            "--separate and --layout move no latents: they do so in the first half of the steps, which "
+            "--blending_start_percentage %g leaves out",
+            config.blending_start_percentage,
+        )
     layout = read_layout(Path(config.layout)) if config.layout else {}
     for region in regions:
         inside = latent_mask(region.mask, grid)[0, 0]
@@ -177,7 +186,7 @@ def latent_mask(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
     inside = F.adaptive_avg_pool2d(torch.from_numpy(mask)[None, None], grid) >= 0.5
     if not inside.any():
         raise InputError(
-            f"a mask covers no cell of the {grid[1]}x{grid[0]} grid that the model edits on: paint it larger"
+            f"a mask covers no cell of the {grid[1]}x{grid[0]} grid that the model edits on: paint it larger or whiter"
         )
     return inside
 

@@ -58,7 +58,7 @@ def check_layout(layout: Layout, known: tuple[str, ...], size: tuple[int, int], 
             check_box(handle, region)
         if not cells_inside(region, *grid).any():
             cells = f"the {grid[1]}x{grid[0]} cells that attention is read on"
-            raise InputError(f"the region of {handle} covers none of {cells}: make it larger")
+            raise InputError(f"the region of {handle} covers none of {cells}: make it larger or whiter")
     sizes = {mask.shape: f"{mask.shape[1]}x{mask.shape[0]} of {handle}" for handle, mask in masks.items()}
     if len(sizes) > 1:
         raise InputError(f"the layout has masks of different sizes, {' and '.join(sizes.values())}: give them one size")

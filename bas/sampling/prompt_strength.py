@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bas.errors import InputError
 from bas.models.bundle import Models
-from bas.models.text import HANDLE, Conditioning, encode_ids, handle_ids, join, tokenize
+from bas.models.text import HANDLE, Conditioning, encode_ids, expand_vectors, handle_ids, join, tokenize
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 STRONGEST = 5.0  # images fall apart far below
 NAME = HANDLE.pattern
 STRENGTH = re.compile(rf"\(\s*({NAME})\s*:\s*([^()]*?)\s*\)")
-LOOKS_LIKE = re.compile(rf"\([^()]*{NAME}[^()]*:[^()]*\)")
+COLON = r":(?!(?<=\d:)\d\d\b)"  # but that of a time of day, as 10:30
+LOOKS_LIKE = re.compile(rf"\([^()]*{NAME}[^()]*{COLON}[^()]*\)")
 PHRASE = re.compile(r"\(\s*([^()\[\]{}<>:]*[^\W\d_][^()\[\]{}<>:]*?)\s*:\s*(\d+\.?\d*|\.\d+)\s*\)")
 END = r"(?=[\s,.;:!?)]|$)"
 UNREAD = re.compile(  # weights as A1111, ComfyUI, InvokeAI and Compel write them
     rf"\(+(?:[^()]*\([^()]*:\s*[-+.\d]+\s*\)[^()]*|\s*\([^()]*\)\s*)\)+"  # ((red)), (a (red:1.2) ball)
-    rf"|\([^()]*:\s*[-+]?[.\d]+\s*\)"  # (red:9)
+    rf"|\([^()]*{COLON}\s*[-+]?[.\d]+\s*\)"  # (red:9)
     rf"|\([^()]*\)(?:\++|-+|\d*\.?\d+){END}"  # (red ball)++, (red ball)1.3
     r"|\[[^\[\]]*\]|\{[^{}]*\}"  # [red], [red:blue:0.5], {red}
     rf"|{NAME}(?:\++|-+|\d*\.\d+|:\d+\.?\d*){END}"  # <toy>+, <toy>:1.3
@@ -183,7 +184,8 @@ def find_strengths(tokenizer: CLIPTokenizer, prompt: Prompt, ids: Tensor) -> lis
 
 def count_tokens(tokenizer: CLIPTokenizer, text: str) -> int:
     """Return how many tokens a text takes, without the start and the end, of those that the model reads."""
-    (ids,) = tokenize(tokenizer, [text]).tolist()
+    length = tokenizer.model_max_length
+    (ids,) = tokenizer([expand_vectors(tokenizer, text)], truncation=True, max_length=length).input_ids
     return ids.index(tokenizer.eos_token_id) - 1
 
 

@@ -18,6 +18,7 @@ from bas.losses import average_maps
 from bas.models.bundle import Models, ModelSpec
 from bas.models.text import Conditioning, join, tokenize
 from bas.models.unet import AttentionMap, Hide, ReturnMaps, UNetOutput
+from bas.runtime.device import DTYPES
 from bas.runtime.progress import ImageProgress
 from bas.sampling.layout import cells_inside
 from bas.sampling.own_pixels import left_out, paste
@@ -37,6 +38,7 @@ from bas.schedulers import (
     previous_timestep,
     sampling_timesteps,
     seen_by,
+    used_spacing,
 )
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,10 @@ def without_effect(spec: ModelSpec, config: SampleConfig) -> dict[str, str]:
     if (scale := guidance_scale(spec, config)) <= 1:
         off = [name for name in ("negative_prompt", "guidance_rescale") if getattr(config, name)]
         unused |= dict.fromkeys(off, f"--guidance_scale {scale:g} turns guidance off")
+    if config.steps_offset is not None:
+        spacing = used_spacing(spec.schedule, config.sampler)
+        if spacing != "leading":
+            unused["steps_offset"] = f"the timesteps of --sampler {config.sampler} are spaced as {spacing!r} here"
     return unused
 
 
@@ -112,8 +118,10 @@ def guidance_scale(model: ModelSpec | Models, config: SampleConfig) -> float:
 
 
 def as_record(models: Models, config: SampleConfig) -> dict[str, Any]:
-    """Return all settings as an image file keeps them: with the guidance scale that was taken."""
-    return asdict(config) | {"guidance_scale": guidance_scale(models, config)}
+    """Return all settings as an image file keeps them: with the guidance scale and the precision that were taken."""
+    dtype = models.unet.conv_in.weight.dtype
+    precision = next(name for name, kind in DTYPES.items() if kind == dtype and name != "no")
+    return asdict(config) | {"guidance_scale": guidance_scale(models, config), "precision": precision}
 
 
 def sample_each(

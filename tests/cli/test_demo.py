@@ -9,6 +9,7 @@ from PIL import Image
 from bas.cli.commands import demo
 from bas.cli.entry import main
 from bas.pretrained.hub import train_config
+from bas.training.loop import train
 from tests.helpers.tiny import write_scene
 
 
@@ -49,3 +50,14 @@ def test_the_demo_prints_its_figures_and_its_page_begins_with_its_sheet(bench, t
     with Image.open(sheet) as image:
         first = re.search(r'<img width="(\d+)" height="(\d+)"', (run / "report.html").read_text())
         assert first.groups() == tuple(map(str, image.size))
+
+
+def test_another_run_is_left_alone(bench, tmp_path, monkeypatch, capsys):
+    """A finished run of other settings is not the demo's, so no figure is drawn into it."""
+    train(bench.config(tmp_path / "run"))
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    capsys.readouterr()
+    assert main(["demo", "--output_dir", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    told = f"bas: --output_dir {tmp_path / 'run'} holds another run than the demo's: name a new folder\n"
+    assert capsys.readouterr().err == told
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before

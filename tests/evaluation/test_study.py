@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,9 @@ def test_a_list_of_images_does_as_well(evaluation, tmp_path):
     assert [item.image for item in read_items(tmp_path / "list.jsonl")] == [
         item.image for item in read_items(evaluation)
     ]
+    twice = [*read_items(tmp_path / "list.jsonl"), replace(read_items(evaluation)[0], image=tmp_path / "again.png")]
+    with refused("again.png is a second image of "):
+        choose_pages(twice, StudyConfig(pages=1))
     (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({"method": "bas"}))
     with refused("list.jsonl line 2 is not an object with the strings method, scene, prompt"):
         read_items(tmp_path / "list.jsonl")

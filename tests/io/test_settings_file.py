@@ -204,3 +204,11 @@ def test_settings_that_are_gone_may_stay_off(tmp_path):
     path.write_text("cuda_graphs = true\n")
     with tiny.refused("unknown setting cuda_graphs"):
         read_config(str(path), setting_rows(TrainConfig))
+
+
+def test_a_file_takes_the_name_of_the_flag(tmp_path):
+    known = setting_rows(TrainConfig)
+    assert read_config(write(tmp_path, 'weights = "mini"'), known) == {"pretrained_model_name_or_path": "mini"}
+    both = 'weights = "mini"\npretrained_model_name_or_path = "mini"'
+    with pytest.raises(InputError, match="weights and pretrained_model_name_or_path are one setting"):
+        read_config(write(tmp_path, both), known)

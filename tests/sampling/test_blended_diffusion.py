@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from bas.cli.entry import main
 from bas.config import EditConfig
@@ -14,7 +14,16 @@ from bas.io.images import pixels, read_image
 from bas.pretrained.folder import save_model
 from bas.sampling import blended_diffusion as editing
 from bas.sampling import sampler as sampling
-from bas.sampling.blended_diffusion import Region, composite, edit, latent_mask, read_region, read_regions, working_size
+from bas.sampling.blended_diffusion import (
+    Region,
+    check_edit,
+    composite,
+    edit,
+    latent_mask,
+    read_region,
+    read_regions,
+    working_size,
+)
 from bas.sampling.sampler import decode
 from bas.schedulers import sampling_timesteps
 from tests.helpers.tiny import refused, taught, write_model, write_scene
@@ -258,6 +267,7 @@ def test_the_command_writes_the_edited_image_with_its_settings(files, models, ca
         assert not differing(result, Image.open(files / "photo.png"))[left_half() == 0].any()
     assert note["prompts"] == ["a photo of <asset1>"]
     assert note["blending_start_percentage"] == 0.25
+    assert (note["init_image"], note["masks"]) == ("photo.png", ["left.png"])
 
     regions = region_list(files, [{"mask": "left.png", "prompt": "a"}, {"mask": "right.png", "prompt": "the"}])
     assert main(["edit", *common, "--regions", str(regions), "--num_images", "2"]) == 0
@@ -266,6 +276,37 @@ def test_the_command_writes_the_edited_image_with_its_settings(files, models, ca
     for wrong in ([], where[:2], where[2:], [*where, "--regions", str(regions)]):
         assert main(["edit", *common, *wrong]) == 2
         assert capsys.readouterr().err.startswith("bas: name a region and a prompt")
+
+
+def test_an_edit_keeps_the_colour_profile_of_its_image(files, models):
+    """Without it the pixels outside the mask would look different, though they are the same."""
+    save_model(models, files / "run")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    with Image.open(files / "photo.png") as photo:
+        photo.convert("RGBA").save(files / "profiled.png", icc_profile=profile)
+    words = [
+        "edit",
+        files / "run",
+        "--mask",
+        files / "left.png",
+        "--prompt",
+        "a <asset0>",
+        "--num_inference_steps",
+        "2",
+    ]
+    for name, kept in (("profiled", profile), ("photo", None)):
+        more = ["--init_image", files / f"{name}.png", "--output_path", files / "edited.png"]
+        assert main([*map(str, [*words, *more])]) == 0
+        with Image.open(files / "edited.png") as result:
+            assert result.info.get("icc_profile") == kept
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.25, 0), (0.5, 1)])
+def test_an_edit_that_leaves_out_the_steps_of_steering_says_so(models, image, caplog, share, told):
+    prompt = "a photo of <asset0> and <asset1>"
+    config = EditConfig(separate=True, blending_start_percentage=share, **FAST)
+    check_edit(models.spec, image, [Region(left_half(), prompt)], config)
+    assert [line.startswith("--separate and --layout move no latents") for line in caplog.messages] == [True] * told
 
 
 def test_a_scene_is_edited_at_its_own_size(models, tmp_path):

@@ -263,3 +263,14 @@ def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):
     """Training warns of a weight that it would read as brackets."""
     check_input(bench.config(tmp_path / "run", class_prompt=("a [photo] at the beach", "a stone")))
     assert [message.split(" stays text")[0] for message in caplog.messages] == ["'[photo]'"]
+
+
+def test_a_time_of_day_beside_a_handle_is_text(models):
+    prompt = "a photo (of <asset0>, at 10:30)"
+    assert read_prompt(prompt).text == prompt
+
+
+def test_what_is_cut_off_a_weighted_prompt_is_told_once(models, caplog):
+    long = " ".join(["bowl"] * 100)
+    encode_prompts(models.text_encoders, models.tokenizer, [f"{long} (a:1.4) bowl (the:1.2) a"])
+    assert len(caplog.messages) == 1

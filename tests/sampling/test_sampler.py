@@ -14,6 +14,8 @@ from bas.cli.entry import main
 from bas.cli.open_model import open_model
 from bas.config import SampleConfig
 from bas.errors import RunError
+from bas.io.figures import grid, grid_size
+from bas.io.images import save_image
 from bas.pretrained.folder import save_model
 from bas.runtime import device as machine
 from bas.sampling import sampler
@@ -276,6 +278,64 @@ def test_an_image_that_would_be_replaced_is_told(bench, tmp_path, caplog):
         f"{tmp_path}/x.png will be replaced; name another file to keep it",
         f"{tmp_path}/x-0.png, x-1.png will be replaced; name another file to keep them",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "told"),
+    [
+        ("x.webp", ["--num_images", "90", "--grid"], "pixels, and WEBP holds 16383 a side: name a .png file"),
+        ("x.jpg", ["--num_images", "400", "--grid"], "pixels, and JPEG holds 65500 a side: name a .png file"),
+        ("x.jpg", ["--negative_prompt", "y " * 40_000], "do not fit a JPEG file: name a .png file"),
+    ],
+)
+def test_an_image_that_its_format_cannot_hold_is_refused_before_it_is_drawn(
+    bench, tmp_path, monkeypatch, capsys, name, more, told
+):
+    monkeypatch.setattr("bas.cli.commands.sample.sample_each", lambda *_: pytest.fail("images are drawn"))
+    words = ["sample", str(bench.model), "--prompt", "a bowl", "--output_path", str(tmp_path / name)]
+    assert main([*words, *more]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "too long" not in line]
+    assert line.startswith(f"bas: {tmp_path / name}")
+    assert line.endswith(told)
+    with refused("name a .png file"):
+        save_image(Image.new("RGB", (66_000, 1)), tmp_path / name, {"negative_prompt": "y " * 40_000})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_is_as_large_as_it_is_said_to_be():
+    rows = [[Image.new("RGB", (9, 6))] * 3, [Image.new("RGB", (9, 6))]]
+    labels = [["a long label that takes several lines"] * 3, ["b"]]
+    for title in ("", "a title"):
+        assert grid(rows, labels, 64, title).size == grid_size(labels, 64, title)
+
+
+def test_what_is_refused_is_not_said_to_be_replaced(bench, tmp_path, caplog, capsys):
+    (tmp_path / "x.png").write_bytes(b"mine")
+    words = ["sample", str(bench.model), "--prompt", "a bowl", "--output_path", str(tmp_path / "x.png")]
+    assert main([*words, "--height", "31"]) == 2
+    assert caplog.messages == []
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "x-1.png").mkdir()
+    assert main([*words, "--num_images", "2"]) == 2
+    assert capsys.readouterr().err == f"bas: --output_path {tmp_path}/x.png: {tmp_path}/x-1.png is in the way\n"
+
+
+def test_an_image_keeps_how_its_model_was_read(bench, tmp_path):
+    words = ["sample", str(bench.model), "--prompt", "a bowl", "--num_inference_steps", "1"]
+    notes = []
+    for i, more in enumerate((["--precision", "bf16"], ["--precision", "fp32", "--prediction_type", "v_prediction"])):
+        assert main([*words, *more, "--output_path", str(tmp_path / f"{i}.png")]) == 0
+        with Image.open(tmp_path / f"{i}.png") as image:
+            notes.append(json.loads(image.text["bas"]))
+    assert [note["precision"] for note in notes] == ["bf16", "fp32"]
+    assert [note.get("prediction_type") for note in notes] == [None, "v_prediction"]
+
+
+@pytest.mark.parametrize(("sampler_name", "told"), [("dpmpp_2m_karras", "'karras'"), ("dpmpp_2m", "'linspace'")])
+def test_an_offset_that_moves_no_timestep_is_told(models, caplog, sampler_name, told):
+    sample(models, PROMPT, sampler=sampler_name, steps_offset=5, **FAST)
+    line = f"--steps_offset has no effect: the timesteps of --sampler {sampler_name} are spaced as {told} here"
+    assert caplog.messages == [line]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from bas.cli.inspection import as_text
 from bas.config import SampleConfig
 from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
+from bas.errors import InputError
 from bas.evaluation.metrics import attention_iou
 from bas.io.figures import grid, overlay_attention, tint_masks
 from bas.io.images import save_image, to_image
-from bas.io.run_files import CONCEPTS, METRICS
+from bas.io.run_files import CONCEPTS, METRICS, read_settings
 from bas.pretrained.hub import find, load, train_config
 from bas.runtime.progress import ImageProgress
 from bas.runtime.threads import use_idle_cores
@@ -69,6 +70,10 @@ def demo(output_dir: Path, device: str | None = None) -> Result:
     own = {"output_dir": str(output_dir), "device": device, "resume_from_checkpoint": resume}
     config = train_config(find(None) / SCENE, **own, **SHORTER)
     if (output_dir / CONCEPTS).exists():
+        recorded = read_settings(output_dir)["config"]
+        same_scene = Path(recorded["instance_data_dir"]).name == Path(SCENE).name
+        if not same_scene or any(recorded[name] != getattr(config, name) for name in SHORTER):
+            raise InputError(f"--output_dir {output_dir} holds another run than the demo's: name a new folder")
         log.info("%s holds a finished run: only the images are generated", output_dir)
     else:
         train(config)

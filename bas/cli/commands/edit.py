@@ -2,14 +2,16 @@
 
 import argparse
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
 from bas.cli.open_model import add_model, find_model, given_additions, open_model
-from bas.cli.output_files import add_output_path, check_output_path
+from bas.cli.output_files import add_output_path, check_output_path, warn_of_replacement
 from bas.config import EditConfig
 from bas.errors import InputError
-from bas.io.images import read_image, save_images
+from bas.io.images import check_room, numbered_paths, read_image, save_images
+from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
 from bas.sampling.blended_diffusion import check_edit, edit, read_region, read_regions, skipped_steps
 from bas.sampling.layout import mask_files
@@ -56,11 +58,19 @@ def run(args: argparse.Namespace) -> None:
     if config.composite and target.suffix.lower() != ".png":
         log.warning("%s: only a .png keeps the pixels outside the mask exactly", target)
     prompts = [region.prompt for region in regions]
-    models = open_model(args, lambda spec: check_edit(spec, image, regions, config), [*prompts, config.negative_prompt])
+    masked = [region.file.name for region in regions if region.file]
+    made_from = {"init_image": file.name, "masks": masked, **given_additions(args)}
+
+    def check(spec: ModelSpec) -> None:
+        check_edit(spec, image, regions, config)
+        check_room(target, image.size, asdict(config) | {"prompts": prompts, "model": name, **made_from})
+        warn_of_replacement(numbered_paths(target, config.num_images))
+
+    models = open_model(args, check, [*prompts, config.negative_prompt])
     steps = len(regions) * (config.num_inference_steps - skipped_steps(config))
     images = edit(models, image, regions, config, ImageProgress(config.num_images, steps))
 
     shared = as_record(models, config) | {"prompts": prompts, "model": name}
-    records = [shared | {"seed": config.seed + i, **given_additions(args)} for i in range(config.num_images)]
-    for path in save_images(images, records, target):
+    records = [shared | {"seed": config.seed + i, **made_from} for i in range(config.num_images)]
+    for path in save_images(images, records, target, image.info.get("icc_profile")):
         print(path)

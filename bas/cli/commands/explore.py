@@ -32,7 +32,8 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate the images, and print where the grid is."""
     config = SampleConfig(**given(args, SampleConfig))
-    folder = gallery_folder(args, find_model(args), "exploration")
+    model = find_model(args)
+    folder = gallery_folder(args, model, "exploration")
     contexts = tuple(args.contexts)
     models = open_model(args, lambda spec: check_request(spec, combinations_in(spec, contexts), config))
-    print_gallery(explore(models, folder, contexts, config, **given_additions(args)))
+    print_gallery(explore(models, folder, contexts, config, model=model.name, **given_additions(args)))

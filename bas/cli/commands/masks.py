@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from bas.cli.flags import Parser, add_fields, given
-from bas.cli.output_files import check_output_path
+from bas.cli.output_files import check_output_path, warn_of_replacement
 from bas.config import ProposalConfig, TrainConfig
 from bas.data.batches import check_scene
 from bas.data.mask_formats import list_sources, read_scene_json
@@ -100,6 +100,7 @@ def check(args: argparse.Namespace) -> None:
         if line != str(refusal):
             log.warning("%s", line)
     if target:
+        warn_of_replacement([target])
         target.parent.mkdir(parents=True, exist_ok=True)
         save_image(sheet(view), target)
         print(f"\n{target}")

@@ -2,19 +2,20 @@
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.open_model import ADDITIONS, add_model, find_model, given_additions, open_model
-from bas.cli.output_files import add_output_path, check_output_path
+from bas.cli.output_files import add_output_path, check_output_path, warn_of_replacement
 from bas.config import SampleConfig, Settings, setting, setting_rows
 from bas.errors import InputError
-from bas.io.figures import grid
-from bas.io.images import save_images
+from bas.io.figures import grid, grid_size
+from bas.io.images import check_room, numbered_paths, save_images
 from bas.io.settings_file import read_config
+from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
 from bas.sampling.layout import mask_files
 from bas.sampling.own_pixels import steps_taken
@@ -68,18 +69,34 @@ def run(args: argparse.Namespace) -> None:
     config = SampleConfig(**{**settings, **given(args, SampleConfig)})
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.num_images)]
     masks = mask_files(Path(config.layout)) if config.layout else []
-    target, name = check_output_path(args.output_path, 1 if args.grid else len(jobs), *masks), find_model(args).name
-    models = open_model(args, lambda spec: check_request(spec, prompts, config), [*prompts, config.negative_prompt])
+    count, name = 1 if args.grid else len(jobs), find_model(args).name
+    target = check_output_path(args.output_path, count, *masks)
+    starts = range(0, len(jobs), config.num_images)
+    labels = [[f"{prompt}, seed {seed}" for prompt, seed in jobs[i : i + config.num_images]] for i in starts]
+
+    def check(spec: ModelSpec) -> None:
+        check_request(spec, prompts, config)
+        height, width = config.height or spec.resolution, config.width or spec.resolution
+        size = grid_size(labels, cell_of(width)) if args.grid else (width, height)
+        texts = prompts if args.grid else max(prompts, key=len)
+        check_room(target, size, asdict(config) | {"prompts": texts, "model": name, **given_additions(args)})
+        warn_of_replacement(numbered_paths(target, count))
+
+    models = open_model(args, check, [*prompts, config.negative_prompt])
     progress = ImageProgress(len(jobs), steps_taken(config))
     images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
 
     shared = as_record(models, config) | {"model": name, **given_additions(args)}
     records = [shared | {"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     if args.grid:
-        rows = [range(i, i + config.num_images) for i in range(0, len(jobs), config.num_images)]
-        labels = [[f"{jobs[i][0]}, seed {jobs[i][1]}" for i in row] for row in rows]
         cells = list(images)
-        images = [grid([[cells[i] for i in row] for row in rows], labels, max(192, min(512, cells[0].width)))]
+        rows = [cells[i : i + config.num_images] for i in starts]
+        images = [grid(rows, labels, cell_of(cells[0].width))]
         records = [shared | {"prompts": prompts}]
     for path in save_images(images, records, target):
         print(path, flush=True)
+
+
+def cell_of(width: int) -> int:
+    """Return the side of a grid's cell, in pixels, for images of this width."""
+    return max(192, min(512, width))

@@ -22,6 +22,7 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate the images, and print where the grid is."""
     config = VaryConfig(**given(args, VaryConfig))
-    folder = gallery_folder(args, find_model(args), "variations")
+    model = find_model(args)
+    folder = gallery_folder(args, model, "variations")
     models = open_model(args, lambda spec: check_request(spec, [all_together(spec)], config))
-    print_gallery(vary(models, folder, config, **given_additions(args)))
+    print_gallery(vary(models, folder, config, model=model.name, **given_additions(args)))
