@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
-from bas.data.scene_folder import find_image, images_in, match_size, read_names
+from bas.data.scene_folder import find_image, images_in, match_size, numbered_folders, read_names
 from bas.errors import InputError
 from bas.io.files import reading, replacing, require_writable
 from bas.io.images import read_image, read_orientation
@@ -70,13 +70,22 @@ def concepts_to_edit(draft: Draft) -> list[dict]:
     ]
 
 
-def write_draft(draft: Draft, masks: Sequence[Image.Image | None], concepts: list[dict]) -> None:
+def write_draft(
+    draft: Draft,
+    masks: Sequence[Image.Image | None],
+    concepts: list[dict],
+    origins: Sequence[int | None] | None = None,
+) -> None:
     """Write mask0.png, mask1.png, ..., the image where it is missing, and scene.json, whose other entries stay.
 
     masks: grey images of the image's size, None keeps the file that is there; concepts: handle and word of each. Masks
     of higher numbers are removed. If a write fails, as on a full disk, the scene stays as it was.
+
+    origins: the number that each concept had until now, None for a new one; left out, all keep theirs. The masks of
+    extra images follow their concepts, as `moved_masks` says.
     """
     folder = draft.folder
+    moved = {} if origins is None else moved_masks(folder, origins)
     folder.mkdir(parents=True, exist_ok=True)
     names = folder / "scene.json"
     kept = read_json(names) if names.exists() else {}
@@ -92,10 +101,49 @@ def write_draft(draft: Draft, masks: Sequence[Image.Image | None], concepts: lis
             if mask is None:
                 continue
             mask.save(written.enter_context(replacing(folder / f"mask{i}.png")), format="PNG", **options)
+        for old, new in moved.items():
+            if new is not None:
+                written.enter_context(replacing(new)).write_bytes(old.read_bytes())
         written.enter_context(replacing(names)).write_text(json_text(kept | {"concepts": concepts}), encoding="utf-8")
-    for path in folder.iterdir():
-        if (match := NUMBERED.fullmatch(path.name)) and match[1] == "mask" and int(match[2]) >= len(masks):
+    for path in moved.keys() - moved.values():
+        path.unlink()
+    for number, path in numbered_masks(folder).items():
+        if number >= len(masks):
             path.unlink()
+
+
+def moved_masks(folder: Path, origins: Sequence[int | None]) -> dict[Path, Path | None]:
+    """Return where the masks of extra images go when the concepts change: None for a mask of a removed concept.
+
+    origins: the number that each concept had until now, None for a new one. Masks that stay are left out. Raises
+    InputError for an extra image that no mask would be left to, and for a mask of no concept in the way of another.
+    """
+    if not folder.is_dir():
+        return {}
+    known, places = numbered_masks(folder), {old: new for new, old in enumerate(origins) if old is not None}
+    moved: dict[Path, Path | None] = {}
+    for extra in numbered_folders(folder):
+        found = numbered_masks(extra)
+        goes = {
+            path: extra / f"mask{places[number]}.png" if number in places else None
+            for number, path in found.items()
+            if number in known
+        }
+        if goes and not any(goes.values()):
+            raise InputError(f"{extra} shows removed concepts alone: move this folder away, or keep one of them")
+        for number, path in found.items():
+            if number not in known and path in goes.values():
+                raise InputError(
+                    f"{path} shows none of the {len(known)} concepts: move it away, or give it their number"
+                )
+        moved |= {path: target for path, target in goes.items() if target != path}
+    return moved
+
+
+def numbered_masks(folder: Path) -> dict[int, Path]:
+    """Return the files mask0.png, mask1.png, ... of a folder by number."""
+    matches = ((NUMBERED.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[2]): path for match, path in matches if match and match[1] == "mask"}
 
 
 def _sources(folder: Path) -> list[list[Path]]:

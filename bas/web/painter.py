@@ -21,6 +21,7 @@ from PIL import Image
 
 from bas.data.mask_formats import MAX_MASKS
 from bas.data.scene import bracketed, check_word
+from bas.data.scene_folder import numbered_folders
 from bas.data.scene_writer import Draft, concepts_to_edit, write_draft
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS
@@ -43,8 +44,9 @@ POLICY = (
 def save_scene(draft: Draft, concepts: Any) -> str:
     """Write mask0.png, mask1.png, ..., scene.json and the image. -> a line that says what to do next
 
-    concepts: a list of {"handle", "word", "mask": a PNG in base64}, as the page sends it. Raises InputError for what
-    training could not use, before anything is written. Masks of removed concepts are removed.
+    concepts: a list of {"from": its number until now or None, "handle", "word", "mask": a PNG in base64}, as the page
+    sends it. Raises InputError for what training could not use, before anything is written. Masks of removed concepts
+    are removed, and those of extra images follow their concepts.
     """
     if not isinstance(concepts, list) or not 0 < len(concepts) <= MAX_MASKS:
         raise InputError(f"a scene has 1 to {MAX_MASKS} concepts")
@@ -52,7 +54,7 @@ def save_scene(draft: Draft, concepts: Any) -> str:
     if len({name["handle"] for name in names}) < len(names):
         raise InputError("two concepts have the same handle")
     masks = [_read_png(c.get("mask"), n["handle"], draft.image.size) for c, n in zip(concepts, names, strict=True)]
-    write_draft(draft, masks, names)
+    write_draft(draft, masks, names, _origins(draft, concepts))
     return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}. {next_steps(draft)}"
 
 
@@ -71,6 +73,18 @@ def _check_names(concept: Any) -> dict:
         raise InputError(f"the initial word of {handle} is not a text of {MAX_WORD} characters or fewer")
     check_word(word, str(handle))
     return {"handle": handle, "word": (word or "").strip() or None}
+
+
+def _origins(draft: Draft, concepts: list[dict]) -> list[int | None] | None:
+    """Return the number that each concept had until now. InputError if extra images need it and it was not sent."""
+    extra = numbered_folders(draft.folder) if draft.folder.is_dir() else []
+    if not extra:
+        return None
+    origins = [concept.get("from", -1) for concept in concepts]
+    numbers = [number for number in origins if number is not None]
+    if len({*map(str, numbers)}) < len(numbers) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise InputError(f"{extra[0]} has masks of these concepts, and their numbers are unknown: load the page again")
+    return origins
 
 
 def _read_png(text: Any, handle: str, size: tuple[int, int]) -> Image.Image:

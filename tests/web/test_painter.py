@@ -124,6 +124,59 @@ def test_masks_of_removed_concepts_go_and_other_notes_stay(session, photo):
     assert notes == {"title": "mine", "concepts": [{"handle": "<a2>", "word": None}]}
 
 
+@pytest.fixture
+def with_extra(session, photo):
+    """A saved scene of three concepts, with an extra image of concepts 1 and 2: its folder and the rows of the page."""
+    rows = [{"from": i, "handle": f"<a{i}>", "word": None, "mask": png(soft(i))} for i in range(3)]
+    save(session, *rows)
+    extra = photo.parent / "photo" / "1"
+    extra.mkdir()
+    Image.new("RGB", (W, H), (9, 9, 9)).save(extra / "img.png")
+    for i in (1, 2):
+        Image.fromarray(soft(10 + i)).save(extra / f"mask{i}.png")
+    return extra, rows
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1, 0), (0, None, 1, 2), (2,), (0, 1, 2)])
+def test_masks_of_extra_images_follow_their_concepts(session, with_extra, order):
+    """Concepts that were removed, moved or added: each mask of the extra image still shows the concept of its name."""
+    extra, rows = with_extra
+    new = {"from": None, "handle": "<new>", "word": None, "mask": png(soft(5))}
+    assert save(session, *(new if i is None else rows[i] for i in order))[0] == 200
+    scene = load_scene(TrainConfig(instance_data_dir=str(extra.parent)))
+    shown = {scene.handles[i]: mask for i, mask in scene.extra_images[0].masks.items()}
+    assert shown.keys() == {f"<a{i}>" for i in (1, 2) if i in order}
+    assert all(np.array_equal(mask, soft(10 + int(handle[2]))) for handle, mask in shown.items())
+    assert not list(extra.glob(".*"))
+
+
+def test_what_would_lose_masks_of_extra_images_is_refused(session, with_extra):
+    extra, rows = with_extra
+    before = {path: path.read_bytes() for path in extra.parent.rglob("*.*")}
+    alone = f"{extra} shows removed concepts alone: move this folder away, or keep one of them"
+    assert save(session, rows[0]) == (400, alone)
+    unknown = f"{extra} has masks of these concepts, and their numbers are unknown: load the page again"
+    for wrong in ({"from": 1}, {"from": True}, {"from": -1}, {"from": "2"}, {"from": [2]}):
+        assert save(session, rows[1], rows[2] | wrong) == (400, unknown)
+    assert save(session, {key: rows[1][key] for key in ("handle", "word", "mask")}) == (400, unknown)
+    assert {path: path.read_bytes() for path in extra.parent.rglob("*.*")} == before
+    Image.fromarray(soft()).save(extra / "mask3.png")  # of no concept, where <a2> would go
+    new = {"from": None, "handle": "<new>", "word": None, "mask": png(soft(5))}
+    message = f"{extra / 'mask3.png'} shows none of the 3 concepts: move it away, or give it their number"
+    assert save(session, new, *rows) == (400, message)
+
+
+def test_a_full_disk_leaves_the_masks_of_extra_images(session, with_extra):
+    extra, rows = with_extra
+    noise = np.random.default_rng(0).integers(0, 256, (H, W), np.uint8)
+    Image.fromarray(noise).save(extra / "mask2.png")
+    before = {path: path.read_bytes() for path in extra.parent.rglob("*.*")}
+    with full_disk(room=H * W // 2):
+        status, message = save(session, *(row | {"mask": png(np.eye(H, W, dtype=np.uint8))} for row in rows[1:]))
+    assert (status, message) == (500, f"could not write: [Errno 27] File too large: '{extra / 'mask1.png'}'")
+    assert {path: path.read_bytes() for path in extra.parent.rglob("*.*")} == before
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -497,11 +550,15 @@ def test_painting_erasing_undoing_and_saving(page, photo):
     browser.press("1")
     browser.drag(*on_screen(browser, (4, 4)))
     assert browser.run("concepts.indexOf(active)") == 0
+    (folder / "1").mkdir()  # an extra image that shows the second concept
+    Image.fromarray(soft()).save(folder / "1" / "mask1.png")
     browser.run("document.querySelectorAll('.remove')[0].click()")
     (only,) = saved(browser, folder)
     assert np.array_equal(only, second)
+    assert [path.name for path in (folder / "1").iterdir()] == ["mask0.png"]
     browser.press("z", control=True)
     back, _ = saved(browser, folder)
+    assert [path.name for path in (folder / "1").iterdir()] == ["mask1.png"]
     assert_painted(np.where(distance((4, 4), (4, 4)) < 4, back, 0), (4, 4), (4, 4), size)
 
 

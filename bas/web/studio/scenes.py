@@ -22,7 +22,7 @@ from PIL import Image
 from bas.data.mask_formats import MAX_MASKS, list_sources
 from bas.data.scene import bracketed, check_word
 from bas.data.scene_folder import numbered_folders
-from bas.data.scene_writer import Draft, concepts_to_edit, open_draft, write_draft
+from bas.data.scene_writer import Draft, concepts_to_edit, moved_masks, numbered_masks, open_draft, write_draft
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS, as_hex
 from bas.io.images import read_image
@@ -48,7 +48,8 @@ class Concept:
     handle: str
     word: str | None
     mask: np.ndarray | None  # (H, W) uint8
-    number: int | None = None  # of its mask file, where it has one that holds this mask
+    number: int | None = None  # of its mask file, where it has one
+    changed: bool = False  # since that file was written
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def put_tiles(folder: Path, number: int, data: bytes, expected: str | None) -> O
         mask = np.zeros((height, width), np.uint8) if concept.mask is None else concept.mask.copy()
         lay(mask, unpack(data, (width, height)))
         concepts = list(opened.concepts)
-        concepts[number] = Concept(concept.handle, concept.word, mask if mask.any() else None)
+        concepts[number] = replace(concept, mask=mask if mask.any() else None, changed=True)
         return write(opened, concepts)
 
 
@@ -255,27 +256,42 @@ def unchanged(folder: Path, expected: str | None) -> Opened:
 
 
 def write(opened: Opened, concepts: list[Concept]) -> Opened:
-    """Save a scene: masks and names of what is painted as bas reads them, the rest in draft.json."""
+    """Save a scene: masks and names of what is painted as bas reads them, the rest in draft.json.
+
+    The masks of extra images follow their concepts. InputError if an extra image shows a concept whose mask is erased.
+    """
     painted = [concept for concept in concepts if concept.mask is not None]
+    origins = [concept.number for concept in painted]
+    for concept in concepts:
+        if concept.mask is None and concept.number is not None:
+            check_erased(opened.folder, concept.number, concept.handle)
+    moved_masks(opened.folder, origins)  # which refuses before anything is written
     rows = [{"handle": c.handle, "word": c.word, "painted": c.mask is not None} for c in concepts]
     if len(painted) < len(concepts):
         write_json(opened.folder / DRAFT, {"concepts": rows})
     masks = [
-        None if concept.number == i else Image.fromarray(concept.mask)
+        None if concept.number == i and not concept.changed else Image.fromarray(concept.mask)
         for i, concept in enumerate(painted)
         if concept.mask is not None
     ]
     if painted:
-        write_draft(opened.draft, masks, [{"handle": c.handle, "word": c.word} for c in painted])
+        write_draft(opened.draft, masks, [{"handle": c.handle, "word": c.word} for c in painted], origins)
     else:
         clear_masks(opened.folder)
     if len(painted) == len(concepts):
         (opened.folder / DRAFT).unlink(missing_ok=True)
     numbers = iter(range(len(painted)))
-    saved = tuple(replace(c, number=None if c.mask is None else next(numbers)) for c in concepts)
+    saved = tuple(replace(c, number=None if c.mask is None else next(numbers), changed=False) for c in concepts)
     renewed = replace(opened, version=version(opened.folder), concepts=saved)
     kept[:] = [renewed]
     return renewed
+
+
+def check_erased(folder: Path, number: int, handle: str) -> None:
+    """Raise InputError for a concept without a mask that an extra image shows: its mask there would be lost."""
+    for extra in numbered_folders(folder):
+        if number in numbered_masks(extra):
+            raise InputError(f"{handle} has a mask in {extra} too: leave a part of this one, or remove the concept")
 
 
 def clear_masks(folder: Path) -> None:

@@ -137,6 +137,49 @@ def test_a_mask_that_is_erased_is_not_painted_any_more(studio, scene):
     assert again["concepts"] == answer["concepts"]  # as the folder alone says
 
 
+def test_masks_of_extra_images_follow_their_concepts(studio, scene):
+    """Also after a stroke. What would lose them is refused, and nothing is written."""
+    path, folder = f"api/scenes/{scene['name']}", studio.home.folder / "scenes" / scene["name"]
+    rows = [{"from": place, "handle": f"<a{i}>", "word": None} for i, place in enumerate((0, None, None))]
+    now = studio.ask("PATCH", path, {"concepts": rows}, if_match=scene["version"]).json()
+    for i in range(3):
+        now = send(studio, now, i, soft(i)).json()
+    extra = folder / "1"
+    extra.mkdir()
+    (extra / "img.png").write_bytes(picture())
+    for i in (1, 2):
+        Image.fromarray(soft(10 + i)).save(extra / f"mask{i}.png")
+
+    def shown():
+        found = load_scene(TrainConfig(instance_data_dir=str(folder)))
+        return {found.handles[i]: mask for i, mask in found.extra_images[0].masks.items()}
+
+    def ask(*places):
+        rows = [{"from": i, "handle": now["concepts"][i]["handle"], "word": None} for i in places]
+        return studio.ask("PATCH", path, {"concepts": rows}, if_match=now["version"])
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*.*")}
+
+    now, before = studio.get(path), files()
+    assert (
+        ask(0).json()["message"] == f"{extra} shows removed concepts alone: move this folder away, or keep one of them"
+    )
+    erased = HEAD.pack(MAGIC, W, H, 4) + b"".join(ROW.pack(x, y, 0) for x in (0, 1) for y in (0, 1))
+    answer = studio.ask("PATCH", f"{path}/masks/2", raw=erased, if_match=now["version"])
+    lost = f"<a2> has a mask in {extra} too: leave a part of this one, or remove the concept"
+    assert (answer.status_code, answer.json()["message"]) == (422, lost)
+    assert files() == before
+    now = send(studio, now, 2, soft(7)).json()
+    now = ask(2, 1, 0).json()
+    assert {handle: mask.tobytes() for handle, mask in shown().items()} == {
+        f"<a{i}>": soft(10 + i).tobytes() for i in (1, 2)
+    }
+    now = ask(0, 2).json()  # of what is now <a2>, <a1>, <a0>
+    assert np.array_equal(shown()["<a2>"], soft(12))
+    assert sorted(path.name for path in extra.iterdir()) == ["img.png", "mask0.png"]
+
+
 def test_two_pages_do_not_overwrite_each_other(studio, scene):
     assert send(studio, scene, 0, soft(1)).status_code == 200
     late = send(studio, scene, 0, soft(2))
