@@ -31,6 +31,7 @@ ROW = {"phase": str, "step": int, ...: NUMBER}  # of the metrics
 SESSION = {"started": str, "device": str, "versions": dict, "stages": [{"stage": str, "seconds": NUMBER, ...: NUMBER}]}
 LEFT_OUT = "the times of earlier sessions are left out"
 ROWS = ("handles", "handles_2")  # in the concepts file: the handles' rows, of the first text encoder and of the second
+BETWEEN_SCENES = " + "  # in the settings of a merged run
 SCENE, PREVIEWS = "scene", "previews"  # copies of the training's input; images generated during training
 
 
@@ -40,8 +41,21 @@ def scene_mask(scene: Path, number: int) -> Path:
     A concept of a merged run has a folder with an image of its own. The file need not exist.
     """
     name = f"mask{number}.png"
-    further = sorted(scene.glob(f"*/{name}"))
+    further = sorted(scene.glob(f"*/{name}"), key=numbered_first)
     return further[0] if further and not (scene / name).exists() else scene / name
+
+
+def numbered_first(path: Path) -> tuple[bool, int, str]:
+    """Sort files of the folders 1, 2, ... 10 by number, then those of other folders, as of close-ups, by name."""
+    name = path.parent.name
+    return (False, int(name), "") if name.isdecimal() else (True, 0, name)
+
+
+def scene_names(metadata: dict[str, Any]) -> list[str]:
+    """Return the names of the scenes that a run has learnt, one unless it is merged."""
+    scenes = metadata["config"]["instance_data_dir"]
+    paths = scenes.split(BETWEEN_SCENES) if "merged" in metadata else [scenes]
+    return list(dict.fromkeys(Path(path).name for path in paths))
 
 
 def read_settings(run: Path) -> dict[str, Any]:

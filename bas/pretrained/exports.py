@@ -35,6 +35,7 @@ from bas.io.run_files import (
     read_concepts,
     read_rows,
     read_sessions,
+    scene_names,
 )
 from bas.io.settings_file import CONFIG
 from bas.io.tensors import read_tensors
@@ -279,7 +280,7 @@ def describe(run: Path, metadata: dict, spec: ModelSpec, words: list[str], name:
 
 def about(metadata: dict) -> str:
     """Return what a run holds, in words."""
-    return f"concepts of {Path(metadata['config']['instance_data_dir']).name}, learnt by bas"
+    return f"concepts of {' and '.join(scene_names(metadata))}, learnt by bas"
 
 
 def when_trained(run: Path) -> dict[str, str]:

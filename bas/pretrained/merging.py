@@ -26,7 +26,16 @@ from torch import Tensor
 from bas.errors import InputError
 from bas.io.files import filling
 from bas.io.json_files import write_json
-from bas.io.run_files import SCENE, SETTINGS, TUNED, handle_rows, read_concepts, save_concepts
+from bas.io.run_files import (
+    BETWEEN_SCENES,
+    SCENE,
+    SETTINGS,
+    TUNED,
+    handle_rows,
+    numbered_first,
+    read_concepts,
+    save_concepts,
+)
 from bas.models.adapters import Change, Difference, changed
 from bas.models.attention import CrossAttention
 from bas.models.bundle import Models
@@ -323,7 +332,7 @@ def _metadata(sources: Sequence[Source], target: Path, tuned: dict[str, Tensor],
     ranks = [len(tensor) for name, tensor in tuned.items() if ".lora_A." in name]
     config = first["config"] | {
         "output_dir": str(target),
-        "instance_data_dir": " + ".join(dict.fromkeys(config["instance_data_dir"] for config in configs)),
+        "instance_data_dir": BETWEEN_SCENES.join(dict.fromkeys(config["instance_data_dir"] for config in configs)),
         "train": first["config"]["train"] if len(kinds) == 1 and not rank else "lora" if adapters else "kv",
         "rank": max(ranks, default=first["config"]["rank"]),
         "alpha": None,
@@ -416,7 +425,7 @@ def _offsets(sources: Sequence[Source]) -> list[int]:
 
 def _copy_scene(scene: Path, target: Path, offset: int) -> None:
     """Copy a run's images and masks: into the scene itself for the first run, as further images for the others."""
-    for image in sorted(scene.rglob("img.png")):
+    for image in (*scene.glob("img.png"), *sorted(scene.glob("*/img.png"), key=numbered_first)):
         number = next(i for i in count() if not (target / (str(i) if i else "") / "img.png").exists())
         folder = target / str(number) if number else target
         folder.mkdir(parents=True, exist_ok=True)

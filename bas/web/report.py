@@ -18,7 +18,17 @@ from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.io.figures import tint_masks
 from bas.io.files import human_size, write_text
-from bas.io.run_files import CONCEPTS, METRICS, REPORT, SCENE, SETTINGS, read_rows, read_sessions, read_settings
+from bas.io.run_files import (
+    CONCEPTS,
+    METRICS,
+    REPORT,
+    SCENE,
+    SETTINGS,
+    numbered_first,
+    read_rows,
+    read_sessions,
+    read_settings,
+)
 from bas.presets import KINDS
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import SHIPPED
@@ -163,18 +173,12 @@ def scene_figures(folder: Path, scene: Scene) -> list[Figure]:
         figure(tint_masks(scene.image, {i: mask}), f"{scene.handles[i]}, {mask.mean():.0%} of the image")
         for i, mask in scene.masks.items()
     ]
-    for path in sorted(folder.glob("*/img.png"), key=_numbered_first):
+    for path in sorted(folder.glob("*/img.png"), key=numbered_first):
         if further := readable(path):
             masks = readable_masks(path.parent, len(scene.handles))
             caption = f"image {path.parent.name}: {', '.join(scene.handles[i] for i in masks)}"
             figures.append(figure(tint_masks(further, masks), caption))
     return figures
-
-
-def _numbered_first(image: Path) -> tuple[bool, int, str]:
-    """Sort folders 1, 2, ... 10 by number, then the others by name."""
-    name = image.parent.name
-    return (False, int(name), "") if name.isdecimal() else (True, 0, name)
 
 
 def first_trained_step(config: dict) -> int:

@@ -2,15 +2,17 @@
 
 import html
 import json
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from bas.cli.entry import main
 from bas.cli.inspection import describe
-from bas.io.run_files import SETTINGS, read_concepts, read_settings, save_concepts
+from bas.io.run_files import SETTINGS, read_concepts, read_settings, save_concepts, scene_mask
 from bas.models.adapters import Change, Difference
-from bas.pretrained.exports import adapters_of
+from bas.pretrained.exports import about, adapters_of
 from bas.pretrained.folder import load
 from bas.pretrained.lora_files import as_lora
 from bas.pretrained.merging import attention_outputs, closed_form, concept_states, joined
@@ -252,6 +254,33 @@ def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
     assert "ss_steps" not in texts
     words = dict.fromkeys(("toys-asset0", "cat", "mugs-asset0"), 1)
     assert json.loads(texts["ss_tag_frequency"]) == {"scene": words}
+
+
+def test_the_images_of_merged_scenes_keep_their_order(place, tmp_path):
+    """The first run's own image stays the scene's. Further ones are numbered: by number, then close-ups, run by run."""
+    folders = {"toys": ("", "1", "2", "10", "close-up-0"), "mugs": ("", *map(str, range(1, 11)))}
+    for run, names in folders.items():
+        shutil.copytree(place / run, tmp_path / run)
+        for level, name in enumerate(names):
+            folder = tmp_path / run / "scene" / name
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8), 100 * (run == "mugs") + level).save(folder / "img.png")
+            shutil.copy(folder / "img.png", folder / "mask0.png")
+    runs, both = [str(tmp_path / run) for run in folders], tmp_path / "both"
+    assert main(["merge", *runs, "--output_dir", str(both)]) == 0
+    levels = [0, 1, 2, 3, 4, *range(100, 111)]
+    for number, level in enumerate(levels):
+        folder = both / "scene" / (str(number) if number else "")
+        mask = folder / f"mask{0 if level < 100 else 2}.png"
+        assert [Image.open(path).getpixel((0, 0)) for path in (folder / "img.png", mask)] == [level, level]
+    assert scene_mask(both / "scene", 2).parent.name == "5"
+    assert len(list((both / "scene").rglob("*.png"))) == 2 * len(levels)
+
+
+def test_a_merged_run_names_each_of_its_scenes():
+    scenes = {"config": {"instance_data_dir": "scenes/toys + scenes/mugs"}}
+    assert about(scenes | {"merged": {}}) == "concepts of toys and mugs, learnt by bas"
+    assert about(scenes) == "concepts of mugs, learnt by bas"  # one scene whose path has a plus
 
 
 @pytest.mark.parametrize(
