@@ -93,6 +93,14 @@ class Example:
 
 
 @dataclass(frozen=True)
+class ClassImages:
+    """The class images of the prior loss and of Seg-Mix."""
+
+    posterior: Posterior  # (M, c, h, w) each
+    prompts: tuple[int, ...]  # M numbers: image i shows the class prompt prompts[i], counted in turns
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """Everything that the steps of a run sample from."""
 
@@ -244,16 +252,16 @@ def prepare(
     image: Tensor,
     masks: Tensor,
     config: TrainConfig,
-    class_posterior: Posterior | None,
+    class_images: ClassImages | None,
 ) -> TrainingData:
     """Encode and tokenize what all steps share.
 
-    image: (3, H, W) in [-1, 1]; masks: (N, H, W); class_posterior: (M, c, h, w) each, of the class images.
+    image: (3, H, W) in [-1, 1]; masks: (N, H, W)
     """
     class_ids = None
-    if class_posterior:
+    if class_images:
         prompts = tokenize(models.tokenizer, list(config.class_prompt))
-        class_ids = prompts[torch.arange(len(class_posterior.mean)) % len(prompts)]
+        class_ids = prompts[torch.tensor(class_images.prompts) % len(prompts)]
     encoded = [encode_image(models, image, masks, range(len(scene)), config)]
     height, width = image.shape[1:]
     for extra in scene.extra_images:
@@ -263,15 +271,15 @@ def prepare(
         images=tuple(encoded),
         handle_ids=tuple(cast("list[int]", models.tokenizer.convert_tokens_to_ids(list(scene.handles)))),
         handles=scene.handles,
-        class_posterior=class_posterior,
+        class_posterior=class_images.posterior if class_images else None,
         class_ids=class_ids,
         scaling_factor=models.vae.config.scaling_factor,
-        seg_mix=prepare_seg_mix(models, scene, image, config, class_posterior) if config.seg_mix_probability else None,
+        seg_mix=prepare_seg_mix(models, scene, image, config, class_images) if config.seg_mix_probability else None,
     )
 
 
 def prepare_seg_mix(
-    models: Models, scene: Scene, image: Tensor, config: TrainConfig, class_posterior: Posterior | None
+    models: Models, scene: Scene, image: Tensor, config: TrainConfig, class_images: ClassImages | None
 ) -> SegMix | None:
     """Cut out the concepts, and decode the class images whose prompts name a place. None: no concept can move.
 
@@ -280,10 +288,10 @@ def prepare_seg_mix(
     """
     places = [place_named(prompt) for prompt in config.class_prompt]
     backgrounds: list[tuple[Image.Image, str]] = []
-    if class_posterior is not None:
-        shown = [places[i % len(places)] for i in range(len(class_posterior.mean))]
+    if class_images is not None:
+        shown = [places[i % len(places)] for i in class_images.prompts]
         named = [i for i, place in enumerate(shown) if place]
-        decoded = decode_means(models, class_posterior.mean[named]) if named else []
+        decoded = decode_means(models, class_images.posterior.mean[named]) if named else []
         backgrounds = [(image, shown[i]) for i, image in zip(named, decoded, strict=True)]
     size, cell = (image.shape[2], image.shape[1]), models.size_multiple if config.seg_mix_cells else 0
     seg_mix = SegMix(scene, size, backgrounds, config.seg_mix_move, config.subset_sampling, cell)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bas.config import TrainConfig
+from bas.data.batches import ClassImages
 from bas.errors import InputError
 from bas.models.adapters import remove_adapters
 from bas.models.bundle import TEXT_ENCODERS, Models
 from bas.models.text import mark_tokens
-from bas.models.vae import Posterior
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import load
 from bas.pretrained.hashes import base_hash
@@ -56,7 +56,7 @@ class Base:
         self.tokenizer = deepcopy(models.tokenizer)
         self.home = models.device
         self.kept = {name: self._copy(name) for name in TRAINED if name in models.networks} if keep else {}
-        self.encoded: dict[tuple, tuple[Posterior, str]] = {}
+        self.encoded: dict[tuple, tuple[ClassImages, str]] = {}
 
     @classmethod
     def open(
@@ -100,7 +100,7 @@ class Base:
 
     def class_images(
         self, config: TrainConfig, size: tuple[int, int], schedule: NoiseSchedule
-    ) -> tuple[Posterior, str]:
+    ) -> tuple[ClassImages, str]:
         """`class_images.class_images` of fresh models, computed once for all scenes of one size and settings.
 
         schedule: the noise schedule to generate them with.

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bas.config import STEERING, SampleConfig, TrainConfig
-from bas.data.batches import encode_images
+from bas.data.batches import ClassImages, encode_images
 from bas.data.mask_exports import unread_masks
 from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import images_in
@@ -29,7 +29,6 @@ from bas.io.images import SUFFIXES, open_image, pixels, read_image, save_image, 
 from bas.io.json_files import read_record, write_json
 from bas.models.bundle import Models, ModelSpec
 from bas.models.unet import AttentionMap
-from bas.models.vae import Posterior
 from bas.runtime.device import autocast
 from bas.runtime.progress import ImageProgress
 from bas.sampling.sampler import decode, generate
@@ -43,7 +42,8 @@ SIDECARS = (".json", ".jsonl", ".txt", ".caption", ".md", ".csv", ".xml", ".xmp"
 NO_MATTER = ("batch_size", "num_images", "guidance_rescale", *STEERING)  # settings that no class image depends on
 CACHE = ("the cache", "set BAS_CACHE to a folder that can be written, or name --class_data_dir")
 LOCK = ".lock"  # held while class images are made
-WRITTEN = re.compile(rf"\d{{5}}\.png|{re.escape(KEY_FILE)}")
+GENERATED = re.compile(r"(\d{5})\.png")
+WRITTEN = re.compile(rf"{GENERATED.pattern}|{re.escape(KEY_FILE)}")
 
 
 def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, settings: SampleConfig) -> dict:
@@ -145,10 +145,10 @@ def class_images(
     config: TrainConfig,
     base_hash: str,
     size: tuple[int, int],
-) -> tuple[Posterior, str]:
-    """Return the VAE posteriors of `num_class_images` class images, generating what is missing.
+) -> tuple[ClassImages, str]:
+    """Return `num_class_images` class images, encoded on the CPU, generating what is missing.
 
-    size: rows and columns of pixels. -> (M, c, h, w) each, on the CPU; and the sha256, in hex, over the images' files.
+    size: rows and columns of pixels. -> the images; and the sha256, in hex, over their files.
     """
     settings = sampling_of(config, models, size)
     key = cache_key(config, base_hash, models.schedule, settings)
@@ -168,7 +168,14 @@ def class_images(
     images = [ImageOps.fit(read_image(path), (size[1], size[0]), Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
     with autocast(models.device, "no"):  # in float32 like the scene's image, whatever precision generated them
-        return encode_images(models, torch.stack([pixels(image) for image in images])), content
+        posterior = encode_images(models, torch.stack([pixels(image) for image in images]))
+    return ClassImages(posterior, prompts_of(chosen)), content
+
+
+def prompts_of(paths: list[Path]) -> tuple[int, ...]:
+    """Return the number of each image's prompt: that in a name as bas gives it, for other images their place."""
+    matches = (GENERATED.fullmatch(path.name) for path in paths)
+    return tuple(int(match[1]) if match else place for place, match in enumerate(matches))
 
 
 @contextmanager

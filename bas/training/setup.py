@@ -167,16 +167,16 @@ def setup_run(
         exact = cast_weights((models.unet, *models.text_encoders), DTYPES[precision], kept, device)
     models.to(device)  # in bf16 what was not rounded: the VAE, and tables that are no weights
     schedule = continued_schedule(models.schedule, checkpoint.metadata) if checkpoint else models.schedule
-    class_posterior, metadata["schedule"], metadata["class_images"] = None, schedule.to_json(), None
+    prior, metadata["schedule"], metadata["class_images"] = None, schedule.to_json(), None
     if any(phase.prior for phase in config.phases):
         settings = replace(config, mixed_precision=precision)
         # Uncompiled, though an earlier scene may have compiled the base's modules.
         with autocast(device, precision), torch.compiler.set_stance("force_eager"):
             size = image.shape[1], image.shape[2]
-            class_posterior, metadata["class_images"] = base.class_images(settings, size, schedule)
+            prior, metadata["class_images"] = base.class_images(settings, size, schedule)
     if checkpoint:
         check_resumable(checkpoint.folder, metadata, checkpoint.metadata)
-    data = prepare(models, scene, image, masks, config, class_posterior)
+    data = prepare(models, scene, image, masks, config, prior)
     compile_unet(models.unet, config.compile)
     generator = torch.Generator().manual_seed(config.seed)
     if checkpoint:

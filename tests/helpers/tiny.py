@@ -166,11 +166,11 @@ class Bench:
         """Models with handles and the data of the steps, as `bas.training.setup.setup_run` makes them."""
         models, scene = load(config.pretrained_model_name_or_path), load_scene(config)
         image, masks = scene.tensors(config.resolution or models.resolution, models.size_multiple, config.center_crop)
-        posterior = None
+        prior = None
         if any(phase.prior for phase in config.phases):
-            posterior, _ = class_images(models, config, "base", tuple(image.shape[-2:]))
+            prior, _ = class_images(models, config, "base", tuple(image.shape[-2:]))
         add_handles(models.text_encoders, models.tokenizer, scene.handles, scene.words, config.seed)
-        return models, prepare(models, scene, image, masks, config, posterior)
+        return models, prepare(models, scene, image, masks, config, prior)
 
 
 WEIGHTS = (

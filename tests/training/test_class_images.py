@@ -105,15 +105,15 @@ def test_images_are_generated_once_and_more_are_added(models, bench, tmp_path, a
     config = bench.config(class_data_dir=str(tmp_path / "new"), class_prompt=prompts, num_class_images=3, seed=5)
     first, _ = class_images(models, config, "base", (32, 40))
     assert asked == [(prompts[0], 5), (prompts[1], 6), (prompts[0], 7)]
-    assert first.mean.shape == (3, 4, 16, 20)
+    assert first.posterior.mean.shape == (3, 4, 16, 20)
     again, _ = class_images(models, config, "base", (32, 40))
     assert len(asked) == 3
-    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(first.posterior.mean, again.posterior.mean)
     more, _ = class_images(models, replace(config, num_class_images=5), "base", (32, 40))
     assert asked[3:] == [(prompts[1], 8), (prompts[0], 9)]
-    assert torch.equal(more.mean[:3], first.mean)
+    assert torch.equal(more.posterior.mean[:3], first.posterior.mean)
     fewer, _ = class_images(models, replace(config, num_class_images=2), "base", (32, 40))
-    assert torch.equal(fewer.mean, first.mean[:2])
+    assert torch.equal(fewer.posterior.mean, first.posterior.mean[:2])
 
 
 def test_interrupted_generation_continues(models, bench, tmp_path, asked, monkeypatch):
@@ -137,7 +137,7 @@ def test_interrupted_generation_continues(models, bench, tmp_path, asked, monkey
     resumed, _ = class_images(models, config, "base", (32, 32))
     assert [seed for _, seed in asked] == [1, 4, 5]
     whole, _ = class_images(models, replace(config, class_data_dir=str(tmp_path / "whole")), "base", (32, 32))
-    assert torch.equal(resumed.mean, whole.mean)
+    assert torch.equal(resumed.posterior.mean, whole.posterior.mean)
 
 
 def test_folder_of_the_user_is_taken_as_it_is(models, bench, tmp_path, asked):
@@ -146,13 +146,13 @@ def test_folder_of_the_user_is_taken_as_it_is(models, bench, tmp_path, asked):
     config = bench.config(class_data_dir=str(folder), num_class_images=2)
     found, _ = class_images(models, config, "any base", (32, 32))
     assert asked == []
-    assert found.mean.shape == (2, 4, 16, 16)
+    assert found.posterior.mean.shape == (2, 4, 16, 16)
     assert names(folder) == ["0.png", "1.png", "2.png"]
     assert not (folder / "key.json").exists()
     with torch.no_grad():
         middle = np.asarray(Image.open(folder / "0.png"))[:, 16:48]
         pixels = torch.from_numpy(middle.copy()).permute(2, 0, 1).float() / 127.5 - 1
-        assert torch.equal(found.mean[0], models.vae.encode(pixels[None]).mean[0])
+        assert torch.equal(found.posterior.mean[0], models.vae.encode(pixels[None]).mean[0])
 
 
 def test_images_of_the_user_are_never_replaced(models, bench, tmp_path, asked):
@@ -164,6 +164,30 @@ def test_images_of_the_user_are_never_replaced(models, bench, tmp_path, asked):
     assert names(folder) == ["0.png", "00000.png", "00001.png", "00002.png"]
     assert (folder / "00002.png").read_bytes() == mine
     assert [seed for _, seed in asked] == [0, 1]
+
+
+def test_each_image_has_the_prompt_that_it_was_generated_with(bench, tmp_path, asked):
+    """Beside images of the user, which have the prompts of their places, and after a generated one was removed."""
+    prompts = ("a photo at the beach", "a bowl", "a photo in the snow")
+    folder = write_class_images(tmp_path / "class")
+    own = {"class_data_dir": str(folder), "class_prompt": prompts, "seg_mix_probability": 0.5}
+
+    def prompts_and_places(count):
+        models, data = bench.prepared(bench.config(**own, num_class_images=count))
+        ids = models.tokenizer(list(prompts), padding="max_length", max_length=77, return_tensors="pt").input_ids
+        numbers = [int((ids == row).all(dim=1).nonzero()) for row in data.class_ids]
+        return numbers, [place for _, place in data.seg_mix.backgrounds]
+
+    numbers, places = prompts_and_places(6)
+    assert names(folder) == ["0.png", "00000.png", "00001.png", "00002.png", "00003.png", "1.png"]
+    assert [prompt for prompt, _ in asked] == [prompts[i] for i in (0, 1, 2, 0)]
+    assert numbers == [0, 0, 1, 2, 0, 5 % 3]
+    assert places == ["at the beach", "at the beach", "in the snow", "at the beach", "in the snow"]
+    (folder / "00001.png").unlink()
+    assert prompts_and_places(5) == (
+        [0, 0, 2, 0, 4 % 3],
+        ["at the beach", "at the beach", "in the snow", "at the beach"],
+    )
 
 
 def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_path, asked):
@@ -183,7 +207,8 @@ def test_folder_made_with_other_settings_is_refused_by_name(models, bench, tmp_p
             check_class_folder(args[0], models, args[2])
     moved = replace(models, schedule=replace(models.schedule, steps_offset=0))  # none is to be generated
     assert torch.equal(
-        class_images(moved, config, "base", (32, 32))[0].mean, class_images(models, config, "base", (32, 32))[0].mean
+        class_images(moved, config, "base", (32, 32))[0].posterior.mean,
+        class_images(models, config, "base", (32, 32))[0].posterior.mean,
     )
     check_class_folder(config, moved, (32, 32))
     more = replace(config, num_class_images=3)
