@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import TrainConfig
-from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, subset_prompt
+from bas.data.scene import LARGE_OVERLAP, Scene, overlaps, sample_subset, size_to_cover, subset_prompt
 from bas.data.seg_mix import SegMix, place_named
 from bas.errors import InputError
 from bas.io.images import to_images
@@ -201,6 +201,7 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
         word_pieces(spec.tokenizer, word)
     if any(phase.prior for phase in config.phases):
         tokenize(spec.tokenizer, list(config.class_prompt))
+    check_crop(masks, scene.image.size, dict(enumerate(scene.handles)), config)
     check_grids(spec, masks, dict(enumerate(scene.handles)), config, warn)
     for i, handle in enumerate(scene.handles if warn else ()):
         for j, share in overlaps(masks.numpy(), i).items():
@@ -209,7 +210,9 @@ def check_scene(spec: ModelSpec, scene: Scene, config: TrainConfig, warn: bool =
     height, width = image.shape[1:]
     for extra in scene.extra_images:
         names = {i: f"{scene.handles[i]} in extra image {extra.name}" for i in sorted(extra.masks)}
-        check_grids(spec, extra.tensors(height, width, len(scene))[1], names, config, warn)
+        layers = extra.tensors(height, width, len(scene))[1]
+        check_crop(layers, extra.image.size, names, config, extra=True)
+        check_grids(spec, layers, names, config, warn)
     return height, width
 
 
@@ -224,10 +227,38 @@ def vanishing_message(handle: str, grid: str, h: int, w: int) -> str:
     return f"the mask of {handle} vanishes on the {grid} of {w}x{h} cells: make it larger, or raise --resolution"
 
 
+def crop_message(
+    mask: Tensor, size: tuple[int, int], handle: str, config: TrainConfig, extra: bool = False
+) -> str | None:
+    """Return the message about a mask of which nothing is left after its image was cropped, None for another mask.
+
+    mask: (H, W), cropped; size: (W, H) of the image before it was resized; extra: it is not the scene's first image.
+    """
+    height, width = mask.shape
+    if mask.any() or size_to_cover(size, (width, height)) == (width, height):
+        return None
+    ways = [
+        *(["leave out --center_crop"] if config.center_crop else []),
+        "crop the image around the concept",
+        *(["move its folder away"] if extra else []),
+    ]
+    advice = " or ".join([", ".join(ways[:-1]), ways[-1]]) if len(ways) > 1 else ways[0]
+    return f"the mask of {handle} lies outside the crop of {width}x{height} pixels: {advice}"
+
+
 def most_handles(spec: ModelSpec) -> int:
     """Return how many handles a training prompt can name within the tokens that the model reads."""
     one, two = (len(spec.tokenizer(subset_prompt([""] * count)).input_ids) + count for count in (1, 2))
     return 1 + (spec.tokenizer.model_max_length - one) // (two - one)
+
+
+def check_crop(
+    masks: Tensor, size: tuple[int, int], handles: dict[int, str], config: TrainConfig, extra: bool = False
+) -> None:
+    """Raise InputError, as `crop_message` says it, for a mask that the crop leaves out. masks: (N, H, W)"""
+    for i, handle in handles.items():
+        if message := crop_message(masks[i], size, handle, config, extra):
+            raise InputError(message)
 
 
 def check_grids(spec: ModelSpec, masks: Tensor, handles: dict[int, str], config: TrainConfig, warn: bool) -> None:

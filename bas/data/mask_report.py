@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bas.config import TrainConfig
-from bas.data.batches import attention_grid, overlap_message, vanishing_message
+from bas.data.batches import attention_grid, crop_message, overlap_message, vanishing_message
 from bas.data.scene import LARGE_OVERLAP, Scene, overlaps
 from bas.io.figures import grid, tint_masks
 from bas.io.images import to_image
@@ -37,6 +37,7 @@ class MaskView:
     attention: np.ndarray  # (gh, gw) the mask on the attention grid
     vanishes: tuple[str, ...]  # grids on which nothing is left of it, in the image or its mirror image
     overlaps: dict[int, float]  # other concept -> share of this mask that lies in the other
+    cut_off: str | None  # what is said of it if it lies outside the crop
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def view_scene(scene: Scene, spec: ModelSpec, config: TrainConfig) -> SceneView:
     height, width = pixels.shape[1:]
     for extra in scene.extra_images:
         other, layers = extra.tensors(height, width, len(scene))
-        views.append(_view_image(extra.name, other, layers, sorted(extra.masks), scene, spec, config))
-    first = _view_image("", pixels, masks, range(len(scene)), scene, spec, config)
+        views.append(_view_image(extra.name, extra.image.size, other, layers, sorted(extra.masks), scene, spec, config))
+    first = _view_image("", scene.image.size, pixels, masks, range(len(scene)), scene, spec, config)
     return replace(first, extra=tuple(views))
 
 
 def _view_image(
     name: str,
+    size: tuple[int, int],
     pixels: Tensor,
     masks: Tensor,
     shown: Iterable[int],
@@ -77,7 +79,10 @@ def _view_image(
     spec: ModelSpec,
     config: TrainConfig,
 ) -> SceneView:
-    """Return one image. pixels: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows."""
+    """Return one image of (W, H) `size`, cropped as for training.
+
+    pixels: (3, H, W) in [-1, 1]; masks: (N, H, W) of all concepts; shown: those that it shows.
+    """
     shown = list(shown)
     pieces = [word_pieces(spec.tokenizer, word) if word else [] for word in scene.words]
     h, w = (side // spec.vae.factor for side in pixels.shape[-2:])
@@ -94,6 +99,7 @@ def _view_image(
             attention=attention[i],
             vanishes=tuple(name for name, size in grids.items() if _vanishes(masks[i], size)),
             overlaps=overlaps(masks.numpy(), i),
+            cut_off=crop_message(masks[i], size, _named(scene.handles[i], name), config, extra=bool(name)),
         )
         for i in shown
     )
@@ -105,13 +111,19 @@ def _vanishes(mask: Tensor, size: tuple[int, int]) -> bool:
     return any(resize_mask(view, *size).max() == 0 for view in (mask, mask.flip(-1)))
 
 
+def _named(handle: str, image: str) -> str:
+    """Return a handle for messages, with the extra image that it stands in."""
+    return f"{handle} in extra image {image}" if image else handle
+
+
 def warnings(view: SceneView) -> list[str]:
     """List what is allowed but likely to give a bad result, a line each. Words are judged in the first image alone."""
     lines, handles = [], {concept.number: concept.handle for concept in view.concepts}
-    where_it_is = f" in extra image {view.name}" if view.name else ""
     for concept in view.concepts:
-        name = f"{concept.handle}{where_it_is}"
-        for where in concept.vanishes:
+        name = _named(concept.handle, view.name)
+        if concept.cut_off:
+            lines.append(concept.cut_off)
+        for where in () if concept.cut_off else concept.vanishes:
             h, w = (concept.latent if where == "loss grid" else concept.attention).shape
             lines.append(vanishing_message(name, where, h, w))
         for j, share in concept.overlaps.items():

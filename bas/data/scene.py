@@ -143,22 +143,23 @@ def with_background(scene: Scene, name: str) -> Scene:
     return Scene(scene.image, masks, handles, words, tuple(extra_images))
 
 
-def with_close_ups(scene: Scene) -> Scene:
+def with_close_ups(scene: Scene, square: bool = False) -> Scene:
     """Add a close-up of each proper subset of the concepts as an extra image, where it is narrower than the image.
 
     Not in the paper, whose images show their concepts large. A small concept fills more of the latents in its
     close-up, and is not learnt at one position only. Raises InputError for more than MAX_CLOSE_UP_CONCEPTS concepts.
+
+    square: each is cropped to its middle square later; those in which a concept lies outside it are left out.
     """
     count, (width, height) = len(scene), scene.image.size
     if count > MAX_CLOSE_UP_CONCEPTS:
         expected = f"expected {MAX_CLOSE_UP_CONCEPTS} concepts or fewer, or close_ups = false in a --config file"
         raise InputError(f"--close_ups: {count} concepts have {2**count - 2} subsets to show: {expected}")
     close_ups = []
+    solid = [mask > (127 if mask.max() > 127 else mask.max() // 2) for mask in scene.masks]  # a faint mask is darker
     for subset in (c for size in range(1, count) for c in combinations(range(count), size)):
-        inside = union(scene.masks[i] for i in subset)
-        ys, xs = (np.flatnonzero(inside.max(axis=axis) > 127) for axis in (1, 0))
-        if len(ys) == 0:
-            continue
+        inside = union(solid[i] for i in subset)
+        ys, xs = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
         (left, right), (top, bottom) = (xs.min(), xs.max() + 1), (ys.min(), ys.max() + 1)
         share = max((right - left) / width, (bottom - top) / height) / CLOSE_UP_SHARE
         if share > WIDEST_CLOSE_UP:
@@ -167,6 +168,9 @@ def with_close_ups(scene: Scene) -> Scene:
         x = min(max((left + right - w) // 2, 0), width - w)
         y = min(max((top + bottom - h) // 2, 0), height - h)
         masks = {i: scene.masks[i][y : y + h, x : x + w] for i in subset}
+        edge_x, edge_y = (max(w - h, 0) // 2, max(h - w, 0) // 2) if square else (0, 0)
+        if not all(mask[edge_y : h - edge_y, edge_x : w - edge_x].any() for mask in masks.values()):
+            continue
         name = "-".join(("close-up", *map(str, subset)))
         close_ups.append(ExtraImage(name, scene.image.crop((x, y, x + w, y + h)), masks, close_up=True))
     return replace(scene, extra_images=(*scene.extra_images, *close_ups))

@@ -71,7 +71,7 @@ def load_scene(config: TrainConfig) -> Scene:
         scene = with_background(scene, config.background_handle)
     if config.close_ups:
         count = len(scene.extra_images)
-        scene = with_close_ups(scene)
+        scene = with_close_ups(scene, config.center_crop)
         if len(scene.extra_images) == count:
             log.info("close_ups adds nothing: no part of the concepts is narrower than the image")
     if len(scene) > MAX_CONCEPTS:

@@ -1,5 +1,7 @@
 """Several images of the same concepts: which are read, what is drawn from them, and one alone stays as it was."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from PIL import Image
 import bas
 from bas.config import TrainConfig
 from bas.data.batches import sample_batch, sample_example
+from bas.data.mask_report import view_scene, warnings
 from bas.data.scene import sample_subset
 from bas.data.scene_folder import load_scene
 from bas.losses import resize_mask
+from bas.pretrained.folder import read_spec
 from bas.training.setup import check_input
 from tests.helpers.tiny import refused, write_scene
 
@@ -119,8 +123,30 @@ def test_extra_images_that_cannot_be_used_are_refused(scene):
 
 def test_a_concept_that_the_cut_leaves_out_is_refused_by_name(bench, scene):
     add_shot(scene, "3", {1: (0, 0, 16, 32)}, size=(96, 32))
-    with refused("<asset1> in extra image 3", "vanishes"):
-        check_input(bench.config(instance_data_dir=str(scene), with_prior_preservation=False))
+    cut_off = "the mask of <asset1> in extra image 3 lies outside the crop of 32x32 pixels: "
+    config = bench.config(instance_data_dir=str(scene), with_prior_preservation=False, initializer_tokens=("bowl",) * 3)
+    advice = "crop the image around the concept or move its folder away"
+    with refused(cut_off + advice):
+        check_input(config)
+    lines = warnings(view_scene(load_scene(config), read_spec(bench.model), config))
+    assert [line for line in lines if "extra image 3" in line] == [cut_off + advice]
+    with refused(f"{cut_off}leave out --center_crop, {advice}"):
+        check_input(replace(config, center_crop=True))
+
+
+def test_a_concept_beside_the_middle_of_a_wide_image_is_refused(bench, tmp_path):
+    """With --center_crop. A mask that is only too small is not said to be outside."""
+    folder = write_scene(tmp_path / "wide", size=(96, 32))
+    config = bench.config(instance_data_dir=str(folder), with_prior_preservation=False)
+    check_input(config)
+    cut_off = "the mask of <asset0> lies outside the crop of 32x32 pixels"
+    with refused(f"{cut_off}: leave out --center_crop or crop the image around the concept"):
+        check_input(replace(config, center_crop=True))
+    speck = Image.new("L", (32, 32))
+    speck.paste(255, (1, 1, 2, 2))
+    speck.save(write_scene(folder) / "mask0.png")
+    with refused("the mask of <asset0> vanishes on the loss grid of 16x16 cells: make it larger"):
+        check_input(replace(config, center_crop=True))
 
 
 def test_each_image_has_its_own_background(scene):

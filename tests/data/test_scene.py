@@ -580,6 +580,33 @@ def test_close_ups_show_each_narrow_subset_large(tmp_path):
     assert pair.image.size == (177, 89)  # 124 of 200 columns
 
 
+def three_in_a_row(folder, faint=255):
+    """An image of 200x100 with boxes of 10x20 pixels, the middle one as faint as given."""
+    masks = np.zeros((3, 100, 200), dtype=np.uint8)
+    masks[0, 40:60, 60:70], masks[1, 40:60, 95:105], masks[2, 40:60, 130:140] = 255, faint, 255
+    save(folder / "img.png", np.full((100, 200, 3), 90, np.uint8))
+    for i, mask in enumerate(masks):
+        save(folder / f"mask{i}.png", mask)
+    return folder
+
+
+def test_a_faint_concept_is_in_its_close_ups(tmp_path):
+    """A mask of 120 of 255 counts for the box as a white one does: 20 rows, or 45 or 80 columns, at 0.7 of the side."""
+    sizes = {"0": (57, 29), "1": (57, 29), "2": (57, 29), "0-1": (64, 32), "0-2": (114, 57), "1-2": (64, 32)}
+    for faint in (255, 120):
+        shots = load(three_in_a_row(tmp_path, faint), close_ups=True).extra_images
+        assert {shot.name: shot.image.size for shot in shots} == {
+            f"close-up-{name}": size for name, size in sizes.items()
+        }
+        assert all((mask > 0).sum() == 200 for shot in shots for mask in shot.masks.values())
+
+
+def test_close_ups_of_which_the_square_shows_no_concept_are_left_out(tmp_path):
+    """Concepts 0 and 2 stand 60 columns apart, and the middle square of their close-up has 57."""
+    shots = load(three_in_a_row(tmp_path), close_ups=True, center_crop=True).extra_images
+    assert [shot.name.removeprefix("close-up-") for shot in shots] == ["0", "1", "2", "0-1", "1-2"]
+
+
 @pytest.mark.parametrize(("concepts", "size"), [(1, (32, 32)), (3, (32, 32))])
 def test_close_ups_that_add_nothing_are_told(tmp_path, caplog, concepts, size):
     """A single concept has no part, and these concepts are as high as the image."""
