@@ -521,7 +521,7 @@ class TrainConfig(Settings):
         card = cards.get(explicit.get("card", ""), {})
         if explicit.get("card") in CARDS.keys() - cards.keys():
             raise InputError(f"--card {explicit['card']}: this version trains SDXL on cards from {[*cards][-1]} up")
-        method = PLAIN if explicit.get("method") in METHODS else {}
+        method = METHODS[explicit["method"]].brings if explicit.get("method") in METHODS else {}
         row = model_row or {}
         layers = {**preset, **card, **method, **explicit}
         own = row.get("train", "full")

@@ -99,6 +99,11 @@ class Method:
     collection: bool  # whether it learns from concepts pasted on plain colours instead of the image itself
     factor: float = 1.0  # by which the rate is multiplied
 
+    @property
+    def brings(self) -> dict[str, Any]:
+        """The settings that it decides: those of the plain loss, and --train where it says itself what is trained."""
+        return PLAIN if self.trains is None else PLAIN | {"train": "full"}
+
 
 # `official` has the defaults below; `paper` has what the paper's text states instead.
 PRESETS: dict[str, dict] = {

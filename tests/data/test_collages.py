@@ -15,7 +15,7 @@ from bas.data.collages import collect, scene_for_method
 from bas.data.scene import Scene, with_background
 from bas.data.scene_folder import load_scene
 from bas.io.images import to_floats
-from bas.presets import METHODS, Phase
+from bas.presets import CARDS, CARDS_XL, METHODS, Phase
 from bas.pretrained.folder import build_on_meta
 from bas.training.disk_space import count_numbers, files_to_come
 from bas.training.phase_state import trainable_parameters
@@ -51,6 +51,21 @@ def test_rows_of_the_methods():
     assert plan(method="db", with_prior_preservation=False)[0][3] is False
     assert plan(method="db", phase1_train_steps=0, phase2_train_steps=0) == []
     assert len(plan(method="bas")) == len(plan()) == 2
+
+
+def test_what_a_method_trains_is_not_for_a_card_or_a_model_to_say():
+    """Custom Diffusion keeps its rate and saves whole weights; adapters would be refused as the weights of the run."""
+    alone = [(800, pytest.approx(1e-5), ("handles", "cross_attention_kv"), True)]
+    for explicit, row, cards in (
+        ({"card": "8gb"}, {}, CARDS),
+        ({"card": "16gb"}, {}, CARDS_XL),
+        ({}, {"train": "lora"}, CARDS),
+        ({"card": "6gb"}, {"train": "kv"}, CARDS),
+    ):
+        config = TrainConfig.resolve({"method": "cd-m", **explicit}, row, cards)
+        assert [(p.steps, p.lr, p.trains, p.prior) for p in config.phases] == alone
+        assert (config.train, config.save_precision) == ("full", "fp32")
+    assert TrainConfig.resolve({"method": "db-m", "card": "8gb"}).train == "lora"
 
 
 def test_a_baseline_has_the_plain_loss():
