@@ -25,7 +25,7 @@ from bas.models.adapters import add_adapters
 from bas.models.bundle import Models
 from bas.models.text import add_handles, context_width, tokenize
 from bas.models.vae import Posterior
-from bas.presets import Phase
+from bas.presets import KINDS, Phase
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import build_networks, build_on_meta
 from bas.pretrained.hub import find_spec, is_known_elsewhere
@@ -182,6 +182,24 @@ SAVINGS = (  # what to try when memory runs out, the least harm to the result fi
 RESUMABLE = ("--gradient_checkpointing",)  # with these the run can be resumed; the others need a new one
 
 
+OF_PHASES = {"train", "train_text_encoder", "phase2_train_steps"}  # settings that say what is trained
+
+
+def savings(config: TrainConfig) -> dict[str, TrainConfig]:
+    """Return what each flag of SAVINGS makes of a run's settings, without flags that are refused or save nothing.
+
+    Those are flags that leave no phase, that train the same, and kinds of training that take more.
+    """
+    found, kinds = {}, [*KINDS]
+    for flag, changes in SAVINGS:
+        changed = replace(config, **changes)
+        before, after = ({phase.trains for phase in each.phases} for each in (config, changed))
+        smaller = "train" not in changes or kinds.index(changed.train) > kinds.index(config.train)
+        if changed != config and (changes.keys().isdisjoint(OF_PHASES) or (after and after != before and smaller)):
+            found[flag] = changed
+    return found
+
+
 def memory_advice(config: TrainConfig, used: int | None) -> str:
     """Return one line for a run that ran out of memory: what it takes at least, and what each unused flag would save.
 
@@ -189,13 +207,12 @@ def memory_advice(config: TrainConfig, used: int | None) -> str:
     """
     scene, base, device, precision = check_input(config)
 
-    def peak(changes: dict) -> int:
-        changed = replace(config, **changes)
-        precise = changes.get("mixed_precision", precision)
+    def peak(changed: TrainConfig) -> int:
+        precise = precision if changed.mixed_precision == config.mixed_precision else changed.mixed_precision
         return plan_run(changed, scene, base, precise, device, count_operations=False).peak
 
-    needed = peak({})
-    saved = {flag: needed - peak(changes) for flag, changes in SAVINGS}
+    needed = peak(config)
+    saved = {flag: needed - peak(changed) for flag, changed in savings(config).items()}
     options = {flag: f"{flag} (about {human_size(size)} less)" for flag, size in saved.items() if size > 0.01 * needed}
     resumed = [options.pop(flag) + ", --resume_from_checkpoint latest" for flag in RESUMABLE if flag in options]
     anew = f"{ANEW} {', '.join(options.values()) or 'a smaller --resolution'}"
@@ -278,8 +295,7 @@ def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> st
         held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return None
-    untried = [flag for flag, changes in SAVINGS if replace(config, **changes) != config]
-    advice = f"try, in this order: {', '.join(untried) or 'a smaller --resolution'}"
+    advice = f"try, in this order: {', '.join(savings(config)) or 'a smaller --resolution'}"
     return f"{device} has {human_size(held)}, less than the estimate: {advice}" if held < needed else None
 
 

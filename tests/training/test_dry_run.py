@@ -45,6 +45,7 @@ from bas.training.dry_run import (
     phase_cost,
     phase_memory,
     plan_run,
+    savings,
     sum_of,
 )
 from bas.training.loop import train, train_phase, training_step
@@ -191,6 +192,40 @@ def test_too_little_memory_is_told_with_what_is_left_to_try():
     assert "estimate: try, in this order: --gradient_checkpointing, " in memory_warning(10**18, cpu, TrainConfig())
     tried = TrainConfig(gradient_checkpointing=True, mixed_precision="bf16")
     assert "estimate: try, in this order: --optimizer adamw8bit, " in memory_warning(10**18, cpu, tried)
+
+
+HANDLES_ALONE = "--phase2_train_steps 0, handles alone"
+
+
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({}, ["--no_train_text_encoder", "--train cross_attention", "--train lora", HANDLES_ALONE]),
+        ({"train": "kv"}, ["--train lora", HANDLES_ALONE]),
+        ({"train": "lora"}, ["--no_train_text_encoder", HANDLES_ALONE]),
+        ({"train": "token"}, [HANDLES_ALONE]),
+        ({"phase1_train_steps": 0}, ["--no_train_text_encoder", "--train cross_attention", "--train lora"]),
+        ({"phase2_train_steps": 0}, []),
+        ({"method": "ti"}, []),
+        ({"method": "cd-m"}, []),
+        ({"method": "db"}, ["--no_train_text_encoder", "--train cross_attention", "--train lora"]),
+    ],
+)
+def test_savings_are_accepted_and_change_what_is_trained(given, flags):
+    """No flag that the settings refuse, none that trains the same or more, none that leaves nothing to train."""
+    found = savings(TrainConfig.resolve(given))
+    assert [*found] == ["--gradient_checkpointing", "--mixed_precision bf16", "--optimizer adamw8bit", *flags]
+    for flag, changed in found.items():
+        assert changed.phases
+        if flag != HANDLES_ALONE:
+            TrainConfig.resolve({**given, **dict(SAVINGS)[flag]})
+
+
+def test_out_of_memory_without_phase_1_is_answered(scene, model, tmp_path, planned_once):
+    """No saving leaves the run without a phase."""
+    advice = memory_advice(config(scene, model, tmp_path / "run", phase1_train_steps=0), None)
+    assert "--train cross_attention (about " in advice
+    assert "--phase2_train_steps 0" not in advice
 
 
 def test_the_speed_of_a_matrix_product_is_measured():
