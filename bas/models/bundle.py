@@ -47,6 +47,7 @@ class ModelSpec:
     adapted_tokens: tuple[tuple[int, int], ...] = ()  # ids of tokens with adapters of their own, and their ranks
     text_encoder_2: dict[str, Any] | None = None  # SDXL's second, its config.json
     zeros_for_empty: bool = False  # whether an empty negative prompt is zeros, not the states of an empty text
+    training: Any = None  # what its bas.json says of training, unchecked: a model that is saved keeps it
 
     @property
     def text_encoders(self) -> dict[str, dict[str, Any]]:
@@ -129,6 +130,7 @@ class Models:
     guidance_scale: float = GUIDANCE  # for images where no other is asked for
     text_encoder_2: CLIPTextModelWithProjection | None = None  # SDXL's second
     zeros_for_empty: bool = False  # whether an empty negative prompt is zeros, not the states of an empty text
+    training: Any = None  # what its bas.json says of training, unchecked: a model that is saved keeps it
 
     def __repr__(self) -> str:
         sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
@@ -180,7 +182,7 @@ class Models:
         texts = [_describe(network, name) for name, network in self.text_networks.items()]
         own = self.tokenizer, self.schedule, self.handles, self.source, self.guidance_scale
         second = {"text_encoder_2": texts[1] if len(texts) > 1 else None, "zeros_for_empty": self.zeros_for_empty}
-        return ModelSpec(self.unet.config, self.vae.config, texts[0], *own, **second)
+        return ModelSpec(self.unet.config, self.vae.config, texts[0], *own, **second, training=self.training)
 
     @property
     def size_multiple(self) -> int:

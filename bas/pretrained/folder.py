@@ -42,7 +42,7 @@ from bas.pretrained.loading import (
     load_weights,
     unwrap_keys,
 )
-from bas.pretrained.own_settings import read_own_settings, write_own_settings
+from bas.pretrained.own_settings import read_own_settings, read_stored, write_own_settings
 from bas.pretrained.single_file import SD_STEPS_OFFSET, has_second_encoder, read_single_file
 from bas.pretrained.unsupported import (
     check_channels,
@@ -148,6 +148,7 @@ def build_networks(spec: ModelSpec) -> Models:
         *own,
         text_encoder_2=cast("CLIPTextModelWithProjection | None", second),
         zeros_for_empty=spec.zeros_for_empty,
+        training=spec.training,
     )
     if spec.adapted_tokens:
         adapt_tokens(models, dict(spec.adapted_tokens), 1.0, torch.Generator())
@@ -255,7 +256,8 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
     own = tokenizer, noise_schedule, known_handles(tokenizer), folder
     sampling = read_own_settings(folder, "sample") or {}
-    spec = ModelSpec(unet, vae, configs["text_encoder"], *own, **sampling)
+    training = (read_stored(folder) or {}).get("train")
+    spec = ModelSpec(unet, vae, configs["text_encoder"], *own, **sampling, training=training)
     if both:
         second = _read_tokenizer(folder / "tokenizer_2")
         if second.get_vocab() != tokenizer.get_vocab():
@@ -383,7 +385,7 @@ def save_model(models: Models, folder: str | Path, dtype: torch.dtype = torch.fl
         tensors = _with_prefix(tensors) if component in TEXT_ENCODERS else tensors
         write_tensors(folder / component / f"{STEMS[component]}.safetensors", tensors)
     own = {} if models.guidance_scale == GUIDANCE else {"guidance_scale": models.guidance_scale}
-    write_own_settings(folder, {"sample": own})
+    write_own_settings(folder, {"train": models.training, "sample": own})
     write_json(folder / "model_index.json", index)
 
 

@@ -20,7 +20,7 @@ import torch
 from bas.config import TrainConfig
 from bas.errors import InputError
 from bas.io.json_files import read_json
-from bas.io.run_files import CONCEPTS, read_concepts
+from bas.io.run_files import CONCEPTS, TUNED, read_concepts
 from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.models.config import UNetConfig, VAEConfig
 from bas.presets import CARDS, CARDS_XL, OF_SDXL
@@ -92,9 +92,18 @@ def is_sdxl(name: str | None) -> bool:
 
 
 def training_row(name: str | None) -> dict[str, Any]:
-    """Return the training settings that suit a model: those of its family, and over them those of its own bas.json."""
-    own = {} if is_known_elsewhere(name) else read_own_settings(find(name), "train")
-    return (OF_SDXL if is_sdxl(name) else {}) | (own or {})
+    """Return the training settings that suit a model: those of its family, and over them those of its own bas.json.
+
+    A small run has those of its base. Raises InputError as `find` does, and for a small run whose base is not here.
+    """
+    if is_known_elsewhere(name):
+        return OF_SDXL if is_sdxl(name) else {}
+    path = find(name)
+    if (path / TUNED).is_file():
+        from bas.pretrained.small_runs import base_of  # which finds bases by this module
+
+        return training_row(str(base_of(path)))
+    return (OF_SDXL if is_sdxl(name) else {}) | (read_own_settings(path, "train") or {})
 
 
 def manifest() -> dict[str, dict]:

@@ -22,13 +22,19 @@ USES = {  # by name in the file: all settings of the use, those that a model may
 }
 
 
-def read_own_settings(folder: Path, use: str) -> dict[str, Any] | None:
-    """Read the settings for one of USES in a model folder; None where it has no bas.json. InputError for wrong ones."""
+def read_stored(folder: Path) -> dict[str, Any] | None:
+    """Read the bas.json of a model folder, unchecked; None where it has none. InputError if it cannot be read."""
     path = folder / OWN_SETTINGS
     with reading(path):
-        if not path.is_file():
-            return None
-    row = read_json(path).get(use, {})
+        return read_json(path) if path.is_file() else None
+
+
+def read_own_settings(folder: Path, use: str) -> dict[str, Any] | None:
+    """Read the settings for one of USES in a model folder; None where it has no bas.json. InputError for wrong ones."""
+    path, stored = folder / OWN_SETTINGS, read_stored(folder)
+    if stored is None:
+        return None
+    row = stored.get(use, {})
     if not isinstance(row, dict):
         raise InputError(f"{path}: {use} is {shown(row)}, expected settings by name")
     settings, allowed, about = USES[use]
@@ -38,7 +44,7 @@ def read_own_settings(folder: Path, use: str) -> dict[str, Any] | None:
     return check_settings(path, row, known)
 
 
-def write_own_settings(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+def write_own_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings, by use. Without any, no file is written."""
-    if any(settings.values()):
-        write_json(folder / OWN_SETTINGS, settings)
+    if kept := {use: row for use, row in settings.items() if row}:
+        write_json(folder / OWN_SETTINGS, kept)

@@ -226,6 +226,12 @@ def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
     return is_change_of((len(up), *down.shape[1:]), weight)
 
 
+def base_of(run: Path) -> Path:
+    """Return where the base of a small run is. InputError if it is not here."""
+    _, metadata = read_concepts(run)
+    return find_base(run, metadata, Additions.of_base(metadata["config"], run), None)
+
+
 def find_base(run: Path, metadata: dict[str, Any], additions: Additions | None, base: Path | None) -> Path:
     """Find the base of a small run by the name that it was trained with, else by its hash among the known models.
 

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+import bas
+from bas.cli.entry import main
 from bas.config import SampleConfig, TrainConfig
 from bas.presets import GUIDANCE, OF_A_MODEL, SAMPLING_OF_A_MODEL
 from bas.pretrained import hub
@@ -66,6 +69,23 @@ def test_the_settings_of_the_miniature_are_allowed():
     row = json.loads((hub.find(None) / OWN_SETTINGS).read_text())
     assert row["train"].keys() <= {*OF_A_MODEL} <= {*TrainConfig.__dataclass_fields__}
     assert row["sample"].keys() <= {*SAMPLING_OF_A_MODEL} <= {*SampleConfig.__dataclass_fields__}
+
+
+def test_a_run_as_a_base_keeps_the_training_row_of_its_base(bench, tmp_path):
+    """A small run, one on top of it, and whole models: a run's and one that a merge writes."""
+    row = {"learning_rate": 0.003, "attention_grid": 4, "class_prompt": ["a", "b"]}
+    base = shutil.copytree(bench.model, tmp_path / "base")
+    (base / OWN_SETTINGS).write_text(json.dumps({"train": row}))
+    short = {"phase1_train_steps": 0, "phase2_train_steps": 1, "class_prompt": ("a",), "img_log_steps": 0}
+    small, whole, further = (tmp_path / name for name in ("small", "whole", "further"))
+    lora = {"train": "lora", "rank": 1}
+    bas.train(replace(bench.config(small, **short, **lora), pretrained_model_name_or_path=str(base)))
+    on_small = replace(bench.config(whole, **short, handles=("x", "y", "z")), pretrained_model_name_or_path=str(small))
+    bas.train(on_small)
+    bas.train(replace(on_small, output_dir=str(further), **lora))
+    assert main(["merge", str(small), "--into_base", "--output_dir", str(tmp_path / "merged")]) == 0
+    for run in (small, whole, further, tmp_path / "merged"):
+        assert hub.training_row(str(run)) == row | {"class_prompt": ("a", "b")}
 
 
 @pytest.mark.parametrize(
