@@ -509,12 +509,20 @@ class TrainConfig(Settings):
         return tuple(phase for phase in plan if phase.steps)
 
     @classmethod
-    def resolve(cls, explicit: dict, model_row: dict | None = None, cards: dict[str, dict] = CARDS) -> "TrainConfig":
+    def resolve(
+        cls,
+        explicit: dict,
+        model_row: dict | None = None,
+        cards: dict[str, dict] = CARDS,
+        file: dict | None = None,
+    ) -> "TrainConfig":
         """Merge the layers of settings, later ones winning: defaults, bas.json, preset, card, method, explicit flags.
 
         The resulting optimizer adds its own defaults (OPTIMIZERS). So does the kind of training, whose defaults also
-        replace those settings of bas.json that were made for another. InputError for an unknown or wrong setting.
+        replace those settings of bas.json that were made for another. Settings of a file count as flags, but for those
+        that `beside_flags` leaves out. InputError for an unknown or wrong setting.
         """
+        explicit = beside_flags(file or {}, explicit, model_row or {}, cards) | explicit
         if explicit.get("output_dir") == "":  # a shell variable that is not set
             raise InputError(f"--output_dir is empty: leave it out for {RUNS}/SCENE, or name a folder")
         preset = PRESETS.get(explicit.get("preset", ""), {})
@@ -541,6 +549,33 @@ class TrainConfig(Settings):
         for name in sorted(merged.keys() - known.keys()):
             raise InputError(f"unknown training setting {name}{did_you_mean(name, known)}")
         return cls(**merged)
+
+
+def beside_flags(file: dict, flags: dict, model_row: dict, cards: dict[str, dict] = CARDS) -> dict:
+    """Return the settings of a file that hold beside flags.
+
+    Where flags lead to another preset, card, method, kind of training or optimizer than the file has, what that brings
+    replaces the file's values, and what the file's own choice brought is left out.
+    """
+    rows: dict[str, dict[str, dict]] = {
+        "preset": PRESETS,
+        "card": cards,
+        "method": {name: method.brings for name, method in METHODS.items()},
+        "train": {name: kind.defaults for name, kind in KINDS.items()},
+        "optimizer": OPTIMIZERS,
+    }
+    kept, before, after = dict(file), dict(model_row), dict(model_row)  # before, after: what the choices bring
+    for name, choices in rows.items():
+        old = file.get(name, before.get(name, ""))
+        new = flags.get(name, kept.get(name, after.get(name, "")))
+        left_out, brought = choices.get(old, {}), choices.get(new, {})
+        before |= left_out
+        after |= brought
+        if new != old:
+            kept = {k: v for k, v in kept.items() if k not in brought and (k, v) not in left_out.items()}
+            if name == "train" and new in KINDS:
+                kept = {k: v for k, v in kept.items() if k not in OF_ADAPTERS or k in KINDS[new].reads}
+    return kept
 
 
 # --- Sampling -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Settings: their limits, the layers they come from, the presets."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -211,6 +211,42 @@ def test_the_decay_of_adam_is_the_papers_unless_given():
         ({"optimizer": "adam", "adam_weight_decay": 0.1}, 0.1),
     ):
         assert TrainConfig.resolve(flags).adam_weight_decay == decay
+
+
+def test_a_choice_by_flag_brings_its_settings_over_a_file():
+    """What a flag's choice brings replaces the file's values, and what the file's own choice brought goes with it."""
+
+    def run(file: dict, flags: dict, row: dict | None = None) -> TrainConfig:
+        written = asdict(TrainConfig.resolve(file | place, row))  # as in a run's config.toml
+        assert TrainConfig.resolve({}, row, file=written) == TrainConfig.resolve(file | place, row)
+        return TrainConfig.resolve(flags, row, file=written)
+
+    place = {"output_dir": "run"}
+    adapters = {"train": "lora", "rank": 4, "conv_rank": 2, "seed": 3}
+    for file, flags, same, row in (  # same: the settings that file and flags lead to
+        ({"seed": 3}, {"card": "8gb"}, {"seed": 3, "card": "8gb"}, None),
+        ({"card": "8gb"}, {"card": "24gb"}, {"card": "24gb"}, None),
+        ({"card": "8gb"}, {"card": "any"}, {}, None),
+        ({"card": "8gb", "train": "kv"}, {"card": "24gb"}, {"card": "24gb", "train": "kv"}, None),
+        ({}, {"card": "8gb", "train": "full"}, {"card": "8gb", "train": "full"}, None),
+        ({}, {"card": "8gb", "learning_rate": 3e-5}, {"card": "8gb", "learning_rate": 3e-5}, None),
+        (adapters, {"train": "full"}, {"seed": 3}, None),
+        (adapters, {"train": "full"}, {"seed": 3}, {"learning_rate": 1e-3}),
+        (adapters, {"train": "token"}, {"train": "token", "rank": 4, "seed": 3}, None),
+        (adapters, {"method": "cd-m"}, {"method": "cd-m", "seed": 3}, None),
+        (adapters | {"learning_rate": 3e-4}, {"train": "lora"}, adapters | {"learning_rate": 3e-4}, None),
+        ({"train": "kv"}, {"train": "lora"}, {"train": "lora"}, None),
+        ({"method": "ti"}, {"method": "bas"}, {}, {"lambda_attention": 0.3}),
+        ({}, {"method": "db-m"}, {"method": "db-m"}, None),
+        ({}, {"preset": "paper"}, {"preset": "paper"}, None),
+        ({"preset": "paper"}, {"preset": "official"}, {}, None),
+        ({"optimizer": "adam"}, {"optimizer": "adamw"}, {}, None),
+        ({"preset": "paper"}, {"card": "16gb"}, {"preset": "paper", "card": "16gb"}, None),
+        ({"card": "8gb"}, {"seed": 5}, {"card": "8gb", "seed": 5}, None),
+    ):
+        assert run(file, flags, row) == TrainConfig.resolve(same | place, row), (file, flags)
+    with refused("--method cd-m decides what is trained", "--train lora"):
+        run({"method": "cd-m"}, {"train": "lora"})
 
 
 def test_a_warm_up_needs_a_course_that_has_one():

@@ -78,10 +78,15 @@ def train_config(scene: str | Path, **settings) -> TrainConfig:
     """
     if "weights" in settings:
         settings["pretrained_model_name_or_path"] = settings.pop("weights")
-    base = settings.get("pretrained_model_name_or_path")
+    return train_config_of(scene, settings, {})
+
+
+def train_config_of(scene: str | Path, flags: dict[str, Any], file: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a training by flags, and those of a file below them. Raises as `train_config`."""
+    base = (file | flags).get("pretrained_model_name_or_path")
     name = None if base is None else str(base)
     cards = CARDS_XL if is_sdxl(name) else CARDS
-    return TrainConfig.resolve({**settings, "instance_data_dir": str(scene)}, training_row(name), cards)
+    return TrainConfig.resolve(flags | {"instance_data_dir": str(scene)}, training_row(name), cards, file)
 
 
 def is_sdxl(name: str | None) -> bool:

@@ -132,6 +132,15 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path, monkeypa
     assert resolved(monkeypatch, ["--instance_data_dir", "c", "--config", path, *model]).instance_data_dir == "c"
 
 
+def test_what_a_flag_brings_wins_over_the_file_of_a_run(tmp_path, monkeypatch, bench):
+    """The card of a smaller GPU trains adapters, whatever the file of the earlier run says of it."""
+    path = write(tmp_path, to_toml(asdict(bench.config(tmp_path / "run"))))
+    config = resolved(monkeypatch, ["--config", path, "--card", "8gb", "--log_steps", "3"])
+    assert (config.train, config.mixed_precision, config.gradient_checkpointing) == ("lora", "bf16", True)
+    assert (config.learning_rate, config.save_precision, config.log_steps) == (1e-4, "fp16", 3)
+    assert config.phase2_train_steps == bench.config().phase2_train_steps
+
+
 def test_the_command_names_the_nearest(tmp_path, capsys):
     path = write(tmp_path, "sedd = 1")
     assert main(["train", "scene", "--config", path]) == 2

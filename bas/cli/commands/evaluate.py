@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
-from bas.config import STEERING, SampleConfig, TrainConfig, setting_rows
+from bas.config import STEERING, SampleConfig, TrainConfig, beside_flags, setting_rows
 from bas.errors import InputError
 from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.libraries import optional_library
@@ -102,13 +102,15 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Plan, run and score this process's trials; the first process then writes the results."""
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
-    explicit = {**read_config(args.config, setting_rows(TrainConfig)), **given(args, TrainConfig)}
-    explicit = {name: value for name, value in explicit.items() if name not in PER_TRIAL}
+    read = read_config(args.config, setting_rows(TrainConfig)), given(args, TrainConfig)
+    file, flags = ({name: value for name, value in each.items() if name not in PER_TRIAL} for each in read)
+    explicit = file | flags
     name = explicit.get("pretrained_model_name_or_path")
     if explicit.get("card") and is_sdxl(name):
         raise InputError("--card sets nothing in an evaluation of SDXL: give the flags that it stands for")
     base = None if args.dry_run and is_known_elsewhere(name) else find(name)  # its shapes are known without a download
     row, sampling = training_row(name), SampleConfig(**given(args, SampleConfig))
+    explicit = beside_flags(file, flags, row) | flags
     sampling = replace(sampling, guidance_scale=guidance_scale(find_spec(name), sampling))
     contexts = CONTEXTS[: in_range("--prompts", args.prompts, len(CONTEXTS))]
     scenes = find_scenes(args.scenes)

@@ -14,7 +14,7 @@ from bas.config import RUNS, TrainConfig, setting_rows
 from bas.errors import InputError, RunError
 from bas.io.run_files import REPORT, read_concepts
 from bas.io.settings_file import read_config
-from bas.pretrained.hub import train_config
+from bas.pretrained.hub import train_config, train_config_of
 from bas.runtime.device import is_out_of_memory
 from bas.runtime.distributed import Ranks, announce
 from bas.training.disk_space import MAKE_ROOM
@@ -55,8 +55,8 @@ def configure(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train, and print how to sample from the result."""
     flags = given(args, TrainConfig)
-    explicit = {**read_config(args.config, setting_rows(TrainConfig)), **flags}
-    named = explicit.pop("instance_data_dir", None)
+    file = read_config(args.config, setting_rows(TrainConfig))
+    named = (file | flags).get("instance_data_dir")
     if args.scenes and "instance_data_dir" in flags and [named] != args.scenes:
         raise InputError(f"two scenes: {args.scenes[0]} and --instance_data_dir {named}")
     names = args.scenes or ([named] if named else [])
@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("name a scene folder: bas train SCENE, with img.jpg and mask0.png, mask1.png, ...")
     ranks = Ranks.from_environment()
     several = len(names) > 1 or ranks.world > 1 or holds_scenes(Path(names[0]))
-    config = train_config(names[0], **({"output_dir": RUNS} if several else {}) | explicit)
+    config = train_config_of(names[0], flags, ({"output_dir": RUNS} if several else {}) | file)
     if ranks.first:
         usual = train_config(names[0], pretrained_model_name_or_path=config.pretrained_model_name_or_path)
-        for line in without_effect(config, usual, explicit):
+        for line in without_effect(config, usual, file | flags):
             log.warning("%s", line)
     if several:
         scenes = find_scenes(names)
