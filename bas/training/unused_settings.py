@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from bas.config import TrainConfig
-from bas.presets import METHODS
+from bas.presets import METHODS, OF_ADAPTERS
 
 Used = Callable[[TrainConfig], bool]
 USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether they are used, else the reason
@@ -18,7 +18,7 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
         "--phase1_train_steps 0 leaves out phase 1",
     ),
     (
-        ("learning_rate", "train", "train_text_encoder"),
+        ("learning_rate", "train", "train_text_encoder", *OF_ADAPTERS),
         lambda config: config.method in METHODS or config.phase2_train_steps > 0,
         "--phase2_train_steps 0 leaves out phase 2",
     ),
@@ -43,9 +43,19 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
         "--train kv, v and token leave the text encoder frozen",
     ),
     (
-        ("attention_loss", "attention_grid"),
+        ("attention_loss",),
         lambda config: config.lambda_attention > 0,
         "--lambda_attention 0 turns off the attention loss",
+    ),
+    (
+        ("attention_grid",),
+        lambda config: config.lambda_attention > 0 or config.img_log_steps > 0,
+        "--lambda_attention 0 and --img_log_steps 0 leave no map that is read",
+    ),
+    (
+        ("close_ups",),
+        lambda config: config.method not in METHODS or METHODS[config.method].collection,
+        "--method ti and db see the whole image alone",
     ),
     (("normalize_masked_loss",), lambda config: config.apply_masked_loss, "the loss is taken without masks"),
     (

@@ -29,6 +29,20 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
             "--lambda_attention 0 turns off the attention loss",
         ),
         (
+            {"lambda_attention": 0.0, "img_log_steps": 0, "attention_grid": 8},
+            ["attention_grid"],
+            "--lambda_attention 0 and --img_log_steps 0 leave no map that is read",
+        ),
+        *(
+            ({"method": method, "close_ups": True}, ["close_ups"], "--method ti and db see the whole image alone")
+            for method in ("ti", "db")
+        ),
+        (
+            {"phase2_train_steps": 0, "train": "lora", "rank": 4, "alpha": 2.0, "conv_rank": 2, "lora_targets": "kv"},
+            ["train", "rank", "alpha", "lora_targets", "conv_rank"],
+            PHASE2,
+        ),
+        (
             {"apply_masked_loss": False, "normalize_masked_loss": True},
             ["normalize_masked_loss"],
             "the loss is taken without masks",
@@ -82,6 +96,9 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
         ),
         ({"method": "ti-m", "collection_size": 3, "phase1_train_steps": 0, "initial_learning_rate": 1.0}, [], ""),
         ({"train": "lora", "train_text_encoder": False}, [], ""),
+        ({"lambda_attention": 0.0, "attention_grid": 8}, [], ""),
+        ({"method": "ti-m", "close_ups": True}, [], ""),
+        ({"phase1_train_steps": 0, "train": "lora", "rank": 4}, [], ""),
         ({"method": "db-m", "learning_rate": 1.0, "train": "kv"}, [], ""),
         ({"with_prior_preservation": False, "num_class_images": 100, "lr_num_cycles": 1}, [], ""),
     ],
