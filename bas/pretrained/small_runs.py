@@ -226,10 +226,16 @@ def fits(down: Tensor, up: Tensor, weight: Tensor) -> bool:
     return is_change_of((len(up), *down.shape[1:]), weight)
 
 
-def base_of(run: Path) -> Path:
-    """Return where the base of a small run is. InputError if it is not here."""
+def base_of(run: Path, base: Path | None = None) -> Path:
+    """Return where the base of a small run is. base: where, if it was moved. InputError if it is not here."""
     _, metadata = read_concepts(run)
-    return find_base(run, metadata, Additions.of_base(metadata["config"], run), None)
+    return find_base(run, metadata, Additions.of_base(metadata["config"], run), base)
+
+
+def small_bases(run: Path, base: Path | None = None) -> list[Path]:
+    """Return the small runs that a small run was trained on top of, the nearest first. Raises as `base_of`."""
+    place = base_of(run, base)
+    return [place, *small_bases(place)] if (place / TUNED).is_file() else []
 
 
 def find_base(run: Path, metadata: dict[str, Any], additions: Additions | None, base: Path | None) -> Path:

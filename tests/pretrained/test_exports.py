@@ -470,6 +470,17 @@ def test_a_small_run_may_be_the_base_of_another(run, tmp_path, kind):
     assert (before - after).abs().max() > 1e-3
 
 
+def test_the_export_of_a_run_on_top_names_the_runs_below(run, cwd, capsys):
+    """Other programs lack their adapters; a run on a whole model has none below it."""
+    second = write_small_run(cwd / "second", run, ("<toy>",), **LORA)
+    third = write_small_run(cwd / "third", second, ("<cup>",), **LORA)
+    for small, below in ((run, None), (second, f"{run}"), (third, f"{second}, {run}")):
+        write(small, f"{small.name}-lora.safetensors", "--prefix", small.name)
+        told = [line for line in capsys.readouterr().out.splitlines() if "on top of" in line]
+        line = f"The run was trained on top of {below}: export that too, and add it there"
+        assert told == ([line] if below else [])
+
+
 def test_adapters_of_a_run_are_its_changes(base, run):
     """What is exported is what loading adds: the base's weight and the change give the loaded weight, to 1e-6."""
     adapters, spec = adapters_of(run)

@@ -14,6 +14,7 @@ from bas.pretrained.exports import Targets, check_no_input, export_lora, export_
 from bas.pretrained.folder import holds_sdxl
 from bas.pretrained.hub import find
 from bas.pretrained.lora_files import FORMATS
+from bas.pretrained.small_runs import small_bases
 from bas.runtime.device import DTYPES
 
 EXAMPLES = (
@@ -85,8 +86,11 @@ def run(args: argparse.Namespace) -> None:
         if file.stem != handle[1:-1]:
             print(f"{handle} is called {file.stem}")
     print(*how_to_use(files, form, holds_sdxl(path)), sep="\n")
-    if small and (added := read_concepts(path)[1]["config"]["lora"]) and form != "single":
-        print(f"The run was trained on top of {', '.join(added)}: add that there too")
+    if small and form != "single":
+        if added := read_concepts(path)[1]["config"]["lora"]:
+            print(f"The run was trained on top of {', '.join(added)}: add that there too")
+        if below := small_bases(path, base):
+            print(f"The run was trained on top of {', '.join(map(str, below))}: export that too, and add it there")
 
 
 def check_targets(files: Targets) -> None:
