@@ -479,6 +479,11 @@ class TrainConfig(Settings):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
+    def reads_maps(self) -> bool:
+        """Whether a step or a preview reads attention maps."""
+        return self.lambda_attention > 0 or self.img_log_steps > 0
+
+    @property
     def tuned(self) -> tuple[Part, ...]:
         """What phase 2 trains."""
         text = (self.kind.text,) if self.kind.text and self.train_text_encoder else ()

@@ -138,6 +138,13 @@ def attention_grid(spec: ModelSpec, latent: tuple[int, int], side: int | None) -
     return grid
 
 
+def training_grid(spec: ModelSpec, latent: tuple[int, int], config: TrainConfig) -> tuple[int, int]:
+    """Return the (rows, columns) of a training's maps; if it reads none and none are asked for, the latent's own."""
+    if config.attention_grid is None and not config.reads_maps:
+        return latent
+    return attention_grid(spec, latent, config.attention_grid)
+
+
 @torch.inference_mode()
 def encode_images(models: Models, images: Tensor, at_once: int = 1) -> Posterior:
     """Return the VAE posterior of images (b, 3, H, W) in [-1, 1], one at a time to save memory. -> on the CPU, float32
@@ -180,7 +187,7 @@ def encode_view(models: Models, image: Tensor, masks: Tensor, config: TrainConfi
 def resize_masks(models: Models, masks: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Resize masks (N, H, W) in [0, 1]. -> on the latent grid, (N, h, w), and on that of the attention, (N, gh, gw)"""
     h, w = (side // models.vae.config.factor for side in masks.shape[-2:])
-    grid = attention_grid(models.spec, (h, w), config.attention_grid)
+    grid = training_grid(models.spec, (h, w), config)
     return resize_mask(masks, h, w), resize_mask(masks, *grid)
 
 
@@ -268,7 +275,7 @@ def check_grids(spec: ModelSpec, masks: Tensor, handles: dict[int, str], config:
     """
     height, width = masks.shape[-2:]
     latent = height // spec.vae.factor, width // spec.vae.factor
-    grid = attention_grid(spec, latent, config.attention_grid)
+    grid = training_grid(spec, latent, config)
     for i, handle in handles.items():
         flips = torch.stack([masks[i], masks[i].flip(-1)])
         if (resize_mask(flips, *latent).amax(dim=(1, 2)) == 0).any():

@@ -21,6 +21,7 @@ from bas.evaluation.metrics import attention_iou
 from bas.evaluation.segments import segment_by_attention
 from bas.io.images import save_image, to_images
 from bas.losses import handle_maps
+from bas.models.bundle import ModelSpec
 from bas.models.text import tokenize
 from bas.runtime.device import autocast
 from bas.runtime.signals import Interrupted
@@ -45,6 +46,13 @@ def read_scene(config: TrainConfig, resolution: int, multiple: int) -> tuple[Sce
     """
     scene = load_scene(config)
     return scene, *scene.tensors(config.resolution or resolution, multiple, config.center_crop)
+
+
+def check_maps(config: TrainConfig, spec: ModelSpec) -> None:
+    """Raise InputError where the maps that `measure_attention` reads do not exist: training itself may read none."""
+    _, image, _ = read_scene(config, spec.resolution, spec.size_multiple)
+    height, width = image.shape[1:]
+    attention_grid(spec, (height // spec.vae.factor, width // spec.vae.factor), config.attention_grid)
 
 
 def measure_attention(run: Run) -> list[float]:

@@ -17,7 +17,7 @@ from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
 from bas.errors import InputError
 from bas.evaluation.baselines import training_of
-from bas.evaluation.generation import Request, generate_images, measure_attention
+from bas.evaluation.generation import Request, check_maps, generate_images, measure_attention
 from bas.io.json_files import read_record, write_json
 from bas.io.run_files import METRICS
 from bas.runtime.signals import Interrupted
@@ -148,6 +148,7 @@ def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool =
     Interrupted after a signal; the same command then resumes.
     """
     began = time.monotonic()
+    check_maps(trial.training, base.models.spec)
     try:
         with trained(trial.training, base) as run:
             trained_at = time.monotonic()

@@ -49,7 +49,7 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
     ),
     (
         ("attention_grid",),
-        lambda config: config.lambda_attention > 0 or config.img_log_steps > 0,
+        lambda config: config.reads_maps,
         "--lambda_attention 0 and --img_log_steps 0 leave no map that is read",
     ),
     (

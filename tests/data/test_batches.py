@@ -9,12 +9,15 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from bas.config import TrainConfig
 from bas.data import batches
 from bas.data.batches import attention_grid, check_scene, handle_positions, sample_batch
 from bas.data.scene_folder import load_scene
+from bas.evaluation.generation import check_maps
 from bas.losses import resize_mask
 from bas.models.text import tokenize
-from bas.pretrained.folder import load
+from bas.pretrained.folder import load, read_spec
+from bas.pretrained.hub import find
 from bas.training.setup import check_input
 from tests.helpers.tiny import refused, write_scene
 
@@ -233,6 +236,23 @@ def test_attention_grid_is_a_quarter_of_the_latents_or_as_asked(prepared):
     assert attention_grid(models.spec, (24, 16), 8) == (12, 8)  # cells along the shorter side, whichever that is
     with refused("no cross-attention on 5 cells", "--attention_grid 8 or 4"):
         attention_grid(models.spec, (16, 16), 5)
+
+
+def test_a_training_without_maps_needs_no_grid(bench):
+    """The miniature has no attention on a quarter of its latents; a baseline without previews reads no maps."""
+    plain = {"instance_data_dir": str(bench.scene), "num_class_images": 1, "device": "cpu"}
+    for given in (
+        {},
+        {"method": "ti"},
+        {"img_log_steps": 0},
+        {"method": "ti", "img_log_steps": 0, "attention_grid": 5},
+    ):
+        with refused("no cross-attention on ", "use --attention_grid "):
+            check_input(TrainConfig.resolve(plain | given))
+    alone = TrainConfig.resolve(plain | {"method": "ti", "img_log_steps": 0})
+    check_input(alone)
+    with refused("no cross-attention on ", "use --attention_grid "):
+        check_maps(alone, read_spec(find(None)))  # an evaluation reads maps of every run
 
 
 def test_mask_that_vanishes_on_the_grids_is_noticed(bench, tmp_path, caplog):
