@@ -503,11 +503,12 @@ def words(bench, explicit: dict, scenes: list[Path], folder: Path, *more: str) -
     return ["evaluate", *map(str, scenes), "--output_dir", str(folder), "--config", str(toml), *steps, *more]
 
 
-def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys):
-    assert (
-        main([*words(bench, explicit, scenes, tmp_path / "out"), "--dry_run", "--methods", "ti", "--seeds", "4", "5"])
-        == 0
-    )
+def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys, caplog):
+    """What the file says of single trials is named, as it is not read."""
+    line = words(bench, explicit | {"seed": 7, "method": "db"}, scenes, tmp_path / "out")
+    assert main([*line, "--dry_run", "--methods", "ti", "--seeds", "4", "5"]) == 0
+    said = f"{tmp_path / 'out.toml'}: each trial has its own method, seed, so the file's is not read"
+    assert [text for text in caplog.messages if "each trial" in text] == [said]
     output = capsys.readouterr().out
     assert "4 trainings, of which 0 are finished" in output
     assert "8, of which 8 are left" in output
