@@ -60,9 +60,10 @@ def test_a_setting_may_be_of_one_method_alone():
     changes = dict(map(check_methods.read_change, texts))
     assert changes == {"cd-m.learning_rate": 0.0001, "phase2_train_steps": 9, "learning_rate": 0.5}
     assert by_settings(["bas", "cd-m", "db-m"], changes) == {
-        (("phase2_train_steps", 9), ("learning_rate", 0.5)): ["bas", "db-m"],
-        (("phase2_train_steps", 9), ("learning_rate", 0.0001)): ["cd-m"],
+        (): ["bas", "db-m"],
+        (("learning_rate", 0.0001),): ["cd-m"],
     }
+    assert by_settings(["lora"], changes) == {(): ["lora"]}  # what --set gives to all goes before the rate of a kind
 
 
 def test_only_the_same_cells_are_compared(evaluation):
@@ -111,15 +112,16 @@ def test_settings_are_those_of_the_tool_or_as_set(tmp_path, monkeypatch):
     """Each evaluation gets a file of settings: the tool's, the rate of its kind, and those of --set, which go first."""
     monkeypatch.setattr(check_methods.subprocess, "run", lambda command, **_: None)
     monkeypatch.setattr(check_methods, "condense", lambda folder: [])
-    for more in ([], ["--set", "phase2_train_steps=9", "close_ups=true"]):
+    for more in ([], ["--set", "phase2_train_steps=9", "close_ups=true", "token.rank=2"]):
         words = ["--output_dir", str(tmp_path), "--methods", "bas", "token", "--seeds", "7", "--first_scenes", "1"]
         monkeypatch.setattr(sys, "argv", ["check_methods.py", *words, *more])
         check_methods.main()
         plain = tomllib.loads((tmp_path / "evaluation.toml").read_text())
-        kind = tomllib.loads((tmp_path / f"evaluation-learning_rate-{KINDS['token'].rate}.toml").read_text())
+        end = "-rank-2" if more else ""
+        kind = tomllib.loads((tmp_path / f"evaluation-learning_rate-{KINDS['token'].rate}{end}.toml").read_text())
         wanted = check_methods.TRAINING | ({"phase2_train_steps": 9, "close_ups": True} if more else {})
         assert plain == wanted
-        assert kind == wanted | {"learning_rate": KINDS["token"].rate}
+        assert kind == wanted | {"learning_rate": KINDS["token"].rate} | ({"rank": 2} if more else {})
 
 
 def test_what_is_recorded_is_not_trained_again():

@@ -74,14 +74,13 @@ def read_change(text: str) -> tuple[str, Any]:
 
 
 def by_settings(methods: list[str], changes: dict[str, Any]) -> dict[tuple[tuple[str, Any], ...], list[str]]:
-    """The methods by the settings that they do not share: the rates of KINDS for kinds of training, then `changes`."""
+    """The methods by the settings that are theirs alone: the rate of a kind of training, and METHOD.NAME of `changes`."""
     usual = setting_rows(TrainConfig)["rank"].default
     rates = {row.settings["train"]: row.rate for row in KINDS.values() if row.settings.get("rank", usual) == usual}
     found: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     for method in methods:
         rate = rates.get(VARIANTS[method].settings.get("train"))
-        own = {} if rate is None else {"learning_rate": rate}
-        own |= {name: value for name, value in changes.items() if "." not in name}
+        own = {} if rate is None or "learning_rate" in changes else {"learning_rate": rate}
         own |= {name.partition(".")[2]: value for name, value in changes.items() if name.startswith(f"{method}.")}
         found.setdefault(tuple(own.items()), []).append(method)
     return found
@@ -220,8 +219,8 @@ def main() -> None:
     scenes = write_scenes(args.output_dir / "scenes", args.first_scenes)
     shared = {name: value for name, value in changes.items() if "." not in name}
     for own, methods in by_settings(args.methods, changes).items():
-        settings = TRAINING | dict(own)
-        folder = args.output_dir / "-".join(["evaluation", *(f"{n}-{v}" for n, v in own if shared.get(n) != v)])
+        settings = TRAINING | shared | dict(own)
+        folder = args.output_dir / "-".join(["evaluation", *(f"{name}-{value}" for name, value in own)])
         for (new, seed), some in left(scenes, methods, args.seeds, known if args.record else []).items():
             evaluate(folder, some, list(new), [seed], settings, args.processes)
         run["cells"] += condense(folder)

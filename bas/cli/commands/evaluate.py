@@ -104,11 +104,10 @@ def run(args: argparse.Namespace) -> None:
     ranks, folder = Ranks.from_environment(), Path(args.output_dir)
     read = read_config(args.config, setting_rows(TrainConfig)), given(args, TrainConfig)
     file, flags = ({name: value for name, value in each.items() if name not in PER_TRIAL} for each in read)
-    explicit = file | flags
     if dropped := sorted(read[0].keys() & PER_TRIAL):
         log.warning("%s: each trial has its own %s, so the file's is not read", args.config, ", ".join(dropped))
-    name = explicit.get("pretrained_model_name_or_path")
-    if explicit.get("card") and is_sdxl(name):
+    name, card = ((file | flags).get(each) for each in ("pretrained_model_name_or_path", "card"))
+    if card and is_sdxl(name):
         raise InputError("--card sets nothing in an evaluation of SDXL: give the flags that it stands for")
     base = None if args.dry_run and is_known_elsewhere(name) else find(name)  # its shapes are known without a download
     row, sampling = training_row(name), SampleConfig(**given(args, SampleConfig))
