@@ -74,7 +74,7 @@ def read_change(text: str) -> tuple[str, Any]:
 
 
 def by_settings(methods: list[str], changes: dict[str, Any]) -> dict[tuple[tuple[str, Any], ...], list[str]]:
-    """The methods by the settings that are theirs alone: the rate of a kind of training, and METHOD.NAME of `changes`."""
+    """The methods by the settings that are theirs alone: the rate of a kind of training, METHOD.NAME of `changes`."""
     usual = setting_rows(TrainConfig)["rank"].default
     rates = {row.settings["train"]: row.rate for row in KINDS.values() if row.settings.get("rank", usual) == usual}
     found: dict[tuple[tuple[str, Any], ...], list[str]] = {}
