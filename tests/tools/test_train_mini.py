@@ -23,7 +23,7 @@ from tools.train_mini.decoder import LatentDecoder, reconstruction_loss
 from tools.train_mini.files import save_weights, write_scaling
 from tools.train_mini.fit import fit
 from tools.train_mini.folder import translate
-from tools.train_mini.optimizer import Optimizer
+from tools.train_mini.optimizer import Float32Muon, Optimizer, orthogonalise
 from tools.train_mini.recipe import MINIATURE, Stage
 
 MINI = Path(__file__).parents[2] / "weights" / "mini"
@@ -106,6 +106,34 @@ def test_muon_steps_matrices_and_adamw_the_rest():
     assert layer.weight.grad is None
     named = Optimizer(layer, 1e-3, 1e-2, adamw_only=("weight",))
     assert named.muon is None
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (48, 48)])
+def test_muon_in_float32_moves_as_pytorchs_does_in_bf16(shape):
+    """Five steps from the same gradients differ by the rounding of bf16, 8 bits; either reads the other's state."""
+    torch.manual_seed(0)
+    settings = {"lr": 2e-3, "momentum": 0.95, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    in_float32, in_bf16 = Float32Muon([ours], **settings), torch.optim.Muon([theirs], **settings)
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        in_float32.step()
+        in_bf16.step()
+    assert (ours - theirs).norm().item() < 2**-6 * (theirs - start).norm().item()
+    in_float32.load_state_dict(in_bf16.state_dict())
+    assert torch.equal(in_float32.state[ours]["momentum_buffer"], in_bf16.state[theirs]["momentum_buffer"])
+
+
+def test_newton_schulz_brings_singular_values_near_one():
+    """Between 0.5 and 1.5, as its authors say, from values between 1 and 50; vectors stay."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(24, 40), full_matrices=False)
+    near = orthogonalise(u @ torch.diag(torch.linspace(1, 50, 24)) @ v, (3.4445, -4.775, 2.0315), steps=5)
+    values = torch.diag(u.T @ near @ v.T)
+    assert 0.5 < values.min() < values.max() < 1.5
+    assert (near - u @ torch.diag(values) @ v).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(("cover", "weight"), [(0.0, 1.0), (0.2, 1.6), (1.0, 4.0)])
