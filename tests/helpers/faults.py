@@ -6,8 +6,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
+from filelock import FileLock
 
 import bas
 from bas.runtime.signals import SIGNALS
@@ -15,6 +17,8 @@ from bas.training import loop as training
 from tests.helpers.tiny import Bench
 
 NOBODY = 65534  # the user who owns nothing
+# Processes that run tests side by side share folders: one would close them while another has them open.
+OPENING = FileLock(Path(gettempdir()) / f"bas-tests-opening-{os.getuid()}.lock")
 
 
 def resume(bench: Bench, run: Path, **changes) -> Path:
@@ -49,14 +53,15 @@ def full_disk(room: int) -> Iterator[None]:
 def opened(folder: Path) -> Iterator[None]:
     """Within the block anybody may enter a folder: it and all above it are open, as far as its owner owns them."""
     above = [place for place in (folder, *folder.parents) if place.owner() == folder.owner() and place.name]
-    before = {place: place.stat().st_mode for place in above}
-    for place, mode in before.items():
-        place.chmod(mode | 0o755)
-    try:
-        yield
-    finally:
+    with OPENING:
+        before = {place: place.stat().st_mode for place in above}
         for place, mode in before.items():
-            place.chmod(mode)
+            place.chmod(mode | 0o755)
+        try:
+            yield
+        finally:
+            for place, mode in before.items():
+                place.chmod(mode)
 
 
 @contextmanager
