@@ -41,6 +41,7 @@ from bas.data.scene import (
     with_background,
     with_close_ups,
 )
+from bas.data.seg_mix import movable_concepts
 from bas.errors import InputError
 from bas.io.files import reading
 from bas.io.images import LABELS_ADVICE, SUFFIXES, TURNS, image_size, read_image, to_array, upright_size
@@ -74,9 +75,24 @@ def load_scene(config: TrainConfig) -> Scene:
         scene = with_close_ups(scene, config.center_crop)
         if len(scene.extra_images) == count:
             log.info("close_ups adds nothing: no part of the concepts is narrower than the image")
+    for line in idle_settings(scene, config):
+        log.info("%s", line)
     if len(scene) > MAX_CONCEPTS:
         log.warning("%d concepts: the method works best with up to %d (paper, limitations)", len(scene), MAX_CONCEPTS)
     return scene
+
+
+def idle_settings(scene: Scene, config: TrainConfig) -> list[str]:
+    """List the settings that change nothing in this scene, each with its reason."""
+    lines, movable = [], movable_concepts(scene)
+    if config.seg_mix_probability and not movable:
+        lines.append("Seg-Mix adds nothing: every concept covers more than half of the scene")
+    every = config.seg_mix_probability == 1 and len(movable) == len(scene)
+    if every and any(extra.close_up for extra in scene.extra_images):
+        lines.append("close_ups adds nothing: with Seg-Mix 1 every image is made of concepts cut out of the scene")
+    if config.attention_loss == "cross_entropy" and config.lambda_attention and len(scene) == 1:
+        lines.append("cross_entropy adds nothing: a single handle has no other to compete with, so the loss is 0")
+    return lines
 
 
 def read_folder(folder: Path, config: TrainConfig) -> Scene:

@@ -30,6 +30,11 @@ class CutOut:
         return cls(image.crop(box), Image.fromarray(mask[top:bottom, left:right]), box)
 
 
+def movable_concepts(scene: Scene) -> list[int]:
+    """Find the concepts that Seg-Mix cuts out: those that cover no more than half of the scene."""
+    return [i for i, mask in enumerate(scene.masks) if mask.mean() <= 255 * SEG_MIX_LARGEST]
+
+
 class SegMix:
     """Images in which concepts, cut out of the scene, stand on other backgrounds, at other places, in other sizes.
 
@@ -58,7 +63,7 @@ class SegMix:
         """
         self.size, self.backgrounds, self.move, self.sampling = size, tuple(backgrounds), move, sampling
         self.cell = cell
-        self.movable = [i for i, mask in enumerate(scene.masks) if mask.mean() <= 255 * SEG_MIX_LARGEST]
+        self.movable = movable_concepts(scene)
         self.share = len(self.movable) / len(scene)  # of the concepts
         images = [(scene.image, dict(enumerate(scene.masks)))]
         images += [(extra.image, extra.masks) for extra in scene.extra_images if not extra.close_up]

@@ -83,12 +83,7 @@ def read_regions(path: Path, file: Path, image: Image.Image) -> list[Region]:
 
 
 def edit(
-    models: Models,
-    image: Image.Image,
-    regions: list[Region],
-    config: EditConfig | None = None,
-    progress: ImageProgress | None = None,
-    **overrides,
+    models: Models, image: Image.Image, regions: list[Region], config: EditConfig | None = None, **overrides
 ) -> list[Image.Image]:
     """Edit the regions one after another, each in the result of the one before. -> `num_images` images of its size
 
@@ -97,6 +92,18 @@ def edit(
     NotFiniteError for numbers that are not.
     """
     config = (config or EditConfig()).changed(**overrides)
+    check_edit(models.spec, image, regions, config)
+    return edit_regions(models, image, regions, config)
+
+
+def edit_regions(
+    models: Models,
+    image: Image.Image,
+    regions: list[Region],
+    config: EditConfig,
+    progress: ImageProgress | None = None,
+) -> list[Image.Image]:
+    """Do what `edit` does, after its checks. `progress` counts the steps."""
     seeds = [config.seed + i for i in range(config.num_images)]
     results = []
     for first in range(0, len(seeds), config.batch_size):

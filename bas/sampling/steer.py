@@ -109,7 +109,9 @@ def check_steer(spec: ModelSpec, prompts: list[str], steer: Steer, latent: tuple
     for handle in steer.layout or ():
         if handle not in steering.handles:
             texts = repr(prompts[0]) if len(prompts) == 1 else "any prompt"
-            raise InputError(f"the layout has a region for {handle}, which is not in {texts}: name it, or leave it out")
+            removed = any(read_prompt(prompt).handles.get(handle) == 0 for prompt in prompts)
+            missing = "has strength 0: give it another" if removed else f"is not in {texts}: name it"
+            raise InputError(f"the layout has a region for {handle}, which {missing}, or leave it out")
     if steer.own_pixels and not all(placed):
         prompt = prompts[placed.index(False)]
         raise InputError(f"{prompt!r} names no handle of the layout, so --own_pixels has no pixels to start from")

@@ -615,6 +615,28 @@ def test_close_ups_that_add_nothing_are_told(tmp_path, caplog, concepts, size):
     assert caplog.messages == ["close_ups adds nothing: no part of the concepts is narrower than the image"]
 
 
+@pytest.mark.parametrize(
+    ("concepts", "settings", "told"),
+    [
+        (3, {"close_ups": True, "seg_mix_probability": 1.0}, "close_ups adds nothing: with Seg-Mix 1 every image"),
+        (3, {"close_ups": True, "seg_mix_probability": 0.9}, ""),
+        (3, {"seg_mix_probability": 1.0}, ""),
+        (1, {"seg_mix_probability": 0.5}, "Seg-Mix adds nothing: every concept covers more than half of the scene"),
+        (1, {"seg_mix_probability": 0.0}, ""),
+        (1, {"attention_loss": "cross_entropy"}, "cross_entropy adds nothing: a single handle"),
+        (1, {"attention_loss": "cross_entropy", "lambda_attention": 0.0}, ""),
+        (2, {"attention_loss": "cross_entropy"}, ""),
+    ],
+)
+def test_settings_that_add_nothing_to_a_scene_are_told(tmp_path, caplog, concepts, settings, told):
+    """A single concept covers three quarters of its image."""
+    caplog.set_level("INFO")
+    load(three_in_a_row(tmp_path) if concepts == 3 else write_scene(tmp_path / "s", concepts=concepts), **settings)
+    lines = [line for line in caplog.messages if "adds nothing" in line]
+    assert len(lines) == bool(told)
+    assert all(line.startswith(told) for line in lines)
+
+
 def test_close_ups_of_many_concepts_are_refused_not_counted_for_ever(tmp_path):
     """Their number doubles with each concept."""
     with refused("--close_ups: 9 concepts have 510 subsets to show: expected 8 concepts or fewer, or close_ups = "):

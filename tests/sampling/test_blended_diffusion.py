@@ -247,6 +247,16 @@ def test_a_mask_too_small_for_the_grid_is_refused(models, image):
         edit(models, image, [Region(speck, "a photo of <asset0>")], **FAST)
 
 
+def test_python_checks_an_edit_as_the_command_does(models, image, monkeypatch):
+    """Before the image is encoded."""
+    monkeypatch.setattr(editing, "encode", lambda *args: pytest.fail("the image was encoded"))
+    region = Region(left_half(), "a photo of <asset0>")
+    with refused("--own_pixels: an edit starts from the image that it edits"):
+        edit(models, image, [region], own_pixels=True, **FAST)
+    with refused("unknown handle <asset9>"):
+        edit(models, image, [region, Region(left_half(), "a photo of <asset9>")], **FAST)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_of_steps_outside_0_to_1_is_refused(share):
     with refused("--blending_start_percentage"):

@@ -262,6 +262,8 @@ def test_a_handle_must_be_in_the_prompt_or_in_one_of_two(models, tmp_path, caplo
     with refused("<asset1>, which is not in 'a photo of <asset0>'"):
         check_request(models.spec, ["a photo of <asset0>"], config)
     with refused("<asset0>, which is not in any prompt"):
+        check_request(models.spec, ["a photo of <asset1>", "a bowl"], config)
+    with refused("<asset0>, which has strength 0: give it another, or leave it out"):
         check_request(models.spec, ["a photo of (<asset0>:0) and <asset1>", "a bowl"], config)
     check_request(models.spec, ["a photo of <asset0>", "a photo of <asset1>", "a bowl"], config)
     assert caplog.messages == ["--layout has nothing to do in 'a bowl': it names no handle of the layout"]

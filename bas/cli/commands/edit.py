@@ -13,7 +13,7 @@ from bas.errors import InputError
 from bas.io.images import check_room, numbered_paths, read_image, save_images
 from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
-from bas.sampling.blended_diffusion import check_edit, edit, read_region, read_regions, skipped_steps
+from bas.sampling.blended_diffusion import check_edit, edit_regions, read_region, read_regions, skipped_steps
 from bas.sampling.layout import mask_files
 from bas.sampling.sampler import as_record
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     models = open_model(args, check, [*prompts, config.negative_prompt])
     steps = len(regions) * (config.num_inference_steps - skipped_steps(config))
-    images = edit(models, image, regions, config, ImageProgress(config.num_images, steps))
+    images = edit_regions(models, image, regions, config, ImageProgress(config.num_images, steps))
 
     shared = as_record(models, config) | {"prompts": prompts, "model": name}
     records = [shared | {"seed": config.seed + i, **made_from} for i in range(config.num_images)]
