@@ -54,7 +54,7 @@ from bas.pretrained.single_file import (
     save_single_file,
     without_handles,
 )
-from bas.pretrained.small_runs import changes_of, find_base, read_base, read_tuned, with_tuned
+from bas.pretrained.small_runs import changes_of, find_base, read_base, read_tuned, small_bases, with_tuned
 
 # By the family of a model: its name on A1111's cards, and in kohya's metadata.
 SHORT = {"Stable Diffusion 1": "SD1", "Stable Diffusion 2": "SD2", "Stable Diffusion XL": "SDXL"}
@@ -349,3 +349,16 @@ def how_to_use(files: Targets, form: str, xl: bool) -> list[str]:
     names |= {"pipeline": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
     last = f'diffusers: {DIFFUSERS[form]}; {EMBEDDINGS_XL if xl else EMBEDDINGS}; "a photo of {{handle}}"'
     return [line.format(**names) for line in (*USES[form], last)]
+
+
+def needed_too(run: Path, base: Path | None = None) -> list[str]:
+    """Say what a LoRA of a small run needs beside it: what the run was trained on top of.
+
+    base: where its base is, if it was moved. Raises as `base_of`.
+    """
+    lines = []
+    if added := read_concepts(run)[1]["config"]["lora"]:
+        lines.append(f"The run was trained on top of {', '.join(added)}: add that there too")
+    if below := small_bases(run, base):
+        lines.append(f"The run was trained on top of {', '.join(map(str, below))}: export that too, and add it there")
+    return lines

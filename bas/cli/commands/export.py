@@ -9,12 +9,19 @@ from bas.cli.output_files import warn_of_replacement
 from bas.config import MAX_RANK, TrainConfig, setting_rows
 from bas.errors import InputError, check_int
 from bas.io.files import check_length, require_writable
-from bas.io.run_files import TUNED, read_concepts
-from bas.pretrained.exports import Targets, check_no_input, export_lora, export_single, how_to_use, plan_export
+from bas.io.run_files import TUNED
+from bas.pretrained.exports import (
+    Targets,
+    check_no_input,
+    export_lora,
+    export_single,
+    how_to_use,
+    needed_too,
+    plan_export,
+)
 from bas.pretrained.folder import holds_sdxl
 from bas.pretrained.hub import find
 from bas.pretrained.lora_files import FORMATS
-from bas.pretrained.small_runs import small_bases
 from bas.runtime.device import DTYPES
 
 EXAMPLES = (
@@ -86,11 +93,8 @@ def run(args: argparse.Namespace) -> None:
         if file.stem != handle[1:-1]:
             print(f"{handle} is called {file.stem}")
     print(*how_to_use(files, form, holds_sdxl(path)), sep="\n")
-    if small and form != "single":
-        if added := read_concepts(path)[1]["config"]["lora"]:
-            print(f"The run was trained on top of {', '.join(added)}: add that there too")
-        if below := small_bases(path, base):
-            print(f"The run was trained on top of {', '.join(map(str, below))}: export that too, and add it there")
+    if form != "single":
+        print(*(f"{line}\n" for line in needed_too(path, base)), sep="", end="")
 
 
 def check_targets(files: Targets) -> None:

@@ -1,7 +1,7 @@
 // Runs: take one away, compare several.
 import { address, fileOf, get, send } from "./api.js";
 import { curve } from "./curves.js";
-import { button, bytes, copy, h, link, problem, put, quiet } from "./dom.js";
+import { button, bytes, copy, h, link, problem, put, quiet, warning } from "./dom.js";
 import { STATES } from "./home.js";
 import { label } from "./train.js";
 import { jobLines } from "./work.js";
@@ -93,6 +93,7 @@ export async function open(main, [name], studio) {
                         download: `${name}-${each.form}.zip`,
                       }),
                     ),
+                    each.needs.map((line) => warning(line)),
                     each.uses.length
                       ? h(
                           "details",

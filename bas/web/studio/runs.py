@@ -69,7 +69,7 @@ def summary(run: Path, trained_by: dict[str, dict]) -> dict[str, Any] | None:
         "words": metadata.get("words"),
         "base": config["pretrained_model_name_or_path"] or "mini",
         "train": config["train"],
-        "scene": Path(config["instance_data_dir"]).name,
+        "scene": None if "merged" in metadata else Path(config["instance_data_dir"]).name,
         "pictures": sum(len(images) for _, images in folders_of(run, DRAWN)),
         "cover": cover(run),
         "gallery": gallery_version(run),

@@ -9,6 +9,7 @@ import io
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bas.io.images import image_size, read_image, to_floats
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_settings
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
-from bas.pretrained.exports import Unsuited, how_to_use, plan_export, read_export
+from bas.pretrained.exports import Unsuited, how_to_use, needed_too, plan_export, read_export
 from bas.pretrained.folder import holds_sdxl, read_spec
 from bas.pretrained.hub import is_known_elsewhere
 from bas.sampling.attention_maps import plan_maps
@@ -302,15 +303,22 @@ def export_target(run: Path, form: str) -> Path:
 
 
 def exports(run: Path) -> list[dict[str, Any]]:
-    """List for each form of export whether the run can have it, or why not; the files there, and what to type."""
+    """List for each form of export whether the run can have it, or why not; its files and what goes with them."""
     found = []
     for form in runs.FORMS:
         target = export_target(run, form)
         there = sorted(path for path in target.parent.glob("*") if path.is_file()) if target.is_file() else []
         files = [{"file": path.relative_to(run).as_posix(), "bytes": path.stat().st_size} for path in there]
         row = {"form": form, "about": OPENED_BY[form], "problem": problem_of(run, form), "files": files}
-        found.append(row | {"uses": uses_of(run, form) if files else []})
+        found.append(row | {"uses": uses_of(run, form) if files else [], "needs": needs_of(run, form) if files else []})
     return found
+
+
+def needs_of(run: Path, form: str) -> list[str]:
+    """Say what an export needs beside it. Nothing if the base is gone: making the export says so."""
+    with suppress(InputError):
+        return needed_too(run) if form != "single" else []
+    return []
 
 
 def problem_of(run: Path, form: str) -> str | None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from bas.cli.entry import main
 from bas.io.images import save_image
 from bas.io.json_files import read_json, write_json
+from bas.io.run_files import SETTINGS
 from bas.io.tensors import write_tensors
 from bas.pretrained.embedding_files import write_embedding
 from bas.web.studio import jobs, tasks
@@ -266,6 +267,26 @@ def test_a_run_is_taken_away(studio, run, capsys, form, names, said):
     own = load_file(run / "concepts.safetensors")["handles"]
     (row,) = load_file(run / tensors[0]["file"]).values()
     assert np.abs((row.float() - own[:1]).numpy()).max() < 1e-3  # an export of a small run is in fp16
+
+
+def test_an_export_says_what_it_was_trained_on_top_of(studio, run, capsys):
+    """As the command does: another run's adapters are no part of this one's."""
+    write_small_run(run.parent / "second", run, ("<toy>",), **LORA)
+    do(studio, kind="export", form="kohya", run="second")
+    line = f"The run was trained on top of {run}: export that too, and add it there"
+    assert line in capsys.readouterr().out.splitlines()
+    rows = studio.get("api/runs/second/exports")
+    assert {row["form"]: row["needs"] for row in rows} == {"single": [], "kohya": [line], "peft": []}
+
+
+def test_a_merged_run_has_no_scene_to_train_again(studio, run):
+    """It was trained on none itself: the page leaves out "Change settings"."""
+    (found,) = studio.get("api/state")["runs"]
+    assert found["scene"] == "scene"
+    record = read_json(run / SETTINGS)
+    write_json(run / SETTINGS, record | {"merged": {"runs": ["a", "b"], "weights": [1.0, 1.0], "drift": {}}})
+    (found,) = studio.get("api/state")["runs"]
+    assert found["scene"] is None
 
 
 def test_what_to_type_is_that_of_the_export_which_lies_there(studio, run):
