@@ -665,7 +665,9 @@ class ProposalConfig(Settings):
     words: tuple[str, ...] = setting(
         (), "clipseg: what to find, one concept each; the word is its handle's initial word"
     )
-    threshold: float = setting(0.5, "lowest probability of a pixel inside a mask", above=0, below=1)
+    threshold: float = setting(
+        0.5, "least probability of a pixel in a mask; of a mask2former segment, its least score", above=0, below=1
+    )
     smooth: float = setting(0.0, "radius in pixels over which outlines are rounded and specks removed", most=1000)
     grow: int = setting(0, "pixels by which masks grow, or shrink if negative", least=-1000, most=1000)
     max_concepts: int = setting(

@@ -23,10 +23,16 @@ USES = {  # by name in the file: all settings of the use, those that a model may
 
 
 def read_stored(folder: Path) -> dict[str, Any] | None:
-    """Read the bas.json of a model folder, unchecked; None where it has none. InputError if it cannot be read."""
+    """Read the bas.json of a model folder, None where it has none. Of its content only the uses are checked.
+
+    InputError if it cannot be read, and for anything beside the uses.
+    """
     path = folder / OWN_SETTINGS
     with reading(path):
-        return read_json(path) if path.is_file() else None
+        stored = read_json(path) if path.is_file() else None
+    if stored is not None and (others := sorted(stored.keys() - USES.keys())):
+        raise InputError(f"{path} holds {shown(others[0])}: expected {' and '.join(USES)} alone; remove it there")
+    return stored
 
 
 def read_own_settings(folder: Path, use: str) -> dict[str, Any] | None:

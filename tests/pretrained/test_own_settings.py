@@ -64,6 +64,15 @@ def test_a_model_sets_only_how_it_is_trained(tmp_path, name, value):
         hub.train_config("scene", weights=str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["trian", "learning_rate"])
+def test_anything_beside_the_two_uses_is_refused(tmp_path, name):
+    """A slip would else be passed over, with the settings in it."""
+    (tmp_path / OWN_SETTINGS).write_text(json.dumps({"train": {}, name: {"learning_rate": 0.1}}))
+    for use in ("train", "sample"):
+        with refused(f"{tmp_path / 'bas.json'} holds '{name}': expected train and sample alone; remove it there"):
+            read_own_settings(tmp_path, use)
+
+
 def test_the_settings_of_the_miniature_are_allowed():
     """Both rows of the shipped file hold settings that a model may set, and those are settings of the two uses."""
     row = json.loads((hub.find(None) / OWN_SETTINGS).read_text())
