@@ -59,16 +59,12 @@ def cache_key(config: TrainConfig, base_hash: str, schedule: NoiseSchedule, sett
     }
 
 
-def find_folder(config: TrainConfig, key: dict) -> tuple[Path, bool]:
-    """Find the folder of the class images, and whether bas made them. InputError if it made them with another key."""
-    if config.class_data_dir is None:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        return cache_dir() / "class_images" / digest, True
-    folder = Path(config.class_data_dir)
-    if not (folder / KEY_FILE).exists():
-        return folder, not _images(folder)
-    _check_key(folder, key, complete=len(_images(folder)) >= config.num_class_images)
-    return folder, True
+def find_folder(config: TrainConfig, key: dict) -> Path:
+    """Find the folder of the class images: the one that is named, else that of their key in the cache."""
+    if config.class_data_dir is not None:
+        return Path(config.class_data_dir)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "class_images" / digest
 
 
 def _check_key(folder: Path, key: dict, complete: bool) -> None:
@@ -148,33 +144,40 @@ def class_images(
 ) -> tuple[ClassImages, str]:
     """Return `num_class_images` class images, encoded on the CPU, generating what is missing.
 
-    size: rows and columns of pixels. -> the images; and the sha256, in hex, over their files.
+    size: rows and columns of pixels. -> the images; and the sha256, in hex, over their files. InputError if bas
+    generated images of this folder with another key.
     """
     settings = sampling_of(config, models, size)
     key = cache_key(config, base_hash, models.schedule, settings)
-    folder, keyed = find_folder(config, key)
+    folder = find_folder(config, key)
     if config.class_data_dir is None and len(_images(folder)) < config.num_class_images:
         require_writable(folder, *CACHE)  # with images of other settings the check before loading passes
     folder.mkdir(parents=True, exist_ok=True)
     with taking_turns(folder):
         clear_leftovers(folder, WRITTEN)
-        if keyed and not (folder / KEY_FILE).exists():
-            write_json(folder / KEY_FILE, key)
         found = len(_images(folder))
+        if keyed := (folder / KEY_FILE).exists():
+            _check_key(folder, key, complete=found >= config.num_class_images)
         if found < config.num_class_images:
+            if not keyed:
+                write_json(folder / KEY_FILE, key)
             log.info("generating %d class images into %s", config.num_class_images - found, folder)
             _generate_missing(models, config, settings, folder, found)
+        keyed = (folder / KEY_FILE).exists()
     chosen = _images(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), (size[1], size[0]), Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()
     with autocast(models.device, "no"):  # in float32 like the scene's image, whatever precision generated them
         posterior = encode_images(models, torch.stack([pixels(image) for image in images]))
-    return ClassImages(posterior, prompts_of(chosen)), content
+    return ClassImages(posterior, prompts_of(chosen, keyed)), content
 
 
-def prompts_of(paths: list[Path]) -> tuple[int, ...]:
-    """Return the number of each image's prompt: that in a name as bas gives it, for other images their place."""
-    matches = (GENERATED.fullmatch(path.name) for path in paths)
+def prompts_of(paths: list[Path], keyed: bool) -> tuple[int, ...]:
+    """Return the number of each image's prompt: that in a name as bas gives it, for other images their place.
+
+    keyed: whether bas generated any image of the folder.
+    """
+    matches = (GENERATED.fullmatch(path.name) if keyed else None for path in paths)
     return tuple(int(match[1]) if match else place for place, match in enumerate(matches))
 
 

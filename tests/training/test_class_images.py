@@ -1,7 +1,7 @@
 """Class images: made once for what they depend on, continued where they stopped, taken from the user as they are."""
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,7 @@ import bas
 from bas.config import SampleConfig, TrainConfig
 from bas.io.files import cache_dir
 from bas.pretrained.folder import load
+from bas.training import class_images as module
 from bas.training.class_images import cache_key, check_class_folder, class_images, find_folder
 from tests.helpers.tiny import refused, write_class_images
 
@@ -65,7 +66,7 @@ def test_cache_key_depends_on_everything_that_decides_an_image(models):
     base = {"config": TrainConfig(), "base_hash": "a", "schedule": models.schedule, "settings": SampleConfig(height=32)}
 
     def folder(**changes):
-        return find_folder(TrainConfig(), cache_key(**base | changes))[0]
+        return find_folder(TrainConfig(), cache_key(**base | changes))
 
     others = [
         {"base_hash": "b"},
@@ -164,6 +165,40 @@ def test_images_of_the_user_are_never_replaced(models, bench, tmp_path, asked):
     assert names(folder) == ["0.png", "00000.png", "00001.png", "00002.png"]
     assert (folder / "00002.png").read_bytes() == mine
     assert [seed for _, seed in asked] == [0, 1]
+
+
+def test_images_generated_beside_those_of_the_user_have_a_key(models, bench, tmp_path, asked):
+    """Later settings are compared with it: else images of one prompt would stand for another."""
+    folder = write_class_images(tmp_path / "mine", count=1)
+    config = bench.config(class_data_dir=str(folder), num_class_images=3, class_prompt=("a stone",))
+    class_images(models, config, "base", (32, 32))
+    assert json.loads((folder / "key.json").read_text())["prompts"] == ["a stone"]
+    with refused("mine holds class images made with another prompts, seed: name another folder"):
+        class_images(models, replace(config, class_prompt=("a bowl",), seed=5), "base", (32, 32))
+
+
+def test_names_of_the_users_images_are_no_prompts(models, bench, tmp_path, asked):
+    """00003.png and 00007.png without a key were made elsewhere: they have the prompts of their places."""
+    folder = write_class_images(tmp_path / "mine", count=2)
+    for old, new in (("0.png", "00003.png"), ("1.png", "00007.png")):
+        (folder / old).rename(folder / new)
+    found, _ = class_images(models, bench.config(class_data_dir=str(folder), num_class_images=2), "base", (32, 32))
+    assert found.prompts == (0, 1)
+
+
+def test_what_another_process_generated_meanwhile_is_compared(models, bench, tmp_path, asked, monkeypatch):
+    """It waits for the other one, which was first with other settings, and then refuses its images."""
+    config = bench.config(class_data_dir=str(tmp_path / "class"), class_prompt=("a bowl",))
+
+    @contextmanager
+    def after_another(folder):
+        monkeypatch.setattr(module, "taking_turns", lambda folder: nullcontext())
+        class_images(models, replace(config, class_prompt=("a stone",)), "base", (32, 32))
+        yield
+
+    monkeypatch.setattr(module, "taking_turns", after_another)
+    with refused("class holds class images made with another prompts: name another folder"):
+        class_images(models, config, "base", (32, 32))
 
 
 def test_each_image_has_the_prompt_that_it_was_generated_with(bench, tmp_path, asked):
