@@ -46,6 +46,7 @@ MAX_COLLECTION = 500  # images, all in memory
 COUNTS = {"least": 0, "most": MAX_COUNT}  # the limits of whole numbers, unless a setting's row has others
 NUMBERS = {"least": 0, "most": math.inf}
 ANY = {"least": -math.inf, "most": math.inf}
+POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial schedule ends, as in diffusers
 RUNS = "runs"  # folder of the run folders, where none is named
 
 # The headings of the help, in this order. The flags that people use first have a heading of their own.
@@ -370,7 +371,7 @@ class TrainConfig(Settings):
     adam_beta1: float = setting(0.9, "decay of the first moment", group="expert", below=1)
     adam_beta2: float = setting(0.999, "decay of the second moment", group="expert", below=1)
     adam_weight_decay: float = setting(1e-2, "weight decay; with --optimizer adam the default is 1e-8", group="expert")
-    adam_epsilon: float = setting(1e-8, "epsilon of the optimizer", group="expert")
+    adam_epsilon: float = setting(1e-8, "epsilon of the optimizer", above=0, group="expert")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 turns clipping off", group="expert")
     scale_lr: bool = setting(False, "multiply both learning rates by batch size x accumulation steps", group="training")
     lr_scheduler: str = setting(

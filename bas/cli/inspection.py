@@ -20,7 +20,7 @@ from bas import __version__
 from bas.data.scene_folder import find_files, images_in, numbered_folders
 from bas.errors import InputError, printable
 from bas.io.files import cache_dir, human_size, read_bytes, reading, require_file
-from bas.io.images import open_image
+from bas.io.images import open_image, settings_text
 from bas.io.json_files import MAX_ROWS_BYTES
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_concepts, read_metadata, read_settings
 from bas.io.tensors import read_tensors
@@ -241,7 +241,7 @@ def _describe_image(path: Path) -> dict:
     require_file(path)
     try:
         with Image.open(path) as image:
-            settings = image.info.get("bas")
+            settings = settings_text(image)
             size = f"{image.width}x{image.height} pixels"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {"what": "a file"} | describe_model(path, hashes=False)

@@ -29,6 +29,7 @@ GRID = 16  # points per side that SAM is asked at when neither points nor boxes 
 POINTS_PER_BATCH = 32  # through SAM's decoder
 MIN_SCORE = 0.88  # SAM's own estimate of a mask's IoU with the truth (its authors' value)
 MIN_STABILITY = 0.95  # IoU of a mask cut 1 logit lower and 1 higher (its authors' value)
+OF_SEARCH = {"max_concepts", "min_coverage"}  # settings of a search of the whole image
 MAX_COVERAGE = 0.95  # a mask that covers more of the image shows no object in it
 MAX_IOU = 0.7  # two masks with more show one object
 

@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +102,8 @@ def upright_size(path: Path) -> tuple[tuple[int, int], int | None]:
     if found is None or found[0][0] * found[0][1] > MAX_PIXELS:
         return open_image(path).size, None
     (width, height), orientation = found
-    return ((height, width) if orientation in (5, 6, 7, 8) else (width, height)), orientation
+    turned = orientation in (5, 6, 7, 8)
+    return ((height, width) if turned else (width, height)), orientation if orientation in TURNS else None
 
 
 def read_orientation(path: Path) -> int | None:
@@ -371,6 +373,17 @@ def save_image(image: Image.Image, path: Path, settings: dict | None = None, pro
         options["exif"][ExifTags.Base.UserComment] = json.dumps(settings)
     with replacing(path) as temporary:
         image.save(temporary, format=kind, **options)
+
+
+def settings_text(image: Image.Image) -> str | None:
+    """Return the settings that `save_image` wrote into an opened file, as JSON; None where there are none."""
+    if text := image.info.get("bas"):
+        return text
+    comment = image.getexif().get(ExifTags.Base.UserComment) if image.format != "PNG" else None
+    with suppress(ValueError, TypeError):  # of another program's comment
+        if "seed" in json.loads(comment or "{}"):
+            return comment
+    return None
 
 
 def numbered_paths(target: Path, count: int) -> list[Path]:

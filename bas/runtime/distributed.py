@@ -84,10 +84,16 @@ class Ranks:
 
         The function waits for all processes and returns their lists, joined by their numbers. Every process
         calls it equally often. It uses torchrun's store: a process group would keep threads after the work.
+        InputError where the environment does not say where the store is.
         """
         if self.world == 1:
             yield list
             return
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise InputError(
+                f"the environment says WORLD_SIZE={self.world} without {' and '.join(missing)}: start the processes "
+                "with torchrun, or unset WORLD_SIZE"
+            )
         store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
         calls = count()
 

@@ -3,6 +3,8 @@
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -11,11 +13,20 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class Interrupted(Exception):
-    """A signal stopped the run after its state was saved. The message says how to continue."""
+    """A signal stopped the run after its state was saved."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+@contextmanager
+def continued_by(how: str) -> Iterator[None]:
+    """Within the block, the message of a run that a signal stopped ends with how it goes on."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}; {how}", stop.exit_code - 128) from None
 
 
 class Interrupts:

@@ -91,5 +91,5 @@ def writing(folder: Path) -> Iterator[None]:
         advice = "make room" if error.errno in (*DISK_IS_FULL, None) else "make the folder writable"
         raise RunError(
             f"writing to {folder} failed: {reason}; {newest_kept(folder)}: "
-            f"{advice}, then --resume_from_checkpoint latest"
+            f"{advice}, then the same command goes on, of one scene with --resume_from_checkpoint latest"
         ) from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bas.config import TrainConfig
+from bas.config import POLYNOMIAL_END, TrainConfig
 from bas.data.batches import Batch, sample_batch
 from bas.errors import NotFiniteError
 from bas.io.run_files import save_concepts
@@ -43,8 +43,6 @@ from bas.training.setup import Run, check_input, setup_run
 from bas.training.timing import Timing
 
 log = logging.getLogger(__name__)
-
-POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial schedule ends, as in diffusers
 
 
 # --- One step -----------------------------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def do_rare_work(run: Run, state: PhaseState, step: int) -> None:
         save_state(run, step, state)
     if signal:
         where = f"after step {step} of {sum(phase.steps for phase in config.phases)}"
-        raise Interrupted(f"stopped {where}, saved in {run.folder}; --resume_from_checkpoint latest continues", signal)
+        raise Interrupted(f"stopped {where}, saved in {run.folder}", signal)
     due = bool(config.img_log_steps) and step % config.img_log_steps == 0
     if due and not (resumed and sheet_path(run.folder, step).exists()):
         try:

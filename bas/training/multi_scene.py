@@ -7,6 +7,7 @@ others.
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from bas.io.files import reading
 from bas.io.run_files import METRICS, SETTINGS
 from bas.pretrained.additions import Additions
 from bas.runtime.device import is_out_of_memory
+from bas.runtime.signals import continued_by
 from bas.training.base_model import Base, home_of, rounded_at_once
 from bas.training.dry_run import memory_advice
 from bas.training.loop import train
@@ -56,7 +58,7 @@ def find_scenes(names: list[str]) -> list[Path]:
     for folder in map(Path, names):
         with reading(folder):
             scenes += scenes_in(folder)
-    twice = [name for name, count in Counter(scene.resolve().name for scene in scenes).items() if count > 1]
+    twice = [name for name, count in Counter(map(run_name, scenes)).items() if count > 1]
     if twice:
         raise InputError(f"two scenes are called {twice[0]}: their runs need different names, so rename one")
     return scenes
@@ -78,9 +80,14 @@ def scenes_in(folder: Path) -> list[Path]:
     return found
 
 
+def run_name(scene: Path) -> str:
+    """Return what the run of a scene is called: as its folder, or as the link to it, is."""
+    return os.path.basename(os.path.abspath(scene))
+
+
 def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
     """Return the settings of one scene's run, which resumes where it was begun."""
-    folder = Path(config.output_dir) / scene.resolve().name
+    folder = Path(config.output_dir) / run_name(scene)
     resume = "latest" if (folder / METRICS).exists() else None
     return replace(config, instance_data_dir=str(scene), output_dir=str(folder), resume_from_checkpoint=resume)
 
@@ -106,7 +113,8 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
                 continue
             base = base or Base.open(path, home, None, True, config.prediction_type, additions, own)
             log.info("training on %s", scene)
-            train(settings, base)
+            with continued_by("the same command continues"):
+                train(settings, base)
         except (InputError, RunError, OSError) as error:
             yield replace(outcome, error=str(error))
         except (RuntimeError, MemoryError) as error:

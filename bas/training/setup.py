@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bas import __version__
-from bas.config import TrainConfig
+from bas.config import POLYNOMIAL_END, TrainConfig
 from bas.data.batches import TrainingData, check_scene, prepare
 from bas.data.collages import scene_for_method
 from bas.data.scene import Scene
@@ -85,6 +85,11 @@ def check_machine(config: TrainConfig, weights: bool = True) -> tuple[ModelSpec,
             log.warning(
                 "--lr_warmup_steps %d: %s has %d steps, so it never reaches its learning rate",
                 *(config.lr_warmup_steps, phase.name, phase.steps),
+            )
+        if config.lr_scheduler == "polynomial" and phase.lr <= POLYNOMIAL_END:
+            raise InputError(
+                f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}, and {phase.name} begins at {phase.lr:g}: raise "
+                "its learning rate"
             )
     name, device = config.pretrained_model_name_or_path, pick_device(config.device)
     if weights:

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from bas import __version__
@@ -211,10 +211,15 @@ def test_a_pipe_is_not_opened(name, tmp_path):
     assert facts["problem"] == f"{tmp_path / name} is not an ordinary file"
 
 
-def test_an_image_tells_its_settings(tmp_path):
-    save_image(Image.new("RGB", (6, 4)), tmp_path / "a.png", {"prompt": subset_prompt(HANDLES), "seed": 7})
-    Image.new("RGB", (6, 4)).save(tmp_path / "b.png")
-    ours, other = describe(tmp_path / "a.png"), describe(tmp_path / "b.png")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_an_image_tells_its_settings(tmp_path, suffix):
+    """In the note of a PNG or the EXIF comment of others; that of another program is not taken for them."""
+    mine, others = (tmp_path / f"{name}{suffix}" for name in "ab")
+    save_image(Image.new("RGB", (6, 4)), mine, {"prompt": subset_prompt(HANDLES), "seed": 7})
+    exif = Image.Exif()
+    exif[ExifTags.Base.UserComment] = '{"workflow": "of another program"}'
+    Image.new("RGB", (6, 4)).save(others, exif=exif)
+    ours, other = describe(mine), describe(others)
     assert (ours["what"], ours["size"]) == ("an image made by bas", "6x4 pixels")
     assert json.loads(ours["made with"]) == {"prompt": "a photo of <toy> and <bowl>", "seed": 7}
     assert (other["what"], "made with" in other) == ("an image", False)

@@ -222,20 +222,22 @@ def test_smoothing_removes_specks_and_keeps_straight_edges():
 # --- The command --------------------------------------------------------------------------------------------------
 
 
-def test_auto_writes_an_ordinary_scene(folders, image, tmp_path, capsys):
-    image.save(tmp_path / "photo.png")
-    scene = tmp_path / "photo"
+def test_auto_writes_an_ordinary_scene(folders, image, tmp_path, capsys, caplog):
+    image.save(tmp_path / "a photo.png")
+    scene = tmp_path / "a photo"
     flags = ["--auto", "sam", "--segmenter", str(folders["sam"]), "--boxes", "5,6,50,30", "10,10,20,20"]
     sums = [proposal.mask.sum() for proposal in propose("sam", image, settings(folders["sam"], boxes=flags[5:]), CPU)]
-    assert main(["masks", str(tmp_path / "photo.png"), *flags]) == 0
-    assert f"{scene} is ready. Look: bas masks {scene}" in capsys.readouterr().out
-    assert (scene / "img.png").read_bytes() == (tmp_path / "photo.png").read_bytes()
+    assert main(["masks", str(tmp_path / "a photo.png"), *flags, "--max_concepts", "1"]) == 0
+    assert f"{scene} is ready. Look: bas masks '{scene}', or change" in capsys.readouterr().out
+    reason = "every concept is named by a point, a box or a word"
+    assert caplog.messages == [f"--max_concepts has no effect: {reason}"]
+    assert (scene / "img.png").read_bytes() == (tmp_path / "a photo.png").read_bytes()
     assert [np.asarray(Image.open(scene / f"mask{i}.png")).sum() / 255 for i in range(2)] == sums
     assert json.loads((scene / "scene.json").read_text())["concepts"] == [
         {"handle": "<asset0>", "word": None},
         {"handle": "<asset1>", "word": None},
     ]
-    assert main(["masks", str(tmp_path / "photo.png"), *flags]) == 2
+    assert main(["masks", str(tmp_path / "a photo.png"), *flags]) == 2
     assert capsys.readouterr().err == f"bas: {scene} has masks already: name another --output_dir\n"
 
 

@@ -36,6 +36,15 @@ def test_captions_and_sidecars_are_no_second_image(tmp_path, name):
     assert len(load(folder)) == 3
 
 
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_means_nothing_is_none(tmp_path, value):
+    """The image is used as it is stored."""
+    folder = write_scene(tmp_path / "s", size=(40, 32))
+    with Image.open(folder / "img.png") as image:
+        image.save(folder / "img.png", exif=orientation(value))
+    assert load(folder).image.size == (40, 32)
+
+
 @pytest.mark.parametrize("name", ["IMG.PNG", "Img.png", "img.JPG", "IMG.JPEG", "img.JFIF"])
 def test_the_image_may_be_named_in_capital_letters(tmp_path, name):
     folder = write_scene(tmp_path / "s")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from bas.cli.entry import main
 from bas.models.text import add_handles
 from bas.pretrained.folder import load
 from bas.runtime.distributed import Ranks
+from bas.runtime.signals import Interrupted
 from bas.training import base_model, dry_run
 from bas.training import loop as training
 from bas.training import multi_scene as many
 from bas.training.base_model import Base
 from bas.training.multi_scene import find_scenes, train_each
+from tests.helpers.faults import before_step, heard
 from tests.helpers.kills import child
 from tests.helpers.tiny import file_hashes, refused, write_scene
 
@@ -204,6 +207,12 @@ def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
         find_scenes([str(scenes), "nowhere"])
     with refused("two scenes are called ant"):
         find_scenes([str(scenes), str(write_scene(tmp_path / "ant"))])
+    (tmp_path / "links").mkdir()
+    for name in ("cat", "dog"):  # each a link to a folder "it"
+        (tmp_path / "links" / name).symlink_to(write_scene(tmp_path / name / "it"))
+    linked = find_scenes([str(tmp_path / "links")])
+    runs = [many.settings_of(scene, bench.config(tmp_path / "out")).output_dir for scene in linked]
+    assert runs == [str(tmp_path / "out" / name) for name in ("cat", "dog")]
     with refused("--device nonsense"):
         list(train_each(bench.config(tmp_path / "out", device="nonsense"), find_scenes([str(scenes)])))
 
@@ -304,6 +313,8 @@ def test_processes_of_a_machine_share_its_gpus(monkeypatch, name, given):
 
 def test_lists_are_gathered_in_order_and_as_often_as_asked(monkeypatch):
     """Two processes' places, here of two threads, in one store: a second call sees nothing of the first."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # nobody connects there
     store = dist.HashStore()
     monkeypatch.setattr("bas.runtime.distributed.rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
 
@@ -324,6 +335,28 @@ def test_nonsense_in_the_environment_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "2")
     with refused("RANK=2 of WORLD_SIZE=2"):
         Ranks.from_environment()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with refused("WORLD_SIZE=2 without MASTER_ADDR: start the processes with torchrun"):
+        Ranks.from_environment().connected().__enter__()
+
+
+def test_several_scenes_do_not_train_into_a_run(bench, scenes, tmp_path, capsys):
+    """The config.toml of a run names its own folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    (tmp_path / "config.toml").write_text(f"output_dir = '{tmp_path / 'run'}'\n")
+    assert main(["train", str(scenes), "--weights", str(bench.model), "--config", str(tmp_path / "config.toml")]) == 2
+    assert f"--output_dir {tmp_path / 'run'} holds a run: name a folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.json"]
+
+
+def test_several_scenes_go_on_by_the_same_command(bench, scenes, tmp_path, monkeypatch):
+    """A signal stops the first one, and the message names no flag: several scenes refuse that of one."""
+    before_step(monkeypatch, 1, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with heard(), pytest.raises(Interrupted, match=r"after step 1 of 6, saved in .*/ant; the same command continues$"):
+        list(train_each(bench.config(tmp_path / "out"), find_scenes([str(scenes)])))
 
 
 def by_torchrun(line: list[str], folder: Path) -> tuple[int, str, str]:

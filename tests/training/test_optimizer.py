@@ -1,6 +1,7 @@
 """The optimizers' settings, the courses of the learning rate, and what is said without the extra for 8-bit moments."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bas.presets import Phase
 from bas.training.dry_run import dry_run
 from bas.training.loop import learning_rate
 from bas.training.optimizer import build_optimizer
-from bas.training.setup import check_input
+from bas.training.setup import check_input, check_machine
 from tests.helpers.tiny import refused
 
 
@@ -79,3 +80,18 @@ def test_learning_rate_follows_diffusers(kind, warmup):
         assert learning_rate(config, phase, step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize(("rate", "ends"), [(1e-7, False), (0.0, False), (1.1e-7, True)])
+def test_a_polynomial_course_never_rises(bench, rate, ends):
+    """It ends at 1e-7, so it begins above; diffusers refuses the same."""
+    config = bench.config(lr_scheduler="polynomial", learning_rate=rate)
+    message = f"--lr_scheduler polynomial ends at 1e-07, and phase2 begins at {rate:g}"
+    with nullcontext() if ends else refused(message):
+        check_machine(config)
+
+
+def test_an_epsilon_of_zero_is_refused():
+    """A row without a gradient would be divided by it: 0 / 0, found after the training."""
+    with refused("--adam_epsilon is 0.0: expected a finite number, more than 0"):
+        TrainConfig(adam_epsilon=0.0)

@@ -17,6 +17,7 @@ from bas.io.images import save_image, to_image
 from bas.io.run_files import CONCEPTS, METRICS, read_settings
 from bas.pretrained.hub import find, load, train_config
 from bas.runtime.progress import ImageProgress
+from bas.runtime.signals import continued_by
 from bas.runtime.threads import use_idle_cores
 from bas.sampling.sampler import sample_each
 from bas.training.loop import train
@@ -76,7 +77,8 @@ def demo(output_dir: Path, device: str | None = None) -> Result:
             raise InputError(f"--output_dir {output_dir} holds another run than the demo's: name a new folder")
         log.info("%s holds a finished run: only the images are generated", output_dir)
     else:
-        train(config)
+        with continued_by("the same command continues"):
+            train(config)
     models = load(output_dir, device)
     scene = load_scene(config)
     image, masks = scene.tensors(models.resolution, models.size_multiple, config.center_crop)

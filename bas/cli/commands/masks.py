@@ -5,6 +5,7 @@ import logging
 import os
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from bas.cli.output_files import check_output_path, warn_of_replacement
 from bas.config import ProposalConfig, TrainConfig
 from bas.data.batches import check_scene
 from bas.data.mask_formats import list_sources, read_scene_json
-from bas.data.mask_proposals import METHODS, propose
+from bas.data.mask_proposals import METHODS, OF_SEARCH, propose
 from bas.data.mask_report import sheet, table, view_scene, warnings
 from bas.data.scene_folder import load_scene
 from bas.data.scene_writer import open_draft, write_draft
@@ -66,7 +67,11 @@ def run(args: argparse.Namespace) -> None:
 
 def write_proposals(args: argparse.Namespace) -> None:
     """Write a scene with the masks that a model proposes. Raises InputError for a folder that has masks."""
-    config = ProposalConfig(**given(args, ProposalConfig))
+    asked = given(args, ProposalConfig)
+    config = ProposalConfig(**asked)
+    if config.points or config.boxes or config.words:
+        for name in OF_SEARCH & asked.keys():
+            log.warning("--%s has no effect: every concept is named by a point, a box or a word", name)
     draft = open_draft(Path(args.scene), Path(args.output_dir) if args.output_dir else None)
     if draft.folder.is_dir() and list_sources(draft.folder):
         raise InputError(f"{draft.folder} has masks already: name another --output_dir")
@@ -78,7 +83,8 @@ def write_proposals(args: argparse.Namespace) -> None:
     write_draft(draft, masks, concepts)
     for i, proposal in enumerate(found):
         print(f"mask{i}.png  <asset{i}>  {proposal.mask.mean():.1%}  {proposal.word or ''}".rstrip())
-    print(f"\n{draft.folder} is ready. Look: bas masks {draft.folder}, or change them: bas paint {draft.folder}")
+    folder = quote(str(draft.folder))
+    print(f"\n{draft.folder} is ready. Look: bas masks {folder}, or change them: bas paint {folder}")
 
 
 def check(args: argparse.Namespace) -> None:

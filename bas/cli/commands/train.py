@@ -12,15 +12,16 @@ from bas.cli.flags import Parser, add_config, add_fields, given
 from bas.cli.inspection import as_text
 from bas.config import RUNS, TrainConfig, setting_rows
 from bas.errors import InputError, RunError
-from bas.io.run_files import REPORT, read_concepts
+from bas.io.run_files import REPORT, SETTINGS, read_concepts
 from bas.io.settings_file import read_config
 from bas.pretrained.hub import train_config, train_config_of
 from bas.runtime.device import is_out_of_memory
 from bas.runtime.distributed import Ranks, announce
+from bas.runtime.signals import continued_by
 from bas.training.disk_space import MAKE_ROOM
 from bas.training.dry_run import TOO_LITTLE, dry_run, memory_advice
 from bas.training.loop import train
-from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, settings_of, train_each
+from bas.training.multi_scene import Outcome, find_scenes, holds_scenes, run_name, settings_of, train_each
 from bas.training.resume import is_finished
 from bas.training.run_folder import clear_finished
 from bas.training.setup import check_input, log_miniature
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
             log.warning("%s", line)
     if several:
         scenes = find_scenes(names)
+        if (Path(config.output_dir) / SETTINGS).exists():
+            raise InputError(f"--output_dir {config.output_dir} holds a run: name a folder for the runs of all scenes")
         if ranks.first:
             log_miniature(config)
         many_scenes(config, scenes, ranks, args.dry_run)
@@ -90,7 +93,8 @@ def one_scene(config: TrainConfig, dry: bool) -> None:
         if config.resume_from_checkpoint and not (folder / REPORT).exists() and is_finished(config):
             clear_finished(folder)  # killed after its last write: what is left to do follows
         else:
-            train(config)
+            with continued_by("--resume_from_checkpoint latest continues"):
+                train(config)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -117,7 +121,7 @@ def many_scenes(config: TrainConfig, scenes: list[Path], ranks: Ranks, dry: bool
         check_disk_space(details, config)
         return
     if ranks.first:
-        names = ", ".join(scene.resolve().name for scene in scenes)
+        names = ", ".join(map(run_name, scenes))
         log.info("%d scenes, each into its folder of %s: %s", len(scenes), config.output_dir, names)
     config = replace(config, device=ranks.device(config.device))
     share, failed = ranks.part(scenes), []
