@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bas.config import SampleConfig, TrainConfig
+from bas.config import MAX_SEED, SampleConfig, TrainConfig
 from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
-from bas.errors import InputError
+from bas.errors import InputError, check_int
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, check_maps, generate_images, measure_attention
 from bas.io.json_files import read_record, write_json
@@ -24,6 +24,7 @@ from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets
 from bas.training.base_model import Base
 from bas.training.loop import trained
+from bas.training.resume import scene_state
 
 PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
 TRIAL_SHAPE = {
@@ -72,8 +73,11 @@ def plan_trials(
     """List all trials, seed by seed and scene by scene: a part of them compares all methods on the same scenes.
 
     explicit: settings of TrainConfig that hold for every variant. Raises InputError for a scene that cannot be used,
-    and for one without words: prompt similarity compares an image with its prompt in words.
+    for one without words, because prompt similarity compares an image with its prompt in words, and for a seed that
+    leaves no room for those of the images.
     """
+    for seed in seeds:
+        check_int("--seeds", seed, -MAX_SEED // SEEDS_APART, MAX_SEED // SEEDS_APART - 1)
     trials = []
     configs = {method: training_of(method, explicit, model_row) for method in methods}
     loaded = {scene: load_scene(replace(configs[methods[0]], instance_data_dir=str(scene))) for scene in scenes}
@@ -158,6 +162,7 @@ def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool =
                 "seed": trial.seed,
                 "handles": list(run.scene.handles),
                 "words": list(run.scene.words),
+                "state": scene_state(load_scene(trial.training)),
                 "attention_iou": measure_attention(run),
                 "pictures": generate_images(run, trial.requests, trial.folder, sampling, segments),
             }

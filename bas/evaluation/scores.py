@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from bas.errors import InputError
 from bas.evaluation.generation import read_scene, segment_path
 from bas.evaluation.metrics import Identity, class_prompt, leakage
 from bas.evaluation.protocol import Trial, read_trial
@@ -19,6 +20,7 @@ from bas.evaluation.segments import read_segments
 from bas.io.files import write_text
 from bas.io.images import to_image
 from bas.io.json_files import read_records
+from bas.training.resume import scene_state
 
 ROWS = "rows.jsonl"  # of a trial
 
@@ -35,9 +37,15 @@ class Scorer(Identity, Protocol):
 
 
 def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: Segments = None) -> list[dict]:
-    """Score a trial's images, write its rows and return them. size: the model's resolution and size multiple."""
+    """Score a trial's images, write its rows and return them. size: the model's resolution and size multiple.
+
+    InputError for a scene that is not the one that was trained.
+    """
     noted = read_trial(trial.folder)
     scene, scene_image, masks = read_scene(trial.training, *size)
+    if noted.get("state", {}) not in ({}, scene_state(scene)) or len(scene) != len(noted["handles"]):
+        advice = f"bring it back as it was, or remove {trial.folder}"
+        raise InputError(f"{trial.training.instance_data_dir} was changed after the trial was trained: {advice}")
     reference, layers = to_image(scene_image), list(masks.numpy())
     handles, words = noted["handles"], [str(word) for word in scene.words]
     entries = noted["pictures"]

@@ -9,6 +9,7 @@
 The result is a small run on the same base.
 """
 
+import logging
 import math
 import re
 import shutil
@@ -41,6 +42,7 @@ from bas.models.attention import CrossAttention
 from bas.models.bundle import Models
 from bas.models.text import check_name, encode_ids, handle_ids, tokenize
 from bas.presets import KINDS
+from bas.pretrained.additions import Additions
 from bas.pretrained.folder import load_parts
 from bas.pretrained.loading import Parts
 from bas.pretrained.lora_files import Adapters, as_lora
@@ -54,6 +56,8 @@ from bas.pretrained.small_runs import (
     with_handles,
     with_tuned,
 )
+
+log = logging.getLogger(__name__)
 
 RENAME = re.compile(r"(.+):(<[^<>]*>)=(<[^<>]*>)")
 RIDGE = 1e-6  # of the mean squared text feature, beside the captions' own
@@ -201,6 +205,10 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     Raises InputError for kinds that cannot be merged without a rank.
     """
     base = sources[0].read_base()
+    for name in ("resolution", "attention_grid"):
+        values = [source.metadata["config"][name] for source in sources]
+        if len({*values}) > 1:
+            log.warning("the runs have another --%s each, %s: the merged run takes the first", name, values)
     for source in sources:
         check_rows(source.run, handle_rows(source.concepts), len(source.handles), base.spec)
     changes = [changes_of(base, with_tuned(base, source.tuned, source.run, source.metadata)) for source in sources]
@@ -217,6 +225,7 @@ def merge_runs(sources: Sequence[Source], target: Path, rank: int | None, dtype:
     drift = measure_drift(sources, whole)
     metadata["merged"] |= {"drift": drift}
     with filling(target) as folder:
+        _copy_additions(sources[0], folder)
         for source, offset in zip(sources, _offsets(sources), strict=True):
             _copy_scene(source.run / SCENE, folder / SCENE, offset)
         save_tuned(tuned, folder, dtype)
@@ -386,32 +395,45 @@ def measure_drift(sources: Sequence[Source], merged: Parts) -> dict[str, float]:
         parts = with_tuned(source.read_base(), source.tuned, source.run, source.metadata)
         models = load_parts(with_handles(parts, source.run, source.metadata, handle_rows(source.concepts)))
         for old, new in zip(source.metadata["handles"], source.handles, strict=True):
-            own[new] = attention_outputs(models, old)
+            own[new] = attention_outputs(models, old, merged.spec.unet.sample_size)
     models = load_parts(merged)
     found = {}
     for handle, before in own.items():
-        pairs = zip(attention_outputs(models, handle), before, strict=True)
+        pairs = zip(attention_outputs(models, handle, merged.spec.unet.sample_size), before, strict=True)
         changes = [float((after - output).norm() / output.norm()) for after, output in pairs]
         found[handle] = sum(changes) / len(changes)
     return found
 
 
 @torch.no_grad()
-def attention_outputs(models: Models, handle: str) -> list[Tensor]:
-    """Return the output of each cross-attention layer for a photo of one concept, layer by layer."""
+def attention_outputs(models: Models, handle: str, side: int) -> list[Tensor]:
+    """Return the output of each cross-attention layer for a photo of one concept, layer by layer.
+
+    side: of the latents, in cells.
+    """
     found: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
         for layer in models.unet.modules()
         if isinstance(layer, CrossAttention)
     ]
-    side, channels = models.unet.config.sample_size, models.unet.config.in_channels
-    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, models.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     context = encode_ids(models.text_encoders, tokenize(models.tokenizer, [f"a photo of {handle}"]))
     models.unet(noise, models.schedule.num_train_timesteps // 2, context.states, pooled=context.pooled)
     for hook in hooks:
         hook.remove()
     return found
+
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def _copy_additions(source: Source, folder: Path) -> None:
+    """Copy what the base was changed by, and lies in the run alone: the merged run is opened with it too."""
+    added = Additions.of_base(source.metadata["config"], source.run)
+    for path in () if added is None else (*(lora for lora, _ in added.loras), *added.embeddings):
+        if path.resolve().parent == source.run.resolve():
+            shutil.copy(path, folder)
 
 
 # --- Scenes -------------------------------------------------------------------------------------------------------

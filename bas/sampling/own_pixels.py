@@ -13,7 +13,7 @@ from torch import Tensor
 from bas.config import SampleConfig
 from bas.errors import InputError
 from bas.io.images import pixels, read_image, read_mask, to_floats
-from bas.io.run_files import SCENE, scene_mask
+from bas.io.run_files import SCENE, SETTINGS, read_settings, scene_mask
 from bas.models.bundle import ModelSpec
 from bas.sampling.layout import Layout, bounding_box
 
@@ -44,13 +44,15 @@ def read_segments(spec: ModelSpec, handles: tuple[str, ...]) -> dict[str, Segmen
     folder = None if spec.source is None else spec.source / SCENE
     if folder is None or not (folder / "img.png").is_file():
         raise InputError(f"{spec.source} holds no scene, which --own_pixels takes pixels from: leave it out")
+    # Handles of the base, for a run on top of another one, are not in its scene.
+    own = read_settings(folder.parent)["handles"] if (folder.parent / SETTINGS).is_file() else spec.handles
     segments = {}
     for handle in handles:
-        if handle not in spec.handles:
+        if handle not in own:
             raise InputError(
                 f"{folder} does not show {handle}, so --own_pixels has no pixels of it: leave out one of them"
             )
-        path = scene_mask(folder, spec.handles.index(handle))
+        path = scene_mask(folder, own.index(handle))
         image = pixels(read_image(path.with_name("img.png")))
         mask = torch.from_numpy(to_floats(read_mask(path)))
         if mask.shape != image.shape[1:] or not mask.any():

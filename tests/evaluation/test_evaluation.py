@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import copy, copytree
 
 import numpy as np
 import pytest
@@ -380,6 +381,31 @@ def test_a_trial_that_is_too_large_stops_no_other(bench, scenes, explicit, tmp_p
     monkeypatch.setattr(runner, "run_trial", too_large)
     outcomes = list(evaluate_each(planned(tmp_path, scenes[:1], explicit), workplace(bench)))
     assert [outcome.error for outcome in outcomes] == [None, "cpu is out of memory"]
+
+
+def test_a_scene_that_changed_since_its_training_is_not_scored(bench, scenes, explicit, tmp_path):
+    """Its masks and words are no longer those of the images. The other scene's trial goes on."""
+    mine = [copytree(scene, tmp_path / "scenes" / scene.name) for scene in scenes]
+    trials = planned(tmp_path / "out", mine, explicit, methods=("bas",))
+    for trial in trials:
+        run_trial(trial, workplace(bench).base, SAMPLING)
+    copy(scenes[1] / "mask1.png", mine[0] / "mask1.png")
+    with_words(mine[0], WORDS[:2])
+    outcomes = list(evaluate_each(trials, workplace(bench)))
+    assert [outcome.error is None for outcome in outcomes] == [False, True]
+    assert outcomes[0].error.startswith(f"{mine[0]} was changed after the trial was trained: bring it back as it was")
+    (mine[0] / "mask1.png").unlink()
+    with_words(mine[0], ("stone",))
+    assert "was changed after" in next(evaluate_each(trials, workplace(bench))).error
+    with_words(mine[0], WORDS[:1])
+    assert next(evaluate_each(trials, workplace(bench))).error is None
+
+
+@pytest.mark.parametrize("seed", [2**62, -(2**62), 2**50])
+def test_a_seed_without_room_for_those_of_images_is_refused(scenes, explicit, tmp_path, seed):
+    """Before anything is trained: image i of a trial has the seed 10,000 x seed + i."""
+    with refused(f"--seeds is {seed}"):
+        planned(tmp_path / "out", scenes, explicit, seeds=(0, seed))
 
 
 def test_a_trial_that_fails_stops_no_other(bench, scenes, explicit, tmp_path, monkeypatch):

@@ -12,8 +12,11 @@ from bas.cli.entry import main
 from bas.cli.inspection import describe
 from bas.io.run_files import SETTINGS, read_concepts, read_settings, save_concepts, scene_mask
 from bas.models.adapters import Change, Difference
+from bas.pretrained.additions import Additions
 from bas.pretrained.exports import about, adapters_of
 from bas.pretrained.folder import load
+from bas.pretrained.hashes import base_hash
+from bas.pretrained.hub import trained_grid
 from bas.pretrained.lora_files import as_lora
 from bas.pretrained.merging import attention_outputs, closed_form, concept_states, joined
 from bas.sampling.prompt_strength import encode_prompts
@@ -223,7 +226,8 @@ def test_a_merged_run_says_what_it_is(place, tmp_path, capsys):
     assert metadata["merged"]["runs"] == [str(place / "toys"), str(place / "mugs")]
     assert metadata["merged"]["weights"] == [1.0, 1.0]
     own, after = load(place / "mugs"), load(tmp_path / "both")
-    pairs = zip(attention_outputs(own, "<asset0>"), attention_outputs(after, "<mugs-asset0>"), strict=True)
+    outputs = (attention_outputs(models, name, 16) for models, name in ((own, "<asset0>"), (after, "<mugs-asset0>")))
+    pairs = zip(*outputs, strict=True)
     drift = [float((b - a).norm() / a.norm()) for a, b in pairs]
     assert len(drift) == 7
     assert metadata["merged"]["drift"]["<mugs-asset0>"] == pytest.approx(sum(drift) / 7, rel=1e-4)
@@ -275,6 +279,40 @@ def test_the_images_of_merged_scenes_keep_their_order(place, tmp_path):
         assert [Image.open(path).getpixel((0, 0)) for path in (folder / "img.png", mask)] == [level, level]
     assert scene_mask(both / "scene", 2).parent.name == "5"
     assert len(list((both / "scene").rglob("*.png"))) == 2 * len(levels)
+
+
+def test_runs_of_other_sizes_are_merged_and_told(place, tmp_path, caplog):
+    """The drift is measured at one size; the merged run has the first run's resolution and grid, and says so."""
+    other = write_small_run(tmp_path / "wide", place / "base", ("<hat>",), **LORA | {"resolution": 64})
+    assert main(["merge", str(place / "toys"), str(other), "--output_dir", str(tmp_path / "both")]) == 0
+    assert caplog.messages == ["the runs have another --resolution each, [None, 64]: the merged run takes the first"]
+    assert read_settings(tmp_path / "both")["config"]["resolution"] is None
+
+
+def test_what_lies_in_a_run_alone_comes_along(place, tmp_path):
+    """A LoRA that the base was changed by, and that is no longer where it was: the merged run opens with it."""
+    style = tmp_path / "style.safetensors"
+    assert main(["export", str(place / "toys"), str(style), "--prefix", "style-"]) == 0
+    own = {"lora": (str(style),)} | LORA
+    runs = [write_small_run(tmp_path / name, place / "base", (f"<{name}>",), **own) for name in ("one", "two")]
+    for run in runs:
+        settings = read_settings(run)
+        base = base_hash(place / "base", Additions.of_base(settings["config"]))
+        (run / SETTINGS).write_text(json.dumps(settings | {"base": base}))
+        concepts, metadata = read_concepts(run)
+        rows = [concepts["handles"]]
+        save_concepts(run, rows, concepts["masks"], metadata["handles"], metadata | {"base": base})
+        shutil.copy(style, run)
+    style.unlink()
+    assert main(["merge", *map(str, runs), "--output_dir", str(tmp_path / "both")]) == 0
+    assert load(tmp_path / "both").handles == ("<one>", "<two>")
+
+
+def test_a_whole_model_keeps_the_grid_of_its_run(place, tmp_path):
+    """Layouts read attention on it."""
+    run = write_small_run(tmp_path / "run", place / "base", ("<hat>",), **LORA | {"attention_grid": 8})
+    assert main(["merge", str(run), "--into_base", "--output_dir", str(tmp_path / "whole")]) == 0
+    assert trained_grid(tmp_path / "whole") == trained_grid(run) == 8
 
 
 def test_a_merged_run_names_each_of_its_scenes():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from bas.sampling.layout import bounding_box, cells_inside, covered, mask_files,
 from bas.sampling.own_pixels import Segment, left_out, paste, read_segments
 from bas.sampling.sampler import check_request, generate, guided_output, sample
 from bas.sampling.steer import Steer, plan_steering
-from tests.helpers.tiny import refused, taught, write_model, write_scene
+from tests.helpers.tiny import refused, taught, write_model, write_scene, write_settings
 from tools.reference.measure import uniform
 
 BOTH = "a photo of <asset0> and <asset1>"
@@ -140,6 +141,21 @@ def test_segments_are_cut_from_the_scene_of_the_run(models, run):
         assert segment.mask.shape == (1, 24, 15)
         np.testing.assert_allclose((segment.image.permute(1, 2, 0) + 1) * 127.5, shown, atol=1e-3)
         assert segment.mask.min() == 1
+
+
+def test_handles_of_the_base_are_not_in_the_scene_of_a_run_on_top(models, run, tmp_path):
+    """The scene's masks are numbered by the run's own handles, which stand behind those of its base."""
+    place = copytree(run / "scene", tmp_path / "run" / "scene").parent
+    write_settings(place)
+    (place / "settings.json").write_text(
+        json.dumps(json.loads((place / "settings.json").read_text()) | {"handles": ["<asset1>"]})
+    )
+    spec = replace(models.spec, source=place)
+    (segment,) = read_segments(spec, ("<asset1>",)).values()
+    (first,) = read_segments(models.spec, ("<asset0>",)).values()
+    assert torch.equal(segment.image, first.image)  # that of mask0.png
+    with refused("does not show <asset0>, so --own_pixels has no pixels of it"):
+        read_segments(spec, ("<asset0>",))
 
 
 def test_pasting_scales_to_fit_and_centres():

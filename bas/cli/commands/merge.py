@@ -14,7 +14,7 @@ from bas.io.files import filling, new_folder
 from bas.io.run_files import TUNED
 from bas.pretrained.additions import STRONGEST
 from bas.pretrained.folder import load, save_model
-from bas.pretrained.hub import find
+from bas.pretrained.hub import find, trained_grid
 from bas.pretrained.merging import merge_runs, read_sources
 from bas.runtime.device import DTYPES
 
@@ -98,6 +98,8 @@ def into_base(paths: list[Path], args: argparse.Namespace) -> None:
     if not (path / TUNED).is_file():
         raise InputError(f"{path} is not a small run: it holds no {TUNED}; a whole model needs no merging")
     folder, models = new_folder(args.output_dir), load(path, base=find_base(args))
+    if grid := trained_grid(path):  # that of the maps which layouts read
+        models.training = (models.training or {}) | {"attention_grid": grid}
     with filling(folder) as place:
         save_model(models, place, DTYPES[args.save_precision or "fp32"])
     print_ready(folder, models.handles[:1])
