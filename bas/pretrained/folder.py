@@ -32,6 +32,7 @@ from bas.models.unet import UNet
 from bas.models.vae import VAE
 from bas.presets import GUIDANCE
 from bas.pretrained.component_files import STEMS, read_component
+from bas.pretrained.ldm_keys import new_vae_name
 from bas.pretrained.loading import (
     EMBEDDING,
     PROJECTION,
@@ -63,7 +64,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FILLING = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)  # with random numbers
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load(
@@ -253,7 +253,7 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     tokenizer = _read_tokenizer(folder / "tokenizer")
     tensors = {component: read_component(folder / component, STEMS[component]) for component in components}
     tensors = {part: unwrap_keys(weights, f"{folder} ({part})") for part, weights in tensors.items()}
-    tensors["vae"] = {_new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
+    tensors["vae"] = {new_vae_name(name): tensor for name, tensor in tensors["vae"].items()}
     own = tokenizer, noise_schedule, known_handles(tokenizer), folder
     sampling = read_own_settings(folder, "sample") or {}
     training = (read_stored(folder) or {}).get("train")
@@ -350,13 +350,6 @@ def _raise_for_folder(folder: Path) -> NoReturn:
     if (folder / METRICS).is_file():
         raise InputError(f"{folder} is an unfinished run: train on with --resume_from_checkpoint latest")
     raise InputError(f"{folder} is not a model: it has neither model_index.json nor unet, vae and text_encoder")
-
-
-def _new_vae_name(name: str) -> str:
-    """Rename the VAE's attention layers of files from before diffusers 0.18."""
-    head, _, rest = name.partition(".attentions.0.")
-    layer, _, kind = rest.rpartition(".")
-    return f"{head}.attentions.0.{OLD_VAE_ATTENTION[layer]}.{kind}" if layer in OLD_VAE_ATTENTION else name
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------

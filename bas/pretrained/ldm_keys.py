@@ -47,6 +47,7 @@ UNET_RESNET = {
 }
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}  # its other layers carry our names
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -144,6 +145,13 @@ def rename(key: str, table: Table) -> str | None:
         if renamed is not None:
             return ".".join([renamed, *parts[length:]])
     return None
+
+
+def new_vae_name(name: str) -> str:
+    """Rename the VAE's attention layers of files from before diffusers 0.18."""
+    head, _, rest = name.partition(".attentions.0.")
+    layer, _, kind = rest.rpartition(".")
+    return f"{head}.attentions.0.{OLD_VAE_ATTENTION[layer]}.{kind}" if layer in OLD_VAE_ATTENTION else name
 
 
 def inverse(table: Table) -> Table:

@@ -10,7 +10,7 @@ from bas.io.json_files import read_json
 from bas.io.tensors import read_tensors
 from bas.models.config import VAEConfig
 from bas.pretrained.component_files import STEMS, read_component
-from bas.pretrained.ldm_keys import UNET, VAE, inverse, rename, vae_table
+from bas.pretrained.ldm_keys import UNET, VAE, inverse, new_vae_name, rename, vae_table
 from bas.pretrained.loading import Parts, unwrap_keys
 from bas.pretrained.single_file import SDXL_SCALING, has_second_encoder
 from bas.pretrained.unsupported import check_class
@@ -59,7 +59,7 @@ def own_names(tensors: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor
     """Return the weights of a VAE under the names of bas. Of a whole model in one file, those of its VAE alone."""
     inside = {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)} or tensors
     if any("mid_block." in name for name in inside):
-        return inside
+        return {new_vae_name(name): tensor for name, tensor in inside.items()}
     table = inverse(vae_table(config))
     unused = ("loss.", "model_ema.", "ema.", "discriminator.")
     return {rename(name, table) or name: tensor for name, tensor in inside.items() if not name.startswith(unused)}

@@ -32,11 +32,21 @@ def other(tmp_path_factory):
     original = load_file(place / "whole.safetensors")
     inside = {name.removeprefix(VAE): tensor for name, tensor in original.items() if name.startswith(VAE)}
     save_file(inside | {"loss.logvar": torch.zeros(1)}, place / "original.safetensors")
+    older = shutil.copytree(place / "vae", place / "older")
+    change_tensors(older / Path(VAE_FILE).name, with_older_names)
     files = {"folder": "vae", "file": VAE_FILE, "original": "original.safetensors", "whole": "whole.safetensors"}
+    files |= {"older folder": "older", "older file": f"older/{Path(VAE_FILE).name}"}
     return models.vae, {kind: place / file for kind, file in files.items()}
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "original", "whole"])
+def with_older_names(tensors: dict[str, torch.Tensor]) -> None:
+    """Name the layers of attention as diffusers did before 0.18, as in sd-vae-ft-mse."""
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        for name in [name for name in tensors if f".attentions.0.{new}." in name]:
+            tensors[name.replace(new, old)] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "original", "whole", "older folder", "older file"])
 def test_another_vae_takes_the_place_of_the_models(kind, saved, other):
     vae, files = other
     models, plain = load(saved, additions=Additions(vae=files[kind])), load(saved)
