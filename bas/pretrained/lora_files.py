@@ -6,6 +6,7 @@ scale is strength x alpha / rank, or the strength where alpha is missing, as in 
 
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -351,20 +352,23 @@ class PeftScale:
     """How PEFT scales the adapters of one network: alpha / rank, or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)."""
 
     alpha: float
-    own: Mapping[str, float]  # of single layers, by how their names end
+    own: Mapping[re.Pattern[str], float]  # of single layers, by the end of their names; the first that matches counts
     by_root: bool
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> "PeftScale":
         """Read the settings of one network. Raises ValueError, TypeError or AttributeError for wrong ones."""
-        own = {layer.lstrip("^"): float(alpha) for layer, alpha in settings.get("alpha_pattern", {}).items()}
+        try:  # regular expressions, by the rule of PEFT's get_pattern_key
+            own = {re.compile(rf"(.*\.)?({end})$"): float(a) for end, a in settings.get("alpha_pattern", {}).items()}
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"a pattern of layers is no regular expression: {error}") from None
         alpha = float(settings.get("lora_alpha", 8))  # PEFT's default
         return cls(alpha, own, bool(settings.get("use_rslora", False)))
 
     def of(self, layer: str, rank: int) -> float:
         """Return the scale of one layer's adapter."""
-        name = f".text_model.{layer}"
-        alpha = next((alpha for end, alpha in self.own.items() if name.endswith(f".{end}")), self.alpha)
+        names = (layer, f"text_model.{layer}")  # transformers 5 has no such module
+        alpha = next((alpha for end, alpha in self.own.items() if any(map(end.match, names))), self.alpha)
         return alpha / (rank**0.5 if self.by_root else rank)
 
 

@@ -131,11 +131,13 @@ def test_every_spelling_gives_the_weights_of_the_run(base, run, tmp_path, spelli
 def test_files_that_peft_and_diffusers_write_count_as_there(base, tmp_path, form):
     """An adapter of PEFT on diffusers' UNet: what it predicts is what bas predicts, to 5e-6.
 
-    One alpha for all layers that are named by their ends, another for some, scaled by the rank's root (rsLoRA), and
-    another rank for some. PEFT's own folder keeps that beside the weights, diffusers in their metadata.
+    One alpha for all layers that are named by their ends, others for those that a regular expression names, the first
+    that matches, scaled by the rank's root (rsLoRA), and another rank for some. PEFT's own folder keeps that beside the
+    weights, diffusers in their metadata.
     """
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    settings = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"mid_block.attentions.0.proj_in": 3}}
+    alphas = {r".*attn2\.to_[qv]": 9, "^mid_block.attentions.0.proj_in": 3, "to_q": 2, "n.proj_in": 50}
+    settings = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": alphas}
     ends = ["to_q", "to_v", "to_out.0", "proj_in", "conv1"]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=ends, use_rslora=True, init_lora_weights=False, **settings)
     torch.manual_seed(2)
@@ -154,7 +156,7 @@ def test_files_that_peft_and_diffusers_write_count_as_there(base, tmp_path, form
         assert (models.unet(z, 500, states).sample - expected).abs().max() < 5e-6 * expected.abs().max()
         assert (load(base).unet(z, 500, states).sample - expected).abs().max() > 1e-2
     told = describe(tmp_path / "lora")
-    assert (told["what"], told["ranks"], told["alpha"]) == ("a LoRA", [2, 4], [3.0, 6.0])
+    assert (told["what"], told["ranks"], told["alpha"]) == ("a LoRA", [2, 4], [2.0, 3.0, 6.0, 9.0, 50.0])
 
 
 def test_settings_beside_a_file_are_a_part_of_it(base, tmp_path, caplog):
@@ -172,7 +174,11 @@ def test_settings_beside_a_file_are_a_part_of_it(base, tmp_path, caplog):
         changed = load(base, additions=additions).unet.get_submodule(LAYER).weight - layer
         assert torch.allclose(changed, torch.full_like(layer, alpha), atol=1e-5)
     assert found[0] != found[1]
-    for text, part in (('{"peft_type": "LOHA"}', "is a LOHA"), ('{"lora_alpha": "x"}', "cannot be read")):
+    for text, part in (
+        ('{"peft_type": "LOHA"}', "is a LOHA"),
+        ('{"lora_alpha": "x"}', "cannot be read"),
+        ('{"alpha_pattern": {"to_(q": 2}}', "cannot be read"),
+    ):
         (folder / "adapter_config.json").write_text(text)
         with refused(part):
             load(base, additions=additions)
