@@ -19,8 +19,7 @@ from torch import Tensor
 from bas.evaluation.masking import blacken, blacken_each
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.losses import resize_mask
-from bas.models.text import load_tokenizer
-from bas.pretrained.helper_models import find_helper, load_helper
+from bas.pretrained.helper_models import find_helper, load_helper, load_words
 from bas.pretrained.hub import find
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class PromptSimilarity:
     def __init__(self, name: str = CLIP, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--clip")
         model, self.processor = load_helper(folder, "clip", "CLIPModel", "CLIPImageProcessorPil")
-        self.tokenizer: CLIPTokenizer = load_tokenizer(folder)
+        self.tokenizer: CLIPTokenizer = load_words(folder)
         self.model: Any = model.to(device)  # of transformers, whose classes are loaded by name
         self.positions: int = self.model.config.text_config.max_position_embeddings
 

@@ -1,11 +1,14 @@
 """The metrics on known cases, and through tiny models beside a direct computation with transformers."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bas.evaluation.masking import blacken
 from bas.evaluation.metrics import (
@@ -152,14 +155,46 @@ def test_a_batch_changes_nothing(folders, images, monkeypatch):
 def test_models_that_are_not_here_or_of_another_kind_are_named(folders, tmp_path):
     with refused("openai/none is not downloaded yet: run `hf download openai/none`, or name a folder with --clip"):
         PromptSimilarity("openai/none")
-    with refused("--dino nowhere is neither a folder nor a hub id"):
-        IdentitySimilarity("nowhere")
+    for name in ("nowhere", "~nobody/clip", "x" * 300):
+        with refused(f"--dino {name} is neither a folder nor a hub id"):
+            IdentitySimilarity(name)
     with refused(f"{folders['clip']} is a model of type clip: this method needs vit"):
         IdentitySimilarity(str(folders["clip"]))
     pickled = write_dino(tmp_path / "dino")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with refused(f"{pickled} cannot be read"):
         IdentitySimilarity(str(pickled))
+
+
+DAMAGE = {  # to the file of a CLIP's folder: its new bytes
+    "model.safetensors": lambda old: old[: len(old) // 2],
+    "config.json": lambda old: old.replace(b'"projection_dim": 12', b'"projection_dim": "x"'),
+    "preprocessor_config.json": lambda old: b"{",
+    "merges.txt": lambda old: b"#version: 0.2\nbowl bowl bowl\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_model_is_named(name, folders, tmp_path):
+    """Whatever kind of error a library raises for it."""
+    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    before = (folder / name).read_bytes()
+    (folder / name).write_bytes(DAMAGE[name](before))
+    assert (folder / name).read_bytes() != before
+    with refused(str(folder), "cannot be read"):
+        PromptSimilarity(str(folder))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("clip", PromptSimilarity), ("dino", IdentitySimilarity)])
+def test_a_model_with_weights_that_are_no_numbers_is_refused(name, kind, folders, tmp_path):
+    """One of them would make every similarity not a number."""
+    folder = shutil.copytree(folders[name], tmp_path / name)
+    tensors = load_file(folder / "model.safetensors")
+    first = min(key for key in tensors if key.endswith("layernorm.weight" if name == "dino" else "norm1.weight"))
+    tensors[first][0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with refused(f"{folder} holds 1 weights that are not finite numbers, ", f"{first} first: download it again"):
+        kind(str(folder))
 
 
 def test_handles_become_class_names():
