@@ -390,7 +390,7 @@ def read_scales(path: Path, texts: Mapping[str, str]) -> dict[str, PeftScale]:
                 for part in KOHYA_XL
             }
         scales = {part: PeftScale.read(own) for part, own in settings.items() if own}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{beside or path}: the settings of PEFT cannot be read: copy or download it again") from None
@@ -441,6 +441,6 @@ def trigger_words(texts: Mapping[str, str]) -> list[str]:
     try:
         folders = json.loads(texts.get("ss_tag_frequency", "{}")).values()
         words = [word for folder in folders for word in folder]
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         words = []
     return words or [word.strip() for word in texts.get("modelspec.trigger_phrase", "").split(",") if word.strip()]

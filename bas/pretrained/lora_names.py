@@ -60,7 +60,8 @@ FOREIGN = (  # a part of a name: the kind of file that has it
 )
 FOREIGN_METHODS = {"use_dora": "a DoRA"}  # settings in PEFT's metadata
 OWN_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # PEFT saves the adapter's name between, `default` or another
-OLD_PROCESSOR = re.compile(r"(.*)\.processor\.(to_[qkv]|to_out)$")
+OLD_ATTENTION = re.compile(r"(.*\.attn[12])(?:\.processor)?\.(to_[qkv]|to_out)$")  # of diffusers before 0.22
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # of text, before 0.17
 
 
 class Place(NamedTuple):
@@ -118,9 +119,15 @@ def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
     # PEFT's own files, and the oldest of diffusers, are of one network and do not name it.
     candidates = {component: path} if component in layers else dict.fromkeys(layers, layer)
     for component, path in candidates.items():
-        path = path.removeprefix("text_model.")
-        if old := OLD_PROCESSOR.match(path):
-            path = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+        path = _new_name(path.removeprefix("text_model."))
         if path in layers[component].values():
             return Place(component, path, role)
     return None
+
+
+def _new_name(path: str) -> str:
+    """Return the path of a layer today, from that in an old file of diffusers."""
+    if old := OLD_ATTENTION.match(path):
+        return f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
+    head, _, last = path.rpartition(".")
+    return f"{head}.{OLD_TEXT[last]}" if head.endswith(".self_attn") and last in OLD_TEXT else path

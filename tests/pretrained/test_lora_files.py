@@ -17,7 +17,7 @@ from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load, read_parts, read_spec
 from bas.pretrained.hashes import base_hash, weights_hash
-from bas.pretrained.lora_files import kohya_tensors, read_lora, write_lora
+from bas.pretrained.lora_files import kohya_tensors, read_lora, trigger_words, write_lora
 from bas.pretrained.lora_names import TRANSFORMER, kohya_name, peft_name
 from tests.helpers.tiny import refused
 
@@ -96,6 +96,16 @@ def old_diffusers(adapters) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def oldest_diffusers(adapters) -> dict[str, torch.Tensor]:
+    """The spelling from before attention processors had a name in it, the same for the text encoder."""
+    ends = {f"{name}_proj": f"to_{name}_lora" for name in ("q", "k", "v", "out")}
+    tensors = {name.replace(".processor.", "."): tensor for name, tensor in old_diffusers(adapters).items()}
+    for end, old in ends.items():
+        tensors = {name.replace(f"{end}.lora_linear_layer", old): tensor for name, tensor in tensors.items()}
+    assert any("self_attn.to_out_lora.up" in name for name in tensors)
+    return tensors
+
+
 def as_differences(adapters) -> dict[str, torch.Tensor]:
     """LyCORIS "full"."""
     return {
@@ -113,7 +123,10 @@ def of_an_adapter(adapters) -> dict[str, torch.Tensor]:
     }
 
 
-SPELLINGS = (kohya, with_te1, without_alpha, as_peft, without_text_model, of_an_adapter, old_diffusers, as_differences)
+SPELLINGS = (
+    *(kohya, with_te1, without_alpha, as_peft, without_text_model, of_an_adapter),
+    *(old_diffusers, oldest_diffusers, as_differences),
+)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
@@ -188,6 +201,17 @@ def test_settings_beside_a_file_are_a_part_of_it(base, tmp_path, caplog):
     (folder / "adapter_model.safetensors").unlink()
     with refused("a folder without adapter_model.safetensors or"):
         Additions.read([str(folder)], ())
+
+
+def test_metadata_that_cannot_be_read_are_no_traceback(parts, tmp_path):
+    """Nested too deeply, or a number that no float holds: an error for PEFT's settings, no words for kohya's."""
+    tensors = {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 64), f"unet.{LAYER}.lora_B.weight": torch.ones(32, 2)}
+    deep = "[" * 100_000
+    for text in (deep, json.dumps({"unet.lora_alpha": 10**400})):
+        save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+        with refused("a.safetensors: the settings of PEFT cannot be read: copy or download it again"):
+            read_lora(tmp_path / "a.safetensors", parts, 1.0)
+    assert trigger_words({"ss_tag_frequency": deep, "modelspec.trigger_phrase": "toy, mug"}) == ["toy", "mug"]
 
 
 def test_tucker_matrices_are_read(base, tmp_path):
