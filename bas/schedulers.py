@@ -41,6 +41,11 @@ LEADING = {
     "PNDMScheduler",
 }
 CLASS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # of each of these classes
+# But those of KDPM2 and Heun have Stable Diffusion's range.
+CLASS_BETAS = {
+    name: {"beta_start": 0.00085, "beta_end": 0.012}
+    for name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+}
 OTHER_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 OTHER_SOLVERS = {"algorithm_type": "dpmsolver++", "solver_order": 2}  # settings of multistep solvers, and bas's own
 KARRAS, KARRAS_RHO = "dpmpp_2m_karras", 7.0  # DPM-Solver++(2M) with the spacing of Karras et al. 2022
@@ -62,7 +67,7 @@ class NoiseSchedule:
     steps_offset: int = 0
     timestep_spacing: str | None = None  # None: "leading" for DDIM and DDPM, else "linspace", as in diffusers
     set_alpha_to_one: bool = False  # True: DDIM ends at a = 1; False: at a of timestep 0, as Stable Diffusion does
-    final_sigmas_type: str = "zero"  # DPM-Solver++ ends without noise, or with "sigma_min" at the noise of timestep 0
+    final_sigmas_type: str = "zero"  # DPM-Solver++ and Euler end without noise, or ("sigma_min") at that of timestep 0
     rescale_betas_zero_snr: bool = False  # no signal at all in the last timestep (Lin et al. 2024, algorithm 1)
     alphas_cumprod: Tensor = field(init=False, repr=False, compare=False)  # (T,) float32, from the betas
 
@@ -119,7 +124,7 @@ class NoiseSchedule:
         ends_at_one = (
             name != "PNDMScheduler"
         )  # the others, and diffusers' DDIM made from their files, end without noise
-        defaults: dict[str, Any] = CLASS_DEFAULTS | {"set_alpha_to_one": ends_at_one}
+        defaults: dict[str, Any] = CLASS_DEFAULTS | CLASS_BETAS.get(name, {}) | {"set_alpha_to_one": ends_at_one}
         if name not in LEADING:
             defaults["timestep_spacing"] = "linspace"
         names = {f.name for f in fields(cls) if f.init}
@@ -156,7 +161,7 @@ class NoiseSchedule:
 class SigmaSchedule(NoiseSchedule):
     """The schedule for samplers that compute with the noise relative to the signal: some signal is always left.
 
-    They end without noise, whatever DDIM does.
+    They end without noise, whatever DDIM does, unless `final_sigmas_type` says otherwise.
     """
 
     linear: bool = False  # between timesteps by that relative noise, as diffusers' Euler; else by its logarithm
@@ -174,7 +179,10 @@ def seen_by(schedule: NoiseSchedule, sampler: str) -> NoiseSchedule:
     if sampler in ("ddim", "ddpm"):
         return schedule
     own: dict[str, Any] = {f.name: getattr(schedule, f.name) for f in fields(NoiseSchedule) if f.init}
-    return SigmaSchedule(**{**own, "set_alpha_to_one": True}, linear=sampler in EULER)
+    without_noise = (
+        sampler != "euler" or schedule.final_sigmas_type == "zero"
+    )  # euler_a knows no other end in diffusers
+    return SigmaSchedule(**{**own, "set_alpha_to_one": without_noise}, linear=sampler in EULER)
 
 
 @cache
@@ -329,7 +337,8 @@ def ddim_step(
     a_prev = schedule.alpha(prev_t, final=1.0 if schedule.set_alpha_to_one else schedule.alpha(0))
     z0, eps = clean_and_noise(schedule, z, output, t)
     sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)) ** 0.5
-    z_prev = a_prev**0.5 * z0 + (1 - a_prev - sigma**2) ** 0.5 * eps
+    rest = max(0.0, 1 - a_prev - sigma**2)  # rounded below 0 where eta is 1 and a_t is 0
+    z_prev = a_prev**0.5 * z0 + rest**0.5 * eps
     return z_prev + sigma * noise if eta > 0 else z_prev
 
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bas import schedulers
 from bas.errors import InputError
 from bas.schedulers import (
+    EULER,
     NoiseSchedule,
     add_noise,
     clean_and_noise,
@@ -243,6 +244,7 @@ def test_a_schedule_bas_cannot_honour_is_refused(change, message):
     [
         *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"),
         *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler"),
+        *("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
     ],
 )
 @pytest.mark.parametrize("left_out", [(), ("beta_schedule",), ("beta_start", "beta_end"), ("timestep_spacing",)])
@@ -344,6 +346,38 @@ def test_the_last_step_ends_where_the_file_says(steps, spacing):
         expected = solver.step(made_up_model(expected, t), t, expected).prev_sample
     torch.testing.assert_close(z, expected, atol=1e-5, rtol=1e-5)
     assert not torch.equal(z, z0)
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("Euler", "euler"), ("EulerAncestral", "euler_a")])
+@pytest.mark.parametrize("end", ["zero", "sigma_min"])
+def test_euler_ends_where_the_file_says(name, sampler, end):
+    """sigma_min: at the noise of timestep 0. diffusers' ancestral sampler ends without noise in any case."""
+    schedule = NoiseSchedule(timestep_spacing="trailing", final_sigmas_type=end)
+    theirs = getattr(diffusers, f"{name}DiscreteScheduler").from_config(schedule.to_json())
+    theirs.set_timesteps(5)
+    least = ((1 - schedule.alpha(0)) / schedule.alpha(0)) ** 0.5
+    assert theirs.sigmas[-1].item() == pytest.approx(least if (sampler, end) == ("euler", "sigma_min") else 0)
+    seen = seen_by(schedule, sampler)
+    t, clean, noise = sampling_timesteps(seen, 5, sampler)[-1], uniform("z", *LATENTS), uniform("noise", *LATENTS)
+    a = seen.alpha(t)
+    z = a**0.5 * clean + (1 - a) ** 0.5 * noise  # of a perfect model
+    found = ddim_step(seen, z, noise, t, -1, EULER[sampler], noise)
+    torch.testing.assert_close(found, (clean + theirs.sigmas[-1] * noise) / (1 + theirs.sigmas[-1] ** 2) ** 0.5)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 30, 50])
+def test_a_random_step_from_no_signal_at_all_is_real(steps):
+    """With eta 1 what the noise leaves of a step is 0, never the root of a rounding error below it."""
+    schedule = NoiseSchedule(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    t = sampling_timesteps(schedule, steps)[0]
+    prev_t = previous_timestep(schedule, [t] * steps, 0)
+    z, noise = uniform("z", *LATENTS), uniform("noise", *LATENTS)
+    found, a = ddim_step(schedule, z, z, t, prev_t, 1.0, noise), schedule.alpha(prev_t)
+    assert schedule.alpha(t) == 0
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, -(a**0.5) * z + (1 - a) ** 0.5 * noise)
 
 
 @pytest.mark.parametrize(("steps", "sampler"), [(0, "ddim"), (1001, "ddim"), (1000, "dpmpp_2m")])
