@@ -25,7 +25,7 @@ ATTENDED = 0.5  # of an attention map's maximum, above which a cell belongs to t
 
 
 class Segmenter:
-    """MaskFormer or Mask2Former: the pixels of a class, found by its word."""
+    """MaskFormer or Mask2Former: the pixels of the classes of a word."""
 
     def __init__(self, name: str = MASKFORMER, device: torch.device | str = "cpu"):
         folder = find_helper(name, "--segmenter")
@@ -34,11 +34,15 @@ class Segmenter:
             raise InputError(f"{folder} is a model of type {kind}: segments need {' or '.join(KINDS)}")
         model, self.processor = load_helper(folder, kind, *KINDS[kind])
         self.model: Any = model.to(device)  # of transformers, whose classes are loaded by name
-        self.labels = {plain(word): int(i) for i, word in self.model.config.id2label.items()}
+        self.labels: dict[str, list[int]] = {}  # by word: COCO has wall-brick, wall-stone, wall-other-merged, ...
+        for i, name in self.model.config.id2label.items():
+            self.labels.setdefault(plain(name), []).append(int(i))
 
     @torch.inference_mode()
     def segments(self, images: list[Image.Image], word: str) -> list[np.ndarray]:
-        """Return the semantic segment of a class in each image, (H, W) of 0 and 1; all 0 where the model finds none.
+        """Return the semantic segment of a word in each image, (H, W) of 0 and 1; all 0 where the model finds none.
+
+        A word stands for all classes that have it before their suffixes.
 
         Raises InputError for a word that the model has no class for.
         """
@@ -49,7 +53,7 @@ class Segmenter:
             outputs = self.model(**self.processor(image, return_tensors="pt").to(self.model.device))
             size = image.height, image.width
             (classes,) = self.processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
-            found.append((classes == self.labels[plain(word)]).cpu().numpy().astype(np.float32))
+            found.append(np.isin(classes.cpu().numpy(), self.labels[plain(word)]).astype(np.float32))
         return found
 
 
