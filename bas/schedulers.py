@@ -179,10 +179,8 @@ def seen_by(schedule: NoiseSchedule, sampler: str) -> NoiseSchedule:
     if sampler in ("ddim", "ddpm"):
         return schedule
     own: dict[str, Any] = {f.name: getattr(schedule, f.name) for f in fields(NoiseSchedule) if f.init}
-    without_noise = (
-        sampler != "euler" or schedule.final_sigmas_type == "zero"
-    )  # euler_a knows no other end in diffusers
-    return SigmaSchedule(**{**own, "set_alpha_to_one": without_noise}, linear=sampler in EULER)
+    zero = sampler != "euler" or schedule.final_sigmas_type == "zero"  # euler_a knows no other end in diffusers
+    return SigmaSchedule(**{**own, "set_alpha_to_one": zero}, linear=sampler in EULER)
 
 
 @cache

@@ -7,6 +7,7 @@ position table without `.weight`, and has its projection transposed.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ OPEN_CLIP_2 = "conditioner.embedders.1.model."  # SDXL: open_clip's ViT-bigG, be
 OPEN_CLIP_LAYERS = 23  # SD 2 reads the output of the last layer but one of 24
 
 # Keys of the networks' parts that are no weights of theirs: the losses and running averages of training, the image
-# half of CLIP. What lies outside of all networks, such as the noise schedule, a step count or a marker, is none either.
+# half of CLIP.
 UNUSED_PREFIXES = (
     *(f"{VAE}{name}" for name in ("loss.", "model_ema.", "ema.", "discriminator.")),
     *(f"{CLIP}{name}" for name in ("vision_model.", "visual_projection.")),
@@ -35,6 +36,18 @@ UNUSED = {
     *(f"{CLIP}logit_scale", f"{CLIP}text_projection.weight"),
     *(f"{OPEN_CLIP}{name}" for name in ("logit_scale", "text_projection", "attn_mask")),
     *(f"{OPEN_CLIP_2}{name}" for name in ("logit_scale", "attn_mask")),
+}
+# What programs are known to leave outside of all networks: running averages, the noise schedule, the state of a
+# training, the embeddings of its tokens, counters and markers.
+OUTSIDE_PREFIXES = (
+    *("model_ema.", "ema.", "optimizer_states.", "lr_schedulers.", "callbacks.", "loops.", "embedding_manager."),
+    *("hyper_parameters", "hparams_name", "datamodule_hyper", "denoiser.", "loss_fn.", "sampler.", "edm_"),
+    *("alphas_cumprod", "sqrt_", "log_one_minus_alphas", "posterior_", "lvlb_weights"),
+)
+OUTSIDE = {
+    *("betas", "model.betas", "logvar", "scale_factor", "logit_scale", "v_pred", "ztsnr", "__index_timestep_zero__"),
+    *("global_step", "epoch", "iteration", "step", "pytorch-lightning_version"),
+    *("cond_stage_model.logit_scale", "cond_stage_model.text_projection"),
 }
 
 UNET_RESNET = {
@@ -165,7 +178,9 @@ def inverse(table: Table) -> Table:
 def from_original(
     tensors: dict[str, Tensor], unet: UNetConfig, vae: VAEConfig, layers_2: int = 0
 ) -> dict[str, dict[str, Tensor]]:
-    """Return a single file's tensors by component, under the names of bas. An unknown key keeps its own name.
+    """Return a single file's tensors by component, under the names of bas. An unknown key of one keeps its own name.
+
+    What belongs to no component is left out: `strangers` names it.
 
     layers_2: of SDXL's second text encoder; 0 where there is none.
     """
@@ -190,6 +205,12 @@ def from_original(
         elif component:
             ours[component][rename(rest, table) or key] = tensor
     return ours
+
+
+def strangers(tensors: Iterable[str]) -> list[str]:
+    """Return the names of tensors that belong to no network, and that no program is known to leave behind."""
+    known = (UNET, VAE, CLIP, OPEN_CLIP, OPEN_CLIP_2, *UNUSED_PREFIXES, *OUTSIDE_PREFIXES)
+    return [key for key in tensors if not (key.startswith(known) or key in OUTSIDE or key.endswith(POSITION_IDS))]
 
 
 def to_original(

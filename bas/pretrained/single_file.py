@@ -25,6 +25,7 @@ from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import Models, ModelSpec
 from bas.models.config import SIZES, UNetConfig, VAEConfig
 from bas.models.text import load_tokenizer
+from bas.presets import GUIDANCE
 from bas.pretrained.ldm_keys import (
     CLIP,
     OPEN_CLIP,
@@ -33,6 +34,7 @@ from bas.pretrained.ldm_keys import (
     UNET,
     VAE,
     from_original,
+    strangers,
     to_original,
 )
 from bas.pretrained.loading import Parts, unwrap_keys
@@ -48,6 +50,7 @@ CLIP_VOCABULARY = Path(__file__).parent / "clip_vocabulary"
 SDXL_SCALING = 0.13025  # of its latents
 SD_STEPS_OFFSET = 1  # of every Stable Diffusion's scheduler, and of diffusers' pipeline whatever the file says
 EMBEDDER, EMBEDDER_2 = "conditioner.embedders.0.", "conditioner.embedders.1."  # in Stability AI's later code
+TEXT_DEPTHS = {768: 12, 1024: OPEN_CLIP_LAYERS, 1280: 32}  # of the published text encoders, as read, by their widths
 FAMILY_WIDTHS = {768: False, 1024: True}  # of the published text encoders: whether it is SD 2's
 MAX_YAML_BYTES = 2**20
 INEXPRESSIBLE = "the single-file layout cannot express this model's {}: save a folder instead"
@@ -102,6 +105,10 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     _check_family(shapes)
     prediction_type, reason = _prediction_type(tensors, metadata, prediction_type, path)
     log.info("%s: prediction type %s, %s", path, prediction_type, reason, extra={"once": True})
+    if unknown := strangers(tensors):
+        log.warning(
+            "%s also holds %d tensors of no known network, which are not read (%s)", path, len(unknown), unknown[0]
+        )
     unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
     schedule = infer_schedule(tensors, prediction_type)
@@ -151,11 +158,14 @@ def clip_vocabulary() -> dict[str, int]:
 def without_handles(models: Models) -> Models:
     """Return the model with CLIP's own vocabulary: its handles and other added tokens are cut off, in place.
 
-    A model with another vocabulary stays as it is.
+    A model with another vocabulary stays as it is. InputError if a token beyond CLIP's pads.
     """
     if not has_clip_vocabulary(models.tokenizer):
         return models
-    plain = clip_tokenizer(pad_with_exclamation_mark=models.text_encoder.config.hidden_act == "gelu")
+    if (padding := str(models.tokenizer.pad_token)) not in clip_vocabulary():
+        raise InputError(INEXPRESSIBLE.format(f"tokenizer pad_token ({padding})"))
+    plain = clip_tokenizer(pad_with_exclamation_mark=False)
+    plain.add_special_tokens({"pad_token": padding})
     for text_encoder in models.text_encoders:
         table = text_encoder.get_input_embeddings().get_parameter("weight").detach()[: len(plain)].clone()
         text_encoder.set_input_embeddings(nn.Embedding.from_pretrained(table))
@@ -182,11 +192,14 @@ def save_single_file(models: Models, path: str | Path, dtype: torch.dtype = torc
         f"{SPEC}resolution": f"{spec.resolution}x{spec.resolution}",
     }
     unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
-    lost = _differences(spec, unet, vae, text, second, infer_schedule(tensors, prediction_type))
+    schedule = infer_schedule(tensors, prediction_type)
+    lost = _differences(spec, unet, vae, text, second, schedule)
     if second is not None and not spec.zeros_for_empty:
         lost.append("force_zeros_for_empty_prompt (False)")
     if lost:
         raise InputError(INEXPRESSIBLE.format(", ".join(lost)))
+    for warning in _warnings(spec, schedule):
+        log.warning("%s %s", path, warning)
     if spec.text_encoder_2 is not None:
         first = "cond_stage_model."
         tensors = {
@@ -267,6 +280,8 @@ def _differences(
     }
     read = {"unet": _described(unet), "vae": vars(vae), "text encoder": text, "scheduler": vars(schedule)}
     read["second text encoder"] = second or {}
+    given["tokenizer"] = {"pad_token_id": spec.tokenizer.pad_token_id}
+    read["tokenizer"] = {"pad_token_id": text["pad_token_id"]}
     # These do not change the arithmetic, or are in the metadata, or are the user's to choose.
     silent = {"upcast_attention", "projection_dim", "bos_token_id", "eos_token_id"}
     silent |= {"prediction_type", "steps_offset", "timestep_spacing", "alphas_cumprod"}
@@ -277,6 +292,22 @@ def _differences(
         for name in read[part].keys() & given[part].keys() - silent - silent_of.get(part, set())
         if given[part][name] != read[part][name]
     ]
+
+
+def _warnings(spec: ModelSpec, read: NoiseSchedule) -> list[str]:
+    """Say what the user has to choose again with a single file, and what other programs make of it. read: its schedule"""
+    own = []
+    if spec.guidance_scale != GUIDANCE:
+        own.append(f"guidance scale (--guidance_scale {spec.guidance_scale:g} gives it back)")
+    if (spacing := spec.schedule.timestep_spacing) != read.timestep_spacing:
+        own.append(f"timestep_spacing {spacing or 'of each sampler'} (no flag gives it back: keep the folder)")
+    warnings = [f"cannot hold the model's own {' and '.join(own)}"] if own else []
+    for part, config in spec.text_encoders.items():
+        layers, usual = config["num_hidden_layers"], TEXT_DEPTHS.get(config["hidden_size"])
+        if usual not in (None, layers):
+            line = f"has a {part} of {layers} layers, and other programs build one of {usual}"
+            warnings.append(f"{line}: they refuse it or read the text wrongly, use it with bas")
+    return warnings
 
 
 def _described(unet: UNetConfig) -> dict:

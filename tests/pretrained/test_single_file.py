@@ -1,6 +1,7 @@
 """Original single files: written and read without losing a bit, and understood without a configuration."""
 
 import logging
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from bas.models.text import add_handles
 from bas.pretrained import single_file
 from bas.pretrained.folder import load, read_spec, save_model
 from bas.pretrained.ldm_keys import CLIP, OPEN_CLIP, UNET
-from bas.pretrained.single_file import CLIP_VOCABULARY, clip_tokenizer, save_single_file
+from bas.pretrained.single_file import CLIP_VOCABULARY, clip_tokenizer, save_single_file, without_handles
 from tests.helpers.families import FAMILIES, TEXT_FILE, UNET_FILE, VAE_FILE, change_tensors, refusal, tiny
+from tests.helpers.tiny import refused
 
 BIAS = f"{UNET}output_blocks.5.1.transformer_blocks.0.norm1.bias"  # of the tiny models' last output block
 
@@ -172,6 +174,43 @@ def test_what_the_layout_cannot_say_is_not_written(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(("family", "padding", "named"), [("sd1", "!", 0), ("sd2", "<|endoftext|>", 49407)])
+def test_a_model_that_pads_otherwise_is_not_written(family, padding, named, tmp_path):
+    """A single file carries no tokenizer: its readers pad as the family does. Handles make no difference."""
+    models = tiny(family, whole_vocabulary=True)
+    models.tokenizer.add_special_tokens({"pad_token": padding})
+    for given in (models, without_handles(models)):
+        with refused(f"cannot express this model's tokenizer pad_token_id ({named}): save a folder instead"):
+            save_single_file(given, tmp_path / "model.safetensors")
+    models.tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with refused("cannot express this model's tokenizer pad_token (<pad>)"):
+        without_handles(models)
+
+
+def test_settings_that_a_single_file_cannot_hold_are_named(tmp_path, caplog):
+    """Guidance scale and spacing of timesteps, in one line; nothing of a model that sets none of them."""
+    models, path = tiny("sd1", whole_vocabulary=True), tmp_path / "model.safetensors"
+    save_single_file(models, path)
+    assert caplog.messages == []
+    schedule = replace(models.schedule, timestep_spacing="trailing")
+    save_single_file(replace(models, guidance_scale=3.0, schedule=schedule), path)
+    assert caplog.messages == [
+        f"{path} cannot hold the model's own guidance scale (--guidance_scale 3 gives it back) and timestep_spacing "
+        "trailing (no flag gives it back: keep the folder)"
+    ]
+
+
+def test_a_text_encoder_of_another_depth_than_programs_build_is_told(tmp_path, caplog, monkeypatch):
+    """Programs know the depth by the family: 12 layers of OpenAI's, the first 23 and all 32 of open_clip's."""
+    assert single_file.TEXT_DEPTHS == {768: 12, 1024: 23, 1280: 32}
+    path = tmp_path / "model.safetensors"
+    for depth, told in ((2, 0), (3, 1)):
+        monkeypatch.setattr(single_file, "TEXT_DEPTHS", {64: depth})
+        save_single_file(tiny("sd1", whole_vocabulary=True), path)
+        assert len(caplog.messages) == told
+    assert f"{path} has a text_encoder of 2 layers, and other programs build one of 3" in caplog.text
+
+
 def test_the_shipped_vocabulary_is_clips():
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=False)
     assert len(tokenizer) == 49408
@@ -275,10 +314,18 @@ LEFTOVERS = (
 )
 
 
-def test_leftovers_of_training_are_left_out(sd2_file, tmp_path, words_read_once):
+def test_leftovers_of_training_are_left_out(sd2_file, tmp_path, words_read_once, caplog):
     path = tmp_path / "model.safetensors"
     save_file(load_file(sd2_file) | {name: torch.ones(2, 3) for name in LEFTOVERS}, path)
     assert_same(load(path, prediction_type="epsilon"), load(sd2_file, prediction_type="epsilon"))
+    assert caplog.messages == []
+
+
+def test_what_no_program_is_known_to_leave_is_counted(sd2_file, tmp_path, words_read_once, caplog):
+    path, strange = tmp_path / "model.safetensors", ("cond_stage_model.extra.weight", "foo.bar")
+    save_file(load_file(sd2_file) | {name: torch.ones(3) for name in strange}, path)
+    assert_same(load(path, prediction_type="epsilon"), load(sd2_file, prediction_type="epsilon"))
+    assert caplog.messages == [f"{path} also holds 2 tensors of no known network, which are not read ({strange[0]})"]
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "state_dict.", "_forward_module."])
