@@ -49,6 +49,7 @@ from bas.pretrained.lora_files import Adapters, as_lora, bundled, write_lora
 from bas.pretrained.own_settings import OWN_SETTINGS
 from bas.pretrained.single_file import (
     architecture,
+    clip_vocabulary,
     has_clip_vocabulary,
     original_config,
     save_single_file,
@@ -348,7 +349,11 @@ def how_to_use(files: Targets, form: str, xl: bool) -> list[str]:
     names = {"name": files.main.stem, "main": (files.lora or files.main).name, "word": file.stem, "handle": handle}
     names |= {"pipeline": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"}
     last = f'diffusers: {DIFFUSERS[form]}; {EMBEDDINGS_XL if xl else EMBEDDINGS}; "a photo of {{handle}}"'
-    return [line.format(**names) for line in (*USES[form], last)]
+    lines = [line.format(**names) for line in (*USES[form], last)]
+    words = [path.stem for path in files.embeddings.values() if f"{path.stem.lower()}</w>" in clip_vocabulary()]
+    if words and USES[form]:
+        lines.append(f"A1111, Forge take {' and '.join(words)} in any prompt for the concept: --prefix my- avoids it")
+    return lines
 
 
 def needed_too(run: Path, base: Path | None = None) -> list[str]:

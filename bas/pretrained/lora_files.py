@@ -35,6 +35,7 @@ from bas.pretrained.lora_names import (
     OF_SDXL,
     find_place,
     foreign_kind,
+    is_behind_last,
     is_text_reader,
     kohya_name,
     peft_name,
@@ -201,7 +202,8 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     """Read a LoRA of any known format for the model of `parts`.
 
     Raises InputError for another kind of file, for a model of another family, and for a tensor without a place.
-    Embeddings that are bundled in the file are left out with a warning.
+    Embeddings that are bundled in the file are left out with a warning, and so are layers of the text encoder behind
+    the last one that the model uses.
     """
     if not path.is_file():
         raise not_a_file(path)
@@ -214,6 +216,8 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     if (other := other_kind(tensors)) and other[0] != LORA:
         raise InputError(f"{path} is {other[0]}: {other[1]}")
     layers, scales = layers_of(parts), read_scales(path, texts)
+    behind = [name for name in tensors if find_place(name, layers) is None and is_behind_last(name, layers)]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in {*behind}}
     found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         place = find_place(name, layers)
@@ -235,6 +239,9 @@ def read_lora(path: Path, parts: Parts, strength: float) -> Adapters:
     for (component, layer), roles in found.items():
         weight = parts.tensors[component][f"{layer}.weight"]
         adapters[component][layer] = _change(path, layer, roles, weight, strength, scales.get(component))
+    if behind:
+        line = "%s also changes layers of text behind the last one in use, which are left out: %d tensors, %s first"
+        log.warning(line, path, len(behind), behind[0])
     return adapters
 
 

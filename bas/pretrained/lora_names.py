@@ -2,7 +2,8 @@
 
 Every reader names a layer by its path in diffusers' networks: `down_blocks.0.attentions.0.proj_in`. kohya's files write
 it as `lora_unet_down_blocks_0_attentions_0_proj_in`, PEFT's as `unet.down_blocks.0.attentions.0.proj_in`. kohya's files
-for SDXL name the UNet's layers as the original code does: `lora_unet_input_blocks_4_1_proj_in`.
+for SDXL name the UNet's layers as the original code does: `lora_unet_input_blocks_4_1_proj_in`. So do ComfyUI's for all
+families: `diffusion_model.input_blocks.4.1.proj_in`.
 """
 
 import re
@@ -15,6 +16,7 @@ KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 KOHYA_XL = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 KOHYA_READ = {prefix: component for names in (KOHYA, KOHYA_XL) for component, prefix in names.items()}
 KOHYA_READ["lycoris_"] = "unet"  # the prefix of LyCORIS's own wrapper
+ORIGINAL = "diffusion_model."  # the UNet's in files of ComfyUI, whose layers have their original names, with dots
 OF_SDXL = ("lora_te2_", "text_encoder_2.")  # parts of names in files for SDXL alone
 ROLES = {  # how a name ends: what the tensor is
     ".lora_down.weight": "down",
@@ -62,6 +64,8 @@ FOREIGN_METHODS = {"use_dora": "a DoRA"}  # settings in PEFT's metadata
 OWN_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")  # PEFT saves the adapter's name between, `default` or another
 OLD_ATTENTION = re.compile(r"(.*\.attn[12])(?:\.processor)?\.(to_[qkv]|to_out)$")  # of diffusers before 0.22
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # of text, before 0.17
+
+TEXT_LAYER = re.compile(r"(encoder[._]layers[._])[0-9]{1,4}([._])")
 
 
 class Place(NamedTuple):
@@ -111,6 +115,9 @@ def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
     if (found := split_role(name)) is None:
         return None
     layer, role = found
+    if layer.startswith(ORIGINAL):
+        path = layers["unet"].get(layer.removeprefix(ORIGINAL).replace(".", "_"))
+        return Place("unet", path, role) if path else None
     for prefix, component in KOHYA_READ.items():
         if layer.startswith(prefix):
             path = layers.get(component, {}).get(layer.removeprefix(prefix).removeprefix("text_model_"))
@@ -123,6 +130,12 @@ def find_place(name: str, layers: dict[str, dict[str, str]]) -> Place | None:
         if path in layers[component].values():
             return Place(component, path, role)
     return None
+
+
+def is_behind_last(name: str, layers: dict[str, dict[str, str]]) -> bool:
+    """Return whether a tensor without a place changes a layer of a text encoder behind the last one that is in use."""
+    first = TEXT_LAYER.sub(r"\g<1>0\g<2>", name)
+    return first != name and find_place(first, layers) is not None
 
 
 def _new_name(path: str) -> str:

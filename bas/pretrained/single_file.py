@@ -106,9 +106,8 @@ def read_single_file(path: Path, prediction_type: str | None = None) -> Parts:
     prediction_type, reason = _prediction_type(tensors, metadata, prediction_type, path)
     log.info("%s: prediction type %s, %s", path, prediction_type, reason, extra={"once": True})
     if unknown := strangers(tensors):
-        log.warning(
-            "%s also holds %d tensors of no known network, which are not read (%s)", path, len(unknown), unknown[0]
-        )
+        line = "%s also holds %d tensors of no known network, which are not read (%s)"
+        log.warning(line, path, len(unknown), unknown[0])
     unet, vae, text, second = infer_configs(tensors, metadata, prediction_type, path)
     tokenizer = clip_tokenizer(pad_with_exclamation_mark=_is_sd2(tensors))
     schedule = infer_schedule(tensors, prediction_type)
@@ -295,7 +294,7 @@ def _differences(
 
 
 def _warnings(spec: ModelSpec, read: NoiseSchedule) -> list[str]:
-    """Say what the user has to choose again with a single file, and what other programs make of it. read: its schedule"""
+    """Say what the user has to set again for a single file, and what other programs make of it. read: its schedule"""
     own = []
     if spec.guidance_scale != GUIDANCE:
         own.append(f"guidance scale (--guidance_scale {spec.guidance_scale:g} gives it back)")

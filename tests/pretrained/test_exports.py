@@ -18,7 +18,7 @@ from bas.models.adapters import Change, adapted_layers, add_adapters
 from bas.models.config import UNetConfig, VAEConfig
 from bas.pretrained.additions import Additions
 from bas.pretrained.embedding_files import file_names, write_embedding
-from bas.pretrained.exports import adapters_of
+from bas.pretrained.exports import Targets, adapters_of, how_to_use
 from bas.pretrained.folder import build_networks, load, read_parts, save_model
 from bas.pretrained.hub import find_spec
 from bas.pretrained.ldm_keys import from_original, to_original
@@ -358,6 +358,20 @@ def test_a_single_file_of_sd2_holds_what_strict_readers_look_for():
 
 
 # --- Names --------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_an_ordinary_word_is_told(tmp_path):
+    """A1111 looks for the names of embeddings anywhere in a prompt; of two tokens they are found only as a whole."""
+    told = "A1111, Forge take dog and Mug in any prompt for the concept: --prefix my- avoids it"
+    for stems, form, last in (
+        (("dog", "asset0", "Mug"), "kohya", told),
+        (("dog", "asset0", "Mug"), "single", told),
+        (("dog", "asset0", "Mug"), "peft", None),
+        (("asset0", "my-dog"), "kohya", None),
+    ):
+        files = Targets(tmp_path / "m.safetensors", {f"<{stem}>": tmp_path / f"{stem}.safetensors" for stem in stems})
+        lines = how_to_use(files, form, xl=False)
+        assert [line for line in lines if "--prefix" in line] == ([last] if last else [])
 
 
 def test_names_that_a_disk_takes_for_one_are_told_apart():

@@ -1,6 +1,7 @@
 """LoRA and embedding files are read whole, in every known format, or refused in one line that names the kind."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from bas.pretrained.embedding_files import read_embedding
 from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import load, read_parts, read_spec
 from bas.pretrained.hashes import base_hash, weights_hash
+from bas.pretrained.ldm_keys import rename, unet_table
 from bas.pretrained.lora_files import kohya_tensors, read_lora, trigger_words, write_lora
 from bas.pretrained.lora_names import TRANSFORMER, kohya_name, peft_name
+from tests.helpers.families import change_json, tiny
 from tests.helpers.tiny import refused
 
 
@@ -28,6 +31,7 @@ def parts(base):
     return read_parts(base, None)
 
 
+UNET = tiny("sd1").unet.config  # with as many layers as every base here
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TEXT = "encoder.layers.1.mlp.fc1"
 
@@ -106,6 +110,16 @@ def oldest_diffusers(adapters) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def comfyui(adapters) -> dict[str, torch.Tensor]:
+    """What ComfyUI's node LoraSave writes: the UNet's layers under their original names; kohya's names for the text."""
+    tensors, table = kohya({part: layers for part, layers in adapters.items() if part != "unet"}), unet_table(UNET)
+    for layer, change in adapters["unet"].items():
+        name = f"diffusion_model.{rename(layer, table)}"
+        tensors |= {f"{name}.lora_down.weight": change.down, f"{name}.lora_up.weight": change.scale * change.up}
+    assert "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.lora_up.weight" in tensors
+    return tensors
+
+
 def as_differences(adapters) -> dict[str, torch.Tensor]:
     """LyCORIS "full"."""
     return {
@@ -125,7 +139,7 @@ def of_an_adapter(adapters) -> dict[str, torch.Tensor]:
 
 SPELLINGS = (
     *(kohya, with_te1, without_alpha, as_peft, without_text_model, of_an_adapter),
-    *(old_diffusers, oldest_diffusers, as_differences),
+    *(old_diffusers, oldest_diffusers, comfyui, as_differences),
 )
 
 
@@ -226,6 +240,24 @@ def test_tucker_matrices_are_read(base, tmp_path):
     models = load(base, additions=Additions(loras=((tmp_path / "a.safetensors", 1.0),)))
     expected = weight + 0.5 * torch.einsum("om,mnhw,ni->oihw", up[..., 0, 0], mid, down[..., 0, 0])
     assert torch.allclose(models.unet.get_submodule(layer).weight, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("spelling", [kohya, as_peft, without_text_model], ids=lambda f: f.__name__)
+def test_layers_of_text_behind_the_last_one_in_use_are_left_out(base, run, tmp_path, caplog, spelling):
+    """A base that is cut to its first layer takes the rest of a file for the whole one, and says what is left out."""
+    whole = {name: tensor.clone() for name, tensor in spelling(adapters_of(run)[0]).items()}
+    behind = [name for name in whole if "encoder.layers.1." in name or "encoder_layers_1_" in name]
+    assert behind
+    save_file(whole, tmp_path / "a.safetensors")
+    save_file({name: whole[name] for name in whole.keys() - {*behind}}, tmp_path / "b.safetensors")
+    cut = shutil.copytree(base, tmp_path / "cut")
+    change_json(cut / "text_encoder/config.json", num_hidden_layers=1)
+    found, expected = (
+        weights(load(cut, additions=Additions.read([str(tmp_path / f"{name}.safetensors")], ()))) for name in "ab"
+    )
+    assert furthest(found, expected) == 0
+    assert f"in use, which are left out: {len(behind)} tensors, " in caplog.messages[0]
+    assert len(caplog.messages) == 1
 
 
 def test_several_files_add_up_by_their_weights(base, run, tmp_path):

@@ -19,6 +19,7 @@ from bas.pretrained.exports import adapters_of
 from bas.pretrained.folder import build_networks, load, read_spec, save_model
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find_spec, is_sdxl
+from bas.pretrained.ldm_keys import rename, unet_table
 from bas.pretrained.lora_files import kohya_tensors
 from bas.pretrained.lora_names import KOHYA_XL, kohya_name, peft_name
 from bas.pretrained.merging import attention_outputs
@@ -200,7 +201,7 @@ def test_a_full_size_lora_has_the_layers_of_the_table():
 def spellings(adapters, config) -> dict[str, dict[str, torch.Tensor]]:
     """The run's adapters as the files of other programs, by what is special about each."""
     original = kohya_tensors(adapters, config)[0]
-    plain, peft, differences = {}, {}, {}
+    plain, peft, differences, comfyui = {}, {}, {}, {}
     for part, layers in adapters.items():
         for layer, change in layers.items():
             name = KOHYA_XL[part] + kohya_name("unet", layer).removeprefix("lora_unet_")
@@ -208,13 +209,17 @@ def spellings(adapters, config) -> dict[str, dict[str, torch.Tensor]]:
             plain[f"{name}.lora_down.weight"] = change.down
             plain[f"{name}.lora_up.weight"] = change.scale * change.up
             differences[f"{name}.diff"] = change.delta()
+            dotted = f"diffusion_model.{rename(layer, unet_table(config))}" if part == "unet" else name
+            comfyui[f"{dotted}.lora_down.weight"] = change.down
+            comfyui[f"{dotted}.lora_up.weight"] = change.scale * change.up
             peft[f"{peft_name(part, layer)}.lora_A.weight"] = change.down
             peft[f"{peft_name(part, layer)}.lora_B.weight"] = change.scale * change.up
     without = {name.replace("text_model.", ""): tensor for name, tensor in peft.items()}
-    return {"original": original, "diffusers": plain, "peft": peft, "without": without, "differences": differences}
+    found = {"original": original, "diffusers": plain, "peft": peft, "without": without, "differences": differences}
+    return found | {"comfyui": comfyui}
 
 
-@pytest.mark.parametrize("spelling", ["original", "diffusers", "peft", "without", "differences"])
+@pytest.mark.parametrize("spelling", ["original", "diffusers", "peft", "without", "differences", "comfyui"])
 def test_every_spelling_gives_the_weights_of_the_run(place, cwd, spelling):
     """The base with the file equals the run that it came from, weight by weight, to 5e-6."""
     adapters, spec = adapters_of(place / "toys")
