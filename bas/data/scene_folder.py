@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 UNREADABLE = (".svg", ".psd", ".xcf", ".pdf", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".raw", ".tga", ".ppm")
 NEARLY_NOTE = re.compile(r"scenes?( ?\(\d+\)| - copy)?\.jsonc?(\.txt)?", re.IGNORECASE)  # of scene.json
+JOURNAL = ".saving.json"  # the note of a save that is not finished
 MAX_EXTRA = 400_000_000  # pixels of all extra images and their masks together, 1 GB at most
 LIKELY_INVERTED = 0.8  # of the image
 FAINT_MASK = 0.9  # at most, as of colours turned to grey: the loss takes the square (eq. 1)
@@ -118,8 +119,13 @@ def read_folder(folder: Path, config: TrainConfig) -> Scene:
 
 
 def find_files(folder: Path) -> tuple[Path, list[Path]]:
-    """Find the image of a scene folder and the files of its one mask source. Raises InputError for gaps in numbers."""
+    """Find the image of a scene folder and the files of its one mask source.
+
+    Raises InputError for gaps in numbers, and for a folder whose save was cut off: its masks and names may not fit.
+    """
     require_scene_folder(folder)
+    if (folder / JOURNAL).exists():
+        raise InputError(f"a save of {folder} was cut off: `bas paint {quote(str(folder))}` finishes it")
     return find_image(folder), find_source(folder)
 
 

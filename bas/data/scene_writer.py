@@ -1,19 +1,27 @@
 """Write a scene: the image that masks are made for, by hand or by a model, and the folder that they go to."""
 
+import hashlib
+import os
+import re
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import ExifTags, Image
 
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
-from bas.data.scene_folder import find_image, images_in, match_size, numbered_folders, read_names
+from bas.data.scene_folder import JOURNAL, find_image, images_in, match_size, numbered_folders, read_names
 from bas.errors import InputError
-from bas.io.files import reading, replacing, require_writable
+from bas.io.files import reading, replacing, require_writable, sync
 from bas.io.images import read_image, read_orientation
-from bas.io.json_files import json_text, read_json
+from bas.io.json_files import json_text, read_json, read_record, write_json
+
+NOTED = re.compile(r"(\d+/)?\.?\w[\w.-]*")  # a file of the folder, or of an extra image's
+saving = threading.RLock()  # one save of a scene at a time, also while the last one is finished
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ def open_draft(source: Path, output_dir: Path | None) -> Draft:
         if source.stem.lower() == "img" and source.is_file():
             source = source.parent
         folder = output_dir or (source if source.is_dir() else source.with_suffix(""))
+        finish_save(source)
+        finish_save(folder)
         image_path = find_image(source) if source.is_dir() else source
         image = read_image(image_path)
         if folder.is_file():
@@ -75,41 +85,46 @@ def write_draft(
     masks: Sequence[Image.Image | None],
     concepts: list[dict],
     origins: Sequence[int | None] | None = None,
-) -> None:
+    seen: str | None = None,
+) -> str:
     """Write mask0.png, mask1.png, ..., the image where it is missing, and scene.json, whose other entries stay.
 
     masks: grey images of the image's size, None keeps the file that is there; concepts: handle and word of each. Masks
     of higher numbers are removed. If a write fails, as on a full disk, the scene stays as it was.
 
+    seen: the version of the scene that the masks were made from, if another program may have changed it since, which
+    is an InputError then. Returns the new version.
+
     origins: the number that each concept had until now, None for a new one; left out, all keep theirs. The masks of
     extra images follow their concepts, as `moved_masks` says.
     """
     folder = draft.folder
-    moved = {} if origins is None else moved_masks(folder, origins)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = folder / "scene.json"
-    kept = read_json(names) if names.exists() else {}
-    options = {}
-    if read_orientation(draft.image_path) not in (None, 1):  # or it would be unknown which way up the masks are
-        options["exif"] = Image.Exif()
-        options["exif"][ExifTags.Base.Orientation] = 1
-    with ExitStack() as written:  # every file, before one of them takes its place
+    with saving:
+        finish_save(folder)
+        if seen not in (None, version(folder)):
+            raise InputError("the scene was changed elsewhere: load the page again")
+        moved = {} if origins is None else moved_masks(folder, origins)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = folder / "scene.json"
+        kept = read_json(names) if names.exists() else {}
+        options = {}
+        if read_orientation(draft.image_path) not in (None, 1):  # or it would be unknown which way up the masks are
+            options["exif"] = Image.Exif()
+            options["exif"][ExifTags.Base.Orientation] = 1
+        files: dict[Path, Callable[[Path], object]] = {}
         if not images_in(folder):
-            image = written.enter_context(replacing(folder / f"img{draft.image_path.suffix.lower()}"))
-            shutil.copyfile(draft.image_path, image)
+            files[folder / f"img{draft.image_path.suffix.lower()}"] = partial(shutil.copyfile, draft.image_path)
         for i, mask in enumerate(masks):
-            if mask is None:
-                continue
-            mask.save(written.enter_context(replacing(folder / f"mask{i}.png")), format="PNG", **options)
+            if mask is not None:
+                files[folder / f"mask{i}.png"] = partial(mask.save, format="PNG", **options)
         for old, new in moved.items():
             if new is not None:
-                written.enter_context(replacing(new)).write_bytes(old.read_bytes())
-        written.enter_context(replacing(names)).write_text(json_text(kept | {"concepts": concepts}), encoding="utf-8")
-    for path in moved.keys() - moved.values():
-        path.unlink()
-    for number, path in numbered_masks(folder).items():
-        if number >= len(masks):
-            path.unlink()
+                files[new] = partial(Path.write_bytes, data=old.read_bytes())
+        text = json_text(kept | {"concepts": concepts})
+        files[names] = partial(Path.write_text, data=text, encoding="utf-8")
+        higher = (path for number, path in numbered_masks(folder).items() if number >= len(masks))
+        save(folder, files, {*higher, *moved} - files.keys())
+        return version(folder)
 
 
 def moved_masks(folder: Path, origins: Sequence[int | None]) -> dict[Path, Path | None]:
@@ -144,6 +159,73 @@ def numbered_masks(folder: Path) -> dict[int, Path]:
     """Return the files mask0.png, mask1.png, ... of a folder by number."""
     matches = ((NUMBERED.fullmatch(path.name), path) for path in folder.iterdir())
     return {int(match[2]): path for match, path in matches if match and match[1] == "mask"}
+
+
+# --- All or nothing ----------------------------------------------------------------------------------------------
+
+
+def version(folder: Path) -> str:
+    """Return a text that changes with every file of a scene folder, those in its folders and hidden ones left out."""
+    entries = os.scandir(folder) if folder.is_dir() else ()
+    rows = [(entry.name, *_stat(entry)) for entry in entries if not (entry.name.startswith(".") or entry.is_dir())]
+    return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
+
+
+def _stat(entry: os.DirEntry) -> tuple[int, int]:
+    """Return the time of the last change and the size of a file, or of a link to nothing."""
+    try:
+        found = entry.stat()
+    except OSError:
+        found = entry.stat(follow_symlinks=False)
+    return found.st_mtime_ns, found.st_size
+
+
+def save(folder: Path, files: dict[Path, Callable[[Path], object]], removed: Iterable[Path]) -> None:
+    """Write files of a scene folder, each by its function, and remove others: all of it, or nothing.
+
+    All files are complete under temporary names before a note of what takes their place is written. Whoever opens the
+    scene after a kill finishes what the note says.
+    """
+    written: dict[str, str] = {}
+    with saving:
+        try:
+            for path, write in files.items():
+                with replacing(path, later=True) as temporary:
+                    write(temporary)
+                written[_noted(temporary, folder)] = _noted(path, folder)
+            gone = sorted(_noted(path, folder) for path in removed)
+            write_json(folder / JOURNAL, {"renamed": written, "removed": gone})
+        except BaseException:
+            for name in (JOURNAL, *written):  # the note first
+                (folder / name).unlink(missing_ok=True)
+            raise
+        finish_save(folder)
+
+
+def finish_save(folder: Path) -> None:
+    """Do what the note of a save says that was cut off, if there is one. InputError for a note that is damaged."""
+    journal = folder / JOURNAL
+    if not journal.exists():
+        return
+    with saving:
+        if not journal.exists():  # the thread that wrote it has finished it
+            return
+        advice = "remove it, and look at the masks"
+        note = read_record(journal, {"renamed": {...: str}, "removed": [str]}, advice)
+        if not all(map(NOTED.fullmatch, (*note["renamed"], *note["renamed"].values(), *note["removed"]))):
+            raise InputError(f"{journal} names files that are not of a scene: {advice}")
+        for temporary, name in note["renamed"].items():
+            with suppress(FileNotFoundError):  # it is done
+                os.replace(folder / temporary, folder / name)
+        for name in note["removed"]:
+            (folder / name).unlink(missing_ok=True)
+        for place in {(folder / name).parent for name in (JOURNAL, *note["renamed"], *note["removed"])}:
+            sync(place)
+        journal.unlink()
+
+
+def _noted(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _sources(folder: Path) -> list[list[Path]]:

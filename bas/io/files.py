@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +17,11 @@ from bas.errors import InputError
 log = logging.getLogger(__name__)
 
 LONGEST_NAME = "x" * 40  # of the files in a folder of images
-LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")  # as `temporary_path` names it
+LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.tmp")  # as `temporary_path` names it: the file, and the process or thread
 UNFILLED = re.compile(r"\.\d+\.tmp")  # as `filling` names its folder
 MAX_BYTES = 2**24  # of settings and records: sixteen times the largest vocabulary of this family
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-LONG_AGO = 24 * 3600  # seconds: a number of a process is used again some day
+LONG_AGO = 24 * 3600  # seconds: a number of a process or a thread is used again some day
 
 
 @contextmanager
@@ -110,8 +112,10 @@ def require_writable(path: Path, flag: str, advice: str = "name another") -> Pat
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the path at which `replacing` writes a file before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Return the path at which `replacing` writes a file before it is renamed to `path`: each thread has its own."""
+    main = threading.current_thread() is threading.main_thread()
+    number = os.getpid() if main else threading.get_native_id()  # on Linux numbers of one series
+    return path.with_name(f".{path.name}.{number}.tmp")
 
 
 def check_length(path: Path, flag: str) -> None:
@@ -142,8 +146,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. After a block without error, flush it to disk and rename it to `path`."""
+def replacing(path: Path, later: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`. After a block without error, flush it to disk and rename it to `path`.
+
+    later: leave the whole file at its temporary path, for the caller to rename
+    """
     temporary = temporary_path(path)
     try:
         with naming(path):
@@ -152,10 +159,12 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(mode)
             sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-    finally:
+            if not later:
+                os.replace(temporary, path)
+                sync(path.parent)
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -201,8 +210,11 @@ def clear_leftovers(folder: Path, written: re.Pattern[str]) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Return whether a process of this number is running. Always true on Windows, where asking would end it."""
-    if os.name != "posix":
+    """Return whether a process or a thread of this number is running. Always true outside Linux.
+
+    Windows would end the process that it is asked about, and macOS numbers threads apart from processes.
+    """
+    if sys.platform != "linux":
         return True
     try:
         os.kill(process, 0)  # sends nothing

@@ -22,7 +22,7 @@ from PIL import Image
 from bas.data.mask_formats import MAX_MASKS
 from bas.data.scene import bracketed, check_word
 from bas.data.scene_folder import numbered_folders
-from bas.data.scene_writer import Draft, concepts_to_edit, write_draft
+from bas.data.scene_writer import Draft, concepts_to_edit, finish_save, version, write_draft
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS
 from bas.models.text import check_name
@@ -41,12 +41,13 @@ POLICY = (
 # --- Saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_scene(draft: Draft, concepts: Any) -> str:
-    """Write mask0.png, mask1.png, ..., scene.json and the image. -> a line that says what to do next
+def save_scene(draft: Draft, concepts: Any, seen: Any) -> tuple[str, str]:
+    """Write mask0.png, mask1.png, ..., scene.json and the image. -> a line that says what to do next, and the version
 
     concepts: a list of {"from": its number until now or None, "handle", "word", "mask": a PNG in base64}, as the page
-    sends it. Raises InputError for what training could not use, before anything is written. Masks of removed concepts
-    are removed, and those of extra images follow their concepts.
+    sends it; seen: the version of the scene that the page has loaded or saved. Raises InputError for what training
+    could not use, and for a scene of another version, before anything is written. Masks of removed concepts are
+    removed, and those of extra images follow their concepts.
     """
     if not isinstance(concepts, list) or not 0 < len(concepts) <= MAX_MASKS:
         raise InputError(f"a scene has 1 to {MAX_MASKS} concepts")
@@ -54,8 +55,8 @@ def save_scene(draft: Draft, concepts: Any) -> str:
     if len({name["handle"] for name in names}) < len(names):
         raise InputError("two concepts have the same handle")
     masks = [_read_png(c.get("mask"), n["handle"], draft.image.size) for c, n in zip(concepts, names, strict=True)]
-    write_draft(draft, masks, names, _origins(draft, concepts))
-    return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}. {next_steps(draft)}"
+    now = write_draft(draft, masks, names, _origins(draft, concepts), seen if isinstance(seen, str) else "")
+    return f"Saved {len(masks)} mask{'s' * (len(masks) > 1)} to {draft.folder}. {next_steps(draft)}", now
 
 
 def next_steps(draft: Draft) -> str:
@@ -114,7 +115,7 @@ class Session:
 
     draft: Draft
     token: str = field(default_factory=lambda: secrets.token_urlsafe(16))
-    lock: threading.Lock = field(default_factory=threading.Lock)  # one save at a time
+    lock: threading.Lock = field(default_factory=threading.Lock)  # the scene is read or saved
     saved: bool = False
 
 
@@ -192,7 +193,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _describe(self, draft: Draft) -> None:
         try:
-            content = describe(draft)
+            with self.session.lock:
+                content = describe(draft)
         except InputError as error:  # the folder was sound at the start, but has changed since
             self._refuse(400, str(error))
         else:
@@ -200,20 +202,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def _save(self, body: bytes) -> None:
         try:
-            concepts = json.loads(body)["concepts"]
+            sent = json.loads(body)
+            concepts, seen = sent["concepts"], sent.get("version")
         except (ValueError, TypeError, KeyError, RecursionError):
             self._refuse(400, "expected a scene as JSON")
             return
         try:
             with self.session.lock:
-                message = save_scene(self.session.draft, concepts)
+                message, now = save_scene(self.session.draft, concepts, seen)
                 self.session.saved = True
         except InputError as error:
             self._refuse(400, str(error))
         except OSError as error:
             self._refuse(500, f"could not write: {error}")
         else:
-            self._answer(200, json.dumps({"message": message}).encode())
+            self._answer(200, json.dumps({"message": message, "version": now}).encode())
 
     def _place(self) -> str | None:
         """Return the path below /TOKEN/. Without the right host and token, answer 403 and return None."""
@@ -256,14 +259,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def describe(draft: Draft) -> dict:
-    """Return the state that the page begins with: sizes, colours, and the concepts with their masks as data URLs."""
+    """Return the state that the page begins with: sizes, colours, and the concepts with their masks as data URLs.
+
+    Its version comes with each save, which is refused if the scene has another one by then.
+    """
+    finish_save(draft.folder)
+    now = version(draft.folder)  # before it is read: what is changed meanwhile is another version
     concepts = [
         {**concept, "mask": _data_url(Image.fromarray(concept["mask"])) if concept["mask"] is not None else None}
         for concept in concepts_to_edit(draft)
     ]
     width, height = draft.image.size
-    name = str(draft.folder)
-    return {"name": name, "width": width, "height": height, "colours": CONCEPT_COLOURS, "concepts": concepts}
+    size = {"width": width, "height": height}
+    return {"name": str(draft.folder), "version": now, **size, "colours": CONCEPT_COLOURS, "concepts": concepts}
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:

@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +198,32 @@ def test_what_a_killed_process_left_is_cleared_and_nothing_else(tmp_path):
     clear_leftovers(tmp_path, re.compile(r"a\.json"))
     assert {*tmp_path.iterdir()} == {own, *foreign, inside.parent}  # process 1 lives, but wrote nothing for a day
     assert inside.exists()
+
+
+def test_threads_that_write_one_file_do_not_share_its_temporary(tmp_path):
+    """Each writes it whole, none fails. What a killed thread left is cleared as what a process left."""
+    path, together = tmp_path / "a.json", threading.Barrier(4)
+    texts = [str(i) * 100_000 for i in range(4)]
+
+    def write(text):
+        together.wait(10)
+        for _ in range(20):
+            write_text(path, text)
+        return files.temporary_path(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        temporaries = [*pool.map(write, texts)]
+        assert len({*temporaries, files.temporary_path(path)}) == 5
+        temporaries[0].touch()
+        clear_leftovers(tmp_path, re.compile(r"a\.json"))
+        assert temporaries[0].exists()  # its thread lives
+    assert path.read_text() in texts
+    end = time.monotonic() + 30
+    while is_running(int(temporaries[0].name.split(".")[-2])):  # a little longer than Python counts it
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    clear_leftovers(tmp_path, re.compile(r"a\.json"))
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_which_processes_run():

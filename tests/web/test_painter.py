@@ -17,7 +17,7 @@ from PIL import Image
 from bas.cli.entry import main
 from bas.config import TrainConfig
 from bas.data.scene_folder import load_scene
-from bas.data.scene_writer import open_draft
+from bas.data.scene_writer import open_draft, version
 from bas.web.painter import MAX_BODY, Handler, Server, Session
 from tests.helpers.browser import Browser
 from tests.helpers.faults import full_disk
@@ -81,8 +81,10 @@ def soft(shift=0):
     return np.roll(np.arange(W * H).reshape(H, W) % 256, shift, axis=1).astype(np.uint8)
 
 
-def save(session, *concepts, **headers):
-    body = json.dumps({"concepts": list(concepts)}).encode()
+def save(session, *concepts, seen=None, **headers):
+    """As a page sends it that has just been loaded, or that has seen this version."""
+    seen = version(session.draft.folder) if seen is None else seen
+    body = json.dumps({"version": seen, "concepts": list(concepts)}).encode()
     status, _, answer = ask(session, "POST", "save", body=body, **headers)
     return status, json.loads(answer)["message"]
 
@@ -122,6 +124,25 @@ def test_masks_of_removed_concepts_go_and_other_notes_stay(session, photo):
     assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(2))
     notes = json.loads((folder / "scene.json").read_text())
     assert notes == {"title": "mine", "concepts": [{"handle": "<a2>", "word": None}]}
+
+
+def test_what_was_changed_elsewhere_is_not_overwritten(session, photo):
+    """A second page, and a second painter, that have not seen a save are refused, and the masks stay; once loaded
+    again they save. A page that saves twice goes on with the version of its first save."""
+    folder, painter = photo.parent / "photo", Session(open_draft(photo, None))
+    pages = [json.loads(ask(each, place="scene")[2])["version"] for each in (session, session, painter)]
+    rows = [{"from": i, "handle": f"<a{i}>", "mask": png(soft(i))} for i in range(2)]
+    body = json.dumps({"version": pages[0], "concepts": rows}).encode()
+    status, _, answer = ask(session, "POST", "save", body=body)
+    assert status == 200
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    late = {"from": None, "handle": "<b>", "mask": png(soft(9))}
+    for each, seen in ((session, pages[1]), (painter, pages[2]), (session, ""), (session, 3)):
+        assert save(each, late, seen=seen) == (400, "the scene was changed elsewhere: load the page again")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert save(session, *rows[::-1], seen=json.loads(answer)["version"])[0] == 200
+    assert save(painter, late, seen=json.loads(ask(painter, place="scene")[2])["version"])[0] == 200
+    assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(9))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ A scene folder is always one that `bas train` reads. Concepts that have no pixel
 goes when the last of them is painted. What was read is kept in memory only as long as the folder is unchanged.
 """
 
-import hashlib
 import io
 import math
 import os
@@ -12,7 +11,7 @@ import shutil
 import threading
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,21 @@ from PIL import Image
 from bas.data.mask_formats import MAX_MASKS, list_sources
 from bas.data.scene import bracketed, check_word
 from bas.data.scene_folder import numbered_folders
-from bas.data.scene_writer import Draft, concepts_to_edit, moved_masks, numbered_masks, open_draft, write_draft
+from bas.data.scene_writer import (
+    Draft,
+    concepts_to_edit,
+    finish_save,
+    moved_masks,
+    numbered_masks,
+    open_draft,
+    save,
+    version,
+    write_draft,
+)
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS, as_hex
 from bas.io.images import read_image
-from bas.io.json_files import read_json, write_json
+from bas.io.json_files import json_text, read_json, write_json
 from bas.models.text import check_name
 from bas.web.studio.folders import FOLDER, unpack_folder
 from bas.web.studio.refusal import Refusal
@@ -67,15 +76,9 @@ class Opened:
 kept: list[Opened] = []  # the scene that was read last
 
 
-def version(folder: Path) -> str:
-    """Return a text that changes with every file of the folder."""
-    files = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if not entry.name.startswith("."))
-    rows = [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
-
-
 def open_scene(folder: Path) -> Opened:
     """Read a scene folder with or without masks. InputError for what `bas paint` could not open."""
+    finish_save(folder)
     now = version(folder)
     for opened in kept:
         if opened.folder == folder and opened.version == now:
@@ -297,15 +300,12 @@ def check_erased(folder: Path, number: int, handle: str) -> None:
 def clear_masks(folder: Path) -> None:
     """Leave a scene folder without masks, as a photograph that comes in: names of masks would be wrong there."""
     names = folder / "scene.json"
-    if names.exists():
-        rest = {key: value for key, value in read_json(names).items() if key != "concepts"}
-        if rest:
-            write_json(names, rest)
-        else:
-            names.unlink()
-    for files in list_sources(folder):
-        for path in files:
-            path.unlink()
+    gone = {path for files in list_sources(folder) for path in files}
+    rest = {key: value for key, value in read_json(names).items() if key != "concepts"} if names.exists() else {}
+    if rest:
+        save(folder, {names: partial(Path.write_text, data=json_text(rest), encoding="utf-8")}, gone)
+    else:
+        save(folder, {}, gone | {names})
 
 
 # --- Views of the photograph --------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from PIL import Image
 
 from bas.cli.entry import main
 from bas.config import TrainConfig
-from bas.data.scene_folder import load_scene
+from bas.data.scene_folder import JOURNAL, load_scene
+from bas.data.scene_writer import version
 from bas.errors import InputError
 from bas.web.studio.tiles import HEAD, MAGIC, ROW, SIDE, lay, pack, unpack
 
@@ -178,6 +179,50 @@ def test_masks_of_extra_images_follow_their_concepts(studio, scene):
     now = ask(0, 2).json()  # of what is now <a2>, <a1>, <a0>
     assert np.array_equal(shown()["<a2>"], soft(12))
     assert sorted(path.name for path in extra.iterdir()) == ["img.png", "mask0.png"]
+
+
+def test_a_link_to_nothing_hides_no_other_scene(studio, scene):
+    """Nor does a scene whose folder cannot be read: its problem is told, and the rest is listed."""
+    scenes = studio.home.folder / "scenes"
+    for name in ("linked", "broken"):
+        (scenes / name).mkdir()
+    (scenes / "linked" / "img.png").write_bytes(picture())
+    (scenes / "linked" / "notes.txt").symlink_to("nothing")
+    (scenes / "broken" / "img.png").symlink_to("nothing")
+    found = {row["name"]: row for row in studio.get("api/state")["scenes"]}
+    assert found.keys() == {"my rabbit", "linked", "broken"}
+    assert found["linked"]["concepts"] == 0
+    assert found["broken"]["problem"].startswith(f"{scenes / 'broken'} needs exactly one image")
+    assert found["my rabbit"]["handles"] == ["<rabbit>"]
+
+    def unreadable(folder):
+        if folder.name == "linked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return version(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bas.web.studio.scenes.version", unreadable)
+        found = {row["name"]: row for row in studio.get("api/state")["scenes"]}
+    assert found["linked"] == {"name": "linked", "problem": f"[Errno 13] Permission denied: '{scenes / 'linked'}'"}
+    assert found["my rabbit"]["handles"] == ["<rabbit>"]
+
+
+def test_a_save_that_a_killed_program_left_is_finished_by_the_list_of_scenes(studio, scene):
+    """Concepts were moved and one was erased: cut off before the first rename, the new scene is there all the same."""
+    path, folder = f"api/scenes/{scene['name']}", studio.home.folder / "scenes" / scene["name"]
+    rows = [{"from": place, "handle": f"<a{i}>", "word": None} for i, place in enumerate((0, None))]
+    now = studio.ask("PATCH", path, {"concepts": rows}, if_match=scene["version"]).json()
+    for i in range(2):
+        now = send(studio, now, i, soft(i)).json()
+    names = {"concepts": [{"handle": "<a1>", "word": None}]}
+    (folder / ".mask0.png.7.tmp").write_bytes((folder / "mask1.png").read_bytes())
+    (folder / ".scene.json.7.tmp").write_text(json.dumps(names))
+    note = {"renamed": {f".{name}.7.tmp": name for name in ("mask0.png", "scene.json")}, "removed": ["mask1.png"]}
+    (folder / JOURNAL).write_text(json.dumps(note))
+    (row,) = studio.get("api/state")["scenes"]
+    assert (row["handles"], row["painted"]) == (["<a1>"], 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["img.png", "mask0.png", "scene.json"]
+    assert np.array_equal(np.asarray(Image.open(folder / "mask0.png")), soft(1))
 
 
 def test_two_pages_do_not_overwrite_each_other(studio, scene):
