@@ -29,7 +29,7 @@ from bas.io.run_files import (
     read_sessions,
     read_settings,
 )
-from bas.presets import KINDS
+from bas.presets import KINDS, METHODS
 from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import SHIPPED
 from bas.runtime.progress import clock
@@ -182,7 +182,12 @@ def scene_figures(folder: Path, scene: Scene) -> list[Figure]:
 
 
 def first_trained_step(config: dict) -> int:
-    """Return the first step whose preview shows a trained model: phase 1 trains token embeddings alone."""
+    """Return the first step whose preview shows a trained model: phase 1 trains token embeddings alone.
+
+    0 for a baseline: it has one phase.
+    """
+    if config["method"] in METHODS:
+        return 0
     return config["phase1_train_steps"] + 1 if config["phase2_train_steps"] else 0
 
 

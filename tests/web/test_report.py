@@ -18,6 +18,7 @@ from bas.config import TrainConfig
 from bas.data.scene_folder import load_scene
 from bas.io.figures import grid, overlay_attention
 from bas.io.run_files import read_rows
+from bas.presets import PLAIN
 from bas.pretrained.hashes import weights_hash
 from bas.sampling.gallery import save_grid
 from bas.training.preview import write_image
@@ -129,6 +130,13 @@ def test_a_preview_of_phase_1_says_that_it_cannot_look_like_the_concept_yet(run)
     """Phase 1 has 20 of 40 steps: of the previews at 20 and 40 the first one says so, for two handles and for both."""
     captions = [image["alt"] for image in Page(page(run)).all("img") if image["alt"].startswith("step")]
     assert captions == [f"step 20, in phase 1: {UNTRAINED}", "step 40"] * 3
+
+
+def test_a_baseline_trains_from_its_first_step(tmp_path):
+    """It has one phase: none of its previews is said to be of phase 1."""
+    source = page(run_folder(tmp_path / "run", method="db", **PLAIN))
+    captions = [image["alt"] for image in Page(source).all("img") if image["alt"].startswith("step")]
+    assert captions == ["step 20", "step 40"] * 3
 
 
 def test_the_curves_are_metrics_jsonl(run):

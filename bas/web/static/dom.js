@@ -136,5 +136,11 @@ export async function copy(text, from) {
 export const progress = (done, total, name) =>
   h("progress", { max: total || 1, value: Math.min(done, total || 1), "aria-label": name });
 
+export const linesOf = (text) =>
+  text
+    .split("\n")
+    .map((line) => line.trim())
+    .filter(Boolean);
+
 // The three numbers of a colour such as "#e69f00".
 export const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));

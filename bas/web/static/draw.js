@@ -2,7 +2,7 @@
 import { Away, address, get, send } from "./api.js";
 import { layout } from "./boxes.js";
 import { chooseRun, finished, withoutRun } from "./choice.js";
-import { button, h, labelled, link, plural, problem, put, remember, remembered, speak } from "./dom.js";
+import { button, h, labelled, linesOf, link, plural, problem, put, remember, remembered, speak } from "./dom.js";
 import { gallery } from "./gallery.js";
 import { PLACES, promptField } from "./prompt.js";
 import { counter, settingsForm } from "./settings.js";
@@ -190,15 +190,7 @@ function placesForm(key, onchange) {
     keep();
   };
   return {
-    chosen: () => [
-      ...new Set([
-        ...kept.ticked,
-        ...kept.own
-          .split("\n")
-          .map((line) => line.trim())
-          .filter(Boolean),
-      ]),
-    ],
+    chosen: () => [...new Set([...kept.ticked, ...linesOf(kept.own)])],
     box: h(
       "fieldset",
       { class: "stack" },

@@ -10,7 +10,7 @@ export const STATES = {
   waiting: "in the queue",
   stopped: "stopped",
   failed: "failed",
-  refused: "not started",
+  refused: "refused",
   lost: "ended without a word",
   unfinished: "unfinished",
   elsewhere: "training in a terminal",

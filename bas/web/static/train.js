@@ -1,7 +1,7 @@
 // Train: base, settings, what it takes, start.
 import { Away, address, get, send } from "./api.js";
 import { baseChoice } from "./bases.js";
-import { button, copy, duration, emptyRoom, h, link, problem, put, remember, remembered, speak, warning } from "./dom.js";
+import { button, copy, duration, emptyRoom, h, linesOf, link, problem, put, remember, remembered, speak, warning } from "./dom.js";
 
 export async function open(main, [name], studio) {
   if (!name) return emptyRoom(main, "Train", "A training needs a scene", "Bring a photograph and paint a mask for each concept.");
@@ -79,7 +79,8 @@ export async function open(main, [name], studio) {
         field.optional && h("option", { value: "", selected: value === null }, "default"),
         field.choices.map((each) => h("option", { value: each, selected: each === value }, each)),
       );
-    } else {
+    } else if (field.kind === "list") control = h("textarea", { id, rows: 3, value: value.join("\n") });
+    else {
       const number = field.kind === "int" || field.kind === "float";
       control = h("input", {
         id,
@@ -88,7 +89,7 @@ export async function open(main, [name], studio) {
         min: field.least,
         max: field.most,
         placeholder: field.optional ? (EMPTY[field.name] ?? "default") : "",
-        value: Array.isArray(value) ? value.join(", ") : (value ?? ""),
+        value: value ?? "",
       });
     }
     control.addEventListener(field.kind === "bool" || field.kind === "choice" ? "change" : "input", () => set(field, control));
@@ -119,7 +120,7 @@ export async function open(main, [name], studio) {
     let value = text;
     if (field.kind === "bool") value = control.checked;
     else if (field.kind === "int" || field.kind === "float") value = text === "" ? null : Number(text);
-    else if (field.kind === "list") value = text ? text.split(",").map((part) => part.trim()) : [];
+    else if (field.kind === "list") value = linesOf(text);
     else if (text === "") value = null;
     if (JSON.stringify(value) === JSON.stringify(field.default) || (value === null && !field.optional)) delete values[field.name];
     else values[field.name] = value;
@@ -302,6 +303,7 @@ const SHORT = {
   close_ups: "Also trains on close-ups of the concepts",
   background_handle: "Also learns what no mask covers, as bg for <bg>",
   img_log_steps: "Images while it trains; 0 for none",
+  class_prompt: "Prompts of the class images, one a line",
 };
 const EMPTY = { background_handle: "none" }; // what a field without a value means, where that is no default
 const NAMES = {

@@ -138,12 +138,13 @@ export async function open(main, [name], studio) {
           stopped: `It was stopped after step ${done} of ${total ?? "?"}.`,
           lost: "It ended abruptly: killed, or the machine was restarted.",
           failed: "It has failed.",
-          refused: "It has not started.",
+          refused: done ? "It was not continued." : "It has not started.",
           unfinished: `It is unfinished, after step ${done} of ${total ?? "?"}.`,
           damaged: "Its files are damaged.",
           foreign: "It came from elsewhere: Home shows the command that would go on with it, and asks.",
         }[state] ?? STATES[state];
-      const again = state !== "refused" && state !== "damaged" && state !== "foreign";
+      const begun = state !== "refused" || done > 0,
+        again = begun && state !== "damaged" && state !== "foreign";
       parts.push(
         h(
           "div",
@@ -155,7 +156,7 @@ export async function open(main, [name], studio) {
             "p",
             { class: "row" },
             again && button("Continue", resume, { class: "main", id: "continue" }),
-            state === "refused" && link("To Home", "#/home", { class: "button" }),
+            !begun && link("To Home", "#/home", { class: "button" }),
             run.scene && link("Change settings", `#/${address("train", run.scene)}`, { class: "button" }),
             line &&
               button("Copy details", async (event) =>

@@ -49,7 +49,10 @@ def state(ask: Ask) -> dict[str, Any]:
 
 def scene_summary(folder: Path) -> dict[str, Any]:
     """Return a scene in short, read again only if its folder has changed."""
-    return _summary(folder, scenes.version(folder))
+    try:
+        return _summary(folder, scenes.version(folder))
+    except OSError as error:
+        return {"name": folder.name, "problem": str(error)}
 
 
 @lru_cache(maxsize=1024)
@@ -194,6 +197,8 @@ def delete_run(ask: Ask) -> dict[str, Any]:
     busy = [job for folder in ask.lane.folders() if (job := jobs.describe(folder)) and job["state"] in jobs.ALIVE]
     if any(job["name"] == run.name for job in busy):
         raise Refusal(409, "this run is at work: stop it first", "running")
+    if runs.trained_elsewhere(run):
+        raise Refusal(409, "a terminal trains this run: stop it there first", "running")
     return {"trash": ask.home.trash(run)}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -35,6 +36,7 @@ FORMS = ("single", *FORMATS)  # of exports
 SHOWN = (".png", ".jpg", ".webp")
 MOST_IMAGES = 10_000  # of one edit that are looked for
 COLUMNS = 400  # of a curve at most
+marking = threading.Lock()  # one change of the favourites at a time
 FILES = {
     DRAWN,
     VARIED,
@@ -84,9 +86,14 @@ def state_of(run: Path, job: dict | None) -> str:
     """Return the state of a run that is not finished: that of its training, here or in a terminal."""
     if job and job["state"] in jobs.ALIVE:
         return job["state"]
-    if (run / LOCK).exists() and jobs.held(run / LOCK):
+    if trained_elsewhere(run):
         return "elsewhere"
     return job["state"] if job and job["state"] != "done" else "unfinished"
+
+
+def trained_elsewhere(run: Path) -> bool:
+    """Return whether a process holds a run. If it is no job of the studio, it is a terminal's."""
+    return (run / LOCK).exists() and jobs.held(run / LOCK)
 
 
 def cover(run: Path) -> str | None:
@@ -292,8 +299,9 @@ def marks(run: Path) -> list[str]:
 
 def mark(run: Path, file: str, star: bool) -> None:
     """Mark an image as a favourite, or take the mark away."""
-    stars = [name for name in marks(run) if name != file]
-    write_json(run / MARKS, {"stars": [*stars, file] if star else stars})
+    with marking:
+        stars = [name for name in marks(run) if name != file]
+        write_json(run / MARKS, {"stars": [*stars, file] if star else stars})
 
 
 def run_file(run: Path, name: str) -> Path:

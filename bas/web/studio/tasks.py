@@ -22,6 +22,7 @@ from bas.io.images import image_size, read_image, to_floats
 from bas.io.run_files import CONCEPTS, METRICS, SETTINGS, TUNED, read_settings
 from bas.io.settings_file import CONFIG
 from bas.models.bundle import ModelSpec
+from bas.pretrained.additions import Additions
 from bas.pretrained.exports import Unsuited, how_to_use, needed_too, plan_export, read_export
 from bas.pretrained.folder import holds_sdxl, read_spec
 from bas.pretrained.hub import is_known_elsewhere
@@ -43,6 +44,7 @@ from bas.web.studio.tiles import lay, unpack
 
 EDITING = (*(name for name in SAMPLING if name not in ("separate", "height", "width")), "blending_start_percentage")
 LAYOUT = "layout.json"
+OF_THE_MODEL = ("clip_skip", "prediction_type", "precision")  # how a model was read and computed, of an image
 PLACES = 20  # contexts of an exploration at most
 
 
@@ -80,14 +82,15 @@ def resume(home: Home, body: dict) -> str:
 
 
 def trainings_of(home: Home, run: Path) -> list[dict[str, Any]]:
-    """Return the jobs that train a run."""
+    """Return the jobs that train a run of this name, oldest first."""
     found = [job for job in map(jobs.describe, jobs.Lane(home).folders()) if job]
     return [job for job in found if (job["kind"], job["name"]) == ("train", run.name)]
 
 
 def go_on(home: Home, run: Path, trainings: list[dict[str, Any]]) -> str:
     """Put the rest of a training into the queue, and return its job: as it was asked for, from its last checkpoint."""
-    first = next((job for job in trainings if job["here"] and not job["asked"].get("resume")), None)
+    asked_here = [job for job in trainings if job["here"] and not job["asked"].get("resume")]
+    first = asked_here[-1] if asked_here else None  # older ones trained a run of this name that was deleted
     begun, asked = (run / SETTINGS).is_file(), {"run": run.name, "resume": True}
     if first is None and not begun:
         raise Refusal(409, "this run has no settings to go on with", "missing")
@@ -224,18 +227,21 @@ def attend(home: Home, body: dict) -> str:
     prompt, layout = made.get("prompt"), made.get("layout")
     if file.partition("/")[0] not in runs.GALLERIES[runs.DRAWN] or not isinstance(prompt, str):
         raise Refusal(422, "this image does not say how it was drawn", "image", "file")
-    if made.get("lora") or made.get("embedding"):
+    if any(made.get(name) for name in ("lora", "embedding", "vae", "base")):
         raise Refusal(422, "this image was drawn with further files: ask bas attend for it in a terminal", "image")
     if layout and not (Path(layout).is_file() and inside(Path(layout), home.folder)):
         raise Refusal(409, "the boxes of this image are not here any more: draw it again", "missing")
     names = [name for name in setting_rows(SampleConfig) if name not in ("num_images", "batch_size")]
     settings = {name: made[name] for name in names if made.get(name) is not None}
-    plan_maps(read_spec(run), prompt, SampleConfig(**settings), None, all_words)
+    model = {name: made[name] for name in OF_THE_MODEL if made.get(name) is not None}
+    skipping = Additions.read([], [], clip_skip=model.get("clip_skip"))
+    spec = read_spec(run, model.get("prediction_type"), None if skipping == Additions() else skipping)
+    plan_maps(spec, prompt, SampleConfig(**settings), None, all_words)
     target = runs.attention_folder(run, file)
     if target.exists():  # of an older image of this name, or asked for again
         home.trash(target)
     words = ["attend", str(run), f"--prompt={prompt}", f"--output_dir={target}", *as_flags(SampleConfig, settings)]
-    words += ["--words"] if all_words else []
+    words += [f"--{name}={value}" for name, value in model.items()] + ["--words"] * all_words
     return jobs.make(home, "attend", run.name, words, {"file": file}, {})
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bas.web.studio import jobs
+from bas.web.studio.store import Home
 from tests.helpers.studio_page import (
     PLAYROOM,
     SAVED,
@@ -448,3 +450,49 @@ def test_what_becomes_of_an_image_in_vain_is_said_above_it(page, furnished):
     page.run("window.fetch = () => Promise.reject(new TypeError('away')); 0")
     click(page, ".chosen figcaption button[aria-pressed=false]")
     page.wait(f"{said} === 'The image was not markedbas studio does not answer'")
+
+
+def test_a_run_that_was_refused_after_some_steps_can_be_continued(page, furnished):
+    """The page says so, and offers it; one that was refused before its first step has not started, and does not."""
+    home = Home(furnished.home)
+    made = []
+    for name, steps in (("later", 3), ("never", 0)):
+        run = shutil.copytree(furnished.home / "runs" / "first", furnished.home / "runs" / name)
+        (run / "concepts.safetensors").unlink()
+        if not steps:
+            (run / "metrics.jsonl").unlink()
+        job = home.folder / "jobs" / jobs.make(home, "train", name, ["train", "nowhere"], {}, {})
+        (job / jobs.EXIT).write_text(json.dumps({"code": 2, "line": "the disk is full", "ended": 0}))
+        made += [run, job]
+    card = "document.querySelector('.stack .card')"
+    visit(page, furnished, "#/watch/never")
+    page.wait(f"{card}?.textContent.startsWith('It has not started.the disk is full')")
+    assert page.run("document.querySelector('#continue')") is None
+    visit(page, furnished, "#/watch/later")
+    page.wait(f"{card}?.textContent.startsWith('It was not continued.the disk is full')")
+    before = {*jobs.Lane(home).folders()}
+    click(page, "#continue")
+    until(lambda: {*jobs.Lane(home).folders()} - before)
+    (rest,) = {*jobs.Lane(home).folders()} - before
+    assert jobs.words_of(rest) == ["train", "nowhere", "--resume_from_checkpoint", "latest"]
+    until((rest / jobs.EXIT).exists)
+    for folder in (*made, rest):
+        shutil.rmtree(folder)
+
+
+def test_prompts_of_class_images_are_lines_and_keep_their_commas(page, furnished):
+    """What was written is in the command, and is shown again when the room is opened again."""
+    visit(page, furnished, "#/train/playroom")
+    field = "document.querySelector('#set-class_prompt')"
+    page.wait(f"{field} !== null")
+    usual = page.run(f"{field}.value")
+    assert usual.split("\n")[:2] == ["a photo at the beach", "a photo in the jungle"]
+    fill(page, "#set-class_prompt", "a photo, at the beach\n\n  a photo in the snow ")
+    page.wait("document.querySelector('.plan pre')?.textContent.includes('--class_prompt')")
+    said = "--class_prompt 'a photo, at the beach' 'a photo in the snow'"
+    assert said in page.run("document.querySelector('.plan pre').textContent")
+    visit(page, furnished, "#/train/playroom")
+    page.wait(f"{field} !== null")
+    assert page.run(f"{field}.value") == "a photo, at the beach\na photo in the snow"
+    fill(page, "#set-class_prompt", usual)
+    page.wait("document.querySelector('.columns').textContent.includes('As suits this base model.')")

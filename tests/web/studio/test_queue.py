@@ -13,6 +13,7 @@ from filelock import FileLock
 from bas.cli.entry import attempt
 from bas.errors import InputError
 from bas.io.run_files import METRICS, SETTINGS
+from bas.training.run_folder import locked
 from bas.web.studio import jobs
 from bas.web.studio.jobs import Lane
 from bas.web.studio.store import Home
@@ -100,6 +101,34 @@ def test_a_training_is_paused_for_a_drawing_and_goes_on(studio, started):
         studio.lane.started.clear()
         assert started[-1] == next_one
         (next_one / jobs.EXIT).write_text('{"code": 0}')
+
+
+def test_a_run_goes_on_with_its_own_settings_not_those_of_a_deleted_one_of_its_name(studio):
+    """Also after it was continued once: the command is that of the newest training that began the run."""
+    run = studio.home.folder / "runs" / "cat"
+    for words in (("train", "deleted"), ("train", "cat")):
+        training = ask_for(studio, "cat", words=words)
+        (training / jobs.EXIT).write_text('{"code": 130}')
+        run.mkdir()
+        (run / SETTINGS).write_text("{}")
+        if words[1] == "deleted":
+            assert studio.ask("DELETE", "api/runs/cat").status_code == 200
+    for _ in range(2):
+        rest = studio.home.folder / "jobs" / studio.post("api/jobs", {"kind": "resume", "run": "cat"})["id"]
+        assert jobs.words_of(rest) == ["train", "cat", "--resume_from_checkpoint", "latest"]
+        (rest / jobs.EXIT).write_text('{"code": 130}')
+
+
+def test_a_run_that_a_terminal_trains_is_not_deleted(studio):
+    """A page that was loaded before still offers it. Once the terminal has ended, it goes."""
+    run = studio.home.folder / "runs" / "cat"
+    with locked(run):
+        answer = studio.ask("DELETE", "api/runs/cat")
+        assert (answer.status_code, answer.json()["code"]) == (409, "running")
+        assert answer.json()["message"] == "a terminal trains this run: stop it there first"
+        (run / SETTINGS).write_text("{}")
+    assert studio.ask("DELETE", "api/runs/cat").status_code == 200
+    assert not run.exists()
 
 
 def test_a_scene_that_a_job_needs_is_not_deleted(studio):

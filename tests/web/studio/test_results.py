@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from bas.io.tensors import write_tensors
 from bas.pretrained.embedding_files import write_embedding
 from bas.web.studio import jobs, tasks
 from bas.web.studio.app import STATIC
-from bas.web.studio.runs import maps_of
+from bas.web.studio.runs import maps_of, marks
 from bas.web.studio.tiles import pack
 from tests.helpers.small_runs import LORA, write_base, write_small_run
 
@@ -170,7 +171,8 @@ def test_an_image_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
     for name, made_by, status in (
         ("unknown", None, 422),
         ("plain", whole | {"prompt": "a photo"}, 422),
-        ("more", whole | {"lora": ["x.safetensors"]}, 422),
+        *((name, whole | {name: ["x.safetensors"]}, 422) for name in ("lora", "embedding")),
+        *((name, whole | {name: "x"}, 422) for name in ("vae", "base")),
         ("boxes", whole | {"layout": str(studio.home.folder / "jobs" / "gone" / "layout.json")}, 409),
     ):
         (run / "pictures").mkdir(exist_ok=True)
@@ -178,6 +180,48 @@ def test_an_image_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
         asked = {"kind": "attend", "run": "toy", "file": f"pictures/{name}.png"}
         assert studio.ask("POST", "api/jobs", asked).status_code == status, name
     assert studio.get("api/state")["jobs"] == []
+
+
+def test_an_image_is_looked_at_with_the_model_that_drew_it(studio, run):
+    """How the model was read and computed for the image is in the command, so the same image is drawn again."""
+    (run / "pictures").mkdir()
+    flags = ["--clip_skip=2", "--prediction_type=v_prediction", "--precision=fp32"]
+    words = ["sample", str(run), f"--prompt={PROMPT}", "--num_inference_steps=2", *flags]
+    assert main([*words, f"--output_path={run / 'pictures' / 'a.png'}"]) == 0
+    job = do(studio, kind="attend", file="pictures/a.png")
+    assert set(flags) <= {*jobs.words_of(job)}
+    assert np.abs(pixels(run / "pictures/a.png") - pixels(run / "attention/pictures-a.png/picture.png")).max() <= 1
+    save_image(Image.new("RGB", (16, 16)), run / "pictures" / "b.png", {"prompt": PROMPT, "precision": "bf16"})
+    job = studio.post("api/jobs", {"kind": "attend", "run": "toy", "file": "pictures/b.png"})
+    assert "--precision=bf16" in jobs.words_of(studio.home.folder / "jobs" / job["id"])
+
+
+def test_favourites_of_one_moment_are_all_kept(studio, run):
+    """Requests of several threads: each mark is there afterwards, and none of them fails."""
+    (run / "pictures").mkdir()
+    files = [f"pictures/{i}.png" for i in range(24)]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(run / file)
+
+    def star(file):
+        return studio.ask("PATCH", "api/runs/toy/pictures", {"file": file, "star": True}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(star, files)] == [200] * len(files)
+    assert sorted(marks(run)) == sorted(files)
+
+
+def test_previews_of_a_baseline_are_never_of_phase_1(studio, run):
+    """It has one phase and trains from its first step; another method shows no concept before phase 2."""
+    place = run / "previews" / "pictures" / "step-000005"
+    place.mkdir(parents=True)
+    for path in (place / "sample-0.png", run / "previews" / "step-000005.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    record = read_json(run / SETTINGS)
+    for method, trained in (("bas", False), ("db", True)):
+        write_json(run / SETTINGS, record | {"config": record["config"] | {"method": method}})
+        (found,) = studio.get("api/runs/toy")["previews"]
+        assert (found["step"], found["trained"]) == (5, trained)
 
 
 def test_an_edit_beside_what_it_was_made_from(studio, run):
