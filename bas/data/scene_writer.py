@@ -17,7 +17,7 @@ from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_sour
 from bas.data.scene_folder import JOURNAL, find_image, images_in, match_size, numbered_folders, read_names
 from bas.errors import InputError
 from bas.io.files import reading, replacing, require_writable, sync
-from bas.io.images import read_image, read_orientation
+from bas.io.images import read_image, read_orientation, suffix_of_copy
 from bas.io.json_files import json_text, read_json, read_record, write_json
 
 NOTED = re.compile(r"(\d+/)?\.?\w[\w.-]*")  # a file of the folder, or of an extra image's
@@ -113,7 +113,7 @@ def write_draft(
             options["exif"][ExifTags.Base.Orientation] = 1
         files: dict[Path, Callable[[Path], object]] = {}
         if not images_in(folder):
-            files[folder / f"img{draft.image_path.suffix.lower()}"] = partial(shutil.copyfile, draft.image_path)
+            files[folder / f"img{suffix_of_copy(draft.image_path)}"] = partial(shutil.copyfile, draft.image_path)
         for i, mask in enumerate(masks):
             if mask is not None:
                 files[folder / f"mask{i}.png"] = partial(mask.save, format="PNG", **options)

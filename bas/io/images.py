@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
+SUFFIX_OF = {  # of a copy, by Pillow's name of the format
+    **{"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"},
+    **{"AVIF": ".avif", "HEIF": ".heic"},
+}
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # after "ftyp" in the first bytes
 FIRST_FRAME = ("MPO", "GIF")  # of several frames the first is read: a phone's second image, or an animation
 MAX_PIXELS = 100_000_000  # checked on the header, before anything is decoded
@@ -104,6 +108,12 @@ def upright_size(path: Path) -> tuple[tuple[int, int], int | None]:
     (width, height), orientation = found
     turned = orientation in (5, 6, 7, 8)
     return ((height, width) if turned else (width, height)), orientation if orientation in TURNS else None
+
+
+def suffix_of_copy(path: Path) -> str:
+    """Return the suffix for a copy of an image: its own in small letters, if bas reads it, else that of its format."""
+    own = path.suffix.lower()
+    return own if own in SUFFIXES else SUFFIX_OF[_from_header(path, lambda image: image.format) or "PNG"]
 
 
 def read_orientation(path: Path) -> int | None:

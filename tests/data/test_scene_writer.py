@@ -166,3 +166,16 @@ def test_the_version_of_a_scene_changes_with_its_files(scene):
     assert len({*versions}) == 6
     (scene / ".hidden").touch()
     assert version(scene) == versions[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "copy"),
+    [("photo.JPE", "JPEG", "img.jpg"), ("photo.orig", "PNG", "img.png"), ("photo", "WEBP", "img.webp")],
+)
+def test_an_image_with_an_unusual_suffix_becomes_a_scene_that_is_read(tmp_path, name, kind, copy):
+    """Its copy has the suffix of its format."""
+    Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / name, format=kind)
+    draft = open_draft(tmp_path / name, tmp_path / "scene")
+    write_draft(draft, [mask(0)], names(0))
+    assert (tmp_path / "scene" / copy).is_file()
+    assert load_scene(TrainConfig(instance_data_dir=str(tmp_path / "scene"))).handles == ("<a0>",)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bas.config import TrainConfig, setting_rows
 from bas.errors import InputError
-from bas.io.images import numbered_paths, read_image
+from bas.io.images import numbered_paths, read_image, settings_text
 from bas.io.json_files import read_json, write_json
 from bas.io.run_files import CONCEPTS, METRICS, PREVIEWS, REPORT, SCENE, SETTINGS, read_rows, read_settings, scene_mask
 from bas.pretrained.lora_files import FORMATS
@@ -276,10 +276,10 @@ def changed_outside(job: Path, edited: Path, _changed: int) -> int | None:
 
 @lru_cache(maxsize=4096)
 def settings_in(path: Path, _changed: int) -> dict[str, Any]:
-    """Read what made an image from its text `bas`; nothing without one."""
+    """Read what made an image, as `save_image` noted it; nothing without a note."""
     try:
         with Image.open(path) as image:
-            found = json.loads(image.info.get("bas", "{}"))
+            found = json.loads(settings_text(image) or "{}")
             given = (
                 {name: value for name, value in found.items() if value is not None} if isinstance(found, dict) else {}
             )

@@ -34,7 +34,7 @@ from bas.data.scene_writer import (
 )
 from bas.errors import InputError
 from bas.io.figures import CONCEPT_COLOURS, as_hex
-from bas.io.images import read_image
+from bas.io.images import read_image, suffix_of_copy
 from bas.io.json_files import json_text, read_json, write_json
 from bas.models.text import check_name
 from bas.web.studio.folders import FOLDER, unpack_folder
@@ -44,8 +44,6 @@ from bas.web.studio.tiles import lay, pack, unpack
 
 DRAFT = "draft.json"
 MAX_WORD = 100  # characters
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "GIF": ".gif"}
-SUFFIXES |= {"AVIF": ".avif", "HEIF": ".heic", "MPO": ".jpg"}
 UPLOAD = ".upload-"
 writing = threading.Lock()  # one change of a scene at a time
 
@@ -164,13 +162,11 @@ def add_photo(home: Home, wanted: str, data: bytes) -> str:
     upload.write_bytes(data)
     try:
         read_image(upload)
-        with Image.open(upload) as image:
-            suffix = SUFFIXES.get(image.format or "", ".png")
         with writing:
             name = home.free_name(SCENES, wanted)
             folder = place / name
             folder.mkdir()
-            os.replace(upload, folder / f"img{suffix}")
+            os.replace(upload, folder / f"img{suffix_of_copy(upload)}")
     except InputError as error:
         raise InputError(str(error).replace(str(upload), wanted[:80] or "the file")) from None
     finally:

@@ -182,6 +182,14 @@ def test_an_image_that_does_not_say_how_it_was_drawn_has_no_maps(studio, run):
     assert studio.get("api/state")["jobs"] == []
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_terminals_image_shows_its_settings_in_any_format(studio, run, suffix):
+    (run / "pictures").mkdir()
+    save_image(Image.new("RGB", (8, 8)), run / "pictures" / f"a{suffix}", {"prompt": PROMPT, "seed": 3})
+    (row,) = studio.get("api/runs/toy/pictures")["pictures"]
+    assert row["settings"] == {"prompt": PROMPT, "seed": 3, "size": [8, 8]}
+
+
 def test_an_image_is_looked_at_with_the_model_that_drew_it(studio, run):
     """How the model was read and computed for the image is in the command, so the same image is drawn again."""
     (run / "pictures").mkdir()
