@@ -95,7 +95,8 @@ NUMBERS = {  # of every other number: two at its ends that pass, two beyond them
     TrainConfig: {
         **dict.fromkeys(("initial_learning_rate", "learning_rate", "lambda_attention"), EVERYTHING_OR_MORE),
         **dict.fromkeys(("prior_loss_weight", "max_grad_norm", "adam_weight_decay"), EVERYTHING_OR_MORE),
-        **dict.fromkeys(("adam_epsilon", "lr_power"), EVERYTHING_OR_MORE),
+        "lr_power": EVERYTHING_OR_MORE,
+        "adam_epsilon": (1e-30, 1e300, 0.0, float("inf")),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), DECAY),
         "alpha": (0.001, 1000.0, 0.0, 1000.1),
         "flip_probability": PROBABILITY,

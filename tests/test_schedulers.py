@@ -239,6 +239,7 @@ def test_a_schedule_bas_cannot_honour_is_refused(change, message):
         NoiseSchedule.from_json(NoiseSchedule().to_json() | change)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of diffusers itself
 @pytest.mark.parametrize(
     "name",
     [

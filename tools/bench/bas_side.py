@@ -72,7 +72,7 @@ def configure(material: Material, mode: Mode, phase: int, run: Path) -> TrainCon
         pretrained_model_name_or_path=material.model,
         output_dir=str(run),
         class_data_dir=material.class_images,
-        num_class_images=len(list(Path(material.class_images).iterdir())),
+        num_class_images=len(list(Path(material.class_images).glob("[!.]*.*g"))),
         initializer_tokens=material.words,
         resolution=material.side,
         device=material.device,
