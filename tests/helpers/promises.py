@@ -59,7 +59,7 @@ PROMISES = (  # what is promised, and a pattern that the names of its tests matc
         r"test_entry::.*(closed_streams|encoding_lacks|control_characters)|forge_a_line|one_printable_line",
     ),
     (
-        "the `bas.json` of a model sets only how it is trained; an error in bas is not reported as a damaged file",
+        "a `bas.json` sets only training and guidance; an error in bas is not reported as a damaged file",
         r"model_sets_only|settings_of_the_miniature|mistake_of_bas|library_raises",
     ),
     (
