@@ -162,7 +162,7 @@ def run_trial(trial: Trial, base: Base, sampling: SampleConfig, segments: bool =
                 "seed": trial.seed,
                 "handles": list(run.scene.handles),
                 "words": list(run.scene.words),
-                "state": scene_state(load_scene(trial.training)),
+                "sha256": scene_state(load_scene(trial.training))["scene"],
                 "attention_iou": measure_attention(run),
                 "pictures": generate_images(run, trial.requests, trial.folder, sampling, segments),
             }

@@ -43,7 +43,8 @@ def score_trial(trial: Trial, scorer: Scorer, size: tuple[int, int], segments: S
     """
     noted = read_trial(trial.folder)
     scene, scene_image, masks = read_scene(trial.training, *size)
-    if noted.get("state", {}) not in ({}, scene_state(scene)) or len(scene) != len(noted["handles"]):
+    names = [list(scene.handles), list(scene.words)]
+    if names != [noted["handles"], noted["words"]] or noted.get("sha256") not in (None, scene_state(scene)["scene"]):
         advice = f"bring it back as it was, or remove {trial.folder}"
         raise InputError(f"{trial.training.instance_data_dir} was changed after the trial was trained: {advice}")
     reference, layers = to_image(scene_image), list(masks.numpy())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bas.errors import InputError, check_bool, is_own_fault
+from bas.errors import InputError, check_bool
 from bas.io.files import replacing, write_text
 from bas.io.json_files import check_json_size, read_json, read_text, write_json
 from bas.io.run_files import CONCEPTS, METRICS, TUNED, handle_rows, read_concepts
@@ -38,6 +38,7 @@ from bas.pretrained.loading import (
     PROJECTION,
     TEXT_PREFIX,
     Parts,
+    blaming,
     check_parts,
     fit_text_encoders,
     load_weights,
@@ -186,11 +187,11 @@ def read_parts(path: Path, prediction_type: str | None, base: Path | None = None
         return read_small_run(path, prediction_type, base)
     if base is not None:
         raise InputError(f"--base {base}: {path} is a whole model and has no other base; leave it out")
-    with _blaming(path):
+    with blaming(path):
         folder = path.is_dir()
         parts = _read_folder(path, prediction_type) if folder else read_single_file(path, prediction_type)
     for component, config in parts.spec.text_encoders.items():
-        with _blaming(path / component / "config.json" if folder else path):
+        with blaming(path / component / "config.json" if folder else path):
             text_config(config, projection=component == "text_encoder_2")
     parts = fit_text_encoders(parts)
     spec = parts.spec
@@ -244,11 +245,11 @@ def _read_folder(folder: Path, prediction_type: str | None) -> Parts:
     check_edm(schedule.get("_class_name"), configs["vae"], folder)
     if prediction_type:
         schedule["prediction_type"] = prediction_type
-    with _blaming(folder / "unet" / "config.json"):
+    with blaming(folder / "unet" / "config.json"):
         unet = UNetConfig.from_json(configs["unet"])
-    with _blaming(folder / "vae" / "config.json"):
+    with blaming(folder / "vae" / "config.json"):
         vae = VAEConfig.from_json(configs["vae"])
-    with _blaming(folder / "scheduler" / "scheduler_config.json"):
+    with blaming(folder / "scheduler" / "scheduler_config.json"):
         noise_schedule = (as_in_sdxl if both else as_in_pipeline)(NoiseSchedule.from_json(schedule), schedule)
     tokenizer = _read_tokenizer(folder / "tokenizer")
     tensors = {component: read_component(folder / component, STEMS[component]) for component in components}
@@ -291,7 +292,7 @@ def as_in_sdxl(schedule: NoiseSchedule, config: dict) -> NoiseSchedule:
 
 def _read_tokenizer(folder: Path) -> CLIPTokenizer:
     """Load the tokenizer of a model folder, from that folder alone."""
-    with _blaming(folder):
+    with blaming(folder):
         for path in folder.glob("*"):
             check_json_size(path)
         if (config := folder / "tokenizer_config.json").is_file():
@@ -319,18 +320,6 @@ def without_marks(folder: Path) -> Iterator[Path]:
         for path in files:
             (Path(place) / path.name).write_bytes(path.read_bytes().removeprefix(BOM_UTF8))
         yield Path(place)
-
-
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Turn any error that a malformed description causes into an InputError that names the file."""
-    try:
-        yield
-    except Exception as error:  # tokenizers raises nothing more specific
-        if is_own_fault(error) or (isinstance(error, InputError) and str(path) in str(error)):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} cannot be used: {reason}") from error
 
 
 def _raise_for_folder(folder: Path) -> NoReturn:

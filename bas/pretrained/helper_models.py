@@ -6,19 +6,17 @@ A name is a folder or a hub id that was downloaded before. The network is never 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bas.errors import InputError, is_own_fault
+from bas.errors import InputError
 from bas.io.json_files import read_json
 from bas.models.bundle import is_finite
 from bas.models.text import load_tokenizer
 from bas.pretrained.hub import HUB_ID, cached
-from bas.runtime.device import is_out_of_memory
+from bas.pretrained.loading import blaming
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -48,11 +46,14 @@ def load_helper(folder: Path, kind: str, model: str, processor: str, **options: 
     import transformers  # slow to import: errors in the input are raised before
 
     transformers.logging.disable_progress_bar()  # it would mix with the command's own bar
-    with _blaming(folder, kind):
-        prepare = getattr(transformers, processor).from_pretrained(str(folder), local_files_only=True)
-        network, report = getattr(transformers, model).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
+    try:
+        with blaming(folder):
+            prepare = getattr(transformers, processor).from_pretrained(str(folder), local_files_only=True)
+            network, report = getattr(transformers, model).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+            )
+    except ImportError as error:  # Mask2Former's loss, which is built with the model, needs scipy
+        raise InputError(f"{kind} needs one more package: {str(error).strip().splitlines()[0]}") from error
     if report["missing_keys"]:
         raise InputError(f"{folder} lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first")
     if broken := [name for name, tensor in network.state_dict().items() if not is_finite(tensor)]:
@@ -64,19 +65,5 @@ def load_helper(folder: Path, kind: str, model: str, processor: str, **options: 
 
 def load_words(folder: Path) -> CLIPTokenizer:
     """Load the tokenizer in the folder of a CLIP. Raises InputError for a damaged one."""
-    with _blaming(folder, "clip"):
+    with blaming(folder):
         return load_tokenizer(folder)
-
-
-@contextmanager
-def _blaming(folder: Path, kind: str) -> Iterator[None]:
-    """Turn any error that a damaged model causes into an InputError that names its folder."""
-    try:
-        yield
-    except ImportError as error:  # Mask2Former's loss, which is built with the model, needs scipy
-        raise InputError(f"{kind} needs one more package: {str(error).strip().splitlines()[0]}") from error
-    except Exception as error:  # safetensors, tokenizers and transformers' checks raise nothing more specific
-        if is_own_fault(error) or is_out_of_memory(error) or isinstance(error, InputError):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder} cannot be read: {reason}") from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bas.errors import InputError, RunError
+from bas.errors import InputError, RunError, is_own_fault
 from bas.io.tensors import WEIGHT_TYPES
 from bas.models.adapters import Changes, changed
 from bas.models.bundle import Models, ModelSpec, is_adapter, is_finite
 from bas.models.layers import PIXELS_PER_CELL
 from bas.models.text import merged_state_dict
+from bas.runtime.device import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -270,3 +272,24 @@ def _fill_position_ids(module: nn.Module, device: torch.device) -> None:
             owner.register_buffer(
                 "position_ids", torch.arange(buffer.shape[-1], device=device).expand(buffer.shape), persistent=False
             )
+
+
+# --- Errors -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Turn any error that a damaged file or folder causes into an InputError that names it.
+
+    A missing package, too little memory and mistakes of bas itself stay what they are.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and transformers raise nothing more specific
+        known = isinstance(error, InputError) and str(path) in str(error)
+        if known or is_own_fault(error) or is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} cannot be used: {reason}") from error

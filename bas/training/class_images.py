@@ -161,9 +161,9 @@ def class_images(
         if found < config.num_class_images:
             if not keyed:
                 write_json(folder / KEY_FILE, key)
+                keyed = True
             log.info("generating %d class images into %s", config.num_class_images - found, folder)
             _generate_missing(models, config, settings, folder, found)
-        keyed = (folder / KEY_FILE).exists()
     chosen = _images(folder)[: config.num_class_images]
     images = [ImageOps.fit(read_image(path), (size[1], size[0]), Image.Resampling.BICUBIC) for path in chosen]
     content = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in chosen)).hexdigest()

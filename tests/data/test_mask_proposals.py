@@ -340,7 +340,7 @@ def test_folders_that_hold_no_segmenter(folders, image, tmp_path):
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with refused(f"{tmp_path} cannot be read"):
+    with refused(f"{tmp_path} cannot be used"):
         propose("sam", image, settings(tmp_path), CPU)
 
 

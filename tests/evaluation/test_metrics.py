@@ -162,7 +162,7 @@ def test_models_that_are_not_here_or_of_another_kind_are_named(folders, tmp_path
         IdentitySimilarity(str(folders["clip"]))
     pickled = write_dino(tmp_path / "dino")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with refused(f"{pickled} cannot be read"):
+    with refused(f"{pickled} cannot be used"):
         IdentitySimilarity(str(pickled))
 
 
@@ -181,7 +181,7 @@ def test_a_damaged_model_is_named(name, folders, tmp_path):
     before = (folder / name).read_bytes()
     (folder / name).write_bytes(DAMAGE[name](before))
     assert (folder / name).read_bytes() != before
-    with refused(str(folder), "cannot be read"):
+    with refused(str(folder), "cannot be used"):
         PromptSimilarity(str(folder))
 
 
