@@ -4,8 +4,9 @@ Stages, each resumable by the same command and skipped once its result stands in
 
     tokenizer  byte-level BPE in CLIP's file format, one token for every word of the captions
     clip       image and text encoder by contrast (Radford et al. 2021, section 2.3)
+    text       CLIP's text encoder, brought to keep every word of a caption; the UNet reads it
     decoder    set latents -> images; the encoder is set, not trained (`codec.py`)
-    unet       denoising of latents by captions, as CLIP's text encoder reads them
+    unet       denoising of latents by captions, as the text encoder reads them
     export     the diffusers folder
 
 A stage ends after a number of samples, not of minutes, so it can run behind other work for as long as it takes:
@@ -13,7 +14,8 @@ A stage ends after a number of samples, not of minutes, so it can run behind oth
     nice python -m tools.train_mini all --run_dir runs/mini --output_dir runs/mini/exported
     nice python -m tools.train_mini unet --run_dir runs/onward --start_from weights/mini
 
-With `--start_from` the tokenizer and CLIP are taken from there too, unless the stage `clip` is named. Decoder and UNet
+With `--start_from` the tokenizer, CLIP and the text encoder are taken from there too, unless the stage `clip` or
+`text` is named. Decoder and UNet
 do not wait for each other. `runs/mini/unet.jsonl` logs the loss, `unet_validation.jsonl` that of held-out scenes.
 """
 
@@ -29,11 +31,18 @@ from tools.train_mini.clip import train_clip
 from tools.train_mini.decoder import train_decoder
 from tools.train_mini.folder import export, start_from
 from tools.train_mini.recipe import MINIATURE, Recipe
+from tools.train_mini.text import train_text
 from tools.train_mini.tokenizer import make_tokenizer
 from tools.train_mini.unet import train_unet
 
-STAGES = {"tokenizer": make_tokenizer, "clip": train_clip, "decoder": train_decoder, "unet": train_unet}
-FIELDS = {"clip": "clip", "decoder": "decoder", "unet": "denoiser"}  # of Recipe
+STAGES = {
+    "tokenizer": make_tokenizer,
+    "clip": train_clip,
+    "text": train_text,
+    "decoder": train_decoder,
+    "unet": train_unet,
+}
+FIELDS = {"clip": "clip", "text": "text", "decoder": "decoder", "unet": "denoiser"}  # of Recipe
 
 
 def run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
@@ -42,12 +51,12 @@ def run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     changed = {name: value for name in ("goal", "cooldown", "seen") if (value := getattr(args, name)) is not None}
     if changed and args.stage not in FIELDS:
         options = " and ".join(f"--{name}" for name in changed)
-        raise InputError(f"{options}: of one stage, not of {args.stage}; name clip, decoder or unet")
+        raise InputError(f"{options}: of one stage, not of {args.stage}; name {', '.join(FIELDS)}")
     if changed:
         field = FIELDS[args.stage]
         recipe = replace(recipe, **{field: replace(getattr(recipe, field), **changed)})
     if args.start_from:
-        start_from(recipe, args.run_dir, args.start_from, with_clip=args.stage != "clip")
+        start_from(recipe, args.run_dir, args.start_from, args.stage)
     device = pick_device(args.device)
     for name, stage in STAGES.items():
         if args.stage in (name, "all"):

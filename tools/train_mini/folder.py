@@ -21,10 +21,11 @@ from tools.train_mini.decoder import load_vae, save_decoder
 from tools.train_mini.files import save_weights, write_scaling
 from tools.train_mini.fit import load_newest
 from tools.train_mini.recipe import SCHEDULE, SEED, Recipe
+from tools.train_mini.text import load_text_encoder, save_text_encoder
 
 
-def start_from(recipe: Recipe, run: Path, folder: Path, with_clip: bool) -> None:
-    """Put a miniature's tokenizer, decoder, UNet and, `with_clip`, CLIP into a new run folder, to train on.
+def start_from(recipe: Recipe, run: Path, folder: Path, stage: str) -> None:
+    """Put a miniature's parts into a new run folder, to train on, but not what `stage` makes anew: CLIP, text encoder.
 
     A miniature of other latents lends its UNet all the same: `translate` turns its first and last layers. InputError
     where the run folder holds a run already that started from nothing.
@@ -42,8 +43,10 @@ def start_from(recipe: Recipe, run: Path, folder: Path, with_clip: bool) -> None
         save_decoder(models.vae, run / "decoder_start.safetensors")
     else:
         models.unet = translate(models, recipe, scaling)
-    if with_clip:
+    if stage != "clip":
         save_weights(CLIPModel.from_pretrained(folder / "clip"), run / "clip.safetensors")
+    if stage not in ("clip", "text"):
+        save_text_encoder(CLIPTextModel.from_pretrained(folder / "text_encoder"), run / "text.safetensors")
     save_weights(models.unet, run / "unet_start.safetensors")
 
 
@@ -77,8 +80,9 @@ def newest_unet(recipe: Recipe, run: Path) -> UNet:
 
 
 def export(recipe: Recipe, run: Path, folder: Path) -> None:
-    """Write the diffusers folder and, beside it, both encoders of CLIP."""
-    vae, (clip, _), unet = load_vae(recipe, run), load_clip(recipe, run, torch.device("cpu")), newest_unet(recipe, run)
+    """Write the diffusers folder and, in it, both encoders of CLIP."""
+    vae, unet = load_vae(recipe, run), newest_unet(recipe, run)
+    (clip, _), (text_encoder, _) = (read(recipe, run, torch.device("cpu")) for read in (load_clip, load_text_encoder))
     save_weights(unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)
     write_json(folder / "unet/config.json", recipe.unet.to_json())
     save_weights(vae, folder / "vae/diffusion_pytorch_model.safetensors", torch.float16)
@@ -86,8 +90,6 @@ def export(recipe: Recipe, run: Path, folder: Path) -> None:
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler/scheduler_config.json", SCHEDULE.to_json())
 
-    text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.load_state_dict(clip.text_model.state_dict())
     text_encoder.save_pretrained(folder / "text_encoder")
     clip.save_pretrained(folder / "clip")
     side, half = recipe.resolution, [0.5] * 3  # images enter in [-1, 1]

@@ -35,6 +35,7 @@ class Recipe:
     text_layers: int
     patch: int  # pixels a side, of CLIP's image encoder
     clip: Stage
+    text: Stage
     decoder: Stage
     denoiser: Stage
 
@@ -69,6 +70,7 @@ MINIATURE = Recipe(
     text_layers=3,
     patch=8,
     clip=Stage(number=5, batch=256, goal=500_000, cooldown=250_000),
+    text=Stage(number=6, batch=96, goal=60_000, cooldown=30_000, lr=5e-4),
     decoder=Stage(number=4, batch=8, goal=100_000, cooldown=20_000, adamw_only=("conv_in", "conv_out")),
     denoiser=Stage(
         number=2,

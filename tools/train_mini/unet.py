@@ -15,11 +15,11 @@ from bas.schedulers import add_noise, training_target
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import compose
-from tools.train_mini.clip import load_clip
 from tools.train_mini.codec import NOISE, to_latents, to_tensor
 from tools.train_mini.files import read_scaling
 from tools.train_mini.fit import fit
 from tools.train_mini.recipe import SCHEDULE, SEED, Recipe
+from tools.train_mini.text import load_text_encoder
 from tools.train_mini.tokenizer import tokenize
 
 EMPTY = 0.1  # share of empty captions, for guidance
@@ -33,13 +33,13 @@ def train_unet(recipe: Recipe, run: Path, device: torch.device) -> None:
     Three choices spend a small budget well. v rather than noise (Salimans and Ho 2022): noise asks next to nothing of
     the network where the image is still to be decided, and shapes are decided there. Timesteps with little noise are
     drawn rarely (the idea of min-SNR weights, Hang et al. 2023, as a density). Cells with objects count three times.
-    The text encoder is CLIP's and stays as it is, as in Stable Diffusion.
+    The text encoder stays as it is, as in Stable Diffusion.
     """
     if (run / "unet.safetensors").exists():
         return
     torch.manual_seed(SEED)
     stage, scaling = recipe.denoiser, read_scaling(run)
-    clip, tokenizer = load_clip(recipe, run, device)
+    text_encoder, tokenizer = load_text_encoder(recipe, run, device)
     unet = UNet(recipe.unet)
     if (run / "unet_start.safetensors").exists():
         unet.load_state_dict(load_file(run / "unet_start.safetensors"))
@@ -68,7 +68,7 @@ def train_unet(recipe: Recipe, run: Path, device: torch.device) -> None:
         z, t, ids, target, weight = (tensor.to(device) for tensor in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=native_bf16(device)):
             with torch.no_grad():
-                context = clip.text_model(ids).last_hidden_state
+                context = text_encoder(ids).last_hidden_state
             predicted = unet(z, t, context).sample
         error = weight * (predicted.float() - target).square().mean(dim=1)
         each = error.detach().sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
