@@ -300,6 +300,8 @@ def _warnings(spec: ModelSpec, read: NoiseSchedule) -> list[str]:
         own.append(f"guidance scale (--guidance_scale {spec.guidance_scale:g} gives it back)")
     if (spacing := spec.schedule.timestep_spacing) != read.timestep_spacing:
         own.append(f"timestep_spacing {spacing or 'of each sampler'} (no flag gives it back: keep the folder)")
+    if spec.training:
+        own.append("settings of training (in its bas.json: keep the folder to train on it)")
     warnings = [f"cannot hold the model's own {' and '.join(own)}"] if own else []
     for part, config in spec.text_encoders.items():
         layers, usual = config["num_hidden_layers"], TEXT_DEPTHS.get(config["hidden_size"])

@@ -188,15 +188,16 @@ def test_a_model_that_pads_otherwise_is_not_written(family, padding, named, tmp_
 
 
 def test_settings_that_a_single_file_cannot_hold_are_named(tmp_path, caplog):
-    """Guidance scale and spacing of timesteps, in one line; nothing of a model that sets none of them."""
+    """Guidance scale, spacing of timesteps, settings of training, in one line; nothing of a model without any."""
     models, path = tiny("sd1", whole_vocabulary=True), tmp_path / "model.safetensors"
     save_single_file(models, path)
     assert caplog.messages == []
     schedule = replace(models.schedule, timestep_spacing="trailing")
-    save_single_file(replace(models, guidance_scale=3.0, schedule=schedule), path)
+    save_single_file(replace(models, guidance_scale=3.0, schedule=schedule, training={"attention_grid": 8}), path)
     assert caplog.messages == [
         f"{path} cannot hold the model's own guidance scale (--guidance_scale 3 gives it back) and timestep_spacing "
-        "trailing (no flag gives it back: keep the folder)"
+        "trailing (no flag gives it back: keep the folder) and settings of training (in its bas.json: keep the folder "
+        "to train on it)"
     ]
 
 

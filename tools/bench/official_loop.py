@@ -266,10 +266,15 @@ def open_pipeline(weights: Path, device: str) -> StableDiffusionPipeline:
     return pipeline.to(device)
 
 
+def class_images_in(folder: Path) -> tuple[Path, ...]:
+    """The folder's images, by name."""
+    return tuple(sorted(folder.glob("*.[jp]*g")))
+
+
 def make_class_images(weights: Path, folder: Path, wanted: int, device: str) -> None:
     """Fill the folder up to `wanted` class images, four at once, as JPEG."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = len(list(folder.iterdir()))
+    found = len(class_images_in(folder))
     if found >= wanted:
         return
     pipeline = open_pipeline(weights, device)
@@ -283,7 +288,7 @@ def read_scene(folder: Path, class_images: Path) -> OfficialScene:
     (image,) = folder.glob("img.*")
     masks = [to_floats(read_mask(path)) for path in sorted(folder.glob("mask*.png"))]
     layers = torch.stack([torch.as_tensor(mask)[None] for mask in masks])
-    return OfficialScene(pixels(read_image(image)), layers, tuple(sorted(class_images.glob("*.[jp]*g"))))
+    return OfficialScene(pixels(read_image(image)), layers, class_images_in(class_images))
 
 
 def train(arguments: argparse.Namespace) -> None:
