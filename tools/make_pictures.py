@@ -19,6 +19,7 @@ from bas.io.images import read_image, read_mask, to_floats
 from bas.pretrained.hub import find
 from bas.web.report import SHEET
 from tools.checks.applications import CELL, ELSEWHERE, FURTHER, PARTS, PHOTO, SCENE, learn, loose_box
+from tools.command_line import run as run_tool
 from tools.mini_world.captions import describe
 from tools.mini_world.places import PLACES
 from tools.mini_world.scenes import realise, save_scene
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -26,6 +26,7 @@ from PIL import Image
 from bas.web.studio import jobs
 from bas.web.studio.store import Home
 from tests.helpers.browser import Browser
+from tools.command_line import run as run_tool
 
 WIDE, PHONE = (1280, 800), (360, 740)
 ALL_OF_DRAW, ALL_OF_HOME = (1280, 890), (1280, 1180)  # high enough for all attention maps, and for the run's card
@@ -246,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -148,7 +148,7 @@ def test_true_concepts_are_found_in_the_boxes_that_they_were_drawn_in():
 
 
 def test_the_centre_of_a_match_is_where_the_concept_stands():
-    """A concept of the first scene, alone at four corners: within a fiftieth of the image's side."""
+    """A concept of the first scene, alone at four corners: within a twentieth of the image's side."""
     layout = unseen_scenes(1, seed=5)["seed5-00"]
     truth = drawn(layout)
     spots = [(x, y) for x in (0.3, 0.68) for y in (0.33, 0.7)]

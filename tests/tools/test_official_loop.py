@@ -5,6 +5,7 @@ The draws of a recorded step go in; losses, gradients, the norm before clipping 
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_one_step_is_the_official_step(stepped):
 
 @pytest.mark.slow
 def test_every_attention_layer_keeps_its_probabilities(scene):
-    """All 32 run the explicit softmax; those of at most 32x32 cells are recorded, for the instance alone."""
+    """All 32 have a processor; of a step, the maps of at most 32x32 cells are recorded, for the instance alone."""
     loop = OfficialLoop(OFFICIAL / "model", WORDS)
     loop.begin(1)
     names = list(loop.unet.attn_processors)
@@ -118,6 +119,28 @@ def test_phase1_moves_the_handles_alone(scene):
     assert torch.equal(loop.embedding[:-3], before[0][:-3])
     assert (loop.embedding[-3:] - before[0][-3:]).abs().max().item() == pytest.approx(5e-4, rel=0.02)
     assert torch.equal(loop.unet.conv_in.weight, before[1])
+
+
+def test_class_images_are_added_up_to_the_number_asked_for(tmp_path, monkeypatch):
+    """Other files do not count, and no image is drawn over: from 1.jpg and a text file to four images."""
+    from tools.bench import official_loop
+
+    drawn = []
+
+    def pipeline(prompts):
+        drawn.extend(prompts)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), "red") for _ in prompts])
+
+    monkeypatch.setattr(official_loop, "open_pipeline", lambda *_: pipeline)
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "1.jpg")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (tmp_path / "1.jpg").read_bytes()
+    official_loop.make_class_images(Path("model"), tmp_path, 4, "cpu")
+    assert len(drawn) == 3
+    assert [path.name for path in official_loop.class_images_in(tmp_path)] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert (tmp_path / "1.jpg").read_bytes() == before
+    official_loop.make_class_images(Path("model"), tmp_path, 4, "cpu")
+    assert len(drawn) == 3
 
 
 def test_the_commands_train_save_and_draw(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from tools.bench.clock import ceilings, free_bytes
 from tools.bench.goals import NAMES, failure, unmeasured
 from tools.bench.material import MODELS, Material, make_material, make_model
 from tools.bench.table import Line, markdown, text_table
+from tools.command_line import run as run_tool
 
 GROUPS = tuple(NAMES)
 
@@ -192,13 +193,22 @@ def read_arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=devices, default=found, help="whose rows to measure (default: %(default)s)")
     parser.add_argument("--no_compile", action="store_true", help="leave out what torch.compile makes of either side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds of each side")
-    parser.add_argument("--budget", type=float, default=120, help="seconds for further rounds of a row, up to 30")
+    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds of each side (--quick: 2)")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=120,
+        help="seconds of a row, if up to 30 rounds fit (--quick: 8)",
+    )
     arguments = parser.parse_args(given)
     if arguments.threads < 1 or arguments.rounds < 1:
         parser.error("--threads and --rounds are 1 or more")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
     if arguments.markdown and not arguments.markdown.is_file():
         parser.error(f"--markdown {arguments.markdown}: there is no such file")
+    if arguments.output and arguments.output.is_dir():
+        parser.error(f"--output {arguments.output} is a folder: name a file in it")
     if arguments.output and not arguments.output.resolve().parent.is_dir():
         parser.error(f"--output {arguments.output}: its folder does not exist")
     return arguments
@@ -227,4 +237,4 @@ def main(given: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

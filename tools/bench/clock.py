@@ -78,25 +78,27 @@ def optimizer_seconds(device: str) -> Iterator[dict[int, list[float]]]:
         found.setdefault(weights, []).append(now() - began[0])
 
     hooks = register_optimizer_step_pre_hook(start), register_optimizer_step_post_hook(stop)
-    yield found
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ceilings(device: str) -> list[tuple[str, float, str]]:
-    """What the machine can do at most: copying memory, and products of matrices. -> name, value, unit"""
+    """How fast the machine copies memory and multiplies matrices, the median of seven calls. -> name, value, unit"""
     large, side = (2**29, 8192) if device.startswith("cuda") else (2**25, 2048)
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
 
-    def best(call: Callable[[], object]) -> float:
+    def middle(call: Callable[[], object]) -> float:
         time_calls(call, 2, device)
         return sorted(time_calls(call, 7, device))[3]
 
-    found = [("copy", 8 * large / best(lambda: target.copy_(source)) / 1e9, "GB/s")]
+    found = [("copy", 8 * large / middle(lambda: target.copy_(source)) / 1e9, "GB/s")]
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        seconds = best(lambda a=a, b=b: a @ b)
+        seconds = middle(lambda a=a, b=b: a @ b)
         found.append((f"matmul {name}", 2 * side**3 / seconds / 1e12, "TFLOP/s"))
     return found
 

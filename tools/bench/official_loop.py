@@ -278,13 +278,14 @@ def make_class_images(weights: Path, folder: Path, wanted: int, device: str) -> 
     if found >= wanted:
         return
     pipeline = open_pipeline(weights, device)
+    names = (path for path in (folder / f"{i}.jpg" for i in count()) if not path.exists())
     for start in range(found, wanted, CLASS_BATCH):
-        for i, image in enumerate(pipeline([CLASS_PROMPT] * min(CLASS_BATCH, wanted - start)).images):
-            image.save(folder / f"{start + i}.jpg")
+        for image in pipeline([CLASS_PROMPT] * min(CLASS_BATCH, wanted - start)).images:
+            image.save(next(names))
 
 
 def read_scene(folder: Path, class_images: Path) -> OfficialScene:
-    """img.* and mask0.png, mask1.png, ... of a folder, and all files of the folder of class images."""
+    """img.* and mask0.png, mask1.png, ... of a folder, and all images of the folder of class images."""
     (image,) = folder.glob("img.*")
     masks = [to_floats(read_mask(path)) for path in sorted(folder.glob("mask*.png"))]
     layers = torch.stack([torch.as_tensor(mask)[None] for mask in masks])

@@ -68,6 +68,7 @@ from tools.checks.combine import (
     unseen_scenes,
 )
 from tools.checks.mini import Recogniser, train_recogniser
+from tools.command_line import run as run_tool
 from tools.mini_world.layouts import Layout
 from tools.mini_world.places import PLACES
 
@@ -256,7 +257,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--recogniser", type=Path, help="file of the recogniser of places (default: in --output_dir)")
     parser.add_argument("--record", action="store_true", help=f"put the tables into docs/{PAGE.name}")
     add_fields(parser, SampleConfig, SAMPLING)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.record and set(args.kinds) != set(KINDS):
+        parser.error("--record takes all kinds: the page's table has a row for each")
+    return args
 
 
 def main() -> None:
@@ -293,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -12,7 +12,6 @@ call with the same folder only measures.
 
 import argparse
 import json
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +26,15 @@ from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid
 from bas.io.images import pixels
-from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
 from bas.sampling.blended_diffusion import Region, edit
 from bas.sampling.sampler import sample
-from bas.training.loop import train
 from bas.training.preview import scene_attention
 from tools.checks.mini import Recogniser, labelled_scene, recognise_images, train_recogniser
+from tools.checks.runs import train_once
+from tools.command_line import run as run_tool
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import Layout, Object
@@ -98,15 +97,15 @@ def learn(folder: Path, base: Path, layouts: tuple[Layout, ...], steps: list[int
     """A finished run on images of these layouts, from an earlier call or made now."""
     side = load(base).resolution
     for i, layout in enumerate(layouts):
-        save_scene(realise(layout, describe(layout), FINER * side), folder / "scene" / (str(i) if i else ""))
+        target = folder / "scene" / (str(i) if i else "")
+        if not (target / "scene.json").exists():
+            save_scene(realise(layout, describe(layout), FINER * side), target)
     run = folder / "run"
     settings = {"output_dir": str(run), "pretrained_model_name_or_path": str(base), "img_log_steps": 0, **changes}
     if steps:
         settings |= dict(zip(("phase1_train_steps", "phase2_train_steps"), steps, strict=True))
     config = train_config(folder / "scene", checkpointing_steps=0, **settings)
-    if not (run / CONCEPTS).exists():
-        shutil.rmtree(run, ignore_errors=True)
-        train(config)
+    train_once(config, folder / "trained.json")
     models, (image, masks) = load(run), draw(layouts[0], side)
     return Learnt(models, config, Image.fromarray(image), masks, models.handles[: len(masks)])
 
@@ -180,7 +179,7 @@ def check_strength(learnt: Learnt, count: int, sheet: Path) -> dict:
 
 
 def places_read(recogniser: Recogniser) -> float:
-    """The share of held-out scenes of one object or two whose place the recogniser names: the ceiling."""
+    """The share of held-out scenes whose place the recogniser names: the ceiling."""
     scenes = [labelled_scene(1_000_000 + i) for i in range(HELD_OUT)]
     seen = [reading.place for reading in recognise_images(recogniser, [scene.image for scene in scenes])]
     return sum(place == tuple(PLACES)[scene.place] for place, scene in zip(seen, scenes, strict=True)) / HELD_OUT
@@ -252,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

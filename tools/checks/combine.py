@@ -28,8 +28,6 @@ plain ones, as table-layout-swapped.md.
 """
 
 import argparse
-import json
-import shutil
 import time
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
@@ -51,7 +49,6 @@ from bas.io.figures import grid, tint_masks
 from bas.io.files import write_text
 from bas.io.images import read_image, save_image
 from bas.io.json_files import read_json, write_json
-from bas.io.run_files import CONCEPTS
 from bas.models.bundle import Models
 from bas.pretrained.folder import load, read_spec
 from bas.pretrained.hashes import weights_hash
@@ -60,9 +57,10 @@ from bas.sampling.gallery import subsets
 from bas.sampling.layout import bounding_box
 from bas.sampling.sampler import guidance_scale, sample
 from bas.sampling.steer import Steer
-from bas.training.loop import train
 from bas.training.preview import scene_attention
 from tools.checks.mini import Recogniser, recognise_images, through_vae, train_recogniser
+from tools.checks.runs import train_once
+from tools.command_line import run as run_tool
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import DEMO_SCENES, SLOTS, Layout, compose_concepts
@@ -268,16 +266,7 @@ def learn(folder: Path, base: Path, layout: Layout, changes: dict[str, Any]) -> 
     settings = {"pretrained_model_name_or_path": str(base), "img_log_steps": 0, "checkpointing_steps": 0}
     settings |= {"class_data_dir": str(folder.parent / "class_images")} | changes  # the same for all scenes
     config = train_config(scene, output_dir=str(run), **settings)
-    stated = {"base": weights_hash(base), "settings": json.loads(json.dumps(asdict(config)))}
-    noted = folder / "trained.json"
-    if (run / CONCEPTS).exists() and noted.exists():
-        if (trained := read_json(noted)) != stated:
-            names = [name for name, value in stated["settings"].items() if trained["settings"].get(name) != value]
-            raise InputError(f"{folder} was trained with another {', '.join(names) or 'base'}: name a new --output_dir")
-        return config
-    shutil.rmtree(run, ignore_errors=True)
-    train(config)
-    write_json(noted, stated)
+    train_once(config, folder / "trained.json")
     return config
 
 
@@ -485,4 +474,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -20,13 +20,13 @@ from bas.evaluation.metrics import attention_iou
 from bas.evaluation.object_similarity import ObjectSimilarity
 from bas.io.figures import grid
 from bas.io.images import to_image
-from bas.io.run_files import CONCEPTS
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find, train_config
 from bas.sampling.sampler import sample
-from bas.training.loop import train
 from bas.training.preview import scene_attention
 from tools.checks.mini import recognise_images, train_recogniser
+from tools.checks.runs import train_once
+from tools.command_line import run as run_tool
 from tools.mini_world.places import PLACES
 
 VARIANTS = {"with attention loss": {}, "without": {"lambda_attention": 0.0}}
@@ -73,8 +73,7 @@ def main() -> None:
     for name, changed in VARIANTS.items():
         run = args.output_dir / name.replace(" ", "_")
         config = train_config(find(None) / args.scene, output_dir=str(run), img_log_steps=0, **changed)
-        if not (run / CONCEPTS).exists():
-            train(config)
+        train_once(config, run.with_suffix(".json"))
         scores[name] = measure(run, config, recogniser, args.images)
     (args.output_dir / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
     for name, score in scores.items():
@@ -88,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

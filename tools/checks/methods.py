@@ -41,6 +41,7 @@ from bas.pretrained.hashes import weights_hash
 from bas.pretrained.hub import find
 from tools.checks.adapters import KINDS
 from tools.checks.combine import read_setting
+from tools.command_line import run as run_tool
 from tools.mini_world.scenes import render_concepts, save_scene
 
 RECORDED = Path(__file__).parents[2] / "docs" / "comparison.json"
@@ -184,7 +185,7 @@ def main() -> None:
         prog="python -m tools.checks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, help="folder of scenes and evaluation, to continue")
-    parser.add_argument("--methods", nargs="+", default=PAPER, help="default: the paper's")
+    parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=PAPER, help="default: the paper's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--first_scenes", type=int, default=SCENES, help="only the first so many of the scenes")
     parser.add_argument(
@@ -229,10 +230,13 @@ def main() -> None:
         write_json(RECORDED, {"runs": with_run(recorded, run)})
         return
     apart = differences(run["cells"], known)
-    print(f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart, default=0):.2g}")
+    if apart:
+        print(f"{len(apart)} cells compared with the recorded run; the largest difference is {max(apart):.2g}")
+    else:
+        print("no cell compared: the recorded run has none of these trials")
     if not known:
         print(f"no recorded run is of this miniature, {run['base'][:12]}, and these settings")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

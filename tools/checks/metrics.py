@@ -27,6 +27,7 @@ from bas.io.images import to_images
 from bas.models.bundle import Models
 from bas.pretrained.folder import load
 from bas.pretrained.hub import find
+from tools.command_line import run as run_tool
 from tools.mini_world.colours import COLOURS, MARKINGS
 from tools.mini_world.drawing import draw
 from tools.mini_world.layouts import Layout, Object, choose, compose_concepts, place_objects
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bas
+from bas.errors import InputError
 from bas.runtime.device import native_bf16
+from tools.command_line import run as run_tool
 from tools.mini_world.captions import describe
 from tools.mini_world.colours import COLOURS
 from tools.mini_world.drawing import contact_sheet, draw
@@ -100,11 +102,19 @@ def blemish(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
-    """The recogniser, trained on `scenes` fresh scenes, or read from `path` where it was trained before."""
+    """The recogniser, trained on `scenes` fresh scenes, or read from `path` where it was trained before.
+
+    Raises InputError where it was trained for longer or shorter.
+    """
     torch.manual_seed(SEED)
     recogniser = Recogniser()
+    about = {"scenes": scenes, "epochs": epochs}
     if path.exists():
-        recogniser.load_state_dict(torch.load(path, weights_only=True))
+        kept = torch.load(path, weights_only=True)
+        if (found := kept["about"]) != about:
+            told = " and ".join(f"{found[name]} {name}" for name in about)
+            raise InputError(f"{path} was trained on {told}, not {scenes} and {epochs}: name another folder")
+        recogniser.load_state_dict(kept["weights"])
         return recogniser.eval()
     with Pool() as pool:
         images, shapes, colours, places = zip(*pool.map(labelled_scene, range(scenes), chunksize=64), strict=True)
@@ -125,7 +135,7 @@ def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
         optimizer.zero_grad()
         schedule.step()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(recogniser.state_dict(), path)
+    torch.save({"about": about, "weights": recogniser.state_dict()}, path)
     return recogniser.eval()
 
 
@@ -267,4 +277,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,7 +7,7 @@ family that training never shows: unseen shapes with two-colour markings, the ob
 
     python -m tools.mini_world --output_dir /tmp/world            # a contact sheet of 64 captioned scenes
     python -m tools.mini_world --output_dir DIR --concepts 3      # one scene folder to extract from
-    python -m tools.mini_world --output_dir weights/mini/scenes --demo
+    python -m tools.mini_world --output_dir weights/mini/scenes --size 256 --demo
 """
 
 import argparse
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.command_line import run as run_tool
 from tools.mini_world.captions import describe
 from tools.mini_world.drawing import contact_sheet
-from tools.mini_world.layouts import DEMO_SCENES
+from tools.mini_world.layouts import DEMO_SCENES, SLOTS
 from tools.mini_world.scenes import realise, render_concepts, render_scene, save_scene
 
 
@@ -28,7 +29,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
-    parser.add_argument("--concepts", type=int, default=0, help="write one scene folder of so many concept objects")
+    parser.add_argument("--concepts", type=int, choices=tuple(SLOTS), help="write one scene folder of so many concepts")
     parser.add_argument("--demo", action="store_true", help="write the scene folders that ship with the miniature")
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
@@ -46,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -11,6 +11,7 @@ import argparse
 
 from safetensors.torch import load_file, save_file
 
+from tools.command_line import run as run_tool
 from tools.reference.cases import CASES, REFERENCE, theirs
 from tools.reference.layers import sinusoids
 from tools.reference.measure import Named, condense
@@ -48,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

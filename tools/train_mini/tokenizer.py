@@ -62,6 +62,8 @@ def make_tokenizer(recipe: Recipe, run: Path, device: torch.device) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def tokenize(tokenizer, captions: list[str], length: int = TEXT_LENGTH) -> Tensor:
-    """Captions -> (b, length) token ids, padded with <|endoftext|>."""
-    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+def tokenize(tokenizer, captions: list[str]) -> Tensor:
+    """Captions -> (b, 77) token ids, padded with <|endoftext|>."""
+    return tokenizer(
+        captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
