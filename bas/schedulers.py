@@ -241,7 +241,7 @@ def used_spacing(schedule: NoiseSchedule, sampler: str) -> str:
     """Return how a sampler spaces its timesteps with this schedule: leading, linspace, trailing or karras."""
     if sampler == KARRAS:
         return "karras"
-    return schedule.timestep_spacing or ("linspace" if sampler == "dpmpp_2m" else "leading")
+    return schedule.timestep_spacing or ("leading" if sampler in ("ddim", "ddpm") else "linspace")
 
 
 def sampling_timesteps(schedule: NoiseSchedule, steps: int, sampler: str = "ddim") -> Sequence[float]:
@@ -302,7 +302,7 @@ def initial_scale(schedule: NoiseSchedule, t: float, sampler: str) -> float:
     It is 1, because the models were trained to see almost pure noise there. As in diffusers, Euler's samplers leave out
     the image's part of it, unless timesteps are spaced as "leading".
     """
-    evenly = (schedule.timestep_spacing or "leading") == "leading"
+    evenly = used_spacing(schedule, sampler) == "leading"
     return 1.0 if sampler not in EULER or evenly else (1 - schedule.alpha(t)) ** 0.5
 
 

@@ -81,7 +81,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_around else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, c, h/2, w/2), rounded up"""
+        """(b, c, h, w) -> (b, c, h/2, w/2), rounded up in the UNet and down in the VAE"""
         return self.conv(x if self.pad_all_around else F.pad(x, (0, 1, 0, 1)))
 
 

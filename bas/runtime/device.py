@@ -107,6 +107,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within the block, products of float32 matrices on a GPU may be in TF32, or may not."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """Within the block, if `wanted`, use only kernels that give the same bits on every run.
 

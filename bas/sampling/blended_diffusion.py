@@ -18,7 +18,7 @@ from torch import Tensor
 from bas.config import EditConfig
 from bas.data.mask_formats import mask_in_file
 from bas.data.scene_folder import match_size, warn_if_turned
-from bas.errors import InputError
+from bas.errors import MAX_SIDE, InputError
 from bas.io.images import fit, pixels, read_orientation, to_floats, to_images
 from bas.io.json_files import read_content
 from bas.io.settings_file import read_toml
@@ -174,7 +174,7 @@ def edit_region(
 
 def skipped_steps(config: EditConfig) -> int:
     """Return how many of the noisiest steps an edit leaves out."""
-    return int(config.num_inference_steps * config.blending_start_percentage)
+    return int(config.num_inference_steps * config.blending_start_percentage + 1e-9)  # 29 % of 100 is 28.999... else
 
 
 def noised(models: Models, source: Tensor, t: float, generators: list[torch.Generator]) -> Tensor:
@@ -209,9 +209,12 @@ def working_size(spec: ModelSpec, size: tuple[int, int], config: EditConfig) -> 
     """Return the (W, H) at which an image of this size is edited: the flags', or the nearest that the model takes.
 
     The shorter side is what the model was trained for; both are rounded to its multiple, so nothing is cut off.
+    InputError if a side would pass MAX_SIDE.
     """
     multiple, scale = spec.size_multiple, spec.resolution / min(size)
     width, height = (max(multiple, round(side * scale / multiple) * multiple) for side in size)
     width, height = config.width or width, config.height or height
+    if max(width, height) > MAX_SIDE:
+        raise InputError(f"an image of {size[0]}x{size[1]} would become {width}x{height} for the model: crop it")
     latent_shape(spec, replace(config, width=width, height=height))  # raises for what the model cannot take
     return width, height

@@ -127,6 +127,12 @@ def check_class_folder(config: TrainConfig, model: ModelSpec | Models, size: tup
         _check_key(folder, known, complete=len(images) >= config.num_class_images)
 
 
+def count_missing(config: TrainConfig) -> int:
+    """Return how many class images are to be generated, at most: what the cache holds is found with the weights."""
+    there = 0 if config.class_data_dir is None else len(_images(Path(config.class_data_dir)))
+    return max(0, config.num_class_images - there)
+
+
 def sampling_of(config: TrainConfig, model: ModelSpec | Models, size: tuple[int, int]) -> SampleConfig:
     """Return how class images of these rows and columns are generated: at the guidance of the model's other images.
 

@@ -33,6 +33,7 @@ from bas.pretrained.loading import check_keys
 from bas.runtime.device import DTYPES
 from bas.runtime.progress import clock
 from bas.training.checkpoints import find_checkpoint, newest_kept
+from bas.training.class_images import count_missing
 from bas.training.disk_space import WHILE_TRAINING, count_numbers, files_to_come, free_disk_space
 from bas.training.loop import training_step
 from bas.training.nonfinite import ANEW
@@ -50,7 +51,7 @@ MEMORY_RULE = (
 )
 TIME_RULE = (
     "a lower bound: all operations at {speed:.2g} TFLOP/s, the speed of a plain matrix product on this machine while "
-    "it does nothing else; a step also waits for memory and takes longer"
+    "it does nothing else; a step also waits for memory and takes longer; class images in the cache take no time"
 )
 
 TOO_LITTLE = "NOT ENOUGH"  # first words of the entry `disk` where space is missing
@@ -300,8 +301,10 @@ def memory_warning(needed: int, device: torch.device, config: TrainConfig) -> st
 
 
 def class_image_operations(models: Models, data: TrainingData, config: TrainConfig) -> int:
-    """Count the operations of generating all class images: guided denoising, without the VAE."""
-    return 2 * SampleConfig().num_inference_steps * config.num_class_images * unet_operations(models, data)
+    """Count the operations of generating the class images that are missing: denoising, without the VAE."""
+    passes = 2 if models.guidance_scale > 1 else 1  # with the prompt, and for the guidance without it
+    images = count_missing(config)
+    return passes * SampleConfig().num_inference_steps * images * unet_operations(models, data)
 
 
 def unet_operations(models: Models, data: TrainingData) -> int:

@@ -25,7 +25,7 @@ from bas.models.text import encode_ids
 from bas.presets import Phase
 from bas.pretrained.folder import save_model
 from bas.pretrained.small_runs import Tuned, save_tuned
-from bas.runtime.device import DTYPES, autocast, deterministic
+from bas.runtime.device import DTYPES, autocast, deterministic, tf32
 from bas.runtime.progress import Progress
 from bas.runtime.signals import Interrupted, Interrupts
 from bas.schedulers import add_noise, training_target
@@ -141,7 +141,7 @@ def trained(config: TrainConfig, base: Base | None = None) -> Iterator[Run]:
     """
     folder = Path(config.output_dir)
     timing, checked = Timing(), check_input(config)
-    with locked(folder), deterministic(config.deterministic):
+    with locked(folder), deterministic(config.deterministic), tf32(config.allow_tf32):
         run = setup_run(config, *checked, base)
         timing.note("preparation", folder, run.models.device)
         with Interrupts() as run.interrupts:

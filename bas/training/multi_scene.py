@@ -106,12 +106,17 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
         settings = settings_of(scene, config)
         outcome = Outcome(str(scene), settings.output_dir)
         try:
-            if is_finished(settings):
-                if has_leftovers(Path(settings.output_dir)):
-                    clear_finished(Path(settings.output_dir))
-                yield replace(outcome, earlier=True)
-                continue
-            base = base or Base.open(path, home, None, True, config.prediction_type, additions, own)
+            finished = is_finished(settings)
+            if finished and has_leftovers(Path(settings.output_dir)):
+                clear_finished(Path(settings.output_dir))
+        except (InputError, RunError, OSError) as error:
+            yield replace(outcome, error=str(error))
+            continue
+        if finished:
+            yield replace(outcome, earlier=True)
+            continue
+        base = base or Base.open(path, home, None, True, config.prediction_type, additions, own)
+        try:
             log.info("training on %s", scene)
             with continued_by("the same command continues"):
                 train(settings, base)

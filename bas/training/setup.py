@@ -157,7 +157,6 @@ def setup_run(
         check_progress(checkpoint, folder, sum(phase.steps for phase in config.phases))
         check_parameters(checkpoint, path, scene, config, precision)
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if base is None:
         log_miniature(config)
         home, own = home_of(device, precision), rounded_at_once(config, precision)

@@ -22,6 +22,7 @@ from bas.sampling.blended_diffusion import (
     latent_mask,
     read_region,
     read_regions,
+    skipped_steps,
     working_size,
 )
 from bas.sampling.sampler import decode
@@ -150,6 +151,14 @@ def test_the_size_to_edit_at_is_the_nearest_the_model_takes(models):
     assert working_size(models.spec, (90, 200), EditConfig(width=64)) == (64, 72)
     with refused("--height 31", "multiples of 2"):
         working_size(models.spec, (90, 200), EditConfig(height=31))
+    with refused("an image of 10x6000 would become 32x19200 for the model: crop it"):
+        working_size(models.spec, (10, 6000), EditConfig())
+
+
+@pytest.mark.parametrize(("steps", "share", "skipped"), [(100, 0.29, 29), (50, 0.58, 29), (50, 0.25, 12), (8, 0.25, 2)])
+def test_the_skipped_share_of_the_steps_is_whole_steps(steps, share, skipped):
+    """Rounded down, but not by the last bit of a product."""
+    assert skipped_steps(EditConfig(num_inference_steps=steps, blending_start_percentage=share)) == skipped
 
 
 @torch.inference_mode()

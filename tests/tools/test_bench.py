@@ -211,10 +211,17 @@ def test_a_lora_step_is_compared_with_a_full_one_without_its_optimizer(material,
 def test_hooks_tell_the_seconds_of_an_optimizer_by_its_weights():
     """Two optimizers, of 3 and of 8 weights; after the block, also after an error in it, no step is timed."""
     small, large = (torch.optim.SGD([torch.nn.Parameter(torch.ones(n))]) for n in (3, 8))
-    with pytest.raises(ZeroDivisionError), optimizer_seconds("cpu") as spent:
-        for optimizer in (small, large, large):
-            optimizer.step()
-        raise ZeroDivisionError
+    spent = {}
+
+    def fail() -> None:
+        nonlocal spent
+        with optimizer_seconds("cpu") as spent:
+            for optimizer in (small, large, large):
+                optimizer.step()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     large.step()
     assert {weights: len(seconds) for weights, seconds in spent.items()} == {3: 1, 8: 2}
     assert all(0 < second < 1 for seconds in spent.values() for second in seconds)

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from bas.errors import InputError
-from tests.helpers.guards import refused
-from tests.helpers.tiny import Bench
+from tests.helpers.tiny import Bench, refused
 from tools.checks import runs
 from tools.checks.mini import Recogniser, train_recogniser
 from tools.command_line import run

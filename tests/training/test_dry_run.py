@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -289,6 +290,25 @@ def test_the_facts_are_printed_and_nothing_is_written(scene, model, tmp_path, ca
     assert re.search(r"^disk +enough: .+ of .+ free$", text, re.M)
     assert list(tmp_path.iterdir()) == []
     assert sorted(cache_dir().rglob("*")) == before
+
+
+def test_class_images_that_are_there_take_no_operations(scene, model, tmp_path):
+    """Of four, a folder with one leaves three, one with five leaves none; without guidance each takes half."""
+    settings = config(scene, model, tmp_path / "run", num_class_images=4)
+    models, data = on_meta(settings)
+
+    def operations(there: int, guidance: float = 7.5) -> int:
+        folder = tmp_path / f"{there} images"
+        folder.mkdir(exist_ok=True)
+        for i in range(there):
+            Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+        named = replace(settings, class_data_dir=str(folder))
+        return planning.class_image_operations(replace(models, guidance_scale=guidance), data, named)
+
+    whole = planning.class_image_operations(models, data, settings)
+    assert whole == 2 * 50 * 4 * planning.unet_operations(models, data)
+    assert [operations(there) for there in (0, 1, 5)] == [whole, whole * 3 // 4, 0]
+    assert operations(0, guidance=1.0) == whole // 2
 
 
 @pytest.mark.parametrize("scenes", [1, 2])

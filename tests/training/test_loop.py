@@ -16,12 +16,13 @@ from bas.models.text import encode_ids, tokenize
 from bas.models.unet import AttentionMap, UNetOutput
 from bas.presets import Phase
 from bas.pretrained.folder import load
-from bas.runtime.device import autocast
+from bas.runtime.device import autocast, tf32
 from bas.schedulers import training_target
 from bas.training import loop as training
 from bas.training.master_weights import MasterWeights
 from bas.training.metrics import MetricsLog
 from bas.training.phase_state import PhaseState, trainable_parameters
+from tests.helpers.faults import before_step
 from tests.helpers.tiny import WEIGHTS, file_hashes, write_model, write_scene
 
 EVERYTHING = Phase("all", 1, 0.0, ("handles", "embedding", "unet", "text_encoder"), True)
@@ -490,6 +491,17 @@ def test_diffusers_opens_a_run(bench, tmp_path, precision):
         assert (context - expected).abs().max() < 1e-5
         prediction = models.unet(z, t, context, return_maps=False).sample
         assert (prediction - pipeline.unet(z, t, expected).sample).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_allowed_for_the_training_alone(bench, tmp_path, monkeypatch, allowed):
+    """Within the steps as the flag says; afterwards PyTorch's switches stand as the caller had set them."""
+    seen, backends = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before_step(monkeypatch, 2, lambda *_: seen.extend(backend.allow_tf32 for backend in backends))
+    with tf32(not allowed):
+        bas.train(bench.config(tmp_path / "run", allow_tf32=allowed))
+        assert [backend.allow_tf32 for backend in backends] == [not allowed] * 2
+    assert seen == [allowed] * 2
 
 
 def test_folder_trained_by_the_official_code_opens(bench, tmp_path):

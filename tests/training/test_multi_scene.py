@@ -195,6 +195,17 @@ def test_a_scene_that_is_too_large_stops_no_other(bench, scenes, tmp_path, monke
     assert [outcome.error for outcome in outcomes[1:]] == [None, None]
 
 
+def test_a_damaged_base_ends_all_scenes_at_once(bench, scenes, tmp_path):
+    """It is read once, and told once: nothing is wrong with the scenes."""
+    model = Path(shutil.copytree(bench.model, tmp_path / "model"))
+    (weights,) = (model / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    config = bench.config(tmp_path / "out", pretrained_model_name_or_path=str(model))
+    with refused(weights.name):
+        list(train_each(config, find_scenes([str(scenes)])))
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
     (tmp_path / "empty").mkdir()
     with refused("empty", "not a scene"):
