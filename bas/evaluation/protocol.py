@@ -9,22 +9,23 @@ A trial counts once its cell.json is there. An interrupted one is trained again,
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bas.config import MAX_SEED, SampleConfig, TrainConfig
 from bas.data.scene import subset_prompt
 from bas.data.scene_folder import load_scene
-from bas.errors import InputError, check_int
+from bas.errors import InputError, check_int, shown
 from bas.evaluation.baselines import training_of
 from bas.evaluation.generation import Request, check_maps, generate_images, measure_attention
 from bas.io.json_files import read_record, write_json
-from bas.io.run_files import METRICS
+from bas.io.run_files import METRICS, SETTINGS, read_settings
+from bas.io.settings_file import RETIRED
 from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets
 from bas.training.base_model import Base
 from bas.training.loop import trained
-from bas.training.resume import scene_state
+from bas.training.resume import FREE_ON_RESUME, check_resumable, scene_state
 
 PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
 TRIAL_SHAPE = {
@@ -37,6 +38,7 @@ TRIAL_SHAPE = {
     "pictures": [{"file": str, "prompt": str, "concepts": [int]}],
     "seconds": {...: (int, float)},
 }
+FREE = FREE_ON_RESUME | {"batch_size"}  # settings that may differ between two calls: no trial's result depends on them
 SEEDS_APART = 10_000  # between the image seeds of two training seeds: more than a trial has images
 
 
@@ -111,35 +113,64 @@ def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) 
     )
 
 
-def as_object(value: object) -> dict:
-    """Return the entries of an object in JSON, none for anything else."""
-    return value if isinstance(value, dict) else {}
-
-
 def read_trial(folder: Path) -> dict:
     """Read a trial's cell.json. Raises InputError where it is damaged."""
     return read_record(folder / TRIAL, TRIAL_SHAPE, "remove it, and the same command makes the trial again")
 
 
+def shared(values: object) -> object:
+    """Return a part of plan.json without the settings that may differ between two calls."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if name not in FREE and (name, value) not in RETIRED.items()}
+
+
+def differences(facts: dict, noted: dict) -> list[str]:
+    """List what differs between this call's facts and those that plan.json notes, each setting with its value there.
+
+    A setting that one side lacks differs too: which value it has then depends on the method and on the base. Only of
+    sampling every setting is noted; one that an earlier version did not know had its default.
+    """
+    found = []
+    for part, ours in facts.items():
+        theirs = noted[part]
+        if not isinstance(ours, dict) or not isinstance(theirs, dict):
+            found += [part] if ours != theirs else []
+            continue
+        if part == "sampling":
+            theirs = {name: value for name, value in asdict(SampleConfig()).items() if name in ours} | theirs
+        for name in sorted(ours.keys() | theirs.keys()):
+            if name not in theirs:
+                found.append(f"{part} {name} (not given there)")
+            elif name not in ours or ours[name] != theirs[name]:
+                found.append(f"{part} {name} ({shown(theirs[name])} there)")
+    return found
+
+
 def agree_on(folder: Path, facts: dict) -> None:
     """Write plan.json, what all trials of a folder share. Raises InputError where its trials share something else."""
-    path = folder / PLAN
+    path, facts = folder / PLAN, {part: shared(values) for part, values in facts.items()}
     if path.exists():
         noted = read_record(path, {}, "name a new --output_dir")
-        differs = [
-            f"{part} {name}".strip()
-            for part, values in facts.items()
-            for name, value in (values.items() if isinstance(values, dict) else [("", values)])
-            if (as_object(noted.get(part)).get(name) if name else noted.get(part)) != value
-        ]
-        if differs:
-            raise InputError(f"{folder} holds an evaluation with another {', '.join(differs)}: name a new --output_dir")
+        if differs := differences(facts, {part: shared(noted.get(part)) for part in facts}):
+            raise InputError(
+                f"{folder} holds an evaluation with another {', '.join(differs)}: give the same, or name a new "
+                "--output_dir"
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     used = any(not entry.name.startswith(".") for entry in folder.iterdir())
     if used and not path.exists():  # which another process may have written meanwhile
         raise InputError(f"--output_dir {folder} is not empty: name a new folder")
     write_json(path, facts)
+
+
+def check_finished(trials: list[Trial]) -> None:
+    """InputError if a finished trial was trained with other settings than are planned: its base may bring others."""
+    for trial in trials:
+        run = Path(trial.training.output_dir)
+        if trial.finished and (run / SETTINGS).exists():
+            check_resumable(run, {"config": asdict(trial.training)}, read_settings(run))
 
 
 # --- One trial -----------------------------------------------------------------------------------------------------

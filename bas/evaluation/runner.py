@@ -30,6 +30,7 @@ from bas.training.checkpoints import remove_all
 from bas.training.dry_run import matrix_speed, plan_run, unet_operations
 from bas.training.setup import check_input
 
+LESS_MEMORY = "add --gradient_checkpointing or a smaller --batch_size to the same command, which goes on"
 RESULTS, TABLES, SCATTER, PAGE = "results.jsonl", "tables.md", "scatter.png", "index.html"
 
 
@@ -92,7 +93,7 @@ def evaluate_each(trials: list[Trial], context: EvaluationContext) -> Iterator[O
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            yield Outcome(trial, error=f"{context.device} is out of memory")
+            yield Outcome(trial, error=f"{context.device} is out of memory: {LESS_MEMORY}")
         else:
             yield Outcome(trial)
 

@@ -25,7 +25,7 @@ from bas.evaluation import generation, runner
 from bas.evaluation.baselines import PAPER, VARIANTS, training_of
 from bas.evaluation.page import page
 from bas.evaluation.plot import scatter
-from bas.evaluation.protocol import agree_on, plan_trials, run_trial
+from bas.evaluation.protocol import agree_on, check_finished, plan_trials, run_trial
 from bas.evaluation.runner import EvaluationContext, counted_seconds, evaluate_each, measured_seconds, write_results
 from bas.evaluation.scores import score_trial, summary_of_handles
 from bas.evaluation.segments import segment_by_attention
@@ -180,8 +180,53 @@ def test_a_folder_holds_one_kind_of_evaluation(tmp_path):
     facts = {"base": "abc", "contexts": ["x"], "sampling": {"eta": 0.0, "seed": 1}}
     agree_on(tmp_path / "out", facts)
     agree_on(tmp_path / "out", facts)
-    with refused("another contexts, sampling eta", "new --output_dir"):
+    with refused("another contexts, sampling eta (0.0 there): give the same, or name a new --output_dir"):
         agree_on(tmp_path / "out", facts | {"contexts": ["y"], "sampling": {"eta": 1.0, "seed": 1}})
+
+
+def test_a_setting_that_one_call_leaves_out_differs(tmp_path):
+    """Its value is then that of the method and of the base: a table of both would mix two trainings."""
+    facts = {"training": {"phase1_train_steps": 100}}
+    agree_on(tmp_path / "out", facts)
+    with refused("another training phase1_train_steps (100 there): give the same"):
+        agree_on(tmp_path / "out", {"training": {}})
+    with refused("another training phase1_train_steps (100 there), training rank (not given there): give the same"):
+        agree_on(tmp_path / "out", {"training": {"phase1_train_steps": 400, "rank": 4}})
+    agree_on(tmp_path / "out", facts)
+
+
+def test_settings_of_memory_may_differ(tmp_path):
+    """As for a training that resumes, so that an evaluation goes on after it ran out of memory."""
+    more = {"gradient_checkpointing": True, "sample_batch_size": 1, "log_steps": 5, "class_data_dir": "images"}
+    for first, second in (({}, more), (more, {})):
+        folder = tmp_path / str(len(first))
+        agree_on(folder, {"sampling": {"eta": 0.0, "batch_size": 4}, "training": {"rank": 4, **first}})
+        agree_on(folder, {"sampling": {"eta": 0.0, "batch_size": 1}, "training": {"rank": 4, **second}})
+        assert json.loads((folder / "plan.json").read_text()) == {"sampling": {"eta": 0.0}, "training": {"rank": 4}}
+        with refused("another training compile (not given there), training rank (4 there): give the same"):
+            agree_on(folder, {"sampling": {"eta": 0.0}, "training": {"compile": "whole"}})
+
+
+def test_a_plan_of_an_earlier_version_is_gone_on_with(tmp_path):
+    """It notes settings that are free or gone, and lacks those of sampling that were not known yet."""
+    old = {"sampling": {"eta": 0.5, "batch_size": 4}}
+    old |= {"training": {"rank": 4, "gradient_checkpointing": True, "fused_kernels": False, "unet_layers": "all"}}
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    agree_on(tmp_path, {"sampling": {"eta": 0.5, "guidance_rescale": 0.0}, "training": {"rank": 4}})
+    with refused("another sampling guidance_rescale (0.0 there): give the same"):
+        agree_on(tmp_path, {"sampling": {"eta": 0.5, "guidance_rescale": 0.7}, "training": {"rank": 4}})
+    assert json.loads((tmp_path / "plan.json").read_text()) == old
+
+
+def test_a_finished_trial_keeps_the_settings_that_it_was_trained_with(scenes, explicit, done):
+    """Those of the base's bas.json too, which no flag names."""
+    folder, trials = done
+    check_finished(trials)
+    check_finished(planned(folder, scenes, explicit | {"gradient_checkpointing": True}))
+    changed = plan_trials(folder, scenes, ("bas", "ti-m"), (0,), CONTEXTS[:2], explicit, {"lr_num_cycles": 3})
+    with refused(f"{trials[0].training.output_dir} was made with another --lr_num_cycles"):
+        check_finished(changed)
+    check_finished(plan_trials(folder, scenes, ("uniform",), (0,), CONTEXTS[:2], explicit, {"lr_num_cycles": 3}))
 
 
 def test_estimates(bench, scenes, explicit, done, tmp_path):
@@ -242,6 +287,18 @@ def test_metrics_that_are_not_here_are_found_before_anything_is_trained(bench, s
     assert main([*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path), "--segments", "none"]) == 2
     assert "config.json" in capsys.readouterr().err
     assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_the_command_compares_all_settings_but_those_of_memory(bench, scenes, explicit, tmp_path, capsys):
+    """Both the file's and the flags'. The models of the metrics are missing, so nothing is trained."""
+    line = [*words(bench, explicit, scenes, tmp_path / "out"), "--clip", str(tmp_path), "--segments", "none"]
+    assert main([*line, "--learning_rate", "0.001"]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert main([*line, "--learning_rate", "0.001", "--gradient_checkpointing", "--batch_size", "1"]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert main(line) == 2
+    said = f"{tmp_path / 'out'} holds an evaluation with another training learning_rate (0.001 there): give the same"
+    assert said in capsys.readouterr().err
 
 
 def test_leakage_of_handles_by_hand():
@@ -380,7 +437,8 @@ def test_a_trial_that_is_too_large_stops_no_other(bench, scenes, explicit, tmp_p
     original = run_trial
     monkeypatch.setattr(runner, "run_trial", too_large)
     outcomes = list(evaluate_each(planned(tmp_path, scenes[:1], explicit), workplace(bench)))
-    assert [outcome.error for outcome in outcomes] == [None, "cpu is out of memory"]
+    advice = "add --gradient_checkpointing or a smaller --batch_size to the same command, which goes on"
+    assert [outcome.error for outcome in outcomes] == [None, f"cpu is out of memory: {advice}"]
 
 
 def test_a_scene_that_changed_since_its_training_is_not_scored(bench, scenes, explicit, tmp_path):

@@ -13,7 +13,7 @@ from bas.errors import InputError
 from bas.evaluation.baselines import PAPER, VARIANTS
 from bas.evaluation.libraries import optional_library
 from bas.evaluation.metrics import CLIP, DINO, MINI_CLIP, Metrics
-from bas.evaluation.protocol import Trial, agree_on, plan_trials
+from bas.evaluation.protocol import Trial, agree_on, check_finished, plan_trials
 from bas.evaluation.runner import (
     EvaluationContext,
     Outcome,
@@ -129,14 +129,15 @@ def run(args: argparse.Namespace) -> None:
 
     for library in ("scipy.stats", "matplotlib.figure"):  # before anything is trained
         optional_library(library)
-    training = {name: value for name, value in explicit.items() if name not in ("device", "class_data_dir")}
     plan = {
         "base": base_hash(base, additions),
         "contexts": list(contexts),
         "metrics": measured,
         "sampling": {name: value for name, value in asdict(sampling).items() if name not in STEERING},
+        "training": {name: list(v) if isinstance(v, tuple) else v for name, v in explicit.items()},
     }
-    agree_on(folder, plan | {"training": {k: list(v) if isinstance(v, tuple) else v for k, v in training.items()}})
+    agree_on(folder, plan)
+    check_finished(trials)
     scorer = partial(make_scorer, measured, base, str(device))
     own = trials[0].training.prediction_type
     context = EvaluationContext(base, device, sampling, scorer, precision, own, additions)
