@@ -8,6 +8,7 @@
 A trial counts once its cell.json is there. An interrupted one is trained again, or resumes from a checkpoint.
 """
 
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,10 @@ from bas.runtime.signals import Interrupted
 from bas.sampling.gallery import subsets
 from bas.training.base_model import Base
 from bas.training.loop import trained
+from bas.training.multi_scene import run_name
 from bas.training.resume import FREE_ON_RESUME, check_resumable, scene_state
+
+log = logging.getLogger(__name__)
 
 PLAN, TRIALS, TRIAL, RUN = "plan.json", "cells", "cell.json", "run"
 TRIAL_SHAPE = {
@@ -76,20 +80,17 @@ def plan_trials(
 
     explicit: settings of TrainConfig that hold for every variant. Raises InputError for a scene that cannot be used,
     for one without words, because prompt similarity compares an image with its prompt in words, and for a seed that
-    leaves no room for those of the images.
+    leaves no room for those of the images. If several scenes cannot be used, the reason of each is logged.
     """
     for seed in seeds:
         check_int("--seeds", seed, -MAX_SEED // SEEDS_APART, MAX_SEED // SEEDS_APART - 1)
     trials = []
     configs = {method: training_of(method, explicit, model_row) for method in methods}
-    loaded = {scene: load_scene(replace(configs[methods[0]], instance_data_dir=str(scene))) for scene in scenes}
-    for scene, content in loaded.items():
-        if wordless := [h for h, word in zip(content.handles, content.words, strict=True) if not word]:
-            raise InputError(f'{scene} has no word for {", ".join(wordless)}: write its "word" into {scene}/scene.json')
+    handles = handles_of(scenes, configs[methods[0]])
     for seed in seeds:
         for scene in scenes:
+            name = run_name(scene)
             for method, config in configs.items():
-                name = scene.resolve().name
                 run = folder / TRIALS / name / method / f"seed-{seed}" / RUN
                 training = replace(
                     config,
@@ -100,8 +101,32 @@ def plan_trials(
                     checkpointing_steps=0,
                     resume_from_checkpoint="latest" if (run / METRICS).exists() else None,
                 )
-                trials.append(Trial(name, method, seed, training, requests_of(loaded[scene].handles, contexts, seed)))
+                trials.append(Trial(name, method, seed, training, requests_of(handles[scene], contexts, seed)))
     return trials
+
+
+def handles_of(scenes: list[Path], config: TrainConfig) -> dict[Path, tuple[str, ...]]:
+    """Return the handles of each scene. InputError, after all scenes were read, if some cannot be used."""
+    found, rejected = {}, []
+    for scene in scenes:
+        try:
+            content = load_scene(replace(config, instance_data_dir=str(scene)))
+            if wordless := [h for h, word in zip(content.handles, content.words, strict=True) if not word]:
+                advice = f'write its "word" into {scene}/scene.json'
+                raise InputError(f"{scene} has no word for {', '.join(wordless)}: {advice}")
+            found[scene] = content.handles
+        except InputError as error:
+            rejected.append((scene, error))
+    if len(rejected) == 1:
+        raise rejected[0][1]
+    if rejected:
+        for scene, error in rejected:
+            log.error("%s cannot be used: %s", scene, error)
+        names = ", ".join(run_name(scene) for scene, _ in rejected)
+        raise InputError(
+            f"{len(rejected)} of {len(scenes)} scenes cannot be used, as listed above: mend or leave out {names}"
+        )
+    return found
 
 
 def requests_of(handles: tuple[str, ...], contexts: tuple[str, ...], seed: int) -> tuple[Request, ...]:

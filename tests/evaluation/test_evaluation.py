@@ -158,6 +158,35 @@ def test_a_scene_without_words_is_refused_before_anything_is_trained(explicit, t
     assert not (tmp_path / "out").exists()
 
 
+def test_all_scenes_that_cannot_be_used_are_named_at_once(explicit, tmp_path, caplog):
+    """Before anything is trained, so that one look mends them all."""
+    places = [write_scene(tmp_path / name, concepts=1) for name in ("ant", "bee", "cow")]
+    with_words(places[0], ("ant",))
+    Image.new("L", (32, 32)).save(places[1] / "mask0.png")
+    with refused("2 of 3 scenes cannot be used, as listed above: mend or leave out bee, cow"):
+        planned(tmp_path / "out", places, explicit)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [line.split(":")[0] for line in lines] == [f"{place} cannot be used" for place in places[1:]]
+    assert str(places[1] / "mask0.png") in lines[0]
+    assert f"{places[2]} has no word for <asset0>" in lines[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_scenes_behind_links_are_called_as_the_links(explicit, tmp_path):
+    """The folders behind them have one name, and their trials would share a folder."""
+    scenes = []
+    for name in ("one", "two"):
+        target = with_words(write_scene(tmp_path / name / "photo", concepts=1), ("cat",))
+        (tmp_path / f"link-{name}").symlink_to(target)
+        scenes.append(tmp_path / f"link-{name}")
+    trials = planned(tmp_path / "out", scenes, explicit, methods=("bas",))
+    assert [trial.scene for trial in trials] == ["link-one", "link-two"]
+    assert [trial.folder.relative_to(tmp_path / "out/cells").as_posix() for trial in trials] == [
+        "link-one/bas/seed-0",
+        "link-two/bas/seed-0",
+    ]
+
+
 def test_trials_draw_every_subset_in_every_context(scenes, explicit, tmp_path):
     trials = planned(tmp_path, scenes, explicit, seeds=(0, 3))
     assert [(c.scene, c.method, c.seed) for c in trials] == [
