@@ -618,9 +618,11 @@ def words(bench, explicit: dict, scenes: list[Path], folder: Path, *more: str) -
 
 def test_dry_run_writes_nothing(bench, scenes, explicit, tmp_path, capsys, caplog):
     """What the file says of single trials is named, as it is not read."""
-    line = words(bench, explicit | {"seed": 7, "method": "db"}, scenes, tmp_path / "out")
+    own = {"seed": 7, "method": "db", "checkpointing_steps": 50, "img_log_steps": 50}
+    line = words(bench, explicit | own, scenes, tmp_path / "out")
     assert main([*line, "--dry_run", "--methods", "ti", "--seeds", "4", "5"]) == 0
-    said = f"{tmp_path / 'out.toml'}: each trial has its own method, seed, so the file's is not read"
+    named = "checkpointing_steps, img_log_steps, method, seed"
+    said = f"{tmp_path / 'out.toml'}: each trial has its own {named}, so the file's is not read"
     assert [text for text in caplog.messages if "each trial" in text] == [said]
     output = capsys.readouterr().out
     assert "4 trainings, of which 0 are finished" in output

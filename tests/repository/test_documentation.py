@@ -21,7 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bas.cli.commands import evaluate, sample
 from bas.cli.entry import COMMANDS, build_parser, main
+from bas.config import SampleConfig, TrainConfig, setting_rows
 from bas.pretrained import hub
 
 ROOT = Path(__file__).parents[2]
@@ -370,3 +372,25 @@ def test_json_of_the_pages_is_json():
     assert len(texts) >= 3
     for text in texts:
         json.loads(text)
+
+
+def test_the_page_says_which_settings_a_file_takes(capsys):
+    """Of each command: what it names is taken, or refused, as it says."""
+    text = (ROOT / "docs" / "commands.md").read_text()
+    section = text.split("## Settings files")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `bas ")]
+    known = {
+        "train": setting_rows(TrainConfig),
+        "sample": setting_rows(SampleConfig) | setting_rows(sample.Request),
+        "evaluate": setting_rows(TrainConfig),
+    }
+    assert [command.split()[1].strip("`") for command, *_ in rows] == list(known)
+    for settings, (_, takes, refuses) in zip(known.values(), rows, strict=True):
+        assert set(re.findall("`([a-z_]+)`", takes)) <= settings.keys()
+        assert not set(re.findall("`([a-z_]+)`", refuses)) & settings.keys()
+    assert {*re.findall("`([a-z_]+)`", rows[1][1])} >= {*setting_rows(sample.Request)}
+    assert main(["sample", "--help"]) == 0
+    flags = {*re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)} - {"debug", "config"}
+    assert {*re.findall("`([a-z_]+)`", rows[1][2])} == flags - known["sample"].keys()
+    own = re.search(r"each trial has of its own:(.*?)\.", section, re.DOTALL)
+    assert {*re.findall("`([a-z_]+)`", own[1])} == evaluate.PER_TRIAL

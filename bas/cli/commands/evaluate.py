@@ -41,7 +41,10 @@ EXAMPLES = (
     "bas evaluate my_scenes --dry_run",
     "bas evaluate my_scenes --methods bas db-m ti-m --seeds 0 1 2 --output_dir evaluation",
 )
-PER_TRIAL = {"instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"}
+PER_TRIAL = {
+    *("instance_data_dir", "output_dir", "seed", "method", "resume_from_checkpoint", "img_log_steps"),
+    "checkpointing_steps",
+}
 TRAINING = (  # the flags of training that stand beside those below; --config takes all
     *("pretrained_model_name_or_path", "prediction_type", "phase1_train_steps", "phase2_train_steps", "resolution"),
     *("initial_learning_rate", "learning_rate", "train_batch_size", "num_class_images", "class_data_dir"),
