@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -247,6 +248,15 @@ def read_names(folder: Path, found: list[FoundMask]) -> tuple[list[str | None], 
     if len(names) != count:
         raise InputError(f"{path} names {len(names)} concepts, but there are {count} masks")
     return [handle for handle, _ in names], [word for _, word in names]
+
+
+def read_entries(folder: Path) -> dict[str, Any]:
+    """Return all entries of a scene's scene.json, none without the file. InputError if it is not a JSON object."""
+    path = folder / "scene.json"
+    content = read_scene_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f'{path} is not {{"concepts": [{{"handle": ..., "word": ...}}, ...]}}: repair or remove it')
+    return content
 
 
 def name_concepts(

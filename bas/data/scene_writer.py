@@ -14,11 +14,11 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from bas.data.mask_formats import NUMBERED, find_source, list_sources, read_source
-from bas.data.scene_folder import JOURNAL, find_image, images_in, match_size, numbered_folders, read_names
+from bas.data.scene_folder import JOURNAL, find_image, images_in, match_size, numbered_folders, read_entries, read_names
 from bas.errors import InputError
 from bas.io.files import reading, replacing, require_writable, sync
 from bas.io.images import read_image, read_orientation, suffix_of_copy
-from bas.io.json_files import json_text, read_json, read_record, write_json
+from bas.io.json_files import json_text, read_record, write_json
 
 NOTED = re.compile(r"(\d+/)?\.?\w[\w.-]*")  # a file of the folder, or of an extra image's
 saving = threading.RLock()  # one save of a scene at a time, also while the last one is finished
@@ -106,7 +106,7 @@ def write_draft(
         moved = {} if origins is None else moved_masks(folder, origins)
         folder.mkdir(parents=True, exist_ok=True)
         names = folder / "scene.json"
-        kept = read_json(names) if names.exists() else {}
+        kept = read_entries(folder)
         options = {}
         if read_orientation(draft.image_path) not in (None, 1):  # or it would be unknown which way up the masks are
             options["exif"] = Image.Exif()

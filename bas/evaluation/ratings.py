@@ -11,7 +11,7 @@ import numpy as np
 from bas.errors import InputError
 from bas.evaluation.libraries import optional_library
 from bas.evaluation.study import KEY
-from bas.io.json_files import read_json, read_record
+from bas.io.json_files import read_record
 
 KEY_SHAPE = {"study": str, "questions": {...: {"method": str}}}
 QUESTIONS = {"identity": "the same concept", "prompt": "what the text says"}
@@ -64,7 +64,8 @@ class Comparison:
 def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
     """Read the files that the pages saved, with the methods that the study's key names.
 
-    Raises InputError for answers to another study, for ratings other than 1 to 5, and for a page that was given twice.
+    Raises InputError for a file of another kind, for answers to another study, for ratings other than 1 to 5, and for a
+    page that was given twice.
     """
     if not (study / KEY).is_file():
         raise InputError(f"{study} is not a study of bas: it has no {KEY}")
@@ -72,7 +73,7 @@ def read_ratings(study: Path, answers: list[Path]) -> list[Rating]:
     questions = key["questions"]
     ratings, seen = [], {}
     for path in answers:
-        content = read_json(path)
+        content = read_record(path, {}, "give the file that a page of the study saved")
         if content.get("study") != key["study"]:
             raise InputError(f"{path} does not answer this study")
         given = content.get("answers")

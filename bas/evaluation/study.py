@@ -22,7 +22,7 @@ from bas.evaluation.metrics import class_prompt
 from bas.evaluation.protocol import RUN, TRIAL, TRIALS
 from bas.io.files import read_bytes, write_text
 from bas.io.images import read_image, read_mask, to_floats
-from bas.io.json_files import decode_text, read_json, write_json
+from bas.io.json_files import decode_text, read_record, write_json
 from bas.training.preview import SCENE
 from bas.web.elements import data_uri, render
 
@@ -91,7 +91,7 @@ def read_trial(trial: Path, reference: Path) -> Iterator[Item]:
 
     reference: folder with the scene's image and masks. Raises InputError for a trial that `bas evaluate` did not write.
     """
-    noted = read_json(trial / TRIAL)
+    noted = read_record(trial / TRIAL, {}, "remove it, and `bas evaluate` makes the trial again")
     try:
         words = [word or NAMELESS for word in noted["words"]]
         names = {handle: with_article(word) for handle, word in zip(noted["handles"], words, strict=True)}

@@ -119,6 +119,20 @@ def test_a_scene_that_another_begins_with_is_finished_first(tmp_path):
     assert sorted(path.name for path in (tmp_path / "photo").iterdir()) == ["img.png", "mask0.png", "scene.json"]
 
 
+def test_a_scene_json_that_is_no_object_is_not_written_over(tmp_path):
+    """Nor called a model's file. Its other entries would be lost."""
+    Image.new("RGB", (SIZE, SIZE), "red").save(tmp_path / "img.png")
+    note, draft = tmp_path / "scene.json", open_draft(tmp_path, None)
+    for text, said in (("[1]", ' is not {"concepts": [{"handle": '), ("{", " is not valid JSON (")):
+        note.write_text(text)
+        with refused(f"{note}{said}", "repair"):
+            write_draft(draft, [mask(0)], names(0))
+        assert note.read_text() == text
+    note.write_text('{"title": "mine"}')
+    write_draft(draft, [mask(0)], names(0))
+    assert json.loads(note.read_text()) == {"title": "mine", "concepts": names(0)}
+
+
 def test_a_failed_save_leaves_no_file_of_its_own(scene):
     """Not even when the note is written, and the folder cannot be flushed then."""
     before = {path: path.read_bytes() for path in scene.rglob("*.*")}

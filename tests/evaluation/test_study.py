@@ -58,6 +58,15 @@ def test_an_evaluations_images_are_asked_about_once_for_each_object(evaluation):
     }
 
 
+def test_a_damaged_trial_says_how_it_is_made_again(tmp_path):
+    note = tmp_path / "cells" / "one" / "bas" / "seed-0" / "cell.json"
+    note.parent.mkdir(parents=True)
+    for text, wrong in (("[]", "as bas wrote it (it is [])"), ('{"words"', "valid JSON (Expecting ':' delimiter")):
+        note.write_text(text)
+        with refused(f"{note} is not {wrong}", ": remove it, and `bas evaluate` makes the trial again"):
+            read_items(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
@@ -264,6 +273,13 @@ def test_answers_that_do_not_fit_are_named(evaluation, tmp_path):
             read_ratings(tmp_path, spoilt(answers={name: {"identity": mark, "prompt": 1}}))
     with refused("are the same participant's answers to one page: keep one"):
         read_ratings(tmp_path, [good, *spoilt()])
+    typo, advice = tmp_path / "typo.json", "give the file that a page of the study saved"
+    with refused(f"{typo} does not exist"):
+        read_ratings(tmp_path, [typo])
+    for text, wrong in (("[]", "as bas wrote it (it is [])"), ("{", "valid JSON (Expecting property name")):
+        typo.write_text(text)
+        with refused(f"{typo} is not {wrong}", f": {advice}"):
+            read_ratings(tmp_path, [typo])
     with refused("is not a study of bas: it has no key.json"):
         read_ratings(tmp_path / "elsewhere", [good])
 

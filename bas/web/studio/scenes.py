@@ -20,7 +20,7 @@ from PIL import Image
 
 from bas.data.mask_formats import MAX_MASKS, list_sources
 from bas.data.scene import bracketed, check_word
-from bas.data.scene_folder import numbered_folders
+from bas.data.scene_folder import numbered_folders, read_entries
 from bas.data.scene_writer import (
     Draft,
     concepts_to_edit,
@@ -297,7 +297,7 @@ def clear_masks(folder: Path) -> None:
     """Leave a scene folder without masks, as a photograph that comes in: names of masks would be wrong there."""
     names = folder / "scene.json"
     gone = {path for files in list_sources(folder) for path in files}
-    rest = {key: value for key, value in read_json(names).items() if key != "concepts"} if names.exists() else {}
+    rest = {key: value for key, value in read_entries(folder).items() if key != "concepts"}
     if rest:
         save(folder, {names: partial(Path.write_text, data=json_text(rest), encoding="utf-8")}, gone)
     else:
