@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HANDLE = re.compile(r"<[A-Za-z0-9_-]{1,32}>")
+LONGEST_NAME = 32  # characters of a handle between its brackets
+HANDLE = re.compile(rf"<[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}>")
 BRACKETED = re.compile(r"<[^<>]*>")  # text that is meant as a handle
 MAX_ADDED = 1000  # tokens beside the vocabulary; the tokenizers library takes the square of their number in time
 
@@ -179,7 +180,7 @@ class HandleEmbedding(nn.Module):
 def check_name(handle: object) -> None:
     """Raise InputError unless it is a handle's name."""
     if not (isinstance(handle, str) and HANDLE.fullmatch(handle)):
-        raise InputError(f"handle {handle!r}: expected <name> with 1 to 32 letters, digits, _ or -")
+        raise InputError(f"handle {handle!r}: expected <name> with 1 to {LONGEST_NAME} letters, digits, _ or -")
 
 
 def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:

@@ -40,7 +40,7 @@ from bas.io.run_files import (
 from bas.models.adapters import Change, Difference, changed
 from bas.models.attention import CrossAttention
 from bas.models.bundle import Models
-from bas.models.text import check_name, encode_ids, handle_ids, tokenize
+from bas.models.text import LONGEST_NAME, check_name, encode_ids, handle_ids, tokenize
 from bas.presets import KINDS
 from bas.pretrained.additions import Additions
 from bas.pretrained.folder import load_parts
@@ -108,7 +108,7 @@ def read_sources(
     """Read the runs to merge.
 
     renames: `RUN:<old>=<new>`, RUN as it was named or by its folder's name. base: where their base is, if it was moved.
-    A handle of several runs gets the name of its run in front: <asset0> of runs/toys is <toys-asset0>. Raises
+    A handle of several runs gets the name of its run in front, as `prefixed` writes it. Raises
     InputError for a run that keeps a whole model, for runs on different bases, and for names that are wrong or remain
     equal.
     """
@@ -148,14 +148,31 @@ def _renamed(runs: Sequence[Path], handles: Sequence[Sequence[str]], renames: It
     names = [[wanted.get((i, old), old) for old in olds] for i, olds in enumerate(handles)]
     taken = Counter(name for own in names for name in own)
     for i, own in enumerate(names):
-        prefix = re.sub(r"[^A-Za-z0-9_-]", "-", runs[i].resolve().name)
         given = {new for (run, _), new in wanted.items() if run == i}
-        own[:] = [f"<{prefix}-{name[1:-1]}>" if taken[name] > 1 and name not in given else name for name in own]
+        own[:] = [prefixed(name, runs[i], i + 1) if taken[name] > 1 and name not in given else name for name in own]
         for name in own:
             check_name(name)
     if twice := [name for name, times in Counter(name for own in names for name in own).items() if times > 1]:
         raise InputError(f"several runs have the handle {twice[0]}: rename it with --rename RUN:<handle>=<new>")
     return [tuple(own) for own in names]
+
+
+def prefixed(handle: str, run: Path, number: int) -> str:
+    """Return a handle with the name of its run's folder in front: <asset0> of runs/toys is <toys-asset0>.
+
+    Where that is too long for a handle, the beginning of the folder's name and the run's number stand in front.
+    InputError if there is no room for the number.
+    """
+    prefix, name = re.sub(r"[^A-Za-z0-9_-]", "-", run.resolve().name), handle[1:-1]
+    room, end = LONGEST_NAME - len(f"-{name}"), str(number)
+    if len(prefix) > room:
+        if len(end) > room:
+            raise InputError(
+                f"several runs have the handle {handle}, and it is too long for a prefix: rename it with "
+                f"--rename {run.name}:{handle}=<new>"
+            )
+        prefix = prefix[: room - len(end)] + end
+    return f"<{prefix}-{name}>"
 
 
 # --- Joining ------------------------------------------------------------------------------------------------------

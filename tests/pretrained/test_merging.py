@@ -358,6 +358,27 @@ def test_a_run_may_be_named_as_a_shell_completes_it(place, end):
         assert first.handles == ("<cat>", "<asset1>")
 
 
+def test_names_of_long_folders_are_cut_and_stay_apart(place, tmp_path):
+    """A handle has 32 characters: folders that begin alike are told apart by the number of their run."""
+    from bas.pretrained.merging import prefixed, read_sources
+
+    runs = [tmp_path / f"a_photograph_of_{'x' * 7}_{end}" for end in "abc"]
+    for run in runs:
+        shutil.copytree(place / "mugs", run)
+    fits = shutil.copytree(place / "mugs", tmp_path / ("y" * 25))
+    handles = [source.handles for source in read_sources([*runs, fits], [1.0] * 4, [])]
+    assert handles == [*((f"<a_photograph_of_xxxxxxx_{end}-asset0>",) for end in "abc"), (f"<{fits.name}-asset0>",)]
+    longer = [run.rename(tmp_path / f"a_long_{run.name}") for run in runs]
+    first, second, third, _ = (source.handles for source in read_sources([*longer, fits], [1.0] * 4, []))
+    assert first == ("<a_long_a_photograph_of_x1-asset0>",)
+    assert (second, third) == (("<a_long_a_photograph_of_x2-asset0>",), ("<a_long_a_photograph_of_x3-asset0>",))
+    assert len(first[0]) == 34
+    assert prefixed(f"<{'n' * 30}>", tmp_path / "z", 10) == f"<z-{'n' * 30}>"
+    assert prefixed(f"<{'n' * 30}>", longer[0], 2) == f"<2-{'n' * 30}>"
+    with refused("several runs have the handle <n", f"--rename {longer[0].name}:<{'n' * 31}>=<new>"):
+        prefixed(f"<{'n' * 31}>", longer[0], 2)
+
+
 def test_runs_on_other_bases_are_refused(place, tmp_path):
     from bas.pretrained.merging import read_sources
 
