@@ -37,6 +37,7 @@ BATCH = 64  # scenes of a step of the recogniser's training
 SIDE = 64  # the recogniser reads images of this size
 SHAPE_NAMES, COLOUR_NAMES, PLACE_NAMES = (tuple(names) for names in (SHAPES, COLOURS, PLACES))
 NOTHING = len(SHAPES)  # the shape class of cells without an object
+SHOWN = 36  # images of one object, of two and of three on the sheet
 LEAST = 0.4  # of an even share of the object cells: what each of several objects has at least
 
 
@@ -270,7 +271,8 @@ def main():
     facts = {"vae_psnr_db": round(psnr(decoded, originals), 2), "seconds_per_image": round(seconds, 2)}
     (args.output_dir / "table.md").write_text("\n".join(table) + "\n")
     (args.output_dir / "scores.json").write_text(json.dumps({**settings, **facts, **rows}, indent=2) + "\n")
-    shown = [np.asarray(image) for image in images[:64] + images[args.prompts : args.prompts + 32]]
+    first = (images[i * args.prompts :][: min(args.prompts, SHOWN)] for i in range(3))
+    shown = [np.asarray(image) for some in first for image in some]
     contact_sheet(shown, columns=12).save(args.output_dir / "images.png")
     (args.output_dir / "prompts.txt").write_text("\n".join(prompts) + "\n")
     print("\n".join(table), facts, sep="\n")
