@@ -2,17 +2,20 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bas.cli.flags import Parser, add_machine
 from bas.errors import InputError
-from bas.models.bundle import Models, ModelSpec
+from bas.io.run_files import CONCEPTS, MODEL_INDEX, SETTINGS
+from bas.models.bundle import COMPONENTS, Models, ModelSpec
 from bas.pretrained.additions import Additions
 from bas.pretrained.embedding_files import handle_of
 from bas.pretrained.folder import load, read_spec
-from bas.pretrained.hub import find
+from bas.pretrained.hub import WEIGHT_FILES, find, manifest
 from bas.runtime.device import DTYPES, pick_device, pick_precision
 from bas.schedulers import PREDICTION_TYPES
 
@@ -20,6 +23,8 @@ log = logging.getLogger(__name__)
 
 ADDITIONS = ("lora", "embedding", "vae", "clip_skip")  # flags that add to a model, or change it
 READING = ("prediction_type", "base")  # flags that say how a model is read
+# Flags that take every value after them, a RUN too: those of texts, which name no file, and those of weight files.
+OF_TEXTS, OF_FILES = ("prompt", "contexts"), ("lora", "embedding")
 
 
 def add_prediction_type(parser: Parser) -> None:
@@ -66,10 +71,34 @@ def add_model(parser: Parser) -> None:
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """Find the model on this machine. InputError if two are named, or if the named one is not here."""
+    """Find the model on this machine. It is the miniature if none is named, which is logged.
+
+    InputError if two are named, if the named one is not here, or if another flag took it as its last value.
+    """
     if args.run and args.model_path and args.run != args.model_path:
         raise InputError(f"two models: {args.run} and --model_path {args.model_path}")
-    return find(args.run if args.model_path is None else args.model_path)
+    named = args.run if args.model_path is None else args.model_path
+    if named is None:
+        check_taken(args)
+        log.info("no RUN is named: the miniature generates the images", extra={"once": True})
+    return find(named)
+
+
+def check_taken(args: argparse.Namespace) -> None:
+    """InputError if the last value of a flag with several values is a model: it is RUN in the wrong place."""
+    for name in (*OF_TEXTS, *OF_FILES):
+        values = getattr(args, name, None)
+        if isinstance(values, list) and values and is_model(values[-1], files=name in OF_TEXTS):
+            run = quote(values[-1])
+            raise InputError(f"--{name} takes {run} as its own, and no RUN is named: write {run} before --{name}")
+
+
+def is_model(name: str, files: bool) -> bool:
+    """Return whether a text is a known name, or the path of a run or a model. files: whether of a weight file too"""
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return any(os.path.exists(os.path.join(path, each)) for each in (CONCEPTS, SETTINGS, MODEL_INDEX, *COMPONENTS))
+    return name in manifest() or (files and Path(path).suffix in WEIGHT_FILES and os.path.isfile(path))
 
 
 def given_additions(args: argparse.Namespace) -> dict[str, Any]:
