@@ -6,6 +6,7 @@ the level of that step (algorithm 1 there). At the end the pixels outside are re
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,26 +94,24 @@ def edit(
     """
     config = (config or EditConfig()).changed(**overrides)
     check_edit(models.spec, image, regions, config)
-    return edit_regions(models, image, regions, config)
+    return list(edit_each(models, image, regions, config))
 
 
-def edit_regions(
+def edit_each(
     models: Models,
     image: Image.Image,
     regions: list[Region],
     config: EditConfig,
     progress: ImageProgress | None = None,
-) -> list[Image.Image]:
-    """Do what `edit` does, after its checks. `progress` counts the steps."""
+) -> Iterator[Image.Image]:
+    """Yield the images of `edit`, after its checks, each as soon as its batch is done. `progress` counts the steps."""
     seeds = [config.seed + i for i in range(config.num_images)]
-    results = []
     for first in range(0, len(seeds), config.batch_size):
         batch = seeds[first : first + config.batch_size]
         images = [image] * len(batch)
         for region in regions:
             images = edit_region(models, images, region, batch, config, progress)
-        results += images
-    return results
+        yield from images
 
 
 def check_edit(spec: ModelSpec, image: Image.Image, regions: list[Region], config: EditConfig) -> None:

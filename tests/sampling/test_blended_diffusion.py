@@ -297,6 +297,26 @@ def test_the_command_writes_the_edited_image_with_its_settings(files, models, ca
         assert capsys.readouterr().err.startswith("bas: name a region and a prompt")
 
 
+def test_the_command_saves_each_image_as_soon_as_it_is_done(files, models, monkeypatch, capsys):
+    """The third image is interrupted: the first two are there."""
+    save_model(models, files / "run")
+    edit_one, seen = editing.edit_region, []
+
+    def interrupted(models, images, region, seeds, *others):
+        seen.append(seeds)
+        if seeds == [2]:
+            raise KeyboardInterrupt
+        return edit_one(models, images, region, seeds, *others)
+
+    monkeypatch.setattr(editing, "edit_region", interrupted)
+    words = ["edit", files / "run", "--init_image", files / "photo.png", "--mask", files / "left.png", "--prompt", "a"]
+    words += ["--num_images", 4, "--batch_size", 1, "--num_inference_steps", 2, "--device", "cpu"]
+    assert main([*map(str, words), "--output_path", str(files / "out" / "x.png")]) == 130
+    assert seen == [[0], [1], [2]]
+    assert sorted(path.name for path in (files / "out").iterdir()) == ["x-0.png", "x-1.png"]
+    assert capsys.readouterr().out.split() == [str(files / "out" / f"x-{i}.png") for i in (0, 1)]
+
+
 def test_an_edit_keeps_the_colour_profile_of_its_image(files, models):
     """Without it the pixels outside the mask would look different, though they are the same."""
     save_model(models, files / "run")

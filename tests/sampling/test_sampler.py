@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from bas.cli.commands import sample as sample_command
 from bas.cli.entry import main
 from bas.cli.open_model import open_model
 from bas.config import SampleConfig
-from bas.errors import RunError
+from bas.errors import NotFiniteError, RunError
 from bas.io.figures import grid, grid_size
 from bas.io.images import save_image
 from bas.pretrained.folder import save_model
@@ -307,6 +308,35 @@ def test_a_grid_is_as_large_as_it_is_said_to_be():
     labels = [["a long label that takes several lines"] * 3, ["b"]]
     for title in ("", "a title"):
         assert grid(rows, labels, 64, title).size == grid_size(labels, 64, title)
+
+
+@pytest.mark.parametrize(("last", "code"), [(KeyboardInterrupt, 130), (NotFiniteError("no number"), 1)])
+def test_a_grid_holds_what_was_done_when_the_command_was_stopped(bench, tmp_path, monkeypatch, capsys, last, code):
+    """Three of two times two images: a row of two, and one below."""
+
+    def stopped(*others):
+        yield from (Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")[: left[0]])
+        raise last
+
+    monkeypatch.setattr(sample_command, "sample_each", stopped)
+    words = ["sample", bench.model, "--prompt", "a", "bowl", "--num_images", 2, "--seed", 5, "--grid"]
+    for left in ([3], [1], [0]):
+        target = tmp_path / f"grid{left[0]}.png"
+        assert main([*map(str, words), "--output_path", str(target)]) == code
+        assert capsys.readouterr().out == (f"{target}\n" if left[0] else "")
+    with Image.open(tmp_path / "grid3.png") as sheet:
+        assert json.loads(sheet.text["bas"])["prompts"] == ["a", "bowl"]
+        labels = [["a, seed 5", "a, seed 6"], ["bowl, seed 5"]]
+        assert sheet.size == grid_size(labels, 192)
+        assert [sheet.getpixel((x, y)) for x, y in [(100, 100), (300, 100), (100, 330)]] == [
+            (255, 0, 0),
+            (0, 255, 0),
+            (0, 0, 255),
+        ]
+    with Image.open(tmp_path / "grid1.png") as sheet:
+        assert json.loads(sheet.text["bas"])["prompts"] == ["a"]
+        assert sheet.size == grid_size([["a, seed 5"]], 192)
+    assert not (tmp_path / "grid0.png").exists()
 
 
 def test_what_is_refused_is_not_said_to_be_replaced(bench, tmp_path, caplog, capsys):

@@ -13,7 +13,7 @@ from bas.errors import InputError
 from bas.io.images import check_room, numbered_paths, read_image, save_images
 from bas.models.bundle import ModelSpec
 from bas.runtime.progress import ImageProgress
-from bas.sampling.blended_diffusion import check_edit, edit_regions, read_region, read_regions, skipped_steps
+from bas.sampling.blended_diffusion import check_edit, edit_each, read_region, read_regions, skipped_steps
 from bas.sampling.layout import mask_files
 from bas.sampling.sampler import as_record
 
@@ -42,7 +42,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Edit, and save the images, each with its settings."""
+    """Edit, and save each image with its settings as soon as it is done."""
     config = EditConfig(**given(args, EditConfig))
     if bool(args.mask) != bool(args.prompt) or bool(args.mask) == bool(args.regions):
         raise InputError("name a region and a prompt: --mask with --prompt, or --regions with a list of both")
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> None:
 
     models = open_model(args, check, [*prompts, config.negative_prompt])
     steps = len(regions) * (config.num_inference_steps - skipped_steps(config))
-    images = edit_regions(models, image, regions, config, ImageProgress(config.num_images, steps))
+    images = edit_each(models, image, regions, config, ImageProgress(config.num_images, steps))
 
     shared = as_record(models, config) | {"prompts": prompts, "model": name}
     records = [shared | {"seed": config.seed + i, **made_from} for i in range(config.num_images)]
     for path in save_images(images, records, target, image.info.get("icc_profile")):
-        print(path)
+        print(path, flush=True)

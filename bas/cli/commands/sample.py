@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -54,7 +55,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate the images, and save each with its settings as soon as it is done."""
+    """Generate the images, and save each with its settings as soon as it is done, or all as one grid."""
     settings = read_config(args.config, setting_rows(SampleConfig) | setting_rows(Request))
     prompt, model = settings.pop("prompt", None), settings.pop("model_path", None)
     for name in ADDITIONS:
@@ -84,17 +85,35 @@ def run(args: argparse.Namespace) -> None:
 
     models = open_model(args, check, [*prompts, config.negative_prompt])
     progress = ImageProgress(len(jobs), steps_taken(config))
-    images: Iterable[Image.Image] = sample_each(models, prompts, config, progress)
-
+    images = sample_each(models, prompts, config, progress)
     shared = as_record(models, config) | {"model": name, **given_additions(args)}
-    records = [shared | {"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     if args.grid:
-        cells = list(images)
-        rows = [cells[i : i + config.num_images] for i in starts]
-        images = [grid(rows, labels, cell_of(cells[0].width))]
-        records = [shared | {"prompts": prompts}]
+        save_grid(images, prompts, labels, shared, target)
+        return
+    records = [shared | {"prompt": prompt, "seed": seed} for prompt, seed in jobs]
     for path in save_images(images, records, target):
         print(path, flush=True)
+
+
+def save_grid(
+    images: Iterable[Image.Image], prompts: list[str], labels: list[list[str]], shared: dict[str, Any], target: Path
+) -> None:
+    """Save a grid with a row of images for each prompt, with the settings that all share, and print its path.
+
+    If an interrupt or an error ends the images early, the grid holds those that are done.
+    """
+    done: list[Image.Image] = []
+    try:
+        for image in images:
+            done.append(image)
+    finally:
+        if done:
+            columns = len(labels[0])
+            rows = [done[i : i + columns] for i in range(0, len(done), columns)]
+            below = [texts[: len(row)] for texts, row in zip(labels, rows, strict=False)]
+            sheet, record = grid(rows, below, cell_of(done[0].width)), shared | {"prompts": prompts[: len(rows)]}
+            for path in save_images([sheet], [record], target):
+                print(path, flush=True)
 
 
 def cell_of(width: int) -> int:
