@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bas.config import TrainConfig
+from bas.data.mask_formats import mask_file
 from bas.data.scene_folder import images_in, require_scene_folder
 from bas.errors import InputError, RunError
 from bas.io.files import reading
@@ -44,7 +45,12 @@ class Outcome:
 def holds_scenes(folder: Path) -> bool:
     """Return whether a folder is not a scene itself, but has scenes in it."""
     with reading(folder):
-        return folder.is_dir() and not images_in(folder) and any(map(images_in, subfolders(folder)))
+        return folder.is_dir() and not is_scene(folder) and any(map(images_in, subfolders(folder)))
+
+
+def is_scene(folder: Path) -> bool:
+    """Return whether a folder is meant as a scene: by its image, its masks or scene.json; one may be misnamed."""
+    return bool(images_in(folder) or mask_file(folder))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -67,7 +73,7 @@ def find_scenes(names: list[str]) -> list[Path]:
 def scenes_in(folder: Path) -> list[Path]:
     """Return the folder itself if it is a scene, else the scenes in it. InputError if there is none, or for a run."""
     require_scene_folder(folder)
-    if images_in(folder):
+    if is_scene(folder):
         return [folder]
     if (folder / SETTINGS).exists():
         raise InputError(f"{folder} holds a run, not scenes: name the scene that it was trained on, see its {SETTINGS}")

@@ -228,6 +228,21 @@ def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):
         list(train_each(bench.config(tmp_path / "out", device="nonsense"), find_scenes([str(scenes)])))
 
 
+@pytest.mark.parametrize("left", ["mask0.png", "labels.png", "scene.json"])
+def test_a_scene_whose_image_is_misnamed_is_no_folder_of_scenes(bench, tmp_path, capsys, left):
+    """Its extra images are not trained in its place."""
+    scene = write_scene(tmp_path / "photo", 1)
+    write_scene(scene / "1", 1)
+    (scene / "img.png").rename(scene / "photo.png")
+    (scene / "mask0.png").rename(scene / left)
+    assert main(["train", str(scene), "--weights", str(bench.model), "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"{scene} needs exactly one image named img.jpg, img.png, ...; found none, but " in error
+    assert "photo.png" in error
+    assert find_scenes([str(scene)]) == [scene]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_training_without_a_base_says_what_it_is(bench, scenes, tmp_path, monkeypatch, caplog, rank):
     """One line of all processes; none where a flag or the file of settings names a base."""
