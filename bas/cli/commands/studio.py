@@ -3,6 +3,7 @@
 import argparse
 import getpass
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from bas.cli.flags import Parser
 from bas.errors import InputError
 from bas.io.json_files import read_text
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = (
     "bas studio",
@@ -53,6 +56,7 @@ def configure(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve the page until Ctrl+C; or run one job of it."""
+    set_password = os.environ.pop(PASSWORD, None)  # in any case: the studio's own processes do not inherit it
     if args.job:
         from bas.cli.entry import attempt
         from bas.web.studio.jobs import SPARE
@@ -66,8 +70,12 @@ def run(args: argparse.Namespace) -> None:
     from bas.web.studio.serve import run_until_interrupted
     from bas.web.studio.store import Home
 
+    if not args.listen and args.password_file is not None:
+        raise InputError("--password_file needs --listen ADDRESS: this machine alone is asked for no password")
+    if not args.listen and set_password is not None:
+        log.warning("%s has no effect: only with --listen a password is asked for", PASSWORD)
     home = Home(Path(args.home), read_segmenters(args.segmenter))
-    listen = (args.listen, read_password(args.password_file)) if args.listen else None
+    listen = (args.listen, read_password(args.password_file, set_password)) if args.listen else None
     run_until_interrupted(home, args.port, not args.no_browser, listen)
 
 
@@ -80,16 +88,15 @@ def read_segmenters(names: list[str]) -> dict[str, str]:
     return by_method(names)
 
 
-def read_password(file: str | None) -> str:
-    """Read the password of --listen from a file, the environment or the terminal: others can see command lines.
+def read_password(file: str | None, set_password: str | None) -> str:
+    """Read the password of --listen from a file or the terminal: others can see command lines.
 
-    InputError if there is no password.
+    set_password: that of the environment, which holds without a file. InputError if there is no password.
     """
-    given = os.environ.pop(PASSWORD, None)  # the studio's own processes do not inherit it
-    if file:
+    if file is not None:
         return (read_text(Path(file)).splitlines() or [""])[0]
-    if given is not None:
-        return given
+    if set_password is not None:
+        return set_password
     if not sys.stdin.isatty():
         raise InputError(f"--listen needs a password: name a --password_file, or set {PASSWORD}")
     return getpass.getpass("Password for those who open the studio: ")

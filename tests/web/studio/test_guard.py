@@ -367,12 +367,27 @@ def test_listen_takes_one_address_of_this_machine(tmp_path, monkeypatch, capsys,
     assert "BAS_STUDIO_PASSWORD" not in os.environ  # the processes of jobs do not inherit it
 
 
+def test_a_password_without_listen_is_told(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("bas.web.studio.serve.run_until_interrupted", lambda home, port, browser, listen: print(listen))
+    words = ["studio", str(tmp_path / "home"), "--no_browser"]
+    monkeypatch.setenv("BAS_STUDIO_PASSWORD", PASSWORD)
+    assert main(words) == 0
+    assert capsys.readouterr().out == "None\n"
+    assert caplog.messages == ["BAS_STUDIO_PASSWORD has no effect: only with --listen a password is asked for"]
+    assert "BAS_STUDIO_PASSWORD" not in os.environ
+    (tmp_path / "password.txt").write_text(PASSWORD)
+    assert main([*words, "--password_file", str(tmp_path / "password.txt")]) == 2
+    line = "bas: --password_file needs --listen ADDRESS: this machine alone is asked for no password\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
 def test_the_password_comes_from_a_file_or_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "password.txt").write_text("from a file\nmore\n")
-    assert read_password(str(tmp_path / "password.txt")) == "from a file"
+    assert read_password(str(tmp_path / "password.txt"), "set") == "from a file"
+    assert read_password(None, "set") == "set"
     monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(InputError, match="name a --password_file, or set BAS_STUDIO_PASSWORD"):
-        read_password(None)
+        read_password(None, None)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("getpass.getpass", lambda _text: "typed")
-    assert read_password(None) == "typed"
+    assert read_password(None, None) == "typed"
