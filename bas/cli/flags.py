@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from bas.config import GROUPS, value_type
 from bas.errors import InputError, check_choice, did_you_mean, printable
 
+OUTPUTS = {"output_dir": "folder", "output_path": "file", "home": "folder"}  # what a command writes to
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with a known flag that an unknown one may mean."""
@@ -18,10 +20,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse as argparse does, but raise the error for an unknown flag here, where the flags are known."""
+        """Parse as argparse does, but raise the error for an unknown flag here, where the flags are known.
+
+        An empty output, as of a shell variable that is not set, is an error in every command.
+        """
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")
+        for action in self._actions:
+            if action.dest in OUTPUTS and getattr(namespace, action.dest, None) == "":
+                name = action.option_strings[0] if action.option_strings else action.metavar
+                self.error(f"{name} is empty: name a {OUTPUTS[action.dest]}")
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:

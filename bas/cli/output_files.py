@@ -52,8 +52,6 @@ def add_gallery(parser: Parser, name: str) -> None:
 
 def gallery_folder(args: argparse.Namespace, model: Path, name: str) -> Path:
     """Return the new folder of a gallery: the one that is named, else one in the run."""
-    if args.output_dir == "":  # a shell variable that is not set
-        raise InputError("--output_dir is empty: leave it out, or name a new folder")
     folder = Path(args.output_dir or (model / name if (model / SETTINGS).is_file() else name))
     if (folder / FIRST_IMAGE).exists() and not (folder / GRID).exists():
         found = f"--output_dir {folder} holds images of a gallery that was not finished"
