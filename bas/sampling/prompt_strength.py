@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bas.errors import InputError
 from bas.models.bundle import Models
-from bas.models.text import HANDLE, Conditioning, encode_ids, expand_vectors, handle_ids, join, tokenize
+from bas.models.text import BRACKETED, HANDLE, Conditioning, encode_ids, expand_vectors, handle_ids, join, tokenize
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STRONGEST = 5.0  # images fall apart far below
 NAME = HANDLE.pattern
+NUMBERED = re.compile(r".*[A-Za-z].*\d")  # the name of a handle of a pattern, as asset1
 STRENGTH = re.compile(rf"\(\s*({NAME})\s*:\s*([^()]*?)\s*\)")
 COLON = r":(?!(?<=\d:)\d\d\b)"  # but that of a time of day, as 10:30
 LOOKS_LIKE = re.compile(rf"\([^()]*{NAME}[^()]*{COLON}[^()]*\)")
@@ -73,11 +74,18 @@ class Prompt:
 
 
 def bare_handles(prompt: str, handles: tuple[str, ...]) -> list[str]:
-    """Return the handles whose names a prompt contains as mere words, if it contains no handle at all."""
-    if any(handle in prompt for handle in handles):
-        return []
-    words = set(re.findall(r"[\w-]+", prompt))
-    return [handle for handle in handles if handle[1:-1] in words]
+    """Return the handles whose names a prompt contains as mere words, outside of any < >.
+
+    A name with a number at its end, as those of a pattern have, is no ordinary word: it counts in every prompt and in
+    any case. Other names count in a prompt without a handle alone.
+    """
+    words = set(re.findall(r"[\w-]+", BRACKETED.sub(" ", prompt)))
+    lower, alone = {word.lower() for word in words}, not any(handle in prompt for handle in handles)
+
+    def is_bare(name: str) -> bool:
+        return (alone and name in words) or (NUMBERED.fullmatch(name) is not None and name.lower() in lower)
+
+    return [handle for handle in handles if is_bare(handle[1:-1])]
 
 
 def read_prompt(prompt: str) -> Prompt:

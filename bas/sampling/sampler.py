@@ -80,7 +80,7 @@ def check_request(spec: ModelSpec, prompts: list[str], config: SampleConfig, ste
         log.warning("--%s has no effect: %s", setting, reason)
     for prompt in (*prompts, config.negative_prompt):
         if bare := bare_handles(prompt, spec.handles):
-            log.warning("%r names no handle: for the concept write %s, with < >", prompt, " ".join(bare))
+            log.warning("%r: for the concept write %s, with < >", prompt, " ".join(bare))
     warn_of_weights([*prompts, config.negative_prompt])
 
 

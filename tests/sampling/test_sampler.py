@@ -127,20 +127,28 @@ def test_unknown_handles_are_named_with_the_known_ones(models, bench):
 
 
 def test_a_handle_without_brackets_is_told(models, caplog):
-    """Only where the prompt names no handle: beside one, the word may well be meant."""
-    check_request(
-        models.spec, ["a photo of asset1, at the beach", PROMPT + " like asset1", "an asset10"], SampleConfig()
-    )
+    """A name of a pattern in every prompt and in any case."""
+    prompts = ["a photo of asset1, at the beach", "<asset1> and asset0", "<asset0> and Asset1", "an asset10", PROMPT]
+    check_request(models.spec, prompts, SampleConfig())
     assert caplog.messages == [
-        "'a photo of asset1, at the beach' names no handle: for the concept write <asset1>, with < >"
+        "'a photo of asset1, at the beach': for the concept write <asset1>, with < >",
+        "'<asset1> and asset0': for the concept write <asset0>, with < >",
+        "'<asset0> and Asset1': for the concept write <asset1>, with < >",
     ]
+
+
+def test_an_ordinary_word_beside_a_handle_is_meant(models, caplog):
+    """But without any handle a prompt that has the word of one is told."""
+    spec = replace(models.spec, handles=("<bowl>", "<asset0>"))
+    check_request(spec, ["a photo of <asset0> in a bowl", "a bowl", "Bowl"], SampleConfig())
+    assert caplog.messages == ["'a bowl': for the concept write <bowl>, with < >"]
 
 
 def test_a_handle_without_brackets_in_the_negative_prompt_is_told(models, caplog):
     """As people write embeddings of what they do not want."""
     check_request(models.spec, [PROMPT], SampleConfig(negative_prompt="asset1, blurry"))
     check_request(models.spec, [PROMPT], SampleConfig(negative_prompt="<asset1>, blurry"))
-    assert caplog.messages == ["'asset1, blurry' names no handle: for the concept write <asset1>, with < >"]
+    assert caplog.messages == ["'asset1, blurry': for the concept write <asset1>, with < >"]
 
 
 def test_settings_without_effect_are_told(models, caplog):
