@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
+
 from bas.config import TrainConfig
 from bas.presets import METHODS, OF_ADAPTERS
 
@@ -76,7 +78,13 @@ USED: tuple[tuple[tuple[str, ...], Used, str], ...] = (  # settings, whether the
         "--checkpointing_steps 0 writes no checkpoint",
     ),
     (("preview_inference_steps",), lambda config: config.img_log_steps > 0, "--img_log_steps 0 draws no preview"),
+    (("allow_tf32", "deterministic"), lambda config: not on_cpu(config), "it is for a GPU, and the device is the CPU"),
 )
+
+
+def on_cpu(config: TrainConfig) -> bool:
+    """Return whether a training computes on the CPU, by name or because there is no GPU."""
+    return not torch.cuda.is_available() if config.device is None else config.device.startswith("cpu")
 
 
 def rate_of(config: TrainConfig) -> str | None:

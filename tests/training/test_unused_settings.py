@@ -1,6 +1,7 @@
 """A setting of a training that is given and changes nothing is named, with the reason."""
 
 import pytest
+import torch
 
 from bas.cli.entry import main
 from bas.config import TrainConfig, setting_rows
@@ -88,6 +89,11 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
             ["preview_inference_steps"],
             "--img_log_steps 0 draws no preview",
         ),
+        (
+            {"device": "cpu", "allow_tf32": True, "deterministic": True},
+            ["allow_tf32", "deterministic"],
+            "it is for a GPU, and the device is the CPU",
+        ),
         # Settings that count, and those that are as they would be anyway.
         (
             {"num_class_images": 5, "seg_mix_probability": 0.5, "seg_mix_move": 0.5, "checkpoints_total_limit": 3},
@@ -100,6 +106,7 @@ PHASE1, PHASE2 = (f"--phase{i}_train_steps 0 leaves out phase {i}" for i in (1, 
         ({"method": "ti-m", "close_ups": True}, [], ""),
         ({"phase1_train_steps": 0, "train": "lora", "rank": 4}, [], ""),
         ({"method": "db-m", "learning_rate": 1.0, "train": "kv"}, [], ""),
+        ({"device": "cuda:0", "allow_tf32": True, "deterministic": True}, [], ""),
         ({"with_prior_preservation": False, "num_class_images": 100, "lr_num_cycles": 1}, [], ""),
     ],
 )
@@ -107,6 +114,14 @@ def test_what_changes_nothing_is_named(given, names, reason):
     config = TrainConfig.resolve({"instance_data_dir": "scene", **given})
     usual = TrainConfig.resolve({"instance_data_dir": "scene"})
     assert without_effect(config, usual, given) == [f"--{name} has no effect: {reason}" for name in names]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_without_a_name_the_device_is_a_gpu_if_there_is_one(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    config = TrainConfig.resolve({"instance_data_dir": "scene", "deterministic": True})
+    told = without_effect(config, TrainConfig(), ["deterministic"])
+    assert told == ([] if gpu else ["--deterministic has no effect: it is for a GPU, and the device is the CPU"])
 
 
 def test_the_table_names_settings():
