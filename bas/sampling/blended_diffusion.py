@@ -119,7 +119,7 @@ def check_edit(spec: ModelSpec, image: Image.Image, regions: list[Region], confi
     width, height = working_size(spec, image.size, config)
     grid = height // spec.vae.factor, width // spec.vae.factor
     if config.own_pixels:
-        raise InputError("--own_pixels: an edit starts from the image that it edits, so leave this out")
+        raise InputError("own_pixels: an edit starts from the image that it edits, so leave this out")
     check_request(spec, [region.prompt for region in regions], replace(config, width=width, height=height))
     if (config.separate or config.layout) and skipped_steps(config) >= Steer().until * config.num_inference_steps:
         log.warning(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from bas.cli.entry import main
-from bas.config import EditConfig
+from bas.cli.entry import build_parser, main
+from bas.config import EditConfig, setting_rows
 from bas.errors import RunError
 from bas.io.images import pixels, read_image
 from bas.pretrained.folder import save_model
@@ -260,7 +260,7 @@ def test_python_checks_an_edit_as_the_command_does(models, image, monkeypatch):
     """Before the image is encoded."""
     monkeypatch.setattr(editing, "encode", lambda *args: pytest.fail("the image was encoded"))
     region = Region(left_half(), "a photo of <asset0>")
-    with refused("--own_pixels: an edit starts from the image that it edits"):
+    with refused("own_pixels: an edit starts from the image that it edits"):
         edit(models, image, [region], own_pixels=True, **FAST)
     with refused("unknown handle <asset9>"):
         edit(models, image, [region, Region(left_half(), "a photo of <asset9>")], **FAST)
@@ -295,6 +295,15 @@ def test_the_command_writes_the_edited_image_with_its_settings(files, models, ca
     for wrong in ([], where[:2], where[2:], [*where, "--regions", str(regions)]):
         assert main(["edit", *common, *wrong]) == 2
         assert capsys.readouterr().err.startswith("bas: name a region and a prompt")
+
+
+def test_the_command_has_every_setting_of_an_edit_but_own_pixels(capsys):
+    """An edit starts from its image, so the flag would be an error in any case."""
+    command = build_parser("edit")._subparsers._group_actions[0].choices["edit"]
+    flags = {action.dest for action in command._actions}
+    assert setting_rows(EditConfig).keys() - flags == {"own_pixels"}
+    assert main(["edit", "mini", "--own_pixels", "--init_image", "x"]) == 2
+    assert capsys.readouterr().err.startswith("bas edit: unknown argument --own_pixels")
 
 
 def test_the_command_saves_each_image_as_soon_as_it_is_done(files, models, monkeypatch, capsys):

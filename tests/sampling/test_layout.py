@@ -290,7 +290,7 @@ def test_an_edit_needs_its_regions_inside_the_mask(models, tmp_path):
     layout = str(write(tmp_path / "layout.json", SIDES))
     with refused("the layout puts <asset1> where", "may change nothing"):
         check_edit(models.spec, image, [left], EditConfig(layout=layout))
-    with refused("--own_pixels: an edit starts from the image"):
+    with refused("own_pixels: an edit starts from the image"):
         check_edit(models.spec, image, [left], EditConfig(layout=layout, own_pixels=True))
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from bas.cli.flags import Parser, add_fields, given
@@ -38,7 +38,7 @@ def configure(parser: Parser) -> None:
         "with files relative to it; instead of --mask and --prompt",
     )
     add_output_path(parser, "edited.png")
-    add_fields(parser, EditConfig)
+    add_fields(parser, EditConfig, {f.name for f in fields(EditConfig)} - {"own_pixels"})  # it starts from its image
 
 
 def run(args: argparse.Namespace) -> None:
