@@ -9,6 +9,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -65,6 +66,7 @@ def setting(
     flag: tuple[str, ...] = (),
     bare: str | None = None,
     choices: tuple[str, ...] = (),
+    same: Mapping[str, str] = types.MappingProxyType({}),
     empty: bool = False,
     **limits: float,
 ) -> Any:
@@ -73,13 +75,13 @@ def setting(
     group, common: the heading of its flag in the help, and whether it is among the flags that people use first.
     flag: other names of its flag; of a switch that is on by default, the flags that turn it off.
     bare: the value that the flag has without one.
-    choices: all the values that a text can have.
+    choices: all the values that a text can have. same: other words, each with the choice that it means.
     empty: whether a list may be empty although its default is not.
     limits: `least` and `most`, which belong to the range, or `above` and `below`, which do not.
     """
     assert limits.keys() <= {"least", "most", "above", "below"}, limits
     row = {"help": help, "group": group, "common": common, "flag": flag, "choices": choices}
-    row |= {"empty": empty, "limits": limits}
+    row |= {"same": same, "empty": empty, "limits": limits}
     return field(default=default, metadata=row if bare is None else {**row, "bare": bare})
 
 
@@ -129,7 +131,12 @@ def check_one(row: Field, kind: type, value: Any, name: str, limits: bool) -> An
         raise InputError(f"{name} {text!r} is not UTF-8: rename it")
     if "\0" in text:  # as TOML and JSON can write it
         raise InputError(f"{name} is {shown(text)}: it holds the character 0, which no name and no prompt has")
-    return check_choice(name, text, row.metadata["choices"]) if limits and row.metadata["choices"] else text
+    return chosen(row, name, text) if limits and row.metadata["choices"] else text
+
+
+def chosen(row: Field, name: str, text: str) -> str:
+    """Return the choice that a word means. InputError for a word that means none."""
+    return check_choice(name, row.metadata["same"].get(text, text), row.metadata["choices"])
 
 
 def setting_rows(kind: type) -> dict[str, Field]:
@@ -397,10 +404,11 @@ class TrainConfig(Settings):
     )
     mixed_precision: str = setting(
         "auto",
-        "arithmetic: no is float32; bf16 keeps float32 master weights; auto is bf16 if the GPU has it, else fp16; on a "
-        "CPU, auto is no, or bf16 if the processor has it and the model is not tiny",
+        "arithmetic: no, or fp32, is float32; bf16 keeps float32 master weights; auto is bf16 if the GPU has it, else "
+        "fp16; on a CPU, auto is no, or bf16 if the processor has it and the model is not tiny",
         group="memory and speed",
         choices=("auto", "no", "fp16", "bf16"),
+        same={"fp32": "no"},
     )
     card: str = setting(
         "any",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bas.cli.entry import build_parser
 from bas.cli.flags import Parser, add_fields
 from bas.config import (
     GROUPS,
@@ -19,6 +20,7 @@ from bas.config import (
     setting_rows,
     value_type,
 )
+from bas.io.settings_file import read_config
 from bas.presets import PLAIN, PRESETS
 from tests.helpers.tiny import refused
 
@@ -170,6 +172,20 @@ def test_a_text_with_choices_is_one_of_them():
             if row.metadata["choices"]:
                 with refused(f"--{row.name} is 'x': expected one of {', '.join(row.metadata['choices'])}"):
                     settings(**{row.name: "x"})
+
+
+def test_float32_has_the_words_of_training_and_of_sampling(tmp_path):
+    """One word stays in records."""
+    train = build_parser("train").parse_args(["train", "scene", "--mixed_precision", "fp32"])
+    sample = build_parser("sample").parse_args(["sample", "--precision", "no"])
+    assert (train.mixed_precision, sample.precision) == ("no", "fp32")
+    (tmp_path / "a.toml").write_text('mixed_precision = "fp32"')
+    file = read_config(str(tmp_path / "a.toml"), setting_rows(TrainConfig))
+    assert TrainConfig.resolve({}, file=file).mixed_precision == "no"
+    assert TrainConfig(mixed_precision="fp32").mixed_precision == "no"
+    for wrong in ({"save_precision": "no"}, {"compile": "fp32"}, {"mixed_precision": "float32"}):
+        with refused(f"is '{next(iter(wrong.values()))}': expected one of "):
+            TrainConfig(**wrong)
 
 
 def test_switches_take_true_and_false_alone():

@@ -7,8 +7,8 @@ from dataclasses import Field, fields
 from functools import partial
 from typing import Any, NoReturn
 
-from bas.config import GROUPS, value_type
-from bas.errors import InputError, check_choice, did_you_mean, printable
+from bas.config import GROUPS, chosen, value_type
+from bas.errors import InputError, did_you_mean, printable
 
 OUTPUTS = {"output_dir": "folder", "output_path": "file", "home": "folder"}  # what a command writes to
 
@@ -98,7 +98,7 @@ def arguments(f: Field) -> list[tuple[list[str], dict[str, Any]]]:
 def read_value(f: Field, kind: type, text: str) -> Any:
     """Read one value of a flag; ranges are checked with all settings. ArgumentTypeError for another kind of value."""
     try:
-        return check_choice("", text, f.metadata["choices"]) if f.metadata["choices"] else kind(text)
+        return chosen(f, "", text) if f.metadata["choices"] else kind(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from None
     except ValueError:
@@ -114,8 +114,13 @@ def given(args: argparse.Namespace, settings: type) -> dict:
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Declare the two flags of every command that runs a model."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
-    precisions = ("auto", "fp32", "fp16", "bf16")
-    parser.add_argument("--precision", default="auto", choices=precisions, help="arithmetic (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        type=lambda text: "fp32" if text == "no" else text,  # as --mixed_precision calls it
+        help="arithmetic; no is fp32 too (default: %(default)s)",
+    )
 
 
 def add_config(parser: Parser) -> None:
