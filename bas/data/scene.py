@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bas.errors import CONTROL, MAX_SIDE, InputError, is_utf8
 from bas.io.images import fit, fit_mask, pixels
-from bas.models.text import HANDLE
+from bas.models.text import HANDLE, NAME_RULE
 
 MAX_CONCEPTS = 4  # the paper's own limit (its section on limitations): beyond it quality drops
 MAX_CLOSE_UP_CONCEPTS = 8  # N concepts have 2^N - 2 close-ups
@@ -129,7 +129,7 @@ def with_background(scene: Scene, name: str) -> Scene:
     """
     handle, rest = bracketed(name), ~union(scene.masks)
     if not HANDLE.fullmatch(handle):
-        raise InputError(f"--background_handle {name}: expected 1 to 32 letters, digits, _ or -")
+        raise InputError(f"--background_handle {name}: expected {NAME_RULE}")
     if handle in scene.handles:
         raise InputError(f"--background_handle {handle}: the scene has a concept of that name")
     if rest.max() < 255 * DARKEST_MASK:

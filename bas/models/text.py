@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = 32  # characters of a handle between its brackets
 HANDLE = re.compile(rf"<[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}>")
+NAME_RULE = f"1 to {LONGEST_NAME} letters A-Z, digits, _ or -"  # of a handle, in small letters too
 BRACKETED = re.compile(r"<[^<>]*>")  # text that is meant as a handle
 MAX_ADDED = 1000  # tokens beside the vocabulary; the tokenizers library takes the square of their number in time
 
@@ -180,7 +181,7 @@ class HandleEmbedding(nn.Module):
 def check_name(handle: object) -> None:
     """Raise InputError unless it is a handle's name."""
     if not (isinstance(handle, str) and HANDLE.fullmatch(handle)):
-        raise InputError(f"handle {handle!r}: expected <name> with 1 to {LONGEST_NAME} letters, digits, _ or -")
+        raise InputError(f"handle {handle!r}: expected <name> with {NAME_RULE}")
 
 
 def check_handles(tokenizer: CLIPTokenizer, handles: tuple[str, ...]) -> None:

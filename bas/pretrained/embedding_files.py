@@ -13,7 +13,7 @@ from bas.errors import InputError
 from bas.io.files import not_a_file
 from bas.io.tensors import read_tensors, write_tensors
 from bas.models.bundle import is_finite
-from bas.models.text import HANDLE
+from bas.models.text import HANDLE, NAME_RULE
 from bas.pretrained.unsupported import EMBEDDING, other_kind
 
 MOST_VECTORS = 75  # of the 77 places of a prompt, without its start and end
@@ -33,7 +33,7 @@ def file_names(handles: tuple[str, ...], prefix: str) -> dict[str, str]:
     for handle in handles:
         name = prefix + handle[1:-1]
         if not HANDLE.fullmatch(f"<{name}>"):
-            raise InputError(f"{name!r}: a name has 1 to 32 letters, digits, _ or -; choose another --prefix")
+            raise InputError(f"{name!r}: a name has {NAME_RULE}; choose another --prefix")
         taken, number = {other.lower() for other in names.values()}, 2
         while name.lower() in taken:
             name, number = f"{prefix}{handle[1:-1]}-{number}", number + 1
@@ -65,7 +65,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> tuple[str, dict[str
     tensors, _ = read_tensors(path)
     handle = handle_of(path)
     if not HANDLE.fullmatch(handle):
-        raise InputError(f"{path}: its name becomes the handle: rename it to 1 to 32 letters, digits, _ or -")
+        raise InputError(f"{path}: its name becomes the handle: rename it to {NAME_RULE}")
     if (kind := other_kind(tensors)) and kind[0] != EMBEDDING:
         raise InputError(f"{path} is {kind[0]}: {kind[1]}")
     both = {*EMBEDDING_KEYS} <= tensors.keys()

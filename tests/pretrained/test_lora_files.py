@@ -497,7 +497,11 @@ def test_embeddings_become_handles(base, tmp_path, key, shape, count):
         ("toy", {"emb_params": torch.zeros(1, 1024)}, "is for Stable Diffusion 2"),
         ("toy", {"clip_l": torch.zeros(1, 768), "clip_g": torch.zeros(1, 1280)}, "for SDXL"),
         ("toy", {"<a>": torch.zeros(1, 64), "<b>": torch.zeros(1, 64)}, "holds 2 tensors"),
-        ("my toy", {"emb_params": torch.zeros(1, 64)}, "rename it"),
+        (
+            "my toy",
+            {"emb_params": torch.zeros(1, 64)},
+            "becomes the handle: rename it to 1 to 32 letters A-Z, digits, _ or -",
+        ),
         ("toy", {"emb_params": torch.zeros(2, 3, 64)}, "is not an embedding"),
         ("toy", {"emb_params": torch.zeros(76, 64)}, "has 76 vectors: a prompt has places for 75"),
         (

@@ -256,7 +256,7 @@ def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
     assert all(name.isascii() and name.replace(".", "").isalnum() for name in names)
     capsys.readouterr()
     assert main(["train", str(bench.scene), "--weights", str(bench.model), "--handles", "<..>", "<b>", "<c>"]) == 2
-    assert capsys.readouterr().err == "bas: handle '<..>': expected <name> with 1 to 32 letters, digits, _ or -\n"
+    assert capsys.readouterr().err == "bas: handle '<..>': expected <name> with 1 to 32 letters A-Z, digits, _ or -\n"
 
 
 def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):
