@@ -245,7 +245,7 @@ def desk(tmp_path, monkeypatch) -> Path:
     for name, mask in (("where", left), ("left", left), ("right", left[:, ::-1])):
         Image.fromarray(mask).save(tmp_path / f"{name}.png")
     (regions,) = (block for block in blocks(ROOT / "docs" / "applications.md", "json") if '"mask"' in block)
-    (tmp_path / "regions.json").write_text(regions)
+    (tmp_path / "edits.json").write_text(regions)
     (layout,) = blocks(ROOT / "docs" / "sampling.md", "json")
     (tmp_path / "layout.json").write_text(layout)
     monkeypatch.chdir(tmp_path)

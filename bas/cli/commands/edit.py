@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = (
     'bas edit runs/creature --init_image photo.jpg --mask where.png --prompt "a photo of <asset0>"',
-    "bas edit runs/creature --init_image photo.jpg --regions regions.json --num_images 4",
+    "bas edit runs/creature --init_image photo.jpg --regions edits.json --num_images 4",
 )
 
 

@@ -48,7 +48,9 @@ def configure(parser: Parser) -> None:
     add_fields(parser, TrainConfig, only=SETTINGS)
     parser.add_argument("--auto", choices=METHODS, help="write a new scene with masks that this kind of model proposes")
     parser.add_argument(
-        "--output_dir", metavar="DIR", help="scene to write with --auto (default: named after the image, beside it)"
+        "--output_dir",
+        metavar="DIR",
+        help="scene to write with --auto (default: beside the image and named after it; of img.* its own folder)",
     )
     parser.add_argument("--device", help="for --auto: cpu, cuda or cuda:N (default: cuda if there is a GPU)")
     add_fields(parser, ProposalConfig)

@@ -17,7 +17,10 @@ EXAMPLES = (
 def configure(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument("source", metavar="IMAGE", help="an image, or a scene folder whose masks to change")
-    parser.add_argument("--output_dir", help="scene folder to write (default: named after the image, beside it)")
+    parser.add_argument(
+        "--output_dir",
+        help="scene folder to write (default: beside the image and named after it; of img.* its own folder)",
+    )
     parser.add_argument("--port", type=int, default=0, help="port on this machine (default: any free one)")
 
 
