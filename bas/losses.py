@@ -1,5 +1,8 @@
 """The losses of Break-A-Scene (Avrahami et al. 2023, section 3): masked reconstruction, prior, cross-attention."""
 
+from math import ceil, log2
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
@@ -10,7 +13,14 @@ ATTENTION_FLOOR = 1e-6  # smallest divisor of a map: a map of zeros gives 0, not
 
 
 def resize_mask(mask: Tensor, h: int, w: int) -> Tensor:
-    """Resize by nearest neighbour, which takes the first pixel of each cell. (..., H, W) -> (..., h, w)"""
+    """Resize by nearest neighbour, which takes the first pixel of each cell. (..., H, W) -> (..., h, w)
+
+    A grid that the UNet halved and rounded up has cells of a power of two of pixels, the last one cut by the border:
+    its strided convolutions put them there. Nearest neighbour alone would spread them evenly.
+    """
+    steps = [2 ** max(0, ceil(log2(side / cells))) for side, cells in zip(mask.shape[-2:], (h, w), strict=True)]
+    if [-(-side // step) for side, step in zip(mask.shape[-2:], steps, strict=True)] == [h, w]:
+        return mask[..., :: steps[0], :: steps[1]].clone(memory_format=torch.contiguous_format)
     flat = mask.reshape(1, -1, *mask.shape[-2:])
     return F.interpolate(flat, size=(h, w), mode="nearest").reshape(*mask.shape[:-2], h, w)
 

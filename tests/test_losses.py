@@ -20,6 +20,20 @@ def test_masks_are_resized_to_the_first_pixel_of_each_cell():
     assert resize_mask(torch.zeros(2, 3, 16, 24), 2, 3).shape == (2, 3, 2, 3)
 
 
+@pytest.mark.parametrize(("side", "cells", "pixels"), [(520, 17, 32), (520, 65, 8), (34 * 8, 9, 32), (512, 16, 32)])
+def test_a_mask_is_read_where_the_cells_of_a_rounded_grid_lie(side, cells, pixels):
+    """A grid of 65 latents that is halved twice has 17 cells of 32 pixels: the last one begins at pixel 512."""
+    mask = torch.arange(side * side, dtype=torch.float32).view(1, side, side)
+    assert torch.equal(resize_mask(mask, cells, cells), mask[:, ::pixels, ::pixels])
+
+
+@pytest.mark.parametrize(("side", "cells"), [(100, 3), (10, 4), (5, 7), (5, 10)])
+def test_a_mask_of_another_size_is_spread_evenly(side, cells):
+    mask = torch.rand(2, side, side)
+    spread = torch.nn.functional.interpolate(mask[None], size=(cells, cells), mode="nearest")[0]
+    assert torch.equal(resize_mask(mask, cells, cells), spread)
+
+
 # --- Masked reconstruction (eq. 1) --------------------------------------------------------------------------------
 
 
