@@ -5,6 +5,8 @@ import math
 import numpy as np
 import torch
 
+from tests.helpers.tiny import refused
+from tools.checks import mini
 from tools.checks.mini import (
     BATCH,
     COLOUR_NAMES,
@@ -27,8 +29,17 @@ def test_two_trainings_give_the_same_recogniser(tmp_path):
     torch.rand(7)
     second = train_recogniser(tmp_path / "second.pt", BATCH, epochs=1).state_dict()
     assert all(torch.equal(second[name], value) for name, value in first.items())
-    again = train_recogniser(tmp_path / "first.pt", scenes=0, epochs=0).state_dict()  # read from the file
+
+
+def test_a_trained_recogniser_is_read_and_not_taken_for_another(tmp_path, monkeypatch):
+    """The file says of how many scenes it is; the same call gives it back without a scene."""
+    path = tmp_path / "recogniser.pt"
+    first = train_recogniser(path, BATCH, epochs=1).state_dict()
+    monkeypatch.setattr(mini, "Pool", None)
+    again = train_recogniser(path, BATCH, epochs=1).state_dict()
     assert all(torch.equal(again[name], value) for name, value in first.items())
+    with refused("recogniser.pt was trained on 64 scenes and 1 epochs, not 64 and 2: name another folder"):
+        train_recogniser(path, BATCH, epochs=2)
 
 
 def test_a_scene_is_labelled_where_its_objects_are():

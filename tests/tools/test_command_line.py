@@ -9,7 +9,6 @@ import pytest
 from bas.errors import InputError
 from tests.helpers.tiny import Bench, refused
 from tools.checks import runs
-from tools.checks.mini import Recogniser, train_recogniser
 from tools.command_line import run
 
 ROOT = Path(__file__).parents[2]
@@ -56,14 +55,3 @@ def test_a_run_is_trained_once_and_not_taken_for_another(bench: Bench, tmp_path,
     monkeypatch.setattr(runs, "weights_hash", lambda path: "0" * 64)
     with refused("was trained with another base: name another folder"):
         runs.train_once(config, noted)
-
-
-def test_a_recogniser_of_other_scenes_is_not_taken(tmp_path):
-    """The file says of how many scenes it is; the same ones give it back."""
-    path = tmp_path / "recogniser.pt"
-    first = train_recogniser(path, 64, 1).state_dict()
-    again = train_recogniser(path, 64, 1)
-    assert isinstance(again, Recogniser)
-    assert all((first[name] == value).all() for name, value in again.state_dict().items())
-    with refused("recogniser.pt was trained on 64 scenes and 1 epochs, not 64 and 2: name another folder"):
-        train_recogniser(path, 64, 2)
