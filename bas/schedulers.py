@@ -35,11 +35,6 @@ SCHEDULERS = {
     *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
     *("UniPCMultistepScheduler", "SASolverScheduler"),
 }
-# Those of them that diffusers spaces as "leading" where the file says nothing; the others as "linspace".
-LEADING = {
-    *("DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
-    "PNDMScheduler",
-}
 CLASS_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # of each of these classes
 # But those of KDPM2 and Heun have Stable Diffusion's range.
 CLASS_BETAS = {
@@ -101,6 +96,8 @@ class NoiseSchedule:
     def from_json(cls, config: dict) -> "NoiseSchedule":
         """Read a scheduler_config.json; a field that is missing has the default of its class in diffusers.
 
+        A spacing that is missing is that of each sampler's own class, as in diffusers' `from_config`.
+
         `clip_sample` is ignored, as in diffusers' StableDiffusionPipeline. Raises InputError for other settings that
         would change the arithmetic, and for schedulers of other kinds of models.
         """
@@ -125,8 +122,6 @@ class NoiseSchedule:
             name != "PNDMScheduler"
         )  # the others, and diffusers' DDIM made from their files, end without noise
         defaults: dict[str, Any] = CLASS_DEFAULTS | CLASS_BETAS.get(name, {}) | {"set_alpha_to_one": ends_at_one}
-        if name not in LEADING:
-            defaults["timestep_spacing"] = "linspace"
         names = {f.name for f in fields(cls) if f.init}
         given = {key: value for key, value in config.items() if key in names and value is not None}
         return cls(**defaults | given)

@@ -21,6 +21,7 @@ from bas.schedulers import (
     sampling_timesteps,
     seen_by,
     training_target,
+    used_spacing,
 )
 from tools.reference.cases import REFERENCE
 from tools.reference.measure import uniform
@@ -257,7 +258,13 @@ def test_missing_fields_have_the_defaults_of_their_class(name, left_out):
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, atol=0, rtol=0)
     assert ours.steps_offset == theirs.config.steps_offset == 0
     assert ours.set_alpha_to_one == getattr(theirs.config, "set_alpha_to_one", True)
-    assert (ours.timestep_spacing or "leading") == theirs.config.timestep_spacing
+    assert ours.timestep_spacing is None
+    for sampler, other in (
+        *(("ddim", "DDIM"), ("ddpm", "DDPM"), ("dpmpp_2m", "DPMSolverMultistep")),
+        *(("euler", "EulerDiscrete"), ("euler_a", "EulerAncestralDiscrete")),
+    ):
+        sampled = getattr(diffusers, f"{other}Scheduler").from_config(theirs.config)
+        assert used_spacing(ours, sampler) == sampled.config.timestep_spacing
 
 
 def test_samplers_by_noise_see_some_signal_everywhere():

@@ -27,7 +27,7 @@ from bas.sampling.gallery import subsets
 from bas.training.base_model import Base
 from bas.training.loop import trained
 from bas.training.multi_scene import run_name
-from bas.training.resume import FREE_ON_RESUME, check_resumable, scene_state
+from bas.training.resume import FREE_ON_RESUME, differing, scene_state
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ TRIAL_SHAPE = {
     "pictures": [{"file": str, "prompt": str, "concepts": [int]}],
     "seconds": {...: (int, float)},
 }
-FREE = FREE_ON_RESUME | {"batch_size"}  # settings that may differ between two calls: no trial's result depends on them
+# Settings that may differ between two calls: no trial's result depends on them.
+FREE = (FREE_ON_RESUME | {"batch_size"}) - {"class_data_dir"}
+ELSEWHERE = "name a new --output_dir"
 SEEDS_APART = 10_000  # between the image seeds of two training seeds: more than a trial has images
 
 
@@ -176,11 +178,10 @@ def agree_on(folder: Path, facts: dict) -> None:
     """Write plan.json, what all trials of a folder share. Raises InputError where its trials share something else."""
     path, facts = folder / PLAN, {part: shared(values) for part, values in facts.items()}
     if path.exists():
-        noted = read_record(path, {}, "name a new --output_dir")
+        noted = read_record(path, {}, ELSEWHERE)
         if differs := differences(facts, {part: shared(noted.get(part)) for part in facts}):
             raise InputError(
-                f"{folder} holds an evaluation with another {', '.join(differs)}: give the same, or name a new "
-                "--output_dir"
+                f"{folder} holds an evaluation with another {', '.join(differs)}: give the same, or {ELSEWHERE}"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,8 +195,10 @@ def check_finished(trials: list[Trial]) -> None:
     """InputError if a finished trial was trained with other settings than are planned: its base may bring others."""
     for trial in trials:
         run = Path(trial.training.output_dir)
-        if trial.finished and (run / SETTINGS).exists():
-            check_resumable(run, {"config": asdict(trial.training)}, read_settings(run))
+        if not trial.finished or not (run / SETTINGS).exists():
+            continue
+        if differs := differing({"config": asdict(trial.training)}, read_settings(run)):
+            raise InputError(f"{run} was made with another {', '.join(differs)}: give the same, or {ELSEWHERE}")
 
 
 # --- One trial -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_NAME = 32  # characters of a handle between its brackets
 HANDLE = re.compile(rf"<[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}>")
-NAME_RULE = f"1 to {LONGEST_NAME} letters A-Z, digits, _ or -"  # of a handle, in small letters too
+NAME_RULE = f"1 to {LONGEST_NAME} letters a-z or A-Z, digits, _ or -"  # of a handle
 BRACKETED = re.compile(r"<[^<>]*>")  # text that is meant as a handle
 MAX_ADDED = 1000  # tokens beside the vocabulary; the tokenizers library takes the square of their number in time
 

@@ -101,7 +101,8 @@ def settings_of(scene: Path, config: TrainConfig) -> TrainConfig:
 def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
     """Train the scenes one after another into folders of `config.output_dir`; yields the outcome of each.
 
-    Raises InputError for what is wrong with the base, the machine or the settings; Interrupted after a signal.
+    Raises InputError for what is wrong with the base, the machine or the settings; RunError where the base does not
+    fit into memory; Interrupted after a signal.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
         raise InputError("--resume_from_checkpoint: several scenes resume by themselves; leave it out")
@@ -121,7 +122,12 @@ def train_each(config: TrainConfig, scenes: list[Path]) -> Iterator[Outcome]:
         if finished:
             yield replace(outcome, earlier=True)
             continue
-        base = base or Base.open(path, home, None, True, config.prediction_type, additions, own)
+        try:
+            base = base or Base.open(path, home, None, True, config.prediction_type, additions, own)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(memory_advice(settings, None)) from error
         try:
             log.info("training on %s", scene)
             with continued_by("the same command continues"):

@@ -90,11 +90,16 @@ def continued_schedule(schedule: NoiseSchedule, earlier: dict) -> NoiseSchedule:
 
 
 def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
-    """Check that the run at `place` was made with these settings, and all else that both know of.
+    """Raise InputError naming what differs if the run at `place` was made with other settings.
 
-    metadata: of this run, as far as it is known yet; earlier: of the run at `place`. Raises InputError naming what
-    differs.
+    metadata: of this run, as far as it is known yet; earlier: of the run at `place`.
     """
+    if differs := differing(metadata, earlier):
+        raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start again")
+
+
+def differing(metadata: dict, earlier: dict) -> list[str]:
+    """List the settings in which two runs differ, by their flags, and all else that both know of."""
     known = [name for name in SAME_ON_RESUME if name in metadata and name in earlier]
     free = FREE_ON_RESUME | ({"mixed_precision"} if "precision" in known else set())  # its result is compared
     ours, theirs = metadata["config"], DEFAULTS | earlier["config"]  # an earlier version knew fewer settings
@@ -104,8 +109,7 @@ def check_resumable(place: Path, metadata: dict, earlier: dict) -> None:
         for name in known
         if of_training(metadata[name]) != of_training(earlier[name])
     ]
-    if differs:
-        raise InputError(f"{place} was made with another {', '.join(differs)}: resume with the same, or start again")
+    return differs
 
 
 def check_progress(checkpoint: Checkpoint, run: Path, steps: int) -> None:

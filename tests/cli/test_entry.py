@@ -262,7 +262,7 @@ def test_help_tells_every_setting(capsys):
         assert main([command, "--help"]) == 0
         output = capsys.readouterr().out
         for f in fields(settings):
-            names = "|".join([f"--(?:no_)?{f.name}", *f.metadata["flag"]])
+            names = "|".join([f"--no_{f.name}" if f.default is True else f"--{f.name}", *f.metadata["flag"]])
             assert len(re.findall(rf"^  (?:-\w, )?(?:{names})\b", output, re.MULTILINE)) == 1, f.name
 
 

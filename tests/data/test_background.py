@@ -52,7 +52,7 @@ def test_the_handle_is_taken_with_or_without_brackets(scene):
 
 
 def test_a_background_that_cannot_be_is_refused(scene):
-    with refused("--background_handle my bg: expected 1 to 32 letters A-Z, digits, _ or -"):
+    with refused("--background_handle my bg: expected 1 to 32 letters a-z or A-Z, digits, _ or -"):
         load_scene(TrainConfig(instance_data_dir=str(scene), background_handle="my bg"))
     with refused("--background_handle <asset1>", "of that name"):
         load_scene(TrainConfig(instance_data_dir=str(scene), background_handle="asset1"))

@@ -226,7 +226,7 @@ def test_a_setting_that_one_call_leaves_out_differs(tmp_path):
 
 def test_settings_of_memory_may_differ(tmp_path):
     """As for a training that resumes, so that an evaluation goes on after it ran out of memory."""
-    more = {"gradient_checkpointing": True, "sample_batch_size": 1, "log_steps": 5, "class_data_dir": "images"}
+    more = {"gradient_checkpointing": True, "sample_batch_size": 1, "log_steps": 5}
     for first, second in (({}, more), (more, {})):
         folder = tmp_path / str(len(first))
         agree_on(folder, {"sampling": {"eta": 0.0, "batch_size": 4}, "training": {"rank": 4, **first}})
@@ -234,6 +234,8 @@ def test_settings_of_memory_may_differ(tmp_path):
         assert json.loads((folder / "plan.json").read_text()) == {"sampling": {"eta": 0.0}, "training": {"rank": 4}}
         with refused("another training compile (not given there), training rank (4 there): give the same"):
             agree_on(folder, {"sampling": {"eta": 0.0}, "training": {"compile": "whole"}})
+        with refused("another training class_data_dir (not given there): give the same"):
+            agree_on(folder, {"sampling": {"eta": 0.0}, "training": {"rank": 4, "class_data_dir": "images"}})
 
 
 def test_a_plan_of_an_earlier_version_is_gone_on_with(tmp_path):
@@ -253,7 +255,9 @@ def test_a_finished_trial_keeps_the_settings_that_it_was_trained_with(scenes, ex
     check_finished(trials)
     check_finished(planned(folder, scenes, explicit | {"gradient_checkpointing": True}))
     changed = plan_trials(folder, scenes, ("bas", "ti-m"), (0,), CONTEXTS[:2], explicit, {"lr_num_cycles": 3})
-    with refused(f"{trials[0].training.output_dir} was made with another --lr_num_cycles"):
+    with refused(
+        f"{trials[0].training.output_dir} was made with another --lr_num_cycles: give the same, or name a new"
+    ):
         check_finished(changed)
     check_finished(plan_trials(folder, scenes, ("uniform",), (0,), CONTEXTS[:2], explicit, {"lr_num_cycles": 3}))
 

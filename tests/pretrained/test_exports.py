@@ -380,7 +380,7 @@ def test_names_that_a_disk_takes_for_one_are_told_apart():
     assert names == {"<Toy>": "Toy", "<toy>": "toy-2", "<toy-2>": "toy-2-2"}
     assert len({name.lower() for name in names.values()}) == 3
     assert file_names(("<toy>",), "creature-") == {"<toy>": "creature-toy"}
-    with refused("'my toy': a name has 1 to 32 letters A-Z, digits, _ or -; choose another --prefix"):
+    with refused("'my toy': a name has 1 to 32 letters a-z or A-Z, digits, _ or -; choose another --prefix"):
         file_names(("<toy>",), "my ")
 
 

@@ -500,7 +500,7 @@ def test_embeddings_become_handles(base, tmp_path, key, shape, count):
         (
             "my toy",
             {"emb_params": torch.zeros(1, 64)},
-            "becomes the handle: rename it to 1 to 32 letters A-Z, digits, _ or -",
+            "becomes the handle: rename it to 1 to 32 letters a-z or A-Z, digits, _ or -",
         ),
         ("toy", {"emb_params": torch.zeros(2, 3, 64)}, "is not an embedding"),
         ("toy", {"emb_params": torch.zeros(76, 64)}, "has 76 vectors: a prompt has places for 75"),

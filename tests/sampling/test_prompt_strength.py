@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bas.cli.entry import main
-from bas.models.text import encode_ids, tokenize
+from bas.models.text import NAME_RULE, encode_ids, tokenize
 from bas.pretrained.folder import save_model
 from bas.sampling.prompt_strength import encode_prompts, read_prompt, unread_weights
 from bas.sampling.sampler import sample
@@ -256,7 +256,7 @@ def test_a_prompt_or_a_handle_is_no_path(bench, tmp_path, monkeypatch, capsys):
     assert all(name.isascii() and name.replace(".", "").isalnum() for name in names)
     capsys.readouterr()
     assert main(["train", str(bench.scene), "--weights", str(bench.model), "--handles", "<..>", "<b>", "<c>"]) == 2
-    assert capsys.readouterr().err == "bas: handle '<..>': expected <name> with 1 to 32 letters A-Z, digits, _ or -\n"
+    assert capsys.readouterr().err == f"bas: handle '<..>': expected <name> with {NAME_RULE}\n"
 
 
 def test_class_prompts_are_read_before_weights(bench, tmp_path, caplog):

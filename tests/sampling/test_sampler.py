@@ -320,7 +320,7 @@ def test_a_grid_is_as_large_as_it_is_said_to_be():
 
 @pytest.mark.parametrize(("last", "code"), [(KeyboardInterrupt, 130), (NotFiniteError("no number"), 1)])
 def test_a_grid_holds_what_was_done_when_the_command_was_stopped(bench, tmp_path, monkeypatch, capsys, last, code):
-    """Three of two times two images: a row of two, and one below."""
+    """Three of two times two images: a row of two, and one below. The grid of an earlier call stays."""
 
     def stopped(*others):
         yield from (Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")[: left[0]])
@@ -330,9 +330,11 @@ def test_a_grid_holds_what_was_done_when_the_command_was_stopped(bench, tmp_path
     words = ["sample", bench.model, "--prompt", "a", "bowl", "--num_images", 2, "--seed", 5, "--grid"]
     for left in ([3], [1], [0]):
         target = tmp_path / f"grid{left[0]}.png"
+        target.write_bytes(b"an earlier grid")
         assert main([*map(str, words), "--output_path", str(target)]) == code
-        assert capsys.readouterr().out == (f"{target}\n" if left[0] else "")
-    with Image.open(tmp_path / "grid3.png") as sheet:
+        assert capsys.readouterr().out == (f"{target.with_stem(target.stem + '-partial')}\n" if left[0] else "")
+        assert target.read_bytes() == b"an earlier grid"
+    with Image.open(tmp_path / "grid3-partial.png") as sheet:
         assert json.loads(sheet.text["bas"])["prompts"] == ["a", "bowl"]
         labels = [["a, seed 5", "a, seed 6"], ["bowl, seed 5"]]
         assert sheet.size == grid_size(labels, 192)
@@ -341,10 +343,10 @@ def test_a_grid_holds_what_was_done_when_the_command_was_stopped(bench, tmp_path
             (0, 255, 0),
             (0, 0, 255),
         ]
-    with Image.open(tmp_path / "grid1.png") as sheet:
+    with Image.open(tmp_path / "grid1-partial.png") as sheet:
         assert json.loads(sheet.text["bas"])["prompts"] == ["a"]
         assert sheet.size == grid_size([["a, seed 5"]], 192)
-    assert not (tmp_path / "grid0.png").exists()
+    assert not (tmp_path / "grid0-partial.png").exists()
 
 
 def test_what_is_refused_is_not_said_to_be_replaced(bench, tmp_path, caplog, capsys):

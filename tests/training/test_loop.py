@@ -495,7 +495,7 @@ def test_diffusers_opens_a_run(bench, tmp_path, precision):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_is_allowed_for_the_training_alone(bench, tmp_path, monkeypatch, allowed):
-    """Within the steps as the flag says; afterwards PyTorch's switches stand as the caller had set them."""
+    """Within the steps as the flag says; on a CPU, the switches then stand as the caller had set them."""
     seen, backends = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
     before_step(monkeypatch, 2, lambda *_: seen.extend(backend.allow_tf32 for backend in backends))
     with tf32(not allowed):

@@ -16,9 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import bas
 from bas.cli.entry import main
+from bas.errors import RunError
 from bas.models.text import add_handles
 from bas.pretrained.folder import load
 from bas.runtime.distributed import Ranks
@@ -195,15 +197,31 @@ def test_a_scene_that_is_too_large_stops_no_other(bench, scenes, tmp_path, monke
     assert [outcome.error for outcome in outcomes[1:]] == [None, None]
 
 
-def test_a_damaged_base_ends_all_scenes_at_once(bench, scenes, tmp_path):
+def test_a_damaged_base_ends_all_scenes_at_once(bench, scenes, tmp_path, monkeypatch):
     """It is read once, and told once: nothing is wrong with the scenes."""
     model = Path(shutil.copytree(bench.model, tmp_path / "model"))
     (weights,) = (model / "unet").glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1000])
+    tensors = load_file(weights)
+    save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"][:-1]}, weights)
     config = bench.config(tmp_path / "out", pretrained_model_name_or_path=str(model))
-    with refused(weights.name):
+    opened, original = [], Base.open
+    monkeypatch.setattr(Base, "open", lambda *args: opened.append(args) or original(*args))
+    with refused("conv_in.bias"):
         list(train_each(config, find_scenes([str(scenes)])))
+    assert len(opened) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_does_not_fit_into_memory_ends_all_scenes(bench, scenes, tmp_path, monkeypatch):
+    """With what each flag of a training saves, as where a step takes too much."""
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Base, "open", too_large)
+    monkeypatch.setattr("bas.training.dry_run.SAVINGS", ())
+    with pytest.raises(RunError, match="cpu is out of memory: the run takes at least "):
+        list(train_each(bench.config(tmp_path / "out"), find_scenes([str(scenes)])))
 
 
 def test_folders_that_hold_no_scene_are_refused(bench, scenes, tmp_path):

@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_masks_of_extra_images(session, with_extra):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"handle": "a toy"}, "handle '<a toy>': expected <name> with 1 to 32 letters A-Z, digits, _ or -"),
+        ({"handle": "a toy"}, "handle '<a toy>': expected <name> with 1 to 32 letters a-z or A-Z, digits, _ or -"),
         ({"handle": "<../../x>"}, "handle '<../../x>': expected <name>"),
         ({"handle": None}, "handle None: expected <name>"),
         ({"word": 3}, "the initial word of <a> is not a text of 100 characters or fewer"),
@@ -242,7 +242,7 @@ def test_scenes_that_are_none(session):
     row = {"handle": "<a>", "word": None, "mask": png(soft())}
     assert save(session, row, row) == (400, "two concepts have the same handle")
     assert save(session) == (400, "a scene has 1 to 64 concepts")
-    assert save(session, 3) == (400, "handle None: expected <name> with 1 to 32 letters A-Z, digits, _ or -")
+    assert save(session, 3) == (400, "handle None: expected <name> with 1 to 32 letters a-z or A-Z, digits, _ or -")
     for body in (b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000):
         status, _, answer = ask(session, "POST", "save", body=body)
         assert (status, json.loads(answer)) == (400, {"message": "expected a scene as JSON"})

@@ -80,7 +80,7 @@ def newest_unet(recipe: Recipe, run: Path) -> UNet:
 
 
 def export(recipe: Recipe, run: Path, folder: Path) -> None:
-    """Write the diffusers folder and, in it, both encoders of CLIP."""
+    """Write the diffusers folder and, in its folder `clip`, both encoders of CLIP."""
     vae, unet = load_vae(recipe, run), newest_unet(recipe, run)
     (clip, _), (text_encoder, _) = (read(recipe, run, torch.device("cpu")) for read in (load_clip, load_text_encoder))
     save_weights(unet, folder / "unet/diffusion_pytorch_model.safetensors", torch.float16)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from bas.errors import InputError
 from tools.mini_world.captions import describe
 from tools.mini_world.layouts import compose
 from tools.train_mini.clip import clip_config, load_clip
@@ -41,10 +42,13 @@ def train_text(recipe: Recipe, run: Path, device: torch.device) -> None:
     CLIP's contrast looks at one vector for a whole caption. In a network as small as this one the states in the
     middle lose their words: a linear map read the shape of the first object from CLIP's state in 98 % of captions of
     three, of the third in 73 %, and the UNet drew other shapes there. Their words are kept here; what CLIP says of the
-    words before them stays, as far as the squared distance to CLIP's states holds it.
+    words before them stays, as far as the squared distance to CLIP's states holds it. Raises InputError where a UNet
+    was trained before.
     """
     if (run / "text.safetensors").exists():
         return
+    if (run / "unet.ckpt").exists() or (run / "unet.safetensors").exists():
+        raise InputError(f"{run} has a UNet that was trained with another text encoder: name a new --run_dir")
     torch.manual_seed(SEED)
     stage, (clip, tokenizer) = recipe.text, load_clip(recipe, run, device)
     reader = WordReader(text_encoder(recipe, tokenizer)).to(device)

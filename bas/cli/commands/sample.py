@@ -100,19 +100,20 @@ def save_grid(
 ) -> None:
     """Save a grid with a row of images for each prompt, with the settings that all share, and print its path.
 
-    If an interrupt or an error ends the images early, the grid holds those that are done.
+    If an interrupt or an error ends the images early, those that are done are saved beside it, as NAME-partial.
     """
-    done: list[Image.Image] = []
+    done, partial = [], target.with_stem(f"{target.stem}-partial")
     try:
         for image in images:
             done.append(image)
+        partial = target
     finally:
         if done:
             columns = len(labels[0])
             rows = [done[i : i + columns] for i in range(0, len(done), columns)]
             below = [texts[: len(row)] for texts, row in zip(labels, rows, strict=False)]
             sheet, record = grid(rows, below, cell_of(done[0].width)), shared | {"prompts": prompts[: len(rows)]}
-            for path in save_images([sheet], [record], target):
+            for path in save_images([sheet], [record], partial):
                 print(path, flush=True)
 
 

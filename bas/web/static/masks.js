@@ -153,7 +153,7 @@ export async function open(main, [name], studio) {
   function rename(concept, item, text) {
     const wanted = `<${text.trim().replace(/^<|>$/g, "") || concept.handle.slice(1, -1)}>`;
     concept.wrong = !/^<[\w-]{1,32}>$/.test(wanted)
-      ? `${wanted}: expected <name> with 1 to 32 letters A-Z, digits, _ or -`
+      ? `${wanted}: expected <name> with 1 to 32 letters a-z or A-Z, digits, _ or -`
       : taken(concept, wanted) && `two concepts are called ${wanted}: give one another name`;
     item.querySelector(".error").textContent = concept.wrong || "";
     if (concept.wrong) speak(concept.wrong);

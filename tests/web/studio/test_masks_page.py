@@ -252,7 +252,7 @@ def test_a_word_makes_a_handle_where_its_letters_can_be_one(page, server):
         assert page.run(f"document.querySelector('{HANDLE.format(1)}').value") == handle
     fill(page, HANDLE.format(1), "a b")
     page.wait("document.querySelector('.saved').textContent === 'not saved: a handle'")
-    assert "letters A-Z, digits, _ or -" in page.run("document.querySelector('.concepts .error').textContent")
+    assert "letters a-z or A-Z, digits, _ or -" in page.run("document.querySelector('.concepts .error').textContent")
     fill(page, WORD.format(1), "ball")
     until(lambda: concepts_in(scene / "draft.json")[0]["word"] == "ball")
     assert page.run(f"document.querySelector('{HANDLE.format(1)}').value") == "a b"
