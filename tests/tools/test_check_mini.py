@@ -38,8 +38,13 @@ def test_a_trained_recogniser_is_read_and_not_taken_for_another(tmp_path, monkey
     monkeypatch.setattr(mini, "Pool", None)
     again = train_recogniser(path, BATCH, epochs=1).state_dict()
     assert all(torch.equal(again[name], value) for name, value in first.items())
-    with refused("recogniser.pt was trained on 64 scenes and 1 epochs, not 64 and 2: name another folder"):
+    with refused("recogniser.pt was trained on 64 scenes and 1 epochs, not 64 and 2: move it away"):
         train_recogniser(path, BATCH, epochs=2)
+    named = mini.open_recogniser(path, tmp_path / "none", scenes=8_000, epochs=4).state_dict()
+    assert all(torch.equal(named[name], value) for name, value in first.items())
+    torch.save(first, path)  # as earlier versions did
+    with refused("recogniser.pt is of an earlier version: move it away"):
+        train_recogniser(path, BATCH, epochs=1)
 
 
 def test_a_scene_is_labelled_where_its_objects_are():

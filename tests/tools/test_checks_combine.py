@@ -12,7 +12,7 @@ from PIL import Image
 from bas.errors import InputError
 from bas.io import figures
 from tests.helpers.tiny import refused
-from tools.checks import combine
+from tools.checks import combine, runs
 from tools.checks.combine import (
     BOXES,
     MARGIN,
@@ -180,7 +180,7 @@ def test_settings_are_read_as_toml():
 
 def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, capsys):
     """On the tiny model: table, scores, sheet. A second call neither trains nor measures, another setting measures."""
-    monkeypatch.setattr(combine, "train_recogniser", lambda *args, **kwargs: Recogniser().eval())
+    monkeypatch.setattr(combine, "open_recogniser", lambda *args, **kwargs: Recogniser().eval())
     settings = ("phase1_train_steps=1", "phase2_train_steps=1", "num_class_images=1", "device=cpu")
     flags = ["--scenes", "2", "--only", "0", "--weights", str(bench.model), "--output_dir", str(tmp_path)]
     flags += ["--places", "2", "--seeds", "1", "--num_inference_steps", "1", "--set", *settings]
@@ -209,7 +209,7 @@ def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, c
     def fail(*args):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(combine, "train", fail)
+    monkeypatch.setattr(runs, "train", fail)
     measured = []
     original = combine.measure
     monkeypatch.setattr(combine, "measure", lambda *args: measured.append(args[-1].guidance_scale) or original(*args))
@@ -229,5 +229,5 @@ def test_the_command_trains_measures_and_goes_on(bench, tmp_path, monkeypatch, c
     assert len(measured) == 3
     assert run() == again
     assert len(measured) == 3
-    with pytest.raises(InputError, match="was trained with another flip_probability: name a new --output_dir"):
+    with pytest.raises(InputError, match="was trained with another flip_probability: name another folder"):
         run("--set", *settings, "flip_probability=0.25")

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bas.errors import InputError
-from tests.helpers.tiny import Bench, refused
+from tests.helpers.tiny import Bench, refused, write_scene
 from tools.checks import runs
 from tools.command_line import run
 
@@ -50,8 +51,17 @@ def test_a_run_is_trained_once_and_not_taken_for_another(bench: Bench, tmp_path,
     for _ in range(2):
         runs.train_once(config, noted)
     assert len(calls) == 1
+    monkeypatch.chdir(tmp_path)
+    runs.train_once(replace(config, output_dir="run", log_steps=7), noted)  # the same
+    assert len(calls) == 1
     with refused("was trained with another phase2_train_steps: name another folder"):
         runs.train_once(bench.config(tmp_path / "run", phase2_train_steps=9), noted)
-    monkeypatch.setattr(runs, "weights_hash", lambda path: "0" * 64)
-    with refused("was trained with another base: name another folder"):
+    with refused("was trained with another scene: name another folder"):
+        runs.train_once(replace(config, instance_data_dir=str(write_scene(tmp_path / "other", 1))), noted)
+    with pytest.MonkeyPatch.context() as patch, refused("was trained with another base: name another folder"):
+        patch.setattr(runs, "weights_hash", lambda path: "0" * 64)
         runs.train_once(config, noted)
+    noted.unlink()
+    with refused("was trained by another program, without trained.json: name another folder"):
+        runs.train_once(config, noted)
+    assert len(calls) == 1

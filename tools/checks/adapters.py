@@ -67,7 +67,7 @@ from tools.checks.combine import (
     summarise,
     unseen_scenes,
 )
-from tools.checks.mini import Recogniser, train_recogniser
+from tools.checks.mini import Recogniser, open_recogniser
 from tools.command_line import run as run_tool
 from tools.mini_world.layouts import Layout
 from tools.mini_world.places import PLACES
@@ -270,7 +270,7 @@ def main() -> None:
     config = SampleConfig(
         **{"batch_size": 16, **given(args, SampleConfig), "num_images": args.seeds, "seed": FIRST_NOISE}
     )
-    recogniser = train_recogniser(args.recogniser or out / "recogniser.pt", scenes=8_000, epochs=4)
+    recogniser = open_recogniser(args.recogniser, out, scenes=8_000, epochs=4)
     layouts, scores = unseen_scenes(args.scenes, args.seed), {}
     for kind in args.kinds:
         row, chosen = KINDS[kind], dict(list(layouts.items())[: args.scenes if kind in MERGED else 1])

@@ -58,7 +58,7 @@ from bas.sampling.layout import bounding_box
 from bas.sampling.sampler import guidance_scale, sample
 from bas.sampling.steer import Steer
 from bas.training.preview import scene_attention
-from tools.checks.mini import Recogniser, recognise_images, through_vae, train_recogniser
+from tools.checks.mini import Recogniser, open_recogniser, recognise_images, through_vae
 from tools.checks.runs import train_once
 from tools.command_line import run as run_tool
 from tools.mini_world.captions import describe
@@ -454,7 +454,7 @@ def main() -> None:
     if unknown := {*(args.only or ())} - {*range(len(layouts))}:
         raise InputError(f"--only {min(unknown)}: the scenes are 0 to {len(layouts) - 1}")
     layouts = {name: layouts[name] for i, name in enumerate(layouts) if not args.only or i in args.only}
-    recogniser = train_recogniser(args.recogniser or out / "recogniser.pt", scenes=8_000, epochs=4)
+    recogniser = open_recogniser(args.recogniser, out, scenes=8_000, epochs=4)
     changes, scenes = dict(map(read_setting, args.changes)), {}
     stated = {"sampling": asdict(config), "places": args.places, "layout": args.layout}
     for i, (name, layout) in enumerate(layouts.items(), start=1):

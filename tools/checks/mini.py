@@ -107,16 +107,15 @@ def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
 
     Raises InputError where it was trained for longer or shorter.
     """
-    torch.manual_seed(SEED)
-    recogniser = Recogniser()
     about = {"scenes": scenes, "epochs": epochs}
     if path.exists():
-        kept = torch.load(path, weights_only=True)
-        if (found := kept["about"]) != about:
+        recogniser, found = read_recogniser(path)
+        if found != about:
             told = " and ".join(f"{found[name]} {name}" for name in about)
-            raise InputError(f"{path} was trained on {told}, not {scenes} and {epochs}: name another folder")
-        recogniser.load_state_dict(kept["weights"])
-        return recogniser.eval()
+            raise InputError(f"{path} was trained on {told}, not {scenes} and {epochs}: move it away")
+        return recogniser
+    torch.manual_seed(SEED)
+    recogniser = Recogniser()
     with Pool() as pool:
         images, shapes, colours, places = zip(*pool.map(labelled_scene, range(scenes), chunksize=64), strict=True)
     images, places = to_tensor(images), torch.tensor(places)
@@ -138,6 +137,23 @@ def train_recogniser(path: Path, scenes: int, epochs: int) -> Recogniser:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"about": about, "weights": recogniser.state_dict()}, path)
     return recogniser.eval()
+
+
+def read_recogniser(path: Path) -> tuple[Recogniser, dict[str, int]]:
+    """A trained recogniser, and of how many scenes and epochs it is. InputError for a file that does not say so."""
+    kept = torch.load(path, weights_only=True)
+    if "about" not in kept:
+        raise InputError(f"{path} is of an earlier version: move it away, and it is trained again")
+    recogniser = Recogniser()
+    recogniser.load_state_dict(kept["weights"])
+    return recogniser.eval(), kept["about"]
+
+
+def open_recogniser(named: Path | None, folder: Path, scenes: int, epochs: int) -> Recogniser:
+    """That of a named file, however it was trained; else the folder's. Trained now where there is none."""
+    if named and named.exists():
+        return read_recogniser(named)[0]
+    return train_recogniser(named or folder / "recogniser.pt", scenes, epochs)
 
 
 @dataclass
