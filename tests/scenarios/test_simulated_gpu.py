@@ -215,7 +215,7 @@ def test_the_miniature_is_trained_on_its_device(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "32 held-out scenes find their own caption" in done.stdout
     made = {path.stem for path in tmp_path.glob("*.safetensors")}
-    assert made == {"clip", "unet", "unet_best", "decoder", "decoder_best"}
+    assert made == {"clip", "text", "unet", "unet_best", "decoder", "decoder_best"}
 
 
 FROZEN = """
