@@ -62,6 +62,6 @@ def test_a_run_is_trained_once_and_not_taken_for_another(bench: Bench, tmp_path,
         patch.setattr(runs, "weights_hash", lambda path: "0" * 64)
         runs.train_once(config, noted)
     noted.unlink()
-    with refused("was trained by another program, without trained.json: name another folder"):
+    with refused("was trained without a note of how, trained.json: name another folder"):
         runs.train_once(config, noted)
     assert len(calls) == 1

@@ -37,7 +37,7 @@ def train_once(config: TrainConfig, noted: Path) -> None:
         before, now = known.get("settings", {}), stated["settings"]
         differs = [name for name in ("base", "scene") if known.get(name) != stated[name]]
         differs += [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        told = f"with another {', '.join(differs)}" if known else f"by another program, without {noted.name}"
+        told = f"with another {', '.join(differs)}" if known else f"without a note of how, {noted.name}"
         raise InputError(f"{run} was trained {told}: name another folder, or remove it")
     noted.unlink(missing_ok=True)
     shutil.rmtree(run, ignore_errors=True)

@@ -102,18 +102,18 @@ def save_grid(
 
     If an interrupt or an error ends the images early, those that are done are saved beside it, as NAME-partial.
     """
-    done, partial = [], target.with_stem(f"{target.stem}-partial")
+    done, place = [], target.with_stem(f"{target.stem}-partial")
     try:
         for image in images:
             done.append(image)
-        partial = target
+        place = target
     finally:
         if done:
             columns = len(labels[0])
             rows = [done[i : i + columns] for i in range(0, len(done), columns)]
-            below = [texts[: len(row)] for texts, row in zip(labels, rows, strict=False)]
+            below = [texts[: len(row)] for texts, row in zip(labels[: len(rows)], rows, strict=True)]
             sheet, record = grid(rows, below, cell_of(done[0].width)), shared | {"prompts": prompts[: len(rows)]}
-            for path in save_images([sheet], [record], partial):
+            for path in save_images([sheet], [record], place):
                 print(path, flush=True)
 
 
